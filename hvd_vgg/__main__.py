@@ -1,0 +1,130 @@
+"""hvd-vgg COMMAND [--flags]: one line of dispatch per command."""
+
+import os
+import sys
+import time
+import traceback
+from typing import Any, Callable, List, Tuple
+
+from hvd_vgg import __version__
+from hvd_vgg.config import Config, DemoConfig, EvaluateConfig, describe, find_flag_file, parse
+from hvd_vgg.run.health import BUG, DONE, LOST_RANK, STOPPED, USAGE, Failure, launched_rank
+
+USAGE_TEXT = f"""hvd-vgg {__version__}: trains VGG networks on ImageNet-style TFRecords with TensorFlow and Horovod.
+
+  hvd-vgg train [--flagfile=FILE] [--flags]           train and evaluate; leaves everything in --run_dir
+  hvd-vgg evaluate --run_dir=DIR [--flags]            score a checkpoint of a run on the validation records
+  hvd-vgg make-demo-data --data_dir=DIR [--flags]     draw a small data set to try things with
+
+Each runs alone or on many ranks, which only change how fast it goes:
+
+  horovodrun -np 8 hvd-vgg train --flagfile=configs/vgg16_imagenet.flags --data_dir=/data/imagenet
+
+hvd-vgg COMMAND --help lists a command's flags. Exit codes: 0 done, 64 usage, 65 data, 70 error in the program, 74 a result
+could not be written, 75 lost a rank, 78 configuration, 80 stopped on request, 81 not finite.
+"""
+
+
+def _train(config: Any) -> None:
+    from hvd_vgg.train import loop
+
+    loop.train(config)
+
+
+def _evaluate(config: Any) -> None:
+    from hvd_vgg.train import loop
+
+    loop.evaluate_run(config)
+
+
+def _make_demo_data(config: Any) -> None:
+    from hvd_vgg.data import demo
+
+    demo.make(config)
+
+
+# What is imported above the commands must be quick: --help and a wrong flag answer at once.
+COMMANDS: "dict[str, Tuple[Any, Callable[[Any], None], str]]" = {
+    "train": (Config, _train, "hvd-vgg train [--flagfile=FILE] [--flags]: train and evaluate on all ranks."),
+    "evaluate": (
+        EvaluateConfig,
+        _evaluate,
+        "hvd-vgg evaluate --run_dir=DIR [--flags]: score a checkpoint. All flags default to the run's own.",
+    ),
+    "make-demo-data": (DemoConfig, _make_demo_data, "hvd-vgg make-demo-data [--flags]: draw a data set."),
+}
+
+
+def main() -> None:
+    """Runs the command line and exits with the codes of hvd_vgg.run.health."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(argv: List[str]) -> int:
+    """Runs one command on this rank and returns its exit code; on a failure of this rank alone it ends all ranks."""
+    try:
+        if not argv or argv[0] in ("-h", "--help", "help"):
+            print(USAGE_TEXT, end="")
+            return DONE
+        if argv[0] not in COMMANDS:
+            raise Failure(USAGE, f"{argv[0]}: no such command; expected one of {', '.join(COMMANDS)}")
+        kind, command, usage = COMMANDS[argv[0]]
+        if {"-h", "--help"} & set(argv[1:]):
+            print(describe(kind, usage), end="")
+            return DONE
+        config = parse(kind, _with_run_flags(argv))
+    except Failure as failure:
+        return _refuse(failure)
+    try:
+        command(config)
+        return DONE
+    except Failure as failure:
+        return _end(failure)
+    except KeyboardInterrupt:
+        return _end(Failure(STOPPED, "interrupted; the same command goes on from the newest checkpoint"))
+    except Exception as error:
+        if "Horovod has been shut down" in str(error) or type(error).__name__ == "HorovodInternalError":
+            return _end(Failure(LOST_RANK, "another rank has gone; the same command goes on from the newest checkpoint"))
+        traceback.print_exc()
+        return _end(Failure(BUG, "an error of the program, above: please report it with the run's flags.txt"))
+
+
+def _with_run_flags(argv: List[str]) -> List[str]:
+    """Puts the flags that a run left in its directory before those of `evaluate`."""
+    if argv[0] != "evaluate":
+        return argv[1:]
+    found = find_flag_file(parse(EvaluateConfig, argv[1:]).run_dir)
+    return [f"--flagfile={found}"] * bool(found) + argv[1:]
+
+
+def _refuse(failure: Failure) -> int:
+    """Ends a rank before it joined the others: all ranks find the same, so rank 0 speaks for them."""
+    if not launched_rank():
+        print(f"hvd-vgg: {failure.message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)  # The launcher ends all ranks when the first one leaves; that must not be before rank 0 has spoken.
+    return failure.code
+
+
+def _end(failure: Failure) -> int:
+    """Ends a rank that may be among others."""
+    if "hvd_vgg.parallel.comm" not in sys.modules:  # it failed before Horovod was there
+        return _refuse(failure)
+    from hvd_vgg.parallel import comm
+
+    if failure.agreed:
+        if comm.is_root():
+            print(f"hvd-vgg: {failure.message}", file=sys.stderr, flush=True)
+        comm.together(lambda: None)  # nobody leaves before rank 0 has spoken
+        comm.leave()
+        return failure.code
+    rank = comm.rank_if_joined()
+    where = "" if rank is None or comm.size() == 1 else f"rank {rank}: "
+    print(f"hvd-vgg: {where}{failure.message}", file=sys.stderr, flush=True)
+    comm.abort(failure.code)
+    return failure.code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""Every flag, once: its default, unit, range and meaning; and the frozen Config that a run is made of."""
+
+import dataclasses
+import difflib
+import math
+import textwrap
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from absl import flags
+
+from hvd_vgg.run.health import USAGE, Failure
+
+
+def flag(default: Any, group: str, text: str, unit: str = "", **limits: Any) -> Any:
+    """Declares one field of Config, which is one flag.
+
+    `limits`: `choices`, `at_least`, `above`, `at_most`, `below`; and `learned=True` where the value decides what is
+    learned (a checkpoint goes on only under the same one).
+    """
+    return dataclasses.field(default=default, metadata={"group": group, "text": text, "unit": unit, **limits})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a run is: with the data, everything that decides its result. One field, one flag."""
+
+    data_dir: str = flag(
+        "./imagenet_tfrecord", "Data", "Directory (or link to one) with train-?????-of-????? and validation-*.", "path"
+    )
+    num_classes: int = flag(1000, "Data", "Classes; labels outside them are an error.", at_least=2, learned=True)
+    label_base: str = flag(
+        "auto",
+        "Data",
+        "The label of the first class: 1 (ImageNet's own files, 0 is background), 0, or auto: found in the data.",
+        choices=("auto", "0", "1"),
+    )
+    image_size: int = flag(224, "Data", "Height and width the network sees.", "pixels", at_least=32, learned=True)
+    augment: str = flag(
+        "crop",
+        "Data",
+        "none; flip; shift: pad by an eighth, random crop, flip; crop: random-resized crop of area 0.08 to 1, flip.",
+        choices=("none", "flip", "shift", "crop"),
+        learned=True,
+    )
+
+    model: str = flag("vgg16", "Model", "The network.", choices=("vgg11", "vgg13", "vgg16", "vgg19"), learned=True)
+    width: float = flag(1.0, "Model", "Factor on the width of every layer.", above=0.0, at_most=4.0, learned=True)
+    dropout: float = flag(
+        0.5, "Model", "Share of each hidden dense layer's outputs dropped.", at_least=0.0, below=1.0, learned=True
+    )
+
+    global_batch: int = flag(
+        256, "Recipe", "Images an update, over all ranks: more ranks never change it.", "images", at_least=1, learned=True
+    )
+    epochs: float = flag(90.0, "Recipe", "Length of the run, when --steps is 0.", "epochs", above=0.0, learned=True)
+    steps: int = flag(0, "Recipe", "Length of the run; 0: as many as --epochs needs.", "updates", at_least=0, learned=True)
+    optimizer: str = flag("momentum", "Recipe", "SGD with momentum.", choices=("momentum", "nesterov"), learned=True)
+    lr: float = flag(0.01, "Recipe", "Learning rate after warm-up, for the mean gradient.", above=0.0, learned=True)
+    lr_schedule: str = flag(
+        "step",
+        "Recipe",
+        "constant; step: divided by 10 at each of --lr_step_epochs; cosine: to 0 at the end.",
+        choices=("constant", "step", "cosine"),
+        learned=True,
+    )
+    lr_step_epochs: Tuple[float, ...] = flag(
+        (30.0, 60.0), "Recipe", "When `step` divides, separated by commas.", "epochs", learned=True
+    )
+    warmup_epochs: float = flag(
+        0.0, "Recipe", "The learning rate rises linearly over these.", "epochs", at_least=0.0, learned=True
+    )
+    momentum: float = flag(0.9, "Recipe", "Momentum.", at_least=0.0, below=1.0, learned=True)
+    weight_decay: float = flag(
+        1e-4, "Recipe", "L2 penalty of all weights and biases, added to the gradient.", at_least=0.0, learned=True
+    )
+    seed: int = flag(1, "Recipe", "Initial weights, order, crops and dropout are functions of it.", at_least=0, learned=True)
+
+    run_dir: str = flag("./run", "Run", "Where checkpoints, logs and results go; made if absent.", "path")
+    resume: str = flag(
+        "auto",
+        "Run",
+        "auto: go on from the newest checkpoint in --run_dir, if any; required: there must be one; never: there must "
+        "be none.",
+        choices=("auto", "required", "never"),
+    )
+    eval_every_epochs: float = flag(
+        1.0, "Run", "Evaluate this often, and at the end; 0: at the end only.", "epochs", at_least=0.0
+    )
+    save_every_steps: int = flag(
+        1000, "Run", "Checkpoint this often, and at the end; 0: at the end only.", "updates", at_least=0
+    )
+    keep_checkpoints: int = flag(3, "Run", "Newest checkpoints kept; the best is kept beside them.", at_least=1)
+    log_every_steps: int = flag(20, "Run", "One log line for this many.", "updates", at_least=1)
+    stop_at_top1: float = flag(
+        0.0, "Run", "End when an evaluation reaches this acc@1; 0: never.", "fraction", at_least=0.0, at_most=1.0
+    )
+    console: str = flag(
+        "auto",
+        "Run",
+        "What rank 0 prints: bar (a terminal); lines (a log file); dllogger: DLLogger's lines; auto: bar or lines.",
+        choices=("auto", "bar", "lines", "dllogger"),
+    )
+
+    device_batch: int = flag(
+        32, "Device", "Images a device holds at once; a rank's larger part is worked through in turn.", "images", at_least=1
+    )
+    exchange: str = flag("allreduce", "Device", "How gradients cross the network.", choices=("allreduce",))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig(Config):
+    """A run's Config, taken from its directory, and which of its checkpoints to evaluate."""
+
+    checkpoint: str = flag("best", "Evaluate", "best, newest, or the path of a .safetensors file of this package.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoConfig:
+    """What `make-demo-data` draws."""
+
+    data_dir: str = flag("./demo_data", "Data", "Directory to write the shards into; made if absent.", "path")
+    train_images: int = flag(4000, "Data", "Images to train on.", "images", at_least=10)
+    validation_images: int = flag(1000, "Data", "Images to evaluate on.", "images", at_least=10)
+    shards: int = flag(4, "Data", "Files of the train split; the validation split has half as many.", at_least=1)
+    image_size: int = flag(80, "Data", "Mean height and width; drawn from 0.75 to 1.25 of it.", "pixels", at_least=32)
+    seed: int = flag(1, "Data", "The pictures are a function of it.", at_least=0)
+    console: str = flag("auto", "Run", "Progress as a bar or as lines.", choices=("auto", "bar", "lines"))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Illegal:
+    """The text of a flag that its type cannot hold, kept so that all such flags are reported together."""
+
+    text: str
+    expected: str
+
+
+class _Parser(flags.ArgumentParser):
+    """Parses by a field's type and never raises."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def parse(self, argument: Any) -> Any:
+        if not isinstance(argument, str):
+            return argument
+        try:
+            if self.kind is int:
+                return int(argument)
+            if self.kind is float:
+                return float(argument)
+            if self.kind is str:
+                return argument
+            return tuple(float(part) for part in argument.split(",") if part.strip())
+        except ValueError:
+            name = {int: "a whole number", float: "a number"}.get(self.kind, "numbers separated by commas")
+            return _Illegal(argument, name)
+
+
+def parse(kind: Any, argv: Sequence[str]) -> Any:
+    """Returns `kind` (Config or a sibling) from the flags in `argv` (no program name), flag files included.
+
+    Raises Failure(USAGE) with every illegal flag, value and combination in one message.
+    """
+    values = flags.FlagValues()
+    for field in dataclasses.fields(kind):
+        flags.DEFINE(_Parser(field.type), field.name, field.default, field.metadata["text"], flag_values=values)
+    try:
+        left = values([""] + list(argv), known_only=True)[1:]
+    except flags.Error as error:
+        raise Failure(USAGE, f"flags: {error}") from error
+    names = [field.name for field in dataclasses.fields(kind)]
+    errors = [_unknown(argument, names) for argument in left]
+    chosen = {name: values[name].value for name in names}
+    for name, value in chosen.items():
+        if isinstance(value, _Illegal):
+            errors.append(f"--{name}={value.text}: expected {value.expected}")
+    legal = {name: value for name, value in chosen.items() if not isinstance(value, _Illegal)}
+    config = kind(**legal)
+    errors.extend(validate(config))
+    if errors:
+        raise Failure(USAGE, f"{len(errors)} illegal flag(s):\n" + "\n".join(f"  {error}" for error in errors))
+    return config
+
+
+def _unknown(argument: str, names: Sequence[str]) -> str:
+    name = argument.lstrip("-").split("=")[0]
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean --{close[0]}?" if close else "; --help lists the flags"
+    return f"{argument}: no such flag{hint}"
+
+
+def validate(config: Any) -> List[str]:
+    """Returns every illegal value and combination of `config`, one line each; empty when it can run."""
+    errors = []
+    for field in dataclasses.fields(config):
+        value, limits = getattr(config, field.name), field.metadata
+        for number in value if isinstance(value, tuple) else (value,):
+            expected = _violated(number, limits)
+            if expected:
+                errors.append(f"--{field.name}={_text(value)}: expected {expected}")
+    if isinstance(config, Config):
+        errors.extend(_conflicts(config))
+    return errors
+
+
+def _violated(value: Any, limits: Any) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
+    if "choices" in limits and value not in limits["choices"]:
+        return "one of " + ", ".join(limits["choices"])
+    if "at_least" in limits and value < limits["at_least"]:
+        return f"at least {limits['at_least']}"
+    if "above" in limits and value <= limits["above"]:
+        return f"more than {limits['above']}"
+    if "at_most" in limits and value > limits["at_most"]:
+        return f"at most {limits['at_most']}"
+    if "below" in limits and value >= limits["below"]:
+        return f"less than {limits['below']}"
+    return ""
+
+
+def _conflicts(config: Config) -> List[str]:
+    errors = []
+    steps = config.lr_step_epochs
+    if any(later <= earlier for earlier, later in zip((0.0,) + steps, steps)):
+        errors.append(f"--lr_step_epochs={_text(steps)}: expected rising numbers above 0")
+    if config.lr_schedule == "step" and not steps:
+        errors.append("--lr_schedule=step needs --lr_step_epochs")
+    if config.optimizer == "nesterov" and config.momentum == 0:
+        errors.append("--optimizer=nesterov needs --momentum above 0")
+    if not config.steps and config.warmup_epochs >= config.epochs:
+        errors.append(f"--warmup_epochs={_text(config.warmup_epochs)}: expected less than --epochs={_text(config.epochs)}")
+    for name in ("data_dir", "run_dir"):
+        if not getattr(config, name):
+            errors.append(f"--{name}: expected a path, found nothing")
+    return errors
+
+
+def total_steps(config: Config, records: int) -> int:
+    """Returns the updates of the run over a data set of `records`: ceil(epochs * records / global_batch)."""
+    return config.steps or max(1, math.ceil(config.epochs * records / config.global_batch - 1e-9))
+
+
+def epochs_to_steps(epochs: float, config: Config, records: int) -> int:
+    """Returns the first step whose batch begins at or after `epochs` of the stream."""
+    return math.ceil(epochs * records / config.global_batch - 1e-9)
+
+
+def identity(config: Config) -> Dict[str, Any]:
+    """Returns the fields that decide what is learned; a checkpoint goes on only under equal ones.
+
+    The length of the run is one of them only under `cosine`: with the other schedules a longer run begins as the
+    shorter one did, and may continue it.
+    """
+    chosen = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if f.metadata.get("learned")}
+    if config.lr_schedule != "cosine":
+        del chosen["epochs"], chosen["steps"]
+    if config.lr_schedule != "step":
+        del chosen["lr_step_epochs"]
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
+
+
+def to_flag_file(config: Any) -> str:
+    """Returns `config` as a flag file with every flag, grouped; parsing it gives `config` again."""
+    lines = []
+    for group, fields in _groups(type(config)):
+        lines.append(f"# {group}")
+        lines.extend(f"--{field.name}={_text(getattr(config, field.name))}" for field in fields)
+    return "\n".join(lines) + "\n"
+
+
+def describe(kind: Any, usage: str) -> str:
+    """Returns the text of --help: `usage`, then every flag by group with its default, unit and meaning."""
+    lines = [usage.rstrip(), "", "Flags (--flagfile=FILE reads more of them from a file; a later one wins):"]
+    for group, fields in _groups(kind):
+        lines += ["", f"{group}:"]
+        for field in fields:
+            unit = f"  [{field.metadata['unit']}]" if field.metadata["unit"] else ""
+            choices = f"  ({'|'.join(field.metadata['choices'])})" if "choices" in field.metadata else ""
+            lines.append(f"  --{field.name}={_text(field.default)}{unit}{choices}")
+            lines.extend(textwrap.wrap(field.metadata["text"], 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    return "\n".join(lines) + "\n"
+
+
+def _groups(kind: Any) -> List[Tuple[str, List[Any]]]:
+    groups: Dict[str, List[Any]] = {}
+    for field in dataclasses.fields(kind):
+        groups.setdefault(field.metadata["group"], []).append(field)
+    return list(groups.items())
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(_text(part) for part in value)
+    text = repr(value) if isinstance(value, float) else str(value)
+    return text[:-2] if text.endswith(".0") else text
+
+
+def find_flag_file(run_dir: str) -> Optional[Path]:
+    """Returns the flag file that a run left in its directory, or None."""
+    path = Path(run_dir) / "flags.txt"
+    return path if path.is_file() else None

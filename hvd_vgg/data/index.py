@@ -1,0 +1,91 @@
+"""Opens a split: its index is made by all ranks together once, then kept beside the data."""
+
+import io
+from pathlib import Path
+from typing import Dict, List, Optional
+
+import numpy as np
+
+from hvd_vgg.data import records
+from hvd_vgg.parallel import comm
+from hvd_vgg.run.log import Console
+
+
+def open_split(data_dir: str, split: str, fallback_dir: Path, console: Console) -> records.Index:
+    """Returns the index of a split, the same on all ranks; all ranks must call.
+
+    Kept as `.hvd_vgg_index_SPLIT.npz` in the data directory, or in `fallback_dir` where that cannot be written; shards
+    that changed since are read again. Raises an agreed Failure(DATA), or Failure(CONFIGURATION) when ranks see other files.
+    """
+    paths = comm.together(lambda: records.find_shards(data_dir, split))
+    sizes = comm.together(lambda: {path.name: path.stat().st_size for path in paths})
+    comm.agree(f"the {split} shards in {data_dir} (bytes of each)", sizes)
+
+    name = f".hvd_vgg_index_{split}.npz"
+    places = [Path(data_dir) / name, fallback_dir / name]
+    cached = comm.together(lambda: _cached(places, paths) if comm.is_root() else [])
+    known: Dict[int, records.Shard] = {number: shard for number, shard in enumerate(cached) if shard is not None}
+    stale = np.frombuffer(comm.from_root(_bytes_of([n for n in range(len(paths)) if n not in known])), np.int64).tolist()
+    if stale and known:
+        console.say(f"{split}: {len(stale)} of {len(paths)} shards are new or changed since they were indexed")
+
+    mine = stale[comm.rank() :: comm.size()]
+    scanned = comm.together(lambda: _scan(paths, mine, split, console))
+    told = comm.gather(_packed(scanned))
+    everyones: Dict[int, records.Shard] = {}
+    for text in told:
+        everyones.update(_unpacked(text))
+    known.update(everyones)
+    # Rank 0 alone has read the cache; the others get what they did not just hear from it.
+    whole = comm.from_root(_packed({n: known[n] for n in known if n not in everyones}) if comm.is_root() else b"")
+    known.update(_unpacked(whole))
+    index = records.join(paths, [known[number] for number in range(len(paths))])
+    if stale and comm.is_root():
+        _keep(places, index, console)
+    return index
+
+
+def _cached(places: List[Path], paths: List[Path]) -> List[Optional[records.Shard]]:
+    for place in places:
+        found = records.load_cache(place, paths)
+        if found is not None:
+            return found
+    return []
+
+
+def _scan(paths: List[Path], mine: List[int], split: str, console: Console) -> Dict[int, records.Shard]:
+    progress = console.progress(f"indexing {split}", len(mine), "shards on rank 0")
+    found = {}
+    for done, number in enumerate(mine, start=1):
+        found[number] = records.scan_shard(paths[number])
+        progress.update(done)
+    return found
+
+
+def _keep(places: List[Path], index: records.Index, console: Console) -> None:
+    for place in places:
+        try:
+            records.save_cache(place, index)
+            return
+        except OSError as error:
+            console.say(f"the index cannot be kept in {place.parent} ({error.strerror})")
+
+
+def _bytes_of(numbers: List[int]) -> bytes:
+    return np.array(numbers, np.int64).tobytes()
+
+
+def _packed(shards: Dict[int, records.Shard]) -> bytes:
+    if not shards:
+        return b""
+    file = io.BytesIO()
+    np.savez(file, **{f"{column}_{n}": getattr(shard, column) for n, shard in shards.items() for column in shard._fields})
+    return file.getvalue()
+
+
+def _unpacked(data: bytes) -> Dict[int, records.Shard]:
+    if not data:
+        return {}
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        numbers = sorted({int(name.rsplit("_", 1)[1]) for name in arrays.files})
+        return {n: records.Shard(*(arrays[f"{column}_{n}"] for column in records.Shard._fields)) for n in numbers}

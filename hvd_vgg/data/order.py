@@ -1,0 +1,73 @@
+"""Which record is read when, and with which random seeds: pure functions of the seed and the step.
+
+The stream is epoch 0, epoch 1, ... laid end to end, each a permutation of all N records. Step s takes positions
+[s * G, (s + 1) * G) of it, G the global batch. Nothing here depends on the number of ranks but `slice_bounds`.
+
+Only bit streams that NumPy promises never to change (SeedSequence, Philox, the raw draws) are used, so that a seed means
+the same run under every NumPy; `Generator.permutation` has no such promise.
+"""
+
+import functools
+from typing import NamedTuple, Tuple
+
+import numpy as np
+
+# What the numbers drawn are for: no two purposes share a random stream.
+_ORDER, _AUGMENT, _DROPOUT, _WEIGHTS = range(4)
+
+
+class Positions(NamedTuple):
+    """A run of positions of the stream: record ids int64 [n] and the epoch each belongs to, int64 [n]."""
+
+    ids: np.ndarray
+    epochs: np.ndarray
+
+
+@functools.lru_cache(maxsize=2)  # A batch spans two epochs at most, unless the data set is smaller than it.
+def permutation(records: int, seed: int, epoch: int) -> np.ndarray:
+    """Returns the order of `records` ids in one epoch, uint32 [records], read-only."""
+    draws = np.random.Philox(np.random.SeedSequence([seed, _ORDER, epoch])).random_raw(records)
+    order = np.argsort(draws, kind="stable").astype(np.uint32)
+    order.setflags(write=False)
+    return order
+
+
+def slice_bounds(global_batch: int, rank: int, size: int) -> Tuple[int, int]:
+    """Returns the part [low, high) of the global batch that `rank` of `size` works on: parts differ by one at most."""
+    short, longer = divmod(global_batch, size)
+    low = rank * short + min(rank, longer)
+    return low, low + short + (1 if rank < longer else 0)
+
+
+def positions(start: int, stop: int, records: int, seed: int) -> Positions:
+    """Returns the records at positions [start, stop) of the stream over `records` records."""
+    epochs, offsets = np.divmod(np.arange(start, stop, dtype=np.int64), records)
+    ids = np.empty_like(offsets)
+    for epoch in np.unique(epochs):
+        chosen = epochs == epoch
+        ids[chosen] = permutation(records, seed, int(epoch))[offsets[chosen]]
+    return Positions(ids, epochs)
+
+
+def sample_seeds(seed: int, at: Positions) -> np.ndarray:
+    """Returns the seeds of each sample's crop and flip, int64 [n, 2]: one from (seed, epoch), the other the record id."""
+    seeds = np.empty((len(at.ids), 2), np.int64)
+    for epoch in np.unique(at.epochs):
+        seeds[at.epochs == epoch, 0] = key(seed, _AUGMENT, int(epoch)).astype(np.int64)
+    seeds[:, 1] = at.ids
+    return seeds
+
+
+def dropout_keys(seed: int, step: int, layers: int) -> np.ndarray:
+    """Returns the Philox keys of a step's dropout masks, uint64 [layers]; the position in the batch is the counter."""
+    return np.array([key(seed, _DROPOUT, step, layer) for layer in range(layers)], np.uint64)
+
+
+def weights_seed(seed: int, layer: int) -> np.ndarray:
+    """Returns the seed of a layer's initial weights, int64 [2], for TensorFlow's stateless operations."""
+    return np.array([key(seed, _WEIGHTS, layer), 0], np.uint64).astype(np.int64)
+
+
+def key(*words: int) -> np.uint64:
+    """Returns 64 random bits that are a function of `words` (integers from 0 up)."""
+    return np.uint64(np.random.SeedSequence(list(words)).generate_state(1, np.uint64)[0])

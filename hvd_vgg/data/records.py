@@ -1,0 +1,410 @@
+"""What the data set is: TFRecord shards, the index of their records, and reading one record.
+
+A TFRecord file is a row of: length (uint64, little-endian), masked CRC-32C of the length (uint32), the data, masked
+CRC-32C of the data (uint32). The data is a tf.train.Example; of it only two features are looked at:
+`image/encoded` (one byte string) and `image/class/label` (one integer).
+"""
+
+import functools
+import io
+import os
+import re
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import crc32c
+import numpy as np
+
+from hvd_vgg.run.health import DATA, Failure
+
+HEADER_BYTES, FOOTER_BYTES = 12, 4
+IMAGE, LABEL = b"image/encoded", b"image/class/label"
+
+# Labels of any honest file fit far within; what does not would not fit the index.
+_LABEL_LIMIT = 2**31
+_SHARD_NAME = re.compile(r"^(?P<split>[a-z]+)-(?P<number>\d{5})-of-(?P<count>\d{5})$")
+
+# Reads `count` bytes at an offset of a record's data; fewer at its end.
+ReadAt = Callable[[int, int], bytes]
+
+
+class Shard(NamedTuple):
+    """The records of one file: where each one's data begins, its length in bytes, its label as written."""
+
+    offsets: np.ndarray  # int64 [n]
+    lengths: np.ndarray  # uint32 [n]
+    labels: np.ndarray  # int32 [n]
+
+
+class Index(NamedTuple):
+    """All records of a split in the order of the shards' names: record id i is entry i. 16 bytes a record."""
+
+    paths: Tuple[Path, ...]
+    starts: np.ndarray  # int64 [shards + 1]: the first record id of each shard, and the total
+    offsets: np.ndarray  # int64 [records]
+    lengths: np.ndarray  # uint32 [records]
+    labels: np.ndarray  # int32 [records], as written in the files
+
+    @property
+    def records(self) -> int:
+        """The number of records of the split."""
+        return int(self.starts[-1])
+
+    def where(self, record: int) -> str:
+        """Returns a record's place as people look for it: file, number in the file (from 0), offset of its header."""
+        shard = int(np.searchsorted(self.starts, record, side="right")) - 1
+        offset = int(self.offsets[record]) - HEADER_BYTES
+        return f"{self.paths[shard]}, record {record - int(self.starts[shard])}, offset {offset}"
+
+
+def _masked_crc(data: bytes) -> int:
+    """Returns the checksum as TFRecord files hold it: CRC-32C, rotated and shifted (tensorflow/core/lib/hash/crc32c.h)."""
+    plain = crc32c.crc32c(data)
+    return ((plain >> 15 | plain << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def find_shards(data_dir: str, split: str) -> List[Path]:
+    """Returns the shards `split`-?????-of-????? of a complete set, in order of number.
+
+    Raises Failure(DATA) when the directory, the set, or a member of it is missing.
+    """
+    folder = Path(data_dir)
+    if not folder.is_dir():
+        raise Failure(
+            DATA,
+            f"data: {folder} is not a directory (now in {Path.cwd()}); expected TFRecords {split}-?????-of-????? in "
+            f"it. Give another by --data_dir, or draw some to try: hvd-vgg make-demo-data",
+        )
+    names = sorted(path.name for path in folder.iterdir())
+    matches = [match for match in map(_SHARD_NAME.match, names) if match]
+    mine = [match for match in matches if match["split"] == split]
+    if not mine:
+        seen = sorted({match["split"] for match in matches}) or names[:5]
+        raise Failure(
+            DATA,
+            f"data: {folder} has no shard {split}-?????-of-?????; it has {', '.join(seen) or 'nothing'}. "
+            f"Expected ImageNet's layout, such as {split}-00000-of-01024",
+        )
+    counts = sorted({int(match["count"]) for match in mine})
+    if len(counts) > 1:
+        raise Failure(DATA, f"data: {folder} mixes {split} sets of {counts} shards; expected one set: move the others away")
+    found = {int(match["number"]) for match in mine}
+    missing = [f"{split}-{i:05d}-of-{counts[0]:05d}" for i in range(counts[0]) if i not in found]
+    if missing:
+        raise Failure(
+            DATA,
+            f"data: {folder} lacks {len(missing)} of the {counts[0]} {split} shards: {', '.join(missing[:5])}"
+            f"{', ...' if len(missing) > 5 else ''}. Copy them there, or name a directory that has all",
+        )
+    extra = sorted(number for number in found if number >= counts[0])
+    if extra:
+        raise Failure(DATA, f"data: {folder} has {split} shards {extra[:5]} beyond {counts[0] - 1}, the last of the set")
+    return [folder / match[0] for match in mine]
+
+
+def scan_headers(path: Path) -> Tuple[np.ndarray, np.ndarray]:
+    """Returns (offsets int64 [n], lengths uint32 [n]) of the records of one shard from their headers alone.
+
+    Raises Failure(DATA) naming the record when the file is empty, cut off, or a header's checksum is wrong.
+    """
+    size = path.stat().st_size
+    if size == 0:
+        raise Failure(DATA, f"data: {path} is empty (0 bytes); expected at least one record. Copy the shard again")
+    offsets: List[int] = []
+    lengths: List[int] = []
+    # One read of the header a record: records are far apart, so buffering would read the images too.
+    with open(path, "rb", buffering=0) as file:
+        handle, at = file.fileno(), 0
+        pread, unpack = os.pread, struct.Struct("<QI").unpack
+        while at < size:
+            header = pread(handle, HEADER_BYTES, at)
+            if len(header) < HEADER_BYTES:
+                raise _cut_off(path, len(offsets), at, f"a header of {HEADER_BYTES} bytes", size)
+            length, crc = unpack(header)
+            if crc != _masked_crc(header[:8]):
+                raise Failure(
+                    DATA,
+                    f"data: {path}, record {len(offsets)}, offset {at}: the checksum of the record's length is wrong "
+                    f"(not a TFRecord file, or damaged). Copy the shard again",
+                )
+            end = at + HEADER_BYTES + length + FOOTER_BYTES
+            if end > size or length >= 2**32:
+                raise _cut_off(path, len(offsets), at, f"{length} bytes of data and a checksum", size)
+            offsets.append(at + HEADER_BYTES)
+            lengths.append(length)
+            at = end
+    return np.array(offsets, np.int64), np.array(lengths, np.uint32)
+
+
+def _cut_off(path: Path, record: int, at: int, expected: str, size: int) -> Failure:
+    return Failure(
+        DATA,
+        f"data: {path}, record {record}, offset {at}: expected {expected}, but the file ends at byte {size} "
+        f"(cut off while copying?). Copy the shard again",
+    )
+
+
+def scan_shard(path: Path) -> Shard:
+    """Returns the index of one shard: headers, then each record's label, without reading the images.
+
+    Raises Failure(DATA) as `scan_headers`, and for a record without exactly one label.
+    """
+    offsets, lengths = scan_headers(path)
+    labels = np.empty(len(offsets), np.int32)
+    with open(path, "rb", buffering=0) as file:
+        handle, pread = file.fileno(), os.pread
+        for number, (offset, length) in enumerate(zip(offsets.tolist(), lengths.tolist())):
+
+            def read_at(at: int, count: int, offset: int = offset, length: int = length) -> bytes:
+                return pread(handle, min(count, length - at), offset + at)
+
+            try:
+                labels[number] = read_label(read_at, length)
+            except ValueError as error:
+                raise Failure(
+                    DATA,
+                    f"data: {path}, record {number}, offset {offset - HEADER_BYTES}: {error}. Expected a "
+                    f"tf.train.Example with {LABEL.decode()} (one integer) and {IMAGE.decode()} (one JPEG or PNG)",
+                ) from error
+    return Shard(offsets, lengths, labels)
+
+
+def join(paths: Sequence[Path], shards: Sequence[Shard]) -> Index:
+    """Returns the index of a split from those of its shards."""
+    starts = np.concatenate([[0], np.cumsum([len(shard.offsets) for shard in shards])]).astype(np.int64)
+    columns = [np.concatenate(column) for column in zip(*shards)]
+    return Index(tuple(paths), starts, columns[0], columns[1], columns[2])
+
+
+def split_index(index: Index) -> List[Shard]:
+    """Returns the shards' parts of an index: the inverse of `join`."""
+    bounds = list(zip(index.starts[:-1].tolist(), index.starts[1:].tolist()))
+    return [Shard(index.offsets[a:b], index.lengths[a:b], index.labels[a:b]) for a, b in bounds]
+
+
+def find_label_base(labels: np.ndarray, num_classes: int) -> int:
+    """Returns the label of the first class, 0 or 1, from all labels of a data set.
+
+    ImageNet's own files count classes from 1 and keep 0 for background, so a data set that never uses 0 counts from 1.
+    """
+    return 0 if labels.min() == 0 and labels.max() < num_classes else 1
+
+
+def check_labels(index: Index, label_base: int, num_classes: int) -> None:
+    """Raises Failure(DATA) naming the first record whose label is outside label_base .. label_base + num_classes - 1."""
+    outside = (index.labels < label_base) | (index.labels >= label_base + num_classes)
+    if outside.any():
+        record = int(np.argmax(outside))
+        raise Failure(
+            DATA,
+            f"data: {index.where(record)}: label {index.labels[record]} is outside {label_base}.."
+            f"{label_base + num_classes - 1} ({int(outside.sum())} of {index.records} records are). Labels found: "
+            f"{index.labels.min()}..{index.labels.max()}; expected --num_classes={num_classes} classes from "
+            f"--label_base={label_base}: correct the flag that is wrong",
+        )
+
+
+@functools.lru_cache(maxsize=256)  # Well below the common limit of 1024 open files; a set has up to 1024 shards.
+def _open(path: Path) -> io.FileIO:
+    # A file dropped from the cache while another thread reads from it stays open until that thread lets go of it.
+    return open(path, "rb", buffering=0)
+
+
+def read_record(index: Index, record: int) -> bytes:
+    """Returns the data of one record after checking its checksum; any thread may call.
+
+    Raises Failure(DATA) naming file, record and offset.
+    """
+    shard = int(np.searchsorted(index.starts, record, side="right")) - 1
+    length, offset = int(index.lengths[record]), int(index.offsets[record])
+    try:
+        found = os.pread(_open(index.paths[shard]).fileno(), length + FOOTER_BYTES, offset)
+    except OSError as error:
+        raise Failure(DATA, f"data: {index.where(record)}: cannot be read: {error.strerror}") from error
+    if len(found) < length + FOOTER_BYTES:
+        raise Failure(
+            DATA,
+            f"data: {index.where(record)}: expected {length} bytes of data and a checksum, found {len(found)} bytes: the "
+            f"shard became shorter since it was indexed. Copy it again",
+        )
+    data = found[:length]
+    expected = _masked_crc(data)
+    (written,) = struct.unpack("<I", found[length:])
+    if written != expected:
+        raise Failure(
+            DATA,
+            f"data: {index.where(record)}: the checksum of its {length} bytes of data is {expected:08x}, the file says "
+            f"{written:08x}: damaged. Copy the shard again",
+        )
+    return data
+
+
+def parse_example(index: Index, record: int, data: bytes) -> Tuple[bytes, int]:
+    """Returns (encoded image, label as written) of a record's data; raises Failure(DATA) naming what is missing."""
+
+    def read_at(at: int, count: int) -> bytes:
+        return data[at : at + count]
+
+    try:
+        return read_image(read_at, len(data)), read_label(read_at, len(data))
+    except ValueError as error:
+        raise Failure(
+            DATA,
+            f"data: {index.where(record)}: {error}. Expected a tf.train.Example with {IMAGE.decode()} (one JPEG or PNG) "
+            f"and {LABEL.decode()} (one integer)",
+        ) from error
+
+
+# The wire format of protocol buffers: https://protobuf.dev/programming-guides/encoding/. An Example holds Features (field
+# 1), which holds a map (field 1) of name (field 1) to Feature (field 2), which holds one of BytesList (field 1), FloatList
+# (2) and Int64List (3), each with `value` (field 1). Walking it costs a few short reads a record and never touches the
+# image; protobuf's own parser would need all of the data, and TensorFlow.
+
+_MAP_HEADER_BYTES = 64  # more than tags, lengths and a name that we look for take
+
+
+def read_label(read_at: ReadAt, length: int) -> int:
+    """Returns the single integer of `image/class/label`; raises ValueError saying what is wrong."""
+    span = _find_feature(read_at, length, LABEL)
+    values = _int64_values(read_at(span[0], min(span[1] - span[0], 256)))
+    if len(values) != 1:
+        raise ValueError(f"feature {LABEL.decode()} has {len(values)} integers")
+    if not -_LABEL_LIMIT <= values[0] < _LABEL_LIMIT:
+        raise ValueError(f"feature {LABEL.decode()} is {values[0]}")
+    return values[0]
+
+
+def read_image(read_at: ReadAt, length: int) -> bytes:
+    """Returns the single byte string of `image/encoded`; raises ValueError saying what is wrong."""
+    start, stop = _find_feature(read_at, length, IMAGE)
+    values = [
+        part
+        for kind in _fields(read_at, start, stop)
+        if kind[0] == 1
+        for part in _fields(read_at, kind[1], kind[2])
+        if part[0] == 1
+    ]
+    if len(values) != 1 or values[0][1] == values[0][2]:
+        raise ValueError(f"feature {IMAGE.decode()} has {len(values)} byte strings, or an empty one")
+    return read_at(values[0][1], values[0][2] - values[0][1])
+
+
+def _find_feature(read_at: ReadAt, length: int, name: bytes) -> Tuple[int, int]:
+    """Returns [start, stop) of the Feature called `name`; ValueError when there is none."""
+    seen: List[str] = []
+    for number, features, features_end in _fields(read_at, 0, length):
+        if number != 1:
+            continue
+        for entry_number, entry, entry_end in _fields(read_at, features, features_end):
+            if entry_number != 1:
+                continue
+            found: Dict[int, Tuple[int, int]] = {n: (a, b) for n, a, b in _fields(read_at, entry, entry_end)}
+            key = read_at(found[1][0], min(found[1][1] - found[1][0], _MAP_HEADER_BYTES)) if 1 in found else b""
+            if key == name and 2 in found:
+                return found[2]
+            seen.append(repr(key.decode("utf-8", "replace"))[1:-1])
+    raise ValueError(f"feature {name.decode()} is missing; it has {', '.join(seen[:20]) or 'none'}")
+
+
+def _fields(read_at: ReadAt, start: int, stop: int) -> Iterator[Tuple[int, int, int]]:
+    """Yields (number, start, stop) of each length-delimited field of the message at [start, stop); skips others."""
+    while start < stop:
+        head = read_at(start, 20)
+        tag, used = _varint(head, 0)
+        kind = tag & 7
+        if kind == 2:
+            length, used = _varint(head, used)
+            start += used
+            if length > stop - start:
+                raise ValueError("not a tf.train.Example (a field is longer than what holds it)")
+            yield tag >> 3, start, start + length
+            start += length
+        elif kind == 0:
+            start += _varint(head, used)[1]
+        elif kind in (1, 5):
+            start += used + (8 if kind == 1 else 4)
+        else:
+            raise ValueError(f"not a tf.train.Example (wire type {kind})")
+
+
+def _varint(data: bytes, at: int) -> Tuple[int, int]:
+    """Returns (value, offset after it) of the variable-length integer at `at`."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(data):
+            raise ValueError("not a tf.train.Example (it ends inside a number)")
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise ValueError("not a tf.train.Example (a number is too long)")
+
+
+def _int64_values(feature: bytes) -> List[int]:
+    """Returns the integers of a Feature, packed or not; ValueError when it holds another kind."""
+    values: List[int] = []
+
+    def read_at(at: int, count: int) -> bytes:
+        return feature[at : at + count]
+
+    for number, start, stop in _fields(read_at, 0, len(feature)):
+        if number != 3:
+            raise ValueError(f"feature {LABEL.decode()} holds no integers")
+        at = start
+        while at < stop:
+            tag, at = _varint(feature, at)
+            if tag == 0x0A:  # packed
+                end, at = _varint(feature, at)
+                end += at
+            elif tag == 0x08:  # one value
+                end = at + 1
+            else:
+                raise ValueError(f"feature {LABEL.decode()} is no list of integers")
+            while at < min(end, stop):
+                value, at = _varint(feature, at)
+                values.append(value - 2**64 if value >= 2**63 else value)
+    return values
+
+
+def load_cache(path: Path, paths: Sequence[Path]) -> Optional[List[Optional[Shard]]]:
+    """Returns the cached parts of the shards `paths`, None for each that changed since; None when there is no cache.
+
+    A shard is unchanged while its size and time of modification are. A damaged cache is as good as none.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as cache:
+            names, stamps = cache["names"].tolist(), cache["stamps"]
+            index = Index(tuple(paths), cache["starts"], cache["offsets"], cache["lengths"], cache["labels"])
+        shards = dict(zip(names, zip(stamps.tolist(), split_index(index))))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+    found = [shards.get(each.name) for each in paths]
+    return [part[1] if part and part[0] == _stamp(each) else None for part, each in zip(found, paths)]
+
+
+def save_cache(path: Path, index: Index) -> None:
+    """Writes `index` for `load_cache`; raises OSError where the place cannot be written."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(
+                file,
+                names=np.array([each.name for each in index.paths]),
+                stamps=np.array([_stamp(each) for each in index.paths], np.int64),
+                starts=index.starts,
+                offsets=index.offsets,
+                lengths=index.lengths,
+                labels=index.labels,
+            )
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _stamp(path: Path) -> List[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]

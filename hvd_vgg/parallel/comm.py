@@ -1,0 +1,207 @@
+"""The ranks of a run: who they are, and everything they say to each other. The only importer of horovod and mpi4py.
+
+Every function that communicates must be called by all ranks in the same order. What is said outside the training step
+goes through Horovod too, and by the CPU: under `horovodrun --gloo` mpi4py sees a world of one rank.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, TypeVar
+
+import numpy as np
+import tensorflow as tf
+
+from hvd_vgg.run.health import CONFIGURATION, Failure, difference, launched_rank
+
+try:
+    import horovod.tensorflow as hvd
+except ImportError as error:
+    raise Failure(
+        CONFIGURATION,
+        f"Horovod cannot be imported under TensorFlow {tf.__version__} and {sys.executable}: {error}. Make the "
+        f'environment with launch/environment.sh, or use this host\'s own (README, "Your own TensorFlow")',
+    ) from error
+
+T = TypeVar("T")
+
+
+class Device(NamedTuple):
+    """What this rank computes on: `kind` GPU or CPU, the layout it computes in, the CPU threads it may use."""
+
+    kind: str
+    data_format: str
+    threads: int
+
+
+def start() -> Device:
+    """Joins the run and takes this rank's device; the first call of every rank.
+
+    Raises Failure(CONFIGURATION) when there are more ranks on this host than devices.
+    """
+    if launched_rank() is None and hvd.gloo_built():
+        # Without a launcher there is nothing for MPI to find, and Open MPI may fail to start a world of one.
+        os.environ.update(HOROVOD_CONTROLLER="gloo", HOROVOD_CPU_OPERATIONS="gloo")
+    hvd.init()
+    threads = max(1, _cores() // hvd.local_size())
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    # Never fewer than 4, whatever TF_NUM_INTEROP_THREADS says: with 1 or 2 a run of Horovod can wait for ever for a
+    # thread to issue a collective that the other ranks are already in.
+    tf.config.threading.set_inter_op_parallelism_threads(max(4, threads))
+    devices = tf.config.list_physical_devices("GPU")
+    if not devices:
+        return Device("CPU", "NHWC", threads)
+    if hvd.local_size() > len(devices):
+        raise Failure(
+            CONFIGURATION,
+            f"rank {rank()}: {hvd.local_size()} ranks on this host, but TensorFlow sees {len(devices)} devices "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}): start one rank a device",
+        )
+    mine = devices[hvd.local_rank()]
+    tf.config.set_visible_devices(mine, "GPU")
+    tf.config.experimental.set_memory_growth(mine, True)
+    return Device("GPU", "NCHW", threads)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def rank() -> int:
+    """Returns this process's number, 0 .. size() - 1."""
+    return int(hvd.rank())
+
+
+def size() -> int:
+    """Returns the number of ranks."""
+    return int(hvd.size())
+
+
+def rank_if_joined() -> Optional[int]:
+    """Returns this rank's number, or None before `start` and after `leave`."""
+    return rank() if hvd.is_initialized() else None
+
+
+def is_root() -> bool:
+    """Says whether this is rank 0, which alone writes files and prints."""
+    return rank() == 0
+
+
+def describe() -> Dict[str, str]:
+    """Returns what must be the same on all ranks besides the configuration: versions and how ranks communicate."""
+    import horovod
+
+    built = [name for name in ("mpi", "gloo", "nccl") if getattr(hvd, f"{name}_built")()]
+    return {
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "tensorflow": tf.__version__,
+        "horovod": f"{horovod.__version__} ({', '.join(built)})",
+        "controller": "mpi" if hvd.mpi_enabled() else "gloo",
+    }
+
+
+def sum_over_ranks(values: np.ndarray) -> np.ndarray:
+    """Returns the sum over ranks of `values`, int64 or float64, any shape: equal on all ranks."""
+    with tf.device("/CPU:0"):
+        return np.asarray(hvd.allreduce(tf.constant(values), op=hvd.Sum, name="sum_over_ranks"))
+
+
+def gather(data: bytes) -> List[bytes]:
+    """Returns every rank's `data`, in order of rank, on all ranks."""
+    with tf.device("/CPU:0"):
+        sizes = np.asarray(hvd.allgather(tf.constant([len(data)], tf.int64), name="gather_sizes"))
+        if not sizes.sum():
+            return [b""] * len(sizes)
+        rows = np.asarray(hvd.allgather(tf.constant(np.frombuffer(data, np.uint8)), name="gather_data"))
+    ends = np.cumsum(sizes).tolist()
+    return [rows[start:end].tobytes() for start, end in zip([0] + ends[:-1], ends)]
+
+
+def from_root(data: Optional[bytes]) -> bytes:
+    """Returns rank 0's `data` on all ranks; what others pass is ignored."""
+    return gather(data or b"" if is_root() else b"")[0]
+
+
+def broadcast_variables(variables: Sequence[Any]) -> None:
+    """Overwrites the variables of all ranks with rank 0's."""
+    if size() > 1:
+        hvd.broadcast_variables(list(variables), root_rank=0)
+
+
+def sum_gradients(tensors: Sequence[Any], name: str) -> List[Any]:
+    """Returns the sums over ranks of `tensors`, sent as one message called `name`; for use inside a tf.function."""
+    if size() == 1:
+        return list(tensors)
+    return list(hvd.grouped_allreduce(list(tensors), op=hvd.Sum, name=name))
+
+
+def together(action: Callable[[], T]) -> T:
+    """Returns `action()`, which must not communicate; if it fails on any rank, all ranks raise one agreed Failure.
+
+    The agreed failure lists each distinct message once, with the ranks that raised it unless all did.
+    """
+    mine: Optional[Failure] = None
+    value: Any = None
+    try:
+        value = action()
+    except Failure as failure:
+        mine = failure
+    told = gather(json.dumps([mine.code, mine.message]).encode() if mine else b"")
+    failed: Dict[str, List[int]] = {}
+    codes = []
+    for number, text in enumerate(told):
+        if text:
+            code, message = json.loads(text.decode())
+            codes.append(code)
+            failed.setdefault(message, []).append(number)
+    if failed:
+        lines = [
+            message if len(ranks) == len(told) or ranks == [0] else f"rank {', '.join(map(str, ranks))}: {message}"
+            for message, ranks in failed.items()
+        ]
+        raise Failure(int(codes[0]), "\n".join(lines), agreed=True)
+    return value
+
+
+def agree(what: str, mine: Dict[str, Any]) -> None:
+    """Raises an agreed Failure(CONFIGURATION) with the differing fields unless `mine` is equal on all ranks."""
+    text = json.dumps(mine, sort_keys=True)
+    digests = gather(hashlib.sha256(text.encode()).digest())
+    if len(set(digests)) == 1:
+        return
+    told = gather(text.encode())
+    first = next(number for number, digest in enumerate(digests) if digest != digests[0])
+    lines = difference(json.loads(told[0].decode()), json.loads(told[first].decode()))
+    raise Failure(
+        CONFIGURATION,
+        f"ranks disagree about {what}: rank 0 (expected) and rank {first} (found) differ in\n{lines}\n"
+        f"Start all ranks with the same flags, software and data",
+        agreed=True,
+    )
+
+
+def leave() -> None:
+    """Leaves the run in order; all ranks, when nothing more will be said."""
+    if hvd.is_initialized():
+        hvd.shutdown()
+
+
+def abort(code: int) -> None:
+    """Ends all ranks at once with `code`; for the rank that failed, after it has said why. Does not return.
+
+    MPI ends the other ranks, and mpirun exits with `code`. Under Gloo this process exits with `code`, and the launcher
+    ends the others and exits with 1.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if hvd.is_initialized() and hvd.mpi_enabled() and size() > 1:
+        try:
+            import mpi4py
+
+            mpi4py.rc.initialize = mpi4py.rc.finalize = False  # MPI is Horovod's to start and end
+            from mpi4py import MPI
+        except ImportError:  # mpirun ends the others all the same when this process exits
+            os._exit(code)
+        MPI.COMM_WORLD.Abort(code)
+    os._exit(code)

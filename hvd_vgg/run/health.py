@@ -1,0 +1,49 @@
+"""How a run ends: exit codes, and the one exception whose text is for the user."""
+
+import os
+from typing import Dict, Optional
+
+DONE = 0
+USAGE = 64  # a flag is unknown, illegal, or does not go with another
+DATA = 65  # the data set is absent, incomplete or damaged
+BUG = 70  # an error of the program: the only case with a traceback
+NOT_WRITTEN = 74  # a result or checkpoint could not be written
+LOST_RANK = 75  # another rank is gone or does not answer: worth a retry
+CONFIGURATION = 78  # installation, run directory or ranks do not fit together
+STOPPED = 80  # ended on request; a checkpoint stands
+NOT_FINITE = 81  # a loss or gradient is NaN or Inf
+
+# What mpirun, horovodrun --gloo, and srun with either form of PMI set for each process they start.
+_RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RANK")
+
+
+class Failure(Exception):
+    """A reason to end the run that its user can act on.
+
+    `code` is the process's exit code. `agreed` says that every rank raises the same failure at the same point, so that
+    rank 0 alone speaks and all leave in order; otherwise the rank that failed speaks and ends all the others.
+    """
+
+    def __init__(self, code: int, message: str, agreed: bool = False) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.agreed = agreed
+
+
+def launched_rank() -> Optional[int]:
+    """Returns this process's rank as its launcher says it, before Horovod is there to ask; None without a launcher."""
+    for name in _RANK_VARIABLES:
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return None
+
+
+def difference(expected: Dict[str, object], found: Dict[str, object]) -> str:
+    """Returns one line a key whose values differ: `  key: expected 1, found 2`; empty when equal."""
+    keys = sorted(set(expected) | set(found))
+    return "\n".join(
+        f"  {key}: expected {expected.get(key)!r}, found {found.get(key)!r}"
+        for key in keys
+        if expected.get(key) != found.get(key)
+    )

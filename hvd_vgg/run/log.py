@@ -1,0 +1,212 @@
+"""What a run tells: DLLogger's JSON lines in a file, a console a person can read, TensorBoard events.
+
+The names in METRICS, their units and formats are an interface: others parse them.
+"""
+
+import json
+import math
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, TextIO, Tuple, Union
+
+try:
+    import dllogger
+except ImportError:
+    dllogger = None
+
+METRICS: Dict[str, Dict[str, str]] = {
+    "train.loss": {"unit": "nats", "format": ":.5f"},
+    "train.acc@1": {"unit": "", "format": ":.4f"},
+    "train.acc@5": {"unit": "", "format": ":.4f"},
+    "train.gradient_norm": {"unit": "", "format": ":.4g"},
+    "train.lr": {"unit": "", "format": ":.6g"},
+    "train.fps": {"unit": "images/s", "format": ":.1f"},
+    "eval.loss": {"unit": "nats", "format": ":.5f"},
+    "eval.acc@1": {"unit": "", "format": ":.4f"},
+    "eval.acc@5": {"unit": "", "format": ":.4f"},
+    "eval.records": {"unit": "records", "format": ":d"},
+}
+
+Step = Union[str, Tuple[int, ...]]
+
+
+class _StdoutLines:
+    """DLLogger's stdout format, for when the package is not installed: `DLL TIME - STEP NAME : VALUE UNIT ...`."""
+
+    def __init__(self) -> None:
+        self.known: Dict[str, Dict[str, str]] = {}
+
+    def metadata(self, now: datetime, elapsed: float, metric: str, metadata: Dict[str, str]) -> None:
+        self.known[metric] = metadata
+
+    def log(self, now: datetime, elapsed: float, step: Step, data: Dict[str, Any]) -> None:
+        parts = []
+        for name, value in data.items():
+            known = self.known.get(name, {})
+            text = ("{" + known.get("format", "") + "}").format(value) if not isinstance(value, str) else value
+            parts.append(f"{name} : {text} {known.get('unit', '')}")
+        print(f"DLL {now} - {step} {' '.join(parts)}")
+
+    def flush(self) -> None:
+        sys.stdout.flush()
+
+
+class _JsonLines:
+    """DLLogger's JSON format, for when the package is not installed: `DLLL {...}` a line."""
+
+    def __init__(self, path: Path) -> None:
+        self.file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 (for as long as the run)
+
+    def _write(self, now: datetime, elapsed: float, kind: str, **more: Any) -> None:
+        times = {
+            "timestamp": str(now.timestamp()),
+            "datetime": str(now.astimezone()),
+            "elapsedtime": str(elapsed),
+            "type": kind,
+        }
+        self.file.write(f"DLLL {json.dumps({**times, **more})}\n")
+
+    def metadata(self, now: datetime, elapsed: float, metric: str, metadata: Dict[str, str]) -> None:
+        self._write(now, elapsed, "METADATA", metric=metric, metadata=metadata)
+
+    def log(self, now: datetime, elapsed: float, step: Step, data: Dict[str, Any]) -> None:
+        self._write(now, elapsed, "LOG", step=step, data=data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+class _Logger:
+    """The part of dllogger.Logger that is used here."""
+
+    def __init__(self, backends: List[Any]) -> None:
+        self.backends = backends
+        self.started = datetime.now()
+
+    def _each(self, call: str, *arguments: Any) -> None:
+        now = datetime.now()
+        for backend in self.backends:
+            getattr(backend, call)(now, (now - self.started).total_seconds(), *arguments)
+
+    def metadata(self, metric: str, metadata: Dict[str, str]) -> None:
+        self._each("metadata", metric, metadata)
+
+    def log(self, step: Step, data: Dict[str, Any]) -> None:
+        self._each("log", step, data)
+
+    def flush(self) -> None:
+        for backend in self.backends:
+            backend.flush()
+
+
+class RunLog:
+    """The log files of a run, for rank 0: `dllogger.json` (appended to on resume) and TensorBoard's events.
+
+    `tensorboard` is a function (name, value, step), or None.
+    """
+
+    def __init__(self, run_dir: Path, stdout: bool, tensorboard: Optional[Callable[[str, float, int], None]]) -> None:
+        path = run_dir / "dllogger.json"
+        _end_last_line(path)
+        if dllogger:
+            backends = [dllogger.JSONStreamBackend(dllogger.Verbosity.VERBOSE, str(path), append=True)]
+            backends += [dllogger.StdOutBackend(dllogger.Verbosity.VERBOSE)] if stdout else []
+            self.logger = dllogger.Logger(backends)
+        else:
+            self.logger = _Logger([_JsonLines(path)] + ([_StdoutLines()] if stdout else []))
+        self.tensorboard = tensorboard
+        for name, metadata in METRICS.items():
+            self.logger.metadata(name, metadata)
+
+    def log(self, step: Step, data: Dict[str, Any]) -> None:
+        """Writes one line, on disk when this returns; step: (epoch, update), or "PARAMETER" for what the run is."""
+        # NaN and Inf are no JSON: strict parsers would refuse the line that matters most.
+        finite = {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in data.items()}
+        self.logger.log(step, finite)
+        self.logger.flush()
+        sys.stdout.flush()
+        if self.tensorboard and not isinstance(step, str):
+            for name, value in data.items():
+                if name in METRICS:
+                    self.tensorboard(name.replace(".", "/"), float(value), step[1])
+
+
+def _end_last_line(path: Path) -> None:
+    """Ends a line that a killed run left unfinished, so that the next is whole."""
+    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        with open(path, "ab") as file:
+            file.write(b"\n")
+
+
+class Console:
+    """What rank 0 prints for a person; silent on other ranks and where DLLogger's lines are asked for.
+
+    mode: bar, lines, dllogger or auto. Under mpirun stdout always looks like a terminal, so auto looks at stderr too;
+    launch/ scripts, which know, say `bar`.
+    """
+
+    def __init__(self, mode: str, speaks: bool) -> None:
+        if mode == "auto":
+            mode = "bar" if sys.stdout.isatty() and sys.stderr.isatty() else "lines"
+        self.bar = mode == "bar"
+        self.speaks = speaks and mode != "dllogger"
+        self.drawn = 0
+
+    def say(self, text: str) -> None:
+        """Prints a line that stays."""
+        if self.speaks:
+            print(self._clear() + text, flush=True)
+
+    def redraw(self, text: str) -> None:
+        """Shows `text` in place of the line shown before it; on terminals only."""
+        if self.speaks and self.bar:
+            clear, self.drawn = self._clear(), len(text)
+            print(clear + text, end="", flush=True)
+
+    def _clear(self) -> str:
+        clear, self.drawn = ("\r" + " " * self.drawn + "\r") if self.drawn else "", 0
+        return clear
+
+    def progress(self, title: str, total: int, unit: str, start: int = 0) -> "Progress":
+        """Returns the progress of work of `total` units, of which `start` are done."""
+        return Progress(self, title, total, unit, start)
+
+
+class Progress:
+    """How far a piece of work is and what is left: a bar on a terminal, else a line every ten seconds."""
+
+    def __init__(self, console: Console, title: str, total: int, unit: str, start: int) -> None:
+        self.console, self.title, self.total, self.unit, self.start = console, title, total, unit, start
+        self.began = self.shown = time.monotonic()
+
+    def left_seconds(self, done: int) -> Optional[float]:
+        """Returns an estimate of the time left, or None before there is one."""
+        elapsed, fresh = time.monotonic() - self.began, done - self.start
+        return elapsed / fresh * (self.total - done) if fresh > 0 else None
+
+    def update(self, done: int, note: str = "") -> None:
+        """Shows that `done` units are done; `note` is what else to show."""
+        now = time.monotonic()
+        if now - self.shown < (0.1 if self.console.bar else 10.0):
+            return
+        self.shown = now
+        left = self.left_seconds(done)
+        tail = (f"  {note}" if note else "") + (f"  left {duration(left)}" if left is not None else "")
+        if self.console.bar:
+            filled = 24 * done // max(1, self.total)
+            bar = "#" * filled + "." * (24 - filled)
+            self.console.redraw(f"{self.title} [{bar}] {done}/{self.total} {self.unit}{tail}")
+        else:
+            self.console.say(f"{self.title}: {done} of {self.total} {self.unit}{tail}")
+
+
+def duration(seconds: float) -> str:
+    """Returns a time as people say it: `42 s`, `3 min 05 s`, `2 h 07 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,114 @@
+"""The compiled functions of training and evaluation: the only tf.functions, the only gradients."""
+
+from typing import Any, Callable, Dict, List, NamedTuple
+
+import tensorflow as tf
+
+from hvd_vgg.config import Config
+from hvd_vgg.model import vgg
+from hvd_vgg.parallel import exchange
+from hvd_vgg.train import optimizer
+
+_PHILOX = 1  # tf.random.Algorithm.PHILOX, as an attribute of the raw operation
+
+
+class Sums(NamedTuple):
+    """Sums over samples of one rank: `loss` float32, hits int64. `gradient_norm`, float32, is the global gradient's."""
+
+    loss: Any
+    top1: Any
+    top5: Any
+    gradient_norm: Any
+
+
+def make_train_step(weights: vgg.Weights, slots: optimizer.Slots, config: Config, data_format: str) -> Callable[..., Sums]:
+    """Returns the function of one update, called by all ranks: (images, labels, position, keys, lr) -> Sums.
+
+    images uint8 [n, h, w, 3] and labels int32 [n]: this rank's part of the global batch, which begins at `position` of it
+    (int64 scalar); keys: `order.dropout_keys`, uint64 [2]; lr: float32 scalar. Gradients are sums over samples divided by
+    the global batch, summed over ranks.
+    """
+
+    def sums_and_gradients(images: Any, labels: Any, position: Any, keys: Any) -> List[Any]:
+        def dropout(x: Any, layer: int) -> Any:
+            return drop(x, config.dropout, keys[layer], position)
+
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(list(weights.values()))
+            inputs = vgg.normalized(images)
+            logits = vgg.logits(weights, config.model, inputs, data_format, dropout if config.dropout else None)
+            loss = tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+            objective = loss / config.global_batch
+        gradients = tape.gradient(objective, list(weights.values()))
+        return [loss, hits(logits, labels, 1), hits(logits, labels, 5)] + gradients
+
+    def in_micro_batches(images: Any, labels: Any, position: Any, keys: Any) -> List[Any]:
+        rows, held = images.shape[0], config.device_batch
+        if rows <= held:
+            return sums_and_gradients(images, labels, position, keys)
+
+        def body(low: Any, total: List[Any]) -> Any:
+            high = tf.minimum(low + held, rows)
+            part = sums_and_gradients(images[low:high], labels[low:high], position + tf.cast(low, tf.int64), keys)
+            return high, [a + b for a, b in zip(total, part)]
+
+        zeros = [tf.constant(0.0), tf.constant(0, tf.int64), tf.constant(0, tf.int64)]
+        zeros += [tf.zeros_like(weight) for weight in weights.values()]
+        # One at a time: micro-batches exist because only one fits.
+        return list(tf.while_loop(lambda low, _: low < rows, body, [tf.constant(0), zeros], parallel_iterations=1)[1])
+
+    @tf.function(jit_compile=False)
+    def train_step(images: Any, labels: Any, position: Any, keys: Any, lr: Any) -> Sums:
+        loss, top1, top5, *parts = in_micro_batches(images, labels, position, keys)
+        gradients: Dict[str, Any] = exchange.sum_gradients(dict(zip(weights, parts)))
+        norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(gradient) for gradient in gradients.values()]))
+        optimizer.update(weights, slots, gradients, lr, config.optimizer, config.momentum, config.weight_decay)
+        return Sums(loss, top1, top5, norm)
+
+    return train_step
+
+
+def make_eval_step(weights: vgg.Weights, model: str, data_format: str) -> Callable[..., Any]:
+    """Returns the function (images, labels) -> (loss float32, top1, top5, records int64), sums over one batch.
+
+    images uint8 [n, h, w, 3]; labels int32 [n], negative where the row only fills up the batch and counts for nothing.
+    """
+
+    @tf.function(jit_compile=False)
+    def eval_step(images: Any, labels: Any) -> Any:
+        logits = vgg.logits(weights, model, vgg.normalized(images), data_format)
+        real = labels >= 0
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.maximum(labels, 0), logits)
+        loss = tf.reduce_sum(tf.where(real, losses, 0.0))
+        records = tf.reduce_sum(tf.cast(real, tf.int64))
+        return loss, hits(logits, labels, 1), hits(logits, labels, 5), records
+
+    return eval_step
+
+
+def hits(logits: Any, labels: Any, k: int) -> Any:
+    """Returns how many labels, int64, are among the k largest logits [n, classes]; negative labels never are.
+
+    A tie counts against the label, and so does NaN: a network whose outputs are all equal scores 0, not 1 as with
+    tf.math.in_top_k.
+    """
+    own = tf.gather(logits, tf.maximum(labels, 0), axis=1, batch_dims=1)[:, tf.newaxis]
+    lower = tf.reduce_sum(tf.cast(logits < own, tf.int32), axis=1)
+    hit = (logits.shape[1] - 1 - lower < k) & (labels >= 0)
+    return tf.reduce_sum(tf.cast(hit, tf.int64))
+
+
+def drop(x: Any, rate: float, key: Any, position: Any) -> Any:
+    """Returns x [n, units] with `rate` of its values set to 0 and the others scaled by 1 / (1 - rate).
+
+    Row i's mask is a function of (key, position + i) alone, whatever batch the row is computed in: a row takes its own run
+    of Philox counters (Salmon et al., 2011), four numbers each.
+    """
+    units = x.shape[1]
+    counters = -(-units // 4)
+    with tf.device("/CPU:0"):
+        counter = tf.stack([tf.cast(position * counters, tf.uint64), tf.constant(0, tf.uint64)])
+    draws = tf.raw_ops.StatelessRandomUniformV2(
+        shape=[tf.shape(x)[0], counters * 4], key=tf.reshape(key, [1]), counter=counter, alg=_PHILOX
+    )
+    return tf.where(draws[:, :units] >= rate, x * (1 / (1 - rate)), 0.0)
