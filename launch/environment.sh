@@ -1,0 +1,121 @@
+#!/usr/bin/env bash
+# Makes the environment that launch/quickstart.sh and launch/test.sh use, or finds it made; prints what it does and why.
+#
+#   bash launch/environment.sh [--test]     --test adds what lint, types and tests need
+#
+# HVD_VGG_VENV  where it is (default: .venv in the clone)
+# PYTHON        the interpreter to make it with (default: the first of python3.11, python3.10, python3.12, python3.9, python3)
+set -euo pipefail
+
+launch="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+clone="$(dirname "$launch")"
+venv="${HVD_VGG_VENV:-$clone/.venv}"
+horovod="0.28.1"
+
+say() { printf 'environment: %s\n' "$*"; }
+fail() {
+  printf 'environment: %s\n' "$*" >&2
+  exit 78
+}
+
+requirements=("$launch/requirements.txt")
+if [ "${1:-}" = "--test" ]; then
+  requirements+=("$launch/requirements-test.txt")
+elif [ $# -gt 0 ]; then
+  fail "$1: no such option; expected --test or nothing"
+fi
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.10 python3.12 python3.9 python3; do
+    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+    if [ -n "${PYTHON:-}" ]; then
+      break
+    fi
+  done
+}
+
+# The pins that an environment was made from lie in it; the same pins again need nothing done.
+is_made_from() { [ -x "$venv/bin/python" ] && [ -f "$venv/hvd_vgg-$1" ] && cmp -s "$launch/$1" "$venv/hvd_vgg-$1"; }
+
+install() {
+  local file
+  for file in "$@"; do
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --only-binary :all: --no-deps -r "$file"
+  done
+}
+
+build_horovod() {
+  command -v g++ >/dev/null || fail "g++ is missing: Horovod is C++ and has no wheels. Debian, Ubuntu: apt-get install g++"
+  say "building Horovod $horovod against this TensorFlow with MPI and Gloo: no wheel of it exists. Once; 2 to 6 minutes."
+  local log="$venv/horovod-build.log" began=$SECONDS
+  # pip would keep the wheel by version alone and reuse it under another TensorFlow: hence --no-cache-dir.
+  # The compilers and mpicxx are found through PATH.
+  PATH="$venv/bin:$PATH" HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1 \
+    HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1 MAKEFLAGS="-j$(nproc)" \
+    "$venv/bin/python" -m pip install --disable-pip-version-check --no-cache-dir --no-build-isolation --no-deps \
+    --force-reinstall --no-binary horovod "horovod==$horovod" >"$log" 2>&1 &
+  local build=$!
+  while kill -0 "$build" 2>/dev/null; do
+    sleep 1
+    if [ $(((SECONDS - began) % 30)) -eq 0 ]; then say "still building, $((SECONDS - began)) s so far (log: $log)"; fi
+  done
+  if ! wait "$build"; then
+    tail -n 15 "$log" >&2
+    fail "Horovod did not build; the whole log is $log"
+  fi
+  say "built in $((SECONDS - began)) s"
+}
+
+check_horovod() {
+  "$venv/bin/python" - <<'PYTHON' || fail "Horovod does not fit this TensorFlow: remove $venv and run this again"
+import json
+import os
+import pathlib
+import sys
+
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+import horovod
+import horovod.tensorflow as hvd
+import tensorflow as tf
+
+built_for = json.loads((pathlib.Path(horovod.__file__).parent / "metadata.json").read_text())["tensorflow"]
+print(f"environment: Python {sys.version.split()[0]}, TensorFlow {tf.__version__}, Horovod {horovod.__version__} built for "
+      f"TensorFlow {built_for}, MPI {hvd.mpi_built()}, Gloo {bool(hvd.gloo_built())}")
+sys.exit(not (built_for == tf.__version__ and hvd.mpi_built() and hvd.gloo_built()))
+PYTHON
+}
+
+made=true
+for file in "${requirements[@]}"; do
+  is_made_from "$(basename "$file")" || made=false
+done
+if $made; then
+  say "using $venv"
+else
+  if [ ! -x "$venv/bin/python" ]; then
+    python="$(find_python)"
+    [ -n "$python" ] || fail "no Python 3.9 to 3.12 with venv found (PYTHON=${PYTHON:-unset}). Debian, Ubuntu: apt-get install python3-venv"
+    say "making $venv with $("$python" --version)"
+    "$python" -m venv "$venv"
+  fi
+  say "installing TensorFlow for CPU, Open MPI and mpi4py, exact versions (${requirements[*]##*/}): a minute or two"
+  install "${requirements[@]}"
+  if ! is_made_from requirements.txt; then
+    build_horovod
+  fi
+  check_horovod
+  for file in "${requirements[@]}"; do
+    cp "$file" "$venv/hvd_vgg-$(basename "$file")"
+  done
+fi
+
+# The package itself is installed as a link to the clone: what is edited is what runs.
+if ! [ "$("$venv/bin/python" -I -c 'import os, hvd_vgg; print(os.path.dirname(os.path.dirname(hvd_vgg.__file__)))' 2>/dev/null)" = "$clone" ] ||
+  [ ! -x "$venv/bin/hvd-vgg" ]; then
+  say "installing hvd_vgg from $clone"
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable "$clone"
+fi
