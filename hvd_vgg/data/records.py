@@ -376,7 +376,7 @@ def load_cache(path: Path, paths: Sequence[Path]) -> Optional[List[Optional[Shar
     A shard is unchanged while its size and time of modification are. A damaged cache is as good as none.
     """
     try:
-        with np.load(path, allow_pickle=False) as cache:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as cache:
             names, stamps = cache["names"].tolist(), cache["stamps"]
             index = Index(tuple(paths), cache["starts"], cache["offsets"], cache["lengths"], cache["labels"])
         shards = dict(zip(names, zip(stamps.tolist(), split_index(index))))

@@ -9,7 +9,7 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, TextIO, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 try:
     import dllogger
@@ -57,7 +57,7 @@ class _JsonLines:
     """DLLogger's JSON format, for when the package is not installed: `DLLL {...}` a line."""
 
     def __init__(self, path: Path) -> None:
-        self.file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 (for as long as the run)
+        self.path = path
 
     def _write(self, now: datetime, elapsed: float, kind: str, **more: Any) -> None:
         times = {
@@ -66,7 +66,8 @@ class _JsonLines:
             "elapsedtime": str(elapsed),
             "type": kind,
         }
-        self.file.write(f"DLLL {json.dumps({**times, **more})}\n")
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(f"DLLL {json.dumps({**times, **more})}\n")
 
     def metadata(self, now: datetime, elapsed: float, metric: str, metadata: Dict[str, str]) -> None:
         self._write(now, elapsed, "METADATA", metric=metric, metadata=metadata)
@@ -75,7 +76,7 @@ class _JsonLines:
         self._write(now, elapsed, "LOG", step=step, data=data)
 
     def flush(self) -> None:
-        self.file.flush()
+        """Does nothing: each line is on disk when it was written."""
 
 
 class _Logger:
@@ -135,9 +136,11 @@ class RunLog:
 
 def _end_last_line(path: Path) -> None:
     """Ends a line that a killed run left unfinished, so that the next is whole."""
-    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-        with open(path, "ab") as file:
-            file.write(b"\n")
+    if path.exists() and path.stat().st_size:
+        with open(path, "rb+") as file:
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
 
 
 class Console:

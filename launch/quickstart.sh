@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# From a fresh clone to a trained network: makes the environment, draws a data set, trains on 2 ranks, evaluates.
+#
+#   bash launch/quickstart.sh [FLAGS OF hvd-vgg train]
+#
+# DATA_DIR      TFRecords to use instead of drawn ones (give --num_classes=N too)
+# HVD_VGG_VENV  where the environment is (default: .venv in the clone)
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+case "${1:-}" in -h | --help)
+  sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  exit 0
+  ;;
+esac
+bash "$launch/environment.sh"
+use_environment
+
+data="${DATA_DIR:-$clone/demo_data}"
+if [ -z "${DATA_DIR:-}" ] && [ ! -e "$data" ]; then
+  echo "Drawing a data set of ten classes into $data"
+  # Under another name until it is whole: a run that was interrupted here starts over.
+  drawn="$(mktemp -d "$data.XXXXXX")"
+  run_ranks 2 hvd-vgg make-demo-data --data_dir="$drawn" --console="$(console)"
+  chmod 755 "$drawn"
+  mv "$drawn" "$data"
+fi
+
+run_dir="$clone/runs/quickstart-$(date +%Y%m%d-%H%M%S)"
+echo "Training on 2 ranks in $run_dir"
+run_ranks 2 hvd-vgg train --flagfile="$clone/configs/quickstart.flags" --data_dir="$data" --run_dir="$run_dir" \
+  --console="$(console)" "$@"
+
+cat <<TEXT
+Next, the same run on one rank gives the same accuracy:
+  ${HVD_VGG_VENV:-$clone/.venv}/bin/hvd-vgg train --flagfile=$run_dir/flags.txt --run_dir=$run_dir-one-rank
+TEXT

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Lint, types and every test, in the environment of launch/environment.sh with the test extras. About 10 minutes on 2 cores.
+#
+#   bash launch/test.sh
+#
+# HVD_VGG_VENV  where the environment is (default: .venv in the clone)
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+bash "$launch/environment.sh" --test
+use_environment
+cd "$clone"
+export PYTHONDONTWRITEBYTECODE=1
+
+echo "== lint and types"
+ruff check .
+ruff format --check .
+mypy
+shellcheck -x launch/*.sh .ci/run
+
+echo "== tests of one process, and those that start their own ranks"
+python -m pytest -q tests/unit tests/faults
+
+for ranks in 2 3; do
+  echo "== tests on $ranks ranks"
+  run_ranks "$ranks" python -m pytest -q --color=no tests/parallel
+done

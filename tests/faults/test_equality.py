@@ -1,0 +1,172 @@
+"""A run is its configuration and its seed: the same records, losses and weights on any number of ranks."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+from support import ROOT, TINY, Started, command_line
+
+from hvd_vgg.train import checkpoint
+
+# 75 records in batches of 32: steps cross from epoch to epoch. Dropout and crop on.
+STEPS = 10
+FLAGS = [*TINY, "--augment=crop", "--dropout=0.5", "--width=0.25", f"--steps={STEPS}"]
+SPY = [sys.executable, str(ROOT / "tests" / "spy.py")]
+
+
+def log_rows(run_dir):
+    text = (run_dir / "dllogger.json").read_text()
+    rows = [json.loads(line[5:]) for line in text.splitlines()]
+    return [row for row in rows if row["type"] == "LOG"]
+
+
+def losses(run_dir):
+    return {row["step"][1]: row["data"]["train.loss"] for row in log_rows(run_dir) if "train.loss" in row["data"]}
+
+
+def ids_by_step(out, ranks):
+    """Returns {step: ids in the order of the global batch}; a step trained twice keeps its last."""
+    parts = []
+    for rank in range(ranks):
+        rows = [list(map(int, line.split())) for line in (out / f"ids.rank{rank}").read_text().splitlines()]
+        parts.append({row[0]: row[1:] for row in rows})
+    common = set.intersection(*(set(part) for part in parts))
+    return {step: [record for part in parts for record in part[step]] for step in sorted(common)}
+
+
+def train(launch, out, data, ranks, *more):
+    """Trains with the spy into out/run and returns (ids by step, losses by step, newest checkpoint)."""
+    out.mkdir(exist_ok=True)
+    flags = [f"--data_dir={data}", f"--run_dir={out / 'run'}", *FLAGS, *more]
+    ended = launch(ranks, str(out), "train", *flags, program=SPY)
+    assert ended.code == 0, ended.out + ended.err
+    return ids_by_step(out, max(1, ranks)), losses(out / "run"), checkpoint.newest(out / "run")
+
+
+def assert_same_run(found, wanted, tolerance=1e-5):
+    assert found[0] == wanted[0]
+    assert list(found[1]) == list(wanted[1])
+    np.testing.assert_allclose(list(found[1].values()), list(wanted[1].values()), rtol=tolerance)
+    assert_same_weights(found[2], wanted[2], tolerance)
+
+
+def assert_same_weights(found, wanted, tolerance=1e-5):
+    """Weights to `tolerance` of their norm; momentum, which is made of gradients, to a hundred times that.
+
+    A maximum or a ReLU whose inputs differ in the last bit may go the other way, and moves a gradient by a whole term.
+    """
+    assert found.tensors.keys() == wanted.tensors.keys()
+    for name, value in wanted.tensors.items():
+        difference = np.linalg.norm(found.tensors[name] - value) / np.linalg.norm(value)
+        assert difference <= tolerance * (100 if name.endswith("/momentum") else 1), (name, difference)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory, data):
+    """The run of one rank with no micro-batches, to which all others are held."""
+    out = tmp_path_factory.mktemp("one")
+
+    def launch(ranks, *arguments, program):
+        return Started(command_line(ranks, arguments, program), out).wait()
+
+    return train(launch, out / "spy", data, 0)
+
+
+def test_the_reference_learns_something_and_reads_what_the_order_says(one_rank, data):
+    ids, loss, found = one_rank
+    from hvd_vgg.data import order
+
+    assert ids == {s: order.positions(32 * s, 32 * s + 32, 75, 1).ids.tolist() for s in range(STEPS)}
+    assert len(loss) == STEPS
+    moved = [np.linalg.norm(value) for name, value in found.tensors.items() if name.endswith("momentum")]
+    assert min(moved) > 0
+    assert abs(loss[STEPS] - loss[1]) > 1e-3
+
+
+@pytest.mark.parametrize(("ranks", "device_batch"), [(1, 4), (2, 32), (2, 4), (3, 32), (3, 4), (4, 32), (4, 4)])
+def test_any_number_of_ranks_and_micro_batches_is_the_same_run(launch, tmp_path, data, one_rank, ranks, device_batch):
+    assert_same_run(train(launch, tmp_path / "spy", data, ranks, f"--device_batch={device_batch}"), one_rank)
+
+
+def test_another_seed_is_another_run(launch, tmp_path, data, one_rank):
+    found = train(launch, tmp_path / "spy", data, 2, "--seed=2")
+    with pytest.raises(AssertionError):
+        assert_same_run(found, one_rank)
+    with pytest.raises(AssertionError):
+        assert_same_weights(found[2], one_rank[2], 1e-2)
+
+
+def test_killed_on_two_ranks_and_resumed_on_one_is_the_run_never_killed(launch, tmp_path, data, one_rank):
+    out = tmp_path / "spy"
+    out.mkdir()
+    flags = [f"--data_dir={data}", f"--run_dir={out / 'run'}", *FLAGS, "--save_every_steps=2"]
+    started = Started(command_line(2, [str(out), "train", *flags], SPY), tmp_path)
+    at = int(np.random.default_rng(int(time.time())).integers(3, 8))
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and started.process.poll() is None:
+        steps = len((out / "ids.rank1").read_text().splitlines()) if (out / "ids.rank1").exists() else 0
+        if steps >= at:
+            break
+        time.sleep(0.005)
+    ranks = [pid for pid in started.alive() if b"spy.py" in open(f"/proc/{pid}/cmdline", "rb").read().split(b"\0")[1]]
+    assert len(ranks) == 2, f"killed at step {at}: {started.out.read_text()}"
+    os.kill(ranks[1], signal.SIGKILL)
+    ended = started.wait()
+    assert ended.code == 137, ended.err
+    found = checkpoint.newest(out / "run")
+    resumed_at = found.meta["step"] if found else 0
+    before = ids_by_step(out, 2)
+
+    after_out = tmp_path / "after"
+    after_out.mkdir()
+    ended = launch(1, str(after_out), "train", *flags, "--resume=auto", program=SPY)
+    assert ended.code == 0, ended.err
+    assert f"steps {resumed_at} to {STEPS}" in ended.out
+    after = ids_by_step(after_out, 1)
+    assert list(after) == list(range(resumed_at, STEPS))
+    whole = {**{step: before[step] for step in range(resumed_at)}, **after}
+    assert whole == one_rank[0]
+    stream = [record for step in range(STEPS) for record in whole[step]]
+    for epoch in range(len(stream) // 75):
+        assert sorted(stream[75 * epoch : 75 * (epoch + 1)]) == list(range(75))
+    assert_same_weights(checkpoint.newest(out / "run"), one_rank[2])
+    done = losses(out / "run")
+    np.testing.assert_allclose([done[s] for s in sorted(done)], [one_rank[1][s] for s in sorted(done)], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [["horovodrun", "-np", "2"], ["horovodrun", "--gloo", "-np", "2"], ["mpirun", "-np", "4", "--oversubscribe"]],
+    ids=["horovodrun", "gloo", "mpirun4"],
+)
+def test_every_launcher_gives_the_same_losses(launch, tmp_path, data, one_rank, launcher):
+    out = tmp_path / "run"
+    flags = [f"--data_dir={data}", f"--run_dir={out}", *FLAGS]
+    ended = launch(0, "train", *flags, program=[*launcher, sys.executable, "-m", "hvd_vgg"], PYTHONPATH=str(ROOT))
+    assert ended.code == 0, ended.out + ended.err
+    found = losses(out)
+    np.testing.assert_allclose(list(found.values()), list(one_rank[1].values()), rtol=1e-5)
+
+
+def test_one_inter_op_thread_does_not_hang_a_run(launch, tmp_path, data, one_rank):
+    flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *FLAGS]
+    ended = launch(2, "train", *flags, TF_NUM_INTEROP_THREADS="1", TF_NUM_INTRAOP_THREADS="1")
+    assert ended.code == 0, ended.out + ended.err
+    np.testing.assert_allclose(list(losses(tmp_path / "run").values()), list(one_rank[1].values()), rtol=1e-5)
+
+
+def test_evaluation_gives_the_same_integers_on_1_2_and_3_ranks(launch, tmp_path, data):
+    flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY, "--steps=20", "--device_batch=5"]
+    ended = launch(2, "train", *flags)
+    assert ended.code == 0, ended.err
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    expected = f"({result['top1_hits']} and {result['top5_hits']} of 37 records, each once"
+    assert result["records_evaluated"] == 37
+    for ranks in (0, 2, 3):
+        ended = launch(ranks, "evaluate", f"--run_dir={tmp_path / 'run'}")
+        assert ended.code == 0, ended.err
+        assert expected in ended.out

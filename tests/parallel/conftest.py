@@ -1,0 +1,29 @@
+"""The whole folder runs under mpirun: every rank runs every test in the same order (launch/test.sh does so on 2 and 3)."""
+
+import faulthandler
+
+import pytest
+
+from hvd_vgg.parallel import comm
+
+FAILED = pytest.StashKey[int]()
+
+# A rank that waits for another that failed a test would wait for ever: the time limit ends it, and mpirun all.
+faulthandler.dump_traceback_later(240, exit=True)
+
+
+def pytest_sessionstart():
+    comm.start()
+    if comm.size() == 1:
+        pytest.exit("tests/parallel needs ranks: mpirun -np 2 python -m pytest tests/parallel", returncode=78)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    session.config.stash[FAILED] = int(exitstatus)
+
+
+def pytest_unconfigure(config):
+    if config.stash.get(FAILED, 0):
+        comm.abort(config.stash[FAILED])
+    comm.leave()
+    faulthandler.cancel_dump_traceback_later()

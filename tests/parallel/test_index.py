@@ -1,0 +1,69 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import example, picture, write_data, write_shard
+
+from hvd_vgg.data import index, records
+from hvd_vgg.parallel import comm
+from hvd_vgg.run.health import DATA, Failure
+from hvd_vgg.run.log import Console
+
+QUIET = Console("lines", False)
+
+
+@pytest.fixture
+def shared(tmp_path_factory):
+    """One directory that all ranks see, with data written by rank 0."""
+    mine = tmp_path_factory.mktemp("shared")
+    folder = Path(comm.from_root(os.fsencode(mine)).decode())
+    if comm.is_root():
+        write_data(folder / "data", shards=5)
+        (folder / "run").mkdir()
+    comm.gather(b"written")
+    return folder
+
+
+def open_train(folder):
+    return index.open_split(str(folder / "data"), "train", folder / "run", QUIET)
+
+
+def expected(folder):
+    paths = records.find_shards(str(folder / "data"), "train")
+    return records.join(paths, [records.scan_shard(path) for path in paths])
+
+
+def assert_equal(found, wanted):
+    assert found.paths == wanted.paths
+    for a, b in zip(found[1:], wanted[1:]):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_all_ranks_hold_the_whole_index_made_by_all_and_read_from_the_cache(shared):
+    assert_equal(open_train(shared), expected(shared))
+    assert (shared / "data" / ".hvd_vgg_index_train.npz").is_file()
+    assert_equal(open_train(shared), expected(shared))
+
+
+def test_a_changed_shard_is_read_again(shared):
+    first = open_train(shared)
+    comm.gather(b"opened")
+    if comm.is_root():
+        write_shard(first.paths[3], [example(picture(i, 2), 2) for i in range(4)])
+    comm.gather(b"changed")
+    found = open_train(shared)
+    assert_equal(found, expected(shared))
+    assert found.records != first.records
+
+
+def test_a_bad_shard_is_told_to_all_ranks_by_whoever_met_it(shared):
+    path = shared / "data" / "train-00004-of-00005"
+    if comm.is_root():
+        path.write_bytes(path.read_bytes()[:-5])
+    comm.gather(b"cut")
+    with pytest.raises(Failure) as raised:
+        open_train(shared)
+    assert (raised.value.code, raised.value.agreed) == (DATA, True)
+    assert str(path) in raised.value.message

@@ -1,0 +1,145 @@
+"""What tests share: small real TFRecords, and starting real ranks under a hard time limit that leave nothing behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
+
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+LIMIT_SECONDS = 120
+
+# A run of a few seconds on records of `data`.
+TINY = [
+    "--num_classes=10",
+    "--image_size=32",
+    "--model=vgg11",
+    "--width=0.125",
+    "--global_batch=32",
+    "--device_batch=32",
+    "--lr=0.05",
+    "--lr_schedule=constant",
+    "--warmup_epochs=0",
+    "--eval_every_epochs=0",
+    "--save_every_steps=0",
+    "--log_every_steps=1",
+]
+
+
+class Ended(NamedTuple):
+    """How a started command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Started:
+    """A command and all it starts, recognisable by a token in their environment."""
+
+    def __init__(self, command: Sequence[str], cwd: Path, **environment: str) -> None:
+        self.token = f"HVD_VGG_TEST_{uuid.uuid4().hex}"
+        # Launchers are found first where the interpreter is; Open MPI's consent to root is for containers and CI.
+        path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+        consent = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.getuid() == 0 else {}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX_"))}
+        self.out, self.err = cwd / f"{self.token}.out", cwd / f"{self.token}.err"
+        with open(self.out, "w") as out, open(self.err, "w") as err:
+            self.process = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env={**inherited, **consent, "PATH": path, self.token: "1", **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+
+    def alive(self) -> List[int]:
+        """Returns the processes that carry the token, zombies aside."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and self.token.encode() in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+        return found
+
+    def wait(self, limit_seconds: float = LIMIT_SECONDS) -> Ended:
+        """Returns how it ended; fails the test when it takes too long or leaves a process."""
+        try:
+            code = self.process.wait(limit_seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"still running after {limit_seconds} s\n{self.out.read_text()}\n{self.err.read_text()}")
+        finally:
+            deadline = time.monotonic() + 5
+            while self.alive() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            left = self.alive()
+            for process in left:
+                os.kill(process, signal.SIGKILL)
+        ended = Ended(code, self.out.read_text(), self.err.read_text())
+        assert not left, f"processes left: {left}\n{ended.out}\n{ended.err}"
+        return ended
+
+
+Launch = Callable[..., Ended]
+
+
+def command_line(ranks: int, arguments: Sequence[str], program: Optional[Sequence[str]] = None) -> List[str]:
+    """Returns the command that starts `hvd-vgg` (or `program`) with `arguments` on `ranks`; 0 ranks: without mpirun."""
+    program = list(program or [sys.executable, "-m", "hvd_vgg"])
+    launcher = ["mpirun", "-np", str(ranks), "--oversubscribe", "--bind-to", "none"] if ranks else []
+    return [*launcher, *program, *arguments]
+
+
+def write_shard(path: Path, examples: Sequence[bytes]) -> None:
+    """Writes one TFRecord file with TensorFlow's own writer."""
+    import tensorflow as tf
+
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for example in examples:
+            writer.write(example)
+
+
+def example(encoded: Optional[bytes], label: Optional[int], **more: object) -> bytes:
+    """Returns a serialised tf.train.Example made by TensorFlow's own protobuf."""
+    import tensorflow as tf
+
+    features: Dict[str, object] = {}
+    if encoded is not None:
+        features["image/encoded"] = tf.train.Feature(bytes_list=tf.train.BytesList(value=[encoded]))
+    if label is not None:
+        features["image/class/label"] = tf.train.Feature(int64_list=tf.train.Int64List(value=[label]))
+    features.update(more)
+    return bytes(tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString())
+
+
+def picture(seed: int, label: int, height: int = 40, width: int = 48) -> bytes:
+    """Returns a JPEG whose colours tell its label, with noise."""
+    import numpy as np
+    import tensorflow as tf
+
+    random = np.random.default_rng(seed)
+    base = np.random.default_rng(label).integers(0, 200, (4, 4, 3))
+    image = np.kron(base, np.ones((height // 4, width // 4, 1))) + random.integers(0, 55, (height, width, 3))
+    return bytes(tf.io.encode_jpeg(image.astype(np.uint8)).numpy())
+
+
+def write_data(folder: Path, train: int = 75, validation: int = 37, shards: int = 3) -> Path:
+    """Writes both splits, labels 1..10, in unequal shards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count, files in (("train", train, shards), ("validation", validation, 2)):
+        rows = [example(picture(i, i % 10 + 1), i % 10 + 1) for i in range(count)]
+        bounds = [0, *sorted({count * (k + 1) // files - k for k in range(files - 1)}), count]
+        for number, (low, high) in enumerate(zip(bounds, bounds[1:])):
+            write_shard(folder / f"{split}-{number:05d}-of-{files:05d}", rows[low:high])
+    return folder

@@ -1,0 +1,151 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from hvd_vgg.run.health import CONFIGURATION, NOT_WRITTEN, Failure
+from hvd_vgg.train import checkpoint
+
+
+def tensors(step):
+    return {"a/kernel": np.full((30, 40), step, np.float32), "a/bias": np.arange(7, dtype=np.float32) + step}
+
+
+def save(run_dir, step, keep=3, best=False):
+    return checkpoint.save(run_dir, tensors(step), {"step": step, "run": {"seed": 1}}, keep, best)
+
+
+def test_a_saved_checkpoint_is_read_back_equal(tmp_path):
+    path = save(tmp_path, 12)
+    found = checkpoint.newest(tmp_path)
+    assert path.name == "step-00000012.safetensors"
+    assert (found.path, found.meta) == (path, {"step": 12, "run": {"seed": 1}})
+    for name, value in tensors(12).items():
+        assert (found.tensors[name] == value).all()
+        assert found.tensors[name].dtype == value.dtype
+
+
+def test_the_newest_are_kept_and_the_best(tmp_path):
+    for step in (1, 2, 3, 4, 5, 6):
+        save(tmp_path, step, keep=2, best=step == 2)
+    assert [path.name[5:13] for path in checkpoint.existing(tmp_path)] == ["00000006", "00000005", "00000002"]
+    assert checkpoint.pointed(tmp_path, "best").name == "step-00000002.safetensors"
+    assert checkpoint.pointed(tmp_path, "newest").name == "step-00000006.safetensors"
+
+
+def test_no_checkpoints_is_none_and_all_damaged_is_an_error(tmp_path):
+    assert checkpoint.newest(tmp_path) is None
+    path = save(tmp_path, 1)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(Failure) as raised:
+        checkpoint.newest(tmp_path)
+    assert raised.value.code == CONFIGURATION
+    assert "step-00000001.safetensors:" in raised.value.message
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "junk", "foreign"])
+def test_a_damaged_newest_is_passed_over_for_the_one_before(tmp_path, damage):
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    data = bytearray(path.read_bytes())
+    if damage == "foreign":
+        from safetensors.numpy import save_file
+
+        save_file(tensors(2), path)
+    else:
+        data[-100] ^= 1
+        path.write_bytes({"cut": bytes(data[:-50]), "flip": bytes(data), "empty": b"", "junk": b"x" * 5000}[damage])
+    assert checkpoint.newest(tmp_path).meta["step"] == 1
+    with pytest.raises(ValueError, match="."):
+        checkpoint.load(path)
+
+
+def test_pointers_lead_nowhere_but_to_checkpoints(tmp_path):
+    save(tmp_path, 1, best=True)
+    for text in ("../../x", "/etc/passwd", "", "step-1.safetensors", "step-00000001.safetensors/../x"):
+        (checkpoint.folder(tmp_path) / "best").write_text(text)
+        assert checkpoint.pointed(tmp_path, "best") is None
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(Failure) as raised:
+        save(tmp_path, 1)
+    assert raised.value.code == NOT_WRITTEN
+
+
+def test_leftovers_of_a_killed_save_are_removed_and_nothing_else(tmp_path):
+    save(tmp_path, 1)
+    place = checkpoint.folder(tmp_path)
+    (place / "step-00000002.safetensors.tmp").write_bytes(b"half")
+    (place / "mine.txt").write_text("keep")
+    checkpoint.clean(tmp_path)
+    assert sorted(path.name for path in place.iterdir()) == ["mine.txt", "newest", "step-00000001.safetensors"]
+
+
+SAVER = """
+import sys, pathlib, numpy as np
+from hvd_vgg.train import checkpoint
+for step in range(1, 10**6):
+    tensors = {f"w{i}": np.full(200_000, step, np.float32) for i in range(5)}
+    checkpoint.save(pathlib.Path(sys.argv[1]), tensors, {"step": step}, 2, step % 3 == 0)
+    print(step, flush=True)
+"""
+
+
+def test_sigkill_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path):
+    random = np.random.default_rng(5)
+    for attempt in range(8):
+        run_dir = tmp_path / str(attempt)
+        process = subprocess.Popen([sys.executable, "-c", SAVER, str(run_dir)], stdout=subprocess.PIPE, text=True)
+        told = [int(process.stdout.readline()) for _ in range(2)]
+        try:
+            process.wait(random.uniform(0, 0.05))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+        told += [int(line) for line in process.stdout]
+        process.wait()
+        process.stdout.close()
+        checkpoint.clean(run_dir)
+        found = checkpoint.newest(run_dir)
+        assert found.meta["step"] >= max(told)
+        assert all((value == found.meta["step"]).all() for value in found.tensors.values())
+        best = checkpoint.pointed(run_dir, "best")
+        assert best is None or checkpoint.load(best).meta["step"] % 3 == 0
+
+
+def test_bytes_are_on_disk_before_the_name_is(tmp_path, monkeypatch):
+    """Write, flush to disk, rename, flush the directory; only then the pointer: the order that survives power loss."""
+    events = []
+    fsync, replace = os.fsync, checkpoint.Path.replace
+
+    def noted_fsync(handle):
+        events.append(("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))))
+        fsync(handle)
+
+    def noted_replace(path, target):
+        events.append(("rename", os.path.basename(target)))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(checkpoint.Path, "replace", noted_replace)
+    save(tmp_path, 1)
+    name = "step-00000001.safetensors"
+    assert events == [
+        ("fsync", f"{name}.tmp"),
+        ("rename", name),
+        ("fsync", "checkpoints"),
+        ("fsync", "newest.tmp"),
+        ("rename", "newest"),
+        ("fsync", "checkpoints"),
+    ]
+
+
+def test_metadata_is_json_in_the_safetensors_header(tmp_path):
+    data = save(tmp_path, 3).read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert json.loads(header["__metadata__"]["hvd_vgg"])["step"] == 3

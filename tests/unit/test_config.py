@@ -1,0 +1,104 @@
+import dataclasses
+
+import pytest
+from support import ROOT
+
+from hvd_vgg import config as c
+from hvd_vgg.run.health import USAGE, Failure
+
+
+def test_defaults_are_legal_and_are_the_documented_ones():
+    config = c.parse(c.Config, [])
+    assert c.validate(config) == []
+    assert (config.data_dir, config.global_batch, config.device_batch, config.image_size) == (
+        "./imagenet_tfrecord",
+        256,
+        32,
+        224,
+    )
+    assert (config.model, config.num_classes, config.exchange, config.resume) == ("vgg16", 1000, "allreduce", "auto")
+
+
+def test_all_illegal_flags_and_combinations_are_in_one_message():
+    flags = [
+        "--lr=fast",
+        "--global_batch=0",
+        "--model=resnet50",
+        "--dropuot=0.5",
+        "--epochs=nan",
+        "--momentum=0",
+        "--optimizer=nesterov",
+        "--lr_step_epochs=30,20",
+        "stray",
+    ]
+    with pytest.raises(Failure) as raised:
+        c.parse(c.Config, flags)
+    assert raised.value.code == USAGE
+    lines = raised.value.message.splitlines()
+    assert lines[0] == "8 illegal flag(s):"
+    for part in (
+        "--lr=fast: expected a number",
+        "--global_batch=0: expected at least 1",
+        "--model=resnet50: expected one of vgg11, vgg13, vgg16, vgg19",
+        "--dropuot=0.5: no such flag; did you mean --dropout?",
+        "--epochs=nan: expected a finite number",
+        "--optimizer=nesterov needs --momentum above 0",
+        "--lr_step_epochs=30,20: expected rising numbers above 0",
+        "stray: no such flag",
+    ):
+        assert any(part in line for line in lines), part
+
+
+def test_a_flag_file_is_read_with_comments_and_a_later_flag_wins(tmp_path):
+    path = tmp_path / "a.flags"
+    path.write_text("# a comment\n--lr=0.5\n--steps=7\n")
+    config = c.parse(c.Config, [f"--flagfile={path}", "--lr=0.25"])
+    assert (config.lr, config.steps) == (0.25, 7)
+
+
+def test_a_missing_flag_file_is_a_usage_error(tmp_path):
+    with pytest.raises(Failure) as raised:
+        c.parse(c.Config, [f"--flagfile={tmp_path}/none.flags"])
+    assert raised.value.code == USAGE
+    assert "none.flags" in raised.value.message
+
+
+def test_the_written_flag_file_is_complete_and_gives_the_same_config(tmp_path):
+    config = c.parse(c.Config, ["--lr=0.1", "--lr_step_epochs=1.5,3", "--weight_decay=5e-05", "--data_dir=/a b"])
+    path = tmp_path / "flags.txt"
+    path.write_text(c.to_flag_file(config))
+    assert c.parse(c.Config, [f"--flagfile={path}"]) == config
+    for field in dataclasses.fields(c.Config):
+        assert f"--{field.name}=" in path.read_text()
+
+
+@pytest.mark.parametrize("kind", [c.Config, c.EvaluateConfig, c.DemoConfig])
+def test_help_names_every_flag_with_its_default_by_group(kind):
+    text = c.describe(kind, "usage")
+    for field in dataclasses.fields(kind):
+        assert f"\n  --{field.name}=" in text
+        assert f"\n{field.metadata['group']}:" in text
+    assert "--help" not in text.splitlines()[0]
+
+
+def test_steps_of_a_run_are_the_ceiling_of_epochs_times_records_over_batch():
+    assert c.total_steps(c.Config(epochs=90, global_batch=256), 1_281_167) == 450_411
+    assert c.total_steps(c.Config(epochs=2, global_batch=32), 75) == 5
+    assert c.total_steps(c.Config(epochs=0.001, global_batch=32), 75) == 1
+    assert c.total_steps(c.Config(epochs=2, steps=7), 75) == 7
+
+
+def test_identity_holds_what_is_learned_and_nothing_of_ranks_or_places():
+    same = dict(data_dir="/x", run_dir="/y", device_batch=1, log_every_steps=3, keep_checkpoints=9, epochs=100.0)
+    assert c.identity(c.Config(**same)) == c.identity(c.Config())
+    assert c.identity(c.Config(lr_schedule="cosine", epochs=100.0)) != c.identity(c.Config(lr_schedule="cosine"))
+    for change in (dict(seed=2), dict(lr=0.02), dict(width=0.5), dict(augment="flip"), dict(global_batch=128)):
+        assert c.identity(c.Config(**change)) != c.identity(c.Config())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.flags")), ids=lambda p: p.stem)
+def test_each_config_is_legal_and_says_its_command_hardware_and_result(path):
+    c.parse(c.Config, [f"--flagfile={path}"])
+    head = path.read_text().split("\n--")[0]
+    for part in ("Command:", "Hardware:", "Expected:"):
+        assert part in head

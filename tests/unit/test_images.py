@@ -1,0 +1,165 @@
+import io
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from hvd_vgg.data import images
+
+
+def natural(height=60, width=80, channels=3):
+    y, x = np.mgrid[:height, :width]
+    planes = [np.sin(x / 9 + c) * 60 + np.cos(y / 7 - c) * 60 + 128 for c in range(channels)]
+    return np.stack(planes, -1).astype(np.uint8)
+
+
+def encoded(mode, kind="JPEG"):
+    channels = {"RGB": 3, "L": 1, "CMYK": 4, "RGBA": 4, "P": 3, "I;16": 1}[mode]
+    array = natural(channels=channels)
+    if mode == "P":
+        image = Image.fromarray(array).convert("P")
+    elif mode == "I;16":
+        image = Image.fromarray(array[..., 0].astype(np.uint16) * 256)
+    else:
+        image = Image.fromarray(array.squeeze(), mode="L" if channels == 1 else mode)
+    file = io.BytesIO()
+    image.save(file, kind, **({"quality": 95} if kind == "JPEG" else {}))
+    return file.getvalue()
+
+
+def seed(n):
+    return tf.constant([123, n], tf.int64)
+
+
+def reference(data, size, box=None):
+    """Bilinear with half-pixel centres and no antialiasing, by NumPy."""
+    part = np.asarray(tf.io.decode_image(data, channels=3, expand_animations=False), np.float64)
+    if box:
+        part = part[box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
+    for axis in (0, 1):
+        n = part.shape[axis]
+        at = np.clip((np.arange(size) + 0.5) * n / size - 0.5, 0, n - 1)
+        low = np.floor(at).astype(int)
+        high = np.minimum(low + 1, n - 1)
+        weight = (at - low).reshape([-1, 1, 1] if axis == 0 else [1, -1, 1])
+        part = np.take(part, low, axis) * (1 - weight) + np.take(part, high, axis) * weight
+    return part
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [
+        ("RGB", "JPEG"),
+        ("L", "JPEG"),
+        ("CMYK", "JPEG"),
+        ("RGB", "PNG"),
+        ("L", "PNG"),
+        ("RGBA", "PNG"),
+        ("P", "PNG"),
+        ("I;16", "PNG"),
+    ],
+)
+@pytest.mark.parametrize("augment", ["none", "crop"])
+def test_every_kind_of_image_in_imagenet_becomes_rgb_of_the_asked_size(mode, kind, augment):
+    for image in (
+        images.train_image(encoded(mode, kind), seed(1), augment, 32),
+        images.eval_image(encoded(mode, kind), augment, 32),
+    ):
+        assert image.shape == (32, 32, 3)
+        assert image.dtype == tf.uint8
+        if mode != "I;16":  # which Pillow does not scale
+            expected = np.asarray(Image.open(io.BytesIO(encoded(mode, kind))).convert("RGB")).mean(axis=(0, 1))
+            assert np.abs(image.numpy().mean(axis=(0, 1)) - expected).max() < 40
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_resizing_is_bilinear_with_half_pixel_centres(kind):
+    data = encoded("RGB", kind)
+    difference = np.abs(images.eval_image(data, "none", 32).numpy() - reference(data, 32))
+    assert difference.max() <= 1
+    assert difference.mean() < 0.5
+
+
+def test_evaluation_takes_the_centre_when_training_takes_crops():
+    data = encoded("RGB", "PNG")  # 80 by 60: side round(0.875 * 60) = 52, from (4, 14)
+    difference = np.abs(images.eval_image(data, "crop", 32).numpy() - reference(data, 32, (4, 14, 52, 52)))
+    assert difference.max() <= 1
+
+
+def test_augmentation_is_a_function_of_the_seed_and_varies_with_it():
+    data = encoded("RGB")
+    for augment in ("flip", "shift", "crop"):
+        each = [images.train_image(data, seed(n), augment, 32).numpy() for n in range(16)]
+        again = [images.train_image(data, seed(n), augment, 32).numpy() for n in range(16)]
+        assert all((a == b).all() for a, b in zip(each, again))
+        assert len({image.tobytes() for image in each}) >= (2 if augment == "flip" else 12)
+    plain = images.train_image(data, seed(0), "none", 32).numpy()
+    flips = {images.train_image(data, seed(n), "flip", 32).numpy().tobytes() for n in range(16)}
+    assert flips == {plain.tobytes(), plain[:, ::-1].tobytes()}
+
+
+def test_a_shift_moves_the_picture_by_an_eighth_at_most():
+    plain = images.train_image(encoded("RGB", "PNG"), seed(0), "none", 32).numpy()
+    padded = np.pad(plain, [(4, 4), (4, 4), (0, 0)])
+    allowed = {padded[y : y + 32, x : x + 32].tobytes() for y in range(9) for x in range(9)}
+    allowed |= {padded[y : y + 32, x : x + 32][:, ::-1].tobytes() for y in range(9) for x in range(9)}
+    seen = {images.train_image(encoded("RGB", "PNG"), seed(n), "shift", 32).numpy().tobytes() for n in range(60)}
+    assert seen <= allowed
+    assert len(seen) > 40
+
+
+def test_random_windows_have_the_area_and_ratio_of_the_recipe_and_lie_inside():
+    height, width = 375, 500
+    draws = tf.random.stateless_uniform([2000, 30], seed(3))
+    boxes = np.array([[int(v) for v in images.random_window(height, width, row)] for row in draws[:500]])
+    top, left, tall, wide = boxes.T
+    assert (top >= 0).all() and (left >= 0).all()
+    assert (top + tall <= height).all() and (left + wide <= width).all()
+    area, ratio = tall * wide / (height * width), wide / tall
+    assert 0.075 < area.min() < 0.12
+    assert area.max() > 0.9
+    # Uniform but for the tries that do not fit, which are large.
+    assert 0.42 < area.mean() < 0.54
+    assert ratio.min() > 0.73 and ratio.max() < 1.36
+    assert abs(np.log(ratio).mean()) < 0.05
+
+
+def test_a_strip_that_no_try_fits_gives_its_largest_central_window():
+    box = images.random_window(tf.constant(10), tf.constant(1000), tf.fill([30], 0.9))
+    assert [int(v) for v in box] == [0, (1000 - 13 + 1) // 2, 10, 13]
+
+
+def tall_header(height, width):
+    data = bytearray(encoded("RGB"))
+    start = data.index(b"\xff\xc0") + 5
+    data[start : start + 4] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    return bytes(data)
+
+
+def png_header(height, width):
+    data = bytearray(encoded("RGB", "PNG"))
+    data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (tall_header(13000, 13000), "claims this height and width"),
+        (tall_header(65500, 65500), "claims this height and width"),
+        (png_header(100_000, 100_000), "claims this height and width"),
+        (png_header(0, 5), "claims this height and width"),
+        (png_header(2**31 - 1, 2**31 - 1), "claims this height and width"),
+        (b"GIF89a and some more bytes to be long enough", "neither a JPEG nor a PNG"),
+        (b"no image", "neither a JPEG nor a PNG"),
+        (b"\x89PNG\r\n\x1a\n", "neither a JPEG nor a PNG"),
+        (encoded("RGB")[:400], "."),
+        (encoded("RGB", "PNG")[:-400], "."),
+    ],
+    ids=["13000", "65500", "png100000", "png0", "png2**31", "gif", "text", "png-magic", "cut-jpeg", "cut-png"],
+)
+def test_what_cannot_be_decoded_or_is_absurd_is_refused(data, told):
+    for make in (lambda: images.train_image(data, seed(1), "crop", 32), lambda: images.eval_image(data, "none", 32)):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=told):
+            make()

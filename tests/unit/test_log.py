@@ -1,0 +1,102 @@
+import json
+import re
+
+from hvd_vgg.run import log, throughput
+
+
+def lines_of(run_dir):
+    text = (run_dir / "dllogger.json").read_text()
+    assert text.endswith("\n")
+    return [json.loads(line[len("DLLL ") :]) for line in text.splitlines() if line.startswith("DLLL ")]
+
+
+def test_json_lines_are_dlloggers(tmp_path):
+    run = log.RunLog(tmp_path, False, None)
+    run.log("PARAMETER", {"seed": 1})
+    run.log((0, 5), {"train.loss": 8.56})
+    metadata, (parameter, row) = lines_of(tmp_path)[:-2], lines_of(tmp_path)[-2:]
+    assert {line["metric"]: line["metadata"] for line in metadata} == log.METRICS
+    assert all(line["type"] == "METADATA" for line in metadata)
+    assert (parameter["type"], parameter["step"], parameter["data"]) == ("LOG", "PARAMETER", {"seed": 1})
+    assert (row["type"], row["step"], row["data"]) == ("LOG", [0, 5], {"train.loss": 8.56})
+    assert set(row) == {"timestamp", "datetime", "elapsedtime", "type", "step", "data"}
+    assert re.fullmatch(r"\d+\.\d+", row["timestamp"])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+[+-]\d\d:\d\d", row["datetime"])
+    assert float(row["elapsedtime"]) >= 0
+
+
+def test_stdout_lines_are_dlloggers(tmp_path, capsys):
+    run = log.RunLog(tmp_path, True, None)
+    run.log((0, 5), {"train.loss": 8.56, "train.fps": 12.345})
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"DLL \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+ - \(0, 5\) train\.loss : 8\.56000 nats train\.fps : 12\.3 images/s", line
+    )
+
+
+def test_a_log_is_appended_to_even_after_a_torn_line_and_each_line_is_written_at_once(tmp_path):
+    log.RunLog(tmp_path, False, None).log((0, 1), {"train.loss": 1.0})
+    with open(tmp_path / "dllogger.json", "a") as file:
+        file.write('DLLL {"torn')
+    second = log.RunLog(tmp_path, False, None)
+    second.log((0, 2), {"train.loss": 2.0})
+    text = (tmp_path / "dllogger.json").read_text()
+    rows = [json.loads(line[5:]) for line in text.splitlines() if "torn" not in line]
+    assert [row["step"] for row in rows if row["type"] == "LOG"] == [[0, 1], [0, 2]]
+
+
+def test_what_is_no_number_is_valid_json(tmp_path):
+    log.RunLog(tmp_path, False, None).log((0, 1), {"train.loss": float("nan"), "train.gradient_norm": float("inf")})
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    line = (tmp_path / "dllogger.json").read_text().splitlines()[-1]
+    assert json.loads(line[5:], parse_constant=refuse)["data"] == {"train.loss": "nan", "train.gradient_norm": "inf"}
+
+
+def test_metrics_go_to_tensorboard_by_group_and_step(tmp_path):
+    seen = []
+    log.RunLog(tmp_path, False, lambda *row: seen.append(row)).log((1, 7), {"train.loss": 2.0, "eval.records": 5})
+    assert seen == [("train/loss", 2.0, 7), ("eval/records", 5.0, 7)]
+
+
+def test_a_terminal_gets_a_bar_and_a_file_gets_lines(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])
+    for mode in ("bar", "lines"):
+        progress = log.Console(mode, True).progress("training", 100, "steps")
+        for done in (10, 50):
+            clock[0] += 30
+            progress.update(done, "note")
+    out = capsys.readouterr().out
+    assert "training [############............] 50/100 steps  note  left 1 min 00 s" in out
+    assert out.splitlines()[-1] == "training: 50 of 100 steps  note  left 1 min 00 s"
+
+
+def test_only_rank_0_speaks_and_not_beside_dlloggers_lines(capsys):
+    log.Console("lines", False).say("x")
+    log.Console("dllogger", True).say("x")
+    assert capsys.readouterr().out == ""
+
+
+def test_durations_are_as_people_say_them():
+    assert [log.duration(s) for s in (0.4, 59, 60, 185, 7620)] == ["0 s", "59 s", "1 min 00 s", "3 min 05 s", "2 h 07 min"]
+
+
+def test_throughput_counts_images_over_the_time_of_updates_alone(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
+    measured = throughput.Throughput()
+    assert measured.summary()["fps"] is None
+    clock[0] += 50  # warm-up
+    measured.skip()
+    clock[0] += 2
+    assert measured.close_window(200) == 100
+    clock[0] += 1
+    with measured.paused():
+        clock[0] += 1000  # evaluation
+    clock[0] += 1
+    assert measured.close_window(400) == 200
+    summary = measured.summary()
+    assert summary == {"fps": 150, "fps_windows": 2, "fps_standard_deviation": 50, "fps_min": 100, "fps_max": 200}

@@ -1,0 +1,47 @@
+import pytest
+from support import TINY
+
+from hvd_vgg.__main__ import COMMANDS, USAGE_TEXT
+
+
+def test_help_without_a_command_lists_the_commands_and_exit_codes(launch):
+    ended = launch(0, "--help")
+    assert (ended.code, ended.out, ended.err) == (0, USAGE_TEXT, "")
+    assert all(command in ended.out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_lists_its_flags(launch, command):
+    ended = launch(0, command, "--help")
+    assert ended.code == 0
+    assert "--data_dir=" in ended.out
+    assert ended.err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["trian"], "trian: no such command; expected one of train, evaluate, make-demo-data"),
+        (["train", "--lr=-1", "--width=9"], "2 illegal flag(s)"),
+        (["make-demo-data", "--lr=1"], "--lr=1: no such flag"),
+        (["evaluate", "--checkpoint"], "checkpoint"),
+    ],
+)
+def test_a_wrong_command_line_is_one_message_and_exit_64(launch, arguments, told):
+    ended = launch(0, *arguments)
+    assert ended.code == 64
+    assert ended.err.startswith("hvd-vgg: ")
+    assert told in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_two_ranks_say_it_once(launch):
+    ended = launch(2, "train", "--lr=0")
+    assert ended.code == 64
+    assert ended.err.count("--lr=0: expected more than 0") == 1
+
+
+def test_more_ranks_than_images_is_a_usage_error(launch, data):
+    ended = launch(2, "train", f"--data_dir={data}", *TINY, "--global_batch=1")
+    assert ended.code == 64
+    assert ended.err.count("leaves nothing to do for some of 2 ranks") == 1

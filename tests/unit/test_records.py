@@ -1,0 +1,244 @@
+import random
+import struct
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from support import example, picture, write_data, write_shard
+
+from hvd_vgg.data import records
+from hvd_vgg.run.health import DATA, Failure
+
+
+def open_all(folder, split="train"):
+    paths = records.find_shards(str(folder), split)
+    return records.join(paths, [records.scan_shard(path) for path in paths])
+
+
+def failure_of(action):
+    with pytest.raises(Failure) as raised:
+        action()
+    assert raised.value.code == DATA
+    return raised.value.message
+
+
+def test_the_index_finds_what_tensorflow_reads(data):
+    index = open_all(data)
+    expected = [bytes(r.numpy()) for r in tf.data.TFRecordDataset([str(path) for path in index.paths])]
+    assert index.records == len(expected) == 75
+    assert [records.read_record(index, i) for i in range(75)] == expected
+    parsed = [tf.train.Example.FromString(text).features.feature for text in expected]
+    for i, features in enumerate(parsed):
+        encoded, label = records.parse_example(index, i, expected[i])
+        assert encoded == features["image/encoded"].bytes_list.value[0]
+        assert label == index.labels[i] == features["image/class/label"].int64_list.value[0]
+
+
+def test_an_index_entry_takes_16_bytes_so_that_imagenet_takes_21_megabytes(data):
+    index = open_all(data)
+    entry = sum(column.itemsize for column in (index.offsets, index.lengths, index.labels))
+    assert entry == 16
+    assert entry * 1_281_167 < 40e6
+
+
+def test_records_with_imagenets_features_in_any_order(tmp_path):
+    def text(*values):
+        return tf.train.Feature(bytes_list=tf.train.BytesList(value=list(values)))
+
+    def floats(*values):
+        return tf.train.Feature(float_list=tf.train.FloatList(value=list(values)))
+
+    more = {
+        "image/height": tf.train.Feature(int64_list=tf.train.Int64List(value=[40])),
+        "image/class/synset": text(b"n01440764"),
+        "image/class/text": text(b"tench, Tinca tinca", b"x" * 300),
+        "image/object/bbox/xmin": floats(0.1, 0.2, 0.3),
+        "image/object/bbox/label": tf.train.Feature(int64_list=tf.train.Int64List(value=[1, 2, 3])),
+        "a" * 200: text(b"long name"),
+        "image/empty": tf.train.Feature(),
+    }
+    write_shard(tmp_path / "train-00000-of-00001", [example(picture(i, 1), 900 + i, **more) for i in range(20)])
+    index = open_all(tmp_path)
+    assert index.labels.tolist() == [900 + i for i in range(20)]
+    assert records.parse_example(index, 3, records.read_record(index, 3))[0] == picture(3, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("train-00001-of-00003", "lacks 1 of the 3 train shards: train-00001-of-00003"),
+        ("validation-00001-of-00002", "lacks 1"),
+    ],
+)
+def test_a_missing_shard_is_named(tmp_path, name, told):
+    write_data(tmp_path)
+    (tmp_path / name).unlink()
+    assert told in failure_of(lambda: records.find_shards(str(tmp_path), name.split("-")[0]))
+
+
+def test_no_directory_no_shards_mixed_sets_and_extra_shards_are_told(tmp_path):
+    assert "is not a directory" in failure_of(lambda: records.find_shards(str(tmp_path / "none"), "train"))
+    assert "has no shard train-" in failure_of(lambda: records.find_shards(str(tmp_path), "train"))
+    (tmp_path / "train-00000-of-00001").write_bytes(b"x")
+    (tmp_path / "train-00000-of-00002").write_bytes(b"x")
+    assert "mixes train sets of [1, 2]" in failure_of(lambda: records.find_shards(str(tmp_path), "train"))
+    (tmp_path / "train-00000-of-00002").rename(tmp_path / "train-00001-of-00001")
+    assert "beyond 0" in failure_of(lambda: records.find_shards(str(tmp_path), "train"))
+
+
+def test_an_empty_shard(tmp_path):
+    path = tmp_path / "train-00000-of-00001"
+    path.write_bytes(b"")
+    assert f"{path} is empty" in failure_of(lambda: records.scan_shard(path))
+
+
+def test_a_shard_cut_off_anywhere_but_between_records_is_told_with_record_and_offset(tmp_path):
+    path = tmp_path / "train-00000-of-00001"
+    write_shard(path, [example(picture(i, 1), 1) for i in range(3)])
+    whole = path.read_bytes()
+    offsets, lengths = records.scan_headers(path)
+    second = int(offsets[1]) - 12
+    for cut in (second + 1, second + 11, second + 12, int(offsets[1]) + 5, int(offsets[1]) + int(lengths[1]) + 3):
+        path.write_bytes(whole[:cut])
+        message = failure_of(lambda: records.scan_shard(path))
+        assert f"{path}, record 1, offset {second}: expected" in message
+        assert f"ends at byte {cut}" in message
+
+
+def test_a_damaged_length_and_damaged_data_are_told(tmp_path):
+    path = tmp_path / "train-00000-of-00001"
+    write_shard(path, [example(picture(i, 1), 1) for i in range(3)])
+    whole = bytearray(path.read_bytes())
+    index = open_all(tmp_path)
+    second = int(index.offsets[1]) - 12
+    damaged = bytearray(whole)
+    damaged[second + 1] ^= 1
+    path.write_bytes(damaged)
+    assert f"{path}, record 1, offset {second}: the checksum of the record's length" in failure_of(
+        lambda: records.scan_shard(path)
+    )
+    damaged = bytearray(whole)
+    damaged[second + 12 + 500] ^= 1
+    path.write_bytes(damaged)
+    records.read_record(index, 0)
+    message = failure_of(lambda: records.read_record(index, 1))
+    assert f"{path}, record 1, offset {second}: the checksum of its" in message
+
+
+def test_a_shard_that_became_shorter_while_in_use_is_told(tmp_path):
+    path = tmp_path / "train-00000-of-00001"
+    write_shard(path, [example(picture(i, 1), 1) for i in range(3)])
+    index = open_all(tmp_path)
+    with open(path, "rb+") as file:
+        file.truncate(int(index.offsets[2]) + 10)
+    assert "became shorter" in failure_of(lambda: records.read_record(index, 2))
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        (lambda: example(picture(0, 1), None), "image/class/label is missing; it has image/encoded"),
+        (lambda: example(None, 1), "image/encoded is missing; it has image/class/label"),
+        (lambda: example(b"", 1), "image/encoded has 1 byte strings, or an empty one"),
+        (lambda: b"junk that is no example at all, but long enough", "not a tf.train.Example"),
+        (lambda: b"", "image/class/label is missing; it has none"),
+        (lambda: example(picture(0, 1), 2**40), "image/class/label is 1099511627776"),
+    ],
+)
+def test_a_record_without_what_is_needed_is_named(tmp_path, bad, told):
+    path = tmp_path / "train-00000-of-00001"
+    write_shard(path, [example(picture(0, 1), 1), bad()])
+
+    def read():
+        index = open_all(tmp_path)
+        records.parse_example(index, 1, records.read_record(index, 1))
+
+    message = failure_of(read)
+    assert told in message
+    assert f"{path}, record 1, offset " in message
+
+
+def test_labels_of_the_wrong_kind_or_number_are_named(tmp_path):
+    kinds = {
+        "holds no integers": tf.train.Feature(bytes_list=tf.train.BytesList(value=[b"1"])),
+        "has 2 integers": tf.train.Feature(int64_list=tf.train.Int64List(value=[1, 2])),
+        "has 0 integers": tf.train.Feature(int64_list=tf.train.Int64List(value=[])),
+    }
+    for told, feature in kinds.items():
+        path = tmp_path / "train-00000-of-00001"
+        write_shard(path, [example(picture(0, 1), None, **{"image/class/label": feature})])
+        assert told in failure_of(lambda: records.scan_shard(path))
+
+
+def test_negative_labels_are_read_as_such(tmp_path):
+    write_shard(tmp_path / "train-00000-of-00001", [example(picture(0, 1), -1)])
+    assert open_all(tmp_path).labels.tolist() == [-1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "base"),
+    [([1, 10], 10, 1), ([0, 9], 10, 0), ([3, 7], 10, 1), ([0, 10], 10, 1), ([1, 1000], 1000, 1), ([0, 999], 1000, 0)],
+)
+def test_the_first_label_is_found(labels, classes, base):
+    assert records.find_label_base(np.array(labels), classes) == base
+
+
+def test_a_label_outside_the_classes_is_named_with_its_record(data):
+    index = open_all(data)
+    records.check_labels(index, 1, 10)
+    message = failure_of(lambda: records.check_labels(index, 0, 10))
+    assert f"{index.paths[0]}, record 9, offset {index.offsets[9] - 12}: label 10 is outside 0..9" in message
+    assert "label 6 is outside 1..5" in failure_of(lambda: records.check_labels(index, 1, 5))
+
+
+def test_the_cache_gives_the_index_again_and_notices_changed_shards(tmp_path):
+    write_data(tmp_path)
+    index, cache = open_all(tmp_path), tmp_path / "cache.npz"
+    records.save_cache(cache, index)
+    shards = records.load_cache(cache, index.paths)
+    again = records.join(index.paths, shards)
+    for a, b in zip(index[1:], again[1:]):
+        assert a.dtype == b.dtype
+        assert (a == b).all()
+    write_shard(index.paths[1], [example(picture(i, 1), 1) for i in range(5)])
+    assert [shard is None for shard in records.load_cache(cache, index.paths)] == [False, True, False]
+    assert list(tmp_path.glob("*.tmp")) == []
+
+
+def test_a_damaged_cache_is_as_good_as_none(tmp_path):
+    write_data(tmp_path)
+    index, cache = open_all(tmp_path), tmp_path / "cache.npz"
+    assert records.load_cache(cache, index.paths) is None
+    records.save_cache(cache, index)
+    whole = cache.read_bytes()
+    for damaged in (b"", b"junk", whole[: len(whole) // 2], whole[:200] + b"\0" * 50 + whole[250:]):
+        cache.write_bytes(damaged)
+        assert records.load_cache(cache, index.paths) is None
+
+
+def test_500_mutations_of_a_record_are_accepted_or_refused_by_name(tmp_path):
+    path = tmp_path / "train-00000-of-00001"
+    write_shard(path, [example(picture(0, 1), 1)])
+    whole = path.read_bytes()
+    draw = random.Random(7)
+    refused = 0
+    for _ in range(500):
+        data = bytearray(whole[12:-4])
+        for _ in range(draw.choice([1, 2, 8])):
+            data[draw.randrange(min(len(data), 200))] = draw.randrange(256)
+        data = bytes(data[: draw.choice([len(data), draw.randrange(1, len(data))])])
+        write_shard(path, [data])
+        try:
+            index = open_all(tmp_path)
+            records.parse_example(index, 0, records.read_record(index, 0))
+        except Failure as failure:
+            refused += 1
+            assert str(path) in failure.message
+    assert refused > 100
+
+
+def test_a_length_that_reaches_beyond_the_file_is_refused_without_reading_it(tmp_path):
+    path = tmp_path / "train-00000-of-00001"
+    header = struct.pack("<Q", 2**60)
+    path.write_bytes(header + struct.pack("<I", records._masked_crc(header)) + b"x" * 100)
+    assert "expected 1152921504606846976 bytes" in failure_of(lambda: records.scan_shard(path))

@@ -1,0 +1,81 @@
+import math
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from hvd_vgg.config import Config, epochs_to_steps
+from hvd_vgg.train import optimizer, schedule, step
+
+
+def test_a_rows_dropout_mask_does_not_depend_on_the_batch_it_is_in():
+    key = tf.constant(np.uint64(2**63 + 12345))
+    for units in (10, 16, 4096):
+        whole = step.drop(tf.ones([24, units]), 0.5, key, tf.constant(100, tf.int64)).numpy()
+        parts = [
+            step.drop(tf.ones([high - low, units]), 0.5, key, tf.constant(100 + low, tf.int64)).numpy()
+            for low, high in ((0, 11), (11, 22), (22, 24))
+        ]
+        assert (np.concatenate(parts) == whole).all()
+        assert units < 4096 or len({row.tobytes() for row in whole}) == 24
+        assert set(np.unique(whole)) == {0.0, 2.0}
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_drops_its_share_and_keeps_the_mean(rate):
+    dropped = step.drop(tf.ones([256, 4096]), rate, tf.constant(np.uint64(7)), tf.constant(0, tf.int64)).numpy()
+    assert (dropped == 0).mean() == pytest.approx(rate, abs=0.002)
+    assert dropped.mean() == pytest.approx(1, abs=0.004)
+
+
+def test_hits_are_exact_and_ties_and_nan_and_padding_never_count():
+    logits = np.array(
+        [[5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5], [1, 1, 1, 1, 1, 1], [np.nan] * 6, [9, 0, 0, 0, 0, 0]], np.float32
+    )
+
+    def count(labels, k):
+        return int(step.hits(tf.constant(logits), tf.constant(labels, tf.int32), k))
+
+    assert [count([0, 0, 0, 0, 0], k) for k in (1, 5)] == [2, 2]
+    assert [count([1, 1, 0, 0, 0], k) for k in (1, 2, 4, 5)] == [1, 2, 2, 3]
+    assert count([-1, -1, -1, -1, -1], 5) == 0
+
+
+@pytest.mark.parametrize("kind", ["momentum", "nesterov"])
+def test_updates_are_those_of_the_formula(kind):
+    random = np.random.default_rng(1)
+    w, v = random.normal(size=(4, 3)), np.zeros((4, 3))
+    weights = {"a/kernel": tf.Variable(tf.constant(w, tf.float32))}
+    slots = optimizer.make_slots(weights)
+    for _ in range(5):
+        g = random.normal(size=(4, 3))
+        optimizer.update(weights, slots, {"a/kernel": tf.constant(g, tf.float32)}, tf.constant(0.1), kind, 0.9, 0.01)
+        d = g + 0.01 * w
+        v = 0.9 * v + d
+        w = w - 0.1 * (d + 0.9 * v if kind == "nesterov" else v)
+    np.testing.assert_allclose(weights["a/kernel"], w, rtol=1e-5)
+    np.testing.assert_allclose(slots["a/kernel/momentum"], v, rtol=1e-5)
+
+
+def test_step_schedule_divides_by_ten_at_each_epoch():
+    config = Config(global_batch=256)
+    records = 1_281_167
+    at30, at60 = (epochs_to_steps(epoch, config, records) for epoch in (30, 60))
+    rates = [schedule.learning_rate(s, config, records) for s in (0, at30 - 1, at30, at60 - 1, at60, 450_410)]
+    assert rates == pytest.approx([0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001])
+    assert at30 * 256 >= 30 * records > (at30 - 1) * 256
+
+
+def test_cosine_schedule_falls_to_nothing_and_warm_up_rises_to_the_rate():
+    config = Config(lr=0.4, lr_schedule="cosine", epochs=10, warmup_epochs=1, global_batch=10)
+    rates = [schedule.learning_rate(s, config, 100) for s in range(100)]
+    assert rates[:10] == pytest.approx([0.04 * (s + 1) for s in range(10)])
+    assert rates[10] == pytest.approx(0.4)
+    assert rates[55] == pytest.approx(0.2)
+    assert rates[99] == pytest.approx(0.2 * (1 + math.cos(math.pi * 89 / 90)))
+    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_constant_schedule_is_constant():
+    config = Config(lr=0.3, lr_schedule="constant", warmup_epochs=0)
+    assert {schedule.learning_rate(s, config, 100) for s in range(50)} == {0.3}
