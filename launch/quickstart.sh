@@ -6,6 +6,7 @@
 # DATA_DIR      TFRecords to use instead of drawn ones (give --num_classes=N too)
 # HVD_VGG_VENV  where the environment is (default: .venv in the clone)
 set -euo pipefail
+# shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 case "${1:-}" in -h | --help)

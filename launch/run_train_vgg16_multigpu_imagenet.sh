@@ -7,6 +7,7 @@
 # BATCH_SIZE     images a device holds at once (default: 32); the batch of an update is --global_batch and stays the same
 # HVD_VGG_RANKS  ranks, where not one for each device that TensorFlow sees (on a host without any: 1)
 set -euo pipefail
+# shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 use_environment
 

