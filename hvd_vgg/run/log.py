@@ -32,6 +32,12 @@ METRICS: Dict[str, Dict[str, str]] = {
 Step = Union[str, Tuple[int, ...]]
 
 
+def _metric_text(name: str, metadata: Dict[str, str], value: Any) -> str:
+    """Returns a metric as DLLogger prints it; its own function fails on the text that NaN has become."""
+    text = value if isinstance(value, str) else ("{" + metadata.get("format", "") + "}").format(value)
+    return f"{name} : {text} {metadata.get('unit', '')}"
+
+
 class _StdoutLines:
     """DLLogger's stdout format, for when the package is not installed: `DLL TIME - STEP NAME : VALUE UNIT ...`."""
 
@@ -42,11 +48,7 @@ class _StdoutLines:
         self.known[metric] = metadata
 
     def log(self, now: datetime, elapsed: float, step: Step, data: Dict[str, Any]) -> None:
-        parts = []
-        for name, value in data.items():
-            known = self.known.get(name, {})
-            text = ("{" + known.get("format", "") + "}").format(value) if not isinstance(value, str) else value
-            parts.append(f"{name} : {text} {known.get('unit', '')}")
+        parts = [_metric_text(name, self.known.get(name, {}), value) for name, value in data.items()]
         print(f"DLL {now} - {step} {' '.join(parts)}")
 
     def flush(self) -> None:
@@ -113,7 +115,8 @@ class RunLog:
         _end_last_line(path)
         if dllogger:
             backends = [dllogger.JSONStreamBackend(dllogger.Verbosity.VERBOSE, str(path), append=True)]
-            backends += [dllogger.StdOutBackend(dllogger.Verbosity.VERBOSE)] if stdout else []
+            if stdout:
+                backends.append(dllogger.StdOutBackend(dllogger.Verbosity.VERBOSE, metric_format=_metric_text))
             self.logger = dllogger.Logger(backends)
         else:
             self.logger = _Logger([_JsonLines(path)] + ([_StdoutLines()] if stdout else []))

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def test_killed_on_two_ranks_and_resumed_on_one_is_the_run_never_killed(launch, 
         if steps >= at:
             break
         time.sleep(0.005)
-    ranks = [pid for pid in started.alive() if b"spy.py" in open(f"/proc/{pid}/cmdline", "rb").read().split(b"\0")[1]]
+    ranks = [pid for pid in started.alive() if b"spy.py" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1]]
     assert len(ranks) == 2, f"killed at step {at}: {started.out.read_text()}"
     os.kill(ranks[1], signal.SIGKILL)
     ended = started.wait()

@@ -45,14 +45,15 @@ def test_a_log_is_appended_to_even_after_a_torn_line_and_each_line_is_written_at
     assert [row["step"] for row in rows if row["type"] == "LOG"] == [[0, 1], [0, 2]]
 
 
-def test_what_is_no_number_is_valid_json(tmp_path):
-    log.RunLog(tmp_path, False, None).log((0, 1), {"train.loss": float("nan"), "train.gradient_norm": float("inf")})
+def test_what_is_no_number_is_valid_json_and_can_be_printed(tmp_path, capsys):
+    log.RunLog(tmp_path, True, None).log((0, 1), {"train.loss": float("nan"), "train.gradient_norm": float("inf")})
 
     def refuse(name):
         raise AssertionError(name)
 
     line = (tmp_path / "dllogger.json").read_text().splitlines()[-1]
     assert json.loads(line[5:], parse_constant=refuse)["data"] == {"train.loss": "nan", "train.gradient_norm": "inf"}
+    assert "train.loss : nan nats" in capsys.readouterr().out
 
 
 def test_metrics_go_to_tensorboard_by_group_and_step(tmp_path):
