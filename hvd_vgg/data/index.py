@@ -1,14 +1,34 @@
-"""Opens a split: its index is made by all ranks together once, then kept beside the data."""
+"""Opens the data of a run: the index of a split is made by all ranks together once, then kept beside the data."""
 
 import io
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, NamedTuple, Optional
 
 import numpy as np
 
+from hvd_vgg.config import Config
 from hvd_vgg.data import records
 from hvd_vgg.parallel import comm
 from hvd_vgg.run.log import Console
+
+
+class Data(NamedTuple):
+    """The splits of a run and the label of their first class."""
+
+    train: records.Index
+    validation: records.Index
+    label_base: int
+
+
+def open_data(config: Config, run_dir: Path, console: Console) -> Data:
+    """Returns both splits with labels checked; all ranks call. Raises an agreed Failure(DATA)."""
+    train_index = open_split(config.data_dir, "train", run_dir, console)
+    validation = open_split(config.data_dir, "validation", run_dir, console)
+    found = records.find_label_base(np.concatenate([train_index.labels, validation.labels]), config.num_classes)
+    label_base = found if config.label_base == "auto" else int(config.label_base)
+    for index in (train_index, validation):
+        comm.together(lambda index=index: records.check_labels(index, label_base, config.num_classes))  # type: ignore[misc]
+    return Data(train_index, validation, label_base)
 
 
 def open_split(data_dir: str, split: str, fallback_dir: Path, console: Console) -> records.Index:

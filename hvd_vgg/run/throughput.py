@@ -21,15 +21,12 @@ class Throughput:
         self.mark = time.perf_counter()
         self.left_out = 0.0
 
-    def skip(self) -> None:
-        """Leaves out all since the last window."""
-        self.mark, self.left_out = time.perf_counter(), 0.0
-
-    def close_window(self, images: int) -> float:
-        """Ends a window in which `images` were consumed; returns its images/s."""
+    def close_window(self, images: int, counts: bool) -> float:
+        """Ends a window in which `images` were consumed and returns its images/s; warm-up does not count."""
         now = time.perf_counter()
         seconds = now - self.mark - self.left_out
-        self.windows.append((images, seconds))
+        if counts:
+            self.windows.append((images, seconds))
         self.mark, self.left_out = now, 0.0
         return images / seconds
 

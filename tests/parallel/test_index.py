@@ -67,3 +67,13 @@ def test_a_bad_shard_is_told_to_all_ranks_by_whoever_met_it(shared):
         open_train(shared)
     assert (raised.value.code, raised.value.agreed) == (DATA, True)
     assert str(path) in raised.value.message
+
+
+def test_where_the_data_cannot_be_written_the_index_is_kept_under_the_run(shared):
+    """A directory of the cache's name stands in for a read-only file system: root may write anywhere else."""
+    if comm.is_root():
+        (shared / "data" / ".hvd_vgg_index_train.npz").mkdir()
+    comm.gather(b"made")
+    assert_equal(open_train(shared), expected(shared))
+    assert (shared / "run" / ".hvd_vgg_index_train.npz").is_file()
+    assert_equal(open_train(shared), expected(shared))

@@ -16,6 +16,7 @@ FLOORS = [
     {"config", "data.order", "data.records", "run.log", "run.throughput", "train.schedule"},
     {"data.images", "data.pipeline", "data.index", "model.vgg", "parallel.comm", "parallel.exchange"},
     {"data.demo", "train.checkpoint", "train.optimizer", "train.step", "train.evaluate", "train.state"},
+    {"train.tell"},
     {"train.loop"},
     {"__main__"},
 ]
