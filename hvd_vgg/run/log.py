@@ -192,20 +192,30 @@ class Progress:
         elapsed, fresh = time.monotonic() - self.began, done - self.start
         return elapsed / fresh * (self.total - done) if fresh > 0 else None
 
+    def say(self, text: str) -> None:
+        """Prints a line that stays and shows how far the work is, so that another need not soon follow."""
+        self.shown = time.monotonic()
+        self.console.say(text)
+
     def update(self, done: int, note: str = "") -> None:
         """Shows that `done` units are done; `note` is what else to show."""
         now = time.monotonic()
         if now - self.shown < (0.1 if self.console.bar else 10.0):
             return
-        self.shown = now
         left = self.left_seconds(done)
         tail = (f"  {note}" if note else "") + (f"  left {duration(left)}" if left is not None else "")
         if self.console.bar:
             filled = 24 * done // max(1, self.total)
             bar = "#" * filled + "." * (24 - filled)
+            self.shown = now
             self.console.redraw(f"{self.title} [{bar}] {done}/{self.total} {self.unit}{tail}")
         else:
-            self.console.say(f"{self.title}: {done} of {self.total} {self.unit}{tail}")
+            self.say(f"{self.title}: {done} of {self.total} {self.unit}{tail}")
+
+
+def count(number: int, what: str) -> str:
+    """Returns `1 rank`, `2 ranks`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

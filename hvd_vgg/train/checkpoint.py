@@ -10,7 +10,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -54,13 +54,15 @@ def save(run_dir: Path, tensors: Tensors, meta: Dict[str, Any], keep: int, best:
     place = folder(run_dir)
     path = place / f"step-{meta['step']:08d}.safetensors"
     temporary = path.with_suffix(".safetensors.tmp")
-    digest = _digest(tensors)
+    digest = _digest(tensors.items())
     try:
         place.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary, metadata={_KEY: json.dumps({**meta, "sha256": digest})})
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        load(temporary)
+        with safe_open(str(temporary), framework="numpy") as file:  # one tensor at a time: memory may be short
+            if _digest((name, file.get_tensor(name)) for name in tensors) != digest:
+                raise OSError("what was read back is not what was written")
         temporary.replace(path)
         _sync_directory(place)
         _point(place, "newest", path)
@@ -86,7 +88,7 @@ def load(path: Path) -> Checkpoint:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError) as error:
         raise ValueError(str(error)) from error
-    if _digest(tensors) != meta.pop("sha256", None):
+    if _digest(tensors.items()) != meta.pop("sha256", None):
         raise ValueError("its contents do not have the checksum written with them")
     return Checkpoint(path, tensors, meta)
 
@@ -127,13 +129,14 @@ def clean(run_dir: Path) -> None:
             path.unlink()
 
 
-def _digest(tensors: Tensors) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        value = np.ascontiguousarray(tensors[name])
-        digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
-        digest.update(value.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+def _digest(tensors: Iterable[Tuple[str, np.ndarray]]) -> str:
+    """Returns a SHA-256 over names, types, shapes and bytes, whatever the order of the tensors."""
+    each = []
+    for name, tensor in tensors:
+        value = np.ascontiguousarray(tensor)
+        bytes_digest = hashlib.sha256(value.reshape(-1).view(np.uint8).data).hexdigest()
+        each.append(f"{name} {value.dtype} {value.shape} {bytes_digest}\n")
+    return hashlib.sha256("".join(sorted(each)).encode()).hexdigest()
 
 
 def _point(place: Path, name: str, path: Path) -> None:

@@ -17,7 +17,7 @@ from hvd_vgg.data.index import open_data, open_split
 from hvd_vgg.model import vgg
 from hvd_vgg.parallel import comm
 from hvd_vgg.run.health import CONFIGURATION, NOT_FINITE, USAGE, Failure
-from hvd_vgg.run.log import Console
+from hvd_vgg.run.log import Console, count
 from hvd_vgg.run.throughput import WARMUP_STEPS, Throughput
 from hvd_vgg.train import checkpoint, evaluate, schedule, state, step, tell
 
@@ -114,7 +114,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     result = evaluate.evaluate(eval_step, index, config, label_base, device.threads, console)
     console.say(
         f"step {meta['step']}: acc@1 {result.top1 / result.records:.4f}  acc@5 {result.top5 / result.records:.4f}  "
-        f"({result.top1} and {result.top5} of {result.records} records, each once, on {comm.size()} ranks)"
+        f"({result.top1} and {result.top5} of {result.records} records, each once, on {count(comm.size(), 'rank')})"
     )
     comm.leave()
 

@@ -13,7 +13,7 @@ from hvd_vgg.data.index import Data
 from hvd_vgg.model import vgg
 from hvd_vgg.parallel import comm
 from hvd_vgg.run.health import NOT_WRITTEN, Failure
-from hvd_vgg.run.log import Console, Progress, RunLog, duration
+from hvd_vgg.run.log import Console, Progress, RunLog, count, duration
 from hvd_vgg.run.throughput import Throughput
 from hvd_vgg.train.evaluate import Evaluation
 
@@ -40,15 +40,16 @@ def introduce(
     layers = vgg.layers(config.model, config.width, config.image_size, config.num_classes)
     slices = [order.slice_bounds(config.global_batch, rank, comm.size()) for rank in range(comm.size())]
     parts = sorted({high - low for low, high in slices}, reverse=True)
-    count = f"{vgg.parameters(layers):,} parameters"
-    console.say(f"{config.model} at width {config.width:g}, {config.image_size} pixels: {count}")
+    console.say(
+        f"{config.model} at width {config.width:g}, {config.image_size} pixels: {vgg.parameters(layers):,} parameters"
+    )
     console.say(
         f"{data.train.records} records to train on, {data.validation.records} to evaluate; labels from {data.label_base} "
         f"({'0 is background' if data.label_base else 'no background'}; --label_base overrides)"
     )
     console.say(
-        f"{comm.size()} ranks on {device.kind}, {device.threads} CPU threads each; {config.global_batch} images an update: "
-        f"{' or '.join(map(str, parts))} a rank, at most {config.device_batch} at once"
+        f"{count(comm.size(), 'rank')} on {device.kind}, {count(device.threads, 'CPU thread')} each; {config.global_batch} "
+        f"images an update: {' or '.join(map(str, parts))} a rank, at most {config.device_batch} at once"
     )
     console.say(f"steps {first} to {total}, lr {config.lr:g} for the mean gradient of {config.global_batch}")
     if log:
@@ -69,7 +70,7 @@ def training(
     if console.bar:
         progress.update(done, text.split("  ", 1)[1])
     else:
-        console.say(f"{text}  left {duration(left or 0)}")
+        progress.say(f"{text}  left {duration(left or 0)}")
 
 
 def evaluation(result: Evaluation, done: int, epoch: float, log: Optional[RunLog], console: Console) -> None:
@@ -120,7 +121,7 @@ def summary(
     config: Config, run_dir: Path, result: Evaluation, throughput: Throughput, seconds: float, console: Console
 ) -> None:
     speed = throughput.summary()
-    console.say(f"finished in {duration(seconds)} on {comm.size()} ranks")
+    console.say(f"finished in {duration(seconds)} on {count(comm.size(), 'rank')}")
     console.say(f"  acc@1              {result.top1 / result.records:.4f}")
     console.say(f"  acc@5              {result.top5 / result.records:.4f}")
     console.say(f"  records evaluated  {result.records}")
