@@ -7,13 +7,14 @@ import traceback
 from typing import Any, Callable, List, Tuple
 
 from hvd_vgg import __version__
-from hvd_vgg.config import Config, DemoConfig, EvaluateConfig, describe, find_flag_file, parse
+from hvd_vgg.config import Config, DemoConfig, EvaluateConfig, PlanConfig, describe, find_flag_file, parse
 from hvd_vgg.run.health import BUG, DONE, LOST_RANK, STOPPED, USAGE, Failure, launched_rank
 
 USAGE_TEXT = f"""hvd-vgg {__version__}: trains VGG networks on ImageNet-style TFRecords with TensorFlow and Horovod.
 
   hvd-vgg train [--flagfile=FILE] [--flags]           train and evaluate; leaves everything in --run_dir
   hvd-vgg evaluate --run_dir=DIR [--flags]            score a checkpoint of a run on the validation records
+  hvd-vgg plan --ranks=N --gbit=X [--flags]           predict what exchanging gradients costs on a cluster
   hvd-vgg make-demo-data --data_dir=DIR [--flags]     draw a small data set to try things with
 
 Each runs alone or on many ranks, which only change how fast it goes:
@@ -43,6 +44,12 @@ def _make_demo_data(config: Any) -> None:
     demo.make(config)
 
 
+def _plan(config: Any) -> None:
+    from hvd_vgg.parallel import plan
+
+    plan.plan(config)
+
+
 # What is imported above the commands must be quick: --help and a wrong flag answer at once.
 COMMANDS: "dict[str, Tuple[Any, Callable[[Any], None], str]]" = {
     "train": (Config, _train, "hvd-vgg train [--flagfile=FILE] [--flags]: train and evaluate on all ranks."),
@@ -50,6 +57,12 @@ COMMANDS: "dict[str, Tuple[Any, Callable[[Any], None], str]]" = {
         EvaluateConfig,
         _evaluate,
         "hvd-vgg evaluate --run_dir=DIR [--flags]: score a checkpoint. All flags default to the run's own.",
+    ),
+    "plan": (
+        PlanConfig,
+        _plan,
+        "hvd-vgg plan --ranks=N --ranks_per_host=N --gbit=X --fps_per_rank=X [--flagfile=FILE] [--flags]: bytes, seconds and "
+        "scaling efficiency of each way to exchange gradients. Needs no TensorFlow.",
     ),
     "make-demo-data": (DemoConfig, _make_demo_data, "hvd-vgg make-demo-data [--flags]: draw a data set."),
 }

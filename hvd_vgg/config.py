@@ -105,7 +105,19 @@ class Config:
     device_batch: int = flag(
         32, "Device", "Images a device holds at once; a rank's larger part is worked through in turn.", "images", at_least=1
     )
-    exchange: str = flag("allreduce", "Device", "How gradients cross the network.", choices=("allreduce",))
+    exchange: str = flag(
+        "auto",
+        "Device",
+        "How dense layers' gradients cross the network: allreduce sums products, factored gathers rows, auto takes what is "
+        "fewer bytes for each layer. The result is the same to rounding.",
+        choices=("auto", "allreduce", "factored"),
+    )
+    wire_dtype: str = flag(
+        "float32", "Device", "What crosses it; float16 halves the bytes and rounds.", choices=("float32", "float16")
+    )
+    drift_every_steps: int = flag(
+        500, "Device", "Compare all ranks' weights this often, exactly; 0: never.", "updates", at_least=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +125,20 @@ class EvaluateConfig(Config):
     """A run's Config, taken from its directory, and which of its checkpoints to evaluate."""
 
     checkpoint: str = flag("best", "Evaluate", "best, newest, or the path of a .safetensors file of this package.")
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig(Config):
+    """A run's Config and the cluster it is planned for."""
+
+    ranks: int = flag(8, "Plan", "Ranks of the job.", "ranks", at_least=1)
+    ranks_per_host: int = flag(8, "Plan", "Ranks that share a host and its link.", "ranks", at_least=1)
+    gbit: float = flag(25.0, "Plan", "Rate of a host's link.", "Gbit/s", above=0.0)
+    fps_per_rank: float = flag(150.0, "Plan", "What a rank trains alone, without exchange.", "images/s", above=0.0)
+    sweep_ranks: Tuple[float, ...] = flag(
+        (), "Plan", "Also efficiency at these numbers of ranks, with the images of a rank held fixed.", "ranks", at_least=1
+    )
+    out: str = flag("", "Plan", "Draw the sweep into this file (.png, .svg, .pdf; needs matplotlib).", "path")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +259,13 @@ def _conflicts(config: Config) -> List[str]:
         errors.append("--optimizer=nesterov needs --momentum above 0")
     if not config.steps and config.warmup_epochs >= config.epochs:
         errors.append(f"--warmup_epochs={_text(config.warmup_epochs)}: expected less than --epochs={_text(config.epochs)}")
+    if isinstance(config, PlanConfig):
+        if config.global_batch < config.ranks:
+            errors.append(
+                f"--global_batch={config.global_batch}: expected at least one image for each of --ranks={config.ranks}"
+            )
+        if config.out and not config.sweep_ranks:
+            errors.append("--out needs --sweep_ranks")
     for name in ("data_dir", "run_dir"):
         if not getattr(config, name):
             errors.append(f"--{name}: expected a path, found nothing")

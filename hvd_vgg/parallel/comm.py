@@ -136,6 +136,16 @@ def sum_gradients(tensors: Sequence[Any], name: str) -> List[Any]:
     return list(hvd.grouped_allreduce(list(tensors), op=hvd.Sum, name=name))
 
 
+def gather_rows(tensor: Any, name: str, rows: int) -> Any:
+    """Returns all ranks' rows [rows, ...] in order of rank, sent as `name`; for use inside a tf.function.
+
+    Ranks may hold different numbers of rows. Not to be differentiated: Horovod's gradient of allgather is an average over
+    ranks (its issue 2654), so callers stay outside of tapes.
+    """
+    gathered = hvd.allgather(tensor, name=name) if size() > 1 else tensor
+    return tf.ensure_shape(gathered, [rows, *tensor.shape[1:]])
+
+
 def together(action: Callable[[], T]) -> T:
     """Returns `action()`, which must not communicate; if it fails on any rank, all ranks raise one agreed Failure.
 

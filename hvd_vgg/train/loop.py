@@ -14,8 +14,8 @@ import tensorflow as tf
 from hvd_vgg.config import Config, EvaluateConfig, epochs_to_steps, total_steps
 from hvd_vgg.data import order, pipeline, records
 from hvd_vgg.data.index import open_data, open_split
-from hvd_vgg.model import vgg
-from hvd_vgg.parallel import comm
+from hvd_vgg.model.layers import DENSE, layers
+from hvd_vgg.parallel import comm, cost
 from hvd_vgg.run.health import CONFIGURATION, NOT_FINITE, USAGE, Failure
 from hvd_vgg.run.log import Console, count
 from hvd_vgg.run.throughput import WARMUP_STEPS, Throughput
@@ -41,10 +41,19 @@ def train(config: Config) -> None:
     run = state.initial(config)
     what = state.what_run(config, data.train, data.label_base)
     position = state.restore(run, config, run_dir, what, console)
-    train_step = step.make_train_step(run.weights, run.slots, config, device.data_format)
+    choices = cost.choose(
+        layers(config.model, config.width, config.image_size, config.num_classes),
+        config.exchange,
+        config.global_batch,
+        comm.size(),
+        config.wire_dtype,
+    )
+    factored = [choice.layer for choice in choices if choice.way == "factored"]
+    train_step = step.make_train_step(run.weights, run.slots, config, device.data_format, factored)
+    checksums = step.make_checksums(run.weights)
     eval_step = step.make_eval_step(run.weights, config.model, device.data_format)
     log = tell.open_log(config, run_dir) if comm.is_root() else None
-    tell.introduce(config, data, device, total, position.step, log, console)
+    tell.introduce(config, data, device, choices, total, position.step, log, console)
 
     # ---- the loop
     steps = range(position.step, total)
@@ -54,12 +63,14 @@ def train(config: Config) -> None:
     window: List[Tuple[int, step.Sums]] = []
     for now, batch in zip(steps, batches):
         lr = schedule.learning_rate(now, config, data.train.records)
-        keys = order.dropout_keys(config.seed, now, len(vgg.DENSE) - 1)
+        keys = order.dropout_keys(config.seed, now, len(DENSE) - 1)
         sums = train_step(
             batch.images, batch.labels, tf.constant(low, tf.int64), tf.constant(keys), tf.constant(lr, tf.float32)
         )
         window.append((now, sums))
         done = now + 1
+        if config.drift_every_steps and done % config.drift_every_steps == 0:
+            state.check_identical(list(run.weights), checksums().numpy(), now)
         saves = bool(config.save_every_steps) and done % config.save_every_steps == 0
         warm_up = done - position.step <= WARMUP_STEPS  # ends with a window of its own, which is not counted
         closes = done % config.log_every_steps == 0 or done in eval_at or saves or done - position.step == WARMUP_STEPS

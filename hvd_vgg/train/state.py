@@ -3,15 +3,16 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Dict, NamedTuple
+from typing import Any, Dict, List, NamedTuple
 
 import numpy as np
 
 from hvd_vgg.config import Config, identity
 from hvd_vgg.data import records
 from hvd_vgg.model import vgg
+from hvd_vgg.model.layers import layers
 from hvd_vgg.parallel import comm
-from hvd_vgg.run.health import CONFIGURATION, Failure, difference
+from hvd_vgg.run.health import CONFIGURATION, NOT_FINITE, Failure, difference
 from hvd_vgg.run.log import Console
 from hvd_vgg.train import checkpoint, optimizer
 
@@ -37,8 +38,8 @@ class Position(NamedTuple):
 
 def initial(config: Config) -> State:
     """Returns the state before the first update: a function of the configuration, the same on every rank."""
-    layers = vgg.layers(config.model, config.width, config.image_size, config.num_classes)
-    weights = vgg.initial_weights(layers, config.seed)
+    of = layers(config.model, config.width, config.image_size, config.num_classes)
+    weights = vgg.initial_weights(of, config.seed)
     return State(weights, optimizer.make_slots(weights))
 
 
@@ -91,6 +92,26 @@ def _require(resume: str, run_dir: Path) -> None:
             CONFIGURATION,
             f"--resume=never, but {checkpoint.folder(run_dir)} holds {len(found)} checkpoints, which are never "
             f"overwritten: give another --run_dir",
+        )
+
+
+def check_identical(names: List[str], checksums: np.ndarray, step: int) -> None:
+    """Raises an agreed Failure(NOT_FINITE) naming the first weight that is not the same on all ranks; all ranks call.
+
+    checksums: int64 [names], this rank's. The rank or ranks that differ from most are named.
+    """
+    told = np.stack([np.frombuffer(each, np.int64) for each in comm.gather(checksums.tobytes())])
+    differs = (told != told[0]).any(axis=0)
+    if differs.any():
+        first = int(np.argmax(differs))
+        values, counts = np.unique(told[:, first], return_counts=True)
+        odd = [rank for rank, value in enumerate(told[:, first]) if value != values[np.argmax(counts)]]
+        raise Failure(
+            NOT_FINITE,
+            f"step {step}: {names[first]} ({int(differs.sum())} of {len(names)} weights in all) is not the same on all "
+            f"ranks: rank {', '.join(map(str, odd))} differs. Replicas that drift apart no longer train one network (unlike "
+            f"processors, or a fault of memory?); go on from a checkpoint of before, or use --exchange=allreduce",
+            agreed=True,
         )
 
 

@@ -1,6 +1,6 @@
 """The compiled functions of training and evaluation: the only tf.functions, the only gradients."""
 
-from typing import Any, Callable, Dict, List, NamedTuple
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import tensorflow as tf
 
@@ -21,51 +21,91 @@ class Sums(NamedTuple):
     gradient_norm: Any
 
 
-def make_train_step(weights: vgg.Weights, slots: optimizer.Slots, config: Config, data_format: str) -> Callable[..., Sums]:
+def make_train_step(
+    weights: vgg.Weights, slots: optimizer.Slots, config: Config, data_format: str, factored: Sequence[str]
+) -> Callable[..., Sums]:
     """Returns the function of one update, called by all ranks: (images, labels, position, keys, lr) -> Sums.
 
     images uint8 [n, h, w, 3] and labels int32 [n]: this rank's part of the global batch, which begins at `position` of it
     (int64 scalar); keys: `order.dropout_keys`, uint64 [2]; lr: float32 scalar. Gradients are sums over samples divided by
-    the global batch, summed over ranks.
+    the global batch, summed over ranks; those of the dense layers `factored` are formed from gathered rows.
     """
+    summed = [name for name in weights if name.split("/")[0] not in factored]
 
-    def sums_and_gradients(images: Any, labels: Any, position: Any, keys: Any) -> List[Any]:
+    def sums_and_rows(images: Any, labels: Any, position: Any, keys: Any) -> Tuple[List[Any], List[Any]]:
+        """Returns (loss, hits and summed gradients), (inputs and output gradients of each factored layer)."""
+        inputs: Dict[str, Any] = {}
+        # Nothing is added to a layer's outputs, but the gradient of this nothing is the outputs'.
+        probes = {name: tf.zeros([tf.shape(images)[0], weights[f"{name}/bias"].shape[0]]) for name in factored}
+
         def dropout(x: Any, layer: int) -> Any:
             return drop(x, config.dropout, keys[layer], position)
 
+        def dense(x: Any, name: str) -> Any:
+            inputs[name] = x
+            outputs = vgg.dense(weights, x, name)
+            return outputs + probes[name] if name in probes else outputs
+
         with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(list(weights.values()))
-            inputs = vgg.normalized(images)
-            logits = vgg.logits(weights, config.model, inputs, data_format, dropout if config.dropout else None)
+            sources = [weights[name] for name in summed] + list(probes.values())
+            tape.watch(sources)
+            normalized = vgg.normalized(images)
+            logits = vgg.logits(weights, config.model, normalized, data_format, dropout if config.dropout else None, dense)
             loss = tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
             objective = loss / config.global_batch
-        gradients = tape.gradient(objective, list(weights.values()))
-        return [loss, hits(logits, labels, 1), hits(logits, labels, 5)] + gradients
+        gradients = tape.gradient(objective, sources)
+        sums = [loss, hits(logits, labels, 1), hits(logits, labels, 5), *gradients[: len(summed)]]
+        return sums, [inputs[name] for name in factored] + gradients[len(summed) :]
 
-    def in_micro_batches(images: Any, labels: Any, position: Any, keys: Any) -> List[Any]:
-        rows, held = images.shape[0], config.device_batch
-        if rows <= held:
-            return sums_and_gradients(images, labels, position, keys)
+    def in_micro_batches(images: Any, labels: Any, position: Any, keys: Any) -> Tuple[List[Any], List[Any]]:
+        count, held = images.shape[0], config.device_batch
+        if count <= held:
+            return sums_and_rows(images, labels, position, keys)
 
-        def body(low: Any, total: List[Any]) -> Any:
-            high = tf.minimum(low + held, rows)
-            part = sums_and_gradients(images[low:high], labels[low:high], position + tf.cast(low, tf.int64), keys)
-            return high, [a + b for a, b in zip(total, part)]
+        def body(low: Any, total: List[Any], rows: List[Any]) -> Any:
+            high = tf.minimum(low + held, count)
+            at = position + tf.cast(low, tf.int64)
+            sums, new_rows = sums_and_rows(images[low:high], labels[low:high], at, keys)
+            rows = [array.write(low // held, row) for array, row in zip(rows, new_rows)]
+            return high, [a + b for a, b in zip(total, sums)], rows
 
         zeros = [tf.constant(0.0), tf.constant(0, tf.int64), tf.constant(0, tf.int64)]
-        zeros += [tf.zeros_like(weight) for weight in weights.values()]
+        zeros += [tf.zeros_like(weights[name]) for name in summed]
+        widths = [weights[f"{name}/kernel"].shape[side] for side in (0, 1) for name in factored]
+        rows = [
+            tf.TensorArray(tf.float32, -(-count // held), infer_shape=False, element_shape=[None, width]) for width in widths
+        ]
         # One at a time: micro-batches exist because only one fits.
-        return list(tf.while_loop(lambda low, _: low < rows, body, [tf.constant(0), zeros], parallel_iterations=1)[1])
+        start = [tf.constant(0), zeros, rows]
+        _, total, rows = tf.while_loop(lambda low, *_: low < count, body, start, parallel_iterations=1)
+        return total, [tf.ensure_shape(array.concat(), [count, width]) for array, width in zip(rows, widths)]
 
     @tf.function(jit_compile=False)
     def train_step(images: Any, labels: Any, position: Any, keys: Any, lr: Any) -> Sums:
-        loss, top1, top5, *parts = in_micro_batches(images, labels, position, keys)
-        gradients: Dict[str, Any] = exchange.sum_gradients(dict(zip(weights, parts)))
+        (loss, top1, top5, *parts), rows = in_micro_batches(images, labels, position, keys)
+        wire = (config.wire_dtype, float(config.global_batch))
+        gradients = exchange.sum_gradients(dict(zip(summed, parts)), *wire)
+        for name, inputs, outputs in zip(factored, rows, rows[len(factored) :]):
+            gradients.update(exchange.factored_gradient(name, inputs, outputs, config.global_batch, *wire))
         norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(gradient) for gradient in gradients.values()]))
         optimizer.update(weights, slots, gradients, lr, config.optimizer, config.momentum, config.weight_decay)
         return Sums(loss, top1, top5, norm)
 
     return train_step
+
+
+def make_checksums(weights: vgg.Weights) -> Callable[[], Any]:
+    """Returns the function () -> int64 [weights]: of each weight, in order, the sum of its bits as integers.
+
+    Exact, whatever the order of summing; equal weights have equal sums, and any one number that differs changes its sum.
+    """
+
+    @tf.function(jit_compile=False)
+    def checksums() -> Any:
+        bits = [tf.cast(tf.bitcast(weight, tf.int32), tf.int64) for weight in weights.values()]
+        return tf.stack([tf.reduce_sum(each) for each in bits])
+
+    return checksums
 
 
 def make_eval_step(weights: vgg.Weights, model: str, data_format: str) -> Callable[..., Any]:

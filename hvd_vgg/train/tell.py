@@ -3,15 +3,15 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Callable, Dict, Optional
+from typing import Callable, Dict, List, Optional
 
 import tensorflow as tf
 
 from hvd_vgg.config import Config, to_flag_file
 from hvd_vgg.data import order
 from hvd_vgg.data.index import Data
-from hvd_vgg.model import vgg
-from hvd_vgg.parallel import comm
+from hvd_vgg.model import layers as tables
+from hvd_vgg.parallel import comm, cost
 from hvd_vgg.run.health import NOT_WRITTEN, Failure
 from hvd_vgg.run.log import Console, Progress, RunLog, count, duration
 from hvd_vgg.run.throughput import Throughput
@@ -35,13 +35,20 @@ def _tensorboard(run_dir: Path) -> Callable[[str, float, int], None]:
 
 
 def introduce(
-    config: Config, data: Data, device: comm.Device, total: int, first: int, log: Optional[RunLog], console: Console
+    config: Config,
+    data: Data,
+    device: comm.Device,
+    choices: List[cost.Choice],
+    total: int,
+    first: int,
+    log: Optional[RunLog],
+    console: Console,
 ) -> None:
-    layers = vgg.layers(config.model, config.width, config.image_size, config.num_classes)
+    layers = tables.layers(config.model, config.width, config.image_size, config.num_classes)
     slices = [order.slice_bounds(config.global_batch, rank, comm.size()) for rank in range(comm.size())]
     parts = sorted({high - low for low, high in slices}, reverse=True)
     console.say(
-        f"{config.model} at width {config.width:g}, {config.image_size} pixels: {vgg.parameters(layers):,} parameters"
+        f"{config.model} at width {config.width:g}, {config.image_size} pixels: {tables.parameters(layers):,} parameters"
     )
     console.say(
         f"{data.train.records} records to train on, {data.validation.records} to evaluate; labels from {data.label_base} "
@@ -51,9 +58,12 @@ def introduce(
         f"{count(comm.size(), 'rank')} on {device.kind}, {count(device.threads, 'CPU thread')} each; {config.global_batch} "
         f"images an update: {' or '.join(map(str, parts))} a rank, at most {config.device_batch} at once"
     )
+    if comm.size() > 1:
+        console.say(cost.table(choices))
     console.say(f"steps {first} to {total}, lr {config.lr:g} for the mean gradient of {config.global_batch}")
     if log:
         facts = {**comm.describe(), "ranks": comm.size(), "device": device.kind, "steps": total, "first_step": first}
+        facts.update(cost.as_log(choices))
         log.log("PARAMETER", {**dataclasses.asdict(config), **facts})
 
 
