@@ -6,7 +6,6 @@ CRC-32C of the data (uint32). The data is a tf.train.Example; of it only two fea
 """
 
 import functools
-import io
 import os
 import re
 import struct
@@ -220,10 +219,22 @@ def check_labels(index: Index, label_base: int, num_classes: int) -> None:
         )
 
 
-@functools.lru_cache(maxsize=256)  # Well below the common limit of 1024 open files; a set has up to 1024 shards.
-def _open(path: Path) -> io.FileIO:
-    # A file dropped from the cache while another thread reads from it stays open until that thread lets go of it.
-    return open(path, "rb", buffering=0)
+class _OpenFile:
+    """A file open for reading, closed when nobody holds it any more.
+
+    A reader holds it while it reads: another thread may drop it from the cache, or may have opened the same file at the
+    same moment and be the one whose file is kept.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.handle = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            os.close(self.handle)
+
+
+_open = functools.lru_cache(maxsize=256)(_OpenFile)  # Well below the usual limit of 1024; a set has up to 1024 shards.
 
 
 def read_record(index: Index, record: int) -> bytes:
@@ -234,7 +245,8 @@ def read_record(index: Index, record: int) -> bytes:
     shard = int(np.searchsorted(index.starts, record, side="right")) - 1
     length, offset = int(index.lengths[record]), int(index.offsets[record])
     try:
-        found = os.pread(_open(index.paths[shard]).fileno(), length + FOOTER_BYTES, offset)
+        file = _open(index.paths[shard])
+        found = os.pread(file.handle, length + FOOTER_BYTES, offset)
     except OSError as error:
         raise Failure(DATA, f"data: {index.where(record)}: cannot be read: {error.strerror}") from error
     if len(found) < length + FOOTER_BYTES:

@@ -1,5 +1,7 @@
+import functools
 import random
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -242,3 +244,13 @@ def test_a_length_that_reaches_beyond_the_file_is_refused_without_reading_it(tmp
     header = struct.pack("<Q", 2**60)
     path.write_bytes(header + struct.pack("<I", records._masked_crc(header)) + b"x" * 100)
     assert "expected 1152921504606846976 bytes" in failure_of(lambda: records.scan_shard(path))
+
+
+def test_many_threads_read_at_once_while_files_are_opened_and_dropped(data, monkeypatch):
+    index = open_all(data)
+    expected = [records.read_record(index, i) for i in range(index.records)]
+    small = functools.lru_cache(maxsize=1)(records._open.__wrapped__)  # 3 shards: nearly every read opens anew
+    monkeypatch.setattr(records, "_open", small)
+    with ThreadPoolExecutor(16) as threads:
+        for _ in range(20):
+            assert list(threads.map(functools.partial(records.read_record, index), range(index.records))) == expected
