@@ -55,7 +55,7 @@ def layers(model: str, width: float, image_size: int, num_classes: int) -> List[
 
 
 def scaled(units: int, width: float) -> int:
-    """Returns `units` times `width`, to the next multiple of 4 and at least 4."""
+    """Returns `units` times `width`, to the nearest multiple of 4 and at least 4."""
     return max(4, 4 * round(units * width / 4))
 
 

@@ -98,7 +98,7 @@ def test_a_shard_cut_off_anywhere_but_between_records_is_told_with_record_and_of
     path = tmp_path / "train-00000-of-00001"
     write_shard(path, [example(picture(i, 1), 1) for i in range(3)])
     whole = path.read_bytes()
-    offsets, lengths = records.scan_headers(path)
+    offsets, lengths, _ = records.scan_shard(path)
     second = int(offsets[1]) - 12
     for cut in (second + 1, second + 11, second + 12, int(offsets[1]) + 5, int(offsets[1]) + int(lengths[1]) + 3):
         path.write_bytes(whole[:cut])
