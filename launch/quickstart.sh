@@ -33,7 +33,7 @@ run_ranks 2 hvd-vgg train --flagfile="$clone/configs/quickstart.flags" --data_di
   --console="$(console)" "$@"
 
 if [ -f "$run_dir/flags.txt" ]; then # not when --run_dir was among the flags given
-  echo "Next, the same run on one rank, which gives the same accuracy:"
+  echo "Next, the same run on one rank; it differs in the rounding of sums alone:"
   printf '  %q' "${HVD_VGG_VENV:-$clone/.venv}/bin/hvd-vgg" train
   printf ' %q' "--flagfile=$run_dir/flags.txt" "--run_dir=$run_dir-one-rank"
   printf '\n'

@@ -194,6 +194,10 @@ class Progress:
         self.console, self.title, self.total, self.unit, self.start = console, title, total, unit, start
         self.began = self.shown = time.monotonic()
 
+    def restart(self, done: int) -> None:
+        """Leaves what was done until now out of the estimate."""
+        self.start, self.began = done, time.monotonic()
+
     def left_seconds(self, done: int) -> Optional[float]:
         """Returns an estimate of the time left, or None before there is one."""
         elapsed, fresh = time.monotonic() - self.began, done - self.start

@@ -74,6 +74,8 @@ def train(config: Config) -> None:
             progress.update(done)
             continue
 
+        if warm_up:
+            progress.restart(done)
         row = {**_close_window(window, config), "train.lr": lr}
         row["train.fps"] = throughput.close_window(len(window) * config.global_batch, counts=not warm_up)
         window.clear()

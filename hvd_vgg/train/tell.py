@@ -77,7 +77,7 @@ def training(
     if console.bar:
         progress.update(done, text.split("  ", 1)[1])
     else:
-        progress.say(f"{text}  left {duration(left or 0)}")
+        progress.say(f"{text}  left {duration(left)}" if left is not None else text)
 
 
 def evaluation(result: Evaluation, done: int, epoch: float, log: Optional[RunLog], console: Console) -> None:
