@@ -8,7 +8,7 @@ from typing import Any, Callable, List, Tuple
 
 from hvd_vgg import __version__
 from hvd_vgg.config import Config, DemoConfig, EvaluateConfig, PlanConfig, describe, find_flag_file, parse
-from hvd_vgg.run.health import BUG, DONE, LOST_RANK, STOPPED, USAGE, Failure, launched_rank
+from hvd_vgg.run.health import BUG, CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure, launched_rank
 
 USAGE_TEXT = f"""hvd-vgg {__version__}: trains VGG networks on ImageNet-style TFRecords with TensorFlow and Horovod.
 
@@ -22,7 +22,7 @@ Each runs alone or on many ranks, which only change how fast it goes:
   horovodrun -np 8 hvd-vgg train --flagfile=configs/vgg16_imagenet.flags --data_dir=/data/imagenet
 
 hvd-vgg COMMAND --help lists a command's flags. Exit codes: 0 done, 64 usage, 65 data, 70 error in the program, 74 a result
-could not be written, 75 lost a rank, 78 configuration, 80 stopped on request, 81 not finite.
+could not be written, 75 lost a rank, 78 configuration, 80 interrupted, 81 not finite.
 """
 
 
@@ -61,8 +61,8 @@ COMMANDS: "dict[str, Tuple[Any, Callable[[Any], None], str]]" = {
     "plan": (
         PlanConfig,
         _plan,
-        "hvd-vgg plan --ranks=N --ranks_per_host=N --gbit=X --fps_per_rank=X [--flagfile=FILE] [--flags]: bytes, seconds and "
-        "scaling efficiency of each way to exchange gradients. Needs no TensorFlow.",
+        "hvd-vgg plan --ranks=N --ranks_per_host=N --gbit=X --fps_per_rank=X [--flagfile=FILE] [--flags]: bytes, seconds "
+        "and scaling efficiency of each way to exchange gradients. Needs no TensorFlow.",
     ),
     "make-demo-data": (DemoConfig, _make_demo_data, "hvd-vgg make-demo-data [--flags]: draw a data set."),
 }
@@ -95,9 +95,12 @@ def run(argv: List[str]) -> int:
     except Failure as failure:
         return _end(failure)
     except KeyboardInterrupt:
-        return _end(Failure(STOPPED, "interrupted; the same command goes on from the newest checkpoint"))
+        return _end(Failure(STOPPED, "interrupted; a run goes on from its newest checkpoint when started again"))
+    except ImportError as error:
+        return _end(Failure(CONFIGURATION, f"{error} ({sys.executable}): install it, or use launch/environment.sh"))
     except Exception as error:
-        if "Horovod has been shut down" in str(error) or type(error).__name__ == "HorovodInternalError":
+        # What Horovod's operations say when a rank is gone is the transport's own text, but they are always named in it.
+        if "Horovod" in f"{type(error).__name__} {error}":
             return _end(Failure(LOST_RANK, "another rank has gone; the same command goes on from the newest checkpoint"))
         traceback.print_exc()
         return _end(Failure(BUG, "an error of the program, above: please report it with the run's flags.txt"))
@@ -108,7 +111,8 @@ def _with_run_flags(argv: List[str]) -> List[str]:
     if argv[0] != "evaluate":
         return argv[1:]
     found = find_flag_file(parse(EvaluateConfig, argv[1:]).run_dir)
-    return [f"--flagfile={found}"] * bool(found) + argv[1:]
+    # Where the run printed to is not where this prints to.
+    return [f"--flagfile={found}", "--console=auto"] * bool(found) + argv[1:]
 
 
 def _refuse(failure: Failure) -> int:
@@ -116,7 +120,10 @@ def _refuse(failure: Failure) -> int:
     if not launched_rank():
         print(f"hvd-vgg: {failure.message}", file=sys.stderr, flush=True)
     else:
-        time.sleep(3)  # The launcher ends all ranks when the first one leaves; that must not be before rank 0 has spoken.
+        # The launcher ends all ranks when the first one leaves, which must not be before rank 0 has spoken. Where rank 0
+        # found nothing wrong (another host, another file), this one speaks after all.
+        time.sleep(3)
+        print(f"hvd-vgg: rank {launched_rank()}: {failure.message}", file=sys.stderr, flush=True)
     return failure.code
 
 

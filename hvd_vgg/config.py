@@ -53,8 +53,18 @@ class Config:
     global_batch: int = flag(
         256, "Recipe", "Images an update, over all ranks: more ranks never change it.", "images", at_least=1, learned=True
     )
-    epochs: float = flag(90.0, "Recipe", "Length of the run, when --steps is 0.", "epochs", above=0.0, learned=True)
-    steps: int = flag(0, "Recipe", "Length of the run; 0: as many as --epochs needs.", "updates", at_least=0, learned=True)
+    epochs: float = flag(
+        90.0, "Recipe", "Length of the run, when --steps is 0.", "epochs", above=0.0, at_most=1e5, learned=True
+    )
+    steps: int = flag(
+        0,
+        "Recipe",
+        "Length of the run; 0: as many as --epochs needs.",
+        "updates",
+        at_least=0,
+        at_most=99_999_999,
+        learned=True,
+    )
     optimizer: str = flag("momentum", "Recipe", "SGD with momentum.", choices=("momentum", "nesterov"), learned=True)
     lr: float = flag(0.01, "Recipe", "Learning rate after warm-up, for the mean gradient.", above=0.0, learned=True)
     lr_schedule: str = flag(
@@ -88,7 +98,11 @@ class Config:
         1.0, "Run", "Evaluate this often, and at the end; 0: at the end only.", "epochs", at_least=0.0
     )
     save_every_steps: int = flag(
-        1000, "Run", "Checkpoint this often, and at the end; 0: at the end only.", "updates", at_least=0
+        1000,
+        "Run",
+        "Checkpoint this often too; always at the end and at an evaluation better than all before.",
+        "updates",
+        at_least=0,
     )
     keep_checkpoints: int = flag(3, "Run", "Newest checkpoints kept; the best is kept beside them.", at_least=1)
     log_every_steps: int = flag(20, "Run", "One log line for this many.", "updates", at_least=1)
@@ -229,6 +243,8 @@ def validate(config: Any) -> List[str]:
                 errors.append(f"--{field.name}={_text(value)}: expected {expected}")
     if isinstance(config, Config):
         errors.extend(_conflicts(config))
+    if isinstance(config, DemoConfig) and config.shards > min(config.train_images, 2 * config.validation_images - 1):
+        errors.append(f"--shards={config.shards}: expected at least one image for each shard of both splits")
     return errors
 
 
@@ -328,8 +344,10 @@ def _groups(kind: Any) -> List[Tuple[str, List[Any]]]:
 def _text(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(_text(part) for part in value)
-    text = repr(value) if isinstance(value, float) else str(value)
-    return text[:-2] if text.endswith(".0") else text
+    if isinstance(value, float):
+        text = repr(value)
+        return text[:-2] if text.endswith(".0") else text
+    return str(value)
 
 
 def find_flag_file(run_dir: str) -> Optional[Path]:

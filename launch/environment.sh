@@ -49,7 +49,6 @@ install() {
 }
 
 build_horovod() {
-  command -v g++ >/dev/null || fail "g++ is missing: Horovod is C++ and has no wheels. Debian, Ubuntu: apt-get install g++"
   say "building Horovod $horovod against this TensorFlow with MPI and Gloo: no wheel of it exists. Once; 2 to 6 minutes."
   local log="$venv/horovod-build.log" began=$SECONDS
   # pip would keep the wheel by version alone and reuse it under another TensorFlow: hence --no-cache-dir.
@@ -59,6 +58,8 @@ build_horovod() {
     "$venv/bin/python" -m pip install --disable-pip-version-check --no-cache-dir --no-build-isolation --no-deps \
     --force-reinstall --no-binary horovod "horovod==$horovod" >"$log" 2>&1 &
   local build=$!
+  # A background job does not hear Ctrl-C; two builds must never meet in one environment.
+  trap 'kill "$build" 2>/dev/null; exit 130' INT TERM
   while kill -0 "$build" 2>/dev/null; do
     sleep 1
     if [ $(((SECONDS - began) % 30)) -eq 0 ]; then say "still building, $((SECONDS - began)) s so far (log: $log)"; fi
@@ -67,6 +68,7 @@ build_horovod() {
     tail -n 15 "$log" >&2
     fail "Horovod did not build; the whole log is $log"
   fi
+  trap - INT TERM
   say "built in $((SECONDS - began)) s"
 }
 
@@ -96,7 +98,9 @@ done
 if $made; then
   say "using $venv"
 else
-  if [ ! -x "$venv/bin/python" ]; then
+  is_made_from requirements.txt || command -v g++ >/dev/null ||
+    fail "g++ is missing: Horovod is C++ and has no wheels. Debian, Ubuntu: apt-get install g++"
+  if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     python="$(find_python)"
     [ -n "$python" ] || fail "no Python 3.9 to 3.12 with venv found (PYTHON=${PYTHON:-unset}). Debian, Ubuntu: apt-get install python3-venv"
     say "making $venv with $("$python" --version)"

@@ -32,7 +32,9 @@ echo "Training on 2 ranks in $run_dir"
 run_ranks 2 hvd-vgg train --flagfile="$clone/configs/quickstart.flags" --data_dir="$data" --run_dir="$run_dir" \
   --console="$(console)" "$@"
 
-cat <<TEXT
-Next, the same run on one rank gives the same accuracy:
-  ${HVD_VGG_VENV:-$clone/.venv}/bin/hvd-vgg train --flagfile=$run_dir/flags.txt --run_dir=$run_dir-one-rank
-TEXT
+if [ -f "$run_dir/flags.txt" ]; then # not when --run_dir was among the flags given
+  echo "Next, the same run on one rank; it differs in the rounding of sums alone:"
+  printf '  %q' "${HVD_VGG_VENV:-$clone/.venv}/bin/hvd-vgg" train
+  printf ' %q' "--flagfile=$run_dir/flags.txt" "--run_dir=$run_dir-one-rank"
+  printf '\n'
+fi

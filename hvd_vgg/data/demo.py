@@ -9,7 +9,7 @@ import tensorflow as tf
 from hvd_vgg.config import DemoConfig
 from hvd_vgg.data import order
 from hvd_vgg.parallel import comm
-from hvd_vgg.run.health import DATA, Failure
+from hvd_vgg.run.health import DATA, NOT_WRITTEN, Failure
 from hvd_vgg.run.log import Console
 
 # A shape is where its function of (x, y) is above 0; x and y run from -1 to 1 over the shape, or beyond it over a texture.
@@ -69,12 +69,15 @@ def make(config: DemoConfig) -> None:
     done = 0
     for name, split, rows in mine:
         temporary = folder / f"{name}.tmp"
-        with tf.io.TFRecordWriter(str(temporary)) as writer:
-            for row in rows:
-                writer.write(_example(row, split, config))
-                done += 1
-                progress.update(done)
-        temporary.rename(folder / name)
+        try:
+            with tf.io.TFRecordWriter(str(temporary)) as writer:
+                for row in rows:
+                    writer.write(_example(row, split, config))
+                    done += 1
+                    progress.update(done)
+            temporary.rename(folder / name)
+        except (OSError, tf.errors.OpError) as error:
+            raise Failure(NOT_WRITTEN, f"{temporary} cannot be written: {error}") from error
     drawn = comm.sum_over_ranks(np.array([done]))
     console.say(f"{drawn[0]} pictures of {len(CLASSES)} classes ({', '.join(CLASSES)}) in {folder.resolve()}")
     comm.leave()
@@ -85,7 +88,7 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Failure(DATA, f"--data_dir={folder} cannot be made: {error.strerror}") from error
-    if any(folder.glob("train-*")) or any(folder.glob("validation-*")):
+    if any(folder.glob("train-?????-of-?????")) or any(folder.glob("validation-?????-of-?????")):
         raise Failure(DATA, f"{folder} holds shards already, which are never overwritten: give another --data_dir")
 
 

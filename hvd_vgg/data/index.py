@@ -1,8 +1,9 @@
 """Opens the data of a run: the index of a split is made by all ranks together once, then kept beside the data."""
 
 import io
+import time
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple
 
 import numpy as np
 
@@ -10,6 +11,8 @@ from hvd_vgg.config import Config
 from hvd_vgg.data import records
 from hvd_vgg.parallel import comm
 from hvd_vgg.run.log import Console
+
+TURN_SECONDS = 3.0
 
 
 class Data(NamedTuple):
@@ -38,47 +41,48 @@ def open_split(data_dir: str, split: str, fallback_dir: Path, console: Console) 
     that changed since are read again. Raises an agreed Failure(DATA), or Failure(CONFIGURATION) when ranks see other files.
     """
     paths = comm.together(lambda: records.find_shards(data_dir, split))
-    sizes = comm.together(lambda: {path.name: path.stat().st_size for path in paths})
+    sizes = comm.together(lambda: records.shard_bytes(paths))
     comm.agree(f"the {split} shards in {data_dir} (bytes of each)", sizes)
 
     name = f".hvd_vgg_index_{split}.npz"
     places = [Path(data_dir) / name, fallback_dir / name]
-    cached = comm.together(lambda: _cached(places, paths) if comm.is_root() else [])
-    known: Dict[int, records.Shard] = {number: shard for number, shard in enumerate(cached) if shard is not None}
-    stale = np.frombuffer(comm.from_root(_bytes_of([n for n in range(len(paths)) if n not in known])), np.int64).tolist()
+    # Rank 0 alone reads the cache: the others hear from it what is in there.
+    known = _unpacked(comm.from_root(_packed(comm.together(lambda: _cached(places, paths) if comm.is_root() else {}))))
+    stale = [number for number in range(len(paths)) if number not in known]
     if stale and known:
         console.say(f"{split}: {len(stale)} of {len(paths)} shards are new or changed since they were indexed")
 
+    progress = console.progress(f"indexing {split}", len(paths), "shards", len(known))
     mine = stale[comm.rank() :: comm.size()]
-    scanned = comm.together(lambda: _scan(paths, mine, split, console))
-    told = comm.gather(_packed(scanned))
-    everyones: Dict[int, records.Shard] = {}
-    for text in told:
-        everyones.update(_unpacked(text))
-    known.update(everyones)
-    # Rank 0 alone has read the cache; the others get what they did not just hear from it.
-    whole = comm.from_root(_packed({n: known[n] for n in known if n not in everyones}) if comm.is_root() else b"")
-    known.update(_unpacked(whole))
+    # In turns of seconds: all ranks hear of a bad shard soon after one has met it, and of how far they are together.
+    while len(known) < len(paths):
+        scanned = comm.together(lambda: _scan_for(TURN_SECONDS, paths, [n for n in mine if n not in known]))
+        for text in comm.gather(_packed(scanned)):
+            known.update(_unpacked(text))
+        progress.update(len(known))
     index = records.join(paths, [known[number] for number in range(len(paths))])
     if stale and comm.is_root():
         _keep(places, index, console)
     return index
 
 
-def _cached(places: List[Path], paths: List[Path]) -> List[Optional[records.Shard]]:
-    for place in places:
-        found = records.load_cache(place, paths)
-        if found is not None:
-            return found
-    return []
+def _cached(places: List[Path], paths: List[Path]) -> Dict[int, records.Shard]:
+    """Returns by number the shards that are unchanged since they were indexed, from whichever place has them."""
+    known: Dict[int, records.Shard] = {}
+    for place in reversed(places):
+        for number, shard in enumerate(records.load_cache(place, paths) or []):
+            if shard is not None:
+                known[number] = shard
+    return known
 
 
-def _scan(paths: List[Path], mine: List[int], split: str, console: Console) -> Dict[int, records.Shard]:
-    progress = console.progress(f"indexing {split}", len(mine), "shards on rank 0")
-    found = {}
-    for done, number in enumerate(mine, start=1):
+def _scan_for(seconds: float, paths: List[Path], left: List[int]) -> Dict[int, records.Shard]:
+    """Indexes shards of `left` in order until `seconds` have passed, at least one."""
+    began, found = time.monotonic(), {}
+    for number in left:
         found[number] = records.scan_shard(paths[number])
-        progress.update(done)
+        if time.monotonic() - began > seconds:
+            break
     return found
 
 
@@ -89,10 +93,6 @@ def _keep(places: List[Path], index: records.Index, console: Console) -> None:
             return
         except OSError as error:
             console.say(f"the index cannot be kept in {place.parent} ({error.strerror})")
-
-
-def _bytes_of(numbers: List[int]) -> bytes:
-    return np.array(numbers, np.int64).tobytes()
 
 
 def _packed(shards: Dict[int, records.Shard]) -> bytes:

@@ -6,7 +6,6 @@ CRC-32C of the data (uint32). The data is a tf.train.Example; of it only two fea
 """
 
 import functools
-import io
 import os
 import re
 import struct
@@ -26,6 +25,15 @@ IMAGE, LABEL = b"image/encoded", b"image/class/label"
 # Labels of any honest file fit far within; what does not would not fit the index.
 _LABEL_LIMIT = 2**31
 _SHARD_NAME = re.compile(r"^(?P<split>[a-z]+)-(?P<number>\d{5})-of-(?P<count>\d{5})$")
+
+# How far behind a header, or before the end of a record, the label is looked for before the record is walked through.
+_AHEAD_BYTES = 512
+# The map entry of a label of one byte or two, as every writer of Examples lays it out; a match is a shortcut to what
+# `read_label` would find, and is held against it when the record is read whole.
+_LABEL_PATTERN = re.compile(
+    rb"\n(?:\x1a\n\x11image/class/label\x12\x05\x1a\x03\n\x01([\x00-\x7f])"
+    rb"|\x1b\n\x11image/class/label\x12\x06\x1a\x04\n\x02([\x80-\xff][\x01-\x7f]))"
+)
 
 # Reads `count` bytes at an offset of a record's data; fewer at its end.
 ReadAt = Callable[[int, int], bytes]
@@ -78,7 +86,10 @@ def find_shards(data_dir: str, split: str) -> List[Path]:
             f"data: {folder} is not a directory (now in {Path.cwd()}); expected TFRecords {split}-?????-of-????? in "
             f"it. Give another by --data_dir, or draw some to try: hvd-vgg make-demo-data",
         )
-    names = sorted(path.name for path in folder.iterdir())
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise _unreadable(folder, error) from error
     matches = [match for match in map(_SHARD_NAME.match, names) if match]
     mine = [match for match in matches if match["split"] == split]
     if not mine:
@@ -105,38 +116,72 @@ def find_shards(data_dir: str, split: str) -> List[Path]:
     return [folder / match[0] for match in mine]
 
 
-def scan_headers(path: Path) -> Tuple[np.ndarray, np.ndarray]:
-    """Returns (offsets int64 [n], lengths uint32 [n]) of the records of one shard from their headers alone.
+def shard_bytes(paths: Sequence[Path]) -> Dict[str, int]:
+    """Returns the size of each shard by name; raises Failure(DATA) where one cannot be looked at."""
+    try:
+        return {path.name: path.stat().st_size for path in paths}
+    except OSError as error:
+        raise _unreadable(Path(str(error.filename)), error) from error
 
-    Raises Failure(DATA) naming the record when the file is empty, cut off, or a header's checksum is wrong.
+
+def scan_shard(path: Path) -> Shard:
+    """Returns the index of one shard from its records' headers and labels, without reading the images.
+
+    Raises Failure(DATA) naming the record when the file is empty, cut off or cannot be read, a header's checksum is wrong,
+    or there is not exactly one label.
     """
-    size = path.stat().st_size
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return _scan(path, file.fileno(), path.stat().st_size)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _scan(path: Path, handle: int, size: int) -> Shard:
     if size == 0:
         raise Failure(DATA, f"data: {path} is empty (0 bytes); expected at least one record. Copy the shard again")
     offsets: List[int] = []
     lengths: List[int] = []
-    # One read of the header a record: records are far apart, so buffering would read the images too.
-    with open(path, "rb", buffering=0) as file:
-        handle, at = file.fileno(), 0
-        pread, unpack = os.pread, struct.Struct("<QI").unpack
-        while at < size:
-            header = pread(handle, HEADER_BYTES, at)
-            if len(header) < HEADER_BYTES:
-                raise _cut_off(path, len(offsets), at, f"a header of {HEADER_BYTES} bytes", size)
-            length, crc = unpack(header)
-            if crc != _masked_crc(header[:8]):
-                raise Failure(
-                    DATA,
-                    f"data: {path}, record {len(offsets)}, offset {at}: the checksum of the record's length is wrong "
-                    f"(not a TFRecord file, or damaged). Copy the shard again",
-                )
-            end = at + HEADER_BYTES + length + FOOTER_BYTES
-            if end > size or length >= 2**32:
-                raise _cut_off(path, len(offsets), at, f"{length} bytes of data and a checksum", size)
-            offsets.append(at + HEADER_BYTES)
-            lengths.append(length)
-            at = end
-    return np.array(offsets, np.int64), np.array(lengths, np.uint32)
+    labels: List[int] = []
+    at, pread, unpack, search = 0, os.pread, struct.Struct("<QI").unpack_from, _LABEL_PATTERN.search
+    while at < size:
+        # One read of the header and what is behind it; records are far apart, so more would be the image.
+        head = pread(handle, HEADER_BYTES + _AHEAD_BYTES, at)
+        if len(head) < HEADER_BYTES:
+            raise _cut_off(path, len(offsets), at, f"a header of {HEADER_BYTES} bytes", size)
+        length, crc = unpack(head)
+        if crc != _masked_crc(head[:8]):
+            raise Failure(
+                DATA,
+                f"data: {path}, record {len(offsets)}, offset {at}: the checksum of the record's length is wrong "
+                f"(not a TFRecord file, or damaged). Copy the shard again",
+            )
+        start, end = at + HEADER_BYTES, at + HEADER_BYTES + length
+        if end + FOOTER_BYTES > size or length >= 2**32:
+            raise _cut_off(path, len(offsets), at, f"{length} bytes of data and a checksum", size)
+        found = search(head, HEADER_BYTES, min(len(head), HEADER_BYTES + length))
+        if not found and length > _AHEAD_BYTES:
+            found = search(pread(handle, min(length, _AHEAD_BYTES), max(start, end - _AHEAD_BYTES)))
+        if found:
+            low, high = found[1] or found[2][:1], found[2] or b"\0\0"
+            labels.append(low[0] & 0x7F | high[1] << 7)
+        else:
+            labels.append(_scan_label(path, len(offsets), handle, start, length))
+        offsets.append(start)
+        lengths.append(length)
+        at = end + FOOTER_BYTES
+    return Shard(np.array(offsets, np.int64), np.array(lengths, np.uint32), np.array(labels, np.int32))
+
+
+def _scan_label(path: Path, number: int, handle: int, start: int, length: int) -> int:
+    try:
+        return read_label(_Window(handle, start, length).read_at, length)
+    except ValueError as error:
+        raise Failure(
+            DATA,
+            f"data: {path}, record {number}, offset {start - HEADER_BYTES}: {error}. Expected a tf.train.Example with "
+            f"{LABEL.decode()} (one integer) and {IMAGE.decode()} (one JPEG or PNG)",
+        ) from error
 
 
 def _cut_off(path: Path, record: int, at: int, expected: str, size: int) -> Failure:
@@ -147,31 +192,12 @@ def _cut_off(path: Path, record: int, at: int, expected: str, size: int) -> Fail
     )
 
 
-def scan_shard(path: Path) -> Shard:
-    """Returns the index of one shard: headers, then each record's label, without reading the images.
-
-    Raises Failure(DATA) as `scan_headers`, and for a record without exactly one label.
-    """
-    offsets, lengths = scan_headers(path)
-    labels = np.empty(len(offsets), np.int32)
-    with open(path, "rb", buffering=0) as file:
-        for number, (offset, length) in enumerate(zip(offsets.tolist(), lengths.tolist())):
-            read_at = _Window(file.fileno(), offset, length).read_at
-            try:
-                labels[number] = read_label(read_at, length)
-            except ValueError as error:
-                raise Failure(
-                    DATA,
-                    f"data: {path}, record {number}, offset {offset - HEADER_BYTES}: {error}. Expected a "
-                    f"tf.train.Example with {LABEL.decode()} (one integer) and {IMAGE.decode()} (one JPEG or PNG)",
-                ) from error
-    return Shard(offsets, lengths, labels)
+def _unreadable(path: Path, error: OSError) -> Failure:
+    return Failure(DATA, f"data: {path} cannot be read: {error.strerror}. Expected a file that this user may read")
 
 
 class _Window:
-    """Reads parts of one record's data from its file, 1 KiB ahead: all but the image often comes with one read."""
-
-    AHEAD_BYTES = 1024
+    """Reads parts of one record's data from its file, some ahead: all but the image often comes with one read."""
 
     def __init__(self, handle: int, offset: int, length: int) -> None:
         self.handle, self.offset, self.length = handle, offset, length
@@ -180,7 +206,7 @@ class _Window:
     def read_at(self, at: int, count: int) -> bytes:
         low, stop = at - self.start, min(at + count, self.length)
         if low < 0 or stop > self.start + len(self.held):
-            ahead = min(max(count, self.AHEAD_BYTES), self.length - at)
+            ahead = min(max(count, _AHEAD_BYTES), self.length - at)
             self.start, self.held, low = at, os.pread(self.handle, ahead, self.offset + at), 0
         return self.held[low : low + count]
 
@@ -220,10 +246,22 @@ def check_labels(index: Index, label_base: int, num_classes: int) -> None:
         )
 
 
-@functools.lru_cache(maxsize=256)  # Well below the common limit of 1024 open files; a set has up to 1024 shards.
-def _open(path: Path) -> io.FileIO:
-    # A file dropped from the cache while another thread reads from it stays open until that thread lets go of it.
-    return open(path, "rb", buffering=0)
+class _OpenFile:
+    """A file open for reading, closed when nobody holds it any more.
+
+    A reader holds it while it reads: another thread may drop it from the cache, or may have opened the same file at the
+    same moment and be the one whose file is kept.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.handle = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            os.close(self.handle)
+
+
+_open = functools.lru_cache(maxsize=256)(_OpenFile)  # Well below the usual limit of 1024; a set has up to 1024 shards.
 
 
 def read_record(index: Index, record: int) -> bytes:
@@ -234,7 +272,8 @@ def read_record(index: Index, record: int) -> bytes:
     shard = int(np.searchsorted(index.starts, record, side="right")) - 1
     length, offset = int(index.lengths[record]), int(index.offsets[record])
     try:
-        found = os.pread(_open(index.paths[shard]).fileno(), length + FOOTER_BYTES, offset)
+        file = _open(index.paths[shard])
+        found = os.pread(file.handle, length + FOOTER_BYTES, offset)
     except OSError as error:
         raise Failure(DATA, f"data: {index.where(record)}: cannot be read: {error.strerror}") from error
     if len(found) < length + FOOTER_BYTES:

@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Ty
 import numpy as np
 import tensorflow as tf
 
-from hvd_vgg.run.health import CONFIGURATION, Failure, difference, launched_rank
+from hvd_vgg.run.health import CONFIGURATION, Failure, difference, launched_rank, launched_size
 
 try:
     import horovod.tensorflow as hvd
@@ -44,6 +44,15 @@ def start() -> Device:
         # Without a launcher there is nothing for MPI to find, and Open MPI may fail to start a world of one.
         os.environ.update(HOROVOD_CONTROLLER="gloo", HOROVOD_CPU_OPERATIONS="gloo")
     hvd.init()
+    started = launched_size()
+    if started is not None and started != size():
+        mine = describe()
+        raise Failure(
+            CONFIGURATION,
+            f"the launcher started {started} processes, but Horovod sees {size()}: each would train alone and write over "
+            f"the others. Horovod is {mine['horovod']} and uses {mine['controller']}: start it with the launcher of the "
+            f"MPI it was built with, or without MPI by horovodrun --gloo",
+        )
     threads = max(1, _cores() // hvd.local_size())
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     # Never fewer than 4, whatever TF_NUM_INTEROP_THREADS says: with 1 or 2 a run of Horovod can wait for ever for a
@@ -211,7 +220,7 @@ def abort(code: int) -> None:
 
             mpi4py.rc.initialize = mpi4py.rc.finalize = False  # MPI is Horovod's to start and end
             from mpi4py import MPI
-        except ImportError:  # mpirun ends the others all the same when this process exits
+        except Exception:  # not there, or for another MPI; mpirun ends the others all the same when this process exits
             os._exit(code)
         MPI.COMM_WORLD.Abort(code)
     os._exit(code)

@@ -2,16 +2,20 @@
 
 A dense layer's gradient is X^T D over the rows of the global batch, X its inputs [G, K] and D its output gradients [G, N].
 Summing the products of P ranks by a ring sends 2 (P-1)/P * K*N numbers from each rank; gathering the factors' rows sends
-(P-1)/P * G * (K+N) and gives the same to rounding (Xie et al., arXiv 1512.02728, sufficient factors). Gathering is cheaper
+(P-1)/P * G * (K+N) and gives the same to rounding (sufficient factors: Xie et al., arXiv 1512.06216). Gathering is cheaper
 while G < 2 K N / (K + N), whatever P.
 """
 
+import math
 from typing import Dict, List, NamedTuple, Optional
 
-from hvd_vgg.model.layers import DENSE, Layer
+from hvd_vgg.config import Config
+from hvd_vgg.model.layers import DENSE, Layer, layers
 
 BYTES = {"float32": 4, "float16": 2}
 _MB = 1e6
+# The backward pass takes two of the three thirds of an update: it forms two products for each one of the forward pass.
+_BACKWARD = 2 / 3
 
 
 class Choice(NamedTuple):
@@ -26,66 +30,10 @@ class Choice(NamedTuple):
     factored_bytes: Optional[float]
 
     @property
-    def sent_bytes(self) -> float:
+    def sent(self) -> float:
         """Bytes that each rank sends in an update the way chosen."""
-        if self.way == "factored" and self.factored_bytes is not None:
-            return self.factored_bytes
-        return self.allreduce_bytes
-
-
-def allreduce_bytes(numbers: int, ranks: int, wire_dtype: str) -> float:
-    """Returns the bytes each rank sends to sum `numbers` over ranks by a ring."""
-    return 2 * (ranks - 1) / ranks * numbers * BYTES[wire_dtype]
-
-
-def factored_bytes(inputs: int, outputs: int, global_batch: int, ranks: int, wire_dtype: str) -> float:
-    """Returns the bytes each rank sends to gather the rows of a dense layer's two factors."""
-    return (ranks - 1) / ranks * global_batch * (inputs + outputs) * BYTES[wire_dtype]
-
-
-def choose(layers: List[Layer], exchange: str, global_batch: int, ranks: int, wire_dtype: str) -> List[Choice]:
-    """Returns the choice for every layer, in order.
-
-    exchange: allreduce or factored for all dense layers, or auto: the cheaper in bytes for each.
-    """
-    choices = []
-    for layer in layers:
-        summed = allreduce_bytes(layer.parameters, ranks, wire_dtype)
-        if layer.name not in DENSE:
-            choices.append(Choice(layer.name, "allreduce", summed, None))
-            continue
-        gathered = factored_bytes(layer.kernel[0], layer.kernel[1], global_batch, ranks, wire_dtype)
-        cheaper = "factored" if gathered < summed else "allreduce"
-        choices.append(Choice(layer.name, cheaper if exchange == "auto" else exchange, summed, gathered))
-    return choices
-
-
-def sent_bytes(choices: List[Choice]) -> float:
-    """Returns the bytes that each rank sends in an update."""
-    return sum(choice.sent_bytes for choice in choices)
-
-
-def table(choices: List[Choice]) -> str:
-    """Returns the choices as a table for people, in MB; layers that can only be summed in one row."""
-    rows = [f"{'layer':14s} {'allreduce MB':>13s} {'factored MB':>12s}  way"]
-    convolutions = [choice for choice in choices if choice.factored_bytes is None]
-    rows.append(f"{'convolutions':14s} {sent_bytes(convolutions) / _MB:13.1f} {'-':>12s}  allreduce")
-    for choice in choices:
-        if choice.factored_bytes is not None:
-            summed, gathered = choice.allreduce_bytes / _MB, choice.factored_bytes / _MB
-            rows.append(f"{choice.layer:14s} {summed:13.1f} {gathered:12.1f}  {choice.way}")
-    total = sum(choice.allreduce_bytes for choice in choices)
-    rows.append(f"{'sent a rank':14s} {total / _MB:13.1f} {sent_bytes(choices) / _MB:12.1f}  as chosen")
-    return "\n".join(rows)
-
-
-def as_log(choices: List[Choice]) -> Dict[str, str]:
-    """Returns the choices of dense layers as the log and run hold them: `exchange.fc1: factored 37.4 MB`."""
-    return {
-        f"exchange.{choice.layer}": f"{choice.way} {choice.sent_bytes / _MB:.3f} MB"
-        for choice in choices
-        if choice.factored_bytes is not None
-    }
+        gathered = self.way == "factored" and self.factored_bytes is not None
+        return self.factored_bytes if gathered else self.allreduce_bytes  # type: ignore[return-value]
 
 
 class Link(NamedTuple):
@@ -106,23 +54,83 @@ class Prediction(NamedTuple):
     efficiency_overlapped: float
 
 
-# The backward pass takes two of the three thirds of an update: it forms two products for each one of the forward pass.
-_BACKWARD = 2 / 3
-# Forming fc1-fc3's gradients from all rows instead of a rank's own costs 0.247 of an update's 92.65 GFLOP an image, for
-# each other rank (VGG16 at 224 pixels).
-_EXTRA_COMPUTE = 0.2473 / 92.65
+def allreduce_bytes(numbers: int, ranks: int, wire_dtype: str) -> float:
+    """Returns the bytes each rank sends to sum `numbers` over ranks by a ring."""
+    return 2 * (ranks - 1) / ranks * numbers * BYTES[wire_dtype]
 
 
-def predict(choices: List[Choice], global_batch: int, link: Link) -> Prediction:
-    """Returns the time of an update by a model of two lines: computing takes B / fps, sending takes bytes / rate.
+def factored_bytes(inputs: int, outputs: int, global_batch: int, ranks: int, wire_dtype: str) -> float:
+    """Returns the bytes each rank sends to gather the rows of a dense layer's two factors."""
+    return (ranks - 1) / ranks * global_batch * (inputs + outputs) * BYTES[wire_dtype]
+
+
+def choose(config: Config, ranks: int) -> List[Choice]:
+    """Returns the choice for every layer of the network, in order, for --exchange, --global_batch and --wire_dtype."""
+    choices = []
+    for layer in layers(config.model, config.width, config.image_size, config.num_classes):
+        summed = allreduce_bytes(layer.parameters, ranks, config.wire_dtype)
+        if layer.name not in DENSE:
+            choices.append(Choice(layer.name, "allreduce", summed, None))
+            continue
+        gathered = factored_bytes(layer.kernel[0], layer.kernel[1], config.global_batch, ranks, config.wire_dtype)
+        # By numbers, which hold for one rank too: what a run does must not depend on how many there are.
+        crossover = 2 * layer.kernel[0] * layer.kernel[1] / (layer.kernel[0] + layer.kernel[1])
+        cheaper = "factored" if config.global_batch < crossover else "allreduce"
+        choices.append(Choice(layer.name, cheaper if config.exchange == "auto" else config.exchange, summed, gathered))
+    return choices
+
+
+def sent(choices: List[Choice]) -> float:
+    """Returns the bytes that each rank sends in an update."""
+    return sum(choice.sent for choice in choices)
+
+
+def table(choices: List[Choice]) -> str:
+    """Returns the choices as a table for people, in MB; layers that can only be summed are one row."""
+    convolutions = [choice for choice in choices if choice.factored_bytes is None]
+    total = sum(choice.allreduce_bytes for choice in choices)
+    rows = [f"{'layer':14s} {'allreduce MB':>13s} {'factored MB':>12s}  way"]
+    rows.append(f"{'convolutions':14s} {sent(convolutions) / _MB:13.1f} {'-':>12s}  allreduce")
+    for choice in choices:
+        if choice.factored_bytes is not None:
+            summed, gathered = choice.allreduce_bytes / _MB, choice.factored_bytes / _MB
+            rows.append(f"{choice.layer:14s} {summed:13.1f} {gathered:12.1f}  {choice.way}")
+    rows.append(f"{'all':14s} {total / _MB:13.1f} {'':12s}  {sent(choices) / _MB:.1f} MB as chosen")
+    return "\n".join(rows)
+
+
+def as_log(choices: List[Choice]) -> Dict[str, str]:
+    """Returns the choices of dense layers as the run's log holds them: `exchange.fc1: factored, 37.400 MB`."""
+    dense = [choice for choice in choices if choice.factored_bytes is not None]
+    return {f"exchange.{choice.layer}": f"{choice.way}, {choice.sent / _MB:.3f} MB" for choice in dense}
+
+
+def predict(config: Config, link: Link) -> Prediction:
+    """Returns the time of an update by a model of two lines: computing takes images / rate, sending takes bytes / rate.
 
     The ring visits the ranks of a host in turn, so that a host's link carries in each direction what one rank sends.
     """
-    own = global_batch / link.ranks / link.fps_per_rank
-    factored = any(choice.way == "factored" for choice in choices)
-    compute = own * (1 + _EXTRA_COMPUTE * (link.ranks - 1) * factored)
+    choices = choose(config, link.ranks)
+    own = config.global_batch / link.ranks / link.fps_per_rank
+    compute = own * (1 + _extra_compute(config, choices) * (link.ranks - 1))
     hosts = -(-link.ranks // link.ranks_per_host)
-    sending = sent_bytes(choices) * 8 / (link.gbit * 1e9) if hosts > 1 else 0.0
+    sending = sent(choices) * 8 / (link.gbit * 1e9) if hosts > 1 else 0.0
     apart = compute + sending
     overlapped = compute * (1 - _BACKWARD) + max(compute * _BACKWARD, sending)
     return Prediction(apart, overlapped, own / apart, own / overlapped)
+
+
+def _extra_compute(config: Config, choices: List[Choice]) -> float:
+    """Returns what part of an update's work each other rank adds where gradients are formed from all ranks' rows."""
+    of = layers(config.model, config.width, config.image_size, config.num_classes)
+    factored = {choice.layer for choice in choices if choice.way == "factored"}
+    again = sum(_products(layer, config.image_size) for layer in of if layer.name in factored)
+    return again / (3 * sum(_products(layer, config.image_size) for layer in of))
+
+
+def _products(layer: Layer, image_size: int) -> int:
+    """Returns the multiplications of a layer's forward pass for one image."""
+    if layer.name in DENSE:
+        return math.prod(layer.kernel)
+    side = image_size >> (int(layer.name[len("block")]) - 1)
+    return math.prod(layer.kernel) * side * side

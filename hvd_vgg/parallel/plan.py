@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Tuple
 
 from hvd_vgg.config import PlanConfig
-from hvd_vgg.model.layers import Layer, layers
 from hvd_vgg.parallel import cost
 from hvd_vgg.run.health import CONFIGURATION, NOT_WRITTEN, Failure
 
@@ -30,47 +29,46 @@ def ways(config: PlanConfig) -> List[Way]:
 
 def plan(config: PlanConfig) -> None:
     """Prints the bytes of each layer, then predicted seconds and efficiency of each way; draws the sweep if asked to."""
-    of = layers(config.model, config.width, config.image_size, config.num_classes)
-    choices = cost.choose(of, config.exchange, config.global_batch, config.ranks, config.wire_dtype)
+    choices = cost.choose(config, config.ranks)
     hosts = -(-config.ranks // config.ranks_per_host)
     per_rank = config.global_batch / config.ranks
     print(
-        f"{config.model}, {config.global_batch} images an update on {config.ranks} ranks ({per_rank:g} each), {hosts} hosts of "
-        f"{config.ranks_per_host}, {config.gbit:g} Gbit/s a host, {config.fps_per_rank:g} images/s a rank alone\n"
+        f"{config.model}, {config.global_batch} images an update on {config.ranks} ranks ({per_rank:g} each), {hosts} hosts "
+        f"of {config.ranks_per_host}, {config.gbit:g} Gbit/s a host, {config.fps_per_rank:g} images/s a rank alone\n"
     )
     print(f"Sent by each rank in an update, {config.wire_dtype} on the wire:")
     print(cost.table(choices), "\n")
     print(_ASSUMPTIONS)
     print(f"{'':28s} {'MB a rank':>10s} {'seconds an update':>20s} {'efficiency':>16s} {'images/s':>16s}")
     for way in ways(config):
-        print(_row(way, of, config))
+        print(_row(way, config))
     if config.sweep_ranks:
-        _sweep(of, config)
+        _sweep(config)
 
 
 _ASSUMPTIONS = """\
 Predicted, each from "nothing overlaps" to "all overlaps with the backward pass". Assumed: computing takes images / rate, two
-thirds of it the backward pass, and forming dense gradients from all rows adds 0.27 % of it for each other rank; messages take
-no time but bytes / rate of the host's link, which is one ring through all ranks, those of a host side by side; inside a host
-nothing is counted, nor are rounding off to packets, the processor's own share, and stragglers.
+thirds of it the backward pass; forming dense gradients from all rows adds its multiplications; messages take no time but
+bytes / rate of the host's link, which is one ring through all ranks, those of a host side by side. Not counted: what stays
+inside a host, the processor's own share of sending, stragglers.
 """
 
 
-def _predicted(way: Way, of: List[Layer], config: PlanConfig) -> Tuple[float, cost.Prediction]:
+def _predicted(way: Way, config: PlanConfig) -> Tuple[float, cost.Prediction]:
     link = cost.Link(config.ranks, config.ranks_per_host, config.gbit, config.fps_per_rank)
-    choices = cost.choose(of, way.exchange, config.global_batch, config.ranks, way.wire_dtype)
-    return cost.sent_bytes(choices) / 1e6, cost.predict(choices, config.global_batch, link)
+    chosen = dataclasses.replace(config, exchange=way.exchange, wire_dtype=way.wire_dtype)
+    return cost.sent(cost.choose(chosen, config.ranks)) / 1e6, cost.predict(chosen, link)
 
 
-def _row(way: Way, of: List[Layer], config: PlanConfig) -> str:
-    megabytes, found = _predicted(way, of, config)
+def _row(way: Way, config: PlanConfig) -> str:
+    megabytes, found = _predicted(way, config)
     seconds = f"{found.seconds_apart:.3f} .. {found.seconds_overlapped:.3f}"
     efficiency = f"{found.efficiency_apart:.1%} .. {found.efficiency_overlapped:.1%}"
     rates = [config.fps_per_rank * config.ranks * e for e in (found.efficiency_apart, found.efficiency_overlapped)]
     return f"{way.name:28s} {megabytes:10.1f} {seconds:>20s} {efficiency:>16s} {rates[0]:7.0f} .. {rates[1]:.0f}"
 
 
-def _sweep(of: List[Layer], config: PlanConfig) -> None:
+def _sweep(config: PlanConfig) -> None:
     """Prints, and draws into --out, efficiency against ranks, with the images of each rank held fixed."""
     per_rank = config.global_batch / config.ranks
     curves: Dict[str, List[Tuple[int, cost.Prediction]]] = {way.name: [] for way in ways(config)}
@@ -79,7 +77,7 @@ def _sweep(of: List[Layer], config: PlanConfig) -> None:
     for ranks in (int(number) for number in config.sweep_ranks):
         at = dataclasses.replace(config, ranks=ranks, global_batch=max(ranks, round(per_rank * ranks)))
         for way in ways(config):
-            curves[way.name].append((ranks, _predicted(way, of, at)[1]))
+            curves[way.name].append((ranks, _predicted(way, at)[1]))
         last = [points[-1][1] for points in curves.values()]
         cells = [f"{found.efficiency_apart:.1%} .. {found.efficiency_overlapped:.1%}" for found in last]
         print(f"{ranks:6d} " + " ".join(f"{cell:>30s}" for cell in cells))

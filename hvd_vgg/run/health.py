@@ -1,7 +1,7 @@
 """How a run ends: exit codes, and the one exception whose text is for the user."""
 
 import os
-from typing import Dict, Optional
+from typing import Dict, Optional, Sequence
 
 DONE = 0
 USAGE = 64  # a flag is unknown, illegal, or does not go with another
@@ -10,11 +10,12 @@ BUG = 70  # an error of the program: the only case with a traceback
 NOT_WRITTEN = 74  # a result or checkpoint could not be written
 LOST_RANK = 75  # another rank is gone or does not answer: worth a retry
 CONFIGURATION = 78  # installation, run directory or ranks do not fit together
-STOPPED = 80  # ended on request; a checkpoint stands
+STOPPED = 80  # interrupted
 NOT_FINITE = 81  # a loss or gradient is NaN or Inf
 
 # What mpirun, horovodrun --gloo, and srun with either form of PMI set for each process they start.
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RANK")
+_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "PMI_SIZE")
 
 
 class Failure(Exception):
@@ -33,10 +34,16 @@ class Failure(Exception):
 
 def launched_rank() -> Optional[int]:
     """Returns this process's rank as its launcher says it, before Horovod is there to ask; None without a launcher."""
-    for name in _RANK_VARIABLES:
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return None
+    return _first_number(_RANK_VARIABLES)
+
+
+def launched_size() -> Optional[int]:
+    """Returns how many processes the launcher says it started; None when it does not say."""
+    return _first_number(_SIZE_VARIABLES)
+
+
+def _first_number(names: Sequence[str]) -> Optional[int]:
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), None)
 
 
 def difference(expected: Dict[str, object], found: Dict[str, object]) -> str:

@@ -11,6 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
+from hvd_vgg.run.health import NOT_WRITTEN, Failure
+
 try:
     import dllogger
 except ImportError:
@@ -111,7 +113,7 @@ class RunLog:
     """
 
     def __init__(self, run_dir: Path, stdout: bool, tensorboard: Optional[Callable[[str, float, int], None]]) -> None:
-        path = run_dir / "dllogger.json"
+        self.path = path = run_dir / "dllogger.json"
         _end_last_line(path)
         if dllogger:
             backends = [dllogger.JSONStreamBackend(dllogger.Verbosity.VERBOSE, str(path), append=True)]
@@ -128,9 +130,14 @@ class RunLog:
         """Writes one line, on disk when this returns; step: (epoch, update), or "PARAMETER" for what the run is."""
         # NaN and Inf are no JSON: strict parsers would refuse the line that matters most.
         finite = {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in data.items()}
-        self.logger.log(step, finite)
-        self.logger.flush()
-        sys.stdout.flush()
+        try:
+            self.logger.log(step, finite)
+            self.logger.flush()
+            sys.stdout.flush()
+        except OSError as error:
+            raise Failure(
+                NOT_WRITTEN, f"the log {self.path} cannot be written: {error.strerror}. Make room, start again"
+            ) from error
         if self.tensorboard and not isinstance(step, str):
             for name, value in data.items():
                 if name in METRICS:
@@ -186,6 +193,10 @@ class Progress:
     def __init__(self, console: Console, title: str, total: int, unit: str, start: int) -> None:
         self.console, self.title, self.total, self.unit, self.start = console, title, total, unit, start
         self.began = self.shown = time.monotonic()
+
+    def restart(self, done: int) -> None:
+        """Leaves what was done until now out of the estimate."""
+        self.start, self.began = done, time.monotonic()
 
     def left_seconds(self, done: int) -> Optional[float]:
         """Returns an estimate of the time left, or None before there is one."""

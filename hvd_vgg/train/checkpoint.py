@@ -68,7 +68,7 @@ def save(run_dir: Path, tensors: Tensors, meta: Dict[str, Any], keep: int, best:
         _point(place, "newest", path)
         if best:
             _point(place, "best", path)
-        _prune(run_dir, keep)
+        _prune(run_dir, keep, path)
     except (OSError, SafetensorError, ValueError) as error:
         raise Failure(
             NOT_WRITTEN,
@@ -157,8 +157,10 @@ def _sync_directory(place: Path) -> None:
         os.close(handle)
 
 
-def _prune(run_dir: Path, keep: int) -> None:
+def _prune(run_dir: Path, keep: int, written: Path) -> None:
     best = pointed(run_dir, "best")
-    for path in existing(run_dir)[keep:]:
+    # Those with a later step than the one just written were damaged, and were passed over when the run went on.
+    upto = [path for path in existing(run_dir) if path.name <= written.name]
+    for path in upto[keep:]:
         if path != best:
             path.unlink()

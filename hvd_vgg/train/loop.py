@@ -6,15 +6,15 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Dict, FrozenSet, List, Tuple
 
 import numpy as np
 import tensorflow as tf
 
 from hvd_vgg.config import Config, EvaluateConfig, epochs_to_steps, total_steps
 from hvd_vgg.data import order, pipeline, records
-from hvd_vgg.data.index import open_data, open_split
-from hvd_vgg.model.layers import DENSE, layers
+from hvd_vgg.data.index import Data, open_data, open_split
+from hvd_vgg.model.layers import DENSE
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.run.health import CONFIGURATION, NOT_FINITE, USAGE, Failure
 from hvd_vgg.run.log import Console, count
@@ -27,9 +27,9 @@ def train(config: Config) -> None:
     # ---- who and where we are
     device = comm.start()
     console = Console(config.console, comm.is_root())
-    _check_ranks(config)
     run_dir = Path(config.run_dir)
-    comm.together(lambda: _make_run_dir(run_dir) if comm.is_root() else None)
+    _check_ranks(config)
+    comm.together(lambda: _check_start(config, run_dir))
 
     # ---- the data
     data = open_data(config, run_dir, console)
@@ -41,13 +41,7 @@ def train(config: Config) -> None:
     run = state.initial(config)
     what = state.what_run(config, data.train, data.label_base)
     position = state.restore(run, config, run_dir, what, console)
-    choices = cost.choose(
-        layers(config.model, config.width, config.image_size, config.num_classes),
-        config.exchange,
-        config.global_batch,
-        comm.size(),
-        config.wire_dtype,
-    )
+    choices = cost.choose(config, comm.size())
     factored = [choice.layer for choice in choices if choice.way == "factored"]
     train_step = step.make_train_step(run.weights, run.slots, config, device.data_format, factored)
     checksums = step.make_checksums(run.weights)
@@ -56,10 +50,11 @@ def train(config: Config) -> None:
     tell.introduce(config, data, device, choices, total, position.step, log, console)
 
     # ---- the loop
-    steps = range(position.step, total)
+    best = position.best_top1
+    steps = range(position.step, position.step if _reached(config, best, data) else total)
     batches = pipeline.train_batches(data.train, config, data.label_base, steps, comm.rank(), comm.size(), device.threads)
     throughput, progress = Throughput(), console.progress("training", total, "steps", position.step)
-    began, best, result = time.monotonic() - position.seconds, position.best_top1, None
+    began, done, result = time.monotonic() - position.seconds, position.step, None
     window: List[Tuple[int, step.Sums]] = []
     for now, batch in zip(steps, batches):
         lr = schedule.learning_rate(now, config, data.train.records)
@@ -78,6 +73,8 @@ def train(config: Config) -> None:
             progress.update(done)
             continue
 
+        if warm_up:
+            progress.restart(done)
         row = {**_close_window(window, config), "train.lr": lr}
         row["train.fps"] = throughput.close_window(len(window) * config.global_batch, counts=not warm_up)
         window.clear()
@@ -89,21 +86,24 @@ def train(config: Config) -> None:
                 result = evaluate.evaluate(eval_step, data.validation, config, data.label_base, device.threads, console)
                 improved, best = result.top1 > best, max(best, result.top1)
                 tell.evaluation(result, done, epoch, log, console)
-            reached = bool(result and config.stop_at_top1 and result.top1 >= config.stop_at_top1 * result.records)
+            reached = _reached(config, best, data)
             if saves or improved or done == total or reached:
                 at = state.Position(done, time.monotonic() - began, best)
                 state.save(run, at, what, run_dir, config.keep_checkpoints, improved)
             if result and done in eval_at:
                 tell.write_result(config, run_dir, result, throughput, done, epoch, time.monotonic() - began)
         if reached:
-            console.say(f"acc@1 has reached --stop_at_top1={config.stop_at_top1}")
             break
 
     # ---- the end
+    if _reached(config, best, data):
+        console.say(f"acc@1 has reached --stop_at_top1={config.stop_at_top1}")
     if result is None:  # nothing was left to train
+        epoch = done * config.global_batch / data.train.records
         result = evaluate.evaluate(eval_step, data.validation, config, data.label_base, device.threads, console)
-        tell.evaluation(result, total, total * config.global_batch / data.train.records, log, console)
-    tell.summary(config, run_dir, result, throughput, time.monotonic() - began, console)
+        tell.evaluation(result, done, epoch, log, console)
+        tell.write_result(config, run_dir, result, throughput, done, epoch, time.monotonic() - began)
+    tell.summary(run_dir, result, throughput, done, time.monotonic() - began, console)
     comm.leave()
 
 
@@ -111,7 +111,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     """Evaluates a checkpoint of the run in --run_dir on the validation split; all ranks call."""
     device = comm.start()
     console = Console(config.console, comm.is_root())
-    comm.agree("the software", comm.describe())
+    _check_ranks(config)
     run_dir = Path(config.run_dir)
     found = comm.together(lambda: _load_for_evaluation(config, run_dir) if comm.is_root() else None)
     meta = json.loads(comm.from_root(json.dumps(found.meta if found else None).encode()).decode())
@@ -130,6 +130,10 @@ def evaluate_run(config: EvaluateConfig) -> None:
     comm.leave()
 
 
+def _reached(config: Config, top1: int, data: Data) -> bool:
+    return config.stop_at_top1 > 0 and top1 >= config.stop_at_top1 * data.validation.records
+
+
 def _check_ranks(config: Config) -> None:
     flags = {
         name: list(value) if isinstance(value, tuple) else value
@@ -138,15 +142,15 @@ def _check_ranks(config: Config) -> None:
     }
     comm.agree("the flags", flags)
     comm.agree("the software", comm.describe())
+
+
+def _check_start(config: Config, run_dir: Path) -> None:
     if config.global_batch < comm.size():
         raise Failure(
-            USAGE,
-            f"--global_batch={config.global_batch} leaves nothing to do for some of {comm.size()} ranks: start fewer",
-            agreed=True,
+            USAGE, f"--global_batch={config.global_batch} leaves nothing to do for some of {comm.size()} ranks: start fewer"
         )
-
-
-def _make_run_dir(run_dir: Path) -> None:
+    if not comm.is_root():
+        return
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(run_dir, os.W_OK | os.X_OK):
@@ -155,13 +159,13 @@ def _make_run_dir(run_dir: Path) -> None:
         raise Failure(CONFIGURATION, f"--run_dir={run_dir} cannot be made or written: {error.strerror}") from error
 
 
-def _evaluation_steps(config: Config, records_count: int, total: int) -> List[int]:
+def _evaluation_steps(config: Config, records_count: int, total: int) -> FrozenSet[int]:
     """Returns the numbers of updates after which to evaluate; the last is the end of the run."""
     if not config.eval_every_epochs:
-        return [total]
+        return frozenset([total])
     count = int(total * config.global_batch / (records_count * config.eval_every_epochs)) + 1
     each = (epochs_to_steps(n * config.eval_every_epochs, config, records_count) for n in range(1, count + 1))
-    return sorted({done for done in each if 0 < done < total} | {total})
+    return frozenset({done for done in each if 0 < done < total} | {total})
 
 
 def _close_window(window: List[Tuple[int, step.Sums]], config: Config) -> Dict[str, float]:
@@ -169,15 +173,16 @@ def _close_window(window: List[Tuple[int, step.Sums]], config: Config) -> Dict[s
 
     Raises an agreed Failure(NOT_FINITE) naming the first step whose loss or gradient is not a number.
     """
-    losses = comm.sum_over_ranks(np.array([float(sums.loss) for _, sums in window])) / config.global_batch
+    local = np.array([[float(sums.loss), float(sums.gradient_norm)] for _, sums in window])
+    # The norm is every rank's already; summing it too makes what follows from it the same everywhere, to the last bit.
+    losses, norms = (comm.sum_over_ranks(local) / [config.global_batch, comm.size()]).T
     hits = comm.sum_over_ranks(np.array([[int(sums.top1), int(sums.top5)] for _, sums in window], np.int64)).sum(axis=0)
-    norms = [float(sums.gradient_norm) for _, sums in window]
     for (now, _), loss, norm in zip(window, losses, norms):
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Failure(
                 NOT_FINITE,
                 f"step {now}: loss {loss:g}, gradient norm {norm:g}: not finite, training cannot go on. The newest "
-                f"checkpoint is from before; try a lower --lr or a longer --warmup_epochs",
+                f"checkpoint is from before; try a lower --lr or a longer --warmup_epochs in another --run_dir",
                 agreed=True,
             )
     top1, top5 = (hits / (len(window) * config.global_batch)).tolist()
@@ -190,7 +195,11 @@ def _load_for_evaluation(config: EvaluateConfig, run_dir: Path) -> checkpoint.Ch
         path = checkpoint.pointed(run_dir, config.checkpoint)
         if path is None:
             place = checkpoint.folder(run_dir)
-            raise Failure(CONFIGURATION, f"{place} names no {config.checkpoint} checkpoint: is --run_dir a run's?")
+            raise Failure(
+                CONFIGURATION,
+                f"{place} names no {config.checkpoint} checkpoint: is --run_dir a run's, "
+                "and has it been evaluated yet? --checkpoint=newest needs no evaluation",
+            )
     else:
         path = Path(config.checkpoint)
     try:

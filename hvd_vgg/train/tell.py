@@ -19,17 +19,24 @@ from hvd_vgg.train.evaluate import Evaluation
 
 
 def open_log(config: Config, run_dir: Path) -> RunLog:
-    (run_dir / "flags.txt").write_text(to_flag_file(config), encoding="utf-8")
-    return RunLog(run_dir, config.console == "dllogger", _tensorboard(run_dir))
+    """Writes the run's flag file and opens its logs, on rank 0; raises Failure(NOT_WRITTEN)."""
+    try:
+        (run_dir / "flags.txt").write_text(to_flag_file(config), encoding="utf-8")
+        return RunLog(run_dir, config.console == "dllogger", _tensorboard(run_dir))
+    except (OSError, tf.errors.OpError) as error:
+        raise Failure(NOT_WRITTEN, f"the logs in {run_dir} cannot be written: {error}") from error
 
 
 def _tensorboard(run_dir: Path) -> Callable[[str, float, int], None]:
     writer = tf.summary.create_file_writer(str(run_dir / "tensorboard"))
 
     def scalar(name: str, value: float, at: int) -> None:
-        with writer.as_default():
-            tf.summary.scalar(name, value, at)
-        writer.flush()
+        try:
+            with writer.as_default():
+                tf.summary.scalar(name, value, at)
+            writer.flush()
+        except tf.errors.OpError as error:
+            raise Failure(NOT_WRITTEN, f"{run_dir / 'tensorboard'} cannot be written: {error.message}") from error
 
     return scalar
 
@@ -80,7 +87,7 @@ def training(
     if console.bar:
         progress.update(done, text.split("  ", 1)[1])
     else:
-        progress.say(f"{text}  left {duration(left or 0)}")
+        progress.say(f"{text}  left {duration(left)}" if left is not None else text)
 
 
 def evaluation(result: Evaluation, done: int, epoch: float, log: Optional[RunLog], console: Console) -> None:
@@ -102,7 +109,8 @@ def write_result(
     seconds: float,
 ) -> None:
     def write() -> None:
-        if not comm.is_root():
+        # A start that trained nothing has measured nothing, and what stands may be of the start that did.
+        if not comm.is_root() or (not throughput.windows and _has_result_of(run_dir, done)):
             return
         content = {
             "acc@1": result.top1 / result.records,
@@ -127,14 +135,20 @@ def write_result(
     comm.together(write)
 
 
-def summary(
-    config: Config, run_dir: Path, result: Evaluation, throughput: Throughput, seconds: float, console: Console
-) -> None:
+def _has_result_of(run_dir: Path, done: int) -> bool:
+    try:
+        return bool(json.loads((run_dir / "result.json").read_text(encoding="utf-8"))["steps"] == done)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def summary(run_dir: Path, result: Evaluation, throughput: Throughput, done: int, seconds: float, console: Console) -> None:
     speed = throughput.summary()
     console.say(f"finished in {duration(seconds)} on {count(comm.size(), 'rank')}")
     console.say(f"  acc@1              {result.top1 / result.records:.4f}")
     console.say(f"  acc@5              {result.top5 / result.records:.4f}")
     console.say(f"  records evaluated  {result.records}")
+    console.say(f"  steps              {done}")
     if speed["fps"]:
         console.say(
             f"  fps                {speed['fps']:.1f} images/s (deviation {speed['fps_standard_deviation']:.1f} over "

@@ -74,7 +74,7 @@ def one_rank(tmp_path_factory, data):
     def launch(ranks, *arguments, program):
         return Started(command_line(ranks, arguments, program), out).wait()
 
-    return train(launch, out / "spy", data, 0)
+    return train(launch, out / "spy", data, 0, "--exchange=allreduce")
 
 
 def test_the_reference_learns_something_and_reads_what_the_order_says(one_rank, data):
@@ -88,9 +88,16 @@ def test_the_reference_learns_something_and_reads_what_the_order_says(one_rank, 
     assert abs(loss[STEPS] - loss[1]) > 1e-3
 
 
-@pytest.mark.parametrize(("ranks", "device_batch"), [(1, 4), (2, 32), (2, 4), (3, 32), (3, 4), (4, 32), (4, 4)])
-def test_any_number_of_ranks_and_micro_batches_is_the_same_run(launch, tmp_path, data, one_rank, ranks, device_batch):
-    assert_same_run(train(launch, tmp_path / "spy", data, ranks, f"--device_batch={device_batch}"), one_rank)
+@pytest.mark.parametrize(
+    ("ranks", "device_batch", "exchange"),
+    [
+        *[(ranks, held, "factored") for ranks in (1, 2, 3, 4) for held in (32, 4)],
+        *[(1, 4, "allreduce"), (2, 32, "allreduce"), (3, 4, "allreduce"), (4, 32, "allreduce")],
+    ],
+)
+def test_ranks_micro_batches_and_exchange_make_the_same_run(launch, tmp_path, data, one_rank, ranks, device_batch, exchange):
+    flags = [f"--device_batch={device_batch}", f"--exchange={exchange}", "--drift_every_steps=3"]
+    assert_same_run(train(launch, tmp_path / "spy", data, ranks, *flags), one_rank)
 
 
 def test_another_seed_is_another_run(launch, tmp_path, data, one_rank):

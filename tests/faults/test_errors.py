@@ -1,13 +1,19 @@
 """Every error a user can cause: one message that names the place, the documented exit code, no traceback, nobody left."""
 
 import json
+import os
+import signal
 import struct
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from support import TINY, example, picture, write_data, write_shard
+from support import ROOT, TINY, Started, example, picture, write_data, write_shard
 
 from hvd_vgg.data import records
+from hvd_vgg.train import checkpoint
 
 FLAGS = [*TINY, "--steps=4", "--global_batch=8"]
 SHARD = "train-00001-of-00003"
@@ -15,7 +21,7 @@ SHARD = "train-00001-of-00003"
 
 def rewrite(path, change):
     """Replaces record 2 of a shard by what `change` makes of it."""
-    offsets, lengths = records.scan_headers(path)
+    offsets, lengths, _ = records.scan_shard(path)
     whole = path.read_bytes()
     rows = [whole[o : o + n] for o, n in zip(offsets.tolist(), lengths.tolist())]
     rows[2] = change(rows[2])
@@ -28,7 +34,7 @@ def cut_jpeg(_):
 
 def flip_byte(path, record, into):
     """Damages one byte of a record; `into` is an offset into its data, negative for its header."""
-    offsets, _ = records.scan_headers(path)
+    offsets, _, _ = records.scan_shard(path)
     data = bytearray(path.read_bytes())
     data[int(offsets[record]) + into] ^= 1
     path.write_bytes(bytes(data))
@@ -46,6 +52,11 @@ CASES = {
     "no directory": (lambda d: d.rename(d.with_name("elsewhere")), ["is not a directory", "--data_dir", "make-demo-data"]),
     "no shards": (lambda d: [path.unlink() for path in d.iterdir()], ["has no shard train-", "train-00000-of-01024"]),
     "missing shard": (lambda d: (d / SHARD).unlink(), ["lacks 1 of the 3 train shards: " + SHARD]),
+    "dangling link": (
+        lambda d: ((d / SHARD).unlink(), (d / SHARD).symlink_to("gone")),
+        ["{shard} cannot be read: No such file"],
+    ),
+    "a directory in place of a shard": (lambda d: ((d / SHARD).unlink(), (d / SHARD).mkdir()), ["{shard} ", "directory"]),
     "empty shard": (lambda d: (d / SHARD).write_bytes(b""), ["{shard} is empty (0 bytes)"]),
     "truncated shard": (
         lambda d: (d / SHARD).write_bytes((d / SHARD).read_bytes()[:-7]),
@@ -103,20 +114,55 @@ def test_a_bad_validation_record_is_named_by_evaluation(launch, tmp_path):
     flip_byte(shard, 4, 300)
     ended = launch(2, "train", f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *FLAGS)
     assert ended.code == 65, ended.err
-    assert f"{shard}, record 4, offset " in ended.err
+    assert ended.err.count(f"{shard}, record 4, offset ") == 1
+    assert ended.err.count("hvd-vgg: ") == 1
     assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize(("launcher", "code"), [(["horovodrun"], 65), (["horovodrun", "--gloo"], 1)], ids=["mpi", "gloo"])
+def test_bad_data_under_horovodrun(launch, tmp_path, launcher, code):
+    data = write_data(tmp_path / "data")
+    flip_byte(data / SHARD, 3, 300)
+    flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *FLAGS, "--steps=40"]
+    program = [*launcher, "-np", "2", sys.executable, "-m", "hvd_vgg"]
+    ended = launch(0, "train", *flags, program=program, PYTHONPATH=str(ROOT))
+    assert ended.code == code, ended.out + ended.err
+    assert f"{data / SHARD}, record 3, offset " in ended.out + ended.err
+    # The launcher itself has a traceback under Gloo; what ranks say it marks with their number.
+    assert not [line for line in (ended.out + ended.err).splitlines() if "]<std" in line and "Traceback" in line]
+
+
+def test_a_rank_that_is_killed_under_gloo_is_told_as_such_by_the_others(tmp_path, data):
+    flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *FLAGS, "--steps=100000"]
+    program = ["horovodrun", "--gloo", "-np", "2", sys.executable, "-m", "hvd_vgg"]
+    started = Started([*program, "train", *flags], tmp_path, PYTHONPATH=str(ROOT))
+    log, deadline = tmp_path / "run" / "dllogger.json", time.monotonic() + 60
+    while not (log.exists() and "train.loss" in log.read_text()[5000:]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    ranks = [pid for pid in started.alive() if b"HOROVOD_RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    ranks = [pid for pid in ranks if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(sys.executable.encode())]
+    assert ranks, started.out.read_text() + started.err.read_text()
+    for pid in ranks:
+        os.kill(pid, signal.SIGKILL)
+    ended = started.wait()
+    assert ended.code == 1
+    assert "another rank has gone" in ended.out + ended.err
+    assert "an error of the program" not in ended.out + ended.err
 
 
 def test_a_loss_that_is_not_finite_ends_all_ranks_with_81_and_names_the_step(launch, tmp_path, data):
     run_dir = tmp_path / "run"
-    flags = [f"--data_dir={data}", f"--run_dir={run_dir}", *FLAGS, "--steps=400", "--lr=1e6", "--log_every_steps=3"]
-    ended = launch(2, "train", *flags, "--save_every_steps=1")
-    assert ended.code == 81, ended.out + ended.err
-    (message,) = [line for line in ended.err.splitlines() if line.startswith("hvd-vgg: ")]
-    step = int(message.split("step ")[1].split(":")[0])
-    assert "not finite" in message
-    from hvd_vgg.train import checkpoint
+    flags = [f"--data_dir={data}", *FLAGS, "--steps=400", "--lr=300"]
 
+    def first_bad(run, *more):
+        ended = launch(2, "train", *flags, f"--run_dir={run}", *more)
+        assert ended.code == 81, ended.out + ended.err
+        (message,) = [line for line in ended.err.splitlines() if line.startswith("hvd-vgg: ")]
+        assert "not finite" in message
+        return int(message.split("step ")[1].split(":")[0])
+
+    step = first_bad(run_dir, "--log_every_steps=1", "--save_every_steps=1")
+    assert first_bad(tmp_path / "rarely", "--log_every_steps=50") == step
     newest = checkpoint.newest(run_dir)
     assert newest.meta["step"] <= step
     assert all(np.isfinite(value).all() for value in newest.tensors.values())

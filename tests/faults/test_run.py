@@ -50,9 +50,7 @@ def test_the_summary_and_every_line_can_be_read(finished):
         assert part in out
     assert (
         len(
-            re.findall(
-                r"^step \d/5  epoch \d\.\d\d  loss \d\.\d{4}  acc@1 \d\.\d{3}  lr 0\.05  \d+\.\d images/s  left ", out, re.M
-            )
+            re.findall(r"^step \d/5  epoch \d\.\d\d  loss \d\.\d{4}  acc@1 \d\.\d{3}  lr 0\.05  \d+\.\d images/s", out, re.M)
         )
         == 5
     )
@@ -93,6 +91,10 @@ def test_a_finished_run_started_again_trains_nothing_and_evaluates_the_same(fini
     assert f"going on from step 5: {finished[0]}/checkpoints/step-00000005.safetensors" in ended.out
     assert f"acc@1              {before['acc@1']:.4f}" in ended.out
     assert json.loads((finished[0] / "result.json").read_text()) == before
+    (finished[0] / "result.json").unlink()  # as if the run had been killed between its checkpoint and its result
+    assert launch(2, "train", f"--flagfile={finished[0] / 'flags.txt'}").code == 0
+    again = json.loads((finished[0] / "result.json").read_text())
+    assert (again["steps"], again["top1_hits"], again["fps"]) == (before["steps"], before["top1_hits"], None)
 
 
 def test_a_run_stops_at_the_accuracy_asked_for_and_keeps_the_best(launch, tmp_path, data):
@@ -104,6 +106,10 @@ def test_a_run_stops_at_the_accuracy_asked_for_and_keeps_the_best(launch, tmp_pa
     result = json.loads((run_dir / "result.json").read_text())
     assert result["acc@1"] >= 0.3
     assert result["steps"] < 141
+    ended = launch(2, "train", f"--flagfile={run_dir / 'flags.txt'}")
+    assert ended.code == 0, ended.err
+    assert f"steps              {result['steps']}" in ended.out
+    assert json.loads((run_dir / "result.json").read_text()) == result
     names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert names == ["best", "newest", f"step-{result['steps']:08d}.safetensors"]
 
@@ -117,6 +123,9 @@ def test_dlloggers_lines_on_stdout_when_asked_for(launch, tmp_path, data):
     assert all(line.startswith("DLL ") for line in lines)
     assert sum("train.loss : " in line for line in lines) == 2
     assert sum("eval.acc@1 : " in line for line in lines) == 1
+    ended = launch(2, "evaluate", f"--run_dir={tmp_path / 'run'}")
+    assert ended.code == 0, ended.err
+    assert "of 37 records, each once" in ended.out
 
 
 def test_a_bar_on_a_terminal(launch, tmp_path, data):

@@ -3,6 +3,7 @@ import pytest
 import tensorflow as tf
 
 from hvd_vgg.model import vgg
+from hvd_vgg.model.layers import layers
 from hvd_vgg.parallel import comm, exchange
 from hvd_vgg.run.health import CONFIGURATION, DATA, Failure
 
@@ -59,11 +60,11 @@ def test_disagreement_is_raised_on_all_with_both_values():
 
 
 def test_gradients_of_all_layers_are_summed_over_ranks():
-    weights = vgg.initial_weights(vgg.layers("vgg11", 0.125, 32, 10), 1)
+    weights = vgg.initial_weights(layers("vgg11", 0.125, 32, 10), 1)
 
     @tf.function
     def summed(factor):
-        return exchange.sum_gradients({name: factor * value for name, value in weights.items()})
+        return exchange.sum_gradients({name: factor * value for name, value in weights.items()}, "float32", 1.0)
 
     factor = sum(range(1, comm.size() + 1))
     for name, value in summed(tf.constant(1.0 + comm.rank())).items():

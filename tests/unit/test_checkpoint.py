@@ -37,6 +37,16 @@ def test_the_newest_are_kept_and_the_best(tmp_path):
     assert checkpoint.pointed(tmp_path, "newest").name == "step-00000006.safetensors"
 
 
+def test_what_was_just_written_is_kept_although_damaged_ones_have_later_steps(tmp_path):
+    for step in (40, 60, 80, 100):
+        path = save(tmp_path, step, keep=9)
+        if step > 40:
+            path.write_bytes(b"damaged")
+    assert checkpoint.newest(tmp_path).meta["step"] == 40
+    save(tmp_path, 50, keep=1)
+    assert checkpoint.newest(tmp_path).meta["step"] == 50
+
+
 def test_no_checkpoints_is_none_and_all_damaged_is_an_error(tmp_path):
     assert checkpoint.newest(tmp_path) is None
     path = save(tmp_path, 1)

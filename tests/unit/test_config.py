@@ -16,7 +16,7 @@ def test_defaults_are_legal_and_are_the_documented_ones():
         32,
         224,
     )
-    assert (config.model, config.num_classes, config.exchange, config.resume) == ("vgg16", 1000, "allreduce", "auto")
+    assert (config.model, config.num_classes, config.exchange, config.resume) == ("vgg16", 1000, "auto", "auto")
 
 
 def test_all_illegal_flags_and_combinations_are_in_one_message():
@@ -64,12 +64,21 @@ def test_a_missing_flag_file_is_a_usage_error(tmp_path):
 
 
 def test_the_written_flag_file_is_complete_and_gives_the_same_config(tmp_path):
-    config = c.parse(c.Config, ["--lr=0.1", "--lr_step_epochs=1.5,3", "--weight_decay=5e-05", "--data_dir=/a b"])
+    config = c.parse(
+        c.Config,
+        ["--lr=0.1", "--lr_step_epochs=1.5,3", "--weight_decay=5e-05", "--data_dir=/data/a b-1.0", "--run_dir=v2.0"],
+    )
     path = tmp_path / "flags.txt"
     path.write_text(c.to_flag_file(config))
     assert c.parse(c.Config, [f"--flagfile={path}"]) == config
     for field in dataclasses.fields(c.Config):
         assert f"--{field.name}=" in path.read_text()
+
+
+def test_shards_without_images_are_refused():
+    with pytest.raises(Failure) as raised:
+        c.parse(c.DemoConfig, ["--shards=100", "--train_images=10"])
+    assert "--shards=100: expected at least one image" in raised.value.message
 
 
 @pytest.mark.parametrize("kind", [c.Config, c.EvaluateConfig, c.DemoConfig])

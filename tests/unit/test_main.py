@@ -1,5 +1,5 @@
 import pytest
-from support import TINY
+from support import ROOT, TINY
 
 from hvd_vgg.__main__ import COMMANDS, USAGE_TEXT
 
@@ -33,6 +33,21 @@ def test_a_wrong_command_line_is_one_message_and_exit_64(launch, arguments, told
     assert ended.err.startswith("hvd-vgg: ")
     assert told in ended.err
     assert "Traceback" not in ended.err
+
+
+def test_a_missing_package_is_one_message_and_exit_78(launch, tmp_path):
+    (tmp_path / "crc32c.py").write_text("raise ImportError('No module named crc32c')")
+    ended = launch(0, "train", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert ended.code == 78
+    assert "No module named crc32c" in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_worlds_of_one_rank_each_are_refused(launch, data):
+    """Two processes that Horovod does not connect would both be rank 0 of the same run."""
+    ended = launch(2, "train", f"--data_dir={data}", *TINY, HOROVOD_CONTROLLER="gloo", HOROVOD_CPU_OPERATIONS="gloo")
+    assert ended.code == 78
+    assert "the launcher started 2 processes, but Horovod sees 1" in ended.err
 
 
 def test_two_ranks_say_it_once(launch):

@@ -3,6 +3,7 @@ import pytest
 import tensorflow as tf
 
 from hvd_vgg.model import vgg
+from hvd_vgg.model.layers import BLOCKS, layers, parameters
 
 
 @pytest.mark.parametrize(
@@ -10,15 +11,15 @@ from hvd_vgg.model import vgg
     [("vgg11", 132_863_336), ("vgg13", 133_047_848), ("vgg16", 138_357_544), ("vgg19", 143_667_240)],
 )
 def test_parameters_are_those_published(model, count):
-    assert vgg.parameters(vgg.layers(model, 1.0, 224, 1000)) == count
+    assert parameters(layers(model, 1.0, 224, 1000)) == count
 
 
 def test_the_same_weights_give_keras_vgg16s_logits_and_names_and_shapes():
     keras = tf.keras.applications.VGG16(weights=None, classifier_activation=None)
-    layers = vgg.layers("vgg16", 1.0, 224, 1000)
-    weights = vgg.initial_weights(layers, 3)
+    of = layers("vgg16", 1.0, 224, 1000)
+    weights = vgg.initial_weights(of, 3)
     theirs = {layer.name: layer for layer in keras.layers if layer.weights}
-    assert [layer.name for layer in layers] == list(theirs)
+    assert [layer.name for layer in of] == list(theirs)
     for name, layer in theirs.items():
         kernel, bias = weights[f"{name}/kernel"], weights[f"{name}/bias"]
         assert (tuple(layer.kernel.shape), tuple(layer.bias.shape)) == (tuple(kernel.shape), tuple(bias.shape))
@@ -30,10 +31,10 @@ def test_the_same_weights_give_keras_vgg16s_logits_and_names_and_shapes():
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("model", list(vgg.BLOCKS))
+@pytest.mark.parametrize("model", list(BLOCKS))
 def test_channels_first_gives_the_same_logits_where_the_device_can(model):
     """This TensorFlow computes NCHW on CPU through oneDNN; fc1's rows must keep their order."""
-    weights = vgg.initial_weights(vgg.layers(model, 0.125, 64, 10), 1)
+    weights = vgg.initial_weights(layers(model, 0.125, 64, 10), 1)
     images = tf.random.stateless_normal([3, 64, 64, 3], [5, 6])
     try:
         first = tf.function(lambda x: vgg.logits(weights, model, x, "NCHW"))(images)
@@ -44,10 +45,10 @@ def test_channels_first_gives_the_same_logits_where_the_device_can(model):
 
 
 def test_initial_weights_are_a_function_of_the_seed_with_the_recipes_deviations():
-    layers = vgg.layers("vgg16", 1.0, 224, 1000)
-    assert [layer.deviation for layer in layers[-3:]] == [0.01, 0.01, 0.01]
-    assert layers[0].deviation == (2 / (9 * 64)) ** 0.5
-    small = vgg.layers("vgg11", 0.25, 32, 10)
+    of = layers("vgg16", 1.0, 224, 1000)
+    assert [layer.deviation for layer in of[-3:]] == [0.01, 0.01, 0.01]
+    assert of[0].deviation == (2 / (9 * 64)) ** 0.5
+    small = layers("vgg11", 0.25, 32, 10)
     a, b, other = (vgg.initial_weights(small, seed) for seed in (1, 1, 2))
     for layer in small:
         kernel = a[f"{layer.name}/kernel"].numpy()
@@ -61,7 +62,7 @@ def test_initial_weights_are_a_function_of_the_seed_with_the_recipes_deviations(
 def test_hidden_outputs_vary_as_much_in_a_narrow_network_as_in_a_full_one():
     deviations = []
     for width, size in ((1.0, 224), (0.125, 64)):
-        fc1 = next(layer for layer in vgg.layers("vgg16", width, size, 10) if layer.name == "fc1")
+        fc1 = next(layer for layer in layers("vgg16", width, size, 10) if layer.name == "fc1")
         deviations.append(fc1.deviation * fc1.kernel[0] ** 0.5)
     assert deviations[0] == pytest.approx(deviations[1])
 

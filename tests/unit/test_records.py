@@ -1,5 +1,7 @@
+import functools
 import random
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -96,7 +98,7 @@ def test_a_shard_cut_off_anywhere_but_between_records_is_told_with_record_and_of
     path = tmp_path / "train-00000-of-00001"
     write_shard(path, [example(picture(i, 1), 1) for i in range(3)])
     whole = path.read_bytes()
-    offsets, lengths = records.scan_headers(path)
+    offsets, lengths, _ = records.scan_shard(path)
     second = int(offsets[1]) - 12
     for cut in (second + 1, second + 11, second + 12, int(offsets[1]) + 5, int(offsets[1]) + int(lengths[1]) + 3):
         path.write_bytes(whole[:cut])
@@ -242,3 +244,13 @@ def test_a_length_that_reaches_beyond_the_file_is_refused_without_reading_it(tmp
     header = struct.pack("<Q", 2**60)
     path.write_bytes(header + struct.pack("<I", records._masked_crc(header)) + b"x" * 100)
     assert "expected 1152921504606846976 bytes" in failure_of(lambda: records.scan_shard(path))
+
+
+def test_many_threads_read_at_once_while_files_are_opened_and_dropped(data, monkeypatch):
+    index = open_all(data)
+    expected = [records.read_record(index, i) for i in range(index.records)]
+    small = functools.lru_cache(maxsize=1)(records._open.__wrapped__)  # 3 shards: nearly every read opens anew
+    monkeypatch.setattr(records, "_open", small)
+    with ThreadPoolExecutor(16) as threads:
+        for _ in range(20):
+            assert list(threads.map(functools.partial(records.read_record, index), range(index.records))) == expected

@@ -1,0 +1,83 @@
+"""Both ways to exchange a dense layer's gradient, against float64 on the whole batch."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from hvd_vgg.data import order
+from hvd_vgg.model import vgg
+from hvd_vgg.model.layers import layers
+from hvd_vgg.parallel import comm, exchange
+from hvd_vgg.run.health import NOT_FINITE, Failure
+from hvd_vgg.train import state, step
+
+ROWS, INPUTS, OUTPUTS = 29, 96, 40
+
+
+def factors():
+    """The whole batch's inputs (as after ReLU and dropout) and output gradients (of a mean), and this rank's rows."""
+    random = np.random.default_rng(1)
+    x = np.maximum(random.normal(size=(ROWS, INPUTS)), 0).astype(np.float32)
+    d = (random.normal(size=(ROWS, OUTPUTS)) * 1e-3 / ROWS).astype(np.float32)
+    low, high = order.slice_bounds(ROWS, comm.rank(), comm.size())
+    return x, d, slice(low, high)
+
+
+def relative_error(found, wanted):
+    return np.linalg.norm(np.asarray(found, np.float64) - wanted) / np.linalg.norm(wanted)
+
+
+def exchanged(way, wire_dtype):
+    x, d, mine = factors()
+
+    @tf.function
+    def run(x, d):
+        if way == "factored":
+            return exchange.factored_gradient("fc1", x, d, ROWS, wire_dtype, float(ROWS))
+        local = {"fc1/kernel": tf.matmul(x, d, transpose_a=True), "fc1/bias": tf.reduce_sum(d, 0)}
+        return exchange.sum_gradients(local, wire_dtype, float(ROWS))
+
+    return run(tf.constant(x[mine]), tf.constant(d[mine]))
+
+
+@pytest.mark.parametrize("way", ["factored", "allreduce"])
+@pytest.mark.parametrize(("wire_dtype", "bound"), [("float32", 5e-7), ("float16", 1e-3)])
+def test_the_gradient_is_that_of_the_whole_batch(way, wire_dtype, bound):
+    x, d, _ = factors()
+    found = exchanged(way, wire_dtype)
+    assert relative_error(found["fc1/kernel"], x.astype(np.float64).T @ d.astype(np.float64)) < bound
+    assert relative_error(found["fc1/bias"], d.astype(np.float64).sum(axis=0)) < bound
+
+
+def test_every_rank_holds_the_same_gradient():
+    for way in ("factored", "allreduce"):
+        told = comm.gather(exchanged(way, "float32")["fc1/kernel"].numpy().tobytes())
+        assert len(set(told)) == 1
+
+
+def test_a_large_kernel_crosses_in_parts(monkeypatch):
+    monkeypatch.setattr(exchange, "CHUNK_BYTES", 1000)  # 96 * 40 * 4 bytes: 16 parts
+    sent = []
+    original = comm.sum_gradients
+    monkeypatch.setattr(comm, "sum_gradients", lambda tensors, name: sent.append(name) or original(tensors, name))
+    x, d, _ = factors()
+    assert relative_error(exchanged("allreduce", "float32")["fc1/kernel"], x.T @ d) < 1e-6
+    assert len([name for name in sent if "kernel" in name]) == 16
+    assert len(set(sent)) == len(sent)
+
+
+def test_replicas_that_drift_apart_are_told_by_layer_and_rank():
+    weights = vgg.initial_weights(layers("vgg11", 0.125, 32, 10), 1)
+    checksums = step.make_checksums(weights)
+    state.check_identical(list(weights), checksums().numpy(), 7)
+    last = comm.size() - 1
+    if comm.rank() == last:
+        kernel = weights["block3_conv1/kernel"].numpy()
+        kernel.flat[5] = np.nextafter(kernel.flat[5], np.float32(1))
+        weights["block3_conv1/kernel"].assign(kernel)
+    with pytest.raises(Failure) as raised:
+        state.check_identical(list(weights), checksums().numpy(), 7)
+    assert (raised.value.code, raised.value.agreed) == (NOT_FINITE, True)
+    assert "step 7: block3_conv1/kernel (1 of 22 weights" in raised.value.message
+    if comm.size() > 2:
+        assert f"rank {last} differs" in raised.value.message
