@@ -1,0 +1,237 @@
+"""Bytes and seconds of each way to exchange VGG16's gradients, between hosts made of network namespaces.
+
+    sudo env PATH="$PATH" python benchmarks/exchange.py [--hosts=2] [--mbit=300] [--images=1] [--rounds=3] [--quick]
+
+Needs root and iproute2 (`ip`, `tc`). Makes --hosts namespaces joined by a bridge, each with a link of --mbit in either
+direction, runs one rank of full VGG16 at 224 pixels on each through mpirun, and removes them whatever happens. All ways run
+in one job, in turn, --rounds times, so that what disturbs the machine disturbs all of them:
+
+    local      updates from each rank's own gradient: no exchange
+    horovod    what Horovod documents: DistributedGradientTape
+    allreduce  --exchange=allreduce
+    factored   --exchange=factored
+    factored16 --exchange=factored --wire_dtype=float16
+
+Prints megabytes sent by a rank in an update (the interface's counter), seconds of an update, efficiency (local / way), and
+what `hvd-vgg plan` predicts from the local time. --images is per rank; above --device_batch they are worked through in turn,
+and `horovod`, whose bytes do not depend on them, is left out.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PREFIX = f"hvgg{os.getpid()}"
+NETWORK = "10.213.77"
+WAYS = ["local", "horovod", "allreduce", "factored", "factored16"]
+
+
+def parse():
+    """Returns the options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hosts", type=int, default=2)
+    parser.add_argument("--mbit", type=float, default=300)
+    parser.add_argument("--images", type=int, default=1, help="per rank")
+    parser.add_argument("--device_batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=2, help="updates in a turn")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--quick", action="store_true", help="2 hosts, 1 image, 1 update a turn, 2 rounds: 5 minutes")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.quick:
+        options.hosts, options.images, options.steps, options.rounds = 2, 1, 1, 2
+    return options
+
+
+def ip(*words):
+    """Runs one `ip` command."""
+    subprocess.run(["ip", *words], check=True)
+
+
+def make_hosts(count, mbit):
+    """Makes the namespaces and their links; returns their addresses."""
+    ip("link", "add", f"{PREFIX}b", "type", "bridge")
+    ip("link", "set", f"{PREFIX}b", "up")
+    shape = ["root", "tbf", "rate", f"{mbit}mbit", "burst", "1mb", "latency", "50ms"]
+    for host in range(1, count + 1):
+        space, outside = f"{PREFIX}h{host}", f"{PREFIX}v{host}"
+        ip("netns", "add", space)
+        ip("link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", space)
+        ip("link", "set", outside, "master", f"{PREFIX}b", "up")
+        ip("-n", space, "addr", "add", f"{NETWORK}.{host}/24", "dev", "eth0")
+        ip("-n", space, "link", "set", "lo", "up")
+        ip("-n", space, "link", "set", "eth0", "up")
+        subprocess.run(["tc", "qdisc", "add", "dev", outside, *shape], check=True)
+        subprocess.run(["tc", "-n", space, "qdisc", "add", "dev", "eth0", *shape], check=True)
+    return [f"{NETWORK}.{host}" for host in range(1, count + 1)]
+
+
+def remove_hosts(count):
+    """Removes what `make_hosts` made, however far it came, with the processes inside."""
+    for host in range(1, count + 1):
+        space = f"{PREFIX}h{host}"
+        inside = subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True, check=False)
+        for pid in inside.stdout.split():
+            subprocess.run(["kill", "-9", pid], check=False)
+        subprocess.run(["ip", "netns", "delete", space], check=False, capture_output=True)
+        subprocess.run(["ip", "link", "delete", f"{PREFIX}v{host}"], check=False, capture_output=True)
+    subprocess.run(["ip", "link", "delete", f"{PREFIX}b"], check=False, capture_output=True)
+
+
+def drive(options):
+    """Makes the hosts, runs the job in them, prints the table."""
+    if os.getuid() != 0 or not shutil.which("tc"):
+        sys.exit("benchmarks/exchange.py needs root and iproute2 (Debian: apt-get install iproute2)")
+    with tempfile.TemporaryDirectory() as folder:
+        agent, out = Path(folder) / "agent.sh", Path(folder) / "result.json"
+        # Takes the place of ssh: the address's last number is the namespace's.
+        agent.write_text(f'#!/bin/bash\nhost="$1"; shift\nexec ip netns exec "{PREFIX}h${{host##*.}}" bash -c "$*"\n')
+        agent.chmod(0o755)
+        try:
+            addresses = make_hosts(options.hosts, options.mbit)
+            command = ["ip", "netns", "exec", f"{PREFIX}h1", "mpirun", "-np", str(options.hosts), "-H", ",".join(addresses)]
+            command += ["--bind-to", "none", "--mca", "plm_rsh_agent", str(agent), "--mca", "plm_rsh_no_tree_spawn", "1"]
+            command += ["--mca", "oob_tcp_if_include", f"{NETWORK}.0/24", "--mca", "btl_tcp_if_include", f"{NETWORK}.0/24"]
+            command += ["--mca", "btl", "self,tcp", "--mca", "pml", "ob1"]
+            for name in ("PATH", "PYTHONPATH", "HOROVOD_CYCLE_TIME", "HOROVOD_FUSION_THRESHOLD", "HOROVOD_TIMELINE"):
+                command += ["-x", name] if name in os.environ else []
+            command += ["-x", f"EXCHANGE_RESULT={out}", sys.executable, *sys.argv, "--worker"]
+            consent = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+            subprocess.run(command, check=True, env={**os.environ, **consent, "TF_CPP_MIN_LOG_LEVEL": "2"})
+            report(json.loads(out.read_text()), options)
+        finally:
+            remove_hosts(options.hosts)
+
+
+def make_steps(config, options):
+    """Returns for each way a function (images, labels, position, keys, lr) that makes one update of shared weights."""
+    import horovod.tensorflow as hvd
+    import tensorflow as tf
+
+    from hvd_vgg.model import vgg
+    from hvd_vgg.model.layers import DENSE, layers
+    from hvd_vgg.parallel import comm
+    from hvd_vgg.train import optimizer, step
+
+    weights = vgg.initial_weights(layers("vgg16", 1.0, 224, 1000), 1)
+    slots = optimizer.make_slots(weights)
+
+    def ours(factored, wire_dtype):
+        chosen = dataclasses.replace(config, wire_dtype=wire_dtype)
+        return step.make_train_step(weights, slots, chosen, "NHWC", factored)
+
+    def local(*arguments):
+        # Traced while the ranks do not speak: the same graph without its messages.
+        spoken = comm.sum_gradients
+        comm.sum_gradients = lambda tensors, name: list(tensors)
+        try:
+            return without(*arguments)
+        finally:
+            comm.sum_gradients = spoken
+
+    @tf.function
+    def horovod(images, labels, position, keys, lr):
+        def dropout(x, layer):
+            return step.drop(x, config.dropout, keys[layer], position)
+
+        with tf.GradientTape() as tape:
+            logits = vgg.logits(weights, "vgg16", vgg.normalized(images), "NHWC", dropout)
+            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+        gradients = hvd.DistributedGradientTape(tape).gradient(loss, list(weights.values()))
+        norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(gradient) for gradient in gradients]))
+        optimizer.update(weights, slots, dict(zip(weights, gradients)), lr, "momentum", 0.9, config.weight_decay)
+        return step.Sums(loss, step.hits(logits, labels, 1), step.hits(logits, labels, 5), norm)
+
+    without = ours([], "float32")
+    steps = {
+        "local": local,
+        "horovod": horovod,
+        "allreduce": ours([], "float32"),
+        "factored": ours(DENSE, "float32"),
+        "factored16": ours(DENSE, "float16"),
+    }
+    wanted = [way for way in options.ways.split(",") if way != "horovod" or options.images <= options.device_batch]
+    return {way: steps[way] for way in wanted}
+
+
+def work(options):
+    """Runs the ways in turn on one rank; rank 0 writes bytes and seconds of each turn."""
+    import numpy as np
+    import tensorflow as tf
+
+    from hvd_vgg.config import Config
+    from hvd_vgg.data import order
+    from hvd_vgg.parallel import comm
+
+    comm.start()
+    tf.config.threading.set_intra_op_parallelism_threads(max(1, (os.cpu_count() or 1) // options.hosts))
+    config = Config(global_batch=options.images * options.hosts, device_batch=options.device_batch)
+    random = np.random.default_rng(comm.rank())
+    low, _ = order.slice_bounds(config.global_batch, comm.rank(), comm.size())
+    arguments = (
+        tf.constant(random.integers(0, 256, (options.images, 224, 224, 3)), tf.uint8),
+        tf.constant(random.integers(0, 1000, options.images), tf.int32),
+        tf.constant(low, tf.int64),
+        tf.constant(order.dropout_keys(1, 0, 2)),
+        tf.constant(1e-4),
+    )
+    counter = Path("/sys/class/net/eth0/statistics/tx_bytes")
+    turns = {}
+    steps = make_steps(config, options)
+    for turn in range(-1, options.rounds):  # the first traces and is not counted
+        for way, run in steps.items():
+            comm.gather(b"ready")
+            sent, began = int(counter.read_text()), time.perf_counter()
+            for _ in range(options.steps):
+                float(run(*arguments).gradient_norm)
+            comm.gather(b"done")
+            seconds, sent = (time.perf_counter() - began) / options.steps, int(counter.read_text()) - sent
+            most = max(int(text) for text in comm.gather(str(sent).encode()))
+            if comm.is_root():
+                print(f"round {turn}: {way:10s} {seconds:7.2f} s  {most / options.steps / 1e6:8.1f} MB", flush=True)
+                if turn >= 0:
+                    turns.setdefault(way, []).append([seconds, most / options.steps])
+    if comm.is_root():
+        Path(os.environ["EXCHANGE_RESULT"]).write_text(json.dumps(turns))
+    comm.leave()
+
+
+def report(turns, options):
+    """Prints the table of medians with their spread and what the plan says."""
+    from hvd_vgg.config import Config
+    from hvd_vgg.parallel import cost
+
+    local = statistics.median(seconds for seconds, _ in turns["local"])
+    link = cost.Link(options.hosts, 1, options.mbit / 1000, options.images / local)
+    print(
+        f"\n{options.hosts} hosts, {options.mbit:g} Mbit/s, {options.images} images a rank, {options.steps} updates a turn, "
+        f"{options.rounds} rounds"
+    )
+    print(f"{'':10s} {'MB sent':>9s} {'of plan':>8s} {'seconds (min..max)':>24s} {'efficiency':>10s}  plan, seconds")
+    for way, rows in turns.items():
+        seconds, sent = [row[0] for row in rows], statistics.median(row[1] for row in rows)
+        flags = {"exchange": "factored" if way.startswith("factored") else "allreduce"}
+        flags["wire_dtype"] = "float16" if way.endswith("16") else "float32"
+        config = Config(global_batch=options.images * options.hosts, **flags)
+        planned, found = cost.sent(cost.choose(config, options.hosts)), cost.predict(config, link)
+        middle = statistics.median(seconds)
+        bracket = f"{found.seconds_overlapped:.2f} .. {found.seconds_apart:.2f}" if way != "local" else ""
+        share = f"{sent / planned:8.3f}" if way != "local" else " " * 8
+        print(
+            f"{way:10s} {sent / 1e6:9.1f} {share} {middle:10.2f} ({min(seconds):.2f}..{max(seconds):.2f})".ljust(54)
+            + f" {local / middle:10.1%}  {bracket}"
+        )
+
+
+if __name__ == "__main__":
+    chosen = parse()
+    work(chosen) if chosen.worker else drive(chosen)
