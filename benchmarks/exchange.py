@@ -13,8 +13,8 @@ in one job, in turn, --rounds times, so that what disturbs the machine disturbs 
     factored16 --exchange=factored --wire_dtype=float16
 
 Prints megabytes sent by a rank in an update (the interface's counter), seconds of an update, efficiency (local / way), and
-what `hvd-vgg plan` predicts from the local time. --images is per rank; above --device_batch they are worked through in turn,
-and `horovod`, whose bytes do not depend on them, is left out.
+what `hvd-vgg plan` predicts from the local time and the rate that the link has when it is busy both ways. --images is per
+rank; above --device_batch they are worked through in turn, and `horovod`, whose bytes do not depend on them, is left out.
 """
 
 import argparse
@@ -107,7 +107,8 @@ def drive(options):
             command += ["-x", f"EXCHANGE_RESULT={out}", sys.executable, *sys.argv, "--worker"]
             consent = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
             subprocess.run(command, check=True, env={**os.environ, **consent, "TF_CPP_MIN_LOG_LEVEL": "2"})
-            report(json.loads(out.read_text()), options)
+            result = json.loads(out.read_text())
+            report(result["turns"], result["mbit"], options)
         finally:
             remove_hosts(options.hosts)
 
@@ -186,6 +187,7 @@ def work(options):
     )
     counter = Path("/sys/class/net/eth0/statistics/tx_bytes")
     turns = {}
+    mbit = measure_link(options)
     steps = make_steps(config, options)
     for turn in range(-1, options.rounds):  # the first traces and is not counted
         for way, run in steps.items():
@@ -201,20 +203,34 @@ def work(options):
                 if turn >= 0:
                     turns.setdefault(way, []).append([seconds, most / options.steps])
     if comm.is_root():
-        Path(os.environ["EXCHANGE_RESULT"]).write_text(json.dumps(turns))
+        Path(os.environ["EXCHANGE_RESULT"]).write_text(json.dumps({"turns": turns, "mbit": mbit}))
     comm.leave()
 
 
-def report(turns, options):
+def measure_link(options):
+    """Returns the Mbit/s that a link carries while it is busy both ways, which is how a ring uses it."""
+    from hvd_vgg.parallel import comm
+
+    data = bytes(int(options.mbit / 8 * 1e6))  # one second's worth at the nominal rate
+    rates = []
+    for _ in range(4):
+        comm.gather(b"ready")
+        began = time.perf_counter()
+        comm.gather(data)
+        rates.append((options.hosts - 1) * len(data) * 8 / 1e6 / (time.perf_counter() - began))
+    return sorted(rates[1:])[1]
+
+
+def report(turns, mbit, options):
     """Prints the table of medians with their spread and what the plan says."""
     from hvd_vgg.config import Config
     from hvd_vgg.parallel import cost
 
     local = statistics.median(seconds for seconds, _ in turns["local"])
-    link = cost.Link(options.hosts, 1, options.mbit / 1000, options.images / local)
+    link = cost.Link(options.hosts, 1, mbit / 1000, options.images / local)
     print(
-        f"\n{options.hosts} hosts, {options.mbit:g} Mbit/s, {options.images} images a rank, {options.steps} updates a turn, "
-        f"{options.rounds} rounds"
+        f"\n{options.hosts} hosts, {options.mbit:g} Mbit/s ({mbit:.0f} when busy both ways), {options.images} images a "
+        f"rank, {options.steps} updates a turn, {options.rounds} rounds"
     )
     print(f"{'':10s} {'MB sent':>9s} {'of plan':>8s} {'seconds (min..max)':>24s} {'efficiency':>10s}  plan, seconds")
     for way, rows in turns.items():

@@ -7,6 +7,7 @@ from typing import Any, Dict, List, NamedTuple, Tuple
 from hvd_vgg.config import PlanConfig
 from hvd_vgg.parallel import cost
 from hvd_vgg.run.health import CONFIGURATION, NOT_WRITTEN, Failure
+from hvd_vgg.run.log import count
 
 
 class Way(NamedTuple):
@@ -106,7 +107,8 @@ def _draw(curves: Dict[str, List[Tuple[int, cost.Prediction]]], per_rank: float,
     axes.set(xscale="log", xlabel="ranks", ylabel="scaling efficiency", ylim=(0, 1.02))
     axes.set_xticks(ranks, [str(number) for number in ranks])
     axes.set_title(
-        f"{config.model}, {per_rank:g} images a rank, {config.ranks_per_host} ranks and {config.gbit:g} Gbit/s a host\n"
+        f"{config.model}, {per_rank:g} images a rank; a host has {count(config.ranks_per_host, 'rank')} and "
+        f"{config.gbit:g} Gbit/s\n"
         "dotted: nothing overlaps; line: all overlaps with the backward pass"
     )
     axes.legend(loc="lower left")
