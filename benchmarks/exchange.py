@@ -120,7 +120,7 @@ def make_steps(config, options):
 
     from hvd_vgg.model import vgg
     from hvd_vgg.model.layers import DENSE, layers
-    from hvd_vgg.parallel import comm
+    from hvd_vgg.parallel import comm, exchange
     from hvd_vgg.train import optimizer, step
 
     weights = vgg.initial_weights(layers("vgg16", 1.0, 224, 1000), 1)
@@ -132,12 +132,13 @@ def make_steps(config, options):
 
     def local(*arguments):
         # Traced while the ranks do not speak: the same graph without its messages.
-        spoken = comm.sum_gradients
+        spoken, in_parts = comm.sum_gradients, exchange._sum_in_chunks
         comm.sum_gradients = lambda tensors, name: list(tensors)
+        exchange._sum_in_chunks = lambda kernel, name: kernel
         try:
             return without(*arguments)
         finally:
-            comm.sum_gradients = spoken
+            comm.sum_gradients, exchange._sum_in_chunks = spoken, in_parts
 
     @tf.function
     def horovod(images, labels, position, keys, lr):

@@ -22,7 +22,8 @@ Each runs alone or on many ranks, which only change how fast it goes:
   horovodrun -np 8 hvd-vgg train --flagfile=configs/vgg16_imagenet.flags --data_dir=/data/imagenet
 
 hvd-vgg COMMAND --help lists a command's flags. Exit codes: 0 done, 64 usage, 65 data, 70 error in the program, 74 a result
-could not be written, 75 lost a rank, 78 configuration, 80 interrupted, 81 not finite.
+could not be written, 75 lost a rank, 78 configuration, 80 interrupted, 81 not finite or drifted
+apart.
 """
 
 
@@ -99,6 +100,10 @@ def run(argv: List[str]) -> int:
     except ImportError as error:
         return _end(Failure(CONFIGURATION, f"{error} ({sys.executable}): install it, or use launch/environment.sh"))
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and "hvd_vgg.parallel.comm" not in sys.modules:
+            # Whoever read the plan has enough; Python would complain again when it flushes at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return DONE
         # What Horovod's operations say when a rank is gone is the transport's own text, but they are always named in it.
         if "Horovod" in f"{type(error).__name__} {error}":
             return _end(Failure(LOST_RANK, "another rank has gone; the same command goes on from the newest checkpoint"))

@@ -127,7 +127,11 @@ class Config:
         choices=("auto", "allreduce", "factored"),
     )
     wire_dtype: str = flag(
-        "float32", "Device", "What crosses it; float16 halves the bytes and rounds.", choices=("float32", "float16")
+        "float32",
+        "Device",
+        "What crosses it; float16 halves the bytes and rounds, by sums that depend on the number of ranks.",
+        choices=("float32", "float16"),
+        learned=True,
     )
     drift_every_steps: int = flag(
         500, "Device", "Compare all ranks' weights this often, exactly; 0: never.", "updates", at_least=0
@@ -146,7 +150,7 @@ class PlanConfig(Config):
     """A run's Config and the cluster it is planned for."""
 
     ranks: int = flag(8, "Plan", "Ranks of the job.", "ranks", at_least=1)
-    ranks_per_host: int = flag(8, "Plan", "Ranks that share a host and its link.", "ranks", at_least=1)
+    ranks_per_host: int = flag(1, "Plan", "Ranks that share a host and its link.", "ranks", at_least=1)
     gbit: float = flag(25.0, "Plan", "Rate of a host's link.", "Gbit/s", above=0.0)
     fps_per_rank: float = flag(150.0, "Plan", "What a rank trains alone, without exchange.", "images/s", above=0.0)
     sweep_ranks: Tuple[float, ...] = flag(
@@ -280,6 +284,10 @@ def _conflicts(config: Config) -> List[str]:
             errors.append(
                 f"--global_batch={config.global_batch}: expected at least one image for each of --ranks={config.ranks}"
             )
+        if any(ranks != int(ranks) for ranks in config.sweep_ranks):
+            errors.append(f"--sweep_ranks={_text(config.sweep_ranks)}: expected whole numbers")
+        if config.out and Path(config.out).suffix not in (".png", ".svg", ".pdf"):
+            errors.append(f"--out={config.out}: expected a name that ends in .png, .svg or .pdf")
         if config.out and not config.sweep_ranks:
             errors.append("--out needs --sweep_ranks")
     for name in ("data_dir", "run_dir"):

@@ -64,12 +64,12 @@ def train(config: Config) -> None:
         )
         window.append((now, sums))
         done = now + 1
-        if config.drift_every_steps and done % config.drift_every_steps == 0:
-            state.check_identical(list(run.weights), checksums().numpy(), now)
         saves = bool(config.save_every_steps) and done % config.save_every_steps == 0
         warm_up = done - position.step <= WARMUP_STEPS  # ends with a window of its own, which is not counted
-        closes = done % config.log_every_steps == 0 or done in eval_at or saves or done - position.step == WARMUP_STEPS
-        if not closes:
+        # Weights are compared before they are scored or saved too: a checkpoint of drifted ones would look whole.
+        compares = config.drift_every_steps > 0 and (done % config.drift_every_steps == 0 or saves or done in eval_at)
+        logs = done % config.log_every_steps == 0 or done - position.step == WARMUP_STEPS
+        if not (logs or saves or compares or done in eval_at):
             progress.update(done)
             continue
 
@@ -78,6 +78,8 @@ def train(config: Config) -> None:
         row = {**_close_window(window, config), "train.lr": lr}
         row["train.fps"] = throughput.close_window(len(window) * config.global_batch, counts=not warm_up)
         window.clear()
+        if compares:
+            state.check_identical(list(run.weights), checksums().numpy(), now)
         epoch = done * config.global_batch / data.train.records
         tell.training(row, done, total, epoch, log, console, progress)
         with throughput.paused():

@@ -98,19 +98,21 @@ def _require(resume: str, run_dir: Path) -> None:
 def check_identical(names: List[str], checksums: np.ndarray, step: int) -> None:
     """Raises an agreed Failure(NOT_FINITE) naming the first weight that is not the same on all ranks; all ranks call.
 
-    checksums: int64 [names], this rank's. The rank or ranks that differ from most are named.
+    checksums: int64 [names], this rank's. Named are the ranks that differ from most, all of them where there is no most.
     """
     told = np.stack([np.frombuffer(each, np.int64) for each in comm.gather(checksums.tobytes())])
     differs = (told != told[0]).any(axis=0)
     if differs.any():
         first = int(np.argmax(differs))
         values, counts = np.unique(told[:, first], return_counts=True)
-        odd = [rank for rank, value in enumerate(told[:, first]) if value != values[np.argmax(counts)]]
+        most = values[counts == counts.max()]
+        usual = most[0] if len(most) == 1 else None  # on a tie nobody can say who is right
+        odd = [rank for rank, value in enumerate(told[:, first]) if value != usual]
         raise Failure(
             NOT_FINITE,
-            f"step {step}: {names[first]} ({int(differs.sum())} of {len(names)} weights in all) is not the same on all "
-            f"ranks: rank {', '.join(map(str, odd))} differs. Replicas that drift apart no longer train one network (unlike "
-            f"processors, or a fault of memory?); go on from a checkpoint of before, or use --exchange=allreduce",
+            f"step {step}: {names[first]} ({int(differs.sum())} of {len(names)} weights in all) is not the same on all ranks: "
+            f"{', '.join(f'rank {rank}' for rank in odd)} differ(s). Replicas that drift apart no longer train one network "
+            f"(unlike processors, or a fault of memory?): go on from a checkpoint of before, or use --exchange=allreduce",
             agreed=True,
         )
 

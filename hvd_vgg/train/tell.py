@@ -66,7 +66,7 @@ def introduce(
         f"images an update: {' or '.join(map(str, parts))} a rank, at most {config.device_batch} at once"
     )
     if comm.size() > 1:
-        console.say(cost.table(choices))
+        console.say(f"sent by each rank in an update, {config.wire_dtype} on the wire:\n{cost.table(choices)}")
     console.say(f"steps {first} to {total}, lr {config.lr:g} for the mean gradient of {config.global_batch}")
     if log:
         facts = {**comm.describe(), "ranks": comm.size(), "device": device.kind, "steps": total, "first_step": first}
