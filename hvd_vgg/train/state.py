@@ -110,7 +110,7 @@ def check_identical(names: List[str], checksums: np.ndarray, step: int) -> None:
         odd = [rank for rank, value in enumerate(told[:, first]) if value != usual]
         raise Failure(
             NOT_FINITE,
-            f"step {step}: {names[first]} ({int(differs.sum())} of {len(names)} weights in all) is not the same on all ranks: "
+            f"step {step}: {names[first]} ({int(differs.sum())} of {len(names)} weights) is not the same on all ranks: "
             f"{', '.join(f'rank {rank}' for rank in odd)} differ(s). Replicas that drift apart no longer train one network "
             f"(unlike processors, or a fault of memory?): go on from a checkpoint of before, or use --exchange=allreduce",
             agreed=True,

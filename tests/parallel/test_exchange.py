@@ -78,5 +78,5 @@ def test_replicas_that_drift_apart_are_told_by_layer_and_rank():
     with pytest.raises(Failure) as raised:
         state.check_identical(list(weights), checksums().numpy(), 7)
     assert (raised.value.code, raised.value.agreed) == (NOT_FINITE, True)
-    assert "step 7: block3_conv1/kernel (1 of 22 weights" in raised.value.message
+    assert "step 7: block3_conv1/kernel (1 of 22 weights)" in raised.value.message
     assert (f": rank {last} differ(s)" if comm.size() > 2 else "rank 0, rank 1 differ(s)") in raised.value.message
