@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and every test, in the environment of launch/environment.sh with the test extras. About 9 minutes on 2 cores.
+# Lint, types and every test, in the environment of launch/environment.sh with the test extras. About 10 minutes on 2 cores.
 #
 #   bash launch/test.sh
 #
