@@ -22,8 +22,7 @@ Each runs alone or on many ranks, which only change how fast it goes:
   horovodrun -np 8 hvd-vgg train --flagfile=configs/vgg16_imagenet.flags --data_dir=/data/imagenet
 
 hvd-vgg COMMAND --help lists a command's flags. Exit codes: 0 done, 64 usage, 65 data, 70 error in the program, 74 a result
-could not be written, 75 lost a rank, 78 configuration, 80 interrupted, 81 not finite or drifted
-apart.
+could not be written, 75 lost a rank, 78 configuration, 80 interrupted, 81 not finite, or ranks drifted apart.
 """
 
 
