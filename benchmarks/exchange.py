@@ -1,6 +1,8 @@
 """Bytes and seconds of each way to exchange VGG16's gradients, between hosts made of network namespaces.
 
     sudo env PATH="$PATH" python benchmarks/exchange.py [--hosts=2] [--mbit=300] [--images=1] [--rounds=3] [--quick]
+    sudo env PATH="$PATH" python benchmarks/exchange.py --hosts=2 --mbit=500 --efficiency=0.68
+    python benchmarks/exchange.py --hosts=2 --shared
 
 Needs root and iproute2 (`ip`, `tc`). Makes --hosts namespaces joined by a bridge, each with a link of --mbit in either
 direction, runs one rank of full VGG16 at 224 pixels on each through mpirun, and removes them whatever happens. All ways run
@@ -15,6 +17,8 @@ in one job, in turn, --rounds times, so that what disturbs the machine disturbs 
 Prints megabytes sent by a rank in an update (the interface's counter), seconds of an update, efficiency (local / way), and
 what `hvd-vgg plan` predicts from the local time and the rate that the link has when it is busy both ways. --images is per
 rank; above --device_batch they are worked through in turn, and `horovod`, whose bytes do not depend on them, is left out.
+--efficiency searches for the images a rank at which `horovod` has that efficiency, and measures there. --shared puts all
+ranks on this host instead, to speak through its memory; no root is needed then, and no bytes are counted.
 """
 
 import argparse
@@ -44,6 +48,8 @@ def parse():
     parser.add_argument("--steps", type=int, default=2, help="updates in a turn")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--efficiency", type=float, help="search for the images at which horovod has it, such as 0.68")
+    parser.add_argument("--shared", action="store_true", help="--hosts ranks on this host, through its memory")
     parser.add_argument("--quick", action="store_true", help="2 hosts, 1 image, 1 update a turn, 2 rounds: 5 minutes")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -88,29 +94,68 @@ def remove_hosts(count):
 
 
 def drive(options):
-    """Makes the hosts, runs the job in them, prints the table."""
-    if os.getuid() != 0 or not shutil.which("tc"):
-        sys.exit("benchmarks/exchange.py needs root and iproute2 (Debian: apt-get install iproute2)")
+    """Makes the hosts, searches if asked, runs the job in them, prints the table."""
+    if not options.shared and (os.getuid() != 0 or not shutil.which("tc")):
+        sys.exit("benchmarks/exchange.py needs root and iproute2 (Debian: apt-get install iproute2), or --shared")
     with tempfile.TemporaryDirectory() as folder:
-        agent, out = Path(folder) / "agent.sh", Path(folder) / "result.json"
-        # Takes the place of ssh: the address's last number is the namespace's.
-        agent.write_text(f'#!/bin/bash\nhost="$1"; shift\nexec ip netns exec "{PREFIX}h${{host##*.}}" bash -c "$*"\n')
-        agent.chmod(0o755)
         try:
-            addresses = make_hosts(options.hosts, options.mbit)
-            command = ["ip", "netns", "exec", f"{PREFIX}h1", "mpirun", "-np", str(options.hosts), "-H", ",".join(addresses)]
-            command += ["--bind-to", "none", "--mca", "plm_rsh_agent", str(agent), "--mca", "plm_rsh_no_tree_spawn", "1"]
-            command += ["--mca", "oob_tcp_if_include", f"{NETWORK}.0/24", "--mca", "btl_tcp_if_include", f"{NETWORK}.0/24"]
-            command += ["--mca", "btl", "self,tcp", "--mca", "pml", "ob1"]
-            for name in ("PATH", "PYTHONPATH", "HOROVOD_CYCLE_TIME", "HOROVOD_FUSION_THRESHOLD", "HOROVOD_TIMELINE"):
-                command += ["-x", name] if name in os.environ else []
-            command += ["-x", f"EXCHANGE_RESULT={out}", sys.executable, *sys.argv, "--worker"]
-            consent = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-            subprocess.run(command, check=True, env={**os.environ, **consent, "TF_CPP_MIN_LOG_LEVEL": "2"})
-            result = json.loads(out.read_text())
+            launcher = ["mpirun", "-np", str(options.hosts), "--bind-to", "none", "--oversubscribe"]
+            if not options.shared:
+                launcher = ["ip", "netns", "exec", f"{PREFIX}h1", *launcher, *between_hosts(options, Path(folder))]
+            if options.efficiency:
+                options.images = options.device_batch = search(options, launcher, folder)
+            result = run_job(options, launcher, folder)
             report(result["turns"], result["mbit"], options)
         finally:
-            remove_hosts(options.hosts)
+            if not options.shared:
+                remove_hosts(options.hosts)
+
+
+def between_hosts(options, folder):
+    """Makes the hosts; returns mpirun's options to start a rank on each."""
+    addresses, agent = make_hosts(options.hosts, options.mbit), folder / "agent.sh"
+    # Takes the place of ssh: the address's last number is the namespace's.
+    agent.write_text(f'#!/bin/bash\nhost="$1"; shift\nexec ip netns exec "{PREFIX}h${{host##*.}}" bash -c "$*"\n')
+    agent.chmod(0o755)
+    words = ["-H", ",".join(addresses), "--mca", "plm_rsh_agent", str(agent), "--mca", "plm_rsh_no_tree_spawn", "1"]
+    words += ["--mca", "oob_tcp_if_include", f"{NETWORK}.0/24", "--mca", "btl_tcp_if_include", f"{NETWORK}.0/24"]
+    return words + ["--mca", "btl", "self,tcp", "--mca", "pml", "ob1"]
+
+
+def run_job(options, launcher, folder):
+    """Runs the ways by mpirun; returns what rank 0 measured."""
+    out = Path(folder) / "result.json"
+    command = list(launcher)
+    for name in ("PATH", "PYTHONPATH", "HOROVOD_CYCLE_TIME", "HOROVOD_FUSION_THRESHOLD", "HOROVOD_TIMELINE"):
+        command += ["-x", name] if name in os.environ else []
+    command += ["-x", f"EXCHANGE_RESULT={out}", sys.executable, sys.argv[0], "--worker"]
+    for name in ("hosts", "mbit", "images", "device_batch", "steps", "rounds", "ways"):
+        command.append(f"--{name}={getattr(options, name)}")
+    command += ["--shared"] if options.shared else []
+    consent = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    subprocess.run(command, check=True, env={**os.environ, **consent, "TF_CPP_MIN_LOG_LEVEL": "3"})
+    return json.loads(out.read_text())
+
+
+def search(options, launcher, folder):
+    """Returns the images a rank at which `horovod` comes nearest to the efficiency wanted; prints each trial."""
+    trial = argparse.Namespace(**{**vars(options), "ways": "local,horovod", "steps": 1, "rounds": 1})
+    tried = {}
+    images, low, high = options.images, 0, 128
+    while images not in tried and len(tried) < 6:
+        trial.images = trial.device_batch = images
+        turns = run_job(trial, launcher, folder)["turns"]
+        local, exchanged = (turns[way][0][0] for way in ("local", "horovod"))
+        tried[images] = local / exchanged
+        print(f"search: {images} images a rank: horovod {tried[images]:.1%} of local updates", flush=True)
+        if abs(tried[images] - options.efficiency) < 0.03:
+            break
+        low, high = (images, high) if tried[images] < options.efficiency else (low, images)
+        # As the plan has it: a third of computing, which grows with the images, comes before anything can be sent.
+        sending = exchanged - local / 3
+        guess = round(images * sending / local / (1 / options.efficiency - 1 / 3))
+        images = guess if low < guess < high else (low + high) // 2
+    return min(tried, key=lambda count: abs(tried[count] - options.efficiency))
 
 
 def make_steps(config, options):
@@ -188,16 +233,20 @@ def work(options):
     )
     counter = Path("/sys/class/net/eth0/statistics/tx_bytes")
     turns = {}
-    mbit = measure_link(options)
+    mbit = 0.0 if options.shared else measure_link(options)
+
+    def bytes_sent():
+        return 0 if options.shared else int(counter.read_text())
+
     steps = make_steps(config, options)
     for turn in range(-1, options.rounds):  # the first traces and is not counted
         for way, run in steps.items():
             comm.gather(b"ready")
-            sent, began = int(counter.read_text()), time.perf_counter()
+            sent, began = bytes_sent(), time.perf_counter()
             for _ in range(options.steps):
                 float(run(*arguments).gradient_norm)
             comm.gather(b"done")
-            seconds, sent = (time.perf_counter() - began) / options.steps, int(counter.read_text()) - sent
+            seconds, sent = (time.perf_counter() - began) / options.steps, bytes_sent() - sent
             most = max(int(text) for text in comm.gather(str(sent).encode()))
             if comm.is_root():
                 print(f"round {turn}: {way:10s} {seconds:7.2f} s  {most / options.steps / 1e6:8.1f} MB", flush=True)
@@ -228,10 +277,10 @@ def report(turns, mbit, options):
     from hvd_vgg.parallel import cost
 
     local = statistics.median(seconds for seconds, _ in turns["local"])
-    link = cost.Link(options.hosts, 1, mbit / 1000, options.images / local)
+    place = f"{options.mbit:g} Mbit/s ({mbit:.0f} when busy both ways)" if mbit else "one host's memory"
     print(
-        f"\n{options.hosts} hosts, {options.mbit:g} Mbit/s ({mbit:.0f} when busy both ways), {options.images} images a "
-        f"rank, {options.steps} updates a turn, {options.rounds} rounds"
+        f"\n{options.hosts} {'ranks' if options.shared else 'hosts'}, {place}, {options.images} images a rank, "
+        f"{options.steps} updates a turn, {options.rounds} rounds"
     )
     print(f"{'':10s} {'MB sent':>9s} {'of plan':>8s} {'seconds (min..max)':>24s} {'efficiency':>10s}  plan, seconds")
     for way, rows in turns.items():
@@ -239,12 +288,13 @@ def report(turns, mbit, options):
         flags = {"exchange": "factored" if way.startswith("factored") else "allreduce"}
         flags["wire_dtype"] = "float16" if way.endswith("16") else "float32"
         config = Config(global_batch=options.images * options.hosts, **flags)
-        planned, found = cost.sent(cost.choose(config, options.hosts)), cost.predict(config, link)
-        middle = statistics.median(seconds)
-        bracket = f"{found.seconds_overlapped:.2f} .. {found.seconds_apart:.2f}" if way != "local" else ""
-        share = f"{sent / planned:8.3f}" if way != "local" else " " * 8
+        middle, share, bracket = statistics.median(seconds), "", ""
+        if mbit and way != "local":
+            found = cost.predict(config, cost.Link(options.hosts, 1, mbit / 1000, options.images / local))
+            share = f"{sent / cost.sent(cost.choose(config, options.hosts)):.3f}"
+            bracket = f"{found.seconds_overlapped:.2f} .. {found.seconds_apart:.2f}"
         print(
-            f"{way:10s} {sent / 1e6:9.1f} {share} {middle:10.2f} ({min(seconds):.2f}..{max(seconds):.2f})".ljust(54)
+            f"{way:10s} {sent / 1e6:9.1f} {share:>8s} {middle:10.2f} ({min(seconds):.2f}..{max(seconds):.2f})".ljust(54)
             + f" {local / middle:10.1%}  {bracket}"
         )
 

@@ -26,6 +26,11 @@ except ImportError as error:
 
 T = TypeVar("T")
 
+# Open MPI 4 sends what follows a large message's first 128 kB over TCP in one piece, and its leave for the other side's
+# message waits behind it: both directions of a link are then used one after the other. In pieces of 256 kB an allreduce of
+# 64 MB is 1.5 times faster between 2 hosts, 1.6 times between 4 (README, "Between hosts").
+_TCP_FRAGMENT_BYTES = 256 * 1024
+
 
 class Device(NamedTuple):
     """What this rank computes on: `kind` GPU or CPU, the layout it computes in, the CPU threads it may use."""
@@ -43,6 +48,7 @@ def start() -> Device:
     if launched_rank() is None and hvd.gloo_built():
         # Without a launcher there is nothing for MPI to find, and Open MPI may fail to start a world of one.
         os.environ.update(HOROVOD_CONTROLLER="gloo", HOROVOD_CPU_OPERATIONS="gloo")
+    os.environ.setdefault("OMPI_MCA_btl_tcp_rdma_pipeline_frag_size", str(_TCP_FRAGMENT_BYTES))
     hvd.init()
     started = launched_size()
     if started is not None and started != size():
