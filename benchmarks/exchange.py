@@ -197,7 +197,8 @@ def make_steps(config, options):
         gradients = hvd.DistributedGradientTape(tape).gradient(loss, list(weights.values()))
         norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(gradient) for gradient in gradients]))
         optimizer.update(weights, slots, dict(zip(weights, gradients)), lr, "momentum", 0.9, config.weight_decay)
-        return step.Sums(loss, step.hits(logits, labels, 1), step.hits(logits, labels, 5), norm, tf.constant(1.0))
+        hits = [step.hits(logits, labels, k) for k in (1, 5)]
+        return step.Sums(loss, *hits, norm, tf.constant(1.0), tf.constant(0.0))
 
     without = ours([], "float32")
     steps = {

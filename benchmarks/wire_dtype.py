@@ -27,7 +27,7 @@ def main() -> None:
 
         @tf.function
         def both(x, d, wire_dtype=wire_dtype):
-            gathered = exchange.factored_gradient("fc2", x, d, ROWS, wire_dtype, float(ROWS))
+            gathered = exchange.product("fc2", *exchange.gather_factors("fc2", x, d, ROWS, wire_dtype, float(ROWS)))
             local = {"fc2/kernel": tf.matmul(x, d, transpose_a=True)}
             return gathered["fc2/kernel"], exchange.sum_gradients(local, wire_dtype, float(ROWS))["fc2/kernel"]
 

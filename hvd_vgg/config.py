@@ -128,6 +128,9 @@ class Config:
         learned=True,
     )
     xla: bool = flag(False, "Device", "Compile a rank's forward and backward pass by XLA; for GPUs.")
+    device_tflops: float = flag(
+        0.0, "Device", "A device's peak, to print what share of it training reaches; 0: not known.", "TFLOP/s", at_least=0.0
+    )
     exchange: str = flag(
         "auto",
         "Device",

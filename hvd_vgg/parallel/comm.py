@@ -122,6 +122,12 @@ def sum_over_ranks(values: np.ndarray) -> np.ndarray:
         return np.asarray(hvd.allreduce(tf.constant(values), op=hvd.Sum, name="sum_over_ranks"))
 
 
+def gather_numbers(values: Sequence[float]) -> np.ndarray:
+    """Returns every rank's `values`, float64 [ranks, len(values)], on all ranks; each must bring as many."""
+    with tf.device("/CPU:0"):
+        return np.asarray(hvd.allgather(tf.constant([values], tf.float64), name="gather_numbers"))
+
+
 def gather(data: bytes) -> List[bytes]:
     """Returns every rank's `data`, in order of rank, on all ranks."""
     with tf.device("/CPU:0"):

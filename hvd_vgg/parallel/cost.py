@@ -6,11 +6,10 @@ Summing the products of P ranks by a ring sends 2 (P-1)/P * K*N numbers from eac
 while G < 2 K N / (K + N), whatever P.
 """
 
-import math
 from typing import Dict, List, NamedTuple, Optional
 
 from hvd_vgg.config import Config
-from hvd_vgg.model.layers import DENSE, Layer, layers
+from hvd_vgg.model.layers import DENSE, layers, multiplications
 
 BYTES = {"float32": 4, "float16": 2}
 _MB = 1e6
@@ -124,13 +123,5 @@ def _extra_compute(config: Config, choices: List[Choice]) -> float:
     """Returns what part of an update's work each other rank adds where gradients are formed from all ranks' rows."""
     of = layers(config.model, config.width, config.image_size, config.num_classes)
     factored = {choice.layer for choice in choices if choice.way == "factored"}
-    again = sum(_products(layer, config.image_size) for layer in of if layer.name in factored)
-    return again / (3 * sum(_products(layer, config.image_size) for layer in of))
-
-
-def _products(layer: Layer, image_size: int) -> int:
-    """Returns the multiplications of a layer's forward pass for one image."""
-    if layer.name in DENSE:
-        return math.prod(layer.kernel)
-    side = image_size >> (int(layer.name[len("block")]) - 1)
-    return math.prod(layer.kernel) * side * side
+    again = sum(multiplications(layer, config.image_size) for layer in of if layer.name in factored)
+    return again / (3 * sum(multiplications(layer, config.image_size) for layer in of))

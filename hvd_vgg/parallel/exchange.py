@@ -4,7 +4,7 @@ All functions are for use inside a tf.function, on all ranks, outside of gradien
 static shape, so that Horovod agrees on it once and knows it again by one bit afterwards.
 """
 
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import tensorflow as tf
 
@@ -49,18 +49,21 @@ def _sum_in_chunks(kernel: Any, name: str) -> Any:
     return tf.concat([comm.sum_gradients([part], f"{name}_{i}")[0] for i, part in enumerate(parts)], 0)
 
 
-def factored_gradient(
+def gather_factors(
     layer: str, inputs: Any, outputs: Any, global_batch: int, wire_dtype: str, scale: float
-) -> Dict[str, Any]:
-    """Returns the gradient of a dense layer's kernel and bias over the global batch, from rows of all ranks.
+) -> Tuple[Any, Any]:
+    """Returns the rows of all ranks of a dense layer's inputs [G, K] and of its output gradients [G, N].
 
     inputs: this rank's rows [n, K] of the layer's inputs; outputs: of its output gradients [n, N]; ranks may hold different
     numbers of rows. The inputs are sent as soon as they are there, which is in the forward pass.
     """
-    x = _from_wire(comm.gather_rows(_to_wire(inputs, wire_dtype, 1.0), f"inputs_{layer}", global_batch), wire_dtype, 1.0)
-    d = _from_wire(
-        comm.gather_rows(_to_wire(outputs, wire_dtype, scale), f"outputs_{layer}", global_batch), wire_dtype, scale
-    )
+    x = comm.gather_rows(_to_wire(inputs, wire_dtype, 1.0), f"inputs_{layer}", global_batch)
+    d = comm.gather_rows(_to_wire(outputs, wire_dtype, scale), f"outputs_{layer}", global_batch)
+    return _from_wire(x, wire_dtype, 1.0), _from_wire(d, wire_dtype, scale)
+
+
+def product(layer: str, x: Any, d: Any) -> Dict[str, Any]:
+    """Returns the gradient of a dense layer's kernel and bias over the global batch, by name, from `gather_factors`."""
     return {f"{layer}/kernel": tf.matmul(x, d, transpose_a=True), f"{layer}/bias": tf.reduce_sum(d, 0)}
 
 

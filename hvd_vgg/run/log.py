@@ -27,6 +27,9 @@ METRICS: Dict[str, Dict[str, str]] = {
     "train.skipped_updates": {"unit": "updates", "format": ":d"},
     "train.lr": {"unit": "", "format": ":.6g"},
     "train.fps": {"unit": "images/s", "format": ":.1f"},
+    "train.input_share": {"unit": "", "format": ":.4f"},
+    "train.network_share": {"unit": "", "format": ":.4f"},
+    "train.others_share": {"unit": "", "format": ":.4f"},
     "eval.loss": {"unit": "nats", "format": ":.5f"},
     "eval.acc@1": {"unit": "", "format": ":.4f"},
     "eval.acc@5": {"unit": "", "format": ":.4f"},
@@ -129,7 +132,7 @@ class RunLog:
             self.logger.metadata(name, metadata)
 
     def log(self, step: Step, data: Dict[str, Any]) -> None:
-        """Writes one line, on disk when this returns; step: (epoch, update), or "PARAMETER" for what the run is."""
+        """Writes one line, on disk when this returns; step: (epoch, update), "PARAMETER" for what it is, () for its end."""
         # NaN and Inf are no JSON: strict parsers would refuse the line that matters most.
         finite = {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in data.items()}
         try:
@@ -140,7 +143,7 @@ class RunLog:
             raise Failure(
                 NOT_WRITTEN, f"the log {self.path} cannot be written: {error.strerror}. Make room, start again"
             ) from error
-        if self.tensorboard and not isinstance(step, str):
+        if self.tensorboard and step and not isinstance(step, str):
             for name, value in data.items():
                 if name in METRICS:
                     self.tensorboard(name.replace(".", "/"), float(value), step[1])

@@ -1,51 +1,196 @@
-"""Images per second of the job, and how they are counted.
+"""Where each rank's time goes, and the images per second that follow from it.
 
-Counted are the images consumed by updates over the wall time of those updates on rank 0, from one synchronisation of all
-ranks to the next (a window: --log_every_steps updates). Left out are the first WARMUP_STEPS updates of each start (tracing,
-first touch of memory, choice of convolutions), evaluation, and saving.
+Of the wall time of an update, from the end of the one before to its own end, a rank spends
+
+    input     waiting for its next batch;
+    exchange  from when its own gradients and rows are ready until those of all ranks are there, by clock readings inside
+              the compiled step: what of the exchange it could not hide behind the backward pass;
+    compute   the rest.
+
+Whoever comes last waits for nothing but the network: the least exchange of all ranks is called `network`, and what a rank
+waits beyond it is for `others`. Evaluation and saving are timed apart and are no part of any update. On a GPU these are the
+host's times, which runs ahead of the device by no more than an update of the weights where ranks exchange; alone it may run
+ahead further, and waiting for the device then shows wherever the host first needs a result.
+
+Images per second ("fps") are the images of the steady updates over their wall time on rank 0. Where they begin is found in
+the times themselves (`steady_from`), and what was left out is told.
 """
 
 import contextlib
 import statistics
 import time
-from typing import Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, TypeVar
 
-WARMUP_STEPS = 2
+T = TypeVar("T")
+
+
+class Split(NamedTuple):
+    """Seconds of some updates on one rank: in all, waiting for input, and of exchange."""
+
+    total: float
+    input: float
+    exchange: float
+
+    @property
+    def compute(self) -> float:
+        """Seconds that are neither input nor exchange."""
+        return self.total - self.input - self.exchange
+
+    @property
+    def busy(self) -> float:
+        """Seconds in which this rank held up itself, and not the others or the network."""
+        return self.total - self.exchange
+
+
+class Verdict(NamedTuple):
+    """What holds a job back: `cause` is input, compute or network; `rank` is the one slower than the rest, if one is."""
+
+    cause: str
+    rank: Optional[int]
 
 
 class Throughput:
-    """The windows measured so far, (images, seconds) each; begins with the first update."""
+    """The updates of this start on this rank: seconds in all, waiting for input, and of exchange."""
 
     def __init__(self) -> None:
-        self.windows: List[Tuple[int, float]] = []
-        self.mark = time.perf_counter()
-        self.left_out = 0.0
+        self.began = self.mark = time.perf_counter()
+        self.total: List[float] = []
+        self.input: List[float] = []
+        self.exchange: List[float] = []
+        self.aside: Dict[str, float] = {"evaluation": 0.0, "saving": 0.0}
 
-    def close_window(self, images: int, counts: bool) -> float:
-        """Ends a window in which `images` were consumed and returns its images/s; warm-up does not count."""
+    def waiting(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yields what `batches` does and measures the wait for each."""
+        source = iter(batches)
+        while True:
+            began = time.perf_counter()
+            try:
+                batch = next(source)
+            except StopIteration:
+                return
+            self.input.append(time.perf_counter() - began)
+            yield batch
+
+    def end_update(self) -> None:
+        """Ends an update where the next one begins."""
         now = time.perf_counter()
-        seconds = now - self.mark - self.left_out
-        if counts:
-            self.windows.append((images, seconds))
-        self.mark, self.left_out = now, 0.0
-        return images / seconds
+        self.total.append(now - self.mark)
+        self.mark = now
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves out what happens inside."""
+    def apart(self, what: str) -> Iterator[None]:
+        """Times what happens inside as `evaluation` or `saving`, which is no part of any update."""
         began = time.perf_counter()
         yield
-        self.left_out += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self.aside[what] += seconds
+        self.mark += seconds
 
-    def summary(self) -> Dict[str, object]:
-        """Returns `fps` over all windows, and the number, spread and extremes of the windows' own."""
-        if not self.windows:
-            return {"fps": None, "fps_windows": 0}
-        each = [images / seconds for images, seconds in self.windows]
+    def last(self, updates: int) -> Split:
+        """Returns the sums over the newest `updates`."""
+        return Split(*(sum(each[len(each) - updates :]) for each in (self.total, self.input, self.exchange)))
+
+    def summary(self, global_batch: int) -> Dict[str, Any]:
+        """Returns `fps` of the steady updates with its spread, what was left out, and `fps_wall`, which leaves out nothing.
+
+        fps_jitter is 1.4826 times the median absolute deviation of the updates' own images/s, as tf_cnn_benchmarks has it.
+        """
+        first = steady_from(self.total)
+        steady = self.total[first:]
+        if not steady:
+            return {"fps": None, "fps_updates": 0}
+        each = [global_batch / seconds for seconds in steady]
+        middle = statistics.median(each)
         return {
-            "fps": sum(images for images, _ in self.windows) / sum(seconds for _, seconds in self.windows),
-            "fps_windows": len(each),
+            "fps": global_batch * len(steady) / sum(steady),
+            "fps_updates": len(steady),
             "fps_standard_deviation": statistics.pstdev(each),
-            "fps_min": min(each),
-            "fps_max": max(each),
+            "fps_jitter": 1.4826 * statistics.median(abs(one - middle) for one in each),
+            "fps_wall": global_batch * len(self.total) / (time.perf_counter() - self.began),
+            "warm_up_updates": first,
+            "warm_up_seconds": sum(self.total[:first]),
         }
+
+
+def steady_from(seconds: Sequence[float]) -> int:
+    """Returns the number of the first steady update, given the seconds of each: warm-up is what comes before it.
+
+    Steady is where three updates in a row (or all that are left) take no more than the later half usually does: its median
+    plus three deviations (1.4826 times the median absolute deviation), a tenth of the median at the least. Slow updates
+    after that are part of the run and stay counted. Never more than half is warm-up; of less than two, all is.
+    """
+    half = len(seconds) // 2
+    if len(seconds) < 2:
+        return len(seconds)
+    later = seconds[half:]
+    usual = statistics.median(later)
+    deviation = 1.4826 * statistics.median(abs(one - usual) for one in later)
+    limit = usual + max(3 * deviation, 0.1 * usual)
+    return next((at for at in range(half) if max(seconds[at : at + 3]) <= limit), half)
+
+
+def judge(splits: Sequence[Split]) -> Verdict:
+    """Returns what holds the job back, from each rank's seconds of the same updates.
+
+    One rank does if it is busy longer than the median of the others by a tenth of the whole: with input or with computing,
+    whichever exceeds theirs by more. Else it is what takes most of the time of all: input, compute, or the network.
+    """
+    slow = max(range(len(splits)), key=lambda rank: splits[rank].busy)
+    others = [split for rank, split in enumerate(splits) if rank != slow]
+    if others:
+        late_input = splits[slow].input - statistics.median(split.input for split in others)
+        late_compute = splits[slow].compute - statistics.median(split.compute for split in others)
+        if splits[slow].busy - statistics.median(split.busy for split in others) > 0.1 * splits[slow].total:
+            return Verdict("input" if late_input > late_compute else "compute", slow)
+    shares = {
+        "input": statistics.fmean(split.input for split in splits),
+        "compute": statistics.fmean(split.compute for split in splits),
+        "network": min(split.exchange for split in splits),
+    }
+    return Verdict(max(shares, key=lambda cause: shares[cause]), None)
+
+
+def per_rank(splits: Sequence[Split], hosts: Sequence[str], images: Sequence[int]) -> List[Dict[str, Any]]:
+    """Returns a row for each rank: host, images/s, images/s were it alone, and the shares of its time.
+
+    images: that each rank consumed in these updates. `fps_alone` counts only the time in which the rank held up itself.
+    """
+    network = min(split.exchange for split in splits)
+    return [
+        {
+            "rank": rank,
+            "host": hosts[rank],
+            "fps": images[rank] / split.total,
+            "fps_alone": images[rank] / split.busy,
+            "input": split.input / split.total,
+            "compute": split.compute / split.total,
+            "network": network / split.total,
+            "others": (split.exchange - network) / split.total,
+        }
+        for rank, split in enumerate(splits)
+    ]
+
+
+def table(rows: Sequence[Dict[str, Any]]) -> str:
+    """Returns the rows of `per_rank` for people: every rank of a small job, else each host and the three slowest ranks."""
+    columns = ("input", "compute", "network", "others")
+    lines = [f"  {'rank':>5s} {'host':20s} {'images/s':>9s} {'alone':>9s}" + "".join(f"{name:>9s}" for name in columns)]
+    shown = list(rows)
+    if len(rows) > 16:
+        by_host: Dict[str, List[Dict[str, Any]]] = {}
+        for row in rows:
+            by_host.setdefault(row["host"], []).append(row)
+        shown = [
+            {
+                **{name: statistics.fmean(row[name] for row in of) for name in columns},
+                **{name: sum(row[name] for row in of) for name in ("fps", "fps_alone")},
+                "rank": f"all {len(of)}",
+                "host": host,
+            }
+            for host, of in by_host.items()
+        ]
+        shown += sorted(rows, key=lambda row: row["fps_alone"])[:3]
+    for row in shown:
+        shares = "".join(f"{row[name]:9.1%}" for name in columns)
+        lines.append(f"  {row['rank']:>5} {row['host'][:20]:20s} {row['fps']:9.1f} {row['fps_alone']:9.1f}{shares}")
+    return "\n".join(lines)

@@ -19,6 +19,10 @@ class Evaluation(NamedTuple):
     records: int
     loss_sum: float
 
+    def accuracy(self) -> str:
+        """Returns both accuracies for people."""
+        return f"acc@1 {self.top1 / self.records:.4f}  acc@5 {self.top5 / self.records:.4f}"
+
     def metrics(self) -> Dict[str, Any]:
         """Returns the shares and counts under the names of the log."""
         return {

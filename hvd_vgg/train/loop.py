@@ -18,8 +18,11 @@ from hvd_vgg.model.layers import DENSE
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.run.health import CONFIGURATION, NOT_FINITE, USAGE, Failure
 from hvd_vgg.run.log import Console, count
-from hvd_vgg.run.throughput import WARMUP_STEPS, Throughput
+from hvd_vgg.run.throughput import Throughput
 from hvd_vgg.train import checkpoint, evaluate, schedule, state, step, tell
+
+# A window of log lines ends early once: the user sees that it works, and the estimate leaves out what was compiled.
+_FIRST_LOOK = 2
 
 
 def train(config: Config) -> None:
@@ -56,7 +59,7 @@ def train(config: Config) -> None:
     throughput, progress = Throughput(), console.progress("training", total, "steps", position.step)
     began, done, result = time.monotonic() - position.seconds, position.step, None
     window: List[Tuple[int, step.Sums]] = []
-    for now, batch in zip(steps, batches):
+    for now, batch in zip(steps, throughput.waiting(batches)):
         lr = schedule.learning_rate(now, config, data.train.records)
         keys = order.dropout_keys(config.seed, now, len(DENSE) - 1)
         sums = train_step(
@@ -65,35 +68,37 @@ def train(config: Config) -> None:
         window.append((now, sums))
         done = now + 1
         saves = bool(config.save_every_steps) and done % config.save_every_steps == 0
-        warm_up = done - position.step <= WARMUP_STEPS  # ends with a window of its own, which is not counted
         # Weights are compared before they are scored or saved too: a checkpoint of drifted ones would look whole.
         compares = config.drift_every_steps > 0 and (done % config.drift_every_steps == 0 or saves or done in eval_at)
-        logs = done % config.log_every_steps == 0 or done - position.step == WARMUP_STEPS
-        if not (logs or saves or compares or done in eval_at):
+        first_look = done - position.step == _FIRST_LOOK
+        if not (first_look or done % config.log_every_steps == 0 or saves or compares or done in eval_at):
+            throughput.end_update()
             progress.update(done)
             continue
 
-        if warm_up:
-            progress.restart(done)
         row = {**_close_window(window, config), "train.lr": lr}
-        row["train.fps"] = throughput.close_window(len(window) * config.global_batch, counts=not warm_up)
+        throughput.end_update()
+        row, verdict = tell.speed_of_window(row, window, throughput, config)
         window.clear()
         if compares:
             state.check_identical(list(run.weights), checksums().numpy(), now)
         epoch = done * config.global_batch / data.train.records
-        tell.training(row, done, total, epoch, log, console, progress)
-        with throughput.paused():
-            improved = False
-            if done in eval_at:
+        if first_look:
+            progress.restart(done)
+        tell.training(row, verdict, done, total, epoch, log, console, progress)
+        improved = False
+        if done in eval_at:
+            with throughput.apart("evaluation"):
                 result = evaluate.evaluate(eval_step, data.validation, config, data.label_base, device.threads, console)
-                improved, best = result.top1 > best, max(best, result.top1)
-                tell.evaluation(result, done, epoch, log, console)
-            reached = _reached(config, best, data)
-            if saves or improved or done == total or reached:
+            improved, best = result.top1 > best, max(best, result.top1)
+            tell.evaluation(result, done, epoch, log, console)
+        reached = _reached(config, best, data)
+        if saves or improved or done == total or reached:
+            with throughput.apart("saving"):
                 at = state.Position(done, time.monotonic() - began, best)
                 state.save(run, at, what, run_dir, config.keep_checkpoints, improved)
-            if result and done in eval_at:
-                tell.write_result(config, run_dir, result, throughput, done, epoch, time.monotonic() - began)
+        if result and done in eval_at:
+            tell.write_result(config, run_dir, result, throughput, done, epoch, time.monotonic() - began)
         if reached:
             break
 
@@ -105,7 +110,7 @@ def train(config: Config) -> None:
         result = evaluate.evaluate(eval_step, data.validation, config, data.label_base, device.threads, console)
         tell.evaluation(result, done, epoch, log, console)
         tell.write_result(config, run_dir, result, throughput, done, epoch, time.monotonic() - began)
-    tell.summary(run_dir, result, throughput, done, time.monotonic() - began, console)
+    tell.summary(config, run_dir, result, throughput, done, time.monotonic() - began, log, console)
     comm.leave()
 
 
@@ -126,7 +131,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     eval_step = step.make_eval_step(run.weights, config, device.data_format)
     result = evaluate.evaluate(eval_step, index, config, label_base, device.threads, console)
     console.say(
-        f"step {meta['step']}: acc@1 {result.top1 / result.records:.4f}  acc@5 {result.top5 / result.records:.4f}  "
+        f"step {meta['step']}: {result.accuracy()}  "
         f"({result.top1} and {result.top5} of {result.records} records, each once, on {count(comm.size(), 'rank')})"
     )
     comm.leave()

@@ -17,6 +17,7 @@ class Sums(NamedTuple):
     """Sums over samples of one rank: `loss` float32, hits int64. Of the global gradient: `gradient_norm`, float32.
 
     `loss_scale`, float32: what the next update's loss is multiplied by; 1 but for --precision=float16.
+    `exchange_seconds`, float64: from when this rank's gradients and rows were ready until those of all ranks were there.
     """
 
     loss: Any
@@ -24,6 +25,7 @@ class Sums(NamedTuple):
     top5: Any
     gradient_norm: Any
     loss_scale: Any
+    exchange_seconds: Any
 
 
 def make_train_step(
@@ -104,10 +106,17 @@ def make_train_step(
     @tf.function(jit_compile=False)
     def train_step(images: Any, labels: Any, position: Any, keys: Any, lr: Any) -> Sums:
         (loss, top1, top5, *parts), rows = in_micro_batches(images, labels, position, keys)
+        ready = _clock_after(parts + rows)
         wire = (config.wire_dtype, float(config.global_batch))
         gradients = exchange.sum_gradients(dict(zip(summed, parts)), *wire)
-        for name, inputs, outputs in zip(factored, rows, rows[len(factored) :]):
-            gradients.update(exchange.factored_gradient(name, inputs, outputs, config.global_batch, *wire))
+        factors = {
+            name: exchange.gather_factors(name, inputs, outputs, config.global_batch, *wire)
+            for name, inputs, outputs in zip(factored, rows, rows[len(factored) :])
+        }
+        received = [factor for pair in factors.values() for factor in pair]
+        exchange_seconds = _clock_after([*gradients.values(), *received]) - ready
+        for name, pair in factors.items():
+            gradients.update(exchange.product(name, *pair))
         norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(gradient) for gradient in gradients.values()]))
 
         def apply() -> None:
@@ -115,13 +124,19 @@ def make_train_step(
 
         if loss_scale is None:
             apply()
-            return Sums(loss, top1, top5, norm, tf.constant(1.0))
+            return Sums(loss, top1, top5, norm, tf.constant(1.0), exchange_seconds)
         # What overflows in float16 on one rank is infinite in the sum of all ranks, and they all skip the same update.
         finite = tf.math.is_finite(norm)
         tf.cond(finite, apply, lambda: None)
-        return Sums(loss, top1, top5, norm, optimizer.adapt_loss_scale(slots, finite))
+        return Sums(loss, top1, top5, norm, optimizer.adapt_loss_scale(slots, finite), exchange_seconds)
 
     return train_step
+
+
+def _clock_after(tensors: List[Any]) -> Any:
+    """Returns the time in seconds, float64, at which all `tensors` were there."""
+    with tf.device("/CPU:0"), tf.control_dependencies(tensors):
+        return tf.timestamp()
 
 
 def make_checksums(weights: vgg.Weights) -> Callable[[], Any]:

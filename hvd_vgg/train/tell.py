@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import socket
 from pathlib import Path
-from typing import Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import tensorflow as tf
 
@@ -14,8 +15,9 @@ from hvd_vgg.model import layers as tables
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.run.health import NOT_WRITTEN, Failure
 from hvd_vgg.run.log import Console, Progress, RunLog, count, duration
-from hvd_vgg.run.throughput import Throughput
+from hvd_vgg.run.throughput import Split, Throughput, Verdict, judge, per_rank, table
 from hvd_vgg.train.evaluate import Evaluation
+from hvd_vgg.train.step import Sums
 
 
 def open_log(config: Config, run_dir: Path) -> RunLog:
@@ -51,6 +53,7 @@ def introduce(
     log: Optional[RunLog],
     console: Console,
 ) -> None:
+    """Prints and logs what is about to be trained, on rank 0."""
     layers = tables.layers(config.model, config.width, config.image_size, config.num_classes)
     slices = [order.slice_bounds(config.global_batch, rank, comm.size()) for rank in range(comm.size())]
     parts = sorted({high - low for low, high in slices}, reverse=True)
@@ -74,16 +77,44 @@ def introduce(
         log.log("PARAMETER", {**dataclasses.asdict(config), **facts})
 
 
+def speed_of_window(
+    row: Dict[str, float], window: List[Tuple[int, Sums]], throughput: Throughput, config: Config
+) -> Tuple[Dict[str, float], Verdict]:
+    """Returns `row` with the window's images/s and where its time went, and what held it back; all ranks call."""
+    throughput.exchange.extend(float(sums.exchange_seconds) for _, sums in window)
+    splits = [Split(*numbers) for numbers in comm.gather_numbers(throughput.last(len(window))).tolist()]
+    whole, network = sum(split.total for split in splits), min(split.exchange for split in splits)
+    return {
+        **row,
+        "train.fps": config.global_batch * len(window) / splits[0].total,
+        "train.input_share": sum(split.input for split in splits) / whole,
+        "train.network_share": network * len(splits) / whole,
+        "train.others_share": sum(split.exchange - network for split in splits) / whole,
+    }, judge(splits)
+
+
 def training(
-    row: Dict[str, float], done: int, total: int, epoch: float, log: Optional[RunLog], console: Console, progress: Progress
+    row: Dict[str, float],
+    verdict: Verdict,
+    done: int,
+    total: int,
+    epoch: float,
+    log: Optional[RunLog],
+    console: Console,
+    progress: Progress,
 ) -> None:
+    """Logs and prints one window of updates, on rank 0."""
     if log:
         log.log((int(epoch), done), row)
     left = progress.left_seconds(done)
     text = (
         f"step {done}/{total}  epoch {epoch:.2f}  loss {row['train.loss']:.4f}  acc@1 {row['train.acc@1']:.3f}  "
-        f"lr {row['train.lr']:.3g}  {row['train.fps']:.1f} images/s"
+        f"lr {row['train.lr']:.3g}  {row['train.fps']:.1f} images/s  input {row['train.input_share']:.1%}"
     )
+    if comm.size() > 1:
+        text += f"  network {row['train.network_share']:.1%}  others {row['train.others_share']:.1%}"
+    if verdict.rank is not None:
+        text += f"  slow: rank {verdict.rank} ({verdict.cause})"
     if console.bar:
         progress.update(done, text.split("  ", 1)[1])
     else:
@@ -91,12 +122,36 @@ def training(
 
 
 def evaluation(result: Evaluation, done: int, epoch: float, log: Optional[RunLog], console: Console) -> None:
+    """Logs and prints an evaluation, on rank 0."""
     if log:
         log.log((int(epoch), done), result.metrics())
     console.say(
-        f"step {done}  epoch {epoch:.2f}  evaluation: acc@1 {result.top1 / result.records:.4f}  acc@5 "
-        f"{result.top5 / result.records:.4f}  loss {result.loss_sum / result.records:.4f}  of {result.records} records"
+        f"step {done}  epoch {epoch:.2f}  evaluation: {result.accuracy()}  loss {result.loss_sum / result.records:.4f}  of "
+        f"{result.records} records"
     )
+
+
+def speed(throughput: Throughput, config: Config) -> Dict[str, Any]:
+    """Returns what this start's updates measured, of the job and of each rank, the same on all ranks; all ranks call."""
+    mine_alone = json.dumps(throughput.summary(config.global_batch))
+    found: Dict[str, Any] = json.loads(comm.from_root(mine_alone.encode()).decode())
+    if not found["fps"]:
+        return found
+    updates = found["fps_updates"]
+    low, high = order.slice_bounds(config.global_batch, comm.rank(), comm.size())
+    mine = [*throughput.last(updates), float((high - low) * updates), *throughput.aside.values()]
+    numbers = comm.gather_numbers(mine).tolist()
+    splits = [Split(*row[:3]) for row in numbers]
+    hosts = [host.decode() for host in comm.gather(socket.gethostname().encode())]
+    rows = per_rank(splits, hosts, [int(row[3]) for row in numbers])
+    for row, (*_, evaluation_seconds, saving_seconds) in zip(rows, numbers):
+        row.update(evaluation_seconds=evaluation_seconds, saving_seconds=saving_seconds)
+    of = tables.layers(config.model, config.width, config.image_size, config.num_classes)
+    found["tflops_per_rank"] = tables.training_flops(of, config.image_size) * found["fps"] / comm.size() / 1e12
+    if config.device_tflops:
+        found["share_of_peak"] = found["tflops_per_rank"] / config.device_tflops
+    verdict = judge(splits)
+    return {**found, "held_back_by": verdict.cause, "slow_rank": verdict.rank, "by_rank": rows}
 
 
 def write_result(
@@ -108,9 +163,12 @@ def write_result(
     epoch: float,
     seconds: float,
 ) -> None:
+    """Writes result.json, on rank 0; all ranks must call. Raises an agreed Failure(NOT_WRITTEN)."""
+    measured = speed(throughput, config)
+
     def write() -> None:
         # A start that trained nothing has measured nothing, and what stands may be of the start that did.
-        if not comm.is_root() or (not throughput.windows and _has_result_of(run_dir, done)):
+        if not comm.is_root() or (not throughput.total and _has_result_of(run_dir, done)):
             return
         content = {
             "acc@1": result.top1 / result.records,
@@ -118,11 +176,12 @@ def write_result(
             "top1_hits": result.top1,
             "top5_hits": result.top5,
             "records_evaluated": result.records,
-            **throughput.summary(),
+            **measured,
             "steps": done,
             "epochs": epoch,
             "ranks": comm.size(),
             "global_batch": config.global_batch,
+            "precision": config.precision,
             "seconds": seconds,
         }
         try:
@@ -142,17 +201,43 @@ def _has_result_of(run_dir: Path, done: int) -> bool:
         return False
 
 
-def summary(run_dir: Path, result: Evaluation, throughput: Throughput, done: int, seconds: float, console: Console) -> None:
-    speed = throughput.summary()
+def summary(
+    config: Config,
+    run_dir: Path,
+    result: Evaluation,
+    throughput: Throughput,
+    done: int,
+    seconds: float,
+    log: Optional[RunLog],
+    console: Console,
+) -> None:
+    """Prints and logs the end of a run; all ranks call."""
+    measured = speed(throughput, config)
+    if log:
+        log.log((), {**result.metrics(), **{name: value for name, value in measured.items() if name != "by_rank"}})
     console.say(f"finished in {duration(seconds)} on {count(comm.size(), 'rank')}")
     console.say(f"  acc@1              {result.top1 / result.records:.4f}")
     console.say(f"  acc@5              {result.top5 / result.records:.4f}")
     console.say(f"  records evaluated  {result.records}")
     console.say(f"  steps              {done}")
-    if speed["fps"]:
-        console.say(
-            f"  fps                {speed['fps']:.1f} images/s (deviation {speed['fps_standard_deviation']:.1f} over "
-            f"{speed['fps_windows']} windows; without warm-up, evaluation, saving)"
-        )
+    if measured["fps"]:
+        _say_speed(measured, console)
     console.say(f"  run                {run_dir.resolve()}")
     console.say("  in it              result.json, dllogger.json, flags.txt, checkpoints/, tensorboard/")
+
+
+def _say_speed(measured: Dict[str, Any], console: Console) -> None:
+    warm_up, rows, slow = count(measured["warm_up_updates"], "update"), measured["by_rank"], measured["slow_rank"]
+    console.say(
+        f"  fps                {measured['fps']:.1f} images/s over {count(measured['fps_updates'], 'update')} (deviation "
+        f"{measured['fps_standard_deviation']:.1f}, jitter {measured['fps_jitter']:.1f}); left out: {warm_up} of warm-up "
+        f"({measured['warm_up_seconds']:.1f} s), evaluation, saving"
+    )
+    console.say(f"  fps, wall clock    {measured['fps_wall']:.1f} images/s with everything since the first update began")
+    share = f", {measured['share_of_peak']:.1%} of --device_tflops" if "share_of_peak" in measured else ""
+    console.say(f"  computing          {measured['tflops_per_rank']:.3g} TFLOP/s a rank{share}")
+    who = f"rank {slow} on {rows[slow]['host']}: its " if slow is not None else ""
+    console.say(f"  held back by       {who}{measured['held_back_by']}")
+    console.say(table(rows))
+    seconds = [rows[0][f"{what}_seconds"] for what in ("evaluation", "saving")]
+    console.say(f"  aside, on rank 0   evaluation {seconds[0]:.1f} s, saving {seconds[1]:.1f} s")

@@ -100,19 +100,24 @@ def test_ranks_micro_batches_and_exchange_make_the_same_run(launch, tmp_path, da
     assert_same_run(train(launch, tmp_path / "spy", data, ranks, *flags), one_rank)
 
 
-@pytest.mark.parametrize(("precision", "rounding"), [("bfloat16", 2**-8), ("float16", 2**-10)])
-def test_ranks_make_the_same_run_within_a_low_precisions_rounding(launch, tmp_path, data, precision, rounding):
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_ranks_make_the_same_run_within_a_low_precisions_rounding(launch, tmp_path, data, one_rank, precision):
+    """What ranks change is less than twice what the precision itself changes against float32."""
     flags = [f"--precision={precision}", "--drift_every_steps=3"]
     wanted = train(launch, tmp_path / "1", data, 0, *flags)
+    kernels = [name for name in wanted[2].tensors if name.endswith("/kernel")]  # biases begin at 0: all gradient
     assert (precision == "float16") == ("loss_scale" in wanted[2].tensors)
+
+    def distances(one, other):
+        return [np.linalg.norm(one[2].tensors[name] - other[2].tensors[name]) for name in kernels]
+
+    rounding = np.array(distances(wanted, one_rank))
+    assert (rounding > 0).all() and (rounding < [0.1 * np.linalg.norm(one_rank[2].tensors[name]) for name in kernels]).all()
     for ranks in (2, 4):
-        ids, loss, found = train(launch, tmp_path / f"{ranks}", data, ranks, *flags)
-        assert ids == wanted[0]
-        np.testing.assert_allclose(list(loss.values()), list(wanted[1].values()), rtol=rounding)
-        for name, value in wanted[2].tensors.items():
-            if name.endswith(("/kernel", "/good_steps", "loss_scale")):  # biases begin at 0: all of them is gradient
-                difference = np.linalg.norm(found.tensors[name] - value) / np.linalg.norm(value)
-                assert difference <= rounding, (ranks, name, difference)
+        found = train(launch, tmp_path / f"{ranks}", data, ranks, *flags)
+        assert found[0] == wanted[0]
+        np.testing.assert_allclose(list(found[1].values()), list(wanted[1].values()), rtol=0.02)
+        assert (np.array(distances(found, wanted)) <= 2 * rounding).all(), ranks
 
 
 def test_another_seed_is_another_run(launch, tmp_path, data, one_rank):

@@ -34,8 +34,14 @@ def test_result_json_holds_the_result(finished):
     assert (result["records_evaluated"], result["steps"], result["ranks"], result["global_batch"]) == (37, 5, 2, 32)
     assert result["acc@1"] == result["top1_hits"] / 37
     assert result["epochs"] == 5 * 32 / 75
-    assert result["fps_min"] <= result["fps"] <= result["fps_max"]
-    assert result["fps_windows"] == 3  # five updates, a window each, the first two are warm-up
+    assert result["fps_updates"] + result["warm_up_updates"] == 5
+    assert 0 < result["fps_wall"] < result["fps"]
+    assert [row["rank"] for row in result["by_rank"]] == [0, 1]
+    for row in result["by_rank"]:
+        assert row["input"] + row["compute"] + row["network"] + row["others"] == pytest.approx(1)
+        assert min(row["input"], row["compute"], row["network"], row["others"]) >= 0
+    assert sum(row["fps"] for row in result["by_rank"]) == pytest.approx(result["fps"], rel=0.05)
+    assert min(row["others"] for row in result["by_rank"]) == 0
 
 
 def test_the_summary_and_every_line_can_be_read(finished):
@@ -45,6 +51,7 @@ def test_the_summary_and_every_line_can_be_read(finished):
         f"acc@1              {result['acc@1']:.4f}",
         "records evaluated  37",
         "labels from 1 (0 is background",
+        "held back by       ",
         str(finished[0]),
     ):
         assert part in out
@@ -65,10 +72,12 @@ def test_the_log_has_every_metric_at_its_steps(finished):
     assert logged[0]["step"] == "PARAMETER"
     assert {"lr", "seed", "tensorflow", "horovod", "ranks"} <= set(logged[0]["data"])
     train = [row for row in logged if "train.loss" in row["data"]]
-    evaluated = [row for row in logged if "eval.acc@1" in row["data"]]
+    evaluated = [row for row in logged if "eval.acc@1" in row["data"]][:-1]  # the last is the run's summary
+    assert logged[-1]["step"] == [] and {"fps", "fps_wall", "held_back_by"} <= set(logged[-1]["data"])
     assert [row["step"] for row in train] == [[0, 1], [0, 2], [1, 3], [1, 4], [2, 5]]
     assert [row["step"] for row in evaluated] == [[1, 3], [2, 5]]
-    assert set(train[0]["data"]) | set(evaluated[0]["data"]) == set(METRICS)
+    float16 = {"train.loss_scale", "train.skipped_updates"}
+    assert set(train[0]["data"]) | set(evaluated[0]["data"]) | float16 == set(METRICS)
 
 
 def test_tensorboard_has_the_same_numbers(finished):

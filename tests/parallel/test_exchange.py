@@ -33,7 +33,7 @@ def exchanged(way, wire_dtype):
     @tf.function
     def run(x, d):
         if way == "factored":
-            return exchange.factored_gradient("fc1", x, d, ROWS, wire_dtype, float(ROWS))
+            return exchange.product("fc1", *exchange.gather_factors("fc1", x, d, ROWS, wire_dtype, float(ROWS)))
         local = {"fc1/kernel": tf.matmul(x, d, transpose_a=True), "fc1/bias": tf.reduce_sum(d, 0)}
         return exchange.sum_gradients(local, wire_dtype, float(ROWS))
 

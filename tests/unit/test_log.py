@@ -1,7 +1,7 @@
 import json
 import re
 
-from hvd_vgg.run import log, throughput
+from hvd_vgg.run import log
 
 
 def lines_of(run_dir):
@@ -83,22 +83,3 @@ def test_only_rank_0_speaks_and_not_beside_dlloggers_lines(capsys):
 
 def test_durations_are_as_people_say_them():
     assert [log.duration(s) for s in (0.4, 59, 60, 185, 7620)] == ["0 s", "59 s", "1 min 00 s", "3 min 05 s", "2 h 07 min"]
-
-
-def test_throughput_counts_images_over_the_time_of_updates_alone(monkeypatch):
-    clock = [100.0]
-    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
-    measured = throughput.Throughput()
-    assert measured.summary()["fps"] is None
-    clock[0] += 50  # warm-up
-    assert measured.close_window(100, counts=False) == 2
-    assert measured.summary()["fps"] is None
-    clock[0] += 2
-    assert measured.close_window(200, counts=True) == 100
-    clock[0] += 1
-    with measured.paused():
-        clock[0] += 1000  # evaluation
-    clock[0] += 1
-    assert measured.close_window(400, counts=True) == 200
-    summary = measured.summary()
-    assert summary == {"fps": 150, "fps_windows": 2, "fps_standard_deviation": 50, "fps_min": 100, "fps_max": 200}

@@ -1,0 +1,91 @@
+import itertools
+
+import pytest
+
+from hvd_vgg.model.layers import layers, training_flops
+from hvd_vgg.run import throughput
+from hvd_vgg.run.throughput import Split, Throughput, Verdict, judge, per_rank, steady_from
+
+
+def test_images_are_counted_over_the_time_of_steady_updates_alone(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
+    measured = Throughput()
+    assert measured.summary(30)["fps"] is None
+    spent = itertools.chain([(1.0, 9.0), (1.0, 4.0)], itertools.repeat((0.1, 0.2)))
+
+    def batches():
+        for wait, _ in itertools.islice(spent, 12):
+            clock[0] += wait
+            yield wait
+
+    for number, wait in enumerate(measured.waiting(batches())):
+        clock[0] += {0: 9.0, 1: 4.0}.get(number, 0.2)
+        assert measured.input[-1] == pytest.approx(wait)
+        measured.end_update()
+        with measured.apart("evaluation" if number % 2 else "saving"):
+            clock[0] += 50.0
+    measured.exchange.extend([0.05] * 12)
+    summary = measured.summary(30)
+    assert (summary["fps_updates"], summary["warm_up_updates"]) == (10, 2)
+    assert summary["fps"] == pytest.approx(100)
+    assert summary["warm_up_seconds"] == pytest.approx(15)
+    assert summary["fps_standard_deviation"] == pytest.approx(0, abs=1e-6)
+    assert summary["fps_wall"] == pytest.approx(12 * 30 / (15 + 3 + 600))
+    assert measured.aside == {"evaluation": pytest.approx(300), "saving": pytest.approx(300)}
+    assert measured.last(10) == pytest.approx((3.0, 1.0, 0.5))
+    assert Split(*measured.last(10)).compute == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "first"),
+    [
+        ([], 0),
+        ([5.0], 1),
+        ([5.0, 1.0], 1),
+        ([1.0] * 8, 0),
+        ([9.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 2),
+        ([9.0, 1.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0], 3),  # one quick update among slow ones is not yet steady
+        ([1.0, 1.0, 1.0, 1.0, 9.0, 1.0, 1.0, 1.0, 1.0, 1.0], 0),  # a hiccup is part of the run
+        ([9.0] + [1.0, 1.05, 0.95, 1.08] * 4, 1),
+        ([8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0], 4),  # never steady: half is left out
+    ],
+)
+def test_the_steady_state_is_found_in_the_times(seconds, first):
+    assert steady_from(seconds) == first
+
+
+@pytest.mark.parametrize(
+    ("splits", "verdict"),
+    [
+        ([Split(10, 0.1, 0.0)], Verdict("compute", None)),
+        ([Split(10, 7.0, 0.0)], Verdict("input", None)),
+        ([Split(10, 0.1, 3.0), Split(10, 0.1, 3.0)], Verdict("compute", None)),
+        ([Split(10, 0.1, 6.0), Split(10, 0.1, 6.5)], Verdict("network", None)),
+        ([Split(10, 0.1, 6.0), Split(10, 5.0, 1.0), Split(10, 0.1, 6.1)], Verdict("input", 1)),
+        ([Split(10, 0.1, 6.0), Split(10, 0.1, 5.9), Split(10, 0.2, 1.0)], Verdict("compute", 2)),
+        ([Split(10, 0.1, 6.0), Split(10, 5.0, 1.0)], Verdict("input", 1)),
+    ],
+)
+def test_what_holds_back_is_named_with_its_rank(splits, verdict):
+    assert judge(splits) == verdict
+
+
+def test_a_table_shows_every_rank_of_a_small_job_and_hosts_and_the_slowest_of_a_large_one():
+    splits = [Split(10, 1.0, 3.0), Split(10, 4.0, 1.0)]
+    rows = per_rank(splits, ["a", "b"], [100, 90])
+    assert [(row["fps"], row["fps_alone"]) for row in rows] == [(10, pytest.approx(100 / 7)), (9, 10)]
+    assert [(row["input"], row["compute"], row["network"], row["others"]) for row in rows] == [
+        (0.1, 0.6, 0.1, 0.2),
+        (0.4, 0.5, 0.1, 0.0),
+    ]
+    assert len(throughput.table(rows).splitlines()) == 3
+    many = per_rank([*splits] * 16, [f"host{rank // 8}" for rank in range(32)], [100] * 32)
+    lines = throughput.table(many).splitlines()
+    assert len(lines) == 1 + 4 + 3
+    assert lines[1].split()[:4] == ["all", "8", "host0", "80.0"]
+    assert [line.split()[0] for line in lines[5:]] == ["1", "3", "5"]
+
+
+def test_training_vgg16_costs_what_was_counted_by_hand():
+    assert training_flops(layers("vgg16", 1.0, 224, 1000), 224) == pytest.approx(92.65e9, rel=1e-3)
