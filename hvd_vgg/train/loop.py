@@ -49,8 +49,7 @@ def train(config: Config) -> None:
     train_step = step.make_train_step(run.weights, run.slots, config, device.data_format, factored)
     checksums = step.make_checksums(run.weights)
     eval_step = step.make_eval_step(run.weights, config, device.data_format)
-    log = tell.open_log(config, run_dir) if comm.is_root() else None
-    tell.introduce(config, data, device, choices, total, position.step, log, console)
+    log = tell.introduce(config, run_dir, data, device, choices, total, position.step, console)
 
     # ---- the loop
     best = position.best_top1
@@ -100,11 +99,10 @@ def train(config: Config) -> None:
         if result and done in eval_at:
             tell.write_result(config, run_dir, result, throughput, done, epoch, time.monotonic() - began)
         if reached:
+            console.say(f"acc@1 has reached --stop_at_top1={config.stop_at_top1}")
             break
 
     # ---- the end
-    if _reached(config, best, data):
-        console.say(f"acc@1 has reached --stop_at_top1={config.stop_at_top1}")
     if result is None:  # nothing was left to train
         epoch = done * config.global_batch / data.train.records
         result = evaluate.evaluate(eval_step, data.validation, config, data.label_base, device.threads, console)

@@ -20,8 +20,7 @@ from hvd_vgg.train.evaluate import Evaluation
 from hvd_vgg.train.step import Sums
 
 
-def open_log(config: Config, run_dir: Path) -> RunLog:
-    """Writes the run's flag file and opens its logs, on rank 0; raises Failure(NOT_WRITTEN)."""
+def _open_log(config: Config, run_dir: Path) -> RunLog:
     try:
         (run_dir / "flags.txt").write_text(to_flag_file(config), encoding="utf-8")
         return RunLog(run_dir, config.console == "dllogger", _tensorboard(run_dir))
@@ -45,15 +44,18 @@ def _tensorboard(run_dir: Path) -> Callable[[str, float, int], None]:
 
 def introduce(
     config: Config,
+    run_dir: Path,
     data: Data,
     device: comm.Device,
     choices: List[cost.Choice],
     total: int,
     first: int,
-    log: Optional[RunLog],
     console: Console,
-) -> None:
-    """Prints and logs what is about to be trained, on rank 0."""
+) -> Optional[RunLog]:
+    """Prints and logs what is about to be trained; writes the run's flag file; returns its log, on rank 0 alone.
+
+    Raises Failure(NOT_WRITTEN).
+    """
     layers = tables.layers(config.model, config.width, config.image_size, config.num_classes)
     slices = [order.slice_bounds(config.global_batch, rank, comm.size()) for rank in range(comm.size())]
     parts = sorted({high - low for low, high in slices}, reverse=True)
@@ -71,10 +73,13 @@ def introduce(
     if comm.size() > 1:
         console.say(f"sent by each rank in an update, {config.wire_dtype} on the wire:\n{cost.table(choices)}")
     console.say(f"steps {first} to {total}, lr {config.lr:g} for the mean gradient of {config.global_batch}")
-    if log:
-        facts = {**comm.describe(), "ranks": comm.size(), "device": device.kind, "steps": total, "first_step": first}
-        facts.update(cost.as_log(choices))
-        log.log("PARAMETER", {**dataclasses.asdict(config), **facts})
+    if not comm.is_root():
+        return None
+    log = _open_log(config, run_dir)
+    facts = {**comm.describe(), "ranks": comm.size(), "device": device.kind, "steps": total, "first_step": first}
+    facts.update(cost.as_log(choices))
+    log.log("PARAMETER", {**dataclasses.asdict(config), **facts})
+    return log
 
 
 def speed_of_window(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 import tensorflow as tf
@@ -131,7 +132,7 @@ def test_dlloggers_lines_on_stdout_when_asked_for(launch, tmp_path, data):
     lines = ended.out.splitlines()
     assert all(line.startswith("DLL ") for line in lines)
     assert sum("train.loss : " in line for line in lines) == 2
-    assert sum("eval.acc@1 : " in line for line in lines) == 1
+    assert sum("eval.acc@1 : " in line for line in lines) == 2  # the evaluation, and the summary
     ended = launch(2, "evaluate", f"--run_dir={tmp_path / 'run'}")
     assert ended.code == 0, ended.err
     assert "of 37 records, each once" in ended.out
@@ -175,3 +176,17 @@ def test_the_scripts_of_the_published_recipe_train_the_same_thing(launch, tmp_pa
     assert "at most 5 at once" in ended.out
     result = json.loads((tmp_path / "runs" / "vgg16_imagenet" / "result.json").read_text())
     assert (result["ranks"], result["global_batch"], result["steps"]) == (ranks, 32, 2)
+
+
+@pytest.mark.parametrize("cause", ["input", "compute"])
+def test_a_slow_rank_is_named_with_its_cause(launch, tmp_path, data, cause):
+    flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY, "--steps=16", "--log_every_steps=4"]
+    program = [sys.executable, str(ROOT / "tests" / "slow.py"), cause, "1"]
+    ended = launch(2, "train", *flags, program=program)
+    assert ended.code == 0, ended.err
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["held_back_by"], result["slow_rank"]) == (cause, 1)
+    fast, slow = result["by_rank"]
+    assert slow[cause] > fast[cause] and fast["others"] > slow["others"]
+    assert f"slow: rank 1 ({cause})" in ended.out
+    assert re.search(rf"held back by       rank 1 on \S+: its {cause}\s", ended.out)

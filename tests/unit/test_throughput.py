@@ -48,7 +48,7 @@ def test_images_are_counted_over_the_time_of_steady_updates_alone(monkeypatch):
         ([9.0, 1.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0], 3),  # one quick update among slow ones is not yet steady
         ([1.0, 1.0, 1.0, 1.0, 9.0, 1.0, 1.0, 1.0, 1.0, 1.0], 0),  # a hiccup is part of the run
         ([9.0] + [1.0, 1.05, 0.95, 1.08] * 4, 1),
-        ([8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0], 4),  # never steady: half is left out
+        ([64.0, 32.0, 16.0, 8.0, 4.0, 2.0, 1.0, 0.5], 4),  # never steady: half is left out
     ],
 )
 def test_the_steady_state_is_found_in_the_times(seconds, first):

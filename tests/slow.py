@@ -1,0 +1,43 @@
+"""Runs hvd-vgg with one rank slowed on purpose: `slow.py input|compute RANK COMMAND FLAGS...`.
+
+input: each record that it reads takes 20 ms longer; compute: every forward pass also multiplies large matrices.
+"""
+
+import os
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from hvd_vgg import __main__
+from hvd_vgg.data import records
+from hvd_vgg.model import vgg
+from hvd_vgg.run.health import launched_rank
+
+kind, slowed = sys.argv[1], launched_rank() == int(sys.argv[2])
+read, dense = records.read_record, vgg.dense
+
+
+def read_slowly(*arguments):
+    """Reads a record late."""
+    time.sleep(0.02)
+    return read(*arguments)
+
+
+def compute_again(weights, x, name):
+    """Computes a dense layer, and for fc1 much else that changes nothing."""
+    import tensorflow as tf
+
+    if name == "fc1":
+        kernel = tf.ones([1500, 1500]) * tf.reduce_sum(x)
+        for _ in range(12):
+            kernel = tf.matmul(kernel, kernel) * 1e-6
+        x += 1e-30 * tf.stop_gradient(tf.clip_by_value(tf.reduce_sum(kernel), -1.0, 1.0))
+    return dense(weights, x, name)
+
+
+if slowed and kind == "input":
+    records.read_record = read_slowly
+if slowed and kind == "compute":
+    vgg.dense = compute_again
+sys.exit(__main__.run(sys.argv[3:]))
