@@ -109,6 +109,16 @@ class Config:
     stop_at_top1: float = flag(
         0.0, "Run", "End when an evaluation reaches this acc@1; 0: never.", "fraction", at_least=0.0, at_most=1.0
     )
+    profile_steps: str = flag(
+        "",
+        "Run",
+        "FIRST:LAST, such as 100:110: profile these updates (TensorFlow's profile of --profile_ranks, Horovod's timeline as "
+        "rank 0 sees all) into --run_dir/profile.",
+        "updates",
+    )
+    profile_ranks: Tuple[float, ...] = flag(
+        (0.0,), "Run", "Ranks whose TensorFlow is profiled, separated by commas.", at_least=0
+    )
     console: str = flag(
         "auto",
         "Run",
@@ -306,6 +316,10 @@ def _conflicts(config: Config) -> List[str]:
             errors.append(f"--out={config.out}: expected a name that ends in .png, .svg or .pdf")
         if config.out and not config.sweep_ranks:
             errors.append("--out needs --sweep_ranks")
+    if config.profile_steps and not profiled_steps(config):
+        errors.append(
+            f"--profile_steps={config.profile_steps}: expected FIRST:LAST, two whole numbers, the first not larger"
+        )
     for name in ("data_dir", "run_dir"):
         if not getattr(config, name):
             errors.append(f"--{name}: expected a path, found nothing")
@@ -315,6 +329,12 @@ def _conflicts(config: Config) -> List[str]:
 def total_steps(config: Config, records: int) -> int:
     """Returns the updates of the run over a data set of `records`: ceil(epochs * records / global_batch)."""
     return config.steps or max(1, math.ceil(config.epochs * records / config.global_batch - 1e-9))
+
+
+def profiled_steps(config: Config) -> range:
+    """Returns the updates to profile, first and last included; empty for none, or where the text means none."""
+    first, _, last = config.profile_steps.partition(":")
+    return range(int(first), int(last) + 1) if first.isdecimal() and last.isdecimal() else range(0)
 
 
 def epochs_to_steps(epochs: float, config: Config, records: int) -> int:

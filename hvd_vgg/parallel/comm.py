@@ -40,14 +40,16 @@ class Device(NamedTuple):
     threads: int
 
 
-def start() -> Device:
-    """Joins the run and takes this rank's device; the first call of every rank.
+def start(timeline: bool = False) -> Device:
+    """Joins the run and takes this rank's device; the first call of every rank. timeline: that one may be asked for.
 
     Raises Failure(CONFIGURATION) when there are more ranks on this host than devices.
     """
     if launched_rank() is None and hvd.gloo_built():
         # Without a launcher there is nothing for MPI to find, and Open MPI may fail to start a world of one.
         os.environ.update(HOROVOD_CONTROLLER="gloo", HOROVOD_CPU_OPERATIONS="gloo")
+    if timeline:
+        os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")
     os.environ.setdefault("OMPI_MCA_btl_tcp_rdma_pipeline_frag_size", str(_TCP_FRAGMENT_BYTES))
     hvd.init()
     started = launched_size()
@@ -81,6 +83,16 @@ def start() -> Device:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def start_timeline(path: str) -> None:
+    """Begins Horovod's timeline of all ranks in the file `path`; rank 0 alone, after `start(timeline=True)`."""
+    hvd.start_timeline(path, mark_cycles=True)
+
+
+def stop_timeline() -> None:
+    """Ends the timeline begun."""
+    hvd.stop_timeline()
 
 
 def rank() -> int:

@@ -20,6 +20,7 @@ from hvd_vgg.run.health import CONFIGURATION, NOT_FINITE, USAGE, Failure
 from hvd_vgg.run.log import Console, count
 from hvd_vgg.run.throughput import Throughput
 from hvd_vgg.train import checkpoint, evaluate, schedule, state, step, tell
+from hvd_vgg.train.profile import profiled
 
 # A window of log lines ends early once: the user sees that it works, and the estimate leaves out what was compiled.
 _FIRST_LOOK = 2
@@ -28,7 +29,7 @@ _FIRST_LOOK = 2
 def train(config: Config) -> None:
     """Trains, evaluates and leaves everything in --run_dir; all ranks call."""
     # ---- who and where we are
-    device = comm.start()
+    device = comm.start(timeline=bool(config.profile_steps))
     console = Console(config.console, comm.is_root())
     run_dir = Path(config.run_dir)
     _check_ranks(config)
@@ -58,7 +59,7 @@ def train(config: Config) -> None:
     throughput, progress = Throughput(), console.progress("training", total, "steps", position.step)
     began, done, result = time.monotonic() - position.seconds, position.step, None
     window: List[Tuple[int, step.Sums]] = []
-    for now, batch in zip(steps, throughput.waiting(batches)):
+    for now, batch in zip(steps, throughput.waiting(profiled(batches, steps, config))):
         lr = schedule.learning_rate(now, config, data.train.records)
         keys = order.dropout_keys(config.seed, now, len(DENSE) - 1)
         sums = train_step(

@@ -190,3 +190,15 @@ def test_a_slow_rank_is_named_with_its_cause(launch, tmp_path, data, cause):
     assert slow[cause] > fast[cause] and fast["others"] > slow["others"]
     assert f"slow: rank 1 ({cause})" in ended.out
     assert re.search(rf"held back by       rank 1 on \S+: its {cause}\s", ended.out)
+
+
+def test_the_steps_asked_for_are_profiled_on_the_ranks_asked_for(launch, tmp_path, data):
+    flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY, "--steps=8", "--profile_ranks=1"]
+    ended = launch(2, "train", *flags, "--profile_steps=3:4")
+    assert ended.code == 0, ended.err
+    assert sorted(path.name for path in (tmp_path / "run" / "profile").iterdir()) == ["horovod_timeline.json", "rank1"]
+    (trace,) = (tmp_path / "run" / "profile" / "rank1").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 10_000
+    timeline = (tmp_path / "run" / "profile" / "horovod_timeline.json").read_text()
+    assert "gradient_block1" in timeline
+    assert timeline.count("MPI_ALLREDUCE") > 0

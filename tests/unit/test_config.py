@@ -111,3 +111,10 @@ def test_each_config_is_legal_and_says_its_command_hardware_and_result(path):
     head = path.read_text().split("\n--")[0]
     for part in ("Command:", "Hardware:", "Expected:"):
         assert part in head
+
+
+def test_the_steps_to_profile_are_two_numbers_in_order():
+    assert list(c.profiled_steps(c.Config(profile_steps="3:5"))) == [3, 4, 5]
+    assert list(c.profiled_steps(c.Config())) == []
+    for text in ("3", "5:3", "a:b", "-1:2", "1:2:3"):
+        assert any("--profile_steps" in error for error in c.validate(c.Config(profile_steps=text))), text

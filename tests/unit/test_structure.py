@@ -15,7 +15,8 @@ FLOORS = [
     {"run.health"},
     {"config", "model.layers", "data.order", "data.records", "run.log", "run.throughput", "train.schedule"},
     {"data.images", "data.pipeline", "data.index", "model.vgg", "parallel.comm", "parallel.exchange", "parallel.cost"},
-    {"data.demo", "parallel.plan", "train.checkpoint", "train.optimizer", "train.step", "train.evaluate", "train.state"},
+    {"data.demo", "parallel.plan", "train.checkpoint", "train.optimizer", "train.step", "train.evaluate", "train.state"}
+    | {"train.profile"},
     {"train.tell"},
     {"train.loop"},
     {"__main__"},

@@ -1,0 +1,55 @@
+"""Profiles of some updates: TensorFlow's, for TensorBoard, and Horovod's timeline, for chrome://tracing."""
+
+from pathlib import Path
+from typing import Iterable, Iterator, TypeVar
+
+import tensorflow as tf
+
+from hvd_vgg.config import Config, profiled_steps
+from hvd_vgg.parallel import comm
+from hvd_vgg.run.health import NOT_WRITTEN, Failure
+
+T = TypeVar("T")
+
+
+def profiled(batches: Iterable[T], steps: range, config: Config) -> Iterator[T]:
+    """Yields what `batches` does, one for each of `steps`, and profiles --profile_steps; for all ranks.
+
+    Leaves in --run_dir/profile `rankR/` of each of --profile_ranks, and `horovod_timeline.json` of rank 0, which alone can
+    write one: it shows when each rank was ready to exchange. Raises Failure(NOT_WRITTEN).
+    """
+    chosen = [now for now in steps if now in profiled_steps(config)]
+    folder = Path(config.run_dir) / "profile"
+    traces, running = comm.rank() in config.profile_ranks, False
+    try:
+        for now, batch in zip(steps, batches):
+            if running and now == chosen[-1] + 1:
+                running = False
+                _end(traces)
+            if chosen and now == chosen[0]:
+                _begin(folder, traces)
+                running = True
+            yield batch
+    finally:
+        if running:
+            _end(traces)
+
+
+def _begin(folder: Path, traces: bool) -> None:
+    try:
+        if traces:
+            own = folder / f"rank{comm.rank()}"
+            own.mkdir(parents=True, exist_ok=True)
+            tf.profiler.experimental.start(str(own))
+        if comm.is_root():
+            folder.mkdir(parents=True, exist_ok=True)
+            comm.start_timeline(str(folder / "horovod_timeline.json"))
+    except (OSError, tf.errors.OpError) as error:
+        raise Failure(NOT_WRITTEN, f"--profile_steps: {folder} cannot be written: {error}") from error
+
+
+def _end(traces: bool) -> None:
+    if comm.is_root():
+        comm.stop_timeline()
+    if traces:
+        tf.profiler.experimental.stop()
