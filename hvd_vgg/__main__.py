@@ -7,13 +7,14 @@ import traceback
 from typing import Any, Callable, List, Tuple
 
 from hvd_vgg import __version__
-from hvd_vgg.config import Config, DemoConfig, EvaluateConfig, PlanConfig, describe, find_flag_file, parse
+from hvd_vgg.config import BenchmarkConfig, Config, DemoConfig, EvaluateConfig, PlanConfig, describe, find_flag_file, parse
 from hvd_vgg.run.health import BUG, CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure, launched_rank
 
 USAGE_TEXT = f"""hvd-vgg {__version__}: trains VGG networks on ImageNet-style TFRecords with TensorFlow and Horovod.
 
   hvd-vgg train [--flagfile=FILE] [--flags]           train and evaluate; leaves everything in --run_dir
   hvd-vgg evaluate --run_dir=DIR [--flags]            score a checkpoint of a run on the validation records
+  hvd-vgg benchmark [--ranks=1,2,4] [--flags]         measure throughput without input, with it, and on fewer ranks
   hvd-vgg plan --ranks=N --gbit=X [--flags]           predict what exchanging gradients costs on a cluster
   hvd-vgg make-demo-data --data_dir=DIR [--flags]     draw a small data set to try things with
 
@@ -38,6 +39,12 @@ def _evaluate(config: Any) -> None:
     loop.evaluate_run(config)
 
 
+def _benchmark(config: Any) -> None:
+    from hvd_vgg.train import benchmark
+
+    benchmark.benchmark(config)
+
+
 def _make_demo_data(config: Any) -> None:
     from hvd_vgg.data import demo
 
@@ -57,6 +64,13 @@ COMMANDS: "dict[str, Tuple[Any, Callable[[Any], None], str]]" = {
         EvaluateConfig,
         _evaluate,
         "hvd-vgg evaluate --run_dir=DIR [--flags]: score a checkpoint. All flags default to the run's own.",
+    ),
+    "benchmark": (
+        BenchmarkConfig,
+        _benchmark,
+        "hvd-vgg benchmark [--ranks=1,2,4] [--out=FILE] [--flagfile=FILE] [--flags]: images/s of training on images that "
+        "lie on the device, that come from the host, and of --data_dir if it is there, so that you see which part limits. "
+        "Each rank keeps its images, --global_batch / ranks started, on any number of --ranks.",
     ),
     "plan": (
         PlanConfig,

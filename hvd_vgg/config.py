@@ -182,6 +182,16 @@ class PlanConfig(Config):
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchmarkConfig(Config):
+    """A run's Config, and how to measure it; --steps is the updates measured for each row."""
+
+    ranks: Tuple[float, ...] = flag(
+        (), "Benchmark", "Measure on these numbers of the ranks started; none: on all.", "ranks", at_least=1
+    )
+    out: str = flag("", "Benchmark", "Write what was measured into this file, as JSON.", "path")
+
+
+@dataclasses.dataclass(frozen=True)
 class DemoConfig:
     """What `make-demo-data` draws."""
 

@@ -4,11 +4,12 @@ Every function that communicates must be called by all ranks in the same order. 
 goes through Horovod too, and by the CPU: under `horovodrun --gloo` mpi4py sees a world of one rank.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import sys
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, TypeVar
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, TypeVar
 
 import numpy as np
 import tensorflow as tf
@@ -40,8 +41,14 @@ class Device(NamedTuple):
     threads: int
 
 
-def start(timeline: bool = False) -> Device:
-    """Joins the run and takes this rank's device; the first call of every rank. timeline: that one may be asked for.
+# The ranks that speak to each other: all of them, but for `among`.
+_members: Any = hvd.global_process_set
+
+
+def start(timeline: bool = False, subsets: Sequence[int] = ()) -> Device:
+    """Joins the run and takes this rank's device; the first call of every rank.
+
+    timeline: that one may be asked for; subsets: the numbers of ranks that `among` may be asked for.
 
     Raises Failure(CONFIGURATION) when there are more ranks on this host than devices.
     """
@@ -51,7 +58,7 @@ def start(timeline: bool = False) -> Device:
     if timeline:
         os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")
     os.environ.setdefault("OMPI_MCA_btl_tcp_rdma_pipeline_frag_size", str(_TCP_FRAGMENT_BYTES))
-    hvd.init()
+    hvd.init(process_sets=[_first_ranks(count) for count in subsets if count < (launched_size() or 1)])
     started = launched_size()
     if started is not None and started != size():
         mine = describe()
@@ -81,6 +88,29 @@ def start(timeline: bool = False) -> Device:
     return Device("GPU", "NCHW", threads)
 
 
+def _first_ranks(count: int) -> Any:
+    return _subsets.setdefault(count, hvd.ProcessSet(range(count)))
+
+
+_subsets: Dict[int, Any] = {}
+
+
+@contextlib.contextmanager
+def among(count: int) -> Iterator[bool]:
+    """Lets the first `count` ranks be all there are, inside; says whether this rank is one of them. All ranks must call.
+
+    The others wait at the end.
+    """
+    global _members
+    if count < size():
+        _members = _first_ranks(count)
+    try:
+        yield int(hvd.rank()) < count
+    finally:
+        _members = hvd.global_process_set
+    gather(b"")
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -97,12 +127,12 @@ def stop_timeline() -> None:
 
 def rank() -> int:
     """Returns this process's number, 0 .. size() - 1."""
-    return int(hvd.rank())
+    return int(_members.rank())
 
 
 def size() -> int:
     """Returns the number of ranks."""
-    return int(hvd.size())
+    return int(_members.size())
 
 
 def rank_if_joined() -> Optional[int]:
@@ -131,22 +161,24 @@ def describe() -> Dict[str, str]:
 def sum_over_ranks(values: np.ndarray) -> np.ndarray:
     """Returns the sum over ranks of `values`, int64 or float64, any shape: equal on all ranks."""
     with tf.device("/CPU:0"):
-        return np.asarray(hvd.allreduce(tf.constant(values), op=hvd.Sum, name="sum_over_ranks"))
+        return np.asarray(hvd.allreduce(tf.constant(values), op=hvd.Sum, name="sum_over_ranks", process_set=_members))
 
 
 def gather_numbers(values: Sequence[float]) -> np.ndarray:
     """Returns every rank's `values`, float64 [ranks, len(values)], on all ranks; each must bring as many."""
     with tf.device("/CPU:0"):
-        return np.asarray(hvd.allgather(tf.constant([values], tf.float64), name="gather_numbers"))
+        return np.asarray(hvd.allgather(tf.constant([values], tf.float64), name="gather_numbers", process_set=_members))
 
 
 def gather(data: bytes) -> List[bytes]:
     """Returns every rank's `data`, in order of rank, on all ranks."""
     with tf.device("/CPU:0"):
-        sizes = np.asarray(hvd.allgather(tf.constant([len(data)], tf.int64), name="gather_sizes"))
+        sizes = np.asarray(hvd.allgather(tf.constant([len(data)], tf.int64), name="gather_sizes", process_set=_members))
         if not sizes.sum():
             return [b""] * len(sizes)
-        rows = np.asarray(hvd.allgather(tf.constant(np.frombuffer(data, np.uint8)), name="gather_data"))
+        rows = np.asarray(
+            hvd.allgather(tf.constant(np.frombuffer(data, np.uint8)), name="gather_data", process_set=_members)
+        )
     ends = np.cumsum(sizes).tolist()
     return [rows[start:end].tobytes() for start, end in zip([0] + ends[:-1], ends)]
 
@@ -159,14 +191,14 @@ def from_root(data: Optional[bytes]) -> bytes:
 def broadcast_variables(variables: Sequence[Any]) -> None:
     """Overwrites the variables of all ranks with rank 0's."""
     if size() > 1:
-        hvd.broadcast_variables(list(variables), root_rank=0)
+        hvd.broadcast_variables(list(variables), root_rank=0, process_set=_members)
 
 
 def sum_gradients(tensors: Sequence[Any], name: str) -> List[Any]:
     """Returns the sums over ranks of `tensors`, sent as one message called `name`; for use inside a tf.function."""
     if size() == 1:
         return list(tensors)
-    return list(hvd.grouped_allreduce(list(tensors), op=hvd.Sum, name=name))
+    return list(hvd.grouped_allreduce(list(tensors), op=hvd.Sum, name=name, process_set=_members))
 
 
 def gather_rows(tensor: Any, name: str, rows: int) -> Any:
@@ -175,7 +207,7 @@ def gather_rows(tensor: Any, name: str, rows: int) -> Any:
     Ranks may hold different numbers of rows. Not to be differentiated: Horovod's gradient of allgather is an average over
     ranks (its issue 2654), so callers stay outside of tapes.
     """
-    gathered = hvd.allgather(tensor, name=name) if size() > 1 else tensor
+    gathered = hvd.allgather(tensor, name=name, process_set=_members) if size() > 1 else tensor
     return tf.ensure_shape(gathered, [rows, *tensor.shape[1:]])
 
 

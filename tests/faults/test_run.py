@@ -202,3 +202,24 @@ def test_the_steps_asked_for_are_profiled_on_the_ranks_asked_for(launch, tmp_pat
     timeline = (tmp_path / "run" / "profile" / "horovod_timeline.json").read_text()
     assert "gradient_block1" in timeline
     assert timeline.count("MPI_ALLREDUCE") > 0
+
+
+def test_the_benchmark_measures_each_input_on_the_ranks_asked_for(launch, tmp_path, data):
+    flags = [*TINY, "--steps=6", f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", f"--out={tmp_path / 'out.json'}"]
+    ended = launch(3, "benchmark", *flags, "--ranks=1,3")
+    assert ended.code == 0, ended.err
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    kinds = [(ranks, kind) for ranks in (1, 3) for kind in ("device", "host", "real")]
+    assert [(row["ranks"], row["input"]) for row in rows] == kinds
+    for row in rows:
+        assert row["fps"] > 0 and len(row["by_rank"]) == row["ranks"]
+        first = next(other for other in rows if other["input"] == row["input"])
+        assert row["efficiency"] == pytest.approx(row["fps"] / row["ranks"] / first["fps"])
+    assert len(re.findall(r"^ +[13]  (?:device|host|real) +\d+\.\d ", ended.out, re.M)) == 6
+
+    ended = launch(2, "benchmark", *TINY, "--steps=2", f"--data_dir={tmp_path / 'none'}", "--ranks=4")
+    assert (ended.code, ended.out) == (64, "")
+    assert "--ranks=4: expected at most the 2 ranks started" in ended.err
+    ended = launch(0, "benchmark", *TINY, "--steps=4", f"--data_dir={tmp_path / 'none'}")
+    assert ended.code == 0, ended.err
+    assert f"no real data: --data_dir={tmp_path / 'none'} is not there" in ended.out

@@ -1,0 +1,117 @@
+"""The `benchmark` command: images/s of training with no input, with input from the host, and with the real pipeline."""
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import Any, Dict, Iterable, Iterator, List, Optional
+
+import numpy as np
+import tensorflow as tf
+
+from hvd_vgg.config import BenchmarkConfig, Config
+from hvd_vgg.data import order, pipeline
+from hvd_vgg.data.index import Data, open_data
+from hvd_vgg.model.layers import DENSE
+from hvd_vgg.parallel import comm, cost
+from hvd_vgg.run.health import NOT_WRITTEN, USAGE, Failure
+from hvd_vgg.run.log import Console, count
+from hvd_vgg.run.throughput import Throughput
+from hvd_vgg.train import state, step, tell
+
+_UPDATES = 30
+
+
+def benchmark(config: BenchmarkConfig) -> None:
+    """Measures each kind of input on each number of --ranks, prints a table and writes --out; all ranks call."""
+    wanted = sorted({int(number) for number in config.ranks})
+    device = comm.start(subsets=wanted)
+    console = Console(config.console, comm.is_root())
+    started = comm.size()
+    comm.agree("the flags", {**dataclasses.asdict(config), "data_dir": "", "run_dir": "", "console": ""})
+    if wanted and wanted[-1] > started:
+        raise Failure(USAGE, f"--ranks={wanted[-1]}: expected at most the {count(started, 'rank')} started", agreed=True)
+    per_rank = max(1, config.global_batch // started)
+    data = None
+    if all(comm.gather_numbers([float(Path(config.data_dir).is_dir())])):
+        data = open_data(config, Path(config.run_dir), console)
+    else:
+        console.say(f"no real data: --data_dir={config.data_dir} is not there")
+    console.say(
+        f"{config.model} at width {config.width:g}, {config.image_size} pixels, {per_rank} images a rank and update, "
+        f"{config.precision}, on {device.kind}; {config.steps or _UPDATES} updates a row"
+    )
+    console.say(
+        f"{'ranks':>5s}  {'input':12s} {'images/s':>9s} {'deviation':>9s} {'a rank':>9s} {'efficiency':>10s}  held back by"
+    )
+    found: List[Dict[str, Any]] = []
+    for number in wanted or [started]:
+        with comm.among(number) as member:
+            if member:
+                found += _measure(dataclasses.replace(config, global_batch=per_rank * number), device, data, found, console)
+    _write(config, found)
+    comm.leave()
+
+
+def _measure(
+    config: BenchmarkConfig, device: comm.Device, data: Optional[Data], before: List[Dict[str, Any]], console: Console
+) -> List[Dict[str, Any]]:
+    """Returns a row for each kind of input, measured on the ranks there are; `before`: rows of fewer ranks."""
+    run = state.initial(config)
+    factored = [choice.layer for choice in cost.choose(config, comm.size()) if choice.way == "factored"]
+    train_step = step.make_train_step(run.weights, run.slots, config, device.data_format, factored)
+    rows = []
+    for kind in ("device", "host", "real"):
+        if kind == "real" and data is None:
+            continue
+        throughput = Throughput()
+        for now, batch in enumerate(throughput.waiting(_batches(kind, config, device, data))):
+            low, _ = order.slice_bounds(config.global_batch, comm.rank(), comm.size())
+            keys = tf.constant(order.dropout_keys(config.seed, now, len(DENSE) - 1))
+            sums = train_step(*batch[:2], tf.constant(low, tf.int64), keys, tf.constant(config.lr * 1e-3))
+            throughput.exchange.append(float(sums.exchange_seconds))
+            throughput.end_update()
+        row = {"ranks": comm.size(), "input": kind, **tell.speed(throughput, config)}
+        first = next((old for old in before if old["input"] == kind), row)
+        row["efficiency"] = row["fps"] / row["ranks"] / (first["fps"] / first["ranks"])
+        rows.append(row)
+        console.say(
+            f"{row['ranks']:5d}  {kind:12s} {row['fps']:9.1f} {row['fps_standard_deviation']:9.1f} "
+            f"{row['fps'] / row['ranks']:9.1f} {row['efficiency']:10.1%}  {row['held_back_by']}"
+            + (f" of rank {row['slow_rank']}" if row["slow_rank"] is not None else "")
+        )
+    return rows
+
+
+def _batches(kind: str, config: Config, device: comm.Device, data: Optional[Data]) -> Iterable[Any]:
+    """Returns the batches of this rank: the same tensors again, the same arrays copied each time, or the pipeline's."""
+    steps = range(config.steps or _UPDATES)
+    if kind == "real" and data is not None:
+        return pipeline.train_batches(data.train, config, data.label_base, steps, comm.rank(), comm.size(), device.threads)
+    low, high = order.slice_bounds(config.global_batch, comm.rank(), comm.size())
+    random = np.random.default_rng(config.seed)
+    images = random.integers(0, 256, (high - low, config.image_size, config.image_size, 3), np.uint8)
+    labels = random.integers(0, config.num_classes, high - low).astype(np.int32)
+    if kind == "device":
+        return itertools.repeat((tf.identity(tf.constant(images)), tf.constant(labels)), len(steps))
+    return _copied(images, labels, len(steps))
+
+
+def _copied(images: np.ndarray, labels: np.ndarray, times: int) -> Iterator[Any]:
+    for _ in range(times):
+        yield tf.constant(images), tf.constant(labels)
+
+
+def _write(config: BenchmarkConfig, found: List[Dict[str, Any]]) -> None:
+    """Writes --out, if asked for, on rank 0; all ranks must call."""
+
+    def write() -> None:
+        if not config.out or not comm.is_root():
+            return
+        content = {"flags": dataclasses.asdict(config), "software": comm.describe(), "rows": found}
+        try:
+            Path(config.out).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise Failure(NOT_WRITTEN, f"--out={config.out} cannot be written: {error.strerror}") from error
+
+    comm.together(write)
