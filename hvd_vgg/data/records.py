@@ -12,7 +12,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import crc32c
 import numpy as np
@@ -68,7 +68,7 @@ class Index(NamedTuple):
         return f"{self.paths[shard]}, record {record - int(self.starts[shard])}, offset {offset}"
 
 
-def _masked_crc(data: bytes) -> int:
+def _masked_crc(data: Union[bytes, memoryview]) -> int:
     """Returns the checksum as TFRecord files hold it: CRC-32C, rotated and shifted (tensorflow/core/lib/hash/crc32c.h)."""
     plain = crc32c.crc32c(data)
     return ((plain >> 15 | plain << 17) + 0xA282EAD8) & 0xFFFFFFFF
@@ -264,8 +264,8 @@ class _OpenFile:
 _open = functools.lru_cache(maxsize=256)(_OpenFile)  # Well below the usual limit of 1024; a set has up to 1024 shards.
 
 
-def read_record(index: Index, record: int) -> bytes:
-    """Returns the data of one record after checking its checksum; any thread may call.
+def read_record(index: Index, record: int) -> memoryview:
+    """Returns the data of one record after checking its checksum; any thread may call. Nothing is copied.
 
     Raises Failure(DATA) naming file, record and offset.
     """
@@ -282,9 +282,9 @@ def read_record(index: Index, record: int) -> bytes:
             f"data: {index.where(record)}: expected {length} bytes of data and a checksum, found {len(found)} bytes: the "
             f"shard became shorter since it was indexed. Copy it again",
         )
-    data = found[:length]
+    data = memoryview(found)[:length]
     expected = _masked_crc(data)
-    (written,) = struct.unpack("<I", found[length:])
+    (written,) = struct.unpack_from("<I", found, length)
     if written != expected:
         raise Failure(
             DATA,
@@ -294,14 +294,15 @@ def read_record(index: Index, record: int) -> bytes:
     return data
 
 
-def parse_example(index: Index, record: int, data: bytes) -> Tuple[bytes, int]:
+def parse_example(index: Index, record: int, data: Union[bytes, memoryview]) -> Tuple[bytes, int]:
     """Returns (encoded image, label as written) of a record's data; raises Failure(DATA) naming what is missing."""
 
     def read_at(at: int, count: int) -> bytes:
-        return data[at : at + count]
+        return bytes(data[at : at + count])
 
     try:
-        return read_image(read_at, len(data)), read_label(read_at, len(data))
+        image, label = _find_features(read_at, len(data), (IMAGE, LABEL))
+        return _image(read_at, image), _label(read_at, label)
     except ValueError as error:
         raise Failure(
             DATA,
@@ -320,7 +321,10 @@ _MAP_HEADER_BYTES = 64  # more than tags, lengths and a name that we look for ta
 
 def read_label(read_at: ReadAt, length: int) -> int:
     """Returns the single integer of `image/class/label`; raises ValueError saying what is wrong."""
-    span = _find_feature(read_at, length, LABEL)
+    return _label(read_at, _find_features(read_at, length, (LABEL,))[0])
+
+
+def _label(read_at: ReadAt, span: Tuple[int, int]) -> int:
     values = _int64_values(read_at(span[0], min(span[1] - span[0], 256)))
     if len(values) != 1:
         raise ValueError(f"feature {LABEL.decode()} has {len(values)} integers")
@@ -329,9 +333,9 @@ def read_label(read_at: ReadAt, length: int) -> int:
     return values[0]
 
 
-def read_image(read_at: ReadAt, length: int) -> bytes:
-    """Returns the single byte string of `image/encoded`; raises ValueError saying what is wrong."""
-    start, stop = _find_feature(read_at, length, IMAGE)
+def _image(read_at: ReadAt, span: Tuple[int, int]) -> bytes:
+    """Returns the single byte string of the Feature at `span`; raises ValueError saying what is wrong."""
+    start, stop = span
     values = [
         part
         for kind in _fields(read_at, start, stop)
@@ -344,8 +348,9 @@ def read_image(read_at: ReadAt, length: int) -> bytes:
     return read_at(values[0][1], values[0][2] - values[0][1])
 
 
-def _find_feature(read_at: ReadAt, length: int, name: bytes) -> Tuple[int, int]:
-    """Returns [start, stop) of the Feature called `name`; ValueError when there is none."""
+def _find_features(read_at: ReadAt, length: int, names: Tuple[bytes, ...]) -> List[Tuple[int, int]]:
+    """Returns [start, stop) of the Features called `names`, each the first of its name; ValueError when one is missing."""
+    spans: Dict[bytes, Tuple[int, int]] = {}
     seen: List[str] = []
     for number, features, features_end in _fields(read_at, 0, length):
         if number != 1:
@@ -355,10 +360,13 @@ def _find_feature(read_at: ReadAt, length: int, name: bytes) -> Tuple[int, int]:
                 continue
             found: Dict[int, Tuple[int, int]] = {n: (a, b) for n, a, b in _fields(read_at, entry, entry_end)}
             key = read_at(found[1][0], min(found[1][1] - found[1][0], _MAP_HEADER_BYTES)) if 1 in found else b""
-            if key == name and 2 in found:
-                return found[2]
+            if key in names and 2 in found:
+                spans.setdefault(key, found[2])
+                if len(spans) == len(names):
+                    return [spans[name] for name in names]
             seen.append(repr(key.decode("utf-8", "replace"))[1:-1])
-    raise ValueError(f"feature {name.decode()} is missing; it has {', '.join(seen[:20]) or 'none'}")
+    missing = next(name for name in names if name not in spans)
+    raise ValueError(f"feature {missing.decode()} is missing; it has {', '.join(seen[:20]) or 'none'}")
 
 
 def _fields(read_at: ReadAt, start: int, stop: int) -> Iterator[Tuple[int, int, int]]:

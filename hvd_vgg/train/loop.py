@@ -25,7 +25,8 @@ from hvd_vgg.train import checkpoint, evaluate, schedule, state, step, tell
 def train(config: Config) -> None:
     """Trains, evaluates and leaves everything in --run_dir; all ranks call."""
     # ---- who and where we are
-    device = comm.start()
+    device = comm.start(config.input_threads)
+    threads = device.input_threads
     console = Console(config.console, comm.is_root())
     run_dir = Path(config.run_dir)
     _check_ranks(config)
@@ -52,7 +53,7 @@ def train(config: Config) -> None:
     # ---- the loop
     best = position.best_top1
     steps = range(position.step, position.step if _reached(config, best, data) else total)
-    batches = pipeline.train_batches(data.train, config, data.label_base, steps, comm.rank(), comm.size(), device.threads)
+    batches = pipeline.train_batches(data.train, config, data.label_base, steps, comm.rank(), comm.size(), threads)
     throughput, progress = Throughput(), console.progress("training", total, "steps", position.step)
     began, done, result = time.monotonic() - position.seconds, position.step, None
     window: List[Tuple[int, step.Sums]] = []
@@ -85,7 +86,7 @@ def train(config: Config) -> None:
         with throughput.paused():
             improved = False
             if done in eval_at:
-                result = evaluate.evaluate(eval_step, data.validation, config, data.label_base, device.threads, console)
+                result = evaluate.evaluate(eval_step, data.validation, config, data.label_base, threads, console)
                 improved, best = result.top1 > best, max(best, result.top1)
                 tell.evaluation(result, done, epoch, log, console)
             reached = _reached(config, best, data)
@@ -102,7 +103,7 @@ def train(config: Config) -> None:
         console.say(f"acc@1 has reached --stop_at_top1={config.stop_at_top1}")
     if result is None:  # nothing was left to train
         epoch = done * config.global_batch / data.train.records
-        result = evaluate.evaluate(eval_step, data.validation, config, data.label_base, device.threads, console)
+        result = evaluate.evaluate(eval_step, data.validation, config, data.label_base, threads, console)
         tell.evaluation(result, done, epoch, log, console)
         tell.write_result(config, run_dir, result, throughput, done, epoch, time.monotonic() - began)
     tell.summary(run_dir, result, throughput, done, time.monotonic() - began, console)
@@ -111,7 +112,7 @@ def train(config: Config) -> None:
 
 def evaluate_run(config: EvaluateConfig) -> None:
     """Evaluates a checkpoint of the run in --run_dir on the validation split; all ranks call."""
-    device = comm.start()
+    device = comm.start(config.input_threads)
     console = Console(config.console, comm.is_root())
     _check_ranks(config)
     run_dir = Path(config.run_dir)
@@ -124,7 +125,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     comm.together(lambda: state.assign(run.weights, found) if found else None)
     comm.broadcast_variables(list(run.weights.values()))
     eval_step = step.make_eval_step(run.weights, config.model, device.data_format)
-    result = evaluate.evaluate(eval_step, index, config, label_base, device.threads, console)
+    result = evaluate.evaluate(eval_step, index, config, label_base, device.input_threads, console)
     console.say(
         f"step {meta['step']}: acc@1 {result.top1 / result.records:.4f}  acc@5 {result.top5 / result.records:.4f}  "
         f"({result.top1} and {result.top5} of {result.records} records, each once, on {count(comm.size(), 'rank')})"
