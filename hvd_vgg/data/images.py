@@ -6,7 +6,7 @@ TensorFlow's resize, which computes in float32. Both let go of Python's lock whi
 
 import math
 import struct
-from typing import Any, Sequence, Tuple
+from typing import Any, List, Sequence, Tuple
 
 import cv2
 import numpy as np
@@ -35,9 +35,9 @@ def train_image(encoded: bytes, seed: np.ndarray, augment: str, image_size: int)
     encoded: JPEG or PNG; seed: int64 [2], of which crop and flip are functions.
     Result: uint8 [image_size, image_size, 3]. An image that cannot be decoded raises ValueError.
     """
-    data = tf.constant(encoded)
-    height, width = _shape(encoded, data)
-    draws = _uniform(seed, 3 + 3 * _TRIES)
+    data = tf.constant(encoded)  # once: it is a copy
+    height, width = image_shape(encoded, data)
+    draws = image_draws(seed)
     window = random_window(height, width, draws[3:]) if augment == "crop" else (0, 0, height, width)
     image = _resized(encoded, data, window, image_size)
     if augment == "shift":
@@ -56,12 +56,9 @@ def eval_image(encoded: bytes, augment: str, image_size: int) -> np.ndarray:
 
     Result: uint8 [image_size, image_size, 3]. An image that cannot be decoded raises ValueError.
     """
-    data = tf.constant(encoded)
-    height, width = _shape(encoded, data)
-    window = (0, 0, height, width)
-    if augment == "crop":
-        side = round(_CENTRE * min(height, width))
-        window = ((height - side) // 2, (width - side) // 2, side, side)
+    data = tf.constant(encoded)  # once: it is a copy
+    height, width = image_shape(encoded, data)
+    window = central_window(height, width) if augment == "crop" else (0, 0, height, width)
     return _resized(encoded, data, window, image_size)
 
 
@@ -83,17 +80,23 @@ def random_window(height: int, width: int, draws: Sequence[float]) -> Window:
     return (height - box_height + 1) // 2, (width - box_width + 1) // 2, box_height, box_width
 
 
-def _uniform(seed: np.ndarray, count: int) -> Any:
-    """Returns `count` numbers in [0, 1): of all 64 bits of the Philox stream whose key is `seed`, the upper 53."""
-    raw = np.random.Philox(key=seed.view(np.uint64)).random_raw(count)
-    return ((raw >> np.uint64(11)) * 2.0**-53).tolist()
+def central_window(height: int, width: int) -> Window:
+    """Returns (top, left, height, width) of the middle square that is evaluated."""
+    side = round(_CENTRE * min(height, width))
+    return (height - side) // 2, (width - side) // 2, side, side
 
 
-# Below, `data` is `encoded` as a tensor, made once an image: it is a copy.
+def image_draws(seed: np.ndarray) -> List[float]:
+    """Returns all that is random of an image: 33 numbers in [0, 1): one for the flip, 2 for the shift, 30 for the crop.
+
+    They are the upper 53 bits of each 64 of the Philox stream whose key is `seed`, int64 [2].
+    """
+    raw = np.random.Philox(key=seed.view(np.uint64)).random_raw(3 + 3 * _TRIES)
+    return list(((raw >> np.uint64(11)) * 2.0**-53).tolist())
 
 
-def _shape(encoded: bytes, data: Any) -> Tuple[int, int]:
-    """Returns (height, width) from the header alone; ValueError where it is absurd."""
+def image_shape(encoded: bytes, data: Any) -> Tuple[int, int]:
+    """Returns (height, width) from the header alone; ValueError where it is absurd. data: `encoded` as a tensor."""
     if encoded.startswith(_JPEG):
         try:
             height, width, _ = tf.io.extract_jpeg_shape(data).numpy().tolist()

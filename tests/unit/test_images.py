@@ -95,7 +95,7 @@ def test_a_training_crop_is_its_window_resized_by_the_reference(height, width, s
     Image.fromarray(natural(height, width)).save(file, "JPEG", quality=95)
     data, differences = file.getvalue(), []
     for n in range(8):
-        draws = images._uniform(seed(n), 33)
+        draws = images.image_draws(seed(n))
         wanted = reference(data, size, images.random_window(height, width, draws[3:]))
         found = images.train_image(data, seed(n), "crop", size)
         differences.append(np.abs(found - (wanted[:, ::-1] if draws[0] < 0.5 else wanted)))
@@ -108,7 +108,7 @@ def test_a_training_crop_is_its_window_resized_by_the_reference(height, width, s
 
 def test_draws_are_of_philox_and_never_change():
     """Literal numbers: a change here means that no old run can be continued or repeated."""
-    assert images._uniform(seed(7), 3) == pytest.approx(
+    assert images.image_draws(seed(7))[:3] == pytest.approx(
         [0.10398137582682843, 0.9878583044780416, 0.9929982076816014], abs=1e-15
     )
 
