@@ -16,6 +16,7 @@ the same images with the same windows in that round.
     pillow        a PyTorch-style loader: Pillow decodes, crops (RandomResizedCrop), resizes and flips; torch's DataLoader
                   without workers if torch can be imported, else a plain loop
 
+Beside wall time stands the processor time of all threads of the process, which other load on the core disturbs less.
 The pipelines of this package are timed from their start to their end over a stretch of the stream, nothing made before. The
 others are timed in the middle of theirs, after as many batches as they may have made ahead.
 """
@@ -27,14 +28,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 BATCH, SIZE, SEED = 32, 224, 1
 DRAINED = 8  # batches taken untimed before a round from a pipeline that has worked ahead in the meantime
 IDLE_SECONDS = 0.5  # for a pipeline to make what it makes ahead, before it is the turn of the next
 BASES = {"decode": "decode", "decode_eval": "decode_eval", "evaluate": "decode_eval"}  # of the rest: decode
 
-Round = Callable[[], float]  # Makes the images of one round and returns the seconds it took.
+Seconds = Tuple[float, float]  # an image: by the wall clock, and of processor time
+Round = Callable[[], Seconds]  # makes the images of one round
+
+
+def timed(make: Callable[[], int]) -> Seconds:
+    """Returns the seconds an image of `make`, which returns how many it made."""
+    wall, processor = time.perf_counter(), time.process_time()
+    made = make()
+    return (time.perf_counter() - wall) / made, (time.process_time() - processor) / made
 
 
 def load(options: argparse.Namespace) -> Any:
@@ -70,17 +79,17 @@ def ours(options: argparse.Namespace, split: str) -> Round:
 
     index, config = load(options), our_config(options)
 
-    def once() -> float:
-        began, made = time.perf_counter(), 0
+    def make() -> int:
+        made = 0
         while made < options.images:
             if split == "train":
                 batches = pipeline.train_batches(index, config, 0, range(options.images // BATCH), 0, 1, 1)
             else:
                 batches = pipeline.eval_batches(index, config, 0, 0, 1, 1)
             made += sum(len(batch.ids) for batch in batches)
-        return (time.perf_counter() - began) / made * options.images
+        return made
 
-    return once
+    return lambda: timed(make)
 
 
 def decode_alone(options: argparse.Namespace, split: str) -> Round:
@@ -102,25 +111,26 @@ def decode_alone(options: argparse.Namespace, split: str) -> Round:
             window = images.central_window(height, width)
         windows.append(tf.constant(window))
 
-    def once() -> float:
-        began = time.perf_counter()
+    def make() -> int:
         for data, window in zip(encoded, windows):
             tf.io.decode_and_crop_jpeg(data, window, channels=3)
-        return time.perf_counter() - began
+        return len(encoded)
 
-    return once
+    return lambda: timed(make)
 
 
 def in_the_middle(batches: Iterator[Any], options: argparse.Namespace) -> Round:
     """Returns the rounds of an endless pipeline."""
 
-    def once() -> float:
-        for _ in range(DRAINED):
-            next(batches)
-        began = time.perf_counter()
+    def make() -> int:
         for _ in range(options.images // BATCH):
             next(batches)
-        return time.perf_counter() - began
+        return options.images
+
+    def once() -> Seconds:
+        for _ in range(DRAINED):
+            next(batches)
+        return timed(make)
 
     return once
 
@@ -273,7 +283,7 @@ def work(options: argparse.Namespace) -> None:
     once()  # the first touches files, memory and code
     print(f"{version}, Python {sys.version.split()[0]}", file=answers)
     for _ in sys.stdin:
-        print(once(), file=answers)
+        print(*once(), file=answers)
 
 
 def main() -> None:
@@ -306,22 +316,25 @@ def main() -> None:
             print(f"{way}: {version}", flush=True)
         else:
             print(f"{way} is left out: it could not be started", flush=True)
-    times: Dict[str, List[float]] = {way: [] for way in workers}
+    times: Dict[str, List[Seconds]] = {way: [] for way in workers}
     for _ in range(options.rounds):
         for way, worker in workers.items():
             time.sleep(IDLE_SECONDS)
             print("go", file=worker.stdin, flush=True)
-            times[way].append(float(worker.stdout.readline()) / options.images)  # type: ignore[union-attr]
+            wall, processor = map(float, worker.stdout.readline().split())  # type: ignore[union-attr]
+            times[way].append((wall, processor))
     for worker in workers.values():
         worker.stdin.close()  # type: ignore[union-attr]
         worker.wait()
     print(f"\n{options.rounds} rounds of {options.images} images, core {options.core}; median (smallest to largest)")
-    print("| way | images/s a core | ms an image | time relative to decode-and-crop alone |\n|---|---|---|---|")
+    print("| way | images/s a core | of wall time, relative to decode-and-crop alone | ms of processor time | relative |")
+    print("|---|---|---|---|---|")
     for way, own in times.items():
-        ratios = [mine / base for mine, base in zip(own, times[BASES.get(way, "decode")])]
+        base = times[BASES.get(way, "decode")]
+        wall, processor = ([mine[kind] / other[kind] for mine, other in zip(own, base)] for kind in (0, 1))
         print(
-            f"| {way} | {spread([1 / each for each in own], '.0f')} | {spread([1000 * each for each in own], '.3f')} "
-            f"| {spread(ratios, '.2f')} |"
+            f"| {way} | {spread([1 / each for each, _ in own], '.0f')} | {spread(wall, '.2f')} "
+            f"| {spread([1000 * each for _, each in own], '.3f')} | {spread(processor, '.2f')} |"
         )
 
 
