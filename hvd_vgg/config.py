@@ -132,9 +132,9 @@ class Config:
     input_threads: int = flag(
         0,
         "Device",
-        "Threads of a rank that decode images, beside 4 that read them; 0: its part of the host's cores, one of them left "
-        "to Horovod if there are more than two. Decoded ahead: A = 2 + ceil(8 threads / images a rank) batches; read ahead: "
-        "2 more. Images are the same for any number.",
+        "Threads of a rank that read and decode images; 0: its part of the host's cores, one of them left to Horovod if "
+        "there are more than two. They decode at most A = 2 + ceil(8 threads / images a rank) batches ahead; 4 more are "
+        "read ahead into the page cache. Images are the same for any number.",
         "threads",
         at_least=0,
         at_most=1024,

@@ -1,17 +1,19 @@
 """Reads, decodes and batches one rank's part of the stream, ahead of need and within bounds.
 
-Two pools of threads work ahead of the batch that is asked for: READERS threads read the records of the next batches, in
-pieces of PIECE rows and in the order they lie in the files; `threads` threads decode them. At any time at most the decoded
-images of A batches and the encoded images of A + 2 are held, A = 2 + ceil(threads * PIECE / rows), rows the images of a
-batch: with 8 threads and 32 rows of 224 pixels 4 * 4.8 MB and, at ImageNet's mean of 110 kB, 6 * 3.5 MB. Beside that are the
-batch handed out and the one image that each thread is at work on. A row is a function of the seed, the epoch and the record:
-threads decide nothing.
+A batch is made by `threads` threads in pieces of PIECE rows, in the order in which its records lie in the files. They work
+ahead of the batch that is asked for by at most A batches of decoded images, A = 2 + ceil(threads * PIECE / rows), rows the
+images of a batch. For READ_AHEAD batches beyond these the kernel is told to read the records into its page cache, so that
+storage works while processors decode; that memory is the kernel's to take back. With 8 threads and 32 rows of 224 pixels a
+rank holds 4 * 4.8 MB decoded, and 4 * 3.5 MB are read ahead at ImageNet's mean of 110 kB. Beside that are the batch handed
+out and the one image that each thread is at work on. A row is a function of the seed, the epoch and the record: threads
+decide nothing.
 """
 
 import functools
+import itertools
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Callable, Deque, Iterator, List, NamedTuple, Optional, Tuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable, Deque, Iterator, List, NamedTuple, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -21,9 +23,8 @@ from hvd_vgg.data import images, order, records
 from hvd_vgg.run.health import DATA, Failure
 
 PADDING = -1  # the label of a row that only fills up a batch
-READERS = 4  # threads that mostly wait for storage: so many reads are under way at once
 PIECE = 8  # rows that a thread takes on at once
-_READ_AHEAD = 2  # batches read beyond those that are being decoded
+READ_AHEAD = 4  # batches that storage is asked for beyond those that are being decoded
 
 # Makes a row of what is read: (encoded image, its seed int64 [2]) to uint8 [image_size, image_size, 3]; ValueError.
 _Decode = Callable[[bytes, np.ndarray], np.ndarray]
@@ -42,7 +43,6 @@ class _Begun(NamedTuple):
     plan: _Plan
     labels: np.ndarray
     images: np.ndarray
-    reads: "List[Tuple[np.ndarray, Future[List[bytes]]]]"  # the rows of each piece, and their encoded images
     left: List[int]  # as many numbers from 0 up as there are pieces; each takes the last when it is done
 
 
@@ -103,84 +103,66 @@ def _batches(
     threads: int,
 ) -> Iterator[Batch]:
     ahead = 2 + -(-threads * PIECE // max(1, rows))
-    reading: Deque[_Begun] = deque()
-    decoding: Deque[Tuple[_Begun, List[Any]]] = deque()
+    planned: Deque[_Plan] = deque()
+    begun: Deque[List[Any]] = deque()  # the futures of each batch's pieces
     left = iter(numbers)
-    readers = ThreadPoolExecutor(READERS, "read")
-    decoders = ThreadPoolExecutor(threads, "decode")
+    pool = ThreadPoolExecutor(threads, "decode")
     try:
         for _ in numbers:
-            for number in left:
-                reading.append(_begin(plan(number), index, label_base, rows, image_size, readers))
-                if len(reading) + len(decoding) == ahead + _READ_AHEAD:
-                    break
-            while reading and len(decoding) < ahead:
-                begun = reading.popleft()
-                fills = [decoders.submit(_fill, begun, part, encoded, decode, index) for part, encoded in begun.reads]
-                decoding.append((begun, fills))
-            (made,) = (batch for batch in [fill.result() for fill in decoding[0][1]] if batch)
-            decoding.popleft()
+            for number in itertools.islice(left, ahead + READ_AHEAD - len(planned) - len(begun)):
+                planned.append(plan(number))
+                pool.submit(records.read_ahead, index, planned[-1].ids)
+            while planned and len(begun) < ahead:
+                batch = _begin(planned.popleft(), rows, image_size)
+                begun.append([pool.submit(_fill, batch, part, decode, index, label_base) for part in _parts(batch.plan)])
+            (made,) = (batch for batch in [piece.result() for piece in begun[0]] if batch)
+            begun.popleft()
             yield made
     finally:
-        for _, fills in decoding:  # before what they wait for
-            for fill in fills:
-                fill.cancel()
-        for begun in reading:
-            for _, read in begun.reads:
-                read.cancel()
-        readers.shutdown()
-        decoders.shutdown()
+        for piece in itertools.chain(*begun):
+            piece.cancel()
+        pool.shutdown()
 
 
-def _begin(
-    plan: _Plan, index: records.Index, label_base: int, rows: int, image_size: int, readers: ThreadPoolExecutor
-) -> _Begun:
-    """Starts to read a batch; rows beyond its plan's are PADDING and repeat the last of it."""
-    labels = np.full(rows, PADDING, np.int32)
-    by_place = np.argsort(plan.ids, kind="stable")  # ids count records in the order they lie in the files
-    parts = [by_place[start : start + PIECE] for start in range(0, len(by_place), PIECE)]
-    reads = [(part, readers.submit(_read, plan.ids[part], index, label_base, labels, part)) for part in parts]
-    return _Begun(plan, labels, np.empty([rows, image_size, image_size, 3], np.uint8), reads, list(range(len(parts))))
+def _parts(plan: _Plan) -> List[np.ndarray]:
+    """Returns the rows of each piece of work; ids count records in the order in which they lie in the files."""
+    by_place = np.argsort(plan.ids, kind="stable")
+    return [by_place[start : start + PIECE] for start in range(0, len(by_place), PIECE)]
 
 
-def _read(ids: np.ndarray, index: records.Index, label_base: int, labels: np.ndarray, rows: np.ndarray) -> List[bytes]:
-    """Returns the encoded images of records `ids` and writes their labels to `rows` of `labels`."""
-    encoded = []
-    for row, record in zip(rows.tolist(), ids.tolist()):
-        image, label = records.parse_example(index, record, records.read_record(index, record))
+def _begin(plan: _Plan, rows: int, image_size: int) -> _Begun:
+    """Returns an empty batch; rows beyond its plan's are PADDING and will repeat the last of it."""
+    images = np.empty([rows, image_size, image_size, 3], np.uint8)
+    return _Begun(plan, np.full(rows, PADDING, np.int32), images, list(range(len(_parts(plan)))))
+
+
+def _fill(batch: _Begun, rows: np.ndarray, decode: _Decode, index: records.Index, label_base: int) -> Optional[Batch]:
+    """Reads and decodes the records of `rows`; the call that completes the batch returns it, the others None.
+
+    Raises Failure(DATA) naming the record that cannot be read or decoded.
+    """
+    last = len(batch.plan.ids) - 1
+    for row in rows.tolist():
+        record = int(batch.plan.ids[row])
+        encoded, label = records.parse_example(index, record, records.read_record(index, record))
         if label != index.labels[record]:
             raise Failure(
                 DATA,
                 f"data: {index.where(record)}: its label is {label}, but was {index.labels[record]} when the shard was "
                 f"indexed. Did the shard change while in use? Start again",
             )
-        encoded.append(image)
-        labels[row] = label - label_base
-    return encoded
-
-
-def _fill(
-    begun: _Begun, rows: np.ndarray, read: "Future[List[bytes]]", decode: _Decode, index: records.Index
-) -> Optional[Batch]:
-    """Decodes the images of `rows` into their places; the call that completes the batch returns it, the others None.
-
-    Raises Failure(DATA) naming the record that cannot be decoded.
-    """
-    last = len(begun.plan.ids) - 1
-    for row, encoded in zip(rows.tolist(), read.result()):
+        batch.labels[row] = label - label_base
         try:
-            image = decode(encoded, begun.plan.seeds[row])
+            batch.images[row] = decode(encoded, batch.plan.seeds[row])
         except ValueError as reason:
-            where = index.where(int(begun.plan.ids[row]))
             raise Failure(
                 DATA,
-                f"data: {where}: the image ({len(encoded)} bytes) cannot be decoded: {reason}. Expected a whole JPEG or "
-                f"PNG: replace the record",
+                f"data: {index.where(record)}: the image ({len(encoded)} bytes) cannot be decoded: {reason}. Expected a "
+                f"whole JPEG or PNG: replace the record",
             ) from reason
-        begun.images[row] = image
         if row == last:
-            begun.images[last + 1 :] = image
-    if begun.left.pop() > 0:  # one step that no other thread can come between
+            batch.images[last + 1 :] = batch.images[last]
+    if batch.left.pop() > 0:  # one step that no other thread can come between
         return None
     with tf.device("/CPU:0"):
-        return Batch(*(tf.convert_to_tensor(column) for column in (begun.images, begun.labels, begun.plan.ids)))
+        return Batch(*(tf.convert_to_tensor(column) for column in (batch.images, batch.labels, batch.plan.ids)))

@@ -5,6 +5,7 @@ CRC-32C of the data (uint32). The data is a tf.train.Example; of it only two fea
 `image/encoded` (one byte string) and `image/class/label` (one integer).
 """
 
+import contextlib
 import functools
 import os
 import re
@@ -264,8 +265,20 @@ class _OpenFile:
 _open = functools.lru_cache(maxsize=256)(_OpenFile)  # Well below the usual limit of 1024; a set has up to 1024 shards.
 
 
-def read_record(index: Index, record: int) -> memoryview:
-    """Returns the data of one record after checking its checksum; any thread may call. Nothing is copied.
+def read_ahead(index: Index, ids: np.ndarray) -> None:
+    """Asks the kernel to read the records `ids` into its page cache, in the order of the files, and does not wait for them.
+
+    A hint: where it cannot be given, or the file is gone, reading the record is what will say so.
+    """
+    for record in np.sort(ids).tolist():
+        shard = int(np.searchsorted(index.starts, record, side="right")) - 1
+        length, offset = int(index.lengths[record]), int(index.offsets[record])
+        with contextlib.suppress(OSError, AttributeError):  # some systems have no posix_fadvise
+            os.posix_fadvise(_open(index.paths[shard]).handle, offset, length + FOOTER_BYTES, os.POSIX_FADV_WILLNEED)
+
+
+def read_record(index: Index, record: int) -> bytes:
+    """Returns the data of one record and, not to copy it, the 4 bytes of checksum behind it; any thread may call.
 
     Raises Failure(DATA) naming file, record and offset.
     """
@@ -282,8 +295,7 @@ def read_record(index: Index, record: int) -> memoryview:
             f"data: {index.where(record)}: expected {length} bytes of data and a checksum, found {len(found)} bytes: the "
             f"shard became shorter since it was indexed. Copy it again",
         )
-    data = memoryview(found)[:length]
-    expected = _masked_crc(data)
+    expected = _masked_crc(memoryview(found)[:length])
     (written,) = struct.unpack_from("<I", found, length)
     if written != expected:
         raise Failure(
@@ -291,17 +303,17 @@ def read_record(index: Index, record: int) -> memoryview:
             f"data: {index.where(record)}: the checksum of its {length} bytes of data is {expected:08x}, the file says "
             f"{written:08x}: damaged. Copy the shard again",
         )
-    return data
+    return found
 
 
-def parse_example(index: Index, record: int, data: Union[bytes, memoryview]) -> Tuple[bytes, int]:
-    """Returns (encoded image, label as written) of a record's data; raises Failure(DATA) naming what is missing."""
+def parse_example(index: Index, record: int, data: bytes) -> Tuple[bytes, int]:
+    """Returns (encoded image, label as written) of what `read_record` returned; Failure(DATA) naming what is missing."""
 
     def read_at(at: int, count: int) -> bytes:
-        return bytes(data[at : at + count])
+        return data[at : at + count]
 
     try:
-        image, label = _find_features(read_at, len(data), (IMAGE, LABEL))
+        image, label = _find_features(read_at, int(index.lengths[record]), (IMAGE, LABEL))
         return _image(read_at, image), _label(read_at, label)
     except ValueError as error:
         raise Failure(

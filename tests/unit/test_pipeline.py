@@ -59,7 +59,7 @@ def test_evaluation_yields_each_record_once_and_fills_the_last_batch(train, size
 
 
 def test_no_more_is_read_and_decoded_ahead_than_is_documented(train, monkeypatch):
-    read, decoded, lock = [], [], threading.Lock()
+    asked, decoded, lock = [], [], threading.Lock()
 
     def note(into, original):
         def noted(*arguments, **more):
@@ -69,7 +69,7 @@ def test_no_more_is_read_and_decoded_ahead_than_is_documented(train, monkeypatch
 
         return noted
 
-    monkeypatch.setattr(records, "read_record", note(read, records.read_record))
+    monkeypatch.setattr(records, "read_ahead", note(asked, records.read_ahead))
     monkeypatch.setattr(images, "train_image", note(decoded, images.train_image))
     threads, rows = 3, CONFIG.global_batch
     batches = pipeline.train_batches(train[0], CONFIG, 1, range(1000), 0, 1, threads)
@@ -77,14 +77,14 @@ def test_no_more_is_read_and_decoded_ahead_than_is_documented(train, monkeypatch
     for taken in (1, 2, 3):
         next(batches)
         # What is beyond the batch that was handed out; it was one of the A when they were begun.
-        wanted = (taken + ahead - 1 + 2) * rows, (taken + ahead - 1) * rows
+        wanted = taken + ahead - 1 + pipeline.READ_AHEAD, (taken + ahead - 1) * rows
         deadline = time.monotonic() + 60
-        while (len(read) < wanted[0] or len(decoded) < wanted[1]) and time.monotonic() < deadline:
+        while (len(asked) < wanted[0] or len(decoded) < wanted[1]) and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.2)  # for what should not be done
-        assert (len(read), len(decoded)) == wanted
+        assert (len(asked), len(decoded)) == wanted
     batches.close()
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("read", "decode"))]
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("decode")]
 
 
 def test_a_bad_image_is_named_whoever_decodes_it_and_whatever_is_bad_behind_it(tmp_path):
@@ -103,4 +103,4 @@ def test_a_bad_image_is_named_whoever_decodes_it_and_whatever_is_bad_behind_it(t
 
 def test_the_end_of_the_stream_leaves_no_thread(train):
     assert len(list(pipeline.train_batches(train[0], CONFIG, 1, range(2), 0, 1, 2))) == 2
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("read", "decode"))]
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("decode")]
