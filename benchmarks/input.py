@@ -101,15 +101,12 @@ def decode_alone(options: argparse.Namespace, split: str) -> Round:
     index, windows, encoded = load(options), [], []
     at = order.positions(0, options.images, index.records, SEED)
     ids = at.ids if split == "train" else [n % index.records for n in range(options.images)]
-    for record, seed in zip(ids, order.sample_seeds(SEED, at)):
+    for record, draws in zip(ids, images.image_draws(order.sample_seeds(SEED, at))):
         data, _ = records.parse_example(index, int(record), records.read_record(index, int(record)))
         encoded.append(tf.constant(data))
         height, width = images.image_shape(data, encoded[-1])
-        if split == "train":
-            window = images.random_window(height, width, images.image_draws(seed)[3:])
-        else:
-            window = images.central_window(height, width)
-        windows.append(tf.constant(window))
+        drawn = images.random_window(height, width, draws[3:])
+        windows.append(tf.constant(drawn if split == "train" else images.central_window(height, width)))
 
     def make() -> int:
         for data, window in zip(encoded, windows):

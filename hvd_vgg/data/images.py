@@ -21,6 +21,7 @@ _AREA, _RATIO, _TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
 # Evaluation sees the middle 224 of a shorter side of 256, at whatever image size (Simonyan and Zisserman, section 3.2).
 _CENTRE = 224 / 256
 
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 
 # Whoever calls has threads of its own: OpenCV starts none.
@@ -29,37 +30,37 @@ cv2.setNumThreads(0)
 Window = Tuple[int, int, int, int]  # top, left, height, width
 
 
-def train_image(encoded: bytes, seed: np.ndarray, augment: str, image_size: int) -> np.ndarray:
-    """Returns one image as the network trains on it.
+def train_image(encoded: bytes, draws: Sequence[float], augment: str, out: np.ndarray) -> None:
+    """Writes one image as the network trains on it to `out`, uint8 [image_size, image_size, 3].
 
-    encoded: JPEG or PNG; seed: int64 [2], of which crop and flip are functions.
-    Result: uint8 [image_size, image_size, 3]. An image that cannot be decoded raises ValueError.
+    encoded: JPEG or PNG; draws: a row of `image_draws`, of which crop and flip are functions. An image that cannot be
+    decoded raises ValueError.
     """
     data = tf.constant(encoded)  # once: it is a copy
     height, width = image_shape(encoded, data)
-    draws = image_draws(seed)
     window = random_window(height, width, draws[3:]) if augment == "crop" else (0, 0, height, width)
-    image = _resized(encoded, data, window, image_size)
+    flips = augment != "none" and draws[0] < 0.5
+    image = np.empty_like(out) if flips or augment == "shift" else out
+    _resize(encoded, data, window, image)
     if augment == "shift":
-        margin = image_size // 8
+        image_size, margin = len(out), len(out) // 8
         top, left = (int(draw * (2 * margin + 1)) for draw in draws[1:3])
-        padded = np.zeros([image_size + 2 * margin, image_size + 2 * margin, 3], np.uint8)
-        padded[margin : margin + image_size, margin : margin + image_size] = image
+        padded = np.pad(image, [(margin, margin), (margin, margin), (0, 0)])
         image = padded[top : top + image_size, left : left + image_size]
-    if augment != "none" and draws[0] < 0.5:
-        image = cv2.flip(image, 1)
-    return image
+    if flips:
+        cv2.flip(image, 1, dst=out)
+    elif image is not out:
+        out[:] = image
 
 
-def eval_image(encoded: bytes, augment: str, image_size: int) -> np.ndarray:
-    """Returns one image as it is evaluated: the whole of it, or its centre if training took crops.
+def eval_image(encoded: bytes, augment: str, out: np.ndarray) -> None:
+    """Writes one image as it is evaluated to `out`: the whole of it, or its centre if training took crops.
 
-    Result: uint8 [image_size, image_size, 3]. An image that cannot be decoded raises ValueError.
+    out: uint8 [image_size, image_size, 3]. An image that cannot be decoded raises ValueError.
     """
-    data = tf.constant(encoded)  # once: it is a copy
+    data = tf.constant(encoded)
     height, width = image_shape(encoded, data)
-    window = central_window(height, width) if augment == "crop" else (0, 0, height, width)
-    return _resized(encoded, data, window, image_size)
+    _resize(encoded, data, central_window(height, width) if augment == "crop" else (0, 0, height, width), out)
 
 
 def random_window(height: int, width: int, draws: Sequence[float]) -> Window:
@@ -86,13 +87,24 @@ def central_window(height: int, width: int) -> Window:
     return (height - side) // 2, (width - side) // 2, side, side
 
 
-def image_draws(seed: np.ndarray) -> List[float]:
-    """Returns all that is random of an image: 33 numbers in [0, 1): one for the flip, 2 for the shift, 30 for the crop.
+def image_draws(seeds: np.ndarray) -> List[List[float]]:
+    """Returns all that is random of each image: 33 numbers in [0, 1): one for the flip, 2 for the shift, 30 for the crop.
 
-    They are the upper 53 bits of each 64 of the Philox stream whose key is `seed`, int64 [2].
+    seeds: int64 [n, 2]. They are the upper 53 bits of each 64 of the SplitMix64 stream (Steele, Lea and Flood, OOPSLA 2014)
+    that starts at a hash of a row of seeds: for all rows at once, because a generator made for each would cost more than
+    its numbers.
     """
-    raw = np.random.Philox(key=seed.view(np.uint64)).random_raw(3 + 3 * _TRIES)
-    return list(((raw >> np.uint64(11)) * 2.0**-53).tolist())
+    first, second = seeds.astype(np.uint64).T
+    start = _mixed(first + _mixed(second + _GOLDEN))
+    bits = _mixed(start[:, None] + _GOLDEN * np.arange(1, 3 + 3 * _TRIES + 1, dtype=np.uint64))
+    return list(((bits >> np.uint64(11)) * 2.0**-53).tolist())
+
+
+def _mixed(bits: np.ndarray) -> np.ndarray:
+    """Returns SplitMix64's finalizer of each of `bits`, uint64."""
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
 
 
 def image_shape(encoded: bytes, data: Any) -> Tuple[int, int]:
@@ -112,7 +124,8 @@ def image_shape(encoded: bytes, data: Any) -> Tuple[int, int]:
     return height, width
 
 
-def _resized(encoded: bytes, data: Any, window: Window, image_size: int) -> np.ndarray:
+def _resize(encoded: bytes, data: Any, window: Window, out: np.ndarray) -> None:
+    """Writes the bilinear resize, with half-pixel centres, of a window of the image to `out`."""
     top, left, height, width = window
     try:
         if encoded.startswith(_JPEG):
@@ -122,7 +135,7 @@ def _resized(encoded: bytes, data: Any, window: Window, image_size: int) -> np.n
             part = np.asarray(tf.io.decode_png(data, channels=3))[top : top + height, left : left + width]
     except tf.errors.OpError as error:
         raise _undecodable(error) from error
-    return cv2.resize(part, (image_size, image_size), interpolation=cv2.INTER_LINEAR)  # half-pixel centres
+    cv2.resize(part, (len(out), len(out)), dst=out, interpolation=cv2.INTER_LINEAR)
 
 
 def _undecodable(error: Any) -> ValueError:

@@ -9,7 +9,6 @@ out and the one image that each thread is at work on. A row is a function of the
 decide nothing.
 """
 
-import functools
 import itertools
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +25,8 @@ PADDING = -1  # the label of a row that only fills up a batch
 PIECE = 8  # rows that a thread takes on at once
 READ_AHEAD = 4  # batches that storage is asked for beyond those that are being decoded
 
-# Makes a row of what is read: (encoded image, its seed int64 [2]) to uint8 [image_size, image_size, 3]; ValueError.
-_Decode = Callable[[bytes, np.ndarray], np.ndarray]
+# Makes a row: of an encoded image and its `images.image_draws`, into uint8 [image_size, image_size, 3]; ValueError.
+_Decode = Callable[[bytes, List[float], np.ndarray], None]
 
 
 class _Plan(NamedTuple):
@@ -66,7 +65,9 @@ def train_batches(
         at = order.positions(start + low, start + high, index.records, config.seed, block)
         return _Plan(at.ids, order.sample_seeds(config.seed, at))
 
-    decode = functools.partial(images.train_image, augment=config.augment, image_size=config.image_size)
+    def decode(encoded: bytes, draws: List[float], out: np.ndarray) -> None:
+        images.train_image(encoded, draws, config.augment, out)
+
     return _batches(plan, decode, index, label_base, steps, high - low, config.image_size, threads)
 
 
@@ -84,9 +85,9 @@ def eval_batches(
         ids = np.arange(start, min(start + config.device_batch, index.records))
         return _Plan(ids, np.zeros([len(ids), 2], np.int64))
 
-    def decode(encoded: bytes, seed: np.ndarray) -> np.ndarray:
-        del seed  # nothing is random here
-        return images.eval_image(encoded, config.augment, config.image_size)
+    def decode(encoded: bytes, draws: List[float], out: np.ndarray) -> None:
+        del draws  # nothing is random here
+        images.eval_image(encoded, config.augment, out)
 
     numbers = range(rank, -(-index.records // config.device_batch), size)
     return _batches(plan, decode, index, label_base, numbers, config.device_batch, config.image_size, threads)
@@ -132,8 +133,8 @@ def _parts(plan: _Plan) -> List[np.ndarray]:
 
 def _begin(plan: _Plan, rows: int, image_size: int) -> _Begun:
     """Returns an empty batch; rows beyond its plan's are PADDING and will repeat the last of it."""
-    images = np.empty([rows, image_size, image_size, 3], np.uint8)
-    return _Begun(plan, np.full(rows, PADDING, np.int32), images, list(range(len(_parts(plan)))))
+    empty = np.empty([rows, image_size, image_size, 3], np.uint8)
+    return _Begun(plan, np.full(rows, PADDING, np.int32), empty, list(range(len(_parts(plan)))))
 
 
 def _fill(batch: _Begun, rows: np.ndarray, decode: _Decode, index: records.Index, label_base: int) -> Optional[Batch]:
@@ -142,7 +143,7 @@ def _fill(batch: _Begun, rows: np.ndarray, decode: _Decode, index: records.Index
     Raises Failure(DATA) naming the record that cannot be read or decoded.
     """
     last = len(batch.plan.ids) - 1
-    for row in rows.tolist():
+    for row, draws in zip(rows.tolist(), images.image_draws(batch.plan.seeds[rows])):
         record = int(batch.plan.ids[row])
         encoded, label = records.parse_example(index, record, records.read_record(index, record))
         if label != index.labels[record]:
@@ -153,7 +154,7 @@ def _fill(batch: _Begun, rows: np.ndarray, decode: _Decode, index: records.Index
             )
         batch.labels[row] = label - label_base
         try:
-            batch.images[row] = decode(encoded, batch.plan.seeds[row])
+            decode(encoded, draws, batch.images[row])
         except ValueError as reason:
             raise Failure(
                 DATA,
