@@ -370,6 +370,13 @@ def _find_features(read_at: ReadAt, length: int, names: Tuple[bytes, ...]) -> Li
         for entry_number, entry, entry_end in _fields(read_at, features, features_end):
             if entry_number != 1:
                 continue
+            # What comes first in an entry is its name: an entry of another name need not be looked at further.
+            head = read_at(entry, _MAP_HEADER_BYTES)
+            if len(head) > 1 and head[0] == 0x0A and head[1] < _MAP_HEADER_BYTES - 2 and entry + 2 + head[1] < entry_end:
+                key = head[2 : 2 + head[1]]
+                if key not in names:
+                    seen.append(repr(key.decode("utf-8", "replace"))[1:-1])
+                    continue
             found: Dict[int, Tuple[int, int]] = {n: (a, b) for n, a, b in _fields(read_at, entry, entry_end)}
             key = read_at(found[1][0], min(found[1][1] - found[1][0], _MAP_HEADER_BYTES)) if 1 in found else b""
             if key in names and 2 in found:
