@@ -165,5 +165,6 @@ def _fill(batch: _Begun, rows: np.ndarray, decode: _Decode, index: records.Index
             batch.images[last + 1 :] = batch.images[last]
     if batch.left.pop() > 0:  # one step that no other thread can come between
         return None
+    ids = np.pad(batch.plan.ids, [0, len(batch.labels) - 1 - last], "edge")
     with tf.device("/CPU:0"):
-        return Batch(*(tf.convert_to_tensor(column) for column in (batch.images, batch.labels, batch.plan.ids)))
+        return Batch(*(tf.convert_to_tensor(column) for column in (batch.images, batch.labels, ids)))
