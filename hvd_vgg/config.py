@@ -43,6 +43,16 @@ class Config:
         choices=("none", "flip", "shift", "crop"),
         learned=True,
     )
+    shuffle_block_records: int = flag(
+        1,
+        "Data",
+        "Where random reads are slow: blocks of so many consecutive records are permuted as wholes, then the records within "
+        "windows of 16384 // this many blocks, two at least. 1: all records, freely.",
+        "records",
+        at_least=1,
+        at_most=2**31,
+        learned=True,
+    )
 
     model: str = flag("vgg16", "Model", "The network.", choices=("vgg11", "vgg13", "vgg16", "vgg19"), learned=True)
     width: float = flag(1.0, "Model", "Factor on the width of every layer.", above=0.0, at_most=4.0, learned=True)
@@ -140,6 +150,16 @@ class Config:
     xla: bool = flag(False, "Device", "Compile a rank's forward and backward pass by XLA; for GPUs.")
     device_tflops: float = flag(
         0.0, "Device", "A device's peak, to print what share of it training reaches; 0: not known.", "TFLOP/s", at_least=0.0
+    )
+    input_threads: int = flag(
+        0,
+        "Device",
+        "Threads of a rank that read and decode images; 0: its part of the host's cores, one of them left to Horovod if "
+        "there are more than two. They decode at most A = 2 + ceil(8 threads / images a rank) batches ahead; 4 more are "
+        "read ahead into the page cache. Images are the same for any number.",
+        "threads",
+        at_least=0,
+        at_most=1024,
     )
     exchange: str = flag(
         "auto",

@@ -1,7 +1,15 @@
-"""One encoded image to one tensor: `train_image` and `eval_image`, an exact pair, as TensorFlow graph operations."""
+"""One encoded image to one array: `train_image` and `eval_image`, an exact pair.
 
-from typing import Any, Tuple
+TensorFlow decodes, since it decodes no more than a window of a JPEG; OpenCV resizes, on bytes, in a fraction of the time of
+TensorFlow's resize, which computes in float32. Both let go of Python's lock while they work, so threads run side by side.
+"""
 
+import math
+import struct
+from typing import Any, List, Sequence, Tuple
+
+import cv2
+import numpy as np
 import tensorflow as tf
 
 # An image whose header claims more is refused before it is decoded: 269 MB of RGB. The limit at which Pillow warns of a
@@ -13,96 +21,124 @@ _AREA, _RATIO, _TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
 # Evaluation sees the middle 224 of a shorter side of 256, at whatever image size (Simonyan and Zisserman, section 3.2).
 _CENTRE = 224 / 256
 
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 
-def train_image(encoded: Any, seed: Any, augment: str, image_size: int) -> Any:
-    """Returns one image as the network trains on it.
+# Whoever calls has threads of its own: OpenCV starts none.
+cv2.setNumThreads(0)
 
-    encoded: string scalar, JPEG or PNG; seed: int64 [2], of which crop and flip are functions.
-    Result: uint8 [image_size, image_size, 3]. An image that cannot be decoded raises InvalidArgumentError.
+Window = Tuple[int, int, int, int]  # top, left, height, width
+
+
+def train_image(encoded: bytes, draws: Sequence[float], augment: str, out: np.ndarray) -> None:
+    """Writes one image as the network trains on it to `out`, uint8 [image_size, image_size, 3].
+
+    encoded: JPEG or PNG; draws: a row of `image_draws`, of which crop and flip are functions. An image that cannot be
+    decoded raises ValueError.
     """
-    height, width = _shape(encoded)
-    draws = tf.random.stateless_uniform([3 * _TRIES + 3], seed)
+    data = tf.constant(encoded)  # once: it is a copy
+    height, width = image_shape(encoded, data)
     window = random_window(height, width, draws[3:]) if augment == "crop" else (0, 0, height, width)
-    image = _resized(encoded, window, image_size)
+    flips = augment != "none" and draws[0] < 0.5
+    image = np.empty_like(out) if flips or augment == "shift" else out
+    _resize(encoded, data, window, image)
     if augment == "shift":
-        margin = image_size // 8
-        padded = tf.pad(image, [[margin, margin], [margin, margin], [0, 0]])
-        offset = tf.cast(draws[1:3] * (2 * margin + 1), tf.int32)
-        image = tf.slice(padded, [offset[0], offset[1], 0], [image_size, image_size, 3])
-    if augment != "none":
-        image = tf.cond(draws[0] < 0.5, lambda: tf.reverse(image, [1]), lambda: image)
-    return tf.ensure_shape(image, [image_size, image_size, 3])
+        image_size, margin = len(out), len(out) // 8
+        top, left = (int(draw * (2 * margin + 1)) for draw in draws[1:3])
+        padded = np.pad(image, [(margin, margin), (margin, margin), (0, 0)])
+        image = padded[top : top + image_size, left : left + image_size]
+    if flips:
+        cv2.flip(image, 1, dst=out)
+    elif image is not out:
+        out[:] = image
 
 
-def eval_image(encoded: Any, augment: str, image_size: int) -> Any:
-    """Returns one image as it is evaluated: the whole of it, or its centre if training took crops.
+def eval_image(encoded: bytes, augment: str, out: np.ndarray) -> None:
+    """Writes one image as it is evaluated to `out`: the whole of it, or its centre if training took crops.
 
-    Result: uint8 [image_size, image_size, 3]. An image that cannot be decoded raises InvalidArgumentError.
+    out: uint8 [image_size, image_size, 3]. An image that cannot be decoded raises ValueError.
     """
-    height, width = _shape(encoded)
-    window = (0, 0, height, width)
-    if augment == "crop":
-        side = tf.cast(tf.round(_CENTRE * tf.cast(tf.minimum(height, width), tf.float32)), tf.int32)
-        window = ((height - side) // 2, (width - side) // 2, side, side)
-    return tf.ensure_shape(_resized(encoded, window, image_size), [image_size, image_size, 3])
+    data = tf.constant(encoded)
+    height, width = image_shape(encoded, data)
+    _resize(encoded, data, central_window(height, width) if augment == "crop" else (0, 0, height, width), out)
 
 
-def random_window(height: Any, width: Any, draws: Any) -> Tuple[Any, Any, Any, Any]:
-    """Returns (top, left, height, width), int32, of a random part of an image.
+def random_window(height: int, width: int, draws: Sequence[float]) -> Window:
+    """Returns (top, left, height, width) of a random part of an image.
 
     Area uniform in 0.08..1 of the image, ratio of width to height log-uniform in 3/4..4/3, the first of ten tries that
-    fits; else the largest central window whose ratio is within bounds. draws: float32 [30], uniform in [0, 1).
+    fits; else the largest central window whose ratio is within bounds. draws: 30 numbers, uniform in [0, 1).
     """
-    draws = tf.reshape(draws, [3, _TRIES])
-    tall, wide = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
-    area = tall * wide * (_AREA[0] + draws[0] * (_AREA[1] - _AREA[0]))
-    low, high = tf.math.log(_RATIO[0]), tf.math.log(_RATIO[1])
-    ratio = tf.exp(low + draws[1] * (high - low))
-    widths = tf.cast(tf.round(tf.sqrt(area * ratio)), tf.int32)
-    heights = tf.cast(tf.round(tf.sqrt(area / ratio)), tf.int32)
-    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
-    first = tf.argmax(tf.cast(fits, tf.int32))
-    # Places of the chosen try and, if none fits, of the central window, share the last row of draws.
-    bounded_width = tf.minimum(width, tf.cast(tf.round(tall * _RATIO[1]), tf.int32))
-    bounded_height = tf.minimum(height, tf.cast(tf.round(wide / _RATIO[0]), tf.int32))
-    found = tf.reduce_any(fits)
-    box_height = tf.where(found, heights[first], bounded_height)
-    box_width = tf.where(found, widths[first], bounded_width)
-    place = tf.where(found, draws[2][:2], [0.5, 0.5])
-    top = tf.cast(place[0] * tf.cast(height - box_height + 1, tf.float32), tf.int32)
-    left = tf.cast(place[1] * tf.cast(width - box_width + 1, tf.float32), tf.int32)
-    return top, left, box_height, box_width
+    low, high = math.log(_RATIO[0]), math.log(_RATIO[1])
+    for chance in range(_TRIES):
+        area = height * width * (_AREA[0] + draws[chance] * (_AREA[1] - _AREA[0]))
+        ratio = math.exp(low + draws[_TRIES + chance] * (high - low))
+        box_height, box_width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < box_height <= height and 0 < box_width <= width:
+            down, across = draws[2 * _TRIES : 2 * _TRIES + 2]
+            return int(down * (height - box_height + 1)), int(across * (width - box_width + 1)), box_height, box_width
+    box_height, box_width = min(height, round(width / _RATIO[0])), min(width, round(height * _RATIO[1]))
+    return (height - box_height + 1) // 2, (width - box_width + 1) // 2, box_height, box_width
 
 
-def _shape(encoded: Any) -> Tuple[Any, Any]:
-    """Returns (height, width), int32, from the header alone; InvalidArgumentError where it is absurd."""
-    shape = tf.cond(tf.io.is_jpeg(encoded), lambda: tf.io.extract_jpeg_shape(encoded)[:2], lambda: _png_shape(encoded))
-    # Products in 64 bits: a header may claim 2**31 by 2**31.
-    pixels = tf.reduce_prod(tf.cast(shape, tf.int64))
-    sane = (tf.reduce_min(shape) > 0) & (pixels <= MAX_PIXELS)
-    message = f"its header claims this height and width; expected 1 to {MAX_PIXELS} pixels:"
-    with tf.control_dependencies([tf.debugging.Assert(sane, [message, shape])]):
-        shape = tf.identity(shape)
-    return shape[0], shape[1]
+def central_window(height: int, width: int) -> Window:
+    """Returns (top, left, height, width) of the middle square that is evaluated."""
+    side = round(_CENTRE * min(height, width))
+    return (height - side) // 2, (width - side) // 2, side, side
 
 
-def _png_shape(encoded: Any) -> Any:
-    is_png = tf.strings.substr(encoded, 0, 8) == b"\x89PNG\r\n\x1a\n"
-    enough = is_png & (tf.strings.length(encoded) >= 24)
-    message = "it is neither a JPEG nor a PNG; it begins with"
-    with tf.control_dependencies([tf.debugging.Assert(enough, [message, tf.strings.substr(encoded, 0, 8)])]):
+def image_draws(seeds: np.ndarray) -> List[List[float]]:
+    """Returns all that is random of each image: 33 numbers in [0, 1): one for the flip, 2 for the shift, 30 for the crop.
+
+    seeds: int64 [n, 2]. They are the upper 53 bits of each 64 of the SplitMix64 stream (Steele, Lea and Flood, OOPSLA 2014)
+    that starts at a hash of a row of seeds: for all rows at once, because a generator made for each would cost more than
+    its numbers.
+    """
+    first, second = seeds.astype(np.uint64).T
+    start = _mixed(first + _mixed(second + _GOLDEN))
+    bits = _mixed(start[:, None] + _GOLDEN * np.arange(1, 3 + 3 * _TRIES + 1, dtype=np.uint64))
+    return list(((bits >> np.uint64(11)) * 2.0**-53).tolist())
+
+
+def _mixed(bits: np.ndarray) -> np.ndarray:
+    """Returns SplitMix64's finalizer of each of `bits`, uint64."""
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+def image_shape(encoded: bytes, data: Any) -> Tuple[int, int]:
+    """Returns (height, width) from the header alone; ValueError where it is absurd. data: `encoded` as a tensor."""
+    if encoded.startswith(_JPEG):
+        try:
+            height, width, _ = tf.io.extract_jpeg_shape(data).numpy().tolist()
+        except tf.errors.OpError as error:
+            raise _undecodable(error) from error
+    elif encoded.startswith(_PNG) and len(encoded) >= 24:
         # Width, then height, big-endian, at byte 16 of every PNG (ISO/IEC 15948, section 11.2.2).
-        size = tf.io.decode_raw(tf.strings.substr(encoded, 16, 8), tf.int32, little_endian=False)
-    return tf.reverse(tf.ensure_shape(size, [2]), [0])
+        width, height = struct.unpack(">II", encoded[16:24])
+    else:
+        raise ValueError(f"it is neither a JPEG nor a PNG; it begins with {encoded[:8]!r}")
+    if not (height > 0 and width > 0 and height * width <= MAX_PIXELS):
+        raise ValueError(f"its header claims this height and width; expected 1 to {MAX_PIXELS} pixels: {height} by {width}")
+    return height, width
 
 
-def _resized(encoded: Any, window: Tuple[Any, Any, Any, Any], image_size: int) -> Any:
+def _resize(encoded: bytes, data: Any, window: Window, out: np.ndarray) -> None:
+    """Writes the bilinear resize, with half-pixel centres, of a window of the image to `out`."""
     top, left, height, width = window
-    part = tf.cond(
-        tf.io.is_jpeg(encoded),
-        # Only the rows and columns of the window are decoded.
-        lambda: tf.io.decode_and_crop_jpeg(encoded, [top, left, height, width], channels=3),
-        lambda: tf.slice(tf.io.decode_png(encoded, channels=3), [top, left, 0], [height, width, 3]),
-    )
-    resized = tf.image.resize(part, [image_size, image_size])  # bilinear, half-pixel centres
-    return tf.cast(tf.round(resized), tf.uint8)
+    try:
+        if encoded.startswith(_JPEG):
+            # Only the rows and columns of the window are decoded.
+            part = np.asarray(tf.io.decode_and_crop_jpeg(data, window, channels=3))
+        else:
+            part = np.asarray(tf.io.decode_png(data, channels=3))[top : top + height, left : left + width]
+    except tf.errors.OpError as error:
+        raise _undecodable(error) from error
+    cv2.resize(part, (len(out), len(out)), dst=out, interpolation=cv2.INTER_LINEAR)
+
+
+def _undecodable(error: Any) -> ValueError:
+    """Returns TensorFlow's reason in one line."""
+    lines = error.message.split("[Op:")[0].strip().splitlines()
+    return ValueError(f"{lines[0]} {' '.join(lines[1:])[:200]}".strip())

@@ -13,7 +13,10 @@ from typing import NamedTuple, Tuple
 import numpy as np
 
 # What the numbers drawn are for: no two purposes share a random stream.
-_ORDER, _AUGMENT, _DROPOUT, _WEIGHTS = range(4)
+_ORDER, _AUGMENT, _DROPOUT, _WEIGHTS, _BLOCKS = range(5)
+
+# Whole blocks are mixed within windows of about so many records, as many as TensorFlow's examples hold in shuffle buffers.
+WINDOW_RECORDS = 16_384
 
 
 class Positions(NamedTuple):
@@ -26,10 +29,36 @@ class Positions(NamedTuple):
 @functools.lru_cache(maxsize=2)  # A batch spans two epochs at most, unless the data set is smaller than it.
 def permutation(records: int, seed: int, epoch: int) -> np.ndarray:
     """Returns the order of `records` ids in one epoch, uint32 [records], read-only."""
-    draws = np.random.Philox(np.random.SeedSequence([seed, _ORDER, epoch])).random_raw(records)
-    order = np.argsort(draws, kind="stable").astype(np.uint32)
+    order = np.argsort(_draws(records, seed, _ORDER, epoch), kind="stable").astype(np.uint32)
     order.setflags(write=False)
     return order
+
+
+@functools.lru_cache(maxsize=2)
+def block_permutation(records: int, seed: int, epoch: int, block: int) -> np.ndarray:
+    """Returns the order of `records` ids in one epoch by blocks, uint32 [records], read-only.
+
+    Blocks of `block` consecutive ids (the last may be shorter) are laid end to end in random order. That is cut into windows
+    of as many records as there are in WINDOW_RECORDS // block whole blocks, two at least, and each window is permuted.
+    """
+    count = -(-records // block)
+    blocks = np.argsort(_draws(count, seed, _BLOCKS, epoch), kind="stable")
+    ids = (blocks[:, None] * block + np.arange(min(block, records))).ravel()
+    ids = ids[ids < records]
+    windows = np.arange(records) // window_records(block)
+    order = ids[np.lexsort((_draws(records, seed, _ORDER, epoch), windows))].astype(np.uint32)
+    order.setflags(write=False)
+    return order
+
+
+def window_records(block: int) -> int:
+    """Returns how many consecutive places of an epoch share their records when blocks of `block` are permuted."""
+    return max(2, WINDOW_RECORDS // block) * block
+
+
+def _draws(count: int, *words: int) -> np.ndarray:
+    """Returns `count` raw 64-bit draws that are a function of `words`."""
+    return np.asarray(np.random.Philox(np.random.SeedSequence(list(words))).random_raw(count))
 
 
 def slice_bounds(global_batch: int, rank: int, size: int) -> Tuple[int, int]:
@@ -39,13 +68,17 @@ def slice_bounds(global_batch: int, rank: int, size: int) -> Tuple[int, int]:
     return low, low + short + (1 if rank < longer else 0)
 
 
-def positions(start: int, stop: int, records: int, seed: int) -> Positions:
-    """Returns the records at positions [start, stop) of the stream over `records` records."""
+def positions(start: int, stop: int, records: int, seed: int, block: int = 1) -> Positions:
+    """Returns the records at positions [start, stop) of the stream over `records` records.
+
+    block: 1, or of how many consecutive records are the blocks that are permuted as wholes (`block_permutation`).
+    """
     epochs, offsets = np.divmod(np.arange(start, stop, dtype=np.int64), records)
     ids = np.empty_like(offsets)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
-        ids[chosen] = permutation(records, seed, int(epoch))[offsets[chosen]]
+        whole = block_permutation(records, seed, int(epoch), block) if block > 1 else permutation(records, seed, int(epoch))
+        ids[chosen] = whole[offsets[chosen]]
     return Positions(ids, epochs)
 
 

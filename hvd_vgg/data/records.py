@@ -5,6 +5,7 @@ CRC-32C of the data (uint32). The data is a tf.train.Example; of it only two fea
 `image/encoded` (one byte string) and `image/class/label` (one integer).
 """
 
+import contextlib
 import functools
 import os
 import re
@@ -12,7 +13,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import crc32c
 import numpy as np
@@ -68,7 +69,7 @@ class Index(NamedTuple):
         return f"{self.paths[shard]}, record {record - int(self.starts[shard])}, offset {offset}"
 
 
-def _masked_crc(data: bytes) -> int:
+def _masked_crc(data: Union[bytes, memoryview]) -> int:
     """Returns the checksum as TFRecord files hold it: CRC-32C, rotated and shifted (tensorflow/core/lib/hash/crc32c.h)."""
     plain = crc32c.crc32c(data)
     return ((plain >> 15 | plain << 17) + 0xA282EAD8) & 0xFFFFFFFF
@@ -264,8 +265,20 @@ class _OpenFile:
 _open = functools.lru_cache(maxsize=256)(_OpenFile)  # Well below the usual limit of 1024; a set has up to 1024 shards.
 
 
+def read_ahead(index: Index, ids: np.ndarray) -> None:
+    """Asks the kernel to read the records `ids` into its page cache, in the order of the files, and does not wait for them.
+
+    A hint: where it cannot be given, or the file is gone, reading the record is what will say so.
+    """
+    for record in np.sort(ids).tolist():
+        shard = int(np.searchsorted(index.starts, record, side="right")) - 1
+        length, offset = int(index.lengths[record]), int(index.offsets[record])
+        with contextlib.suppress(OSError, AttributeError):  # some systems have no posix_fadvise
+            os.posix_fadvise(_open(index.paths[shard]).handle, offset, length + FOOTER_BYTES, os.POSIX_FADV_WILLNEED)
+
+
 def read_record(index: Index, record: int) -> bytes:
-    """Returns the data of one record after checking its checksum; any thread may call.
+    """Returns the data of one record and, not to copy it, the 4 bytes of checksum behind it; any thread may call.
 
     Raises Failure(DATA) naming file, record and offset.
     """
@@ -282,26 +295,26 @@ def read_record(index: Index, record: int) -> bytes:
             f"data: {index.where(record)}: expected {length} bytes of data and a checksum, found {len(found)} bytes: the "
             f"shard became shorter since it was indexed. Copy it again",
         )
-    data = found[:length]
-    expected = _masked_crc(data)
-    (written,) = struct.unpack("<I", found[length:])
+    expected = _masked_crc(memoryview(found)[:length])
+    (written,) = struct.unpack_from("<I", found, length)
     if written != expected:
         raise Failure(
             DATA,
             f"data: {index.where(record)}: the checksum of its {length} bytes of data is {expected:08x}, the file says "
             f"{written:08x}: damaged. Copy the shard again",
         )
-    return data
+    return found
 
 
 def parse_example(index: Index, record: int, data: bytes) -> Tuple[bytes, int]:
-    """Returns (encoded image, label as written) of a record's data; raises Failure(DATA) naming what is missing."""
+    """Returns (encoded image, label as written) of what `read_record` returned; Failure(DATA) naming what is missing."""
 
     def read_at(at: int, count: int) -> bytes:
         return data[at : at + count]
 
     try:
-        return read_image(read_at, len(data)), read_label(read_at, len(data))
+        image, label = _find_features(read_at, int(index.lengths[record]), (IMAGE, LABEL))
+        return _image(read_at, image), _label(read_at, label)
     except ValueError as error:
         raise Failure(
             DATA,
@@ -320,7 +333,10 @@ _MAP_HEADER_BYTES = 64  # more than tags, lengths and a name that we look for ta
 
 def read_label(read_at: ReadAt, length: int) -> int:
     """Returns the single integer of `image/class/label`; raises ValueError saying what is wrong."""
-    span = _find_feature(read_at, length, LABEL)
+    return _label(read_at, _find_features(read_at, length, (LABEL,))[0])
+
+
+def _label(read_at: ReadAt, span: Tuple[int, int]) -> int:
     values = _int64_values(read_at(span[0], min(span[1] - span[0], 256)))
     if len(values) != 1:
         raise ValueError(f"feature {LABEL.decode()} has {len(values)} integers")
@@ -329,9 +345,9 @@ def read_label(read_at: ReadAt, length: int) -> int:
     return values[0]
 
 
-def read_image(read_at: ReadAt, length: int) -> bytes:
-    """Returns the single byte string of `image/encoded`; raises ValueError saying what is wrong."""
-    start, stop = _find_feature(read_at, length, IMAGE)
+def _image(read_at: ReadAt, span: Tuple[int, int]) -> bytes:
+    """Returns the single byte string of the Feature at `span`; raises ValueError saying what is wrong."""
+    start, stop = span
     values = [
         part
         for kind in _fields(read_at, start, stop)
@@ -344,8 +360,9 @@ def read_image(read_at: ReadAt, length: int) -> bytes:
     return read_at(values[0][1], values[0][2] - values[0][1])
 
 
-def _find_feature(read_at: ReadAt, length: int, name: bytes) -> Tuple[int, int]:
-    """Returns [start, stop) of the Feature called `name`; ValueError when there is none."""
+def _find_features(read_at: ReadAt, length: int, names: Tuple[bytes, ...]) -> List[Tuple[int, int]]:
+    """Returns [start, stop) of the Features called `names`, each the first of its name; ValueError when one is missing."""
+    spans: Dict[bytes, Tuple[int, int]] = {}
     seen: List[str] = []
     for number, features, features_end in _fields(read_at, 0, length):
         if number != 1:
@@ -353,12 +370,22 @@ def _find_feature(read_at: ReadAt, length: int, name: bytes) -> Tuple[int, int]:
         for entry_number, entry, entry_end in _fields(read_at, features, features_end):
             if entry_number != 1:
                 continue
+            # What comes first in an entry is its name: an entry of another name need not be looked at further.
+            head = read_at(entry, _MAP_HEADER_BYTES)
+            if len(head) > 1 and head[0] == 0x0A and head[1] < _MAP_HEADER_BYTES - 2 and entry + 2 + head[1] < entry_end:
+                key = head[2 : 2 + head[1]]
+                if key not in names:
+                    seen.append(repr(key.decode("utf-8", "replace"))[1:-1])
+                    continue
             found: Dict[int, Tuple[int, int]] = {n: (a, b) for n, a, b in _fields(read_at, entry, entry_end)}
             key = read_at(found[1][0], min(found[1][1] - found[1][0], _MAP_HEADER_BYTES)) if 1 in found else b""
-            if key == name and 2 in found:
-                return found[2]
+            if key in names and 2 in found:
+                spans.setdefault(key, found[2])
+                if len(spans) == len(names):
+                    return [spans[name] for name in names]
             seen.append(repr(key.decode("utf-8", "replace"))[1:-1])
-    raise ValueError(f"feature {name.decode()} is missing; it has {', '.join(seen[:20]) or 'none'}")
+    missing = next(name for name in names if name not in spans)
+    raise ValueError(f"feature {missing.decode()} is missing; it has {', '.join(seen[:20]) or 'none'}")
 
 
 def _fields(read_at: ReadAt, start: int, stop: int) -> Iterator[Tuple[int, int, int]]:

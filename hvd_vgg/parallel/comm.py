@@ -34,21 +34,24 @@ _TCP_FRAGMENT_BYTES = 256 * 1024
 
 
 class Device(NamedTuple):
-    """What this rank computes on: `kind` GPU or CPU, the layout it computes in, the CPU threads it may use."""
+    """What this rank computes on: `kind` GPU or CPU, the layout, the CPU threads to compute and to decode images with."""
 
     kind: str
     data_format: str
     threads: int
+    input_threads: int
 
 
 # The ranks that speak to each other: all of them, but for `among`.
 _members: Any = hvd.global_process_set
+_subsets: Dict[int, Any] = {}
 
 
-def start(timeline: bool = False, subsets: Sequence[int] = ()) -> Device:
+def start(input_threads: int = 0, timeline: bool = False, subsets: Sequence[int] = ()) -> Device:
     """Joins the run and takes this rank's device; the first call of every rank.
 
-    timeline: that one may be asked for; subsets: the numbers of ranks that `among` may be asked for.
+    input_threads: 0 for as many as fit; timeline: that one may be asked for; subsets: the numbers of ranks that `among`
+    may be asked for.
 
     Raises Failure(CONFIGURATION) when there are more ranks on this host than devices.
     """
@@ -73,9 +76,10 @@ def start(timeline: bool = False, subsets: Sequence[int] = ()) -> Device:
     # Never fewer than 4, whatever TF_NUM_INTEROP_THREADS says: with 1 or 2 a run of Horovod can wait for ever for a
     # thread to issue a collective that the other ranks are already in.
     tf.config.threading.set_inter_op_parallelism_threads(max(4, threads))
+    input_threads = input_threads or threads_for_input(threads)
     devices = tf.config.list_physical_devices("GPU")
     if not devices:
-        return Device("CPU", "NHWC", threads)
+        return Device("CPU", "NHWC", threads, input_threads)
     if hvd.local_size() > len(devices):
         raise Failure(
             CONFIGURATION,
@@ -85,14 +89,16 @@ def start(timeline: bool = False, subsets: Sequence[int] = ()) -> Device:
     mine = devices[hvd.local_rank()]
     tf.config.set_visible_devices(mine, "GPU")
     tf.config.experimental.set_memory_growth(mine, True)
-    return Device("GPU", "NCHW", threads)
+    return Device("GPU", "NCHW", threads, input_threads)
+
+
+def threads_for_input(threads: int) -> int:
+    """Returns how many of a rank's CPU threads may decode: one is left to Horovod's own where there are more than two."""
+    return threads - 1 if threads > 2 else threads
 
 
 def _first_ranks(count: int) -> Any:
     return _subsets.setdefault(count, hvd.ProcessSet(range(count)))
-
-
-_subsets: Dict[int, Any] = {}
 
 
 @contextlib.contextmanager

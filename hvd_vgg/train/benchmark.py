@@ -25,7 +25,7 @@ _UPDATES = 30
 def benchmark(config: BenchmarkConfig) -> None:
     """Measures each kind of input on each number of --ranks, prints a table and writes --out; all ranks call."""
     wanted = sorted({int(number) for number in config.ranks})
-    device = comm.start(subsets=wanted)
+    device = comm.start(config.input_threads, subsets=wanted)
     console = Console(config.console, comm.is_root())
     started = comm.size()
     comm.agree("the flags", {**dataclasses.asdict(config), "data_dir": "", "run_dir": "", "console": ""})
@@ -87,7 +87,9 @@ def _batches(kind: str, config: Config, device: comm.Device, data: Optional[Data
     """Returns the batches of this rank: the same tensors again, the same arrays copied each time, or the pipeline's."""
     steps = range(config.steps or _UPDATES)
     if kind == "real" and data is not None:
-        return pipeline.train_batches(data.train, config, data.label_base, steps, comm.rank(), comm.size(), device.threads)
+        return pipeline.train_batches(
+            data.train, config, data.label_base, steps, comm.rank(), comm.size(), device.input_threads
+        )
     low, high = order.slice_bounds(config.global_batch, comm.rank(), comm.size())
     random = np.random.default_rng(config.seed)
     images = random.integers(0, 256, (high - low, config.image_size, config.image_size, 3), np.uint8)

@@ -29,7 +29,8 @@ _FIRST_LOOK = 2
 def train(config: Config) -> None:
     """Trains, evaluates and leaves everything in --run_dir; all ranks call."""
     # ---- who and where we are
-    device = comm.start(timeline=bool(config.profile_steps))
+    device = comm.start(config.input_threads, timeline=bool(config.profile_steps))
+    threads = device.input_threads
     console = Console(config.console, comm.is_root())
     run_dir = Path(config.run_dir)
     _check_ranks(config)
@@ -55,7 +56,7 @@ def train(config: Config) -> None:
     # ---- the loop
     best = position.best_top1
     steps = range(position.step, position.step if _reached(config, best, data) else total)
-    batches = pipeline.train_batches(data.train, config, data.label_base, steps, comm.rank(), comm.size(), device.threads)
+    batches = pipeline.train_batches(data.train, config, data.label_base, steps, comm.rank(), comm.size(), threads)
     throughput, progress = Throughput(), console.progress("training", total, "steps", position.step)
     began, done, result = time.monotonic() - position.seconds, position.step, None
     window: List[Tuple[int, step.Sums]] = []
@@ -89,7 +90,7 @@ def train(config: Config) -> None:
         improved = False
         if done in eval_at:
             with throughput.apart("evaluation"):
-                result = evaluate.evaluate(eval_step, data.validation, config, data.label_base, device.threads, console)
+                result = evaluate.evaluate(eval_step, data.validation, config, data.label_base, threads, console)
             improved, best = result.top1 > best, max(best, result.top1)
             tell.evaluation(result, done, epoch, log, console)
         reached = _reached(config, best, data)
@@ -106,7 +107,7 @@ def train(config: Config) -> None:
     # ---- the end
     if result is None:  # nothing was left to train
         epoch = done * config.global_batch / data.train.records
-        result = evaluate.evaluate(eval_step, data.validation, config, data.label_base, device.threads, console)
+        result = evaluate.evaluate(eval_step, data.validation, config, data.label_base, threads, console)
         tell.evaluation(result, done, epoch, log, console)
         tell.write_result(config, run_dir, result, throughput, done, epoch, time.monotonic() - began)
     tell.summary(config, run_dir, result, throughput, done, time.monotonic() - began, log, console)
@@ -115,7 +116,7 @@ def train(config: Config) -> None:
 
 def evaluate_run(config: EvaluateConfig) -> None:
     """Evaluates a checkpoint of the run in --run_dir on the validation split; all ranks call."""
-    device = comm.start()
+    device = comm.start(config.input_threads)
     console = Console(config.console, comm.is_root())
     _check_ranks(config)
     run_dir = Path(config.run_dir)
@@ -128,7 +129,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     comm.together(lambda: state.assign(run.weights, found) if found else None)
     comm.broadcast_variables(list(run.weights.values()))
     eval_step = step.make_eval_step(run.weights, config, device.data_format)
-    result = evaluate.evaluate(eval_step, index, config, label_base, device.threads, console)
+    result = evaluate.evaluate(eval_step, index, config, label_base, device.input_threads, console)
     console.say(
         f"step {meta['step']}: {result.accuracy()}  "
         f"({result.top1} and {result.top5} of {result.records} records, each once, on {count(comm.size(), 'rank')})"

@@ -67,7 +67,8 @@ def introduce(
         f"({'0 is background' if data.label_base else 'no background'}; --label_base overrides)"
     )
     console.say(
-        f"{count(comm.size(), 'rank')} on {device.kind}, {count(device.threads, 'CPU thread')} each; {config.global_batch} "
+        f"{count(comm.size(), 'rank')} on {device.kind}, {count(device.threads, 'CPU thread')} each, "
+        f"{device.input_threads} to decode images; {config.global_batch} "
         f"images an update: {' or '.join(map(str, parts))} a rank, at most {config.device_batch} at once"
     )
     if comm.size() > 1:

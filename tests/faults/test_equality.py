@@ -120,6 +120,14 @@ def test_ranks_make_the_same_run_within_a_low_precisions_rounding(launch, tmp_pa
         assert (np.array(distances(found, wanted)) <= 2 * rounding).all(), ranks
 
 
+def test_blocks_and_input_threads_make_the_same_run_on_one_rank_and_two(launch, tmp_path, data):
+    wanted = train(launch, tmp_path / "one", data, 1, "--shuffle_block_records=8", "--input_threads=1")
+    assert_same_run(train(launch, tmp_path / "two", data, 2, "--shuffle_block_records=8", "--input_threads=3"), wanted)
+    from hvd_vgg.data import order
+
+    assert wanted[0] == {s: order.positions(32 * s, 32 * s + 32, 75, 1, 8).ids.tolist() for s in range(STEPS)}
+
+
 def test_another_seed_is_another_run(launch, tmp_path, data, one_rank):
     found = train(launch, tmp_path / "spy", data, 2, "--seed=2")
     with pytest.raises(AssertionError):

@@ -69,3 +69,7 @@ def test_gradients_of_all_layers_are_summed_over_ranks():
     factor = sum(range(1, comm.size() + 1))
     for name, value in summed(tf.constant(1.0 + comm.rank())).items():
         np.testing.assert_allclose(value, factor * weights[name].numpy(), rtol=1e-6)
+
+
+def test_one_core_is_left_to_horovod_where_there_are_more_than_two():
+    assert [comm.threads_for_input(threads) for threads in (1, 2, 3, 8)] == [1, 2, 2, 7]

@@ -62,3 +62,62 @@ def test_seeds_differ_by_record_epoch_and_seed_and_not_by_place():
 def test_dropout_keys_differ_by_step_layer_and_seed():
     keys = [key for seed in (1, 2) for step in (0, 1) for key in order.dropout_keys(seed, step, 2).tolist()]
     assert len(set(keys)) == 8
+
+
+BLOCKS = [(1, 2), (7, 3), (1000, 7), (1000, 64), (1000, 1000), (1000, 5000), (50_000, 64), (50_000, 20_000)]
+
+
+@pytest.mark.parametrize(("records", "block"), BLOCKS)
+def test_blocks_are_read_exactly_once_and_are_a_function_of_seed_and_epoch(records, block):
+    first = order.block_permutation(records, 1, 0, block)
+    assert (np.sort(first) == np.arange(records)).all()
+    order.block_permutation.cache_clear()
+    assert (first == order.block_permutation(records, 1, 0, block)).all()
+    if records > 7:
+        assert (first != order.block_permutation(records, 1, 1, block)).any()
+        assert (first != order.block_permutation(records, 2, 0, block)).any()
+
+
+def test_the_order_by_blocks_never_changes_between_versions():
+    assert order.block_permutation(10, 1, 0, 3).tolist() == [5, 3, 4, 1, 2, 6, 7, 8, 0, 9]
+
+
+@pytest.mark.parametrize("block", [64, 100, 4096, 20_000])
+def test_a_window_reads_from_few_blocks_and_mixes_them(block):
+    records = 100_001
+    ids, window = order.block_permutation(records, 1, 0, block).astype(int), order.window_records(block)
+    starts = range(0, records, window)
+    for start in starts:
+        part = ids[start : start + window]
+        # The short last block shifts the ends of the windows behind it by less than a block.
+        assert len(set(part // block)) <= window // block + 1
+        if len(part) == window:
+            assert np.abs(np.diff(part)).mean() > block / 4
+    assert len(starts) < 3 or (np.diff([ids[start : start + window].mean() for start in starts]) < 0).any()
+
+
+def test_a_block_as_large_as_the_data_set_is_a_free_permutation():
+    for block in (1000, 5000):
+        ids = order.block_permutation(1000, 1, 0, block).astype(int)
+        assert abs(np.corrcoef(ids, np.arange(1000))[0, 1]) < 0.2
+
+
+@pytest.mark.parametrize("block", [1, 8, 30, 1000])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_ranks_slices_make_the_stream_whatever_the_block(block, size):
+    records, batch, steps = 75, 32, 12
+    whole = order.positions(0, batch * steps, records, 1, block)
+    parts = []
+    for step in range(steps):
+        for rank in range(size):
+            low, high = order.slice_bounds(batch, rank, size)
+            parts.append(order.positions(step * batch + low, step * batch + high, records, 1, block))
+    assert (np.concatenate([part.ids for part in parts]) == whole.ids).all()
+    assert (np.concatenate([part.epochs for part in parts]) == whole.epochs).all()
+    for epoch in range(batch * steps // records):
+        assert (np.sort(whole.ids[epoch * records : (epoch + 1) * records]) == np.arange(records)).all()
+
+
+def test_one_record_a_block_is_the_free_permutation():
+    assert (order.positions(0, 150, 75, 1, 1).ids == order.positions(0, 150, 75, 1).ids).all()
+    assert (order.positions(0, 75, 75, 1).ids == order.permutation(75, 1, 0)).all()

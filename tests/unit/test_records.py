@@ -28,7 +28,8 @@ def test_the_index_finds_what_tensorflow_reads(data):
     index = open_all(data)
     expected = [bytes(r.numpy()) for r in tf.data.TFRecordDataset([str(path) for path in index.paths])]
     assert index.records == len(expected) == 75
-    assert [records.read_record(index, i) for i in range(75)] == expected
+    assert [records.read_record(index, i)[:-4] for i in range(75)] == expected
+    records.read_ahead(index, np.arange(75))
     parsed = [tf.train.Example.FromString(text).features.feature for text in expected]
     for i, features in enumerate(parsed):
         encoded, label = records.parse_example(index, i, expected[i])

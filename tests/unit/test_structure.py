@@ -55,7 +55,13 @@ def test_every_module_has_its_floor_and_imports_point_downwards():
 
 @pytest.mark.parametrize(
     ("module", "only"),
-    [("horovod", {"parallel.comm"}), ("mpi4py", {"parallel.comm"}), ("dllogger", {"run.log"}), ("absl", {"config"})],
+    [
+        ("horovod", {"parallel.comm"}),
+        ("mpi4py", {"parallel.comm"}),
+        ("dllogger", {"run.log"}),
+        ("absl", {"config"}),
+        ("cv2", {"data.images"}),
+    ],
 )
 def test_some_libraries_have_one_importer(module, only):
     users = {name_of(path) for path in FILES if any(name.split(".")[0] == module for name in imports_of(path))}

@@ -1,0 +1,110 @@
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from support import example, picture, write_data, write_shard
+
+from hvd_vgg.config import Config
+from hvd_vgg.data import images, order, pipeline, records
+from hvd_vgg.run.health import DATA, Failure
+
+CONFIG = Config(global_batch=32, device_batch=5, image_size=32, augment="crop", seed=3)
+
+
+def index_of(folder, split):
+    paths = records.find_shards(str(folder), split)
+    return records.join(paths, [records.scan_shard(path) for path in paths])
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    write_data(folder / "data")
+    return index_of(folder / "data", "train"), index_of(folder / "data", "validation")
+
+
+def columns(batches):
+    return [np.concatenate(column) for column in zip(*([np.asarray(part) for part in batch] for batch in batches))]
+
+
+@pytest.mark.parametrize("block", [1, 8])
+def test_every_row_is_its_records_image_on_any_number_of_threads_and_ranks(train, block):
+    index, config = train[0], replace(CONFIG, shuffle_block_records=block)
+    steps = range(1, 5)  # 75 records: over the end of an epoch
+    at = order.positions(32, 160, index.records, config.seed, block)
+    wanted = np.empty([128, 32, 32, 3], np.uint8)
+    for out, record, seed in zip(wanted, at.ids.tolist(), order.sample_seeds(config.seed, at)):
+        encoded, _ = records.parse_example(index, record, records.read_record(index, record))
+        images.train_image(encoded, images.image_draws(seed[None])[0], "crop", out)
+    for size, threads in ((1, 1), (1, 7), (2, 2), (3, 3)):
+        ranks = [list(pipeline.train_batches(index, config, 1, steps, rank, size, threads)) for rank in range(size)]
+        pictures, labels, ids = columns([part for parts in zip(*ranks) for part in parts])
+        assert (ids == at.ids).all()
+        assert (labels == index.labels[at.ids] - 1).all()
+        assert (pictures == wanted).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 9])
+def test_evaluation_yields_each_record_once_and_fills_the_last_batch(train, size):
+    index = train[1]
+    rows = [columns([batch]) for rank in range(size) for batch in pipeline.eval_batches(index, CONFIG, 1, rank, size, 2)]
+    seen = []
+    for pictures, labels, ids in rows:
+        assert len(pictures) == len(labels) == len(ids) == CONFIG.device_batch
+        count = int((labels != pipeline.PADDING).sum())
+        assert (labels[:count] == index.labels[ids[:count]] - 1).all()
+        assert (labels[count:] == pipeline.PADDING).all()
+        assert (ids[count:] == ids[count - 1]).all()
+        assert (pictures[count:] == pictures[count - 1]).all()
+        seen += ids[:count].tolist()
+    assert sorted(seen) == list(range(index.records))
+
+
+def test_no_more_is_read_and_decoded_ahead_than_is_documented(train, monkeypatch):
+    asked, decoded, lock = [], [], threading.Lock()
+
+    def note(into, original):
+        def noted(*arguments, **more):
+            with lock:
+                into.append(1)
+            return original(*arguments, **more)
+
+        return noted
+
+    monkeypatch.setattr(records, "read_ahead", note(asked, records.read_ahead))
+    monkeypatch.setattr(images, "train_image", note(decoded, images.train_image))
+    threads, rows = 3, CONFIG.global_batch
+    batches = pipeline.train_batches(train[0], CONFIG, 1, range(1000), 0, 1, threads)
+    ahead = 2 + -(-threads * pipeline.PIECE // rows)
+    for taken in (1, 2, 3):
+        next(batches)
+        # What is beyond the batch that was handed out; it was one of the A when they were begun.
+        wanted = taken + ahead - 1 + pipeline.READ_AHEAD, (taken + ahead - 1) * rows
+        deadline = time.monotonic() + 60
+        while (len(asked) < wanted[0] or len(decoded) < wanted[1]) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)  # for what should not be done
+        assert (len(asked), len(decoded)) == wanted
+    batches.close()
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("decode")]
+
+
+def test_a_bad_image_is_named_whoever_decodes_it_and_whatever_is_bad_behind_it(tmp_path):
+    rows = [example(picture(0, n), 1) for n in range(40)]
+    rows[17] = rows[29] = example(picture(0, 1)[:300], 1)
+    write_shard(tmp_path / "train-00000-of-00001", rows)
+    index = index_of(tmp_path, "train")
+    for threads in (1, 5):
+        batches = pipeline.eval_batches(index, CONFIG, 1, 0, 1, threads)
+        taken = [next(batches) for _ in range(3)]
+        with pytest.raises(Failure, match=r"record 17, offset \d+: the image \(300 bytes\) cannot be decoded: \S") as raised:
+            next(batches)
+        assert raised.value.code == DATA
+        assert len(taken) == 3
+
+
+def test_the_end_of_the_stream_leaves_no_thread(train):
+    assert len(list(pipeline.train_batches(train[0], CONFIG, 1, range(2), 0, 1, 2))) == 2
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("decode")]
