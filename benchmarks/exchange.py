@@ -188,7 +188,8 @@ def make_steps(config, options):
     @tf.function
     def horovod(images, labels, position, keys, lr):
         def dropout(x, layer):
-            return step.drop(x, config.dropout, keys[layer], position)
+            kept = step.keep(tf.shape(x)[0], x.shape[1], config.dropout, keys[layer], position)
+            return step.drop(x, kept, config.dropout)
 
         with tf.GradientTape() as tape:
             logits = vgg.logits(weights, "vgg16", vgg.normalized(images), "NHWC", dropout)
@@ -196,7 +197,7 @@ def make_steps(config, options):
         gradients = hvd.DistributedGradientTape(tape).gradient(loss, list(weights.values()))
         norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(gradient) for gradient in gradients]))
         optimizer.update(weights, slots, dict(zip(weights, gradients)), lr, "momentum", 0.9, config.weight_decay)
-        return step.Sums(loss, step.hits(logits, labels, 1), step.hits(logits, labels, 5), norm)
+        return step.Sums(loss, step.hits(logits, labels, 1), step.hits(logits, labels, 5), norm, tf.constant(1.0))
 
     without = ours([], "float32")
     steps = {

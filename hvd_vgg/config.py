@@ -119,6 +119,15 @@ class Config:
     device_batch: int = flag(
         32, "Device", "Images a device holds at once; a rank's larger part is worked through in turn.", "images", at_least=1
     )
+    precision: str = flag(
+        "float32",
+        "Device",
+        "What the network is computed in. Weights, updates, sums and softmax are float32 always; float16 scales its loss "
+        "and skips an update that overflows.",
+        choices=("float32", "bfloat16", "float16"),
+        learned=True,
+    )
+    xla: bool = flag(False, "Device", "Compile a rank's forward and backward pass by XLA; for GPUs.")
     exchange: str = flag(
         "auto",
         "Device",
@@ -210,7 +219,11 @@ def parse(kind: Any, argv: Sequence[str]) -> Any:
     """
     values = flags.FlagValues()
     for field in dataclasses.fields(kind):
-        flags.DEFINE(_Parser(field.type), field.name, field.default, field.metadata["text"], flag_values=values)
+        if field.type is bool:
+            default: Any = field.default
+            flags.DEFINE_boolean(field.name, default, field.metadata["text"], flag_values=values)
+        else:
+            flags.DEFINE(_Parser(field.type), field.name, field.default, field.metadata["text"], flag_values=values)
     try:
         left = values([""] + list(argv), known_only=True)[1:]
     except flags.Error as error:
@@ -352,6 +365,8 @@ def _groups(kind: Any) -> List[Tuple[str, List[Any]]]:
 def _text(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(_text(part) for part in value)
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, float):
         text = repr(value)
         return text[:-2] if text.endswith(".0") else text

@@ -25,11 +25,16 @@ def initial_weights(of: List[Layer], seed: int) -> Weights:
     return weights
 
 
-def normalized(images: Any) -> Any:
-    """Returns uint8 images [n, height, width, 3] as float32 of about mean 0 and deviation 1 a channel."""
+def in_precision(weights: Weights, precision: str) -> Weights:
+    """Returns the weights in `precision`, by name; gradients flow back to them in float32."""
+    return weights if precision == "float32" else {name: tf.cast(value, precision) for name, value in weights.items()}
+
+
+def normalized(images: Any, precision: str = "float32") -> Any:
+    """Returns uint8 images [n, height, width, 3] in `precision`, of about mean 0 and deviation 1 a channel."""
     scale = [1 / (255 * deviation) for deviation in _DEVIATION]
     shift = [-mean / deviation for mean, deviation in zip(_MEAN, _DEVIATION)]
-    return tf.cast(images, tf.float32) * tf.constant(scale) + tf.constant(shift)
+    return tf.cast(tf.cast(images, tf.float32) * tf.constant(scale) + tf.constant(shift), precision)
 
 
 def dense(weights: Weights, x: Any, name: str) -> Any:
@@ -45,7 +50,7 @@ def logits(
     dropout: Optional[Dropout] = None,
     dense_layer: Optional[Dense] = None,
 ) -> Any:
-    """Returns float32 [n, num_classes] for normalised images [n, height, width, 3].
+    """Returns float32 [n, num_classes] for normalised images [n, height, width, 3] of the weights' type.
 
     data_format: NHWC or NCHW, what the device computes in; the weights and the result are the same for both.
     dropout: applied to the outputs of the hidden dense layers, with the number of the layer (0, 1).
@@ -68,4 +73,4 @@ def logits(
         if name != DENSE[-1]:
             x = tf.nn.relu(x)
             x = dropout(x, number) if dropout else x
-    return x
+    return tf.cast(x, tf.float32)

@@ -23,6 +23,8 @@ METRICS: Dict[str, Dict[str, str]] = {
     "train.acc@1": {"unit": "", "format": ":.4f"},
     "train.acc@5": {"unit": "", "format": ":.4f"},
     "train.gradient_norm": {"unit": "", "format": ":.4g"},
+    "train.loss_scale": {"unit": "", "format": ":g"},
+    "train.skipped_updates": {"unit": "updates", "format": ":d"},
     "train.lr": {"unit": "", "format": ":.6g"},
     "train.fps": {"unit": "images/s", "format": ":.1f"},
     "eval.loss": {"unit": "nats", "format": ":.5f"},

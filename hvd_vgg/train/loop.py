@@ -45,7 +45,7 @@ def train(config: Config) -> None:
     factored = [choice.layer for choice in choices if choice.way == "factored"]
     train_step = step.make_train_step(run.weights, run.slots, config, device.data_format, factored)
     checksums = step.make_checksums(run.weights)
-    eval_step = step.make_eval_step(run.weights, config.model, device.data_format)
+    eval_step = step.make_eval_step(run.weights, config, device.data_format)
     log = tell.open_log(config, run_dir) if comm.is_root() else None
     tell.introduce(config, data, device, choices, total, position.step, log, console)
 
@@ -123,7 +123,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     run = state.initial(config)
     comm.together(lambda: state.assign(run.weights, found) if found else None)
     comm.broadcast_variables(list(run.weights.values()))
-    eval_step = step.make_eval_step(run.weights, config.model, device.data_format)
+    eval_step = step.make_eval_step(run.weights, config, device.data_format)
     result = evaluate.evaluate(eval_step, index, config, label_base, device.threads, console)
     console.say(
         f"step {meta['step']}: acc@1 {result.top1 / result.records:.4f}  acc@5 {result.top5 / result.records:.4f}  "
@@ -179,8 +179,10 @@ def _close_window(window: List[Tuple[int, step.Sums]], config: Config) -> Dict[s
     # The norm is every rank's already; summing it too makes what follows from it the same everywhere, to the last bit.
     losses, norms = (comm.sum_over_ranks(local) / [config.global_batch, comm.size()]).T
     hits = comm.sum_over_ranks(np.array([[int(sums.top1), int(sums.top5)] for _, sums in window], np.int64)).sum(axis=0)
-    for (now, _), loss, norm in zip(window, losses, norms):
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+    scales = [float(sums.loss_scale) for _, sums in window]
+    for (now, _), loss, norm, scale in zip(window, losses, norms, scales):
+        # In float16 an infinite gradient is one update skipped, unless no scale helps.
+        if not (math.isfinite(loss) and (math.isfinite(norm) or config.precision == "float16") and scale >= 1):
             raise Failure(
                 NOT_FINITE,
                 f"step {now}: loss {loss:g}, gradient norm {norm:g}: not finite, training cannot go on. The newest "
@@ -188,8 +190,12 @@ def _close_window(window: List[Tuple[int, step.Sums]], config: Config) -> Dict[s
                 agreed=True,
             )
     top1, top5 = (hits / (len(window) * config.global_batch)).tolist()
-    means = {"train.loss": float(losses.mean()), "train.acc@1": top1, "train.acc@5": top5}
-    return {**means, "train.gradient_norm": float(np.mean(norms))}
+    row = {"train.loss": float(losses.mean()), "train.acc@1": top1, "train.acc@5": top5}
+    finite = norms[np.isfinite(norms)]
+    row["train.gradient_norm"] = float(finite.mean()) if len(finite) else 0.0
+    if config.precision == "float16":
+        row.update({"train.loss_scale": scales[-1], "train.skipped_updates": len(norms) - len(finite)})
+    return row
 
 
 def _load_for_evaluation(config: EvaluateConfig, run_dir: Path) -> checkpoint.Checkpoint:

@@ -1,4 +1,4 @@
-"""SGD with momentum: one fused update for each variable."""
+"""SGD with momentum, one fused update for each variable; the loss scale of float16."""
 
 from typing import Any, Dict
 
@@ -6,10 +6,28 @@ import tensorflow as tf
 
 Slots = Dict[str, Any]
 
+LOSS_SCALE, _GOOD_STEPS = "loss_scale", "loss_scale/good_steps"
+# The dynamic scale of Micikevicius et al., "Mixed Precision Training" (2018), with the constants of torch.amp.GradScaler:
+# halved when a gradient overflows, doubled after so many updates without.
+_FIRST_SCALE, _GROWTH_STEPS = 65536.0, 2000
 
-def make_slots(weights: Dict[str, Any]) -> Slots:
-    """Returns the momentum of each weight, `NAME/momentum`, zero variables of the same shape."""
-    return {f"{name}/momentum": tf.Variable(tf.zeros_like(value)) for name, value in weights.items()}
+
+def make_slots(weights: Dict[str, Any], precision: str = "float32") -> Slots:
+    """Returns the momentum of each weight, `NAME/momentum`, zero variables of its shape; for float16 the loss scale too."""
+    slots = {f"{name}/momentum": tf.Variable(tf.zeros_like(value)) for name, value in weights.items()}
+    if precision == "float16":
+        slots[LOSS_SCALE] = tf.Variable(_FIRST_SCALE)
+        slots[_GOOD_STEPS] = tf.Variable(0)
+    return slots
+
+
+def adapt_loss_scale(slots: Slots, finite: Any) -> Any:
+    """Returns the loss scale after an update whose gradient was `finite` (bool scalar) or not, and keeps it in `slots`."""
+    good = tf.where(finite, slots[_GOOD_STEPS] + 1, 0)
+    grows = good == _GROWTH_STEPS
+    factor = tf.where(finite, tf.where(grows, 2.0, 1.0), 0.5)
+    slots[_GOOD_STEPS].assign(tf.where(grows, 0, good))
+    return slots[LOSS_SCALE].assign(slots[LOSS_SCALE] * factor)
 
 
 def update(

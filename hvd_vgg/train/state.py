@@ -40,7 +40,7 @@ def initial(config: Config) -> State:
     """Returns the state before the first update: a function of the configuration, the same on every rank."""
     of = layers(config.model, config.width, config.image_size, config.num_classes)
     weights = vgg.initial_weights(of, config.seed)
-    return State(weights, optimizer.make_slots(weights))
+    return State(weights, optimizer.make_slots(weights, config.precision))
 
 
 def what_run(config: Config, train_index: records.Index, label_base: int) -> Dict[str, Any]:

@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from hvd_vgg.config import Config
 from hvd_vgg.model import vgg
+from hvd_vgg.model.layers import DENSE
 from hvd_vgg.parallel import exchange
 from hvd_vgg.train import optimizer
 
@@ -13,12 +14,16 @@ _PHILOX = 1  # tf.random.Algorithm.PHILOX, as an attribute of the raw operation
 
 
 class Sums(NamedTuple):
-    """Sums over samples of one rank: `loss` float32, hits int64. `gradient_norm`, float32, is the global gradient's."""
+    """Sums over samples of one rank: `loss` float32, hits int64. Of the global gradient: `gradient_norm`, float32.
+
+    `loss_scale`, float32: what the next update's loss is multiplied by; 1 but for --precision=float16.
+    """
 
     loss: Any
     top1: Any
     top5: Any
     gradient_norm: Any
+    loss_scale: Any
 
 
 def make_train_step(
@@ -28,44 +33,60 @@ def make_train_step(
 
     images uint8 [n, h, w, 3] and labels int32 [n]: this rank's part of the global batch, which begins at `position` of it
     (int64 scalar); keys: `order.dropout_keys`, uint64 [2]; lr: float32 scalar. Gradients are sums over samples divided by
-    the global batch, summed over ranks; those of the dense layers `factored` are formed from gathered rows.
+    the global batch, summed over ranks; those of the dense layers `factored` are formed from gathered rows. Only the
+    network is computed in --precision: weights, loss, sums over micro-batches and ranks, and the update are float32.
     """
+    loss_scale = slots.get(optimizer.LOSS_SCALE)
     summed = [name for name in weights if name.split("/")[0] not in factored]
 
-    def sums_and_rows(images: Any, labels: Any, position: Any, keys: Any) -> Tuple[List[Any], List[Any]]:
+    def sums_and_rows(images: Any, labels: Any, kept: List[Any]) -> Tuple[List[Any], List[Any]]:
         """Returns (loss, hits and summed gradients), (inputs and output gradients of each factored layer)."""
         inputs: Dict[str, Any] = {}
         # Nothing is added to a layer's outputs, but the gradient of this nothing is the outputs'.
-        probes = {name: tf.zeros([tf.shape(images)[0], weights[f"{name}/bias"].shape[0]]) for name in factored}
+        count = tf.shape(images)[0]
+        probes = {name: tf.zeros([count, weights[f"{name}/bias"].shape[0]], config.precision) for name in factored}
 
         def dropout(x: Any, layer: int) -> Any:
-            return drop(x, config.dropout, keys[layer], position)
+            return drop(x, kept[layer], config.dropout)
 
         def dense(x: Any, name: str) -> Any:
             inputs[name] = x
-            outputs = vgg.dense(weights, x, name)
+            outputs = vgg.dense(low, x, name)
             return outputs + probes[name] if name in probes else outputs
 
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             sources = [weights[name] for name in summed] + list(probes.values())
             tape.watch(sources)
-            normalized = vgg.normalized(images)
-            logits = vgg.logits(weights, config.model, normalized, data_format, dropout if config.dropout else None, dense)
+            low = vgg.in_precision(weights, config.precision)
+            normalized = vgg.normalized(images, config.precision)
+            logits = vgg.logits(low, config.model, normalized, data_format, dropout if config.dropout else None, dense)
             loss = tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
-            objective = loss / config.global_batch
-        gradients = tape.gradient(objective, sources)
+            objective = loss / config.global_batch * (1.0 if loss_scale is None else loss_scale)
+        gradients = [tf.cast(gradient, tf.float32) for gradient in tape.gradient(objective, sources)]
+        if loss_scale is not None:
+            gradients = [gradient * (1 / loss_scale) for gradient in gradients]
         sums = [loss, hits(logits, labels, 1), hits(logits, labels, 5), *gradients[: len(summed)]]
-        return sums, [inputs[name] for name in factored] + gradients[len(summed) :]
+        return sums, [tf.cast(inputs[name], tf.float32) for name in factored] + gradients[len(summed) :]
+
+    compiled = tf.function(sums_and_rows, jit_compile=True) if config.xla else sums_and_rows
+
+    def one_pass(images: Any, labels: Any, position: Any, keys: Any) -> Tuple[List[Any], List[Any]]:
+        # What to drop is drawn outside of what XLA compiles: its generator puts the same numbers in another order.
+        kept = [
+            keep(tf.shape(images)[0], weights[f"{name}/bias"].shape[0], config.dropout, keys[layer], position)
+            for layer, name in enumerate(DENSE[:-1] if config.dropout else [])
+        ]
+        return compiled(images, labels, kept)
 
     def in_micro_batches(images: Any, labels: Any, position: Any, keys: Any) -> Tuple[List[Any], List[Any]]:
         count, held = images.shape[0], config.device_batch
         if count <= held:
-            return sums_and_rows(images, labels, position, keys)
+            return one_pass(images, labels, position, keys)
 
         def body(low: Any, total: List[Any], rows: List[Any]) -> Any:
             high = tf.minimum(low + held, count)
             at = position + tf.cast(low, tf.int64)
-            sums, new_rows = sums_and_rows(images[low:high], labels[low:high], at, keys)
+            sums, new_rows = one_pass(images[low:high], labels[low:high], at, keys)
             rows = [array.write(low // held, row) for array, row in zip(rows, new_rows)]
             return high, [a + b for a, b in zip(total, sums)], rows
 
@@ -88,8 +109,17 @@ def make_train_step(
         for name, inputs, outputs in zip(factored, rows, rows[len(factored) :]):
             gradients.update(exchange.factored_gradient(name, inputs, outputs, config.global_batch, *wire))
         norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(gradient) for gradient in gradients.values()]))
-        optimizer.update(weights, slots, gradients, lr, config.optimizer, config.momentum, config.weight_decay)
-        return Sums(loss, top1, top5, norm)
+
+        def apply() -> None:
+            optimizer.update(weights, slots, gradients, lr, config.optimizer, config.momentum, config.weight_decay)
+
+        if loss_scale is None:
+            apply()
+            return Sums(loss, top1, top5, norm, tf.constant(1.0))
+        # What overflows in float16 on one rank is infinite in the sum of all ranks, and they all skip the same update.
+        finite = tf.math.is_finite(norm)
+        tf.cond(finite, apply, lambda: None)
+        return Sums(loss, top1, top5, norm, optimizer.adapt_loss_scale(slots, finite))
 
     return train_step
 
@@ -108,7 +138,7 @@ def make_checksums(weights: vgg.Weights) -> Callable[[], Any]:
     return checksums
 
 
-def make_eval_step(weights: vgg.Weights, model: str, data_format: str) -> Callable[..., Any]:
+def make_eval_step(weights: vgg.Weights, config: Config, data_format: str) -> Callable[..., Any]:
     """Returns the function (images, labels) -> (loss float32, top1, top5, records int64), sums over one batch.
 
     images uint8 [n, h, w, 3]; labels int32 [n], negative where the row only fills up the batch and counts for nothing.
@@ -116,7 +146,8 @@ def make_eval_step(weights: vgg.Weights, model: str, data_format: str) -> Callab
 
     @tf.function(jit_compile=False)
     def eval_step(images: Any, labels: Any) -> Any:
-        logits = vgg.logits(weights, model, vgg.normalized(images), data_format)
+        low, normalized = vgg.in_precision(weights, config.precision), vgg.normalized(images, config.precision)
+        logits = vgg.logits(low, config.model, normalized, data_format)
         real = labels >= 0
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.maximum(labels, 0), logits)
         loss = tf.reduce_sum(tf.where(real, losses, 0.0))
@@ -138,17 +169,21 @@ def hits(logits: Any, labels: Any, k: int) -> Any:
     return tf.reduce_sum(tf.cast(hit, tf.int64))
 
 
-def drop(x: Any, rate: float, key: Any, position: Any) -> Any:
-    """Returns x [n, units] with `rate` of its values set to 0 and the others scaled by 1 / (1 - rate).
+def keep(rows: Any, units: int, rate: float, key: Any, position: Any) -> Any:
+    """Returns which outputs of a layer dropout keeps, bool [rows, units]: each with probability 1 - rate.
 
-    Row i's mask is a function of (key, position + i) alone, whatever batch the row is computed in: a row takes its own run
-    of Philox counters (Salmon et al., 2011), four numbers each.
+    Row i is a function of (key, position + i) alone, whatever batch it is computed in: a row takes its own run of Philox
+    counters (Salmon et al., 2011), four numbers each.
     """
-    units = x.shape[1]
     counters = -(-units // 4)
     with tf.device("/CPU:0"):
         counter = tf.stack([tf.cast(position * counters, tf.uint64), tf.constant(0, tf.uint64)])
     draws = tf.raw_ops.StatelessRandomUniformV2(
-        shape=[tf.shape(x)[0], counters * 4], key=tf.reshape(key, [1]), counter=counter, alg=_PHILOX
+        shape=[rows, counters * 4], key=tf.reshape(key, [1]), counter=counter, alg=_PHILOX
     )
-    return tf.where(draws[:, :units] >= rate, x * (1 / (1 - rate)), 0.0)
+    return draws[:, :units] >= rate
+
+
+def drop(x: Any, kept: Any, rate: float) -> Any:
+    """Returns x [n, units] where `kept`, scaled by 1 / (1 - rate), and 0 elsewhere."""
+    return tf.where(kept, x * (1 / (1 - rate)), tf.zeros_like(x))

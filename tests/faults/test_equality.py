@@ -100,6 +100,21 @@ def test_ranks_micro_batches_and_exchange_make_the_same_run(launch, tmp_path, da
     assert_same_run(train(launch, tmp_path / "spy", data, ranks, *flags), one_rank)
 
 
+@pytest.mark.parametrize(("precision", "rounding"), [("bfloat16", 2**-8), ("float16", 2**-10)])
+def test_ranks_make_the_same_run_within_a_low_precisions_rounding(launch, tmp_path, data, precision, rounding):
+    flags = [f"--precision={precision}", "--drift_every_steps=3"]
+    wanted = train(launch, tmp_path / "1", data, 0, *flags)
+    assert (precision == "float16") == ("loss_scale" in wanted[2].tensors)
+    for ranks in (2, 4):
+        ids, loss, found = train(launch, tmp_path / f"{ranks}", data, ranks, *flags)
+        assert ids == wanted[0]
+        np.testing.assert_allclose(list(loss.values()), list(wanted[1].values()), rtol=rounding)
+        for name, value in wanted[2].tensors.items():
+            if name.endswith(("/kernel", "/good_steps", "loss_scale")):  # biases begin at 0: all of them is gradient
+                difference = np.linalg.norm(found.tensors[name] - value) / np.linalg.norm(value)
+                assert difference <= rounding, (ranks, name, difference)
+
+
 def test_another_seed_is_another_run(launch, tmp_path, data, one_rank):
     found = train(launch, tmp_path / "spy", data, 2, "--seed=2")
     with pytest.raises(AssertionError):

@@ -1,5 +1,8 @@
 """One update against what it should be, computed plainly: absolute scales, not only equality with itself."""
 
+import dataclasses
+import math
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -46,3 +49,48 @@ def test_an_update_is_that_of_the_mean_loss_over_the_whole_batch(factored):
         expected = before[name] - 0.1 * (gradients[name] + 1e-4 * before[name])
         moved = np.linalg.norm(expected - before[name])
         assert np.linalg.norm(value.numpy() - expected) <= 1e-3 * moved, name
+
+
+@pytest.mark.parametrize("factored", [[], ["fc1", "fc2", "predictions"]])
+def test_an_update_that_overflows_in_float16_is_skipped_and_the_next_ones_train(factored):
+    config = Config(model="vgg11", width=0.125, image_size=32, num_classes=10, global_batch=8, precision="float16")
+    weights = vgg.initial_weights(layers("vgg11", 0.125, 32, 10), 1)
+    slots = optimizer.make_slots(weights, config.precision)
+    train_step = step.make_train_step(weights, slots, config, "NHWC", factored)
+    keys, random = tf.constant(order.dropout_keys(1, 0, 2)), np.random.default_rng(3)
+    images = random.integers(0, 256, (8, 32, 32, 3), np.uint8)
+    low, high = order.slice_bounds(8, comm.rank(), comm.size())
+    arguments = [tf.constant(images[low:high]), tf.range(low, high), tf.constant(low, tf.int64), keys]
+
+    slots[optimizer.LOSS_SCALE].assign(2.0**40 if comm.rank() == 0 else 2.0**10)  # it overflows on one rank only
+    before = {name: value.numpy() for name, value in {**weights, **slots}.items()}
+    sums = train_step(*arguments, tf.constant(0.01))
+    assert math.isfinite(float(sums.loss)) and not math.isfinite(float(sums.gradient_norm))
+    assert float(sums.loss_scale) == (2.0**39 if comm.rank() == 0 else 2.0**9)
+    for name, value in {**weights, **slots}.items():
+        assert name == optimizer.LOSS_SCALE or (value.numpy() == before[name]).all()
+
+    slots[optimizer.LOSS_SCALE].assign(2.0**10)
+    assert math.isfinite(float(train_step(*arguments, tf.constant(0.01)).gradient_norm))
+    assert (weights["fc1/kernel"].numpy() != before["fc1/kernel"]).any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "within"), [({"xla": True}, 1e-5), ({"precision": "bfloat16"}, 0.2), ({"precision": "float16"}, 0.1)]
+)
+def test_xla_and_low_precision_compute_the_same_update_to_rounding(kind, within):
+    config = Config(model="vgg11", width=0.0625, image_size=32, num_classes=10, global_batch=11, device_batch=3, lr=0.1)
+    random = np.random.default_rng(3)
+    images, labels = random.integers(0, 256, (11, 32, 32, 3), np.uint8), random.integers(0, 10, 11).astype(np.int32)
+    low, high = order.slice_bounds(11, comm.rank(), comm.size())
+    found = []
+    for chosen in (config, dataclasses.replace(config, **kind)):
+        weights = vgg.initial_weights(layers("vgg11", 0.0625, 32, 10), 1)
+        before = {name: value.numpy() for name, value in weights.items()}
+        train_step = step.make_train_step(weights, optimizer.make_slots(weights), chosen, "NHWC", ["fc1"])
+        keys, mine = tf.constant(order.dropout_keys(1, 0, 2)), (tf.constant(images[low:high]), tf.constant(labels[low:high]))
+        train_step(*mine, tf.constant(low, tf.int64), keys, tf.constant(config.lr))
+        assert {value.dtype for value in weights.values()} == {tf.float32}
+        found.append({name: value.numpy() - before[name] for name, value in weights.items()})
+    for name, moved in found[0].items():
+        assert np.linalg.norm(found[1][name] - moved) <= within * np.linalg.norm(moved), name

@@ -8,24 +8,27 @@ from hvd_vgg.config import Config, epochs_to_steps
 from hvd_vgg.train import optimizer, schedule, step
 
 
+def kept(rows, units, rate, key, position):
+    return step.keep(rows, units, rate, tf.constant(np.uint64(key)), tf.constant(position, tf.int64)).numpy()
+
+
 def test_a_rows_dropout_mask_does_not_depend_on_the_batch_it_is_in():
-    key = tf.constant(np.uint64(2**63 + 12345))
+    key = 2**63 + 12345
     for units in (10, 16, 4096):
-        whole = step.drop(tf.ones([24, units]), 0.5, key, tf.constant(100, tf.int64)).numpy()
-        parts = [
-            step.drop(tf.ones([high - low, units]), 0.5, key, tf.constant(100 + low, tf.int64)).numpy()
-            for low, high in ((0, 11), (11, 22), (22, 24))
-        ]
+        whole = kept(24, units, 0.5, key, 100)
+        parts = [kept(high - low, units, 0.5, key, 100 + low) for low, high in ((0, 11), (11, 22), (22, 24))]
         assert (np.concatenate(parts) == whole).all()
         assert units < 4096 or len({row.tobytes() for row in whole}) == 24
-        assert set(np.unique(whole)) == {0.0, 2.0}
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_dropout_drops_its_share_and_keeps_the_mean(rate):
-    dropped = step.drop(tf.ones([256, 4096]), rate, tf.constant(np.uint64(7)), tf.constant(0, tf.int64)).numpy()
+def test_dropout_drops_its_share_and_keeps_the_mean(rate, precision):
+    ones = tf.ones([256, 4096], precision)
+    dropped = tf.cast(step.drop(ones, kept(256, 4096, rate, 7, 0), rate), tf.float32).numpy()
     assert (dropped == 0).mean() == pytest.approx(rate, abs=0.002)
-    assert dropped.mean() == pytest.approx(1, abs=0.004)
+    assert dropped.mean() == pytest.approx(1, abs=0.006)
+    assert len(np.unique(dropped)) == 2
 
 
 def test_hits_are_exact_and_ties_and_nan_and_padding_never_count():
@@ -79,3 +82,16 @@ def test_cosine_schedule_falls_to_nothing_and_warm_up_rises_to_the_rate():
 def test_constant_schedule_is_constant():
     config = Config(lr=0.3, lr_schedule="constant", warmup_epochs=0)
     assert {schedule.learning_rate(s, config, 100) for s in range(50)} == {0.3}
+
+
+def test_the_loss_scale_is_halved_by_an_overflow_and_doubled_after_2000_good_updates():
+    slots = optimizer.make_slots({"a/kernel": tf.Variable([1.0])}, "float16")
+    assert optimizer.make_slots({"a/kernel": tf.Variable([1.0])}).keys() == {"a/kernel/momentum"}
+
+    def adapt(finite):
+        return float(optimizer.adapt_loss_scale(slots, tf.constant(finite)))
+
+    assert [adapt(False), adapt(False)] == [32768.0, 16384.0]
+    assert {adapt(True) for _ in range(1999)} == {16384.0}
+    assert [adapt(True), adapt(True)] == [32768.0, 32768.0]
+    assert adapt(False) == 16384.0
