@@ -70,14 +70,15 @@ def ours(precision, options):
     from hvd_vgg.data import order
     from hvd_vgg.model import vgg
     from hvd_vgg.model.layers import layers
-    from hvd_vgg.parallel import comm
+    from hvd_vgg.parallel import comm, cost
     from hvd_vgg.train import optimizer, step
 
     device = comm.start()
-    chosen = {} if precision == "float32" else {"precision": precision}
-    config = Config(global_batch=options.batch, device_batch=options.batch, weight_decay=WEIGHT_DECAY, **chosen)
+    config = Config(global_batch=options.batch, device_batch=options.batch, weight_decay=WEIGHT_DECAY, precision=precision)
+    factored = [choice.layer for choice in cost.choose(config, 1) if choice.way == "factored"]
     weights = vgg.initial_weights(layers("vgg16", 1.0, SIZE, CLASSES), 1)
-    run = step.make_train_step(weights, optimizer.make_slots(weights), config, device.data_format, [])
+    slots = optimizer.make_slots(weights, precision)
+    run = step.make_train_step(weights, slots, config, device.data_format, factored)
     random = np.random.default_rng(0)
     arguments = (
         tf.constant(random.integers(0, 256, (options.batch, SIZE, SIZE, 3)), tf.uint8),
