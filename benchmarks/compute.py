@@ -11,7 +11,8 @@
     matmul   the machine: TensorFlow's product of two square matrices, the best of three sizes
 
 Every turn is a process of its own, which may use every core; ways take turns, --rounds times, so that what disturbs the
-machine disturbs all of them. A turn makes --warmup updates that are not counted (tracing, first touch of memory) and then
+machine disturbs all of them. What other processes and the hypervisor took of the CPU is measured, and a turn in which it was
+more than --calm is not counted. A turn makes --warmup updates that are not counted (tracing, first touch of memory) and then
 --updates that are. --legacy_python is a Python with TensorFlow, Horovod and Keras 2 (from TensorFlow 2.16 on: tf_keras),
 which the two scripts need; ways whose path is not given are left out. The scripts are run as they are.
 
@@ -46,6 +47,7 @@ def parse():
     parser.add_argument("--horovod_examples", type=Path, help="the directory of tensorflow2_synthetic_benchmark.py")
     parser.add_argument("--legacy_python", help="a Python with TensorFlow, Horovod and Keras 2, for these two")
     parser.add_argument("--torch_python", help="a Python with PyTorch")
+    parser.add_argument("--calm", type=float, default=0.1, help="most of the CPU that others may take in a counted turn")
     parser.add_argument("--results", type=Path, help="file that keeps the turns")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -216,13 +218,28 @@ def drive(options):
         chosen += [(way, precision) for precision in precisions or options.precisions.split(",")]
     for number in range(options.rounds):
         for way, precision in chosen:
-            turn = {"way": way, "precision": precision, "batch": options.batch, "rate": run(way, precision, options)}
-            print(f"round {number}: {way} {precision} {turn['rate']:.2f}", flush=True)
+            used = others()
+            rate = run(way, precision, options)
+            taken = [after - before for before, after in zip(used, others())]
+            turn = {"way": way, "precision": precision, "batch": options.batch, "rate": rate, "others": taken[0] / taken[1]}
+            print(f"round {number}: {way} {precision} {rate:.2f}, others {turn['others']:.0%}", flush=True)
             turns.append(turn)
             if options.results:
                 with options.results.open("a") as out:
                     out.write(json.dumps(turn) + "\n")
-    report([turn for turn in turns if turn["batch"] == options.batch], options)
+    turns = [turn for turn in turns if turn["batch"] == options.batch]
+    calm = [turn for turn in turns if turn["others"] <= options.calm]
+    report(calm, options)
+    print(f"{len(turns) - len(calm)} turns left out: others took more than {options.calm:.0%} of the CPU")
+
+
+def others():
+    """Returns the CPU seconds that were taken from this script and its processes since the machine started, and all."""
+    numbers = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    counted = [int(number) / os.sysconf("SC_CLK_TCK") for number in numbers]
+    own = os.times()
+    idle = counted[3] + counted[4]
+    return sum(counted) - idle - sum(own[:4]), sum(counted)
 
 
 def run(way, precision, options):
