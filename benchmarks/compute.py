@@ -229,7 +229,8 @@ def drive(options):
                 with options.results.open("a") as out:
                     out.write(json.dumps(turn) + "\n")
     turns = [turn for turn in turns if turn["batch"] == options.batch]
-    calm = [turn for turn in turns if turn["others"] <= options.calm]
+    # The machine's rate is the best of many short runs, which a disturbed turn has too.
+    calm = [turn for turn in turns if turn["others"] <= options.calm or turn["way"] == "matmul"]
     report(calm, options)
     print(f"{len(turns) - len(calm)} turns left out: others took more than {options.calm:.0%} of the CPU")
 
