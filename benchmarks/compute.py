@@ -262,16 +262,10 @@ def run(way, precision, options):
 
 
 def gflop_per_image():
-    """Returns the floating-point operations of an update for one image, in 1e9.
+    """Returns the floating-point operations of an update for one image, in 1e9."""
+    from hvd_vgg.model.layers import layers, training_flops
 
-    The forward pass multiplies and adds once for each weight and place, the backward pass twice; but the first layer's
-    inputs need no gradient.
-    """
-    from hvd_vgg.model.layers import layers
-    from hvd_vgg.parallel import cost
-
-    products = [cost._products(layer, SIZE) for layer in layers("vgg16", 1.0, SIZE, CLASSES)]
-    return 2 * (3 * sum(products) - products[0]) / 1e9
+    return training_flops(layers("vgg16", 1.0, SIZE, CLASSES), SIZE) / 1e9
 
 
 def report(turns, options):

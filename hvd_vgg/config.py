@@ -143,7 +143,7 @@ class Config:
         "float32",
         "Device",
         "What the network is computed in. Weights, updates, sums and softmax are float32 always; float16 scales its loss "
-        "and skips an update that overflows.",
+        "and skips an update whose gradient overflows (a loss that does ends the run).",
         choices=("float32", "bfloat16", "float16"),
         learned=True,
     )
@@ -335,13 +335,22 @@ def _conflicts(config: Config) -> List[str]:
         errors.append("--optimizer=nesterov needs --momentum above 0")
     if not config.steps and config.warmup_epochs >= config.epochs:
         errors.append(f"--warmup_epochs={_text(config.warmup_epochs)}: expected less than --epochs={_text(config.epochs)}")
+    for name in ("profile_ranks", "sweep_ranks", "ranks"):
+        value = getattr(config, name, ())
+        if isinstance(value, tuple) and any(number != int(number) for number in value if math.isfinite(number)):
+            errors.append(f"--{name}={_text(value)}: expected whole numbers")
+    if isinstance(config, BenchmarkConfig):
+        if config.steps == 1:
+            errors.append("--steps=1: expected at least 2 updates to measure, or 0 for the usual number")
+        if config.profile_steps:
+            errors.append("--profile_steps is for train")
+        if config.console == "dllogger":
+            errors.append("--console=dllogger is for train; --out writes what was measured")
     if isinstance(config, PlanConfig):
         if config.global_batch < config.ranks:
             errors.append(
                 f"--global_batch={config.global_batch}: expected at least one image for each of --ranks={config.ranks}"
             )
-        if any(ranks != int(ranks) for ranks in config.sweep_ranks):
-            errors.append(f"--sweep_ranks={_text(config.sweep_ranks)}: expected whole numbers")
         if config.out and Path(config.out).suffix not in (".png", ".svg", ".pdf"):
             errors.append(f"--out={config.out}: expected a name that ends in .png, .svg or .pdf")
         if config.out and not config.sweep_ranks:

@@ -5,6 +5,7 @@ TensorFlow's resize, which computes in float32. Both let go of Python's lock whi
 """
 
 import math
+import re
 import struct
 from typing import Any, List, Sequence, Tuple
 
@@ -114,8 +115,8 @@ def image_shape(encoded: bytes, data: Any) -> Tuple[int, int]:
             height, width, _ = tf.io.extract_jpeg_shape(data).numpy().tolist()
         except tf.errors.OpError as error:
             raise _undecodable(error) from error
-    elif encoded.startswith(_PNG) and len(encoded) >= 24:
-        # Width, then height, big-endian, at byte 16 of every PNG (ISO/IEC 15948, section 11.2.2).
+    elif encoded.startswith(_PNG) and encoded[8:16] == b"\0\0\0\rIHDR" and len(encoded) >= 24:
+        # Width, then height, big-endian, in the first chunk of every PNG (ISO/IEC 15948, sections 5.6 and 11.2.2).
         width, height = struct.unpack(">II", encoded[16:24])
     else:
         raise ValueError(f"it is neither a JPEG nor a PNG; it begins with {encoded[:8]!r}")
@@ -135,10 +136,12 @@ def _resize(encoded: bytes, data: Any, window: Window, out: np.ndarray) -> None:
             part = np.asarray(tf.io.decode_png(data, channels=3))[top : top + height, left : left + width]
     except tf.errors.OpError as error:
         raise _undecodable(error) from error
+    if part.shape[:2] != (height, width):
+        raise ValueError(f"its header claims more than the {part.shape[0]} by {part.shape[1]} pixels of it that there are")
     cv2.resize(part, (len(out), len(out)), dst=out, interpolation=cv2.INTER_LINEAR)
 
 
 def _undecodable(error: Any) -> ValueError:
     """Returns TensorFlow's reason in one line."""
-    lines = error.message.split("[Op:")[0].strip().splitlines()
+    lines = re.sub(r"^\{\{.*?\}\}\s*", "", error.message.split("[Op:")[0].strip()).splitlines()
     return ValueError(f"{lines[0]} {' '.join(lines[1:])[:200]}".strip())

@@ -30,6 +30,7 @@ METRICS: Dict[str, Dict[str, str]] = {
     "train.input_share": {"unit": "", "format": ":.4f"},
     "train.network_share": {"unit": "", "format": ":.4f"},
     "train.others_share": {"unit": "", "format": ":.4f"},
+    "train.slow_rank": {"unit": "", "format": ":d"},
     "eval.loss": {"unit": "nats", "format": ":.5f"},
     "eval.acc@1": {"unit": "", "format": ":.4f"},
     "eval.acc@5": {"unit": "", "format": ":.4f"},

@@ -23,6 +23,8 @@ from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Se
 
 T = TypeVar("T")
 
+_SHARES = ("input", "compute", "network", "others")
+
 
 class Split(NamedTuple):
     """Seconds of some updates on one rank: in all, waiting for input, and of exchange."""
@@ -57,7 +59,7 @@ class Throughput:
         self.total: List[float] = []
         self.input: List[float] = []
         self.exchange: List[float] = []
-        self.aside: Dict[str, float] = {"evaluation": 0.0, "saving": 0.0}
+        self.aside: Dict[str, float] = {"evaluation": 0.0, "saving": 0.0, "profiling": 0.0}
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
         """Yields what `batches` does and measures the wait for each."""
@@ -79,7 +81,7 @@ class Throughput:
 
     @contextlib.contextmanager
     def apart(self, what: str) -> Iterator[None]:
-        """Times what happens inside as `evaluation` or `saving`, which is no part of any update."""
+        """Times what happens inside as `evaluation`, `saving` or `profiling`, which is no part of any update."""
         began = time.perf_counter()
         yield
         seconds = time.perf_counter() - began
@@ -171,26 +173,28 @@ def per_rank(splits: Sequence[Split], hosts: Sequence[str], images: Sequence[int
     ]
 
 
+def per_host(rows: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Returns the rows of `per_rank` summed to a row for each host: images/s added up, shares as means of its ranks."""
+    by_host: Dict[str, List[Dict[str, Any]]] = {}
+    for row in rows:
+        by_host.setdefault(row["host"], []).append(row)
+    return [
+        {
+            "host": host,
+            "ranks": len(of),
+            **{name: sum(row[name] for row in of) for name in ("fps", "fps_alone")},
+            **{name: statistics.fmean(row[name] for row in of) for name in _SHARES},
+        }
+        for host, of in by_host.items()
+    ]
+
+
 def table(rows: Sequence[Dict[str, Any]]) -> str:
-    """Returns the rows of `per_rank` for people: every rank of a small job, else each host and the three slowest ranks."""
-    columns = ("input", "compute", "network", "others")
-    lines = [f"  {'rank':>5s} {'host':20s} {'images/s':>9s} {'alone':>9s}" + "".join(f"{name:>9s}" for name in columns)]
-    shown = list(rows)
-    if len(rows) > 16:
-        by_host: Dict[str, List[Dict[str, Any]]] = {}
-        for row in rows:
-            by_host.setdefault(row["host"], []).append(row)
-        shown = [
-            {
-                **{name: statistics.fmean(row[name] for row in of) for name in columns},
-                **{name: sum(row[name] for row in of) for name in ("fps", "fps_alone")},
-                "rank": f"all {len(of)}",
-                "host": host,
-            }
-            for host, of in by_host.items()
-        ]
-        shown += sorted(rows, key=lambda row: row["fps_alone"])[:3]
-    for row in shown:
-        shares = "".join(f"{row[name]:9.1%}" for name in columns)
-        lines.append(f"  {row['rank']:>5} {row['host'][:20]:20s} {row['fps']:9.1f} {row['fps_alone']:9.1f}{shares}")
+    """Returns the rows of `per_rank` for people: hosts if there are several, and all ranks or the three slowest of many."""
+    lines = [f"  {'rank':>6s} {'host':20s} {'images/s':>9s} {'alone':>9s}" + "".join(f"{name:>9s}" for name in _SHARES)]
+    hosts = [{**row, "rank": f"all {row['ranks']}"} for row in per_host(rows)]
+    ranks = list(rows) if len(rows) <= 16 else sorted(rows, key=lambda row: row["fps_alone"])[:3]
+    for row in (hosts if len(hosts) > 1 or len(rows) > 16 else []) + ranks:
+        shares = "".join(f"{row[name]:9.1%}" for name in _SHARES)
+        lines.append(f"  {row['rank']:>6} {row['host'][:20]:20s} {row['fps']:9.1f} {row['fps_alone']:9.1f}{shares}")
     return "\n".join(lines)

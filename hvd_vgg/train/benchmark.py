@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional
 
@@ -49,7 +50,7 @@ def benchmark(config: BenchmarkConfig) -> None:
         with comm.among(number) as member:
             if member:
                 found += _measure(dataclasses.replace(config, global_batch=per_rank * number), device, data, found, console)
-    _write(config, found)
+    _write(config, device, found)
     comm.leave()
 
 
@@ -104,13 +105,14 @@ def _copied(images: np.ndarray, labels: np.ndarray, times: int) -> Iterator[Any]
         yield tf.constant(images), tf.constant(labels)
 
 
-def _write(config: BenchmarkConfig, found: List[Dict[str, Any]]) -> None:
+def _write(config: BenchmarkConfig, device: comm.Device, found: List[Dict[str, Any]]) -> None:
     """Writes --out, if asked for, on rank 0; all ranks must call."""
 
     def write() -> None:
         if not config.out or not comm.is_root():
             return
-        content = {"flags": dataclasses.asdict(config), "software": comm.describe(), "rows": found}
+        machine = {**device._asdict(), "cores": os.cpu_count()}
+        content = {"flags": dataclasses.asdict(config), "software": comm.describe(), "machine": machine, "rows": found}
         try:
             Path(config.out).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         except OSError as error:

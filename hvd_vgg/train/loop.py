@@ -60,12 +60,10 @@ def train(config: Config) -> None:
     throughput, progress = Throughput(), console.progress("training", total, "steps", position.step)
     began, done, result = time.monotonic() - position.seconds, position.step, None
     window: List[Tuple[int, step.Sums]] = []
-    for now, batch in zip(steps, throughput.waiting(profiled(batches, steps, config))):
+    for now, batch in zip(steps, profiled(throughput.waiting(batches), steps, config, throughput)):
         lr = schedule.learning_rate(now, config, data.train.records)
         keys = order.dropout_keys(config.seed, now, len(DENSE) - 1)
-        sums = train_step(
-            batch.images, batch.labels, tf.constant(low, tf.int64), tf.constant(keys), tf.constant(lr, tf.float32)
-        )
+        sums = train_step(*batch[:2], tf.constant(low, tf.int64), tf.constant(keys), tf.constant(lr, tf.float32))
         window.append((now, sums))
         done = now + 1
         saves = bool(config.save_every_steps) and done % config.save_every_steps == 0
@@ -91,15 +89,16 @@ def train(config: Config) -> None:
         if done in eval_at:
             with throughput.apart("evaluation"):
                 result = evaluate.evaluate(eval_step, data.validation, config, data.label_base, threads, console)
+                tell.evaluation(result, done, epoch, log, console)
             improved, best = result.top1 > best, max(best, result.top1)
-            tell.evaluation(result, done, epoch, log, console)
         reached = _reached(config, best, data)
         if saves or improved or done == total or reached:
             with throughput.apart("saving"):
                 at = state.Position(done, time.monotonic() - began, best)
                 state.save(run, at, what, run_dir, config.keep_checkpoints, improved)
         if result and done in eval_at:
-            tell.write_result(config, run_dir, result, throughput, done, epoch, time.monotonic() - began)
+            with throughput.apart("saving"):
+                tell.write_result(config, run_dir, result, throughput, done, epoch, time.monotonic() - began)
         if reached:
             console.say(f"acc@1 has reached --stop_at_top1={config.stop_at_top1}")
             break
@@ -156,6 +155,8 @@ def _check_start(config: Config, run_dir: Path) -> None:
         raise Failure(
             USAGE, f"--global_batch={config.global_batch} leaves nothing to do for some of {comm.size()} ranks: start fewer"
         )
+    if config.profile_steps and max(config.profile_ranks, default=0) >= comm.size():
+        raise Failure(USAGE, f"--profile_ranks: expected numbers below {comm.size()}, which is how many ranks there are")
     if not comm.is_root():
         return
     try:

@@ -8,26 +8,30 @@ import tensorflow as tf
 from hvd_vgg.config import Config, profiled_steps
 from hvd_vgg.parallel import comm
 from hvd_vgg.run.health import NOT_WRITTEN, Failure
+from hvd_vgg.run.throughput import Throughput
 
 T = TypeVar("T")
 
 
-def profiled(batches: Iterable[T], steps: range, config: Config) -> Iterator[T]:
+def profiled(batches: Iterable[T], steps: range, config: Config, throughput: Throughput) -> Iterator[T]:
     """Yields what `batches` does, one for each of `steps`, and profiles --profile_steps; for all ranks.
 
     Leaves in --run_dir/profile `rankR/` of each of --profile_ranks, and `horovod_timeline.json` of rank 0, which alone can
     write one: it shows when each rank was ready to exchange. Raises Failure(NOT_WRITTEN).
     """
-    chosen = [now for now in steps if now in profiled_steps(config)]
+    wanted = profiled_steps(config)
+    chosen = range(max(steps.start, wanted.start), min(steps.stop, wanted.stop))
     folder = Path(config.run_dir) / "profile"
     traces, running = comm.rank() in config.profile_ranks, False
     try:
         for now, batch in zip(steps, batches):
             if running and now == chosen[-1] + 1:
                 running = False
-                _end(traces)
+                with throughput.apart("profiling"):
+                    _end(traces)
             if chosen and now == chosen[0]:
-                _begin(folder, traces)
+                with throughput.apart("profiling"):
+                    _begin(folder, traces)
                 running = True
             yield batch
     finally:

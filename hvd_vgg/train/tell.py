@@ -8,14 +8,14 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import tensorflow as tf
 
-from hvd_vgg.config import Config, to_flag_file
+from hvd_vgg.config import Config, profiled_steps, to_flag_file
 from hvd_vgg.data import order
 from hvd_vgg.data.index import Data
 from hvd_vgg.model import layers as tables
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.run.health import NOT_WRITTEN, Failure
 from hvd_vgg.run.log import Console, Progress, RunLog, count, duration
-from hvd_vgg.run.throughput import Split, Throughput, Verdict, judge, per_rank, table
+from hvd_vgg.run.throughput import Split, Throughput, Verdict, judge, per_host, per_rank, table
 from hvd_vgg.train.evaluate import Evaluation
 from hvd_vgg.train.step import Sums
 
@@ -73,6 +73,9 @@ def introduce(
     )
     if comm.size() > 1:
         console.say(f"sent by each rank in an update, {config.wire_dtype} on the wire:\n{cost.table(choices)}")
+    wanted = profiled_steps(config)
+    if config.profile_steps and not range(max(first, wanted.start), min(total, wanted.stop)):
+        console.say(f"--profile_steps={config.profile_steps}: none of them is between {first} and {total - 1}")
     console.say(f"steps {first} to {total}, lr {config.lr:g} for the mean gradient of {config.global_batch}")
     if not comm.is_root():
         return None
@@ -87,16 +90,20 @@ def speed_of_window(
     row: Dict[str, float], window: List[Tuple[int, Sums]], throughput: Throughput, config: Config
 ) -> Tuple[Dict[str, float], Verdict]:
     """Returns `row` with the window's images/s and where its time went, and what held it back; all ranks call."""
-    throughput.exchange.extend(float(sums.exchange_seconds) for _, sums in window)
+    # The step's clock is the wall's, which may be set while it runs.
+    times = zip(window, throughput.total[-len(window) :])
+    throughput.exchange.extend(min(max(0.0, float(sums.exchange_seconds)), total) for (_, sums), total in times)
     splits = [Split(*numbers) for numbers in comm.gather_numbers(throughput.last(len(window))).tolist()]
     whole, network = sum(split.total for split in splits), min(split.exchange for split in splits)
+    verdict = judge(splits)
     return {
         **row,
         "train.fps": config.global_batch * len(window) / splits[0].total,
         "train.input_share": sum(split.input for split in splits) / whole,
         "train.network_share": network * len(splits) / whole,
         "train.others_share": sum(split.exchange - network for split in splits) / whole,
-    }, judge(splits)
+        "train.slow_rank": -1 if verdict.rank is None else verdict.rank,
+    }, verdict
 
 
 def training(
@@ -150,14 +157,14 @@ def speed(throughput: Throughput, config: Config) -> Dict[str, Any]:
     splits = [Split(*row[:3]) for row in numbers]
     hosts = [host.decode() for host in comm.gather(socket.gethostname().encode())]
     rows = per_rank(splits, hosts, [int(row[3]) for row in numbers])
-    for row, (*_, evaluation_seconds, saving_seconds) in zip(rows, numbers):
-        row.update(evaluation_seconds=evaluation_seconds, saving_seconds=saving_seconds)
+    for row, told in zip(rows, numbers):
+        row.update(zip((f"{what}_seconds" for what in throughput.aside), told[4:]))
     of = tables.layers(config.model, config.width, config.image_size, config.num_classes)
     found["tflops_per_rank"] = tables.training_flops(of, config.image_size) * found["fps"] / comm.size() / 1e12
     if config.device_tflops:
         found["share_of_peak"] = found["tflops_per_rank"] / config.device_tflops
     verdict = judge(splits)
-    return {**found, "held_back_by": verdict.cause, "slow_rank": verdict.rank, "by_rank": rows}
+    return {**found, "held_back_by": verdict.cause, "slow_rank": verdict.rank, "by_host": per_host(rows), "by_rank": rows}
 
 
 def write_result(
@@ -220,7 +227,7 @@ def summary(
     """Prints and logs the end of a run; all ranks call."""
     measured = speed(throughput, config)
     if log:
-        log.log((), {**result.metrics(), **{name: value for name, value in measured.items() if name != "by_rank"}})
+        log.log((), {**result.metrics(), **{name: value for name, value in measured.items() if not name.startswith("by_")}})
     console.say(f"finished in {duration(seconds)} on {count(comm.size(), 'rank')}")
     console.say(f"  acc@1              {result.top1 / result.records:.4f}")
     console.say(f"  acc@5              {result.top5 / result.records:.4f}")

@@ -128,6 +128,16 @@ def test_blocks_and_input_threads_make_the_same_run_on_one_rank_and_two(launch, 
     assert wanted[0] == {s: order.positions(32 * s, 32 * s + 32, 75, 1, 8).ids.tolist() for s in range(STEPS)}
 
 
+def test_a_float16_run_goes_on_with_its_loss_scale(launch, tmp_path, data):
+    wanted = train(launch, tmp_path / "whole", data, 1, "--precision=float16")
+    first = train(launch, tmp_path / "parts", data, 1, "--precision=float16", "--steps=4")
+    assert first[2].tensors["loss_scale/good_steps"] in (3, 4)
+    found = train(launch, tmp_path / "parts", data, 2, "--precision=float16")
+    assert found[0] == wanted[0]
+    for name in ("loss_scale", "loss_scale/good_steps"):
+        assert found[2].tensors[name] == wanted[2].tensors[name]
+
+
 def test_another_seed_is_another_run(launch, tmp_path, data, one_rank):
     found = train(launch, tmp_path / "spy", data, 2, "--seed=2")
     with pytest.raises(AssertionError):

@@ -18,6 +18,7 @@ def finished(tmp_path_factory, data):
 
     folder = tmp_path_factory.mktemp("finished")
     flags = [f"--data_dir={data}", f"--run_dir={folder / 'run'}", *TINY, "--steps=0", "--epochs=2", "--eval_every_epochs=1"]
+    flags.append("--device_tflops=0.5")
     ended = Started(command_line(2, ["train", *flags]), folder).wait()
     assert ended.code == 0, ended.err
     return folder / "run", ended
@@ -37,6 +38,8 @@ def test_result_json_holds_the_result(finished):
     assert result["epochs"] == 5 * 32 / 75
     assert result["fps_updates"] + result["warm_up_updates"] == 5
     assert 0 < result["fps_wall"] < result["fps"]
+    assert result["share_of_peak"] == pytest.approx(result["tflops_per_rank"] / 0.5)
+    assert [(row["ranks"], row["fps"]) for row in result["by_host"]] == [(2, sum(row["fps"] for row in result["by_rank"]))]
     assert [row["rank"] for row in result["by_rank"]] == [0, 1]
     for row in result["by_rank"]:
         assert row["input"] + row["compute"] + row["network"] + row["others"] == pytest.approx(1)

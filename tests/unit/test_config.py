@@ -118,3 +118,11 @@ def test_the_steps_to_profile_are_two_numbers_in_order():
     assert list(c.profiled_steps(c.Config())) == []
     for text in ("3", "5:3", "a:b", "-1:2", "1:2:3"):
         assert any("--profile_steps" in error for error in c.validate(c.Config(profile_steps=text))), text
+
+
+def test_numbers_of_ranks_are_whole_and_what_benchmark_cannot_do_is_refused():
+    assert any("--profile_ranks" in error for error in c.validate(c.Config(profile_ranks=(0.5,))))
+    assert not c.validate(c.BenchmarkConfig(ranks=(1.0, 2.0)))
+    for flags in ({"ranks": (1.5,)}, {"steps": 1}, {"profile_steps": "1:2"}, {"console": "dllogger"}):
+        (name,) = flags
+        assert any(f"--{name}" in error for error in c.validate(c.BenchmarkConfig(**flags))), name

@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -211,3 +213,14 @@ def test_what_cannot_be_decoded_or_is_absurd_is_refused(data, told):
     for make in (lambda: train_image(data, draws_of(1), "crop", 32), lambda: eval_image(data, "none", 32)):
         with pytest.raises(ValueError, match=told):
             make()
+
+
+@pytest.mark.parametrize("claimed", [(10, 10), (1000, 1000)])
+def test_a_png_whose_size_is_not_in_its_first_chunk_is_refused(claimed):
+    whole = bytes(tf.io.encode_png(np.zeros((100, 100, 3), np.uint8)).numpy())
+    body = struct.pack(">II", *claimed) + b"\x08\x02\0\0\0"
+    fake = struct.pack(">I", len(body)) + b"abCd" + body + struct.pack(">I", zlib.crc32(b"abCd" + body))
+    out = np.empty((32, 32, 3), np.uint8)
+    images.eval_image(whole, "crop", out)
+    with pytest.raises(ValueError, match="neither a JPEG nor a PNG"):
+        images.eval_image(whole[:8] + fake + whole[8:], "crop", out)
