@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 # Open MPI 4 sends what follows a large message's first 128 kB over TCP in one piece, and its leave for the other side's
 # message waits behind it: both directions of a link are then used one after the other. In pieces of 256 kB an allreduce of
-# 64 MB is 1.5 times faster between 2 hosts, 1.6 times between 4 (README, "Between hosts").
+# 64 MB is 1.5 times faster between 2 hosts, 1.6 times between 4 (README, "How gradients cross the network").
 _TCP_FRAGMENT_BYTES = 256 * 1024
 
 
