@@ -32,7 +32,7 @@ def listeners(pids):
 
 
 def test_a_run_keeps_secrets_ports_and_files_to_itself(tmp_path, data):
-    started = start(tmp_path, data, 2, "sleep@1:3:3", HVD_VGG_CANARY_SECRET=SECRET, HVD_VGG_API_TOKEN=CANARY)
+    started = start(tmp_path, data, 2, "sleep@1:3:3", HVD_VGG_CANARY_SECRET=CANARY, HVD_VGG_API_TOKEN=CANARY)
     wait_for(lambda: "step 3/" in started.out.read_text())
     pids = started.alive()
     assert len(pids) >= 3
