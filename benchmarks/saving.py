@@ -2,8 +2,8 @@
 
     python benchmarks/saving.py [--rounds=5] [--images=2] [--width=1] [--out=DIR]
 
-One rank trains on synthetic images of 224 pixels. A round is, in turn: updates with no save; a save in the background,
-with updates until it is on disk; the same save with the loop waiting for it. Prints the loop's pause, the time until the file
+One rank trains on synthetic images of 224 pixels. A round is, in turn: updates with no save; a save in the background, with
+updates until it is on disk; the same save with the loop waiting for it. Prints the loop's pause, the time until the file
 is on disk, and how much slower updates are meanwhile, with their spread over the rounds. --out is where checkpoints go.
 """
 
