@@ -111,7 +111,7 @@ def test_a_stuck_rank_ends_all_with_last_words(tmp_path, data, undisturbed, faul
     assert 6 <= seconds_since(tmp_path, 4) < 45
     waiting = last_words(tmp_path, 0)
     assert (waiting["step"], waiting["phase"], waiting["limit_seconds"]) == (5, "update", 6)
-    assert waiting["last_collective"] == "gather_numbers"
+    assert waiting["last_collective"] == "sum_over_ranks"
     assert isinstance(waiting["batches_ready"], int)
     assert any("train_step" in line or "loop.py" in line for line in waiting["stacks"])
     assert f"hvd-vgg: rank 0 ({waiting['host']}): no progress for " in ended.err
