@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any, Callable, List, Tuple
 
 from hvd_vgg import __version__
-from hvd_vgg.config import BenchmarkConfig, Config, DemoConfig, EvaluateConfig, PlanConfig, describe, find_flag_file, parse
+from hvd_vgg.config import (
+    BenchmarkConfig,
+    Config,
+    DemoConfig,
+    DoctorConfig,
+    EvaluateConfig,
+    PlanConfig,
+    describe,
+    find_flag_file,
+    parse,
+)
 from hvd_vgg.run import watch
 from hvd_vgg.run.health import BUG, CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure, launched_rank
 
@@ -18,6 +28,7 @@ USAGE_TEXT = f"""hvd-vgg {__version__}: trains VGG networks on ImageNet-style TF
   hvd-vgg evaluate --run_dir=DIR [--flags]            score a checkpoint of a run on the validation records
   hvd-vgg benchmark [--ranks=1,2,4] [--flags]         measure throughput without input, with it, and on fewer ranks
   hvd-vgg plan --ranks=N --gbit=X [--flags]           predict what exchanging gradients costs on a cluster
+  hvd-vgg doctor [--flagfile=FILE] [--flags]          say whether this host, or these ranks, can train, and what to do
   hvd-vgg make-demo-data --data_dir=DIR [--flags]     draw a small data set to try things with
 
 Each runs alone or on many ranks, which only change how fast it goes:
@@ -55,6 +66,12 @@ def _make_demo_data(config: Any) -> None:
     demo.make(config)
 
 
+def _doctor(config: Any) -> None:
+    from hvd_vgg.run import doctor
+
+    doctor.doctor(config)
+
+
 def _plan(config: Any) -> None:
     from hvd_vgg.parallel import plan
 
@@ -81,6 +98,12 @@ COMMANDS: "dict[str, Tuple[Any, Callable[[Any], None], str]]" = {
         _plan,
         "hvd-vgg plan --ranks=N --ranks_per_host=N --gbit=X --fps_per_rank=X [--flagfile=FILE] [--flags]: bytes, seconds "
         "and scaling efficiency of each way to exchange gradients. Needs no TensorFlow.",
+    ),
+    "doctor": (
+        DoctorConfig,
+        _doctor,
+        "hvd-vgg doctor [--hosts=a:8,b:8] [--full] [--collectives] [--out=FILE] [--flagfile=FILE] [--flags]: alone or on "
+        "all the ranks to come, with the flags of the run to come. Exit code 78 if anything would fail.",
     ),
     "make-demo-data": (DemoConfig, _make_demo_data, "hvd-vgg make-demo-data [--flags]: draw a data set."),
 }

@@ -225,6 +225,37 @@ class BenchmarkConfig(Config):
 
 
 @dataclasses.dataclass(frozen=True)
+class DoctorConfig(Config):
+    """The Config of the run to come, and what else to look at."""
+
+    full: bool = flag(False, "Doctor", "Read, check and decode every record; keeps the index for the run.")
+    collectives: bool = flag(
+        False, "Doctor", "Sum and gather gradients of the network's own shapes: right, how fast, and as `plan` assumes?"
+    )
+    hosts: str = flag(
+        "",
+        "Doctor",
+        "Before mpirun, without it: a host file, or a:8,b:8. Does each host answer, and can it connect back?",
+    )
+    rsh_agent: str = flag(
+        "",
+        "Doctor",
+        "Command that runs another on a host, for --hosts; none: OMPI_MCA_plm_rsh_agent, or ssh that refuses unknown keys.",
+    )
+    join_seconds: float = flag(
+        10.0, "Doctor", "How long a rank waits for all others to have started and be reached.", "seconds", above=0.0
+    )
+    gbit: float = flag(
+        0.0,
+        "Doctor",
+        "Rate of a host's link, as given to `plan`; 0: not known, nothing is compared.",
+        "Gbit/s",
+        at_least=0.0,
+    )
+    out: str = flag("", "Doctor", "Write what was found into this file, as JSON.", "path")
+
+
+@dataclasses.dataclass(frozen=True)
 class DemoConfig:
     """What `make-demo-data` draws."""
 

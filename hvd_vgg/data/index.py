@@ -45,10 +45,9 @@ def open_split(data_dir: str, split: str, fallback_dir: Path, console: Console) 
     sizes = comm.together(lambda: records.shard_bytes(paths))
     comm.agree(f"the {split} shards in {data_dir} (bytes of each)", sizes)
 
-    name = f".hvd_vgg_index_{split}.npz"
-    places = [Path(data_dir) / name, fallback_dir / name]
+    places = cache_places(data_dir, split, fallback_dir)
     # Rank 0 alone reads the cache: the others hear from it what is in there.
-    known = _unpacked(comm.from_root(_packed(comm.together(lambda: _cached(places, paths) if comm.is_root() else {}))))
+    known = _unpacked(comm.from_root(_packed(comm.together(lambda: cached(places, paths) if comm.is_root() else {}))))
     stale = [number for number in range(len(paths)) if number not in known]
     if stale and known:
         console.say(f"{split}: {len(stale)} of {len(paths)} shards are new or changed since they were indexed")
@@ -57,7 +56,7 @@ def open_split(data_dir: str, split: str, fallback_dir: Path, console: Console) 
     mine = stale[comm.rank() :: comm.size()]
     # In turns of seconds: all ranks hear of a bad shard soon after one has met it, and of how far they are together.
     while len(known) < len(paths):
-        scanned = comm.together(lambda: _scan_for(TURN_SECONDS, paths, [n for n in mine if n not in known]))
+        scanned = comm.together(lambda: scan_for(TURN_SECONDS, paths, [n for n in mine if n not in known]))
         for text in comm.gather(_packed(scanned)):
             known.update(_unpacked(text))
         progress.update(len(known))
@@ -68,7 +67,13 @@ def open_split(data_dir: str, split: str, fallback_dir: Path, console: Console) 
     return index
 
 
-def _cached(places: List[Path], paths: List[Path]) -> Dict[int, records.Shard]:
+def cache_places(data_dir: str, split: str, fallback_dir: Path) -> List[Path]:
+    """Returns where the index of a split may be kept, the first choice first."""
+    name = f".hvd_vgg_index_{split}.npz"
+    return [Path(data_dir) / name, fallback_dir / name]
+
+
+def cached(places: List[Path], paths: List[Path]) -> Dict[int, records.Shard]:
     """Returns by number the shards that are unchanged since they were indexed, from whichever place has them."""
     known: Dict[int, records.Shard] = {}
     for place in reversed(places):
@@ -78,7 +83,7 @@ def _cached(places: List[Path], paths: List[Path]) -> Dict[int, records.Shard]:
     return known
 
 
-def _scan_for(seconds: float, paths: List[Path], left: List[int]) -> Dict[int, records.Shard]:
+def scan_for(seconds: float, paths: List[Path], left: List[int]) -> Dict[int, records.Shard]:
     """Indexes shards of `left` in order until `seconds` have passed, at least one."""
     began, found = time.monotonic(), {}
     for number in left:

@@ -63,6 +63,15 @@ def start(input_threads: int = 0, timeline: bool = False, subsets: Sequence[int]
 
     Raises Failure(CONFIGURATION) when there are more ranks on this host than devices.
     """
+    join(timeline, subsets, hang_seconds)
+    return take_device(input_threads)
+
+
+def join(timeline: bool = False, subsets: Sequence[int] = (), hang_seconds: float = 0.0) -> None:
+    """Joins the run as `start` does, without taking a device.
+
+    Raises Failure(CONFIGURATION) where Horovod finds other ranks than the launcher started.
+    """
     if launched_rank() is None and hvd.gloo_built():
         # Without a launcher there is nothing for MPI to find, and Open MPI may fail to start a world of one.
         os.environ.update(HOROVOD_CONTROLLER="gloo", HOROVOD_CPU_OPERATIONS="gloo")
@@ -84,6 +93,13 @@ def start(input_threads: int = 0, timeline: bool = False, subsets: Sequence[int]
             f"the others. Horovod is {mine['horovod']} and uses {mine['controller']}: start it with the launcher of the "
             f"MPI it was built with, or without MPI by horovodrun --gloo",
         )
+
+
+def take_device(input_threads: int = 0) -> Device:
+    """Makes this rank's device the only one that TensorFlow uses; after `join`, before TensorFlow computes.
+
+    Raises Failure(CONFIGURATION) when there are more ranks on this host than devices.
+    """
     threads = max(1, _cores() // hvd.local_size())
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     # Never fewer than 4, whatever TF_NUM_INTEROP_THREADS says: with 1 or 2 a run of Horovod can wait for ever for a
@@ -152,6 +168,11 @@ def rank() -> int:
 def size() -> int:
     """Returns the number of ranks."""
     return int(_members.size())
+
+
+def local_size() -> int:
+    """Returns the number of ranks on this host."""
+    return int(hvd.local_size())
 
 
 def rank_if_joined() -> Optional[int]:

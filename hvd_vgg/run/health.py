@@ -16,6 +16,7 @@ NOT_FINITE = 81  # a loss or gradient is NaN or Inf
 # What mpirun, horovodrun --gloo, and srun with either form of PMI set for each process they start.
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RANK")
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "PMI_SIZE")
+_LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "HOROVOD_LOCAL_SIZE")
 
 
 class Failure(Exception):
@@ -40,6 +41,11 @@ def launched_rank() -> Optional[int]:
 def launched_size() -> Optional[int]:
     """Returns how many processes the launcher says it started; None when it does not say."""
     return _first_number(_SIZE_VARIABLES)
+
+
+def launched_local_size() -> Optional[int]:
+    """Returns how many of those are on this host; None when it does not say."""
+    return _first_number(_LOCAL_SIZE_VARIABLES)
 
 
 def _first_number(names: Sequence[str]) -> Optional[int]:

@@ -13,12 +13,16 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lower floors know nothing of higher ones; modules on one floor may use each other.
 FLOORS = [
     {"run.health"},
-    {"run.watch", "run.lock"},
-    {"config", "model.layers", "data.order", "data.records", "run.log", "run.throughput", "train.schedule"},
+    {"run.watch", "run.lock", "run.findings"},
+    {"run.host", "run.machine", "run.mpi", "run.network", "run.reach"},
+    {"config", "model.layers", "data.order", "data.records", "run.log", "run.throughput", "run.advice", "train.schedule"},
     {"data.images", "data.pipeline", "data.index", "model.vgg", "parallel.comm", "parallel.exchange", "parallel.cost"},
     {
         "data.demo",
+        "data.survey",
+        "parallel.conformance",
         "parallel.plan",
+        "run.devices",
         "train.checkpoint",
         "train.writer",
         "train.optimizer",
@@ -27,11 +31,12 @@ FLOORS = [
         "train.state",
     },
     {"train.tell", "train.profile"},
-    {"train.loop", "train.benchmark"},
+    {"train.loop", "train.benchmark", "run.doctor"},
     {"__main__"},
 ]
 NO_TENSORFLOW = {"config", "data.records", "data.order", "train.schedule", "run.health", "run.log", "run.throughput"}
-NO_TENSORFLOW |= {"run.watch", "run.lock"}
+NO_TENSORFLOW |= {"run.watch", "run.lock", "run.findings", "run.host", "run.machine", "run.mpi", "run.network", "run.reach"}
+NO_TENSORFLOW |= {"run.advice", "run.doctor"}
 NO_TENSORFLOW |= {"model.layers", "parallel.cost", "parallel.plan"}
 
 

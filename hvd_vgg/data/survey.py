@@ -1,0 +1,171 @@
+"""The data set as `hvd-vgg doctor` sees it: files, records, labels, and whether images decode. All ranks call together."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional
+
+import numpy as np
+
+from hvd_vgg.config import Config
+from hvd_vgg.data import images, records
+from hvd_vgg.data.index import TURN_SECONDS, cache_places, cached, open_split, scan_for
+from hvd_vgg.parallel import comm
+from hvd_vgg.run.findings import Finding, failure, ok, warning
+from hvd_vgg.run.health import Failure
+from hvd_vgg.run.log import Console, count
+
+_NAMED = 20  # bad records that are named; the others are counted
+
+
+class Seen(NamedTuple):
+    """What this rank knows of a split: paths of the shards that it looked at, and their records."""
+
+    held: Optional[records.Index]
+    shards: int
+    shards_looked_at: int
+    records: int  # by all ranks
+    labels: np.ndarray  # int64, each that any rank has seen once, rising
+
+
+def survey(config: Config, full: bool, threads: int, console: Console) -> List[Finding]:
+    """Returns what this rank found of both splits; all ranks call.
+
+    Without `full` shards that are not indexed yet are looked at for seconds only. With it every record's data is read,
+    checked and decoded by `threads` threads of each rank, bad ones are collected, and the index is kept.
+    """
+    found: List[Finding] = []
+    seen: Dict[str, Seen] = {}
+    for split in ("train", "validation"):
+        paths = _same_everywhere(config.data_dir, split, found)
+        if paths:
+            one = _index(config, split, paths, full, console, found)
+            if one is not None:
+                seen[split] = one
+    if len(seen) == 2:
+        found += _labels(config, seen)
+    for split, one in seen.items():
+        found += _decode(config, split, one, full, threads, console)
+    return found
+
+
+def _same_everywhere(data_dir: str, split: str, found: List[Finding]) -> List[Path]:
+    """Returns the split's shards where all ranks have the same ones; nothing where any rank has not."""
+    mine: Dict[str, Any] = {"error": "", "sizes": {}}
+    paths: List[Path] = []
+    try:
+        paths = records.find_shards(data_dir, split)
+        mine["sizes"] = records.shard_bytes(paths)
+    except Failure as error:
+        mine["error"] = error.message
+        found.append(failure("data", error.message, "as it says"))
+    told = [json.loads(text.decode()) for text in comm.gather(json.dumps(mine, sort_keys=True).encode())]
+    if not mine["error"] and not told[0]["error"] and mine["sizes"] != told[0]["sizes"]:
+        differing = sorted(name for name in paths_of(mine, told[0]) if mine["sizes"].get(name) != told[0]["sizes"].get(name))
+        text = (
+            f"{data_dir}: {split} shards are not those of rank 0: {', '.join(differing[:3])}{', ...' * (len(differing) > 3)}"
+        )
+        found.append(failure("data", text, "copy the same files to every host"))
+    return [] if any(each["error"] or each["sizes"] != told[0]["sizes"] for each in told) else paths
+
+
+def paths_of(mine: Dict[str, Any], theirs: Dict[str, Any]) -> List[str]:
+    """Returns the names of shards that either has."""
+    return sorted({*mine["sizes"], *theirs["sizes"]})
+
+
+def _index(
+    config: Config, split: str, paths: List[Path], full: bool, console: Console, found: List[Finding]
+) -> Optional[Seen]:
+    """Returns what is known of a split: all of it with `full` or from the cache, else what seconds show."""
+    run_dir = Path(config.run_dir)
+    if full:
+        try:
+            whole = open_split(config.data_dir, split, run_dir, console)
+        except Failure as error:
+            found.append(failure("data", error.message, "as it says"))
+            return None
+        return Seen(whole, len(paths), len(paths), whole.records, np.unique(whole.labels))
+    known = cached(cache_places(config.data_dir, split, run_dir), paths)
+    left = [number for number in range(comm.rank(), len(paths), comm.size()) if number not in known]
+    try:
+        fresh = scan_for(TURN_SECONDS, paths, left)
+    except Failure as error:
+        found.append(failure("data", error.message, "as it says"))
+        fresh = {}
+    # A cache that all ranks have is told of once: by who would have scanned it.
+    mine = {n: shard for n, shard in known.items() if n % comm.size() == comm.rank()}
+    mine.update(fresh)
+    numbers = sorted(mine)
+    index = records.join([paths[n] for n in numbers], [mine[n] for n in numbers]) if numbers else None
+    labels = np.unique(index.labels).astype(np.int64) if index else np.zeros(0, np.int64)
+    everyones = np.unique(np.concatenate([np.frombuffer(text, np.int64) for text in comm.gather(labels.tobytes())]))
+    totals = comm.gather_numbers([len(numbers), index.records if index else 0]).sum(axis=0)
+    return Seen(index, len(paths), int(totals[0]), int(totals[1]), everyones)
+
+
+def _labels(config: Config, seen: Dict[str, Seen]) -> List[Finding]:
+    """Judges counts and labels of both splits; the same on all ranks."""
+    found = []
+    for split, one in seen.items():
+        text = f"{split}: {one.records:,} records in {count(one.shards, 'shard')}"
+        if one.shards_looked_at < one.shards:
+            text += f" at least: {one.shards_looked_at} were looked at; training indexes the others once, or --full"
+        if not one.records:
+            found.append(failure("data", f"{split}: no record in {count(one.shards, 'shard')}", "copy the files again"))
+            return found
+        found.append(ok("data", text))
+    labels = np.union1d(seen["train"].labels, seen["validation"].labels)
+    whole = all(one.shards_looked_at == one.shards for one in seen.values())
+    base = records.find_label_base(labels, config.num_classes) if config.label_base == "auto" else int(config.label_base)
+    text = f"labels {labels.min()}..{labels.max()}, {len(labels)} different; the first class is {base}"
+    beyond = labels[(labels < base) | (labels >= base + config.num_classes)]
+    if len(beyond):
+        todo = "correct --num_classes or --label_base"
+        found.append(failure("data", f"{text}; {beyond[0]} is none of --num_classes={config.num_classes}", todo))
+    elif whole and len(seen["train"].labels) < config.num_classes:
+        said = f"{text}: {len(seen['train'].labels)} of --num_classes={config.num_classes} occur in train"
+        found.append(warning("data", said, "right for a part of a data set; else correct --num_classes"))
+    else:
+        found.append(ok("data", text))
+    if whole and config.global_batch > seen["train"].records:
+        said = f"--global_batch={config.global_batch} is more than the {seen['train'].records} records to train on"
+        found.append(warning("data", said, "a smaller --global_batch"))
+    return found
+
+
+def _decode(config: Config, split: str, one: Seen, full: bool, threads: int, console: Console) -> List[Finding]:
+    """Reads and decodes this rank's part of all records with `full`, else one record; bad ones are findings."""
+    if one.held is None or not one.held.records:
+        return []
+    index = one.held
+    if full:
+        bounds = [index.records * part // comm.size() for part in (comm.rank(), comm.rank() + 1)]
+        ids = range(*bounds)
+    else:
+        ids = range(1)
+    progress = console.progress(f"reading {split}", len(ids), "records")
+    bad: List[str] = []
+    with ThreadPoolExecutor(threads) as pool:
+        for done, wrong in enumerate(pool.map(lambda record: _decodes(index, record, config), ids), start=1):
+            bad += [wrong] if wrong else []
+            progress.update(done)
+    found = [failure("data", text, "copy the shard again, or leave the record out of it") for text in bad[:_NAMED]]
+    if len(bad) > _NAMED:
+        found.append(failure("data", f"and {len(bad) - _NAMED} more records of {split}", "as above"))
+    if not bad:
+        what = f"every record of {split}" if full else f"a record of {split} on each rank that looked"
+        found.append(ok("data", f"{what} is read and decoded"))
+    return found
+
+
+def _decodes(index: records.Index, record: int, config: Config) -> str:
+    """Returns what is wrong with a record; nothing where it decodes."""
+    try:
+        encoded, _ = records.parse_example(index, record, records.read_record(index, record))
+        images.eval_image(encoded, config.augment, np.empty([config.image_size, config.image_size, 3], np.uint8))
+    except Failure as error:
+        return error.message
+    except ValueError as error:
+        return f"data: {index.where(record)}: {error}"
+    return ""

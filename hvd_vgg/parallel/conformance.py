@@ -1,0 +1,229 @@
+"""Whether the ranks' sums and gathers are right, and how fast: a quick look always, all of a gradient on request.
+
+What is sent are small whole numbers, whose sums are exact in every precision on the wire: each result is compared with
+NumPy's and must be equal. All functions are collective.
+"""
+
+import time
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+
+import numpy as np
+import tensorflow as tf
+
+from hvd_vgg.config import DoctorConfig
+from hvd_vgg.data import order
+from hvd_vgg.model.layers import DENSE, layers
+from hvd_vgg.parallel import comm, cost, exchange
+from hvd_vgg.run.findings import Finding, failure, ok, warning
+from hvd_vgg.run.log import count
+
+# A prime: parts that change places, or are summed with their neighbours, do not look alike.
+_PERIOD = 251
+_LATENCIES, _REPEATS, _QUICK_BYTES = 30, 3, 16_000_000
+# Clocks of hosts this far apart make logs and checkpoints lie.
+_CLOCK_SECONDS = 1.0
+# How much slower than `plan` assumes is worth a warning.
+_SLOWER = 2.0
+STAGED = (
+    "Horovod is built without NCCL: unless its MPI takes a device's memory, what ranks exchange is copied through the "
+    "host (about 0.85 s an update of VGG16, by a published record of such a build)"
+)
+
+
+class Rates(NamedTuple):
+    """What a quick look measured, the same on all ranks: seconds of a small sum, bytes/s each sends in a large one."""
+
+    latency_seconds: float
+    bytes_per_second: float
+
+
+def check_clocks() -> List[Finding]:
+    """Compares this rank's clock with rank 0's, to within the time that a gather takes."""
+    apart = []
+    for _ in range(5):
+        comm.gather_numbers([0.0])  # all leave it at nearly the same time
+        apart.append(comm.gather_numbers([time.time()])[:, 0])
+    mine = np.array(apart)[:, comm.rank()] - np.array(apart)[:, 0]
+    least = float(mine[np.argmin(np.abs(mine))])
+    if abs(least) > _CLOCK_SECONDS:
+        text = f"the clock is {least:+.0f} s from rank 0's"
+        return [warning("clocks", text, "let NTP or chrony set the clocks of all hosts")]
+    return [ok("clocks", "within a second of each other")]
+
+
+def check_link(device: str, path: str) -> List[Finding]:
+    """Sums a number and 16 MB over all ranks on this rank's device by `path` (NCCL, mpi, gloo): right, and how fast."""
+    if comm.size() == 1:
+        return []
+    found = []
+    if "GPU" in device and path != "NCCL":
+        found.append(
+            warning("link", STAGED, "a Horovod with NCCL (HOROVOD_GPU_OPERATIONS=NCCL), or the vendor's newer wheel")
+        )
+    rates, right = quick(device)
+    if not right:
+        text = f"a sum of {_QUICK_BYTES // 1_000_000} MB over ranks by {path} is wrong"
+        return [*found, failure("link", text, "--collectives tells which; compare hosts' software, NCCL_DEBUG=INFO")]
+    text = f"by {path} a number is summed in {rates.latency_seconds * 1e3:.2g} ms, 16 MB at"
+    return [*found, ok("link", f"{text} {rates.bytes_per_second / 1e9:.2g} GB/s a rank")]
+
+
+def quick(device: str) -> Tuple[Rates, bool]:
+    """Returns the rates, and whether the large sum was right on this rank."""
+    small, large = (pattern(number, comm.rank()) for number in (1, _QUICK_BYTES // 4))
+
+    @tf.function
+    def summed(value: Any) -> Any:
+        with tf.device(device):
+            return comm.sum_gradients([value], f"doctor_{value.shape[0]}")[0]
+
+    latency = _median_seconds(lambda: summed(small).numpy(), _LATENCIES)
+    result = np.zeros(0)
+
+    def large_sum() -> None:
+        nonlocal result
+        result = summed(large).numpy()
+
+    seconds = _median_seconds(large_sum, _REPEATS)
+    right = np.array_equal(result, expected_sum(len(large), comm.size()))
+    sent = cost.allreduce_bytes(len(large), comm.size(), "float32")
+    return Rates(latency, sent / seconds), right
+
+
+def check_collectives(config: DoctorConfig, device: str, path: str, hosts: int) -> List[Finding]:
+    """Sums gradients of the network's own shapes, and gathers the dense layers' rows, as training does: right, how fast.
+
+    path: what carries them (NCCL, mpi, gloo); hosts: on how many the ranks are, for what `plan` counts.
+    """
+    if comm.size() == 1:
+        return [ok("collectives", "one rank exchanges nothing: start all under mpirun")]
+    found: List[Finding] = []
+    shapes = layers(config.model, config.width, config.image_size, config.num_classes)
+    seconds, wrong = sum_all(config, device)
+    sent = sum(cost.allreduce_bytes(layer.parameters, comm.size(), config.wire_dtype) for layer in shapes)
+    found += _told("sums", f"gradients of {config.model}", wrong, sent, seconds, hosts, config, path)
+    seconds, wrong = gather_all(config, device)
+    sent = sum(choice.factored_bytes or 0.0 for choice in cost.choose(config, comm.size()))
+    found += _told("gathers", "the rows of its dense layers", wrong, sent, seconds, hosts, config, path)
+    return found
+
+
+def sum_all(config: DoctorConfig, device: str) -> Tuple[float, List[str]]:
+    """Returns the median seconds of summing every gradient of the network, and the names of those that came out wrong."""
+    shapes: Dict[str, Tuple[int, ...]] = {}
+    for layer in layers(config.model, config.width, config.image_size, config.num_classes):
+        shapes[f"{layer.name}/kernel"], shapes[f"{layer.name}/bias"] = layer.kernel, layer.kernel[-1:]
+    with tf.device(device):
+        mine = {
+            name: tf.constant(pattern(int(np.prod(shape)), comm.rank()).reshape(shape)) for name, shape in shapes.items()
+        }
+
+    @tf.function
+    def summed() -> Any:
+        with tf.device(device):
+            sums = exchange.sum_gradients(mine, config.wire_dtype, 1.0)
+            return sums, tf.add_n([tf.reshape(value, [-1])[-1] for value in sums.values()])
+
+    results: Dict[str, Any] = {}
+
+    def once() -> None:
+        sums, last = summed()
+        last.numpy()
+        results.update(sums)
+
+    seconds = _median_seconds(once, _REPEATS)
+    wrong = [
+        name
+        for name, value in results.items()
+        if not np.array_equal(value.numpy().ravel(), expected_sum(int(np.prod(shapes[name])), comm.size()))
+    ]
+    return seconds, wrong
+
+
+def gather_all(config: DoctorConfig, device: str) -> Tuple[float, List[str]]:
+    """Returns the median seconds of gathering the dense layers' rows of the global batch, and the names of wrong ones."""
+    dense = [
+        layer for layer in layers(config.model, config.width, config.image_size, config.num_classes) if layer.name in DENSE
+    ]
+    bounds = [order.slice_bounds(config.global_batch, rank, comm.size()) for rank in range(comm.size())]
+    rows = bounds[comm.rank()][1] - bounds[comm.rank()][0]
+
+    def part(rank: int, count_of_rows: int, width: int) -> np.ndarray:
+        return pattern(count_of_rows * width, rank).reshape(count_of_rows, width)
+
+    with tf.device(device):
+        mine = {layer.name: [tf.constant(part(comm.rank(), rows, width)) for width in layer.kernel] for layer in dense}
+
+    @tf.function
+    def gathered() -> Any:
+        with tf.device(device):
+            pairs = {
+                name: exchange.gather_factors(name, x, d, config.global_batch, config.wire_dtype, 1.0)
+                for name, (x, d) in mine.items()
+            }
+            return pairs, tf.add_n([value[-1, -1] for pair in pairs.values() for value in pair])
+
+    results: Dict[str, Any] = {}
+
+    def once() -> None:
+        pairs, last = gathered()
+        last.numpy()
+        results.update(pairs)
+
+    seconds = _median_seconds(once, _REPEATS)
+    wrong = []
+    for layer in dense:
+        for what, width, value in zip(("inputs", "outputs"), layer.kernel, results[layer.name]):
+            expected = np.concatenate([part(rank, high - low, width) for rank, (low, high) in enumerate(bounds)])
+            if not np.array_equal(value.numpy(), expected):
+                wrong.append(f"{layer.name} {what}")
+    return seconds, wrong
+
+
+def pattern(numbers: int, rank: int) -> np.ndarray:
+    """Returns what a rank sends: float32 [numbers], whole, -5 to 5, another sequence on each rank.
+
+    Sums over 400 ranks are exact in float16 too.
+    """
+    period = (np.arange(_PERIOD) * (2 * rank + 3) + rank * rank) % 11 - 5
+    return np.resize(period.astype(np.float32), numbers)
+
+
+def expected_sum(numbers: int, ranks: int) -> np.ndarray:
+    """Returns NumPy's sum of `pattern` over ranks."""
+    return np.resize(np.sum([pattern(_PERIOD, rank) for rank in range(ranks)], axis=0), numbers)
+
+
+def _median_seconds(action: Callable[[], Any], repeats: int) -> float:
+    """Returns the median over repeats, all ranks beginning together, of the slowest rank; once before, to warm up.
+
+    What takes long is not repeated as often: the ranks agree on that by what all know.
+    """
+    seconds: List[float] = []
+    while len(seconds) <= repeats and sum(seconds) < 20:
+        comm.gather(b"")
+        began = time.monotonic()
+        action()
+        seconds.append(float(comm.gather_numbers([time.monotonic() - began]).max()))
+    return float(np.median(seconds[1:] or seconds))
+
+
+def _told(
+    kind: str, what: str, wrong: List[str], sent: float, seconds: float, hosts: int, config: DoctorConfig, path: str
+) -> List[Finding]:
+    if wrong:
+        text = f"{kind} of {what} by {path}: wrong: {', '.join(wrong)}"
+        todo = "do not train so: try another path (NCCL_P2P_DISABLE=1, NCCL_SHM_DISABLE=1, MPI's own)"
+        return [failure("collectives", text, todo)]
+    rate = sent / seconds
+    text = f"{kind} of {what} by {path}: right; {sent / 1e6:.1f} MB a rank in {seconds:.3g} s, {rate / 1e9:.3g} GB/s"
+    if hosts == 1:
+        return [ok("collectives", f"{text}; `plan` counts nothing inside {count(hosts, 'host')}")]
+    if not config.gbit:
+        return [ok("collectives", f"{text}; for `plan`: --gbit={rate * 8 / 1e9:.3g}")]
+    assumed = sent * 8 / (config.gbit * 1e9)
+    text += f"; `plan` with --gbit={config.gbit:g} assumes {assumed:.3g} s"
+    if seconds > _SLOWER * assumed:
+        todo = f"plan with --gbit={rate * 8 / 1e9:.3g}, or find what is slow: interface, NCCL_NET, staging, processor"
+        return [warning("collectives", text, todo)]
+    return [ok("collectives", text)]

@@ -1,0 +1,123 @@
+"""Flags and variables that work, but hardly as meant: what scripts for other trainers set, and recipes that cannot be right.
+
+Among them what the vendor's own script for VGG16 got wrong: 2 of 8 devices in use, a constant learning rate, flags that do
+nothing.
+"""
+
+import os
+from typing import List, Mapping
+
+from hvd_vgg.config import Config
+from hvd_vgg.run.findings import Finding, failure, ok, warning
+from hvd_vgg.run.log import count
+
+_BUILD_TIME = "is read when Horovod is built, never when it runs"
+_OURS = "has no effect: the package sets threads itself (see --input_threads)"
+# Variables of the vendor's and of others' scripts: what they do here.
+_VARIABLES = {
+    "IX_NUM_CUDA_VISIBLE_DEVICES": "has no effect: it is a count of the vendor's shell; ranks are what mpirun -np says",
+    "HOROVOD_GPU_ALLREDUCE": _BUILD_TIME,
+    "HOROVOD_GPU_OPERATIONS": _BUILD_TIME,
+    "HOROVOD_GPU": _BUILD_TIME,
+    "HOROVOD_WITH_TENSORFLOW": _BUILD_TIME,
+    "HOROVOD_NCCL_HOME": _BUILD_TIME,
+    "TF_NUM_INTRAOP_THREADS": _OURS,
+    "TF_NUM_INTEROP_THREADS": _OURS,
+    "TF_USE_LEGACY_KERAS": "has no effect: no Keras is used",
+    "TF_FORCE_GPU_ALLOW_GROWTH": "has no effect: memory is taken as it is needed always",
+    "HOROVOD_USE_GLOOGPU": "is known to no published Horovod",
+    "UMD_WAITAFTERLAUNCH": "seems to wait after each kernel; the vendor sets it for many devices in one process",
+    "CUDA_LAUNCH_BLOCKING": "waits after each kernel: for debugging",
+    "UMD_ENABLEPROFILE": "profiles, which costs time",
+    "TF_CUDNN_DETERMINISTIC": "takes slower convolutions",
+}
+_OFF = {"TF_CUDNN_USE_AUTOTUNE": "keeps TensorFlow from trying which convolution is fastest"}
+
+
+def of_environment(environ: Mapping[str, str]) -> List[Finding]:
+    """Looks at variables that do nothing here, or something else than was meant."""
+    found = [
+        warning("environment", f"{name}={environ[name]} {what}", f"unset {name}")
+        for name, what in _VARIABLES.items()
+        if environ.get(name, "0") not in ("", "0")
+    ]
+    for name, what in _OFF.items():
+        if environ.get(name) == "0":
+            found.append(warning("environment", f"{name}=0 {what}", f"unset {name}"))
+    return found
+
+
+def of_devices(here: int, ranks: int, alone: bool, mask: str) -> List[Finding]:
+    """Compares the devices that TensorFlow sees on this host with its ranks; mask: CUDA_VISIBLE_DEVICES, or nothing."""
+    if not here:
+        return []
+    seen = f"TensorFlow sees {count(here, 'device')}" + (f" (CUDA_VISIBLE_DEVICES={mask})" if mask else "")
+    if alone:
+        return [ok("ranks", f"{seen}: to use all start {count(here, 'rank')}, mpirun -np {here} hvd-vgg doctor first")]
+    if ranks > here:
+        return [failure("ranks", f"{seen}, and {ranks} ranks were started on this host", f"start {here}: one a device")]
+    if ranks < here:
+        text = f"{seen}, and {count(ranks, 'rank')} on this host: {here - ranks} would idle"
+        return [warning("ranks", text, f"start {here} ranks on this host (-np, slots=)")]
+    return [ok("ranks", f"{seen}, one a rank")]
+
+
+def of_mask(nodes: int, seen: int, mask: str, seen_by_rank: bool) -> List[Finding]:
+    """Compares the host's device nodes with the devices that TensorFlow sees.
+
+    seen_by_rank: that a launcher may show each rank its own device only.
+    """
+    if not nodes or seen == nodes:
+        return []
+    if not seen:
+        text = f"TensorFlow sees none of {count(nodes, 'device')} of this host (CUDA_VISIBLE_DEVICES={mask or 'unset'})"
+        return [failure("ranks", text, "see vendor and driver; TensorFlow without GPU support sees none either")]
+    text = f"TensorFlow sees {seen} of {count(nodes, 'device')} of this host (CUDA_VISIBLE_DEVICES={mask or 'unset'})"
+    todo = "unset CUDA_VISIBLE_DEVICES to use all" if mask else "the vendor's tool lists them; see driver"
+    if seen_by_rank and seen == 1:
+        todo = "right where the launcher gives each rank its own; else " + todo
+    return [warning("ranks", text, todo)]
+
+
+def of_flags(config: Config, ranks: int, devices: int) -> List[Finding]:
+    """Looks at the training flags; ranks: of the job, 1 where it runs alone; devices: of this rank's host."""
+    found = []
+
+    def warn(text: str, todo: str) -> None:
+        found.append(warning("flags", text, todo))
+
+    default = Config()
+    if config.lr_schedule == "constant" and not config.steps:
+        text = (
+            f"--lr_schedule=constant keeps {config.lr:g} for {config.epochs:g} epochs: it stops short of a recipe's accuracy"
+        )
+        warn(text, "--lr_schedule=step or cosine")
+    if config.steps and config.epochs != default.epochs:
+        warn(f"--epochs={config.epochs:g} has no effect beside --steps={config.steps}", "give one of them")
+    if config.lr_schedule != "step" and config.lr_step_epochs != default.lr_step_epochs:
+        warn(f"--lr_step_epochs has no effect under --lr_schedule={config.lr_schedule}", "leave it out")
+    beyond = [step for step in config.lr_step_epochs if step >= config.epochs]
+    if config.lr_schedule == "step" and not config.steps and len(beyond) == len(config.lr_step_epochs):
+        text = f"all of --lr_step_epochs are at or after the end, --epochs={config.epochs:g}: the learning rate never falls"
+        warn(text, "smaller --lr_step_epochs")
+    if config.global_batch < ranks:
+        text = f"--global_batch={config.global_batch} is less than {ranks} ranks"
+        found.append(failure("flags", text, "a larger --global_batch, or fewer ranks"))
+    elif config.global_batch % ranks:
+        text = f"--global_batch={config.global_batch} does not divide by {ranks} ranks: some wait for others at each update"
+        warn(text, f"--global_batch={config.global_batch // ranks * ranks} (it changes what is learned), or other ranks")
+    if config.xla and not devices:
+        warn("--xla compiles for GPUs; here are none", "leave it out")
+    if config.profile_ranks != default.profile_ranks and not config.profile_steps:
+        warn("--profile_ranks has no effect without --profile_steps", "leave it out")
+    if config.profile_steps and max(config.profile_ranks) >= ranks:
+        warn(f"--profile_ranks names rank {max(config.profile_ranks):.0f} of {count(ranks, 'rank')}", "0 is the first")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if config.input_threads > cores:
+        warn(
+            f"--input_threads={config.input_threads} is more than this host's {count(cores, 'core')}",
+            "leave it out: automatic",
+        )
+    return found or [
+        ok("flags", f"{config.model}, {config.global_batch} images an update, lr {config.lr:g} by {config.lr_schedule}")
+    ]

@@ -1,0 +1,290 @@
+"""`hvd-vgg doctor`: says whether this host, or all the ranks to come, can train, and what to do where they cannot.
+
+First what needs nobody else: host, packages, interfaces. Then the ranks meet, under a time limit of their own, because with
+a wrong interface they would wait for ever. Then devices, links and data; all findings are put together and said once.
+"""
+
+import contextlib
+import dataclasses
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence
+
+from hvd_vgg.config import DoctorConfig
+from hvd_vgg.model.layers import layers, parameters
+from hvd_vgg.run import advice, host, machine, mpi, network, reach
+from hvd_vgg.run.findings import FAILURE, Finding, Told, as_json, counts, failure, lines, ok, put_together
+from hvd_vgg.run.health import (
+    CONFIGURATION,
+    NOT_WRITTEN,
+    USAGE,
+    Failure,
+    launched_local_size,
+    launched_rank,
+    launched_size,
+)
+from hvd_vgg.run.log import Console, count
+
+# No import, device or link that works takes as long; the first use of a GPU compiles and loads libraries.
+_LONG_SECONDS, _COLLECTIVES_SECONDS = 120.0, 600.0
+# So long the other ranks are given to say what they know before the first one's end ends them.
+_OTHERS_SECONDS = 2.0
+_HOSTS_SECONDS = 12.0
+
+
+@dataclasses.dataclass
+class _Report:
+    """What this rank has found so far, and for whom."""
+
+    config: DoctorConfig
+    found: List[Finding]
+    began: float  # time.monotonic()
+    rank: int  # as the launcher says it
+    host: str
+
+
+class _Seen(NamedTuple):
+    """The vendor of this host's devices, and what its tool says of them."""
+
+    vendor: str
+    said: Optional[host.Listing]
+
+
+def doctor(config: DoctorConfig, here: Optional[host.Host] = None) -> None:
+    """Looks at everything, prints it, writes --out; all ranks call. here: the host to look at, this one by default.
+
+    Raises Failure(CONFIGURATION) if anything would fail.
+    """
+    here = here or host.this_host()
+    hosts = reach.read_hosts(config.hosts) if config.hosts else {}
+    if hosts and (launched_size() or 1) > 1:
+        raise Failure(USAGE, "--hosts looks at hosts before mpirun is asked: start it alone, without a launcher")
+    report = _Report(config, [], time.monotonic(), launched_rank() or 0, socket.gethostname())
+    seen = _before(here, len(hosts), report)
+    if hosts:
+        agent = config.rsh_agent or here.environ.get("OMPI_MCA_plm_rsh_agent") or reach.SSH
+        addresses = network.chosen(here.environ, network.interfaces())
+        report.found += reach.check_hosts(hosts, agent, addresses, _HOSTS_SECONDS)
+    if any(finding.about == "interfaces" and finding.verdict == FAILURE for finding in report.found):
+        raise _alone(report)  # the ranks would never meet
+    _import(report)
+    names = _meet(report)
+    _together(here, seen, names, report)
+    _conclude(report, names)
+
+
+def _before(here: host.Host, hosts: int, report: _Report) -> _Seen:
+    """Looks at what needs neither TensorFlow nor other ranks; hosts: of the job to come, 0 where nobody said."""
+    config = report.config
+    whose, why = host.vendor(here)
+    said = host.listing(here, whose)
+    size, local = launched_size() or 1, launched_local_size() or launched_size() or 1
+    numbers = parameters(layers(config.model, config.width, config.image_size, config.num_classes))
+    # Weights and momentum; beside those kept there are the best one, and the one that is being written.
+    kept = (config.keep_checkpoints + 2) * 2 * 4 * numbers
+    report.found += [
+        ok("vendor", f"{whose} ({', '.join(why)})"),
+        *host.check_python(here),
+        *host.check_tensorflow(here, whose),
+        *host.check_devices(here, whose, said),
+        *machine.check_memory(here.root, local, numbers),
+        *machine.check_shared_memory(here.root, local),
+        *machine.check_limits(),
+        *machine.check_run_dir(Path(config.run_dir), kept, report.rank == 0),
+        *machine.check_leftovers(here.root),
+        *network.check_interfaces(here.environ, network.interfaces(), max(hosts, 2 if size > local else 1)),
+        *advice.of_environment(here.environ),
+    ]
+    return _Seen(whose, said)
+
+
+def _import(report: _Report) -> None:
+    """Imports TensorFlow and Horovod; raises Failure where they are not there or broken."""
+    with _within(_LONG_SECONDS, report, "software", f"TensorFlow and Horovod were not imported within {_LONG_SECONDS:g} s"):
+        try:
+            from hvd_vgg.parallel import comm  # noqa: F401
+        except Exception as error:  # a broken installation may raise anything
+            text = error.message if isinstance(error, Failure) else f"{type(error).__name__}: {error}"
+            report.found.append(failure("software", text, "see what is missing above"))
+            raise _alone(report) from error
+
+
+def _meet(report: _Report) -> List[str]:
+    """Joins the other ranks; returns the name of each rank's host."""
+    from hvd_vgg.parallel import comm
+
+    limit = report.config.join_seconds
+    with _within(limit, report, "ranks", f"the ranks have not met within {limit:g} s (--join_seconds)"):
+        try:
+            comm.join()
+        except Failure as error:
+            report.found.append(failure("ranks", error.message, "as it says"))
+            raise _alone(report) from error
+        names = [text.decode() for text in comm.gather(report.host.encode())]
+    each = {name: names.count(name) for name in names}
+    report.found.append(ok("ranks", f"{count(len(names), 'rank')} on " + ", ".join(f"{n} ({each[n]})" for n in each)))
+    return names
+
+
+def _together(here: host.Host, seen: _Seen, names: Sequence[str], report: _Report) -> None:
+    """Looks at software, devices, links and data with all ranks."""
+    from hvd_vgg.data import survey
+    from hvd_vgg.parallel import comm, conformance
+
+    config, found = report.config, report.found
+    about = comm.describe()
+    mpi4pys = mpi.ask_mpi4py(here.environ) if host.version(here, ("mpi4py",)) else {}
+    found += mpi.check_mpi(mpi.loaded(), mpi4pys, about["controller"], about["horovod"])
+    found += _same_software()
+    device, threads = _devices(here, seen, report)
+    kind = "GPU" if "GPU" in device else "CPU"
+    path = "NCCL" if kind == "GPU" and "nccl" in about["horovod"] else about["controller"]
+    with _within(_LONG_SECONDS, report, "link", f"the ranks did not exchange 16 MB within {_LONG_SECONDS:g} s"):
+        found += conformance.check_clocks()
+        found += conformance.check_link(device, path)
+    if config.collectives:
+        text = f"--collectives took longer than {_COLLECTIVES_SECONDS:g} s"
+        with _within(_COLLECTIVES_SECONDS, report, "collectives", text):
+            found += conformance.check_collectives(config, device, path, len(set(names)))
+    with contextlib.ExitStack() as stack:
+        if not config.full:
+            text = f"{config.data_dir} was not looked at within {_LONG_SECONDS:g} s: a file system or a rank hangs"
+            stack.enter_context(_within(_LONG_SECONDS, report, "data", text))
+        found += survey.survey(config, config.full, threads, Console(config.console, comm.is_root()))
+
+
+def _devices(here: host.Host, seen: _Seen, report: _Report) -> "tuple[str, int]":
+    """Tries this rank's device, or all devices where there is no launcher.
+
+    Returns the name of the one to exchange from, and threads to decode with.
+    """
+    import tensorflow as tf
+
+    from hvd_vgg.parallel import comm
+    from hvd_vgg.run import devices
+
+    config, found = report.config, report.found
+    alone, mask = launched_size() is None, here.environ.get("CUDA_VISIBLE_DEVICES", "")
+    with _within(_LONG_SECONDS, report, "devices", f"the devices did not answer within {_LONG_SECONDS:g} s"):
+        physical = tf.config.list_physical_devices("GPU")
+        threads = os.cpu_count() or 1
+        found += advice.of_mask(len(host.nodes(here, seen.vendor)), len(physical), mask, not alone)
+        found += advice.of_devices(len(physical), comm.local_size(), alone, mask)
+        found += advice.of_flags(config, comm.size(), len(physical))
+        if alone or 0 < len(physical) < comm.local_size():
+            for each in physical:
+                tf.config.experimental.set_memory_growth(each, True)
+        else:
+            threads = comm.take_device(config.input_threads).input_threads
+        logical = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")[:1]
+        numbers = parameters(layers(config.model, config.width, config.image_size, config.num_classes))
+        tried = devices.check_devices(logical, config.precision, 4 * numbers)
+    found += tried
+    computed = bool(physical) and all(finding.verdict != FAILURE for finding in tried)
+    found += host.check_driver(here, seen.vendor, seen.said, computed)
+    # A rank whose own device hangs gives up before those that wait for it here, and is the one that is named.
+    with _within(_LONG_SECONDS, report, "devices", f"the devices of another rank did not answer in {_LONG_SECONDS:g} s"):
+        comm.gather(b"")
+    return str(logical[0].name), threads
+
+
+def _same_software() -> List[Finding]:
+    """Compares versions, code and variables with rank 0's, which training refuses to differ from."""
+    from hvd_vgg.parallel import comm
+
+    mine = {**comm.describe(), **comm.environment()}
+    theirs: Dict[str, str] = json.loads(comm.from_root(json.dumps(mine).encode()).decode())
+    differing = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
+    return [
+        failure(
+            "software",
+            f"{name} is {mine.get(name, 'not set')}; on rank 0 {theirs.get(name, 'not set')}",
+            "the same software and variables on all hosts",
+        )
+        for name in differing
+    ]
+
+
+def _conclude(report: _Report, names: Sequence[str]) -> None:
+    """Puts all ranks' findings together, tells them, and leaves; raises an agreed Failure where any is a failure."""
+    from hvd_vgg.parallel import comm
+
+    texts = comm.gather(json.dumps(report.found).encode())
+    told = put_together([[Finding(*row) for row in json.loads(text.decode())] for text in texts])
+    comm.together(lambda: _tell(report, told, names) if comm.is_root() else None)
+    failures = counts([each.finding for each in told])[FAILURE]
+    if failures:
+        raise Failure(CONFIGURATION, f"doctor: {count(failures, 'failure')}, see above", agreed=True)
+    comm.leave()
+
+
+def _tell(report: _Report, told: Sequence[Told], names: Sequence[str]) -> None:
+    """Prints and writes what was found."""
+    seconds = time.monotonic() - report.began
+    number = counts([each.finding for each in told])
+    print("\n".join(lines(told, names)))
+    print(
+        f"{count(len(names), 'rank')}, {count(len(set(names)), 'host')}: {number['ok']} ok, "
+        f"{count(number['warning'], 'warning')}, {count(number['failure'], 'failure')}, {seconds:.1f} s",
+        flush=True,
+    )
+    if report.config.out:
+        text = json.dumps(as_json(told, names, seconds=round(seconds, 1), time=time.time()), indent=1)
+        try:
+            Path(report.config.out).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise Failure(NOT_WRITTEN, f"--out={report.config.out} cannot be written: {error.strerror}") from error
+
+
+def _alone(report: _Report) -> Failure:
+    """Tells what a rank found that does not get to the others; returns the failure to end with.
+
+    Rank 0 prints its whole report; what other ranks say, if they live to, are their failures alone.
+    """
+    bad = [finding for finding in report.found if finding.verdict == FAILURE]
+    if report.rank == 0:
+        _tell(report, put_together([report.found]), [report.host])
+        return Failure(CONFIGURATION, f"doctor: {count(len(bad), 'failure')}, see above; other ranks were not heard")
+    text = "\n".join(f"{finding.about}: {finding.text}\n  do: {finding.todo}" for finding in bad)
+    return Failure(CONFIGURATION, f"doctor on {report.host}: {text}")
+
+
+@contextlib.contextmanager
+def _within(seconds: float, report: _Report, about: str, what: str) -> Iterator[None]:
+    """Ends this rank with 78, and so the job, unless what is inside ends in time."""
+    timer = threading.Timer(seconds, _give_up, [report, about, what])
+    timer.daemon = True
+    timer.start()
+    # Needs no lock of Python's, should something inside hold it for ever; ends with 1.
+    faulthandler.dump_traceback_later(seconds + 3 * _OTHERS_SECONDS, exit=True)
+    try:
+        yield
+    finally:
+        timer.cancel()
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _give_up(report: _Report, about: str, what: str) -> None:
+    """Says what has not come, with all that is known here of the way to the others; does not return."""
+    there = network.interfaces()
+    text = f"{what}; interfaces here: {network.spoken(there)}"
+    by = network.toward_launcher(os.environ, there)
+    text += f"; mpirun's host is reached by {by}" if by else ""
+    told = [f"{name}={os.environ[name]}" for name in network.INCLUDE if os.environ.get(name)]
+    text += f"; told to use: {', '.join(told)}" if told else ""
+    todo = "a host is down or slow, a firewall, or a wrong interface: mpirun --mca btl_tcp_if_include NAME or NETWORK/BITS"
+    report.found.append(failure(about, text, todo))
+    try:
+        # One rank of a host is enough.
+        if report.rank == 0 or os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0") == "0":
+            message = _alone(report).message
+            print(f"hvd-vgg: rank {report.rank}: {message}", file=sys.stderr, flush=True)
+    finally:
+        time.sleep(_OTHERS_SECONDS)
+        os._exit(CONFIGURATION)

@@ -1,0 +1,325 @@
+"""Whose devices a host has, and whether its software fits them, without importing any of it.
+
+What is looked at hangs on a `Host`: a root directory, an environment and Python's path, so that the same questions can be
+asked of any directory tree. What is known of Iluvatar's hosts is from public sources and was tried on none: each rule
+below says what it rests on.
+"""
+
+import importlib.machinery
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+from hvd_vgg.run.findings import Finding, failure, ok, warning
+
+# The versions that the package is made for; each end was tried or is what vendors ship.
+_PYTHON, _TENSORFLOW, _HOROVOD = ((3, 8), (3, 12)), ((2, 6), (2, 18)), ((0, 27), (0, 28))
+# Module: the distributions that bring it, and what to do where it is missing.
+_NEEDED = {
+    "tensorflow": (("tensorflow", "tensorflow-cpu", "tensorflow-gpu"), ""),
+    "horovod": (("horovod",), ""),
+    "numpy": (("numpy",), "pip install numpy, in the version that TensorFlow was built for"),
+    "absl": (("absl-py",), "pip install absl-py"),
+    "crc32c": (("crc32c",), "pip install crc32c"),
+    "safetensors": (("safetensors",), "pip install safetensors"),
+    "cv2": (
+        ("opencv-python-headless", "opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless"),
+        'pip install --no-deps "opencv-python-headless<4.12"',
+    ),
+    # Horovod's own, which a vendor's image may lack: the one public list of its packages has none of them.
+    "cloudpickle": (("cloudpickle",), "pip install --no-deps cloudpickle: Horovod imports it"),
+    "psutil": (("psutil",), "pip install --no-deps psutil: Horovod imports it"),
+    "yaml": (("PyYAML",), "pip install --no-deps pyyaml: Horovod imports it"),
+    "packaging": (("packaging",), "pip install --no-deps packaging: Horovod imports it"),
+}
+_WISHED = {
+    "mpi4py": (("mpi4py",), "without it mpirun's exit code may be another rank's; build it with this MPI's mpicc"),
+    "dllogger": (
+        ("DLLogger",),
+        "the same log lines are written without it; pip install git+https://github.com/NVIDIA/dllogger#egg=dllogger",
+    ),
+    "tensorboard": (("tensorboard",), "events are written without it, but not shown"),
+}
+_COREX = re.compile(r"\+corex\.(\d+(?:\.\d+)*)")
+_PCI_VENDORS = {"0x1e3e": "Iluvatar", "0x10de": "NVIDIA"}
+
+
+class Host(NamedTuple):
+    """What is looked at: the file system below `root`, variables, and where Python looks for modules."""
+
+    root: Path
+    environ: Mapping[str, str]
+    path: Sequence[str]
+
+
+class Listing(NamedTuple):
+    """What a vendor's tool says: driver and CUDA version as it writes them, names of the devices in order."""
+
+    driver: str
+    cuda: str
+    names: List[str]
+
+
+def this_host() -> Host:
+    """Returns the machine that this process runs on."""
+    return Host(Path("/"), os.environ, sys.path)
+
+
+def version(host: Host, names: Sequence[str]) -> str:
+    """Returns the version of the first distribution of `names` that is installed, with its local part; else nothing.
+
+    A module's own `__version__` may lack the vendor's `+corex...`; the distribution's does not.
+    """
+    for name in names:
+        for found in importlib.metadata.distributions(name=name, path=list(host.path)):
+            return found.version
+    return ""
+
+
+def numbers(text: str) -> Tuple[int, ...]:
+    """Returns (2, 16, 2) of `2.16.2+corex.4.3.0`."""
+    return tuple(int(part) for part in re.findall(r"\d+", text.split("+")[0])[:3])
+
+
+def vendor(host: Host) -> Tuple[str, List[str]]:
+    """Returns Iluvatar, NVIDIA or CPU, and what says so."""
+    tensorflow = version(host, _NEEDED["tensorflow"][0])
+    corex = host.root / "usr/local/corex"
+    why = [f"TensorFlow {tensorflow}"] * bool(_COREX.search(tensorflow))
+    why += ["/usr/local/corex"] * (corex.exists() or corex.is_symlink())
+    why += [f"{len(nodes(host, 'Iluvatar'))} /dev/iluvatar*"] * bool(nodes(host, "Iluvatar"))
+    why += ["ixsmi"] * bool(_tool(host, "ixsmi"))
+    if why:
+        return "Iluvatar", why
+    why = [f"{len(nodes(host, 'NVIDIA'))} /dev/nvidia*"] * bool(nodes(host, "NVIDIA"))
+    why += ["nvidia-smi"] * bool(_tool(host, "nvidia-smi"))
+    return ("NVIDIA", why) if why else ("CPU", ["no device of NVIDIA or Iluvatar, nor software for one"])
+
+
+def nodes(host: Host, whose: str) -> List[Path]:
+    """Returns the device nodes, one a device."""
+    name = {"Iluvatar": "iluvatar", "NVIDIA": "nvidia"}.get(whose)
+    found = (host.root / "dev").glob(f"{name}[0-9]*") if name else []
+    return sorted(found, key=lambda path: numbers(path.name))
+
+
+def pci_functions(host: Host) -> Dict[str, int]:
+    """Returns how many PCI functions each vendor's accelerators are, by the kernel's list."""
+    counted: Dict[str, int] = {}
+    for place in sorted((host.root / "sys/bus/pci/devices").glob("*")):
+        try:
+            whose = _PCI_VENDORS.get((place / "vendor").read_text().strip())
+            kind = (place / "class").read_text().strip()
+        except OSError:
+            continue
+        if whose and kind[:4] in ("0x03", "0x12"):  # displays, processing accelerators; not audio, bridges
+            counted[whose] = counted.get(whose, 0) + 1
+    return counted
+
+
+def listing(host: Host, whose: str) -> Optional[Listing]:
+    """Returns what ixsmi or nvidia-smi says within 5 s; None where it is not there or fails."""
+    if whose == "NVIDIA":
+        told = _run(host, "nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+        rows = [line.rsplit(", ", 1) for line in told.splitlines() if ", " in line]
+        return Listing(rows[0][1], "", [row[0] for row in rows]) if rows else None
+    # Its table is what all public transcripts show; --query-gpu is known for index and uuid alone.
+    told = _run(host, "ixsmi")
+    head = re.search(r"Driver Version:\s*(\S+)\s+CUDA Version:\s*(\S+)", told)
+    names = re.findall(r"^\|\s*\d+\s+(\S.*?)\s*\|\s*[0-9A-Fa-f]+:[0-9A-Fa-f]+:[0-9A-Fa-f.]+\s*\|", told, re.MULTILINE)
+    return Listing(head[1], head[2], names) if head else None
+
+
+def cards(names: Sequence[str]) -> int:
+    """Returns how many cards these devices are: a BI-V150 is two devices, a BI-V150S or any other one."""
+    halves = sum(bool(re.search(r"BI-?V?150(?!S)", name)) for name in names)
+    return len(names) - halves + -(-halves // 2)
+
+
+def check_python(host: Host) -> List[Finding]:
+    """Looks at Python and every package that training imports."""
+    name = f"{'.'.join(map(str, sys.version_info[:3]))} ({sys.executable})"
+    known = _PYTHON[0] <= sys.version_info[:2] <= _PYTHON[1]
+    wanted = "Python 3.8 to 3.12 is what this is made for"
+    found = [ok("python", name) if known else warning("python", f"{name} is not known to work", wanted)]
+    for module, (names, todo) in {**_NEEDED, **_WISHED}.items():
+        here = importlib.machinery.PathFinder.find_spec(module, list(host.path)) is not None
+        if here or module in ("tensorflow", "horovod"):
+            continue
+        say = failure if module in _NEEDED else warning
+        found.append(say("packages", f"{names[0]} is not installed", todo))
+    versions = {names[0]: version(host, names) for names, _ in {**_NEEDED, **_WISHED}.values()}
+    return [*found, ok("packages", ", ".join(f"{name} {text}" for name, text in versions.items() if text))]
+
+
+def check_tensorflow(host: Host, whose: str) -> List[Finding]:
+    """Looks at TensorFlow and Horovod: there, of known versions, the vendor's own, one built for the other."""
+    mend = (
+        "use the vendor's image and its own TensorFlow and Horovod; pip must install neither"
+        if whose == "Iluvatar"
+        else 'launch/environment.sh installs both (README, "Your own TensorFlow")'
+    )
+    tensorflow, horovod = version(host, _NEEDED["tensorflow"][0]), version(host, ("horovod",))
+    found = [
+        failure(name, "is not installed, or not where this Python looks", mend)
+        for name, there in (("tensorflow", tensorflow), ("horovod", horovod))
+        if not there
+    ]
+    for name, text, (low, high) in (("tensorflow", tensorflow, _TENSORFLOW), ("horovod", horovod, _HOROVOD)):
+        if text and not low <= numbers(text)[:2] <= high:
+            known = f"{'.'.join(map(str, low))} to {'.'.join(map(str, high))}"
+            found.append(warning(name, f"{text} is not known to work", f"{known} is what this is made for"))
+        elif text:
+            found.append(ok(name, text))
+    built = _built_for(host)
+    if tensorflow and built and numbers(built) != numbers(tensorflow):
+        text = f"Horovod was built for TensorFlow {built}; here is {tensorflow}: it fails at import"
+        todo = "build it again beside this TensorFlow: pip install --no-cache-dir --no-build-isolation horovod"
+        found.append(failure("horovod", text, mend if whose == "Iluvatar" else todo))
+    return found + (_check_corex(host, tensorflow, horovod, mend) if whose == "Iluvatar" else [])
+
+
+def check_devices(host: Host, whose: str, said: Optional[Listing]) -> List[Finding]:
+    """Looks at device nodes, the vendor's tool and cards, before TensorFlow is asked."""
+    if whose == "CPU":
+        return []
+    there = nodes(host, whose)
+    if not there:
+        device = (
+            "--runtime iluvatar -e IX_VISIBLE_DEVICES=all, or --device /dev/iluvatar0 ..."
+            if whose == "Iluvatar"
+            else "--gpus all"
+        )
+        on_bus = pci_functions(host).get(whose, 0)
+        text = f"no device node of {whose} in /dev" + (f", though {on_bus} PCI functions of it are there" if on_bus else "")
+        return [failure("devices", text, f"load the driver on the host; in a container: docker run {device}")]
+    found = []
+    closed = [path.name for path in there if not os.access(path, os.R_OK | os.W_OK)]
+    if closed:
+        text = f"this user may not open {', '.join(closed)}"
+        found.append(failure("devices", text, "join the group that owns them (docker run --group-add)"))
+    if said is None:
+        tool = {"Iluvatar": "ixsmi", "NVIDIA": "nvidia-smi"}[whose]
+        todo = "driver and devices were not asked; it needs the vendor's libraries in LD_LIBRARY_PATH"
+        return [*found, warning("devices", f"{len(there)} nodes; {tool} is missing or does not answer", todo)]
+    names = {name: said.names.count(name) for name in said.names}
+    text = ", ".join(f"{count} {name}" for name, count in names.items()) or "no device"
+    boards = cards(said.names)
+    if boards != len(said.names):
+        text += f" on {boards} cards (a BI-V150 is two devices: a rank each, {len(said.names)} in all)"
+    if len(said.names) != len(there):
+        text += f"; but {len(there)} nodes in /dev"
+        todo = "start the container with all devices, or reset the missing ones; what TensorFlow sees counts, below"
+        return [*found, warning("devices", text, todo)]
+    return [*found, ok("devices", text)]
+
+
+def check_driver(host: Host, whose: str, said: Optional[Listing], computed: bool) -> List[Finding]:
+    """Looks whether driver and SDK fit; computed: every device tried has computed right, which decides in doubt.
+
+    Seen by others on Iluvatar's hosts: driver 3.2.3 under SDK 4.4 or 4.5 ends in error 803, driver 4.4 under SDK 4.5 lists
+    the devices and fails with 801 at the first allocation; ixsmi then writes CUDA Version: N/A. SDK 4.3.0 came with driver
+    4.3.8, so that the third number may differ.
+    """
+    if said is None or whose == "CPU":
+        return []
+    if whose == "NVIDIA":
+        return [ok("driver", f"NVIDIA {said.driver}")]
+    sdk = _sdk(host)
+    text = f"Iluvatar {said.driver}, SDK {sdk or 'unknown'}, CUDA {said.cuda}"
+    older = bool(sdk) and numbers(said.driver)[:2] < numbers(sdk)[:2]
+    if not older and said.cuda != "N/A":
+        return [ok("driver", text)]
+    why = "the driver is older than the SDK" if older else "ixsmi does not know the CUDA version"
+    todo = f"install the driver of SDK {sdk or 'that the image has'} on the host, or take the image of SDK {said.driver}"
+    if computed:
+        return [warning("driver", f"{text}: {why}; the devices computed right all the same", todo)]
+    return [failure("driver", f"{text}: {why}; devices are then listed but fail to allocate (errors 801, 803)", todo)]
+
+
+def _check_corex(host: Host, tensorflow: str, horovod: str, mend: str) -> List[Finding]:
+    """Looks whether the vendor's stack is the one in use and whole."""
+    found = []
+    prefix = host.root / "usr/local/corex"
+    theirs = sorted((prefix / "lib64/python3/dist-packages").glob("tensorflow-*corex*.dist-info"))
+    if tensorflow and not _COREX.search(tensorflow):
+        text = f"TensorFlow {tensorflow} is not the vendor's (+corex): it sees no device of Iluvatar"
+        if theirs:
+            text += "; the vendor's is in /usr/local/corex/lib64/python3/dist-packages"
+            mend = "PYTHONPATH was lost: mpirun -x PYTHONPATH -x LD_LIBRARY_PATH, or `source /usr/local/corex/enable`"
+        found.append(failure("vendor", text, mend))
+    if horovod and not _COREX.search(horovod) and _COREX.search(tensorflow):
+        text = f"Horovod {horovod} is not the vendor's (+corex)"
+        found.append(warning("vendor", text, "right where it was built on this host against this TensorFlow"))
+    if not prefix.is_dir() or not sorted(prefix.glob("lib64/libcudart.so*")):
+        text = "/usr/local/corex is absent, leads nowhere or holds no libcudart.so: there is no SDK here"
+        found.append(
+            failure("vendor", text, "the SDK must come from the image (corex:<version>), not from the host's directory")
+        )
+    elif "corex" not in host.environ.get("LD_LIBRARY_PATH", ""):
+        text = "LD_LIBRARY_PATH does not name /usr/local/corex/lib64"
+        found.append(warning("vendor", text, "export it, and pass it on: mpirun -x LD_LIBRARY_PATH"))
+    in_wheel, around = _COREX.search(tensorflow), _prefix_version(host)
+    if in_wheel and around and numbers(in_wheel[1])[:2] != numbers(around)[:2]:
+        text = f"TensorFlow is of SDK {in_wheel[1]}, /usr/local/corex of {around}"
+        found.append(warning("vendor", text, "take both from one image"))
+    said = _COREX.search(tensorflow)
+    if said and numbers(said[1]) >= (4, 4) and nodes(host, "Iluvatar") and not (host.root / "dev/itrctl").exists():
+        found.append(
+            warning("vendor", "/dev/itrctl is missing, which drivers from 4.4.0 on have", "docker run --device /dev/itrctl")
+        )
+    return found
+
+
+def _sdk(host: Host) -> str:
+    """Returns the SDK's version: that of TensorFlow's wheel, or of /usr/local/corex."""
+    in_wheel = _COREX.search(version(host, _NEEDED["tensorflow"][0]))
+    return in_wheel[1] if in_wheel else _prefix_version(host)
+
+
+def _prefix_version(host: Host) -> str:
+    try:
+        link = os.readlink(host.root / "usr/local/corex")
+    except OSError:
+        link = ""
+    found = re.search(r"corex-(\d[\d.]*)", link)
+    return found[1] if found else host.environ.get("COREX_VERSION", "")
+
+
+def _built_for(host: Host) -> str:
+    """Returns the TensorFlow that Horovod was built for, as its build noted it; nothing where it did not."""
+    for found in importlib.metadata.distributions(name="horovod", path=list(host.path)):
+        try:
+            note = Path(str(found.locate_file("horovod"))) / "metadata.json"
+            return str(json.loads(note.read_text()).get("tensorflow", ""))
+        except (OSError, ValueError):
+            return ""
+    return ""
+
+
+def _tool(host: Host, name: str) -> Optional[str]:
+    """Returns the path of a vendor's tool: on PATH, or in its SDK."""
+    places = f"{host.environ.get('PATH', '')}{os.pathsep}{host.root / 'usr/local/corex/bin'}"
+    return shutil.which(name, path=places)
+
+
+def _run(host: Host, name: str, *arguments: str) -> str:
+    """Returns what a vendor's tool prints; nothing where it is missing, fails or takes longer than 5 s."""
+    tool = _tool(host, name)
+    if tool is None:
+        return ""
+    libraries = f"{host.environ.get('LD_LIBRARY_PATH', '')}{os.pathsep}{host.root / 'usr/local/corex/lib64'}"
+    environ = {**host.environ, "LD_LIBRARY_PATH": libraries}
+    try:
+        ended = subprocess.run(  # noqa: S603
+            [tool, *arguments], env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return ended.stdout if ended.returncode == 0 else ""

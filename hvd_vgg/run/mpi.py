@@ -1,0 +1,64 @@
+"""Which MPI this process has loaded, and whether mpi4py is bound to the same."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Mapping
+
+from hvd_vgg.run.findings import Finding, failure, ok, warning
+
+_LIBRARY = re.compile(r"(/\S*/libmpi(?:ch)?\.so\S*)")
+_REBUILD = "MPICC=/path/of/this/mpi/bin/mpicc pip install --no-cache-dir --no-deps --no-binary mpi4py mpi4py"
+# In a process of its own: two MPIs in one may crash it. Initialises nothing.
+_ASK = """
+import json, mpi4py
+mpi4py.rc.initialize = mpi4py.rc.finalize = False
+from mpi4py import MPI
+maps = open("/proc/self/maps").read()
+print(json.dumps({"mpi4py": mpi4py.__version__, "mpi": MPI.Get_library_version(), "maps": maps}))
+"""
+
+
+def loaded() -> List[str]:
+    """Returns the MPI libraries in this process: Horovod's, once that is imported."""
+    return _libraries(Path("/proc/self/maps").read_text())
+
+
+def ask_mpi4py(environ: Mapping[str, str]) -> Dict[str, Any]:
+    """Returns `mpi4py` (its version), `mpi` (what its MPI calls itself) and `libraries`; or `error`."""
+    own = {name: value for name, value in environ.items() if not name.startswith(("OMPI_", "PMIX_", "PMI_"))}
+    try:
+        ended = subprocess.run(  # noqa: S603
+            [sys.executable, "-c", _ASK], env=own, capture_output=True, text=True, timeout=20, check=False
+        )
+        told = json.loads(ended.stdout)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        said = "".join(ended.stderr.strip().splitlines()[-1:]) if "ended" in locals() else "no answer"
+        return {"error": said or f"it ended with {ended.returncode}"}
+    return {"mpi4py": told["mpi4py"], "mpi": told["mpi"], "libraries": _libraries(told["maps"])}
+
+
+def check_mpi(horovods: List[str], mpi4pys: Dict[str, Any], controller: str, built: str) -> List[Finding]:
+    """Compares Horovod's MPI with mpi4py's; mpi4pys: from `ask_mpi4py`, empty where it is not installed.
+
+    controller: mpi or gloo, what the ranks use now; built: Horovod's version and what it was built with.
+    """
+    text = f"Horovod {built} by {controller}"
+    if not mpi4pys:
+        return [ok("mpi", text)]
+    if "error" in mpi4pys:
+        said = f"{text}; mpi4py cannot be imported: {mpi4pys['error']}"
+        return [warning("mpi", said, f"build it against this MPI: {_REBUILD}")]
+    name = re.split(r"[,\n]", mpi4pys["mpi"])[0].strip("\0 ")
+    text = f"{text}; mpi4py {mpi4pys['mpi4py']} with {name}"
+    if horovods and mpi4pys["libraries"] and set(horovods) != set(mpi4pys["libraries"]):
+        two = f"{text}: bound to {', '.join(mpi4pys['libraries'])}, but Horovod to {', '.join(horovods)}"
+        return [failure("mpi", two, f"one MPI for both: {_REBUILD}")]
+    return [ok("mpi", f"{text}, the MPI of Horovod" if horovods else text)]
+
+
+def _libraries(maps: str) -> List[str]:
+    return sorted({os.path.realpath(path) for path in _LIBRARY.findall(maps)})
