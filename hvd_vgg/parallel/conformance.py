@@ -15,7 +15,6 @@ from hvd_vgg.data import order
 from hvd_vgg.model.layers import DENSE, layers
 from hvd_vgg.parallel import comm, cost, exchange
 from hvd_vgg.run.findings import Finding, failure, ok, warning
-from hvd_vgg.run.log import count
 
 # A prime: parts that change places, or are summed with their neighbours, do not look alike.
 _PERIOD = 251
@@ -90,10 +89,10 @@ def quick(device: str) -> Tuple[Rates, bool]:
     return Rates(latency, sent / seconds), right
 
 
-def check_collectives(config: DoctorConfig, device: str, path: str, hosts: int) -> List[Finding]:
+def check_collectives(config: DoctorConfig, device: str, path: str) -> List[Finding]:
     """Sums gradients of the network's own shapes, and gathers the dense layers' rows, as training does: right, how fast.
 
-    path: what carries them (NCCL, mpi, gloo); hosts: on how many the ranks are, for what `plan` counts.
+    path: what carries them (NCCL, mpi, gloo).
     """
     if comm.size() == 1:
         return [ok("collectives", "one rank exchanges nothing: start all under mpirun")]
@@ -101,10 +100,10 @@ def check_collectives(config: DoctorConfig, device: str, path: str, hosts: int) 
     shapes = layers(config.model, config.width, config.image_size, config.num_classes)
     seconds, wrong = sum_all(config, device)
     sent = sum(cost.allreduce_bytes(layer.parameters, comm.size(), config.wire_dtype) for layer in shapes)
-    found += _told("sums", f"gradients of {config.model}", wrong, sent, seconds, hosts, config, path)
+    found += _told("sums", f"gradients of {config.model}", wrong, sent, seconds, config, path)
     seconds, wrong = gather_all(config, device)
     sent = sum(choice.factored_bytes or 0.0 for choice in cost.choose(config, comm.size()))
-    found += _told("gathers", "the rows of its dense layers", wrong, sent, seconds, hosts, config, path)
+    found += _told("gathers", "the rows of its dense layers", wrong, sent, seconds, config, path)
     return found
 
 
@@ -209,7 +208,7 @@ def _median_seconds(action: Callable[[], Any], repeats: int) -> float:
 
 
 def _told(
-    kind: str, what: str, wrong: List[str], sent: float, seconds: float, hosts: int, config: DoctorConfig, path: str
+    kind: str, what: str, wrong: List[str], sent: float, seconds: float, config: DoctorConfig, path: str
 ) -> List[Finding]:
     if wrong:
         text = f"{kind} of {what} by {path}: wrong: {', '.join(wrong)}"
@@ -217,8 +216,8 @@ def _told(
         return [failure("collectives", text, todo)]
     rate = sent / seconds
     text = f"{kind} of {what} by {path}: right; {sent / 1e6:.1f} MB a rank in {seconds:.3g} s, {rate / 1e9:.3g} GB/s"
-    if hosts == 1:
-        return [ok("collectives", f"{text}; `plan` counts nothing inside {count(hosts, 'host')}")]
+    if comm.local_size() == comm.size():
+        return [ok("collectives", f"{text}; `plan` takes what stays inside a host for nothing")]
     if not config.gbit:
         return [ok("collectives", f"{text}; for `plan`: --gbit={rate * 8 / 1e9:.3g}")]
     assumed = sent * 8 / (config.gbit * 1e9)

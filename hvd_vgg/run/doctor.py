@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from hvd_vgg.config import DoctorConfig
 from hvd_vgg.model.layers import layers, parameters
@@ -74,9 +74,9 @@ def doctor(config: DoctorConfig, here: Optional[host.Host] = None) -> None:
     if any(finding.about == "interfaces" and finding.verdict == FAILURE for finding in report.found):
         raise _alone(report)  # the ranks would never meet
     _import(report)
-    names = _meet(report)
-    _together(here, seen, names, report)
-    _conclude(report, names)
+    _meet(report)
+    device, threads = _devices(here, seen, report)
+    _conclude(report, _together(here, device, threads, report))
 
 
 def _before(here: host.Host, hosts: int, report: _Report) -> _Seen:
@@ -115,8 +115,8 @@ def _import(report: _Report) -> None:
             raise _alone(report) from error
 
 
-def _meet(report: _Report) -> List[str]:
-    """Joins the other ranks; returns the name of each rank's host."""
+def _meet(report: _Report) -> None:
+    """Joins the other ranks, before TensorFlow touches a device: no device can be what this waits for."""
     from hvd_vgg.parallel import comm
 
     limit = report.config.join_seconds
@@ -126,43 +126,13 @@ def _meet(report: _Report) -> List[str]:
         except Failure as error:
             report.found.append(failure("ranks", error.message, "as it says"))
             raise _alone(report) from error
-        names = [text.decode() for text in comm.gather(report.host.encode())]
-    each = {name: names.count(name) for name in names}
-    report.found.append(ok("ranks", f"{count(len(names), 'rank')} on " + ", ".join(f"{n} ({each[n]})" for n in each)))
-    return names
+        comm.barrier()
 
 
-def _together(here: host.Host, seen: _Seen, names: Sequence[str], report: _Report) -> None:
-    """Looks at software, devices, links and data with all ranks."""
-    from hvd_vgg.data import survey
-    from hvd_vgg.parallel import comm, conformance
+def _devices(here: host.Host, seen: _Seen, report: _Report) -> Tuple[str, int]:
+    """Takes and tries this rank's device, or all devices where there is no launcher.
 
-    config, found = report.config, report.found
-    about = comm.describe()
-    mpi4pys = mpi.ask_mpi4py(here.environ) if host.version(here, ("mpi4py",)) else {}
-    found += mpi.check_mpi(mpi.loaded(), mpi4pys, about["controller"], about["horovod"])
-    found += _same_software()
-    device, threads = _devices(here, seen, report)
-    kind = "GPU" if "GPU" in device else "CPU"
-    path = "NCCL" if kind == "GPU" and "nccl" in about["horovod"] else about["controller"]
-    with _within(_LONG_SECONDS, report, "link", f"the ranks did not exchange 16 MB within {_LONG_SECONDS:g} s"):
-        found += conformance.check_clocks()
-        found += conformance.check_link(device, path)
-    if config.collectives:
-        text = f"--collectives took longer than {_COLLECTIVES_SECONDS:g} s"
-        with _within(_COLLECTIVES_SECONDS, report, "collectives", text):
-            found += conformance.check_collectives(config, device, path, len(set(names)))
-    with contextlib.ExitStack() as stack:
-        if not config.full:
-            text = f"{config.data_dir} was not looked at within {_LONG_SECONDS:g} s: a file system or a rank hangs"
-            stack.enter_context(_within(_LONG_SECONDS, report, "data", text))
-        found += survey.survey(config, config.full, threads, Console(config.console, comm.is_root()))
-
-
-def _devices(here: host.Host, seen: _Seen, report: _Report) -> "tuple[str, int]":
-    """Tries this rank's device, or all devices where there is no launcher.
-
-    Returns the name of the one to exchange from, and threads to decode with.
+    Returns the name of the one to exchange from, and how many threads may decode.
     """
     import tensorflow as tf
 
@@ -173,11 +143,8 @@ def _devices(here: host.Host, seen: _Seen, report: _Report) -> "tuple[str, int]"
     alone, mask = launched_size() is None, here.environ.get("CUDA_VISIBLE_DEVICES", "")
     with _within(_LONG_SECONDS, report, "devices", f"the devices did not answer within {_LONG_SECONDS:g} s"):
         physical = tf.config.list_physical_devices("GPU")
-        threads = os.cpu_count() or 1
-        found += advice.of_mask(len(host.nodes(here, seen.vendor)), len(physical), mask, not alone)
-        found += advice.of_devices(len(physical), comm.local_size(), alone, mask)
-        found += advice.of_flags(config, comm.size(), len(physical))
-        if alone or 0 < len(physical) < comm.local_size():
+        if physical and (alone or len(physical) < comm.local_size()):
+            threads = os.cpu_count() or 1
             for each in physical:
                 tf.config.experimental.set_memory_growth(each, True)
         else:
@@ -185,13 +152,46 @@ def _devices(here: host.Host, seen: _Seen, report: _Report) -> "tuple[str, int]"
         logical = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")[:1]
         numbers = parameters(layers(config.model, config.width, config.image_size, config.num_classes))
         tried = devices.check_devices(logical, config.precision, 4 * numbers)
-    found += tried
     computed = bool(physical) and all(finding.verdict != FAILURE for finding in tried)
-    found += host.check_driver(here, seen.vendor, seen.said, computed)
+    found += [
+        *tried,
+        *host.check_driver(here, seen.vendor, seen.said, computed),
+        *advice.of_mask(len(host.nodes(here, seen.vendor)), len(physical), mask, not alone),
+        *advice.of_devices(len(physical), comm.local_size(), alone, mask),
+        *advice.of_flags(config, comm.size(), len(physical)),
+    ]
+    return str(logical[0].name), threads
+
+
+def _together(here: host.Host, device: str, threads: int, report: _Report) -> List[str]:
+    """Looks at software, links and data with all ranks; returns the name of each one's host."""
+    from hvd_vgg.data import survey
+    from hvd_vgg.parallel import comm, conformance
+
+    config, found = report.config, report.found
     # A rank whose own device hangs gives up before those that wait for it here, and is the one that is named.
     with _within(_LONG_SECONDS, report, "devices", f"the devices of another rank did not answer in {_LONG_SECONDS:g} s"):
-        comm.gather(b"")
-    return str(logical[0].name), threads
+        names = [text.decode() for text in comm.gather(report.host.encode())]
+    each = {name: names.count(name) for name in names}
+    found.append(ok("ranks", f"{count(len(names), 'rank')} on " + ", ".join(f"{name} ({each[name]})" for name in each)))
+    about = comm.describe()
+    mpi4pys = mpi.ask_mpi4py(here.environ) if host.version(here, ("mpi4py",)) else {}
+    found += mpi.check_mpi(mpi.loaded(), mpi4pys, about["controller"], about["horovod"])
+    found += _same_software()
+    path = "NCCL" if "GPU" in device and "nccl" in about["horovod"] else about["controller"]
+    with _within(_LONG_SECONDS, report, "link", f"the ranks did not exchange 16 MB within {_LONG_SECONDS:g} s"):
+        found += conformance.check_clocks()
+        found += conformance.check_link(device, path)
+    if config.collectives:
+        text = f"--collectives took longer than {_COLLECTIVES_SECONDS:g} s"
+        with _within(_COLLECTIVES_SECONDS, report, "collectives", text):
+            found += conformance.check_collectives(config, device, path)
+    with contextlib.ExitStack() as stack:
+        if not config.full:
+            text = f"{config.data_dir} was not looked at within {_LONG_SECONDS:g} s: a file system or a rank hangs"
+            stack.enter_context(_within(_LONG_SECONDS, report, "data", text))
+        found += survey.survey(config, config.full, threads, Console(config.console, comm.is_root()))
+    return names
 
 
 def _same_software() -> List[Finding]:

@@ -1,0 +1,58 @@
+"""What the vendor's script got wrong must be seen in ours: devices left out, a constant rate, flags that do nothing."""
+
+import pytest
+
+from hvd_vgg.config import Config
+from hvd_vgg.run import advice
+from hvd_vgg.run.findings import FAILURE, OK, WARNING
+
+
+def test_devices_without_a_rank_and_ranks_without_a_device():
+    (two_of_eight,) = advice.of_devices(8, 2, False, "")
+    assert (two_of_eight.verdict, "6 would idle" in two_of_eight.text) == (WARNING, True)
+    assert advice.of_devices(8, 9, False, "0,1,2,3,4,5,6,7")[0].verdict == FAILURE
+    assert advice.of_devices(16, 16, False, "")[0].verdict == OK
+    assert "mpirun -np 16" in advice.of_devices(16, 1, True, "")[0].text
+    assert advice.of_devices(0, 4, False, "") == []
+
+
+def test_devices_that_a_mask_hides():
+    (masked,) = advice.of_mask(8, 2, "0,1", False)
+    assert masked.verdict == WARNING
+    assert "TensorFlow sees 2 of 8 devices of this host (CUDA_VISIBLE_DEVICES=0,1)" in masked.text
+    assert advice.of_mask(8, 0, "", False)[0].verdict == FAILURE
+    assert advice.of_mask(8, 8, "", False) == advice.of_mask(0, 0, "", False) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"lr_schedule": "constant"}, "--lr_schedule=constant keeps 0.01 for 90 epochs"),
+        ({"steps": 10, "epochs": 3.0}, "--epochs=3 has no effect beside --steps=10"),
+        ({"lr_schedule": "cosine", "lr_step_epochs": (1.0,)}, "--lr_step_epochs has no effect under"),
+        ({"epochs": 30.0}, "the learning rate never falls"),
+        ({"global_batch": 255}, "does not divide by 2 ranks"),
+        ({"xla": True}, "--xla compiles for GPUs"),
+        ({"profile_ranks": (1.0,)}, "--profile_ranks has no effect without --profile_steps"),
+        ({"profile_steps": "1:2", "profile_ranks": (2.0,)}, "--profile_ranks names rank 2 of 2 ranks"),
+        ({"input_threads": 1000}, "--input_threads=1000 is more than this host's"),
+    ],
+)
+def test_flags_that_hardly_mean_what_they_do(flags, told):
+    (found,) = advice.of_flags(Config(**flags), 2, 0)
+    assert found.verdict == WARNING
+    assert told in found.text
+    assert found.todo
+
+
+def test_the_usual_flags_are_right_and_a_batch_smaller_than_the_ranks_is_not():
+    assert advice.of_flags(Config(), 8, 8)[0].verdict == OK
+    assert advice.of_flags(Config(global_batch=4), 8, 8)[0].verdict == FAILURE
+
+
+def test_variables_of_other_trainers_scripts():
+    theirs = {"IX_NUM_CUDA_VISIBLE_DEVICES": "2", "UMD_WAITAFTERLAUNCH": "1", "HOROVOD_GPU_ALLREDUCE": "NCCL"}
+    found = advice.of_environment({**theirs, "TF_CUDNN_USE_AUTOTUNE": "0", "UMD_ENABLEPROFILE": "0", "HOME": "/"})
+    assert {finding.text.split("=")[0] for finding in found} == {*theirs, "TF_CUDNN_USE_AUTOTUNE"}
+    assert all(finding.verdict == WARNING and finding.todo for finding in found)
+    assert advice.of_environment({"TF_CUDNN_USE_AUTOTUNE": "1"}) == []

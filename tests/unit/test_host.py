@@ -1,0 +1,169 @@
+"""What doctor concludes from SIMULATED hosts (tests/simulated.py): no vendor's device, driver or SDK is behind these."""
+
+import pytest
+import simulated
+
+from hvd_vgg.run import host
+from hvd_vgg.run.findings import FAILURE, OK, WARNING, worst
+
+
+def findings(here, computed=False):
+    """Returns the vendor and everything that host.py finds, as doctor asks for it."""
+    whose, why = host.vendor(here)
+    said = host.listing(here, whose)
+    found = [
+        *host.check_python(here),
+        *host.check_tensorflow(here, whose),
+        *host.check_devices(here, whose, said),
+        *host.check_driver(here, whose, said, computed),
+    ]
+    return whose, why, found
+
+
+def only(found, verdict):
+    """Returns the one finding of a verdict."""
+    (one,) = [finding for finding in found if finding.verdict == verdict]
+    return one
+
+
+def test_a_right_bi_v150_host_is_all_right_and_its_devices_are_two_a_card(tmp_path):
+    whose, why, found = findings(simulated.iluvatar(tmp_path))
+    assert whose == "Iluvatar"
+    assert why == ["TensorFlow 2.16.2+corex.4.3.0", "/usr/local/corex", "16 /dev/iluvatar*", "ixsmi"]
+    assert worst(found) == OK
+    texts = [finding.text for finding in found]
+    assert "16 Iluvatar BI-V150 on 8 cards (a BI-V150 is two devices: a rank each, 16 in all)" in texts
+    assert "Iluvatar 4.3.8, SDK 4.3.0, CUDA 10.2" in texts
+
+
+def test_a_right_bi_v100_host_with_the_old_sdk_is_all_right_too(tmp_path):
+    corex = {"sdk": "3.1.0", "driver": "3.1.0", "tensorflow": "2.6.5+corex.3.1.0", "horovod": "0.27.0+corex.3.1.0"}
+    _, _, found = findings(simulated.iluvatar(tmp_path, ["Iluvatar BI-V100"] * 8, built_for="2.6.5", **corex))
+    assert worst(found) == OK
+    assert "8 Iluvatar BI-V100" in [finding.text for finding in found]
+
+
+def test_cards_are_counted_by_name():
+    assert host.cards(["Iluvatar BI-V150"] * 16) == 8
+    assert host.cards(["Iluvatar BI-V150S"] * 8) == 8
+    assert host.cards(["Iluvatar BI-V150 OAM"] * 3) == 2
+    assert host.cards(["Iluvatar BI-V100", "Iluvatar BI-V150", "Iluvatar BI-V150"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("driver", "sdk", "cuda", "told"),
+    [
+        ("3.2.3", "4.4.0", "10.2", "the driver is older than the SDK"),
+        ("4.4.0", "4.5.0", "10.2", "the driver is older than the SDK"),
+        ("4.4.0", "4.4.0", "N/A", "ixsmi does not know the CUDA version"),
+    ],
+)
+def test_a_driver_that_does_not_fit_is_a_failure_unless_devices_computed_right(tmp_path, driver, sdk, cuda, told):
+    here = simulated.iluvatar(
+        tmp_path, driver=driver, sdk=sdk, cuda=cuda, tensorflow=f"2.16.2+corex.{sdk}", horovod=f"0.27.0+corex.{sdk}"
+    )
+    (tmp_path / "dev/itrctl").touch()
+    bad = only(findings(here)[2], FAILURE)
+    assert bad.about == "driver"
+    assert told in bad.text
+    assert f"the driver of SDK {sdk}" in bad.todo
+    found = findings(here, computed=True)[2]
+    assert worst(found) == WARNING
+    assert only(found, WARNING).about == "driver"
+
+
+def test_a_tensorflow_that_is_not_the_vendors_is_a_failure_that_tells_where_that_is(tmp_path):
+    here = simulated.iluvatar(tmp_path)
+    own = simulated.site(tmp_path / "venv", {"tensorflow": "2.16.2", "horovod": "0.28.1"}, built_for="2.16.2")
+    whose, _, found = findings(here._replace(path=[own]))
+    assert whose == "Iluvatar"
+    bad = only(found, FAILURE)
+    assert "TensorFlow 2.16.2 is not the vendor's" in bad.text
+    assert "mpirun -x PYTHONPATH" in bad.todo
+
+
+def test_missing_packages_are_failures_or_warnings_with_what_to_do(tmp_path):
+    missing = ("cloudpickle", "mpi4py", "dllogger", "tensorflow")
+    _, _, found = findings(simulated.iluvatar(tmp_path, missing=missing))
+    bad = {finding.text: finding for finding in found if finding.verdict == FAILURE}
+    assert "pip install --no-deps cloudpickle" in bad["cloudpickle is not installed"].todo
+    assert "pip must install neither" in bad["is not installed, or not where this Python looks"].todo
+    assert {f.text for f in found if f.verdict == WARNING} == {"mpi4py is not installed", "DLLogger is not installed"}
+
+
+def test_a_horovod_of_another_tensorflow_or_maker_is_told(tmp_path):
+    _, _, found = findings(simulated.iluvatar(tmp_path, horovod="0.28.1", built_for="2.15.1"))
+    assert "Horovod was built for TensorFlow 2.15.1; here is 2.16.2+corex.4.3.0" in only(found, FAILURE).text
+    assert only(found, WARNING).text == "Horovod 0.28.1 is not the vendor's (+corex)"
+
+
+def test_unknown_versions_are_warnings(tmp_path):
+    corex = {"tensorflow": "2.19.0+corex.4.3.0", "horovod": "0.26.1+corex.4.3.0", "built_for": "2.19.0"}
+    _, _, found = findings(simulated.iluvatar(tmp_path, **corex))
+    assert [f.about for f in found if f.verdict == WARNING] == ["tensorflow", "horovod"]
+
+
+def test_devices_that_are_not_in_the_container_are_a_failure(tmp_path):
+    here = simulated.iluvatar(tmp_path, nodes=0)
+    for number in range(8):
+        place = tmp_path / f"sys/bus/pci/devices/0000:{number:02x}:00.0"
+        place.mkdir(parents=True)
+        (place / "vendor").write_text("0x1e3e\n")
+        (place / "class").write_text("0x120000\n")
+    bad = only(findings(here)[2], FAILURE)
+    assert "no device node of Iluvatar in /dev, though 8 PCI functions of it are there" in bad.text
+    assert "--device /dev/iluvatar0" in bad.todo
+
+
+def test_fewer_nodes_than_the_tool_lists_are_a_warning(tmp_path):
+    _, _, found = findings(simulated.iluvatar(tmp_path, nodes=8))
+    assert "16 in all); but 8 nodes in /dev" in only(found, WARNING).text
+
+
+def test_a_prefix_that_leads_nowhere_is_a_failure(tmp_path):
+    here = simulated.iluvatar(tmp_path)
+    (tmp_path / "usr/local/corex").unlink()
+    (tmp_path / "usr/local/corex").symlink_to("corex-9")
+    whose, _, found = findings(here)
+    assert whose == "Iluvatar"
+    assert "leads nowhere" in only(found, FAILURE).text
+
+
+def test_a_tool_that_is_missing_or_fails_leaves_the_nodes(tmp_path):
+    here = simulated.iluvatar(tmp_path)
+    script = tmp_path / "usr/local/corex/bin/ixsmi"
+    script.write_text("#!/bin/sh\nexit 9\n")
+    assert "16 nodes; ixsmi is missing or does not answer" in only(findings(here)[2], WARNING).text
+    script.unlink()
+    assert "16 nodes; ixsmi is missing or does not answer" in only(findings(here)[2], WARNING).text
+
+
+def test_lost_libraries_mixed_sdks_and_a_missing_control_node_are_warnings(tmp_path):
+    here = simulated.iluvatar(tmp_path, sdk="4.3.0", driver="4.4.0", tensorflow="2.16.2+corex.4.4.0", LD_LIBRARY_PATH="")
+    told = {finding.text for finding in findings(here)[2] if finding.verdict == WARNING}
+    assert told == {
+        "LD_LIBRARY_PATH does not name /usr/local/corex/lib64",
+        "TensorFlow is of SDK 4.4.0, /usr/local/corex of 4.3.0",
+        "/dev/itrctl is missing, which drivers from 4.4.0 on have",
+    }
+
+
+def test_an_nvidia_host_is_told_by_its_tool(tmp_path):
+    packages = simulated.site(tmp_path / "site", {"tensorflow": "2.16.2", "horovod": "0.28.1"}, built_for="2.16.2")
+    simulated.tool(tmp_path / "bin/nvidia-smi", "NVIDIA H200, 570.124.06\nNVIDIA H200, 570.124.06")
+    (tmp_path / "dev").mkdir()
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / "dev" / name).touch()
+    here = host.Host(tmp_path, {"PATH": f"{tmp_path}/bin:/usr/bin:/bin"}, [packages])
+    whose, why, found = findings(here)
+    assert (whose, why) == ("NVIDIA", ["2 /dev/nvidia*", "nvidia-smi"])
+    assert worst(found) == OK
+    assert "2 NVIDIA H200" in [finding.text for finding in found]
+    assert "NVIDIA 570.124.06" in [finding.text for finding in found]
+
+
+def test_a_host_of_no_vendor_is_a_cpu(tmp_path):
+    packages = simulated.site(tmp_path, {"tensorflow": "2.16.2", "horovod": "0.28.1"})
+    whose, _, found = findings(host.Host(tmp_path, {"PATH": ""}, [packages]))
+    assert whose == "CPU"
+    assert worst(found) == OK

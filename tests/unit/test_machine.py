@@ -1,0 +1,104 @@
+import os
+import resource
+import sys
+from pathlib import Path
+
+import pytest
+
+from hvd_vgg.run import machine, mpi
+from hvd_vgg.run.findings import FAILURE, OK, WARNING
+
+
+def host_with(root, total_kb, available_kb):
+    (root / "proc").mkdir(exist_ok=True)
+    (root / "proc/meminfo").write_text(f"MemTotal: {total_kb} kB\nMemFree: 5 kB\nMemAvailable: {available_kb} kB\n")
+
+
+def test_memory_that_ranks_share(tmp_path):
+    host_with(tmp_path, 64_000_000, 60_000_000)
+    assert machine.check_memory(tmp_path, 8, 138_000_000)[0].verdict == OK
+    assert machine.check_memory(tmp_path, 32, 138_000_000)[0].verdict == WARNING
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("8000000000\n")
+    (tmp_path / "sys/fs/cgroup/memory.current").write_text("1000000000\n")
+    (found,) = machine.check_memory(tmp_path, 8, 138_000_000)
+    assert "8 GB in all, 7.0 GB free" in found.text
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
+    assert machine.check_memory(tmp_path, 8, 138_000_000)[0].verdict == OK
+
+
+def test_shared_memory_that_is_missing_or_too_small(tmp_path):
+    assert machine.check_shared_memory(tmp_path, 2)[0].verdict == WARNING
+    (tmp_path / "dev/shm").mkdir(parents=True)
+    assert machine.check_shared_memory(tmp_path, 2)[0].verdict == OK
+    (found,) = machine.check_shared_memory(tmp_path, 10**9)
+    assert (found.verdict, "--shm-size" in found.todo) == (WARNING, True)
+
+
+def test_few_open_files_are_a_warning():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
+        (found,) = machine.check_limits()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert (found.verdict, found.text) == (WARNING, "512 open files")
+    assert machine.check_limits()[0].verdict == OK
+
+
+def test_a_run_directory_is_tried_and_left_as_it_was(tmp_path):
+    (found,) = machine.check_run_dir(tmp_path / "a/b", 1e6, True)
+    assert found.verdict == OK
+    assert f"not there yet; {tmp_path} is" in found.text
+    assert list(tmp_path.iterdir()) == []
+    assert machine.check_run_dir(tmp_path, 1e18, True)[0].verdict == FAILURE
+    assert machine.check_run_dir(tmp_path, 1e18, False) == []
+
+
+def test_a_run_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    assert machine.check_run_dir(tmp_path / "file", 1, True)[0].verdict == FAILURE
+    assert machine.check_run_dir(tmp_path / "file", 1, False)[0].verdict == WARNING
+
+
+def process(root, number, name, *command, parent=1):
+    (root / f"proc/{number}").mkdir(parents=True)
+    (root / f"proc/{number}/comm").write_text(f"{name}\n")
+    (root / f"proc/{number}/cmdline").write_bytes("\0".join(command).encode() + b"\0")
+    (root / f"proc/{number}/stat").write_text(f"{number} ({name}) S {parent} 1 1\n")
+
+
+def test_what_other_jobs_left_is_found_and_our_own_daemon_is_not(tmp_path):
+    process(tmp_path, 7, "orted", "orted")
+    process(tmp_path, os.getpid(), "python", "python", "-m", "hvd_vgg", "doctor", parent=7)
+    assert machine.check_leftovers(tmp_path) == []
+    process(tmp_path, 8, "orted", "orted")
+    process(tmp_path, 10, "hvd-vgg", "/x/python", "/x/hvd-vgg", "train")
+    process(tmp_path, 11, "vim", "vim", "train")
+    (found,) = machine.check_leftovers(tmp_path)
+    assert "orted (process 8), hvd-vgg train (process 10)" in found.text
+
+
+def test_two_mpis_are_a_failure_and_one_is_right():
+    same = {"mpi4py": "4.0", "mpi": "Open MPI v4.1.8, package: x", "libraries": ["/a/libmpi.so.40"]}
+    assert mpi.check_mpi(["/a/libmpi.so.40"], same, "mpi", "0.28.1 (mpi)")[0].verdict == OK
+    (found,) = mpi.check_mpi(["/b/libmpi.so.12"], same, "mpi", "0.28.1 (mpi)")
+    assert (found.verdict, "--no-binary mpi4py" in found.todo) == (FAILURE, True)
+    assert mpi.check_mpi([], {"error": "no libmpi.so"}, "gloo", "0.28.1 (gloo)")[0].verdict == WARNING
+    assert mpi.check_mpi([], {}, "gloo", "0.28.1 (gloo)")[0].verdict == OK
+
+
+def test_mpi4py_is_asked_in_a_process_of_its_own(tmp_path):
+    told = mpi.ask_mpi4py(os.environ)
+    assert told["mpi"].startswith("Open MPI")
+    assert all(Path(path).is_absolute() for path in told["libraries"])
+    assert told["libraries"]
+    assert "mpi4py" not in sys.modules
+    (tmp_path / "mpi4py.py").write_text("raise ImportError('libmpi.so.40: cannot open shared object file')\n")
+    broken = mpi.ask_mpi4py({**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert "libmpi.so.40: cannot open" in broken["error"]
+
+
+@pytest.mark.parametrize("line", ["7f r-xp 0 0 1 /opt/x/libmpi.so.40.30.8\n", "7f r-xp 0 0 1 /opt/x/libmpich.so.12\n"])
+def test_the_library_of_mpi_is_found_among_those_loaded(line):
+    assert mpi._libraries(line + "7f r-xp 0 0 1 /opt/x/libmpi_cxx.so.40\n") == [line.split()[-1]]
