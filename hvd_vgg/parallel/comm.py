@@ -95,12 +95,6 @@ def join(timeline: bool = False, subsets: Sequence[int] = (), hang_seconds: floa
         )
 
 
-def barrier() -> None:
-    """Returns when all ranks have called; touches no device."""
-    watch.collective("barrier")
-    hvd.barrier(process_set=hvd.global_process_set)
-
-
 def take_device(input_threads: int = 0) -> Device:
     """Makes this rank's device the only one that TensorFlow uses; after `join`, before TensorFlow computes.
 

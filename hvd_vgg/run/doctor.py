@@ -116,7 +116,10 @@ def _import(report: _Report) -> None:
 
 
 def _meet(report: _Report) -> None:
-    """Joins the other ranks, before TensorFlow touches a device: no device can be what this waits for."""
+    """Joins the other ranks, before TensorFlow touches a device: no device can be what this waits for.
+
+    To join is to exchange, over the interfaces in use: Horovod splits MPI's communicator by hosts.
+    """
     from hvd_vgg.parallel import comm
 
     limit = report.config.join_seconds
@@ -126,7 +129,6 @@ def _meet(report: _Report) -> None:
         except Failure as error:
             report.found.append(failure("ranks", error.message, "as it says"))
             raise _alone(report) from error
-        comm.barrier()
 
 
 def _devices(here: host.Host, seen: _Seen, report: _Report) -> Tuple[str, int]:

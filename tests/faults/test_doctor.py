@@ -1,0 +1,321 @@
+"""`hvd-vgg doctor` itself: alone, on ranks, and what is broken on purpose; two emulated hosts (F32, F33, F34).
+
+Emulated hosts are network namespaces of this machine with a link between them. The bound on the seconds is three times what
+is asked of it, for slow machines.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from support import ROOT, Started, command_line, example, picture, write_shard
+
+from hvd_vgg.run.findings import FAILURE, WARNING
+
+SMALL = ["--num_classes=10", "--model=vgg11", "--width=0.125", "--image_size=32", "--global_batch=32"]
+
+
+def flags(data, tmp_path, *more):
+    """Returns a command line's arguments; the report goes to tmp_path/out.json."""
+    return ["doctor", f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", f"--out={tmp_path / 'out.json'}", *SMALL, *more]
+
+
+def report(tmp_path):
+    """Returns the JSON report, and its findings by what they are about."""
+    told = json.loads((tmp_path / "out.json").read_text())
+    found = {}
+    for finding in told["findings"]:
+        found.setdefault(finding["about"], []).append(finding)
+    return told, found
+
+
+def test_a_host_that_is_right(launch, data, tmp_path):
+    ended = launch(0, *flags(data, tmp_path))
+    assert ended.code == 0, ended.out + ended.err
+    told, found = report(tmp_path)
+    assert told["counts"]["failure"] == 0
+    assert {"vendor", "python", "packages", "tensorflow", "horovod", "mpi", "memory", "shm", "limits", "run_dir"} <= set(
+        found
+    )
+    assert {"interfaces", "devices", "clocks", "data", "flags", "ranks"} <= set(found)
+    texts = [finding["text"] for finding in found["data"]]
+    assert texts[:3] == ["train: 75 records in 3 shards", "validation: 37 records in 2 shards", texts[2]]
+    assert texts[2] == "labels 1..10, 10 different; the first class is 1"
+    assert "ok       data         train: 75 records in 3 shards" in ended.out
+    assert not (tmp_path / "run").exists()
+    assert not list(data.glob(".hvd_vgg_index*"))  # it looks; it keeps nothing
+
+
+def test_two_ranks_say_what_is_equal_once_and_exchange_right(launch, data, tmp_path):
+    ended = launch(2, *flags(data, tmp_path, "--collectives", "--lr_schedule=constant"))
+    assert ended.code == 0, ended.out + ended.err
+    told, found = report(tmp_path)
+    assert ended.out.count(" python ") == 1
+    assert all(finding["ranks"] == [0, 1] for finding in found["devices"] + found["flags"] + found["collectives"])
+    assert "lr_schedule=constant keeps" in found["flags"][0]["text"]
+    sums, gathers = (finding["text"] for finding in found["collectives"])
+    assert "sums of gradients of vgg11 by mpi: right;" in sums
+    assert "gathers of the rows of its dense layers by mpi: right;" in gathers
+    assert "by mpi a number is summed in" in found["link"][0]["text"]
+    assert len(told["hosts"]) == 2
+
+
+def test_a_sum_that_is_wrong_is_found(tmp_path, data):
+    """Rank 1 sends one number that is off by one in the last kernel."""
+    program = (
+        "import sys\n"
+        "from hvd_vgg import __main__\n"
+        "from hvd_vgg.parallel import comm, conformance\n"
+        "right = conformance.pattern\n"
+        "def wrong(numbers, rank):\n"
+        "    values = right(numbers, rank)\n"
+        "    if numbers == 512 * 10 and comm.rank() == rank == 1: values[7] += 1\n"
+        "    return values\n"
+        "conformance.pattern = wrong\n"
+        "sys.exit(__main__.run(sys.argv[1:]))\n"
+    )
+    arguments = flags(data, tmp_path, "--collectives")
+    ended = Started(command_line(2, ["-c", program, *arguments], [sys.executable]), tmp_path).wait()
+    assert ended.code == 78, ended.out + ended.err
+    (bad,) = [finding for finding in report(tmp_path)[1]["collectives"] if finding["verdict"] == FAILURE]
+    assert "sums of gradients of vgg11 by mpi: wrong: predictions/kernel" in bad["text"]
+
+
+@pytest.mark.fault("F24", "F25", "F27")
+def test_every_bad_record_is_named_by_full(launch, tmp_path):
+    """Training stops at the first one; doctor lists them."""
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [example(picture(i, i % 10 + 1), i % 10 + 1) for i in range(40)]
+    rows[3], rows[31] = example(b"no image", 4), example(picture(1, 1)[:300], 2)
+    write_shard(data / "train-00000-of-00002", rows[:20])
+    write_shard(data / "train-00001-of-00002", rows[20:])
+    write_shard(data / "validation-00000-of-00001", rows[5:15])
+    path = data / "validation-00000-of-00001"
+    damaged = bytearray(path.read_bytes())
+    damaged[-100] ^= 1
+    path.write_bytes(damaged)
+    ended = launch(2, *flags(data, tmp_path, "--full"))
+    assert ended.code == 78, ended.out + ended.err
+    bad = {finding["text"]: finding["ranks"] for finding in report(tmp_path)[1]["data"] if finding["verdict"] == FAILURE}
+    assert len(bad) == 3
+    for part, ranks in (
+        ("train-00000-of-00002, record 3,", [0]),
+        ("train-00001-of-00002, record 11,", [1]),
+        ("validation-00000-of-00001, record 9,", [1]),
+    ):
+        assert [found for text, found in bad.items() if part in text] == [ranks], bad
+
+
+def test_everything_that_is_wrong_is_in_one_report(launch, data, tmp_path):
+    (tmp_path / "file").touch()
+    arguments = flags(
+        tmp_path / "nowhere", tmp_path, f"--run_dir={tmp_path / 'file'}", "--num_classes=3", "--steps=5", "--epochs=2"
+    )
+    ended = launch(0, *arguments, UMD_WAITAFTERLAUNCH="1", IX_NUM_CUDA_VISIBLE_DEVICES="2")
+    assert ended.code == 78, ended.out + ended.err
+    told, found = report(tmp_path)
+    assert [finding["about"] for finding in told["findings"] if finding["verdict"] == FAILURE] == ["run_dir", "data", "data"]
+    assert {finding["text"].split("=")[0] for finding in found["environment"]} == {
+        "UMD_WAITAFTERLAUNCH",
+        "IX_NUM_CUDA_VISIBLE_DEVICES",
+    }
+    assert "--epochs=2 has no effect beside --steps=5" in found["flags"][0]["text"]
+    assert all(finding["todo"] for finding in told["findings"] if finding["verdict"] in (FAILURE, WARNING))
+    assert "hvd-vgg: doctor: 3 failures, see above" in ended.err
+
+
+def test_labels_beyond_the_classes_are_a_failure(launch, data, tmp_path):
+    ended = launch(0, *flags(data, tmp_path, "--num_classes=3"))
+    assert ended.code == 78, ended.out + ended.err
+    assert "labels 1..10, 10 different; the first class is 1; 4 is none of --num_classes=3" in ended.out
+
+
+@pytest.mark.fault("F02", "F32")
+def test_one_ranks_failure_is_named_with_rank_and_host(tmp_path, data):
+    """Rank 1 has another variable; a copy of the data that lacks bytes."""
+    (tmp_path / "other").mkdir()
+    for path in data.iterdir():
+        (tmp_path / "other" / path.name).write_bytes(path.read_bytes() + (b"x" if "train-00001" in path.name else b""))
+    first = command_line(1, flags(data, tmp_path))
+    second = ["-np", "1", "env", "TF_XLA_FLAGS=--x", sys.executable, "-m", "hvd_vgg", *flags(tmp_path / "other", tmp_path)]
+    ended = Started([*first, ":", *second], tmp_path).wait()
+    assert ended.code == 78, ended.out + ended.err
+    name = os.uname().nodename
+    assert f"failure  software     rank 1 (host {name}): TF_XLA_FLAGS is --x; on rank 0 not set" in ended.out
+    assert f"failure  data         rank 1 (host {name}): " in ended.out
+    assert "train shards are not those of rank 0: train-00001-of-00003" in ended.out
+
+
+@pytest.mark.parametrize("rank", [None, 1])
+@pytest.mark.fault("F02")
+def test_an_installation_that_is_broken_is_told(tmp_path, data, rank):
+    """TensorFlow cannot be imported, on all ranks or on one that the others wait for."""
+    (tmp_path / "shadow").mkdir()
+    (tmp_path / "shadow" / "tensorflow.py").write_text("raise TypeError('Descriptors cannot be created directly')\n")
+    shadowed = f"PYTHONPATH={tmp_path / 'shadow'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    program = ["env", shadowed, sys.executable, "-m", "hvd_vgg"]
+    line = command_line(2, flags(data, tmp_path), program)
+    if rank == 1:
+        one = flags(data, tmp_path, "--join_seconds=60")
+        line = [*command_line(1, one), ":", "-np", "1", *program, *one]
+    ended = Started(line, tmp_path).wait()
+    assert ended.code == 78, ended.out + ended.err
+    text = ended.out + ended.err
+    assert "TypeError: Descriptors cannot be created directly" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.fault("F08")
+def test_ranks_that_do_not_meet_end_with_their_interfaces(tmp_path, data):
+    """Rank 1 sleeps instead of joining."""
+    one = flags(data, tmp_path, "--join_seconds=2")
+    sleeper = ["-np", "1", sys.executable, "-c", "import time; time.sleep(600)"]
+    ended = Started([*command_line(1, one), ":", *sleeper], tmp_path).wait()
+    assert ended.code == 78, ended.out + ended.err
+    (bad,) = [finding for finding in report(tmp_path)[1]["ranks"] if finding["verdict"] == FAILURE]
+    assert "the ranks have not met within 2 s (--join_seconds); interfaces here: lo 127.0.0.1" in bad["text"]
+
+
+def test_a_simulated_vendor_host(tmp_path, data):
+    """SIMULATED (tests/simulated.py): a BI-V150 host whose TensorFlow sees no device, on this machine's CPU."""
+    (tmp_path / "root").mkdir()
+    program = (
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "from pathlib import Path\n"
+        "import simulated\n"
+        "from hvd_vgg.config import DoctorConfig, parse\n"
+        "from hvd_vgg.run import doctor\n"
+        "from hvd_vgg.run.health import Failure\n"
+        f"here = simulated.iluvatar(Path({str(tmp_path / 'root')!r}), driver='3.2.3', sdk='4.4.0')\n"
+        "try:\n"
+        "    doctor.doctor(parse(DoctorConfig, sys.argv[2:]), here)\n"
+        "except Failure as failure:\n"
+        "    sys.exit(failure.code)\n"
+    )
+    ended = Started([sys.executable, "-c", program, *flags(data, tmp_path)], tmp_path).wait()
+    assert ended.code == 78, ended.out + ended.err
+    _, found = report(tmp_path)
+    assert found["vendor"][0]["text"].startswith(
+        "Iluvatar (TensorFlow 2.16.2+corex.4.3.0, /usr/local/corex, 16 /dev/iluvatar*"
+    )
+    bad = [finding["text"] for each in found.values() for finding in each if finding["verdict"] == FAILURE]
+    assert len(bad) == 2, bad
+    assert "the driver is older than the SDK" in bad[0] + bad[1]
+    assert "TensorFlow sees none of 16 devices" in bad[0] + bad[1]
+
+
+NETWORK = "10.77.31"
+BOUND_SECONDS = 3 * 20
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    """Two hosts NETWORK.1 and NETWORK.2 with a link between them, and `dum0`, which leads nowhere; gives (names, agent)."""
+    names = [f"hvdvgg{os.getpid()}{letter}" for letter in "ab"]
+    commands = [
+        *(f"ip netns add {name}" for name in names),
+        f"ip link add eth0 netns {names[0]} type veth peer name eth0 netns {names[1]}",
+    ]
+    for number, name in enumerate(names, start=1):
+        commands += [
+            f"ip -n {name} link add dum0 type veth peer name dum1",
+            f"ip -n {name} address add {NETWORK}.{number}/24 dev eth0",
+            f"ip -n {name} address add 10.78.31.{number}/24 dev dum0",
+            *(f"ip -n {name} link set {link} up" for link in ("lo", "eth0", "dum0", "dum1")),
+        ]
+    try:
+        for command in commands:
+            if subprocess.run(command.split(), capture_output=True).returncode:
+                pytest.skip(f"capability: network namespaces ({command})")
+        agent = tmp_path / "agent"
+        agent.write_text(
+            f'#!/bin/bash\nhost=$1; shift\ncase "$host" in {NETWORK}.1) n={names[0]};; {NETWORK}.2) n={names[1]};; *) '
+            'echo "no such host" >&2; exit 255;; esac\nexec ip netns exec "$n" bash -c "$*"\n'
+        )
+        agent.chmod(0o755)
+        yield names, str(agent)
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def doctor_on_hosts(hosts, tmp_path, data, interface):
+    """Runs doctor on two hosts, a rank each; returns how it ended, and after how many seconds."""
+    names, agent = hosts
+    options = ["--mca", "plm_rsh_agent", agent, "--mca", "plm_rsh_no_tree_spawn", "1", "--mca", "oob_tcp_if_include"]
+    options += [
+        f"{NETWORK}.0/24",
+        "--mca",
+        "btl_tcp_if_include",
+        interface,
+        "--mca",
+        "btl",
+        "self,tcp",
+        "--mca",
+        "pml",
+        "ob1",
+    ]
+    line = ["ip", "netns", "exec", names[0], "mpirun", "-np", "2", "-H", f"{NETWORK}.1:1,{NETWORK}.2:1", *options]
+    line += ["--bind-to", "none", "-x", "PATH", "-x", "PYTHONPATH", sys.executable, "-m", "hvd_vgg"]
+    began = time.monotonic()
+    ended = Started([*line, *flags(data, tmp_path)], tmp_path).wait()
+    return ended, time.monotonic() - began
+
+
+@pytest.mark.fault("F33")
+def test_two_hosts_that_reach_each_other(hosts, tmp_path, data):
+    ended, _ = doctor_on_hosts(hosts, tmp_path, data, "eth0")
+    assert ended.code == 0, ended.out + ended.err
+    assert "2 ranks" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("interface", "told"),
+    [
+        ("lo", "OMPI_MCA_btl_tcp_if_include=lo never leaves this host, and the job has several; here are: lo 127.0.0.1"),
+        ("dum0", "the ranks have not met within 10 s (--join_seconds); interfaces here: lo 127.0.0.1"),
+    ],
+)
+@pytest.mark.fault("F33")
+def test_a_wrong_interface_is_named_before_the_night(hosts, tmp_path, data, interface, told):
+    """One that is never right between hosts, and one that looks right and leads nowhere."""
+    ended, seconds = doctor_on_hosts(hosts, tmp_path, data, interface)
+    assert ended.code == 78, ended.out + ended.err
+    assert told in ended.out + ended.err
+    assert f"eth0 {NETWORK}.1" in ended.out + ended.err
+    assert seconds < BOUND_SECONDS
+    print(f"{interface}: {seconds:.1f} s")
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.fault("F34")
+def test_hosts_are_asked_before_mpirun_is(hosts, tmp_path, data, cut):
+    """One of three hosts is unknown to the agent; with the link cut, the second cannot connect back."""
+    names, agent = hosts
+    if cut:
+        subprocess.run(["ip", "-n", names[1], "link", "set", "eth0", "down"], check=True)
+    asked = f"--hosts={NETWORK}.1:8,{NETWORK}.2:8,{NETWORK}.3:8"
+    line = [
+        "ip",
+        "netns",
+        "exec",
+        names[0],
+        sys.executable,
+        "-m",
+        "hvd_vgg",
+        *flags(data, tmp_path, asked, f"--rsh_agent={agent}"),
+    ]
+    began = time.monotonic()
+    ended = Started(line, tmp_path).wait()
+    assert ended.code == 78, ended.out + ended.err
+    assert time.monotonic() - began < BOUND_SECONDS
+    first, second, third = report(tmp_path)[1]["hosts"]
+    assert first["text"] == f"{NETWORK}.1 answers and reaches {NETWORK}.1"
+    assert (second["verdict"] == FAILURE) == cut
+    assert ("cannot connect to this host" if cut else f"answers and reaches {NETWORK}.1") in second["text"]
+    assert (third["verdict"], "no such host" in third["text"]) == (FAILURE, True)

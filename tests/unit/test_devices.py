@@ -1,0 +1,60 @@
+"""The numbers are of this machine's CPU; what a GPU that computes wrong would leave is made up here (no device is)."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from hvd_vgg.parallel import conformance
+from hvd_vgg.run import devices
+from hvd_vgg.run.findings import FAILURE, OK, WARNING
+
+RIGHT = {f"{dtype}{layout}": 1e-7 for dtype in devices.BOUNDS for layout in ("", " NHWC", " NCHW")}
+
+
+def verdicts(kind, found, failed, precision="float32"):
+    return [finding.verdict for finding in devices.judge("it", kind, found, failed, precision)]
+
+
+def test_this_cpu_is_right():
+    (found,) = devices.check_devices(tf.config.list_logical_devices("CPU")[:1], "bfloat16", 0)
+    assert found.verdict == OK
+    assert "multiplies right in float32, float16, bfloat16" in found.text
+
+
+def test_the_reference_is_the_convolution_that_tensorflow_defines():
+    random = np.random.default_rng(2)
+    image, kernel = random.standard_normal((2, 5, 7, 3)), random.standard_normal((3, 3, 3, 4))
+    assert np.allclose(devices.convolve(image, kernel), tf.nn.conv2d(image, kernel, 1, "SAME"), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "failed", "precision", "expected"),
+    [
+        ("GPU", {}, {}, "float32", [OK]),
+        ("GPU", {"float32": 1.0}, {}, "float32", [FAILURE, OK]),  # all zeros
+        ("GPU", {"float32 NCHW": float("nan")}, {}, "float32", [FAILURE, OK]),
+        ("GPU", {"float32 NHWC": 0.5}, {}, "float32", [WARNING, OK]),
+        ("GPU", {"float32": 4e-4}, {}, "float32", [WARNING, OK]),  # TF32
+        ("GPU", {}, {"bfloat16": "not implemented"}, "float32", [WARNING, OK]),
+        ("GPU", {}, {"bfloat16": "not implemented"}, "bfloat16", [FAILURE, OK]),
+        ("GPU", {}, {"float32": "error 801"}, "float32", [FAILURE, OK]),
+        ("CPU", {}, {"float32 NCHW": "only NHWC"}, "float32", [OK]),
+        ("CPU", {"float32 NHWC": 1.0}, {}, "float32", [FAILURE, OK]),
+    ],
+)
+def test_what_training_needs_decides(kind, change, failed, precision, expected):
+    found = {name: error for name, error in {**RIGHT, **change}.items() if name not in failed}
+    assert verdicts(kind, found, failed, precision) == expected
+
+
+def test_a_device_on_which_everything_fails_has_nothing_right():
+    assert set(verdicts("GPU", {}, dict.fromkeys(RIGHT, "error 801"))) == {FAILURE, WARNING}
+
+
+def test_patterns_differ_by_rank_and_place_and_their_sums_are_exact():
+    one, two = conformance.pattern(1000, 0), conformance.pattern(1000, 1)
+    assert not np.array_equal(one, two)
+    assert not np.array_equal(one[:-1], one[1:])
+    assert np.array_equal(conformance.expected_sum(1000, 2), one + two)
+    assert np.abs(conformance.expected_sum(1000, 400)).max() <= 2048
+    assert np.array_equal(one, np.round(one))
