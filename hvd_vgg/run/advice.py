@@ -5,7 +5,7 @@ nothing.
 """
 
 import os
-from typing import List, Mapping
+from typing import List, Mapping, Optional
 
 from hvd_vgg.config import Config
 from hvd_vgg.run.findings import Finding, failure, ok, warning
@@ -47,8 +47,8 @@ def of_environment(environ: Mapping[str, str]) -> List[Finding]:
     return found
 
 
-def of_devices(here: int, ranks: int, alone: bool, mask: str) -> List[Finding]:
-    """Compares the devices that TensorFlow sees on this host with its ranks; mask: CUDA_VISIBLE_DEVICES, or nothing."""
+def of_devices(here: int, ranks: int, alone: bool, mask: Optional[str]) -> List[Finding]:
+    """Compares the devices that TensorFlow sees on this host with its ranks; mask: CUDA_VISIBLE_DEVICES, if set."""
     if not here:
         return []
     seen = f"TensorFlow sees {count(here, 'device')}" + (f" (CUDA_VISIBLE_DEVICES={mask})" if mask else "")
@@ -62,17 +62,20 @@ def of_devices(here: int, ranks: int, alone: bool, mask: str) -> List[Finding]:
     return [ok("ranks", f"{seen}, one a rank")]
 
 
-def of_mask(nodes: int, seen: int, mask: str, seen_by_rank: bool) -> List[Finding]:
+def of_mask(nodes: int, seen: int, mask: Optional[str], seen_by_rank: bool) -> List[Finding]:
     """Compares the host's device nodes with the devices that TensorFlow sees.
 
     seen_by_rank: that a launcher may show each rank its own device only.
     """
     if not nodes or seen == nodes:
         return []
+    said = "CUDA_VISIBLE_DEVICES is not set" if mask is None else f"CUDA_VISIBLE_DEVICES={mask}"
     if not seen:
-        text = f"TensorFlow sees none of {count(nodes, 'device')} of this host (CUDA_VISIBLE_DEVICES={mask or 'unset'})"
+        text = f"TensorFlow sees none of {count(nodes, 'device')} of this host ({said})"
+        if mask in ("", "-1"):
+            return [warning("ranks", text, "right if it is to train on the CPU; else unset CUDA_VISIBLE_DEVICES")]
         return [failure("ranks", text, "see vendor and driver; TensorFlow without GPU support sees none either")]
-    text = f"TensorFlow sees {seen} of {count(nodes, 'device')} of this host (CUDA_VISIBLE_DEVICES={mask or 'unset'})"
+    text = f"TensorFlow sees {seen} of {count(nodes, 'device')} of this host ({said})"
     todo = "unset CUDA_VISIBLE_DEVICES to use all" if mask else "the vendor's tool lists them; see driver"
     if seen_by_rank and seen == 1:
         todo = "right where the launcher gives each rank its own; else " + todo

@@ -62,7 +62,7 @@ def doctor(config: DoctorConfig, here: Optional[host.Host] = None) -> None:
     Raises Failure(CONFIGURATION) if anything would fail.
     """
     here = here or host.this_host()
-    hosts = reach.read_hosts(config.hosts) if config.hosts else {}
+    hosts = reach.read_hosts(config.hosts) if config.hosts else []
     if hosts and (launched_size() or 1) > 1:
         raise Failure(USAGE, "--hosts looks at hosts before mpirun is asked: start it alone, without a launcher")
     report = _Report(config, [], time.monotonic(), launched_rank() or 0, socket.gethostname())
@@ -142,7 +142,7 @@ def _devices(here: host.Host, seen: _Seen, report: _Report) -> Tuple[str, int]:
     from hvd_vgg.run import devices
 
     config, found = report.config, report.found
-    alone, mask = launched_size() is None, here.environ.get("CUDA_VISIBLE_DEVICES", "")
+    alone, mask = launched_size() is None, here.environ.get("CUDA_VISIBLE_DEVICES")
     with _within(_LONG_SECONDS, report, "devices", f"the devices did not answer within {_LONG_SECONDS:g} s"):
         physical = tf.config.list_physical_devices("GPU")
         if physical and (alone or len(physical) < comm.local_size()):

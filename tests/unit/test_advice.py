@@ -20,7 +20,8 @@ def test_devices_that_a_mask_hides():
     (masked,) = advice.of_mask(8, 2, "0,1", False)
     assert masked.verdict == WARNING
     assert "TensorFlow sees 2 of 8 devices of this host (CUDA_VISIBLE_DEVICES=0,1)" in masked.text
-    assert advice.of_mask(8, 0, "", False)[0].verdict == FAILURE
+    assert advice.of_mask(8, 0, None, False)[0].verdict == FAILURE
+    assert advice.of_mask(8, 0, "-1", False)[0].verdict == WARNING
     assert advice.of_mask(8, 8, "", False) == advice.of_mask(0, 0, "", False) == []
 
 

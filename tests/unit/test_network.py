@@ -52,9 +52,9 @@ def test_addresses_to_be_reached_at_and_the_way_to_mpirun():
 def test_host_files_and_lists(tmp_path):
     path = tmp_path / "hosts"
     path.write_text("# ours\nnode1 slots=8\nnode2 slots=8 # new\n\nnode3\n")
-    assert reach.read_hosts(str(path)) == {"node1": 8, "node2": 8, "node3": 1}
-    assert reach.read_hosts("a:8,b") == {"a": 8, "b": 1}
-    for wrong in ("", "a:x", "-oProxyCommand=x", str(tmp_path / "none")):
+    assert reach.read_hosts(str(path)) == ["node1", "node2", "node3"]
+    assert reach.read_hosts("a:8,b") == ["a", "b"]
+    for wrong in ("", "-oProxyCommand=x", str(tmp_path / "none")):
         with pytest.raises(Failure) as raised:
             reach.read_hosts(wrong)
         assert raised.value.code == USAGE
@@ -83,7 +83,7 @@ def agent(tmp_path, text):
 def test_hosts_that_answer_and_that_do_not(tmp_path, script, addresses, verdict, told):
     """An agent in place of ssh; what it starts is the real line that connects back."""
     limit = 2 if "sleep" in script else 60
-    (found,) = reach.check_hosts({"b": 8}, agent(tmp_path, script), addresses, limit)
+    (found,) = reach.check_hosts(["b"], agent(tmp_path, script), addresses, limit)
     assert found.verdict == verdict, found
     assert told in found.text
     if "key" in script:
@@ -93,7 +93,7 @@ def test_hosts_that_answer_and_that_do_not(tmp_path, script, addresses, verdict,
 
 
 def test_an_agent_that_is_not_there_is_named():
-    (found,) = reach.check_hosts({"b": 8}, "/nowhere/ssh", ["127.0.0.1"], 5)
+    (found,) = reach.check_hosts(["b"], "/nowhere/ssh", ["127.0.0.1"], 5)
     assert "/nowhere/ssh" in found.text
 
 
