@@ -289,7 +289,6 @@ def test_a_wrong_interface_is_named_before_the_night(hosts, tmp_path, data, inte
     assert told in ended.out + ended.err
     assert f"eth0 {NETWORK}.1" in ended.out + ended.err
     assert seconds < BOUND_SECONDS
-    print(f"{interface}: {seconds:.1f} s")
 
 
 @pytest.mark.parametrize("cut", [False, True])

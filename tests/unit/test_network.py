@@ -77,7 +77,7 @@ def agent(tmp_path, text):
         ("echo 'Host key verification failed.' >&2; exit 255", [], FAILURE, "ended with 255: Host key verification failed."),
         (f"echo 'bash: {sys.executable}: No such file' >&2; exit 127", [], FAILURE, "ended with 127"),
         ("echo 'Welcome to b'; exit 0", [], FAILURE, "ended with 0: it said nothing"),
-        ('echo \'{"reached": "10.0.0.1", "time": 1000}\'', [], WARNING, "s or more off"),
+        ('echo \'{"reached": "10.0.0.1", "time": 1000}\'', ["10.0.0.1"], WARNING, "s or more off"),
     ],
 )
 def test_hosts_that_answer_and_that_do_not(tmp_path, script, addresses, verdict, told):
