@@ -15,6 +15,7 @@ from hvd_vgg.run.findings import Finding, failure, ok, warning
 from hvd_vgg.run.health import Failure
 from hvd_vgg.run.log import Console, count
 
+_BLOCK = 1024  # records that are handed to the threads at once
 _NAMED = 20  # bad records that are named; the others are counted
 
 
@@ -147,9 +148,10 @@ def _decode(config: Config, split: str, one: Seen, full: bool, threads: int, con
     progress = console.progress(f"reading {split}", len(ids), "records")
     bad: List[str] = []
     with ThreadPoolExecutor(threads) as pool:
-        for done, wrong in enumerate(pool.map(lambda record: _decodes(index, record, config), ids), start=1):
-            bad += [wrong] if wrong else []
-            progress.update(done)
+        for done in range(0, len(ids), _BLOCK):
+            told = pool.map(lambda record: _decodes(index, record, config), ids[done : done + _BLOCK])
+            bad += [wrong for wrong in told if wrong]
+            progress.update(min(done + _BLOCK, len(ids)))
     found = [failure("data", text, "copy the shard again, or leave the record out of it") for text in bad[:_NAMED]]
     if len(bad) > _NAMED:
         found.append(failure("data", f"and {len(bad) - _NAMED} more records of {split}", "as above"))

@@ -126,6 +126,7 @@ def sum_all(config: DoctorConfig, device: str) -> Tuple[float, List[str]]:
     results: Dict[str, Any] = {}
 
     def once() -> None:
+        results.clear()  # its memory is needed
         sums, last = summed()
         last.numpy()
         results.update(sums)

@@ -151,7 +151,14 @@ def _devices(here: host.Host, seen: _Seen, report: _Report) -> Tuple[str, int]:
                 tf.config.experimental.set_memory_growth(each, True)
         else:
             threads = comm.take_device(config.input_threads).input_threads
-        logical = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")[:1]
+        try:
+            logical = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")[:1]
+        except (RuntimeError, tf.errors.OpError) as error:
+            text = f"TensorFlow lists {count(len(physical), 'device')} and cannot begin to use them: {error}"
+            todo = "driver and SDK must fit; leave a broken device out by CUDA_VISIBLE_DEVICES"
+            # The driver is judged as one under which nothing computed; without a device nothing can be told to others.
+            found += [failure("devices", text, todo), *host.check_driver(here, seen.vendor, seen.said, False)]
+            raise _alone(report) from error
         numbers = parameters(layers(config.model, config.width, config.image_size, config.num_classes))
         tried = devices.check_devices(logical, config.precision, 4 * numbers)
     computed = bool(physical) and all(finding.verdict != FAILURE for finding in tried)

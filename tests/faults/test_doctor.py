@@ -180,6 +180,28 @@ def test_ranks_that_do_not_meet_end_with_their_interfaces(tmp_path, data):
     assert "the ranks have not met within 2 s (--join_seconds); interfaces here: lo 127.0.0.1" in bad["text"]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_device_that_cannot_be_begun_with_ends_all_and_is_named(tmp_path, data, rank):
+    """As errors 801 and 803 do; raised here in TensorFlow's place on one rank, while the other waits."""
+    program = (
+        "import sys\n"
+        "import tensorflow as tf\n"
+        "from hvd_vgg import __main__\n"
+        "from hvd_vgg.run.health import launched_rank\n"
+        "def broken(kind):\n"
+        "    raise tf.errors.InternalError(None, None, 'cudaSetDevice() on GPU:0 failed. Status: 803')\n"
+        f"if launched_rank() == {rank}:\n"
+        "    tf.config.list_logical_devices = broken\n"
+        "sys.exit(__main__.run(sys.argv[1:]))\n"
+    )
+    ended = Started(command_line(2, ["-c", program, *flags(data, tmp_path)], [sys.executable]), tmp_path).wait()
+    assert ended.code == 78, ended.out + ended.err
+    text = ended.out + ended.err
+    assert "cannot begin to use them: cudaSetDevice() on GPU:0 failed. Status: 803" in text
+    assert f"rank {rank}: doctor" in ended.err
+    assert "Traceback" not in text
+
+
 def test_a_simulated_vendor_host(tmp_path, data):
     """SIMULATED (tests/simulated.py): a BI-V150 host whose TensorFlow sees no device, on this machine's CPU."""
     (tmp_path / "root").mkdir()
