@@ -237,6 +237,7 @@ def _note(job: Job, event: str, **data: Any) -> None:
     when = datetime.datetime.fromtimestamp(now, datetime.timezone.utc).isoformat(timespec="milliseconds")
     path = job.run_dir / "restarts.jsonl"
     try:
+        os.umask(os.umask(0o027) | 0o027)  # what a run writes is for its owner and group
         job.run_dir.mkdir(parents=True, exist_ok=True)
         with open(path, "ab", buffering=0) as file:
             file.write(json.dumps({"time": now, "at": when, "event": event, **data}).encode() + b"\n")
