@@ -246,7 +246,7 @@ class LaunchConfig:
     network: str = flag(
         "", "Ranks", "Networks or interfaces that hosts speak over, where they have several: 10.1.0.0/16 or eth1."
     )
-    pass_env: str = flag(
+    export_env: str = flag(
         "",
         "Ranks",
         "Names of further environment variables for ranks on other hosts, separated by commas. They get PATH, "
@@ -369,9 +369,9 @@ def validate(config: Any) -> List[str]:
                 errors.append(f"--{field.name}={_text(value)}: expected {expected}")
     if isinstance(config, Config):
         errors.extend(_conflicts(config))
-    for name in getattr(config, "pass_env", "").split(","):
+    for name in getattr(config, "export_env", "").split(","):
         if name and not name.isidentifier():
-            errors.append(f"--pass_env={config.pass_env}: {name!r} is no name of a variable; values do not belong here")
+            errors.append(f"--export_env={config.export_env}: {name!r} is no name of a variable; values do not belong here")
     if isinstance(config, DemoConfig) and config.shards > min(config.train_images, 2 * config.validation_images - 1):
         errors.append(f"--shards={config.shards}: expected at least one image for each shard of both splits")
     return errors

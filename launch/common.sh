@@ -28,7 +28,7 @@ split_flags() {
   local flag
   for flag in "$@"; do
     case "$flag" in
-      --ranks=* | --hostfile=* | --rsh_agent=* | --network=* | --pass_env=* | --max_restarts=* | --grace_seconds=* | \
+      --ranks=* | --hostfile=* | --rsh_agent=* | --network=* | --export_env=* | --max_restarts=* | --grace_seconds=* | \
         --time_limit_seconds=* | --dry_run*) launch_flags+=("$flag") ;;
       *) train_flags+=("$flag") ;;
     esac

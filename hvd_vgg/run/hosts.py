@@ -151,8 +151,9 @@ def _host() -> str:
 
 
 def _start_time(pid: int) -> str:
-    """Returns when a process of this host began, in ticks since the host did; "" where there is none."""
+    """Returns when a process of this host began, in ticks since the host did; "" where there is none, or its remains."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
+    return "" if fields[0] in "ZX" else fields[19]

@@ -34,7 +34,7 @@ _END_SECONDS = 5.0
 # The ranks of a job end within seconds of each other. So long mpirun may stay when those of this host are gone.
 _LINGER_SECONDS = 30.0
 _TAIL_BYTES = 20_000
-_RUNNING, _STOPPING, _ENDING = range(3)
+_RUNNING, _STOPPING, _LEAVING, _ENDING = range(4)
 _ASKED, _TOO_LONG = "stopped on request", "--time_limit_seconds is over"
 _LINGERED = f"the ranks of this host were gone, but mpirun waited {_LINGER_SECONDS:g} s for others: it was ended too"
 
@@ -82,7 +82,7 @@ def compose(config: LaunchConfig, ranks: int, hosts: Sequence[Host], token: str,
 
 def passed(environment: Any, config: LaunchConfig) -> List[str]:
     """Returns the names of what ranks on other hosts get of the environment."""
-    asked = {name for name in config.pass_env.split(",") if name}
+    asked = {name for name in config.export_env.split(",") if name}
     allowed = {name for name in environment if _PASSED.fullmatch(name) and not _SECRET.search(name)}
     return sorted(allowed | (asked & set(environment)))
 
@@ -183,10 +183,12 @@ def run(
                 say(f"{why}: all ranks save and leave, within {limits.grace_seconds:g} s; Ctrl-C ends them now")
                 process.send_signal(signal.SIGUSR1)
         elif stage == _STOPPING and (now > deadline or requests.count > asked_for):
-            stage, deadline = _ENDING, now + _END_SECONDS
-            say("the ranks have not left: ending them")
-            process.terminate()
-        elif stage == _ENDING and now > deadline:
+            # An mpirun whose ranks have left is about to end, and crashes on SIGTERM.
+            stage, deadline = _ENDING if _has_ranks(process.pid) else _LEAVING, now + _END_SECONDS
+            if stage == _ENDING:
+                say("the ranks have not left: ending them")
+                process.terminate()
+        elif stage in (_LEAVING, _ENDING) and now > deadline:
             deadline = math.inf
             process.kill()
     os.close(told)
@@ -257,7 +259,7 @@ def _dies_with(parent: int) -> Callable[[], None]:
 def _has_ranks(pid: int) -> bool:
     """Says whether mpirun has ranks among its own children, which are on this host."""
     for child in _read(f"/proc/{pid}/task/{pid}/children").split():
-        if b"\0OMPI_COMM_WORLD_RANK=" in _read(f"/proc/{child.decode()}/environ"):
+        if b"\0OMPI_COMM_WORLD_RANK=" in b"\0" + _read(f"/proc/{child.decode()}/environ"):
             return True
     return False
 
