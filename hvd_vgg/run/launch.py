@@ -105,7 +105,7 @@ def _supervise(
         print("+", mpirun.shown(command), flush=True)
         watch = _FirstUpdate(job, ended_at)
         began = time.monotonic()
-        ended = mpirun.run(command, requests, limits, watch.look, job.run_dir)
+        ended = mpirun.run(command, requests, limits, watch.look)
         watch.look()
         ended_at = time.time()
         _clear_leftovers(token)
