@@ -1,6 +1,7 @@
 """The launcher's command line and its reading of mpirun's end, without starting anything."""
 
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,27 @@ def test_a_wrong_host_file_is_named_with_its_line(tmp_path, text, told):
 def test_a_host_that_is_this_one_is_known():
     assert hosts.is_here("localhost")
     assert not hosts.is_here("192.0.2.1")  # RFC 5737: nobody's
+
+
+def test_what_a_job_of_the_run_left_is_found_here_and_through_the_remote_shell(tmp_path):
+    """The remote shell is one that stays here; the other job is one that another host launched."""
+    run = "0123456789abcdef"
+    variable = f"OMPI_MCA_{hosts.JOB_PARAMETER}"
+    left = subprocess.Popen(["sleep", "60"], env={variable: f"{run}.elsewhere.1.2"})
+    other = subprocess.Popen(["sleep", "60"], env={variable: f"{run[::-1]}.elsewhere.1.2"})
+    agent = tmp_path / "agent"
+    agent.write_text('#!/bin/bash\nshift\nexec bash -c "$*"\n')
+    agent.chmod(0o755)
+    try:
+        listed = [Host("b.invalid", 1)]
+        assert hosts.ask(listed, str(agent), run) == hosts.Found(listed, {}, {"b.invalid": [left.pid]})
+        assert hosts.jobs_here(run) == {f"{run}.elsewhere.1.2": [left.pid]}
+        assert hosts.launcher_lives(f"{run}.elsewhere.1.2") is None
+        assert hosts.launcher_lives(hosts.own_token(run)) is True
+    finally:
+        for process in (left, other):
+            process.kill()
+            process.wait()
 
 
 def noticed(signal_number):
