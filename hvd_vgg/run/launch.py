@@ -159,7 +159,8 @@ def _clear_leftovers(token: str) -> None:
     """
     deadline = time.monotonic() + _LEAVE_SECONDS
     while True:
-        ours, foreign = [], []
+        ours: List[int] = []
+        foreign: List[int] = []
         for job, pids in hosts.jobs_here(token.split(".")[0]).items():
             lives = job != token and hosts.launcher_lives(job)
             if lives:
