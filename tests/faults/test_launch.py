@@ -57,11 +57,11 @@ def restarts(out):
     return [json.loads(line) for line in (out / "run" / "restarts.jsonl").read_text().splitlines()]
 
 
-def process_of(started, name):
-    """Returns the process of a job whose program is called `name`."""
-    found = [pid for pid in started.alive() if Path(f"/proc/{pid}/comm").read_text().strip() == name]
-    assert len(found) == 1, found
-    return found[0]
+def mpirun_of(started):
+    """Returns the process of a job's mpirun."""
+    lines = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in started.alive()}
+    (found,) = [pid for pid, words in lines.items() if words[0].endswith(b"mpirun")]
+    return found
 
 
 # ---- how it ends
@@ -198,7 +198,7 @@ def test_a_true_kill_for_want_of_memory_is_told_with_its_counter(tmp_path):
 def test_mpirun_killed_leaves_nothing_and_the_run_goes_on(tmp_path, data, undisturbed):
     started = start_run(tmp_path, data, "sleep@0:6:5")
     wait_for(lambda: "step 5/" in started.out.read_text())
-    os.kill(process_of(started, "mpirun"), signal.SIGKILL)
+    os.kill(mpirun_of(started), signal.SIGKILL)
     ended = started.wait()
     assert ended.code == 0, ended.out + ended.err
     assert "hvd-vgg launch: mpirun killed by signal 9. Starting again" in ended.err
@@ -223,7 +223,7 @@ def test_mpirun_ended_from_outside_loses_no_committed_step(tmp_path, data, undis
     """F14: SIGTERM straight to mpirun, which gives ranks a second; nobody asked the launcher, so it starts again."""
     started = start_run(tmp_path, data, "sleep@0:6:5")
     wait_for(lambda: "step 5/" in started.out.read_text())
-    os.kill(process_of(started, "mpirun"), signal.SIGTERM)
+    os.kill(mpirun_of(started), signal.SIGTERM)
     ended = started.wait()
     assert ended.code == 0, ended.out + ended.err
     assert_exact(tmp_path, 2, undisturbed)
