@@ -100,12 +100,17 @@ def train(config: Config) -> None:
         reached = evaluates and _reached(job, at)
         if saves or improved or reached or at.step == job.total:
             _save(job, at, improved)
-        if evaluates and result:
-            _write_result(job, at, result)
         if reached:
             job.console.say(f"acc@1 has reached --stop_at_top1={config.stop_at_top1}")
             break
-        if at.step < job.total and comm.any_rank(watch.asked()):
+        if at.step == job.total:
+            break
+        if evaluates and result:
+            try:
+                _write_result(job, at, result)
+            except Failure as failure:  # agreed; only the last must be written
+                tell.save_failed(failure, job.log, job.console)
+        if comm.any_rank(watch.asked()):
             _stop(job, at)
     _end(job, at, result)
 
@@ -210,9 +215,9 @@ def _end(job: Job, at: state.Position, result: Optional[evaluate.Evaluation]) ->
     """Ends a run that is through, with the evaluation and the checkpoint it must have."""
     if result is None or at.evaluated < at.step:  # nothing was left to train
         at, result, _ = _evaluate(job, at)
-        _write_result(job, at, result)
     with watch.phase("saving"):
         state.finish(job.writer)
+    _write_result(job, at, result)
     seconds = time.monotonic() - job.began
     tell.summary(job.config, job.run_dir, result, job.throughput, at.step, seconds, job.writer, job.log, job.console)
     comm.leave()
