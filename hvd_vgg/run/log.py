@@ -35,6 +35,7 @@ METRICS: Dict[str, Dict[str, str]] = {
     "eval.acc@1": {"unit": "", "format": ":.4f"},
     "eval.acc@5": {"unit": "", "format": ":.4f"},
     "eval.records": {"unit": "records", "format": ":d"},
+    "eval.bad_records": {"unit": "records", "format": ":d"},
 }
 
 Step = Union[str, Tuple[int, ...]]
@@ -131,6 +132,10 @@ class RunLog:
         self.tensorboard = tensorboard
         for name, metadata in METRICS.items():
             self.logger.metadata(name, metadata)
+
+    def event(self, name: str, **data: Any) -> None:
+        """Writes one line of what happened besides training, on disk when this returns, as step "EVENT"."""
+        self.log("EVENT", {"event": name, **data})
 
     def log(self, step: Step, data: Dict[str, Any]) -> None:
         """Writes one line, on disk when this returns; step: (epoch, update), "PARAMETER" for what it is, () for its end."""

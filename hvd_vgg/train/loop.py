@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_vgg.config import Config, EvaluateConfig, epochs_to_steps, total_steps
-from hvd_vgg.data import order, pipeline, records
+from hvd_vgg.data import bad, order, pipeline, records
 from hvd_vgg.data.index import Data, open_data, open_split
 from hvd_vgg.model.layers import DENSE
 from hvd_vgg.parallel import comm, cost
@@ -60,11 +60,14 @@ def train(config: Config) -> None:
     throughput, progress = Throughput(), console.progress("training", total, "steps", position.step)
     began, done, result = time.monotonic() - position.seconds, position.step, None
     window: List[Tuple[int, step.Sums]] = []
+    bad_rows: List[Tuple[int, pipeline.BadRow]] = []
+    bad_records = position.bad_records
     for now, batch in zip(steps, profiled(throughput.waiting(batches), steps, config, throughput)):
         lr = schedule.learning_rate(now, config, data.train.records)
         keys = order.dropout_keys(config.seed, now, len(DENSE) - 1)
         sums = train_step(*batch[:2], tf.constant(low, tf.int64), tf.constant(keys), tf.constant(lr, tf.float32))
         window.append((now, sums))
+        bad_rows += [(now, row) for row in batch.bad]
         done = now + 1
         saves = bool(config.save_every_steps) and done % config.save_every_steps == 0
         # Weights are compared before they are scored or saved too: a checkpoint of drifted ones would look whole.
@@ -76,6 +79,8 @@ def train(config: Config) -> None:
             continue
 
         row = {**_close_window(window, config), "train.lr": lr}
+        bad_records = bad.account(bad_rows, bad_records, config.bad_records_allowed, data.train, log, console)
+        bad_rows.clear()
         throughput.end_update()
         row, verdict = tell.speed_of_window(row, window, throughput, config)
         window.clear()
@@ -94,7 +99,7 @@ def train(config: Config) -> None:
         reached = _reached(config, best, data)
         if saves or improved or done == total or reached:
             with throughput.apart("saving"):
-                at = state.Position(done, time.monotonic() - began, best)
+                at = state.Position(done, time.monotonic() - began, best, bad_records)
                 state.save(run, at, what, run_dir, config.keep_checkpoints, improved)
         if result and done in eval_at:
             with throughput.apart("saving"):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple
+from typing import Any, Dict, List, NamedTuple, Sequence
 
 import numpy as np
 
@@ -29,11 +29,15 @@ class State(NamedTuple):
 
 
 class Position(NamedTuple):
-    """How far a run is: updates made, seconds they took over all starts, most top-1 hits of an evaluation so far."""
+    """How far a run is: updates made, seconds they took over all starts, most top-1 hits of an evaluation so far.
+
+    And the ids of the bad records that others took the place of.
+    """
 
     step: int
     seconds: float
     best_top1: int
+    bad_records: Sequence[int] = ()
 
 
 def initial(config: Config) -> State:
@@ -76,7 +80,7 @@ def restore(state: State, config: Config, run_dir: Path, expected: Dict[str, Any
             )
         assign(state.variables(), found)
         console.say(f"going on from step {found.meta['step']}: {found.path}")
-        return Position(*(found.meta[field] for field in Position._fields))
+        return Position(**{field: found.meta[field] for field in Position._fields if field in found.meta})
 
     position = comm.together(find)
     comm.broadcast_variables(list(state.variables().values()))

@@ -142,7 +142,7 @@ def test_a_shard_that_became_shorter_while_in_use_is_told(tmp_path):
     [
         (lambda: example(picture(0, 1), None), "image/class/label is missing; it has image/encoded"),
         (lambda: example(None, 1), "image/encoded is missing; it has image/class/label"),
-        (lambda: example(b"", 1), "image/encoded has 1 byte strings, or an empty one"),
+        (lambda: example(b"", 1), "image/encoded has not one byte string, or an empty one"),
         (lambda: b"junk that is no example at all, but long enough", "not a tf.train.Example"),
         (lambda: b"", "image/class/label is missing; it has none"),
         (lambda: example(picture(0, 1), 2**40), "image/class/label is 1099511627776"),
@@ -198,25 +198,38 @@ def test_the_cache_gives_the_index_again_and_notices_changed_shards(tmp_path):
     write_data(tmp_path)
     index, cache = open_all(tmp_path), tmp_path / "cache.npz"
     records.save_cache(cache, index)
-    shards = records.load_cache(cache, index.paths)
-    again = records.join(index.paths, shards)
+    known = records.load_cache(cache, index.paths)
+    assert list(known) == list(index.paths) and all(each.unchanged for each in known.values())
+    again = records.join(index.paths, [each.shard for each in known.values()])
     for a, b in zip(index[1:], again[1:]):
         assert a.dtype == b.dtype
         assert (a == b).all()
     write_shard(index.paths[1], [example(picture(i, 1), 1) for i in range(5)])
-    assert [shard is None for shard in records.load_cache(cache, index.paths)] == [False, True, False]
+    known = records.load_cache(cache, index.paths)
+    assert [each.unchanged for each in known.values()] == [True, False, True]
+    assert (known[index.paths[1]].shard.offsets == records.split_index(index)[1].offsets).all()
+    assert list(records.load_cache(cache, [*index.paths[:2], tmp_path / "new"])) == list(index.paths[:2])
     assert list(tmp_path.glob("*.tmp")) == []
 
 
 def test_a_damaged_cache_is_as_good_as_none(tmp_path):
     write_data(tmp_path)
     index, cache = open_all(tmp_path), tmp_path / "cache.npz"
-    assert records.load_cache(cache, index.paths) is None
+    assert records.load_cache(cache, index.paths) == {}
     records.save_cache(cache, index)
     whole = cache.read_bytes()
     for damaged in (b"", b"junk", whole[: len(whole) // 2], whole[:200] + b"\0" * 50 + whole[250:]):
         cache.write_bytes(damaged)
-        assert records.load_cache(cache, index.paths) is None
+        assert records.load_cache(cache, index.paths) == {}
+    for damaged in (
+        index._replace(offsets=index.offsets - 2**40),
+        index._replace(offsets=index.offsets.astype(np.float64)),
+        index._replace(lengths=index.lengths + np.uint32(1)),
+        index._replace(labels=index.labels[:-1]),
+        index._replace(starts=index.starts[::-1]),
+    ):
+        records.save_cache(cache, damaged)
+        assert records.load_cache(cache, index.paths) == {}
 
 
 def test_500_mutations_of_a_record_are_accepted_or_refused_by_name(tmp_path):
