@@ -91,6 +91,15 @@ class Started:
         return ended
 
 
+def wait_for(condition: Callable[[], bool], limit_seconds: float = 90) -> None:
+    """Waits until `condition()` holds; fails the test when it does not within the limit."""
+    deadline = time.monotonic() + limit_seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {limit_seconds} s")
+        time.sleep(0.05)
+
+
 Launch = Callable[..., Ended]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from hvd_vgg.config import Config
 from hvd_vgg.data import records
 from hvd_vgg.parallel import comm
+from hvd_vgg.run import watch
 from hvd_vgg.run.health import DATA, Failure
 from hvd_vgg.run.log import Console
 
@@ -63,6 +64,7 @@ def open_split(data_dir: str, split: str, fallback_dir: Path, console: Console) 
         for text in comm.gather(_packed(scanned)):
             known.update(_unpacked(text))
         progress.update(len(known))
+        watch.beat(phase="start")
     changed = {number: each.shard for number, each in cached.items() if number in stale}
     comm.together(lambda: _check_not_cut(changed, known, paths))
     if changed:

@@ -7,8 +7,11 @@ import numpy as np
 from hvd_vgg.config import Config
 from hvd_vgg.data import bad, pipeline, records
 from hvd_vgg.parallel import comm
+from hvd_vgg.run import watch
 from hvd_vgg.run.health import BUG, Failure
 from hvd_vgg.run.log import Console, count
+
+_LISTEN_BATCHES = 4  # the ranks ask each other this often whether one was asked to stop
 
 
 class Evaluation(NamedTuple):
@@ -41,13 +44,15 @@ def evaluate(
 ) -> Evaluation:
     """Returns the evaluation of a whole split, the same on all ranks; all ranks must call.
 
-    A bad record counts as a record and as a miss, with a loss of 0, if --bad_records_allowed lets it. Else Failure(DATA) is
-    raised, and Failure(BUG) should a record be missed or seen twice.
+    A bad record counts as a record and as a miss, with a loss of 0, if --bad_records_allowed lets it; else Failure(DATA) is
+    raised. Raises Failure(BUG) should a record be missed or seen twice, and watch.Stopped on all ranks when any was asked
+    to stop.
     """
     counts, loss_sum, ids = np.zeros(3, np.int64), 0.0, []
     met: List[Tuple[int, pipeline.BadRow]] = []
     progress = console.progress("evaluating", -(-index.records // comm.size()), "records on rank 0")
-    for batch in pipeline.eval_batches(index, config, label_base, comm.rank(), comm.size(), threads):
+    all_have = -(-index.records // config.device_batch) // comm.size()  # batches; some ranks have one more
+    for number, batch in enumerate(pipeline.eval_batches(index, config, label_base, comm.rank(), comm.size(), threads)):
         loss, *hits = eval_step(batch.images, batch.labels)
         counts += [int(hit) for hit in hits]
         counts[2] += len(batch.bad)
@@ -56,6 +61,9 @@ def evaluate(
         ids.append(np.array([row.record for row in batch.bad], np.int64))
         ids.append(np.asarray(batch.ids)[np.asarray(batch.labels) != pipeline.PADDING])
         progress.update(int(counts[2]))
+        watch.beat(phase="evaluation")
+        if number < all_have and number % _LISTEN_BATCHES == 0 and comm.any_rank(watch.asked()):
+            raise watch.Stopped
     missed = bad.account(met, [], config.bad_records_allowed, index, None, console)
     mine = np.concatenate(ids) if ids else np.zeros(0, np.int64)
     seen = comm.sum_over_ranks(np.bincount(mine, minlength=index.records).astype(np.int64))
