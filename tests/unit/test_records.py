@@ -1,5 +1,7 @@
 import functools
+import os
 import struct
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -246,3 +248,82 @@ def test_many_threads_read_at_once_while_files_are_opened_and_dropped(data, monk
     with ThreadPoolExecutor(16) as threads:
         for _ in range(20):
             assert list(threads.map(functools.partial(records.read_record, index), range(index.records))) == expected
+
+
+def test_a_record_that_claims_more_than_an_image_takes_is_refused_when_indexed_and_in_a_cache(tmp_path, monkeypatch):
+    path, cache = tmp_path / "train-00000-of-00001", tmp_path / "cache.npz"
+    write_shard(path, [example(picture(i, 1), 1) for i in range(2)])
+    records.save_cache(cache, open_all(tmp_path))
+    assert records.load_cache(cache, [path])[path].unchanged
+    largest = int(open_all(tmp_path).lengths.max())
+    monkeypatch.setattr(records, "MAX_RECORD_BYTES", largest - 1)
+    message = failure_of(lambda: records.scan_shard(path))
+    assert f"it claims {largest} bytes of data; expected at most {largest - 1}" in message
+    assert records.load_cache(cache, [path]) == {}
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [(os.mkfifo, "FIFO"), (os.mkdir, "directory"), (lambda path: path.symlink_to("/dev/zero"), "device")],
+)
+def test_only_regular_files_are_opened(tmp_path, make, told):
+    """None of them keeps a reader waiting."""
+    path = tmp_path / "train-00000-of-00001"
+    write_shard(path, [example(picture(0, 1), 1)])
+    index = open_all(tmp_path)
+    path.unlink()
+    make(path)
+    records._open.cache_clear()
+    for action in (
+        lambda: records.shard_bytes([path]),
+        lambda: records.scan_shard(path),
+        lambda: records.read_record(index, 0),
+    ):
+        assert f"{path} is a {told}; expected a regular file" in failure_of(action)
+
+
+def test_shards_may_be_links_to_files_elsewhere(tmp_path):
+    write_data(tmp_path / "real")
+    (tmp_path / "links").mkdir()
+    for path in (tmp_path / "real").iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    assert (open_all(tmp_path / "links").offsets == open_all(tmp_path / "real").offsets).all()
+    paths = records.find_shards(str(tmp_path / "links"), "train")
+    assert list(records.shard_bytes(paths).values()) == [path.stat().st_size for path in paths]
+
+
+def test_what_files_hold_cannot_steer_a_terminal(tmp_path):
+    (tmp_path / "\x1b[2Jname").write_bytes(b"")
+    (tmp_path / "train-00000-of-00001\n").write_bytes(b"")
+    message = failure_of(lambda: records.find_shards(str(tmp_path), "train"))
+    assert message.isprintable() and "x1b[2Jname" in message
+    write_shard(tmp_path / "train-00000-of-00001", [example(picture(0, 1), None, **{"\x1b[2J\u202e": tf.train.Feature()})])
+    message = failure_of(lambda: open_all(tmp_path))
+    assert message.isprintable() and "\\x1b[2J\\u202e" in message
+
+
+def test_a_record_of_millions_of_features_takes_no_memory_to_refuse(tmp_path):
+    """Of fields without a name, and of an image list of empty strings: what each would be noted by is a hundred times it."""
+
+    def field(number, data):
+        return bytes([number << 3 | 2]) + varint(len(data)) + data
+
+    def varint(value):
+        return bytes([value & 0x7F | 0x80]) + varint(value >> 7) if value > 0x7F else bytes([value])
+
+    entries = field(1, field(1, b"") * 100_000)
+    values = field(1, field(1, field(1, b"image/encoded") + field(2, field(1, field(1, b"") * 100_000))))
+    label = field(1, field(1, b"image/class/label") + field(2, field(3, field(1, b"\x01"))))
+    for data, told in ((entries, "is missing; it has"), (field(1, label + values[4:]), "has not one byte string")):
+        path = tmp_path / "train-00000-of-00001"
+        write_shard(path, [data])
+        tracemalloc.start()
+
+        def read():
+            index = open_all(tmp_path)
+            records.parse_example(index, 0, records.read_record(index, 0))
+
+        assert told in failure_of(read)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 5 * len(data)
