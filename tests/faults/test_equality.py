@@ -104,6 +104,7 @@ def test_the_reference_learns_something_and_reads_what_the_order_says(one_rank, 
         *[(1, 4, "allreduce"), (2, 32, "allreduce"), (3, 4, "allreduce"), (4, 32, "allreduce")],
     ],
 )
+@pytest.mark.fault("F31")
 def test_ranks_micro_batches_and_exchange_make_the_same_run(launch, tmp_path, data, one_rank, ranks, device_batch, exchange):
     flags = [f"--device_batch={device_batch}", f"--exchange={exchange}", "--drift_every_steps=3"]
     assert_same_run(train(launch, tmp_path / "spy", data, ranks, *flags), one_rank)
@@ -155,6 +156,7 @@ def test_another_seed_is_another_run(launch, tmp_path, data, one_rank):
         assert_same_weights(found[2], one_rank[2], 1e-2)
 
 
+@pytest.mark.fault("F21")
 def test_killed_on_two_ranks_and_resumed_on_one_is_the_run_never_killed(launch, tmp_path, data, one_rank):
     out = tmp_path / "spy"
     out.mkdir()

@@ -15,6 +15,7 @@ from hvd_vgg.train import checkpoint
 FLAGS = [*TINY, "--steps=4", "--global_batch=8"]
 
 
+@pytest.mark.fault("F03")
 def test_a_rank_that_is_killed_under_gloo_is_told_as_such_by_the_others(tmp_path, data):
     flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *FLAGS, "--steps=100000"]
     program = ["horovodrun", "--gloo", "-np", "2", sys.executable, "-m", "hvd_vgg"]
@@ -32,6 +33,7 @@ def test_a_rank_that_is_killed_under_gloo_is_told_as_such_by_the_others(tmp_path
     assert "an error of the program" not in ended.out + ended.err
 
 
+@pytest.mark.fault("F29")
 def test_a_loss_that_is_not_finite_ends_all_ranks_with_81_and_names_the_step(launch, tmp_path, data):
     run_dir = tmp_path / "run"
     flags = [f"--data_dir={data}", *FLAGS, "--steps=400", "--lr=300"]
@@ -50,6 +52,7 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_with_81_and_names_the_step(lau
     assert all(np.isfinite(value).all() for value in newest.tensors.values())
 
 
+@pytest.mark.fault("F22")
 def test_resume_never_required_and_another_run_are_refused_with_78(launch, tmp_path, data):
     base = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *FLAGS]
     ended = launch(2, "train", *base, "--resume=required")
@@ -77,6 +80,7 @@ def test_resume_never_required_and_another_run_are_refused_with_78(launch, tmp_p
     )
 
 
+@pytest.mark.fault("F18")
 def test_all_checkpoints_damaged_never_starts_over(launch, tmp_path, data):
     run_dir = tmp_path / "run"
     base = [f"--data_dir={data}", f"--run_dir={run_dir}", *FLAGS, "--save_every_steps=2"]
@@ -95,6 +99,7 @@ def test_all_checkpoints_damaged_never_starts_over(launch, tmp_path, data):
     assert all(f"{path.name}:" in ended.err for path in paths)
 
 
+@pytest.mark.fault("F32")
 def test_ranks_with_different_flags_are_told_apart(launch, tmp_path, data):
     flags = " ".join([f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *FLAGS])
     script = tmp_path / "each.sh"
@@ -104,6 +109,7 @@ def test_ranks_with_different_flags_are_told_apart(launch, tmp_path, data):
     assert re.search(r"^ +rank 0 +rank 1\n +lr +0\.01 +0\.02$", ended.err, re.M)
 
 
+@pytest.mark.fault("F23")
 def test_a_run_dir_that_cannot_be_made_is_refused(launch, tmp_path, data):
     (tmp_path / "file").write_text("")
     ended = launch(2, "train", f"--data_dir={data}", f"--run_dir={tmp_path / 'file' / 'run'}", *FLAGS)
@@ -111,6 +117,7 @@ def test_a_run_dir_that_cannot_be_made_is_refused(launch, tmp_path, data):
     assert ended.err.count("cannot be made or written") == 1
 
 
+@pytest.mark.fault("F23")
 def test_two_jobs_on_one_run_directory_are_refused(launch, tmp_path, data):
     """F23: the second is told who holds it, the first goes on."""
     flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *FLAGS]

@@ -34,6 +34,7 @@ def seconds_since(out, step):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.fault("F01", "F02")
 def test_a_rank_that_raises_is_blamed_and_ends_all(tmp_path, data, undisturbed, rank):
     """F01, F02: 70, one message of the program, one traceback."""
     ended = start(tmp_path, data, 2, f"raise@{rank}:3").wait()
@@ -46,6 +47,7 @@ def test_a_rank_that_raises_is_blamed_and_ends_all(tmp_path, data, undisturbed, 
         assert_goes_on(tmp_path, data, undisturbed)
 
 
+@pytest.mark.fault("F02")
 def test_a_rank_that_raises_before_it_joined_is_blamed(tmp_path, data):
     """F02: TensorFlow cannot be imported on rank 1, while rank 0 waits for it."""
     (tmp_path / "shadow").mkdir()
@@ -63,6 +65,7 @@ def test_a_rank_that_raises_before_it_joined_is_blamed(tmp_path, data):
     assert blamed(out) == (1, None, "start", 70)
 
 
+@pytest.mark.fault("F03")
 def test_a_rank_that_is_killed_ends_all_and_nothing_is_lost(tmp_path, data, undisturbed):
     """F03: 137, and the run goes on to the same end."""
     ended = start(tmp_path, data, 2, "kill@1:5").wait()
@@ -73,6 +76,7 @@ def test_a_rank_that_is_killed_ends_all_and_nothing_is_lost(tmp_path, data, undi
     assert_goes_on(tmp_path, data, undisturbed)
 
 
+@pytest.mark.fault("F05")
 def test_a_segmentation_fault_leaves_its_stack(tmp_path, data):
     """F05."""
     ended = start(tmp_path, data, 2, "segv@1:3").wait()
@@ -82,6 +86,7 @@ def test_a_segmentation_fault_leaves_its_stack(tmp_path, data):
     assert "beat_and_fail" in stack
 
 
+@pytest.mark.fault("F06")
 def test_a_rank_that_leaves_early_with_success_is_blamed(tmp_path, data):
     """F06: 70, and not rank 0, which Horovod would shut down."""
     ended = start(tmp_path, data, 2, "leave@1:3").wait()
@@ -97,6 +102,7 @@ def last_words(out, rank):
 
 
 @pytest.mark.parametrize("fault", ["sleep", "stop", "hold"])
+@pytest.mark.fault("F08", "F09", "F10")
 def test_a_stuck_rank_ends_all_with_last_words(tmp_path, data, undisturbed, fault):
     """F08 asleep in Python, F09 frozen, F10 holding Python's lock: 75, not before its time, and who it was can be read."""
     started = start(tmp_path, data, 2, f"{fault}@1:5:600", "--hang_seconds=6", HOROVOD_STALL_CHECK_TIME_SECONDS="3")
@@ -105,7 +111,7 @@ def test_a_stuck_rank_ends_all_with_last_words(tmp_path, data, undisturbed, faul
     assert 6 <= seconds_since(tmp_path, 4) < 45
     waiting = last_words(tmp_path, 0)
     assert (waiting["step"], waiting["phase"], waiting["limit_seconds"]) == (5, "update", 6)
-    assert waiting["last_collective"] == "gather_numbers"
+    assert waiting["last_collective"] == "sum_over_ranks"
     assert isinstance(waiting["batches_ready"], int)
     assert any("train_step" in line or "loop.py" in line for line in waiting["stacks"])
     assert f"hvd-vgg: rank 0 ({waiting['host']}): no progress for " in ended.err
@@ -122,6 +128,7 @@ def test_a_stuck_rank_ends_all_with_last_words(tmp_path, data, undisturbed, faul
     assert_goes_on(tmp_path, data, undisturbed)
 
 
+@pytest.mark.fault("F10")
 def test_one_rank_that_holds_pythons_lock_for_ever_is_ended(tmp_path, data):
     """F10 with nobody else to notice: SIGALRM needs no lock."""
     ended = start(tmp_path, data, 0, "hold@0:3:600", "--hang_seconds=2").wait()
@@ -129,6 +136,7 @@ def test_one_rank_that_holds_pythons_lock_for_ever_is_ended(tmp_path, data):
     assert "hold_the_lock" in (tmp_path / "run" / "faults" / "stacks.rank0.txt").read_text()
 
 
+@pytest.mark.fault("F08")
 def test_a_slow_evaluation_or_save_is_no_hang(tmp_path, data):
     """A watchdog that ends healthy runs is a fault too: each batch here takes as long as an update may."""
     program = (
@@ -148,6 +156,7 @@ def test_a_slow_evaluation_or_save_is_no_hang(tmp_path, data):
 
 
 @pytest.mark.parametrize(("fault", "rank"), [("term", 1), ("usr1", 0)])
+@pytest.mark.fault("F13")
 def test_a_request_to_any_rank_stops_all_after_the_same_step(tmp_path, data, undisturbed, fault, rank):
     """F13: 80, a checkpoint of the step agreed on, which the run goes on from."""
     ended = start(tmp_path, data, 2, f"{fault}@{rank}:4").wait()
@@ -158,6 +167,7 @@ def test_a_request_to_any_rank_stops_all_after_the_same_step(tmp_path, data, und
     assert_goes_on(tmp_path, data, undisturbed, step=4)
 
 
+@pytest.mark.fault("F13")
 def test_a_request_while_updates_are_slow_or_far_from_a_log_line_is_heard(tmp_path, data):
     """The ranks listen between log lines too: 12 updates of a second, a line at the end only."""
     faults = [f"sleep@{rank}:{at}:1" for rank in (0, 1) for at in range(1, STEPS)]
@@ -170,6 +180,7 @@ def test_a_request_while_updates_are_slow_or_far_from_a_log_line_is_heard(tmp_pa
     assert newest(tmp_path).meta["step"] < STEPS
 
 
+@pytest.mark.fault("F13")
 def test_a_request_during_an_evaluation_leaves_it_to_the_next_start(tmp_path, data, undisturbed):
     """The weights are saved, and what was not scored to the end is scored first when the run goes on."""
     flags = ["--eval_every_epochs=2.5", "--device_batch=4"]  # after 6 updates; 10 batches

@@ -182,6 +182,7 @@ def test_the_scripts_of_the_published_recipe_train_the_same_thing(launch, tmp_pa
 
 
 @pytest.mark.parametrize("cause", ["input", "compute"])
+@pytest.mark.fault("F35")
 def test_a_slow_rank_is_named_with_its_cause(launch, tmp_path, data, cause):
     flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY, "--steps=16", "--log_every_steps=4"]
     program = [sys.executable, str(ROOT / "tests" / "slow.py"), cause, "1"]

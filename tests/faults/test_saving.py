@@ -47,6 +47,7 @@ def fill(place):
     return path
 
 
+@pytest.mark.fault("F17")
 def test_a_full_disk_is_no_reason_to_stop_and_what_was_logged_meanwhile_is_not_lost(small_disk, data):
     """F17: full from step 4 on, with room again before the end."""
     pace = [f"sleep@0:{at}:0.5" for at in range(3, 12)]
@@ -64,6 +65,7 @@ def test_a_full_disk_is_no_reason_to_stop_and_what_was_logged_meanwhile_is_not_l
     assert [row["step"][1] for row in rows if "train.loss" in row.get("data", {})] == list(range(1, 13))
 
 
+@pytest.mark.fault("F17")
 def test_a_disk_that_stays_full_ends_the_run_with_74_at_its_end(small_disk, data):
     """F17: the last checkpoint cannot be written; the one before is whole."""
     started = start(small_disk, data, 2, *[f"sleep@0:{at}:0.5" for at in range(3, 9)])
@@ -78,6 +80,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_74_at_its_end(small_disk, data
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "pointer"])
+@pytest.mark.fault("F18")
 def test_a_damaged_newest_checkpoint_is_told_and_passed_over(tmp_path, data, undisturbed, damage):
     """F18: on to the same end from the one before, with one event that names the bad file."""
     ended = start(tmp_path, data, 2, "term@1:6").wait()
@@ -96,6 +99,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_passed_over(tmp_path, data, und
     assert_exact(tmp_path, 2, undisturbed)
 
 
+@pytest.mark.fault("F14", "F19")
 def test_a_run_killed_while_it_saves_goes_on_and_leaves_no_scraps(tmp_path, data, undisturbed):
     """F14, F19: rank 0 dies with a checkpoint half way."""
     ended = start(tmp_path, data, 2, "saveslowly@0:5:0.5", "kill@0:7").wait()
@@ -118,6 +122,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, data, undistur
     assert_exact(tmp_path, 2, undisturbed)
 
 
+@pytest.mark.fault("F23")
 def test_only_rank_0_looks_at_checkpoints(tmp_path, data, undisturbed):
     """F23: another rank's directory has none (a disk of its own host): all start where rank 0 does."""
     from oracles import FLAGS, WORKER
