@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from support import ROOT, TINY, Started, command_line, wait_for
 
 from hvd_vgg.train import checkpoint
