@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -186,7 +187,7 @@ def test_a_byte_that_flips_while_the_run_goes_on(launch, tmp_path):
     assert f"{data / SHARD}, record 3, offset {offset - 12}: the checksum of its " in message
     assert "Copy the shard again, or go on without: --bad_records_allowed=1" in message
     rank, step, phase, code = blamed(tmp_path)
-    assert (rank in (0, 1), 2 <= step < 20, phase, code) == (True, True, "training", 65)
+    assert (rank in (0, 1), 2 <= step < 20, phase, code) == (True, True, "update", 65)
 
 
 def test_a_bad_validation_record_is_named_by_evaluation(launch, tmp_path):
@@ -223,11 +224,8 @@ def test_a_rank_that_sees_another_data_set_is_told_apart(launch, tmp_path, other
     script.write_text(f"exec python -m hvd_vgg train {flags} --data_dir={tmp_path}/data$OMPI_COMM_WORLD_RANK\n")
     message = told(launch(2, program=["bash", str(script)]), 78)
     assert "ranks disagree about the train shards" in message
-    sizes = [(tmp_path / f"data{rank}" / SHARD) for rank in range(2)]
-    if other == "a shard of another size":
-        assert "{}: expected {}, found {}".format(SHARD, *(path.stat().st_size for path in sizes)) in message
-    else:
-        assert f"{SHARD}: expected {sizes[0].stat().st_size}, found None" in message
+    sizes = [path.stat().st_size if path.exists() else None for path in (tmp_path / f"data{r}" / SHARD for r in range(2))]
+    assert re.search(rf"{SHARD} +{sizes[0]} +{sizes[1]}\n", message)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
