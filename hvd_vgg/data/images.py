@@ -19,6 +19,9 @@ LIBRARY = f"OpenCV {cv2.__version__}"
 # An image whose header claims more is refused before it is decoded: 269 MB of RGB. The limit at which Pillow warns of a
 # decompression bomb; the largest image of ImageNet has about 60 million pixels.
 MAX_PIXELS = 1024**3 // 4 // 3
+# And a JPEG whose header claims more than its bytes can hold: a block of 8 by 8 takes at least a bit. Some hundred bytes
+# would otherwise be decoded into a hundred million grey pixels.
+_JPEG_PIXELS_A_BYTE = 8 * 64
 
 # Random-resized crop as the recipe of torchvision's VGG16 has it (torchvision.transforms.RandomResizedCrop).
 _AREA, _RATIO, _TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
@@ -113,9 +116,11 @@ def _mixed(bits: np.ndarray) -> np.ndarray:
 
 def image_shape(encoded: bytes, data: Any) -> Tuple[int, int]:
     """Returns (height, width) from the header alone; ValueError where it is absurd. data: `encoded` as a tensor."""
+    channels, most = 3, MAX_PIXELS
     if encoded.startswith(_JPEG):
+        most = min(most, _JPEG_PIXELS_A_BYTE * len(encoded))
         try:
-            height, width, _ = tf.io.extract_jpeg_shape(data).numpy().tolist()
+            height, width, channels = tf.io.extract_jpeg_shape(data).numpy().tolist()
         except tf.errors.OpError as error:
             raise _undecodable(error) from error
     elif encoded.startswith(_PNG) and encoded[8:16] == b"\0\0\0\rIHDR" and len(encoded) >= 24:
@@ -123,8 +128,10 @@ def image_shape(encoded: bytes, data: Any) -> Tuple[int, int]:
         width, height = struct.unpack(">II", encoded[16:24])
     else:
         raise ValueError(f"it is neither a JPEG nor a PNG; it begins with {encoded[:8]!r}")
-    if not (height > 0 and width > 0 and height * width <= MAX_PIXELS):
-        raise ValueError(f"its header claims this height and width; expected 1 to {MAX_PIXELS} pixels: {height} by {width}")
+    if not (height > 0 and width > 0 and height * width <= most):
+        raise ValueError(f"its header claims this height and width; expected 1 to {most} pixels: {height} by {width}")
+    if channels not in (1, 3, 4):
+        raise ValueError(f"its header claims {channels} channels; expected 1, 3 or 4")
     return height, width
 
 
@@ -147,4 +154,5 @@ def _resize(encoded: bytes, data: Any, window: Window, out: np.ndarray) -> None:
 def _undecodable(error: Any) -> ValueError:
     """Returns TensorFlow's reason in one line."""
     lines = re.sub(r"^\{\{.*?\}\}\s*", "", error.message.split("[Op:")[0].strip()).splitlines()
-    return ValueError(f"{lines[0]} {' '.join(lines[1:])[:200]}".strip())
+    text = f"{lines[0]} {' '.join(lines[1:])[:200]}".strip()
+    return ValueError(text.encode("unicode_escape").decode())  # it may quote the file

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_vgg.config import Config, EvaluateConfig, epochs_to_steps, total_steps
-from hvd_vgg.data import order, pipeline, records
+from hvd_vgg.data import bad, order, pipeline, records
 from hvd_vgg.data.index import Data, open_data, open_split
 from hvd_vgg.model.layers import DENSE
 from hvd_vgg.parallel import comm, cost
@@ -65,8 +65,10 @@ def train(config: Config) -> None:
     steps = range(at.step, at.step if _reached(job, at) else job.total)
     progress = job.console.progress("training", job.total, "steps", at.step)
     window: List[Tuple[int, step.Sums]] = []
+    bad_rows: List[Tuple[int, pipeline.BadRow]] = []
     for now, batch in zip(steps, profiled(throughput.waiting(_batches(job, steps)), steps, config, throughput)):
         window.append((now, _update(job, now, batch)))
+        bad_rows += [(now, row) for row in batch.bad]
         at = at._replace(step=now + 1)
         watch.beat(at.step)
         if job.log and now == begun_at:
@@ -80,10 +82,11 @@ def train(config: Config) -> None:
             throughput.end_update()
             progress.update(at.step)
             if at.step % listen_every == 0 and comm.any_rank(watch.asked()):
-                _stop(job, at)
+                _stop(job, _account(job, at, bad_rows))
             continue
 
         row = {**_close_window(window, config), "train.lr": schedule.learning_rate(now, config, job.data.train.records)}
+        at = _account(job, at, bad_rows)
         throughput.end_update()
         row, verdict = tell.speed_of_window(row, window, throughput, config)
         window.clear()
@@ -168,6 +171,14 @@ def _update(job: Job, now: int, batch: pipeline.Batch) -> step.Sums:
     keys = order.dropout_keys(job.config.seed, now, len(DENSE) - 1)
     lr = schedule.learning_rate(now, job.config, job.data.train.records)
     return job.train_step(*batch[:2], tf.constant(low, tf.int64), tf.constant(keys), tf.constant(lr, tf.float32))
+
+
+def _account(job: Job, at: state.Position, met: List[Tuple[int, pipeline.BadRow]]) -> state.Position:
+    """Returns where the run stands when the bad records `met`, of (step, row), are counted; they are no longer in `met`."""
+    allowed, index = job.config.bad_records_allowed, job.data.train
+    found = bad.account(met, at.bad_records, allowed, index, job.log, job.console)
+    met.clear()
+    return at._replace(bad_records=found)
 
 
 def _evaluate(job: Job, at: state.Position) -> Tuple[state.Position, evaluate.Evaluation, bool]:
