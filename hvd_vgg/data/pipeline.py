@@ -65,10 +65,25 @@ def train_batches(
         at = order.positions(start + low, start + high, index.records, config.seed, block)
         return _Plan(at.ids, order.sample_seeds(config.seed, at))
 
+    return _batches(plan, _train_decode(config), index, label_base, steps, high - low, config.image_size, threads)
+
+
+def batch_of(
+    index: records.Index, config: Config, label_base: int, ids: np.ndarray, seeds: np.ndarray, threads: int
+) -> Batch:
+    """Returns the records `ids`, int64 [n], as training sees them under `order.sample_seeds`, int64 [n, 2].
+
+    Raises Failure(DATA) naming the record at fault.
+    """
+    decode, plan = _train_decode(config), _Plan(ids, seeds)
+    return next(_batches(lambda _: plan, decode, index, label_base, range(1), len(ids), config.image_size, threads))
+
+
+def _train_decode(config: Config) -> _Decode:
     def decode(encoded: bytes, draws: List[float], out: np.ndarray) -> None:
         images.train_image(encoded, draws, config.augment, out)
 
-    return _batches(plan, decode, index, label_base, steps, high - low, config.image_size, threads)
+    return decode
 
 
 def eval_batches(

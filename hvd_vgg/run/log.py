@@ -149,6 +149,10 @@ class RunLog:
                 if name in METRICS:
                     self.tensorboard(name.replace(".", "/"), float(value), step[1])
 
+    def event(self, name: str, **data: Any) -> None:
+        """Writes one line of what happened."""
+        self.log("EVENT", {"event": name, **data})
+
 
 def _end_last_line(path: Path) -> None:
     """Ends a line that a killed run left unfinished, so that the next is whole."""

@@ -53,18 +53,8 @@ def save(run_dir: Path, tensors: Tensors, meta: Dict[str, Any], keep: int, best:
     """
     place = folder(run_dir)
     path = place / f"step-{meta['step']:08d}.safetensors"
-    temporary = path.with_suffix(".safetensors.tmp")
-    digest = _digest(tensors.items())
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={_KEY: json.dumps({**meta, "sha256": digest})})
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        with safe_open(str(temporary), framework="numpy") as file:  # one tensor at a time: memory may be short
-            if _digest((name, file.get_tensor(name)) for name in tensors) != digest:
-                raise OSError("what was read back is not what was written")
-        temporary.replace(path)
-        _sync_directory(place)
+        write(path, tensors, meta)
         _point(place, "newest", path)
         if best:
             _point(place, "best", path)
@@ -76,6 +66,21 @@ def save(run_dir: Path, tensors: Tensors, meta: Dict[str, Any], keep: int, best:
             f"to go on from the newest",
         ) from error
     return path
+
+
+def write(path: Path, tensors: Tensors, meta: Dict[str, Any]) -> None:
+    """Writes one file for `load`, whole or not at all; raises OSError, SafetensorError or ValueError."""
+    temporary = path.with_suffix(".safetensors.tmp")
+    digest = _digest(tensors.items())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, temporary, metadata={_KEY: json.dumps({**meta, "sha256": digest})})
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    with safe_open(str(temporary), framework="numpy") as file:  # one tensor at a time: memory may be short
+        if _digest((name, file.get_tensor(name)) for name in tensors) != digest:
+            raise OSError("what was read back is not what was written")
+    temporary.replace(path)
+    _sync_directory(path.parent)
 
 
 def load(path: Path) -> Checkpoint:

@@ -2,11 +2,10 @@
 
 import dataclasses
 import json
-import math
 import os
 import time
 from pathlib import Path
-from typing import Dict, FrozenSet, List, Tuple
+from typing import Dict, FrozenSet, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import tensorflow as tf
@@ -16,21 +15,27 @@ from hvd_vgg.data import order, pipeline, records
 from hvd_vgg.data.index import Data, open_data, open_split
 from hvd_vgg.model.layers import DENSE
 from hvd_vgg.parallel import comm, cost
-from hvd_vgg.run.health import CONFIGURATION, NOT_FINITE, USAGE, Failure
+from hvd_vgg.run.health import CONFIGURATION, USAGE, Failure
 from hvd_vgg.run.log import Console, count
 from hvd_vgg.run.throughput import Throughput
-from hvd_vgg.train import checkpoint, evaluate, schedule, state, step, tell
+from hvd_vgg.train import checkpoint, evaluate, nonfinite, schedule, state, step, tell
 from hvd_vgg.train.profile import profiled
 
 # A window of log lines ends early once: the user sees that it works, and the estimate leaves out what was compiled.
 _FIRST_LOOK = 2
 
 
+class Rewound(NamedTuple):
+    """The step that was not finite, and its records."""
+
+    step: int
+    records: List[int]
+
+
 def train(config: Config) -> None:
     """Trains, evaluates and leaves everything in --run_dir; all ranks call."""
     # ---- who and where we are
     device = comm.start(config.input_threads, timeline=bool(config.profile_steps))
-    threads = device.input_threads
     console = Console(config.console, comm.is_root())
     run_dir = Path(config.run_dir)
     _check_ranks(config)
@@ -38,6 +43,22 @@ def train(config: Config) -> None:
 
     # ---- the data
     data = open_data(config, run_dir, console)
+    rewound: Optional[Rewound] = None
+    while True:
+        rewound = _go_on(config, run_dir, device, data, rewound, console)
+        if rewound is None:
+            break
+    comm.leave()
+
+
+def _go_on(
+    config: Config, run_dir: Path, device: comm.Device, data: Data, rewound: Optional[Rewound], console: Console
+) -> Optional[Rewound]:
+    """Trains from the newest checkpoint, or from the start, to the end; or until a step makes it necessary to rewind.
+
+    A rewind is a restart that does not leave the process. rewound: why this is not the first.
+    """
+    threads = device.input_threads
     total = total_steps(config, data.train.records)
     eval_at = _evaluation_steps(config, data.train.records, total)
     low, _ = order.slice_bounds(config.global_batch, comm.rank(), comm.size())
@@ -45,13 +66,18 @@ def train(config: Config) -> None:
     # ---- the model, from the start or from a checkpoint
     run = state.initial(config)
     what = state.what_run(config, data.train, data.label_base)
-    position = state.restore(run, config, run_dir, what, console)
+    resume = "auto" if rewound else config.resume
+    position = nonfinite.recall_skipped(state.restore(run, resume, run_dir, what, console), run_dir)
     choices = cost.choose(config, comm.size())
     factored = [choice.layer for choice in choices if choice.way == "factored"]
     train_step = step.make_train_step(run.weights, run.slots, config, device.data_format, factored)
     checksums = step.make_checksums(run.weights)
     eval_step = step.make_eval_step(run.weights, config, device.data_format)
     log = tell.introduce(config, run_dir, data, device, choices, total, position.step, console)
+    if log and rewound:
+        log.event(
+            "rewind", step=rewound.step, to=position.step, skipped_steps=position.skipped_steps, records=rewound.records
+        )
 
     # ---- the loop
     best = position.best_top1
@@ -63,8 +89,8 @@ def train(config: Config) -> None:
     for now, batch in zip(steps, profiled(throughput.waiting(batches), steps, config, throughput)):
         lr = schedule.learning_rate(now, config, data.train.records)
         keys = order.dropout_keys(config.seed, now, len(DENSE) - 1)
-        sums = train_step(*batch[:2], tf.constant(low, tf.int64), tf.constant(keys), tf.constant(lr, tf.float32))
-        window.append((now, sums))
+        numbers = tf.constant(low, tf.int64), tf.constant(keys), tf.constant(lr, tf.float32)
+        window.append((now, step.SKIPPED if now in position.skipped_steps else train_step(*batch[:2], *numbers)))
         done = now + 1
         saves = bool(config.save_every_steps) and done % config.save_every_steps == 0
         # Weights are compared before they are scored or saved too: a checkpoint of drifted ones would look whole.
@@ -75,7 +101,11 @@ def train(config: Config) -> None:
             progress.update(done)
             continue
 
-        row = {**_close_window(window, config), "train.lr": lr}
+        row, met = _close_window(window, config)
+        if met:
+            skipped = list(position.skipped_steps)
+            records = nonfinite.stop_or_rewind(met, run, train_step, data, config, device, skipped, log, console)
+            return Rewound(met.step, records)
         throughput.end_update()
         row, verdict = tell.speed_of_window(row, window, throughput, config)
         window.clear()
@@ -84,7 +114,7 @@ def train(config: Config) -> None:
         epoch = done * config.global_batch / data.train.records
         if first_look:
             progress.restart(done)
-        tell.training(row, verdict, done, total, epoch, log, console, progress)
+        tell.training({**row, "train.lr": lr}, verdict, done, total, epoch, log, console, progress)
         improved = False
         if done in eval_at:
             with throughput.apart("evaluation"):
@@ -94,7 +124,7 @@ def train(config: Config) -> None:
         reached = _reached(config, best, data)
         if saves or improved or done == total or reached:
             with throughput.apart("saving"):
-                at = state.Position(done, time.monotonic() - began, best)
+                at = state.Position(done, time.monotonic() - began, best, position.skipped_steps)
                 state.save(run, at, what, run_dir, config.keep_checkpoints, improved)
         if result and done in eval_at:
             with throughput.apart("saving"):
@@ -110,7 +140,7 @@ def train(config: Config) -> None:
         tell.evaluation(result, done, epoch, log, console)
         tell.write_result(config, run_dir, result, throughput, done, epoch, time.monotonic() - began)
     tell.summary(config, run_dir, result, throughput, done, time.monotonic() - began, log, console)
-    comm.leave()
+    return None
 
 
 def evaluate_run(config: EvaluateConfig) -> None:
@@ -176,32 +206,34 @@ def _evaluation_steps(config: Config, records_count: int, total: int) -> FrozenS
     return frozenset({done for done in each if 0 < done < total} | {total})
 
 
-def _close_window(window: List[Tuple[int, step.Sums]], config: Config) -> Dict[str, float]:
+def _close_window(window: List[Tuple[int, step.Sums]], config: Config) -> Tuple[Dict[str, float], Optional[nonfinite.Seen]]:
     """Returns the means of the window's steps over all ranks; the one place where the loop waits for all ranks.
 
-    Raises an agreed Failure(NOT_FINITE) naming the first step whose loss or gradient is not a number.
+    Instead of them, the first step that was not finite, if there is one: neither its update nor any after it was applied.
     """
-    local = np.array([[float(sums.loss), float(sums.gradient_norm)] for _, sums in window])
+    trained = [(now, sums) for now, sums in window if sums is not step.SKIPPED]
+    local = np.array([[float(sums.loss), float(sums.gradient_norm), not sums.sound] for _, sums in trained]).reshape(-1, 3)
     # The norm is every rank's already; summing it too makes what follows from it the same everywhere, to the last bit.
-    losses, norms = (comm.sum_over_ranks(local) / [config.global_batch, comm.size()]).T
-    hits = comm.sum_over_ranks(np.array([[int(sums.top1), int(sums.top5)] for _, sums in window], np.int64)).sum(axis=0)
-    scales = [float(sums.loss_scale) for _, sums in window]
-    for (now, _), loss, norm, scale in zip(window, losses, norms, scales):
-        # In float16 an infinite gradient is one update skipped, unless no scale helps.
-        if not (math.isfinite(loss) and (math.isfinite(norm) or config.precision == "float16") and scale >= 1):
-            raise Failure(
-                NOT_FINITE,
-                f"step {now}: loss {loss:g}, gradient norm {norm:g}: not finite, training cannot go on. The newest "
-                f"checkpoint is from before; try a lower --lr or a longer --warmup_epochs in another --run_dir",
-                agreed=True,
-            )
-    top1, top5 = (hits / (len(window) * config.global_batch)).tolist()
-    row = {"train.loss": float(losses.mean()), "train.acc@1": top1, "train.acc@5": top5}
+    losses, norms, unsound = (comm.sum_over_ranks(local) / [config.global_batch, comm.size(), 1]).T
+    if unsound.any():
+        first = int(np.argmax(unsound > 0))
+        return {}, nonfinite.Seen(trained[first][0], float(losses[first]), float(norms[first]))
+    hits = comm.sum_over_ranks(np.array([[int(s.top1), int(s.top5)] for _, s in trained], np.int64).reshape(-1, 2)).sum(
+        axis=0
+    )
+    top1, top5 = (hits / (max(1, len(trained)) * config.global_batch)).tolist()
+    loss = float(losses.mean()) if trained else float("nan")  # all of the window was skipped
+    row = {"train.loss": loss, "train.acc@1": top1, "train.acc@5": top5}
     finite = norms[np.isfinite(norms)]
     row["train.gradient_norm"] = float(finite.mean()) if len(finite) else 0.0
     if config.precision == "float16":
-        row.update({"train.loss_scale": scales[-1], "train.skipped_updates": len(norms) - len(finite)})
-    return row
+        row.update(
+            {
+                "train.loss_scale": float((trained or window)[-1][1].loss_scale),
+                "train.skipped_updates": len(norms) - len(finite),
+            }
+        )
+    return row, None
 
 
 def _load_for_evaluation(config: EvaluateConfig, run_dir: Path) -> checkpoint.Checkpoint:

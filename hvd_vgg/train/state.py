@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple
+from typing import Any, Dict, List, NamedTuple, Sequence
 
 import numpy as np
 
@@ -29,11 +29,15 @@ class State(NamedTuple):
 
 
 class Position(NamedTuple):
-    """How far a run is: updates made, seconds they took over all starts, most top-1 hits of an evaluation so far."""
+    """How far a run is: updates made, seconds they took over all starts, most top-1 hits of an evaluation so far.
+
+    skipped_steps: those that are passed without an update.
+    """
 
     step: int
     seconds: float
     best_top1: int
+    skipped_steps: Sequence[int] = ()
 
 
 def initial(config: Config) -> State:
@@ -50,7 +54,7 @@ def what_run(config: Config, train_index: records.Index, label_base: int) -> Dic
     return {**identity(config), **data}
 
 
-def restore(state: State, config: Config, run_dir: Path, expected: Dict[str, Any], console: Console) -> Position:
+def restore(state: State, resume: str, run_dir: Path, expected: Dict[str, Any], console: Console) -> Position:
     """Brings `state` of all ranks to where the run in `run_dir` stands, or to rank 0's initial weights; all ranks call.
 
     Raises an agreed Failure(CONFIGURATION) as --resume says, when no checkpoint is whole, or when the run is another.
@@ -60,7 +64,7 @@ def restore(state: State, config: Config, run_dir: Path, expected: Dict[str, Any
         if not comm.is_root():
             return Position(0, 0.0, -1)
         checkpoint.clean(run_dir)
-        _require(config.resume, run_dir)
+        _require(resume, run_dir)
         found = checkpoint.newest(run_dir)
         if found is None:
             return Position(0, 0.0, -1)
@@ -76,7 +80,7 @@ def restore(state: State, config: Config, run_dir: Path, expected: Dict[str, Any
             )
         assign(state.variables(), found)
         console.say(f"going on from step {found.meta['step']}: {found.path}")
-        return Position(*(found.meta[field] for field in Position._fields))
+        return Position(**{name: found.meta[name] for name in Position._fields if name in found.meta})
 
     position = comm.together(find)
     comm.broadcast_variables(list(state.variables().values()))

@@ -16,8 +16,8 @@ FLOORS = [
     {"config", "model.layers", "data.order", "data.records", "run.log", "run.throughput", "train.schedule"},
     {"data.images", "data.pipeline", "data.index", "model.vgg", "parallel.comm", "parallel.exchange", "parallel.cost"},
     {"data.demo", "parallel.plan", "train.checkpoint", "train.optimizer", "train.step", "train.evaluate", "train.state"},
-    {"train.tell", "train.profile"},
-    {"train.loop", "train.benchmark"},
+    {"train.tell", "train.profile", "train.nonfinite"},
+    {"train.loop", "train.benchmark", "train.replay"},
     {"__main__"},
 ]
 NO_TENSORFLOW = {"config", "data.records", "data.order", "train.schedule", "run.health", "run.log", "run.throughput"}
