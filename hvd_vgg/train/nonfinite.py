@@ -15,7 +15,6 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import tensorflow as tf
-from safetensors import SafetensorError
 
 from hvd_vgg.config import Config, nonfinite_folder, to_flag_file
 from hvd_vgg.data import order, pipeline, records
@@ -36,6 +35,13 @@ class Seen(NamedTuple):
 
     def __str__(self) -> str:
         return f"step {self.step}: loss {self.loss:g}, gradient norm {self.gradient_norm:g}"
+
+
+class Met(NamedTuple):
+    """A step that was not finite in a run that has skipped others before."""
+
+    seen: Seen
+    skipped_steps: List[int]
 
 
 class Examined(NamedTuple):
@@ -127,13 +133,12 @@ def _first(
 
 
 def stop_or_rewind(
-    seen: Seen,
+    met: Met,
     run: state.State,
     train_step: Callable[..., step.Sums],
     data: Data,
     config: Config,
     device: comm.Device,
-    skipped: List[int],
     log: Optional[RunLog],
     console: Console,
 ) -> List[int]:
@@ -142,7 +147,7 @@ def stop_or_rewind(
     Returns the record ids of the step when the run is to go on without it; it then must be restored. Raises an agreed
     Failure(NOT_FINITE) when it is to end.
     """
-    run_dir, size = Path(config.run_dir), comm.size()
+    (seen, skipped), run_dir, size = met, Path(config.run_dir), comm.size()
     batches = pipeline.train_batches(
         data.train, config, data.label_base, range(seen.step, seen.step + 1), comm.rank(), size, device.input_threads
     )
@@ -217,7 +222,7 @@ def _keep(folder: Path, report: Dict[str, Any], run: state.State, data: Data, id
         checkpoint.write(folder / "state.safetensors", tensors, {"step": report["step"]})
         (folder / "flags.txt").write_text(to_flag_file(config), encoding="utf-8")
         (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    except (OSError, SafetensorError, ValueError) as error:
+    except OSError as error:
         return f"It cannot be kept for a replay in {folder}: {error}"
     except Failure as failure:
         return f"It cannot be kept for a replay: {failure.message}"

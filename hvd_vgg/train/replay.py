@@ -9,7 +9,8 @@ import numpy as np
 from hvd_vgg.config import ReplayConfig, nonfinite_folder
 from hvd_vgg.data import order, pipeline, records
 from hvd_vgg.parallel import comm, cost
-from hvd_vgg.run.health import CONFIGURATION, NOT_FINITE, USAGE, Failure
+from hvd_vgg.run import watch
+from hvd_vgg.run.health import CONFIGURATION, NOT_FINITE, USAGE, Failure, launched_rank
 from hvd_vgg.run.log import Console, count
 from hvd_vgg.train import checkpoint, nonfinite, state, step
 
@@ -19,7 +20,8 @@ def replay(config: ReplayConfig) -> None:
 
     Raises an agreed Failure(NOT_FINITE) if it is, Failure(CONFIGURATION) or Failure(DATA) where it cannot be repeated.
     """
-    device = comm.start(config.input_threads)
+    watch.begin(None, launched_rank() or 0, config.hang_seconds)
+    device = comm.start(config.input_threads, hang_seconds=config.hang_seconds)
     console = Console(config.console, comm.is_root())
     flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("data_dir", "run_dir")}
     comm.agree("the flags", json.loads(json.dumps(flags)))
@@ -50,6 +52,7 @@ def replay(config: ReplayConfig) -> None:
         f"likely, or of the software on the rank named above"
     )
     comm.leave()
+    watch.end()
 
 
 def _blame(faults: "list[int]", batch: "list[dict]") -> str:
