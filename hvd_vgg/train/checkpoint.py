@@ -57,6 +57,9 @@ def save(run_dir: Path, tensors: Tensors, meta: Dict[str, Any], keep: int, best:
     place = folder(run_dir)
     path = place / f"step-{meta['step']:08d}.safetensors"
     try:
+        odd = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
+        if odd:
+            raise OSError(f"{odd[0]} is not finite")
         write(path, tensors, meta)
         if best:
             _point_to_best(place, path)

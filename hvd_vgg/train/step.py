@@ -186,6 +186,9 @@ def make_look(weights: vgg.Weights, slots: optimizer.Slots, config: Config, data
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
             objective = tf.reduce_sum(losses) / config.global_batch * slots.get(optimizer.LOSS_SCALE, 1.0)
         gradients = tape.gradient(objective, list(weights.values()))
+        # Looked at before the ReLU: some kernels that compute a layer and its ReLU at once make 0 of NaN. What is -Inf there
+        # is an innocent 0 behind it.
+        outputs = [tf.where(tf.math.is_inf(x) & (x < 0), tf.zeros_like(x), x) for x in outputs[:-1]] + outputs[-1:]
         return Finite(
             tf.stack([tf.reduce_all(tf.math.is_finite(weight)) for weight in weights.values()]),
             tf.stack([tf.reduce_all(tf.math.is_finite(x), list(range(1, x.shape.rank))) for x in outputs]),
