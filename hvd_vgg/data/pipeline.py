@@ -94,9 +94,6 @@ def train_batches(
         at = order.positions(start + low, start + high, index.records, config.seed, block)
         return _Plan(at.ids, at.epochs, order.sample_seeds(config.seed, at))
 
-    def decode(encoded: bytes, draws: List[float], out: np.ndarray) -> None:
-        images.train_image(encoded, draws, config.augment, out)
-
     def replace(batch: _Begun, row: int, draws: List[float], bad: records.BadRecord) -> None:
         record, epoch = int(batch.plan.ids[row]), int(batch.plan.epochs[row])
         for attempt in range(STAND_INS):
@@ -109,9 +106,28 @@ def train_batches(
             return
         raise Failure(DATA, f"{bad.message} ({STAND_INS} others tried in its place are bad too)") from bad
 
-    make = functools.partial(_make, index, label_base, decode)
+    make = functools.partial(_make, index, label_base, _train_decode(config))
     settle = replace if config.bad_records_allowed else _stop
     return _batches(plan, make, settle, index, steps, high - low, config.image_size, threads)
+
+
+def batch_of(
+    index: records.Index, config: Config, label_base: int, ids: np.ndarray, seeds: np.ndarray, threads: int
+) -> Batch:
+    """Returns the records `ids`, int64 [n], as training sees them under `order.sample_seeds`, int64 [n, 2].
+
+    Raises Failure(DATA) naming the record at fault.
+    """
+    plan = _Plan(ids, np.zeros(len(ids), np.int64), seeds)
+    make = functools.partial(_make, index, label_base, _train_decode(config))
+    return next(_batches(lambda _: plan, make, _stop, index, range(1), len(ids), config.image_size, threads))
+
+
+def _train_decode(config: Config) -> _Decode:
+    def decode(encoded: bytes, draws: List[float], out: np.ndarray) -> None:
+        images.train_image(encoded, draws, config.augment, out)
+
+    return decode
 
 
 def eval_batches(

@@ -340,6 +340,19 @@ def read_record(index: Index, record: int) -> bytes:
     return found
 
 
+def write_records(path: Path, index: Index, ids: Sequence[int]) -> None:
+    """Writes the records `ids` as they lie in their shards, in this order, as one TFRecord file, and puts it on disk.
+
+    Raises OSError, and Failure(DATA) where a record cannot be read.
+    """
+    with open(path, "wb") as file:
+        for record in ids:
+            length = struct.pack("<Q", int(index.lengths[record]))
+            file.write(length + struct.pack("<I", _masked_crc(length)) + read_record(index, record))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def parse_example(index: Index, record: int, data: bytes) -> Tuple[bytes, int]:
     """Returns (encoded image, label as written) of what `read_record` returned; BadRecord naming what is missing."""
 
