@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Dict, FrozenSet, List, Tuple
 
 import numpy as np
-import tensorflow as tf
 
 from hvd_vgg.config import Config, EvaluateConfig, epochs_to_steps, total_steps
 from hvd_vgg.data import order, pipeline, records
 from hvd_vgg.data.index import Data, open_data, open_split
-from hvd_vgg.model.layers import DENSE
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.run.health import CONFIGURATION, NOT_FINITE, USAGE, Failure
 from hvd_vgg.run.log import Console, count
@@ -62,8 +60,7 @@ def train(config: Config) -> None:
     window: List[Tuple[int, step.Sums]] = []
     for now, batch in zip(steps, profiled(throughput.waiting(batches), steps, config, throughput)):
         lr = schedule.learning_rate(now, config, data.train.records)
-        keys = order.dropout_keys(config.seed, now, len(DENSE) - 1)
-        sums = train_step(*batch[:2], tf.constant(low, tf.int64), tf.constant(keys), tf.constant(lr, tf.float32))
+        sums = train_step(*batch[:2], *step.arguments(config, now, low, lr))
         window.append((now, sums))
         done = now + 1
         saves = bool(config.save_every_steps) and done % config.save_every_steps == 0
@@ -98,7 +95,7 @@ def train(config: Config) -> None:
                 state.save(run, at, what, run_dir, config.keep_checkpoints, improved)
         if result and done in eval_at:
             with throughput.apart("saving"):
-                tell.write_result(config, run_dir, result, throughput, done, epoch, time.monotonic() - began)
+                measured = tell.write_result(config, run_dir, result, throughput, done, epoch, time.monotonic() - began)
         if reached:
             console.say(f"acc@1 has reached --stop_at_top1={config.stop_at_top1}")
             break
@@ -108,8 +105,8 @@ def train(config: Config) -> None:
         epoch = done * config.global_batch / data.train.records
         result = evaluate.evaluate(eval_step, data.validation, config, data.label_base, threads, console)
         tell.evaluation(result, done, epoch, log, console)
-        tell.write_result(config, run_dir, result, throughput, done, epoch, time.monotonic() - began)
-    tell.summary(config, run_dir, result, throughput, done, time.monotonic() - began, log, console)
+        measured = tell.write_result(config, run_dir, result, throughput, done, epoch, time.monotonic() - began)
+    tell.summary(run_dir, result, measured, done, time.monotonic() - began, log, console)
     comm.leave()
 
 

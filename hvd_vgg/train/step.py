@@ -5,6 +5,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 import tensorflow as tf
 
 from hvd_vgg.config import Config
+from hvd_vgg.data import order
 from hvd_vgg.model import vgg
 from hvd_vgg.model.layers import DENSE
 from hvd_vgg.parallel import exchange
@@ -131,6 +132,12 @@ def make_train_step(
         return Sums(loss, top1, top5, norm, optimizer.adapt_loss_scale(slots, finite), exchange_seconds)
 
     return train_step
+
+
+def arguments(config: Config, step: int, low: int, lr: float) -> Tuple[Any, Any, Any]:
+    """Returns (position, keys, lr), what `step` takes beside images and labels where the rank's part begins at `low`."""
+    keys = order.dropout_keys(config.seed, step, len(DENSE) - 1)
+    return tf.constant(low, tf.int64), tf.constant(keys), tf.constant(lr, tf.float32)
 
 
 def _clock_after(tensors: List[Any]) -> Any:

@@ -175,8 +175,8 @@ def write_result(
     done: int,
     epoch: float,
     seconds: float,
-) -> None:
-    """Writes result.json, on rank 0; all ranks must call. Raises an agreed Failure(NOT_WRITTEN)."""
+) -> Dict[str, Any]:
+    """Writes result.json, on rank 0, and returns `speed`; all ranks must call. Raises an agreed Failure(NOT_WRITTEN)."""
     measured = speed(throughput, config)
 
     def write() -> None:
@@ -205,6 +205,7 @@ def write_result(
             raise Failure(NOT_WRITTEN, f"{run_dir / 'result.json'} cannot be written: {error.strerror}") from error
 
     comm.together(write)
+    return measured
 
 
 def _has_result_of(run_dir: Path, done: int) -> bool:
@@ -215,17 +216,15 @@ def _has_result_of(run_dir: Path, done: int) -> bool:
 
 
 def summary(
-    config: Config,
     run_dir: Path,
     result: Evaluation,
-    throughput: Throughput,
+    measured: Dict[str, Any],
     done: int,
     seconds: float,
     log: Optional[RunLog],
     console: Console,
 ) -> None:
-    """Prints and logs the end of a run; all ranks call."""
-    measured = speed(throughput, config)
+    """Prints and logs the end of a run, on rank 0; measured: what `write_result` returned."""
     if log:
         log.log((), {**result.metrics(), **{name: value for name, value in measured.items() if not name.startswith("by_")}})
     console.say(f"finished in {duration(seconds)} on {count(comm.size(), 'rank')}")
