@@ -124,7 +124,7 @@ def test_a_run_stops_at_the_accuracy_asked_for_and_keeps_the_best(launch, tmp_pa
     assert f"steps              {result['steps']}" in ended.out
     assert json.loads((run_dir / "result.json").read_text()) == result
     names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-    assert names == ["best", "newest", f"step-{result['steps']:08d}.safetensors"]
+    assert names == ["best", f"step-{result['steps']:08d}.safetensors"]
 
 
 def test_dlloggers_lines_on_stdout_when_asked_for(launch, tmp_path, data):
@@ -182,6 +182,7 @@ def test_the_scripts_of_the_published_recipe_train_the_same_thing(launch, tmp_pa
 
 
 @pytest.mark.parametrize("cause", ["input", "compute"])
+@pytest.mark.fault("F35")
 def test_a_slow_rank_is_named_with_its_cause(launch, tmp_path, data, cause):
     flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY, "--steps=16", "--log_every_steps=4"]
     program = [sys.executable, str(ROOT / "tests" / "slow.py"), cause, "1"]

@@ -13,14 +13,25 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lower floors know nothing of higher ones; modules on one floor may use each other.
 FLOORS = [
     {"run.health"},
+    {"run.watch", "run.lock"},
     {"config", "model.layers", "data.order", "data.records", "run.log", "run.throughput", "train.schedule"},
     {"data.images", "data.pipeline", "data.index", "model.vgg", "parallel.comm", "parallel.exchange", "parallel.cost"},
-    {"data.demo", "parallel.plan", "train.checkpoint", "train.optimizer", "train.step", "train.evaluate", "train.state"},
+    {
+        "data.demo",
+        "parallel.plan",
+        "train.checkpoint",
+        "train.writer",
+        "train.optimizer",
+        "train.step",
+        "train.evaluate",
+        "train.state",
+    },
     {"train.tell", "train.profile"},
     {"train.loop", "train.benchmark"},
     {"__main__"},
 ]
 NO_TENSORFLOW = {"config", "data.records", "data.order", "train.schedule", "run.health", "run.log", "run.throughput"}
+NO_TENSORFLOW |= {"run.watch", "run.lock"}
 NO_TENSORFLOW |= {"model.layers", "parallel.cost", "parallel.plan"}
 
 
