@@ -107,7 +107,7 @@ def decode_alone(options: argparse.Namespace, split: str) -> Round:
     for n, record in enumerate(ids):
         data, _ = records.parse_example(index, record, records.read_record(index, record))
         encoded.append(tf.constant(data))
-        height, width = images.image_shape(data, encoded[-1])
+        height, width = images.image_shape(data)
         window = (
             images.random_window(height, width, draws[n][3:]) if split == "train" else images.central_window(height, width)
         )
