@@ -58,7 +58,6 @@ def train(config: Config) -> None:
     """Trains, evaluates and leaves everything in --run_dir; all ranks call."""
     job, at = _begin(config)
     throughput, result, begun_at, listen_every = job.throughput, None, at.step, config.log_every_steps
-    measured = None
     if at.step in job.eval_at and at.evaluated < at.step:  # asked to stop before it was scored
         at, result, _ = _evaluate(job, at)
     steps = range(at.step, at.step if _reached(job, at) else job.total)
@@ -99,14 +98,19 @@ def train(config: Config) -> None:
         reached = evaluates and _reached(job, at)
         if saves or improved or reached or at.step == job.total:
             _save(job, at, improved)
-        if evaluates and result:
-            measured = _write_result(job, at, result)
         if reached:
             job.console.say(f"acc@1 has reached --stop_at_top1={config.stop_at_top1}")
             break
-        if at.step < job.total and comm.any_rank(watch.asked()):
+        if at.step == job.total:
+            break
+        if evaluates and result:
+            try:
+                _write_result(job, at, result)
+            except Failure as failure:  # agreed; only the last must be written
+                tell.save_failed(failure, job.log, job.console)
+        if comm.any_rank(watch.asked()):
             _stop(job, at)
-    _end(job, at, result, measured)
+    _end(job, at, result)
 
 
 def _begin(config: Config) -> Tuple[Job, state.Position]:
@@ -204,14 +208,13 @@ def _stop(job: Job, at: state.Position) -> NoReturn:
     )
 
 
-def _end(job: Job, at: state.Position, result: Optional[evaluate.Evaluation], measured: Optional[Dict[str, Any]]) -> None:
+def _end(job: Job, at: state.Position, result: Optional[evaluate.Evaluation]) -> None:
     """Ends a run that is through, with the evaluation and the checkpoint it must have."""
     if result is None or at.evaluated < at.step:  # nothing was left to train
         at, result, _ = _evaluate(job, at)
-    if measured is None:
-        measured = _write_result(job, at, result)
     with watch.phase("saving"):
         state.finish(job.writer)
+    measured = _write_result(job, at, result)
     seconds = time.monotonic() - job.began
     tell.summary(job.run_dir, result, measured, at.step, seconds, job.writer, job.log, job.console)
     comm.leave()

@@ -115,16 +115,12 @@ def test_a_stuck_rank_ends_all_with_last_words(tmp_path, data, undisturbed, faul
     assert isinstance(waiting["batches_ready"], int)
     assert any("train_step" in line or "loop.py" in line for line in waiting["stacks"])
     assert f"hvd-vgg: rank 0 ({waiting['host']}): no progress for " in ended.err
-    guilty = tmp_path / "run" / "faults" / "last_words.rank1.jsonl"
     if fault == "sleep":
         assert any("beat_and_fail" in line for line in last_words(tmp_path, 1)["stacks"])
         # Horovod's own inspector names who is missing, and what for.
         assert "Missing ranks:" in ended.err and "1: [" in ended.err
-    elif fault == "hold":
+    if fault == "hold":  # written from C: no Python runs
         assert "hold_the_lock" in (tmp_path / "run" / "faults" / "stacks.rank1.txt").read_text()
-        assert not guilty.exists()
-    else:
-        assert not guilty.exists()
     assert_goes_on(tmp_path, data, undisturbed)
 
 
