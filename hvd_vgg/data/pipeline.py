@@ -5,19 +5,18 @@ ahead of the batch that is asked for by at most A batches of decoded images, A =
 images of a batch. For READ_AHEAD batches beyond these the kernel is told to read the records into its page cache, so that
 storage works while processors decode; that memory is the kernel's to take back. With 8 threads and 32 rows of 224 pixels a
 rank holds 4 * 4.8 MB decoded, and 4 * 3.5 MB are read ahead at ImageNet's mean of 110 kB. Beside that are the batch handed
-out and the one image that each thread is at work on. A row is a function of the seed, the epoch and the record: threads
-decide nothing.
+out and what each thread is at work on: the records of one piece, and an image. A row is a function of the seed, the epoch
+and the record: threads decide nothing.
 
 A record that is bad (its checksum, features, image or label) ends the run, unless --bad_records_allowed is above 0. Then in
 training another record takes its place, with the crop and flip of the row; in evaluation none does. Which one is a
 function of the seed, the epoch and the bad record. The batch says so, and `data.bad` keeps count.
 """
 
-import functools
 import itertools
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Deque, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, Deque, Iterator, List, NamedTuple, Optional, Union
 
 import numpy as np
 import tensorflow as tf
@@ -76,8 +75,24 @@ class Batch(NamedTuple):
     bad: List[BadRow]
 
 
-# Writes a record with its draws into a row of images and returns its label from 0; BadRecord.
-_Make = Callable[[int, List[float], np.ndarray], int]
+class _Read(NamedTuple):
+    """A record as read: its id, the encoded image, the label as written."""
+
+    record: int
+    encoded: bytes
+    label: int
+
+
+class _Make(NamedTuple):
+    """How a row is made: a record is read, then decoded with its draws into uint8 [image_size, image_size, 3].
+
+    `decode` returns the label from 0. Both raise records.BadRecord.
+    """
+
+    read: Callable[[int], _Read]
+    decode: Callable[[_Read, List[float], np.ndarray], int]
+
+
 # Settles, in a batch, a row with its draws whose record is bad.
 _Settle = Callable[[_Begun, int, List[float], records.BadRecord], None]
 
@@ -99,14 +114,14 @@ def train_batches(
         for attempt in range(STAND_INS):
             by = order.stand_in(index.records, config.seed, epoch, record, attempt)
             try:
-                batch.labels[row] = make(by, draws, batch.images[row])
+                batch.labels[row] = make.decode(make.read(by), draws, batch.images[row])
             except records.BadRecord:  # it may be the bad record itself; others are told in their own place
                 continue
             batch.bad.append(BadRow(row, record, by, bad.reason))
             return
         raise Failure(DATA, f"{bad.message} ({STAND_INS} others tried in its place are bad too)") from bad
 
-    make = functools.partial(_make, index, label_base, _train_decode(config))
+    make = _make(index, label_base, _train_decode(config))
     settle = replace if config.bad_records_allowed else _stop
     return _batches(plan, make, settle, index, steps, high - low, config.image_size, threads)
 
@@ -119,7 +134,7 @@ def batch_of(
     Raises Failure(DATA) naming the record at fault.
     """
     plan = _Plan(ids, np.zeros(len(ids), np.int64), seeds)
-    make = functools.partial(_make, index, label_base, _train_decode(config))
+    make = _make(index, label_base, _train_decode(config))
     return next(_batches(lambda _: plan, make, _stop, index, range(1), len(ids), config.image_size, threads))
 
 
@@ -153,7 +168,7 @@ def eval_batches(
         batch.images[row] = 0
         batch.bad.append(BadRow(row, int(batch.plan.ids[row]), None, bad.reason))
 
-    make = functools.partial(_make, index, label_base, decode)
+    make = _make(index, label_base, decode)
     settle = leave_out if config.bad_records_allowed else _stop
     numbers = range(rank, -(-index.records // config.device_batch), size)
     return _batches(plan, make, settle, index, numbers, config.device_batch, config.image_size, threads)
@@ -163,23 +178,29 @@ def _stop(batch: _Begun, row: int, draws: List[float], bad: records.BadRecord) -
     raise Failure(DATA, f"{bad.message}, or go on without: --bad_records_allowed=1 (or more)") from bad
 
 
-def _make(index: records.Index, label_base: int, decode: _Decode, record: int, draws: List[float], out: np.ndarray) -> int:
-    encoded, label = records.parse_example(index, record, records.read_record(index, record))
-    if label != index.labels[record]:
-        raise records.BadRecord(
-            index.where(record),
-            f"its label is {label}, but was {index.labels[record]} when the shard was indexed",
-            "Did the shard change while in use? Start again",
-        )
-    try:
-        decode(encoded, draws, out)
-    except ValueError as reason:
-        raise records.BadRecord(
-            index.where(record),
-            f"the image ({len(encoded)} bytes) cannot be decoded: {reason}",
-            "Expected a whole JPEG or PNG: replace the record",
-        ) from reason
-    return label - label_base
+def _make(index: records.Index, label_base: int, decode: _Decode) -> _Make:
+    def read(record: int) -> _Read:
+        encoded, label = records.parse_example(index, record, records.read_record(index, record))
+        if label != index.labels[record]:
+            raise records.BadRecord(
+                index.where(record),
+                f"its label is {label}, but was {index.labels[record]} when the shard was indexed",
+                "Did the shard change while in use? Start again",
+            )
+        return _Read(record, encoded, label)
+
+    def decode_read(one: _Read, draws: List[float], out: np.ndarray) -> int:
+        try:
+            decode(one.encoded, draws, out)
+        except ValueError as reason:
+            raise records.BadRecord(
+                index.where(one.record),
+                f"the image ({len(one.encoded)} bytes) cannot be decoded: {reason}",
+                "Expected a whole JPEG or PNG: replace the record",
+            ) from reason
+        return one.label - label_base
+
+    return _Make(read, decode_read)
 
 
 def _batches(
@@ -233,9 +254,13 @@ def _fill(batch: _Begun, rows: np.ndarray, make: _Make, settle: _Settle) -> Opti
     Raises Failure(DATA) naming the record that cannot be read, or is bad and not settled.
     """
     last = len(batch.plan.ids) - 1
-    for row, draws in zip(rows.tolist(), images.image_draws(batch.plan.seeds[rows])):
+    # All are read before the first is decoded: decoding pushes the code that reads out of the processor's caches.
+    found = [_tried(make.read, record) for record in batch.plan.ids[rows].tolist()]
+    for row, draws, one in zip(rows.tolist(), images.image_draws(batch.plan.seeds[rows]), found):
         try:
-            batch.labels[row] = make(int(batch.plan.ids[row]), draws, batch.images[row])
+            if isinstance(one, records.BadRecord):
+                raise one
+            batch.labels[row] = make.decode(one, draws, batch.images[row])
         except records.BadRecord as bad:
             settle(batch, row, draws, bad)
         if row == last:
@@ -249,3 +274,10 @@ def _fill(batch: _Begun, rows: np.ndarray, make: _Make, settle: _Settle) -> Opti
     with tf.device("/CPU:0"):
         pictures, labels, ids = (tf.convert_to_tensor(column) for column in (batch.images, batch.labels, ids))
     return Batch(pictures, labels, ids, sorted(batch.bad))
+
+
+def _tried(read: Callable[[int], _Read], record: int) -> Union[_Read, records.BadRecord]:
+    try:
+        return read(record)
+    except records.BadRecord as bad:
+        return bad

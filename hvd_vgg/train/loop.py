@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import IO, Any, Callable, Dict, FrozenSet, Iterator, List, NamedTuple, NoReturn, Optional, Tuple
 
 import numpy as np
-import tensorflow as tf
 
 from hvd_vgg.config import Config, EvaluateConfig, epochs_to_steps, total_steps
 from hvd_vgg.data import bad, order, pipeline, records
 from hvd_vgg.data.index import Data, open_data, open_split
-from hvd_vgg.model.layers import DENSE
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.run import lock, watch
 from hvd_vgg.run.health import CONFIGURATION, STOPPED, USAGE, Failure
@@ -201,9 +199,8 @@ def _batches(job: Job, steps: range) -> Iterator[pipeline.Batch]:
 
 def _update(job: Job, now: int, batch: pipeline.Batch) -> step.Sums:
     low, _ = order.slice_bounds(job.config.global_batch, comm.rank(), comm.size())
-    keys = order.dropout_keys(job.config.seed, now, len(DENSE) - 1)
     lr = schedule.learning_rate(now, job.config, job.data.train.records)
-    return job.train_step(*batch[:2], tf.constant(low, tf.int64), tf.constant(keys), tf.constant(lr, tf.float32))
+    return job.train_step(*batch[:2], *step.arguments(job.config, now, low, lr))
 
 
 def _account(job: Job, at: state.Position, met: List[Tuple[int, pipeline.BadRow]]) -> state.Position:
@@ -235,10 +232,10 @@ def _save(job: Job, at: state.Position, best: bool) -> None:
         state.save(job.run, at._replace(seconds=seconds), job.what, job.writer, best)
 
 
-def _write_result(job: Job, at: state.Position, result: evaluate.Evaluation) -> None:
+def _write_result(job: Job, at: state.Position, result: evaluate.Evaluation) -> Dict[str, Any]:
     with job.throughput.apart("saving"):
         seconds = time.monotonic() - job.began
-        tell.write_result(job.config, job.run_dir, result, job.throughput, at.step, job.epoch(at.step), seconds)
+        return tell.write_result(job.config, job.run_dir, result, job.throughput, at.step, job.epoch(at.step), seconds)
 
 
 def _stop(job: Job, at: state.Position) -> NoReturn:
@@ -261,9 +258,9 @@ def _end(job: Job, at: state.Position, result: Optional[evaluate.Evaluation]) ->
         at, result, _ = _evaluate(job, at)
     with watch.phase("saving"):
         state.finish(job.writer)
-    _write_result(job, at, result)
+    measured = _write_result(job, at, result)
     seconds = time.monotonic() - job.began
-    tell.summary(job.config, job.run_dir, result, job.throughput, at.step, seconds, job.writer, job.log, job.console)
+    tell.summary(job.run_dir, result, measured, at.step, seconds, job.writer, job.log, job.console)
     comm.leave()
     watch.end()
 

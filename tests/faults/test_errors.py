@@ -151,3 +151,15 @@ def test_the_written_flag_file_is_the_same_run(launch, tmp_path, data):
         lines = [json.loads(line[5:]) for line in (run / "dllogger.json").read_text().splitlines()]
         rows.append([line["data"]["train.loss"] for line in lines if line["type"] == "LOG" and "train.loss" in line["data"]])
     np.testing.assert_allclose(rows[0], rows[1], rtol=1e-5)
+
+
+def test_float16_gives_up_when_no_loss_scale_helps(launch, tmp_path, data):
+    program = [sys.executable, str(ROOT / "tests" / "overflow.py")]
+    flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *FLAGS, "--steps=40", "--precision=float16"]
+    ended = launch(2, "train", *flags, program=program)
+    assert ended.code == 81, ended.err
+    assert len(re.findall(r"step 16: loss \d+\.\d+, gradient norm (nan|inf): not finite", ended.err)) == 1
+    lines = [json.loads(line[5:]) for line in (tmp_path / "run" / "dllogger.json").read_text().splitlines()]
+    rows = [line["data"] for line in lines if line["type"] == "LOG" and "train.loss_scale" in line["data"]]
+    seen = [(row["train.loss_scale"], row["train.skipped_updates"]) for row in rows]
+    assert seen == [(2.0**power, 1) for power in range(15, -1, -1)]

@@ -193,3 +193,16 @@ def test_a_request_during_an_evaluation_leaves_it_to_the_next_start(tmp_path, da
     for name in ("top1_hits", "top5_hits"):
         assert len({json.loads((each / "run" / "result.json").read_text())[name] for each in (whole, out)}) == 1
     assert_exact(out, 2, whole)
+
+
+@pytest.mark.fault("F13")
+def test_a_request_during_the_last_evaluation_leaves_the_result_to_the_next_start(tmp_path, data):
+    """Then no update is left, and the result is written all the same."""
+    flags = ["--steps=6", "--device_batch=4"]
+    ended = start(tmp_path, data, 1, "usr1@0:6", *flags).wait()
+    assert ended.code == 80, ended.out + ended.err
+    assert not (tmp_path / "run" / "result.json").exists()
+    ended = start(tmp_path, data, 1, *flags).wait()
+    assert ended.code == 0, ended.out + ended.err
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["steps"], result["records_evaluated"], result["fps"]) == (6, 37, None)

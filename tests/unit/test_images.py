@@ -180,6 +180,32 @@ def test_a_strip_that_no_try_fits_gives_its_largest_central_window():
     assert images.random_window(10, 1000, [0.9] * 30) == (0, (1000 - 13 + 1) // 2, 10, 13)
 
 
+def saved(**options):
+    file = io.BytesIO()
+    Image.fromarray(natural(50, 70)).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+THUMBNAIL = encoded("L")  # a whole JPEG of another size, within a segment
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        saved(),
+        saved(progressive=True, optimize=True),
+        saved(exif=b"Exif\0\0" + THUMBNAIL, comment=THUMBNAIL, icc_profile=b"\xff\xc0" * 40_000),
+        saved(restart_marker_blocks=1),
+        saved()[:2] + b"\xff\xff" + saved()[2:],  # markers may be preceded by any number of these
+        saved()[:20] + b"garbage" + saved()[20:],
+        b"\xff\xd8\xff\x01" + saved()[2:],  # a marker without a segment
+    ],
+    ids=["plain", "progressive", "segments", "restarts", "fill", "garbage", "bare"],
+)
+def test_the_shape_of_a_jpeg_is_what_tensorflow_finds(data):
+    assert images.image_shape(data) == tuple(tf.io.extract_jpeg_shape(data).numpy()[:2]) == (50, 70)
+
+
 def tall_header(height, width):
     data = bytearray(encoded("RGB"))
     start = data.index(b"\xff\xc0") + 5
