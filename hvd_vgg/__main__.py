@@ -8,6 +8,7 @@ from typing import Any, Callable, List, Tuple
 
 from hvd_vgg import __version__
 from hvd_vgg.config import BenchmarkConfig, Config, DemoConfig, EvaluateConfig, PlanConfig, describe, find_flag_file, parse
+from hvd_vgg.run import watch
 from hvd_vgg.run.health import BUG, CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure, launched_rank
 
 USAGE_TEXT = f"""hvd-vgg {__version__}: trains VGG networks on ImageNet-style TFRecords with TensorFlow and Horovod.
@@ -23,7 +24,7 @@ Each runs alone or on many ranks, which only change how fast it goes:
   horovodrun -np 8 hvd-vgg train --flagfile=configs/vgg16_imagenet.flags --data_dir=/data/imagenet
 
 hvd-vgg COMMAND --help lists a command's flags. Exit codes: 0 done, 64 usage, 65 data, 70 error in the program, 74 a result
-could not be written, 75 lost a rank, 78 configuration, 80 interrupted, 81 not finite, or ranks drifted apart.
+could not be written, 75 hung or lost a rank, 78 configuration, 80 stopped on request, 81 not finite, or ranks drifted apart.
 """
 
 
@@ -110,6 +111,8 @@ def run(argv: List[str]) -> int:
         return _end(failure)
     except KeyboardInterrupt:
         return _end(Failure(STOPPED, "interrupted; a run goes on from its newest checkpoint when started again"))
+    except SystemExit as error:
+        return _end(Failure(BUG, f"the program left early, with {error.code!r}: please report it with the run's flags.txt"))
     except ImportError as error:
         return _end(Failure(CONFIGURATION, f"{error} ({sys.executable}): install it, or use launch/environment.sh"))
     except Exception as error:
@@ -147,6 +150,8 @@ def _refuse(failure: Failure) -> int:
 
 def _end(failure: Failure) -> int:
     """Ends a rank that may be among others."""
+    if not failure.agreed and failure.code != LOST_RANK:
+        watch.fatal(failure.code, failure.message)
     if "hvd_vgg.parallel.comm" not in sys.modules:  # it failed before Horovod was there
         return _refuse(failure)
     from hvd_vgg.parallel import comm
@@ -156,6 +161,7 @@ def _end(failure: Failure) -> int:
             print(f"hvd-vgg: {failure.message}", file=sys.stderr, flush=True)
         comm.together(lambda: None)  # nobody leaves before rank 0 has spoken
         comm.leave()
+        watch.end()
         return failure.code
     rank = comm.rank_if_joined()
     where = "" if rank is None or comm.size() == 1 else f"rank {rank}: "

@@ -5,7 +5,7 @@ import difflib
 import math
 import textwrap
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 from absl import flags
 
@@ -103,6 +103,19 @@ class Config:
         "auto: go on from the newest checkpoint in --run_dir, if any; required: there must be one; never: there must "
         "be none.",
         choices=("auto", "required", "never"),
+    )
+    allow_config_change: str = flag(
+        "",
+        "Run",
+        "Flags that may differ from those of the checkpoint to go on from, separated by commas: lr,weight_decay.",
+    )
+    hang_seconds: float = flag(
+        0.0,
+        "Run",
+        "A rank that takes longer for an update is taken for hung: it writes its last words and ends the job with 75. 0: 20 "
+        "times the median update, 60 at least. The start, evaluating and saving may take 10 times as long.",
+        "seconds",
+        at_least=0.0,
     )
     eval_every_epochs: float = flag(
         1.0, "Run", "Evaluate this often, and at the end; 0: at the end only.", "epochs", at_least=0.0
@@ -359,6 +372,9 @@ def _conflicts(config: Config) -> List[str]:
         errors.append(
             f"--profile_steps={config.profile_steps}: expected FIRST:LAST, two whole numbers, the first not larger"
         )
+    learned = [field.name for field in dataclasses.fields(Config) if field.metadata.get("learned")]
+    for name in allowed_changes(config) - set(learned):
+        errors.append(f"--allow_config_change={config.allow_config_change}: {name} is not among {', '.join(learned)}")
     for name in ("data_dir", "run_dir"):
         if not getattr(config, name):
             errors.append(f"--{name}: expected a path, found nothing")
@@ -368,6 +384,11 @@ def _conflicts(config: Config) -> List[str]:
 def total_steps(config: Config, records: int) -> int:
     """Returns the updates of the run over a data set of `records`: ceil(epochs * records / global_batch)."""
     return config.steps or max(1, math.ceil(config.epochs * records / config.global_batch - 1e-9))
+
+
+def allowed_changes(config: Config) -> Set[str]:
+    """Returns the names in --allow_config_change."""
+    return {name.strip() for name in config.allow_config_change.split(",") if name.strip()}
 
 
 def profiled_steps(config: Config) -> range:

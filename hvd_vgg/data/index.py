@@ -10,6 +10,7 @@ import numpy as np
 from hvd_vgg.config import Config
 from hvd_vgg.data import records
 from hvd_vgg.parallel import comm
+from hvd_vgg.run import watch
 from hvd_vgg.run.log import Console
 
 TURN_SECONDS = 3.0
@@ -60,6 +61,7 @@ def open_split(data_dir: str, split: str, fallback_dir: Path, console: Console) 
         for text in comm.gather(_packed(scanned)):
             known.update(_unpacked(text))
         progress.update(len(known))
+        watch.beat(phase="start")
     index = records.join(paths, [known[number] for number in range(len(paths))])
     if stale and comm.is_root():
         _keep(places, index, console)

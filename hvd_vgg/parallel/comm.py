@@ -14,6 +14,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 import numpy as np
 import tensorflow as tf
 
+from hvd_vgg.run import watch
 from hvd_vgg.run.health import CONFIGURATION, Failure, difference, launched_rank, launched_size
 
 try:
@@ -47,11 +48,11 @@ _members: Any = hvd.global_process_set
 _subsets: Dict[int, Any] = {}
 
 
-def start(input_threads: int = 0, timeline: bool = False, subsets: Sequence[int] = ()) -> Device:
+def start(input_threads: int = 0, timeline: bool = False, subsets: Sequence[int] = (), hang_seconds: float = 0.0) -> Device:
     """Joins the run and takes this rank's device; the first call of every rank.
 
     input_threads: 0 for as many as fit; timeline: that one may be asked for; subsets: the numbers of ranks that `among`
-    may be asked for.
+    may be asked for; hang_seconds: how long an update may take, 0 for the usual.
 
     Raises Failure(CONFIGURATION) when there are more ranks on this host than devices.
     """
@@ -60,6 +61,11 @@ def start(input_threads: int = 0, timeline: bool = False, subsets: Sequence[int]
         os.environ.update(HOROVOD_CONTROLLER="gloo", HOROVOD_CPU_OPERATIONS="gloo")
     if timeline:
         os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")
+    # Horovod's own default is to wait for ever. Its inspector names the tensor and the ranks that are missing; the watchdog
+    # of `run.watch` ends the job sooner, unless it is itself what hangs.
+    longest = watch.LONGER * (hang_seconds or watch.LEAST_SECONDS)
+    os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, round(min(60.0, longest / 2 / watch.LONGER)))))
+    os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(max(2, round(longest))))
     os.environ.setdefault("OMPI_MCA_btl_tcp_rdma_pipeline_frag_size", str(_TCP_FRAGMENT_BYTES))
     hvd.init(process_sets=[_first_ranks(count) for count in subsets if count < (launched_size() or 1)])
     started = launched_size()
@@ -166,18 +172,21 @@ def describe() -> Dict[str, str]:
 
 def sum_over_ranks(values: np.ndarray) -> np.ndarray:
     """Returns the sum over ranks of `values`, int64 or float64, any shape: equal on all ranks."""
+    watch.collective("sum_over_ranks")
     with tf.device("/CPU:0"):
         return np.asarray(hvd.allreduce(tf.constant(values), op=hvd.Sum, name="sum_over_ranks", process_set=_members))
 
 
 def gather_numbers(values: Sequence[float]) -> np.ndarray:
     """Returns every rank's `values`, float64 [ranks, len(values)], on all ranks; each must bring as many."""
+    watch.collective("gather_numbers")
     with tf.device("/CPU:0"):
         return np.asarray(hvd.allgather(tf.constant([values], tf.float64), name="gather_numbers", process_set=_members))
 
 
 def gather(data: bytes) -> List[bytes]:
     """Returns every rank's `data`, in order of rank, on all ranks."""
+    watch.collective("gather")
     with tf.device("/CPU:0"):
         sizes = np.asarray(hvd.allgather(tf.constant([len(data)], tf.int64), name="gather_sizes", process_set=_members))
         if not sizes.sum():
@@ -196,6 +205,7 @@ def from_root(data: Optional[bytes]) -> bytes:
 
 def broadcast_variables(variables: Sequence[Any]) -> None:
     """Overwrites the variables of all ranks with rank 0's."""
+    watch.collective("broadcast_variables")
     if size() > 1:
         hvd.broadcast_variables(list(variables), root_rank=0, process_set=_members)
 
@@ -215,6 +225,11 @@ def gather_rows(tensor: Any, name: str, rows: int) -> Any:
     """
     gathered = hvd.allgather(tensor, name=name, process_set=_members) if size() > 1 else tensor
     return tf.ensure_shape(gathered, [rows, *tensor.shape[1:]])
+
+
+def any_rank(here: bool) -> bool:
+    """Says whether `here` holds on any rank; the same on all."""
+    return bool(sum_over_ranks(np.array([here], np.int64))[0])
 
 
 def together(action: Callable[[], T]) -> T:
@@ -253,11 +268,10 @@ def agree(what: str, mine: Dict[str, Any]) -> None:
         return
     told = gather(text.encode())
     first = next(number for number, digest in enumerate(digests) if digest != digests[0])
-    lines = difference(json.loads(told[0].decode()), json.loads(told[first].decode()))
+    lines = difference(json.loads(told[0].decode()), json.loads(told[first].decode()), ("rank 0", f"rank {first}"))
     raise Failure(
         CONFIGURATION,
-        f"ranks disagree about {what}: rank 0 (expected) and rank {first} (found) differ in\n{lines}\n"
-        f"Start all ranks with the same flags, software and data",
+        f"ranks disagree about {what}:\n{lines}\nStart all ranks with the same flags, software and data",
         agreed=True,
     )
 

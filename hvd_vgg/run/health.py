@@ -1,16 +1,16 @@
 """How a run ends: exit codes, and the one exception whose text is for the user."""
 
 import os
-from typing import Dict, Optional, Sequence
+from typing import Dict, Optional, Sequence, Tuple
 
 DONE = 0
 USAGE = 64  # a flag is unknown, illegal, or does not go with another
 DATA = 65  # the data set is absent, incomplete or damaged
 BUG = 70  # an error of the program: the only case with a traceback
 NOT_WRITTEN = 74  # a result or checkpoint could not be written
-LOST_RANK = 75  # another rank is gone or does not answer: worth a retry
+LOST_RANK = 75  # hung, or another rank is gone or does not answer: worth a retry
 CONFIGURATION = 78  # installation, run directory or ranks do not fit together
-STOPPED = 80  # interrupted
+STOPPED = 80  # on request, with a checkpoint where anything was trained
 NOT_FINITE = 81  # a loss or gradient is NaN or Inf
 
 # What mpirun, horovodrun --gloo, and srun with either form of PMI set for each process they start.
@@ -46,11 +46,10 @@ def _first_number(names: Sequence[str]) -> Optional[int]:
     return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), None)
 
 
-def difference(expected: Dict[str, object], found: Dict[str, object]) -> str:
-    """Returns one line a key whose values differ: `  key: expected 1, found 2`; empty when equal."""
-    keys = sorted(set(expected) | set(found))
-    return "\n".join(
-        f"  {key}: expected {expected.get(key)!r}, found {found.get(key)!r}"
-        for key in keys
-        if expected.get(key) != found.get(key)
-    )
+def difference(expected: Dict[str, object], found: Dict[str, object], titles: Tuple[str, str]) -> str:
+    """Returns a table of the keys whose values differ, in two columns under `titles`; empty when all are equal."""
+    keys = sorted(key for key in set(expected) | set(found) if expected.get(key) != found.get(key))
+    rows = [(key, repr(expected.get(key)), repr(found.get(key))) for key in keys]
+    widths = [max(len(row[column]) for row in [("", *titles), *rows]) for column in (0, 1)]
+    lines = [f"  {a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in [("", *titles), *rows]]
+    return "\n".join(line.rstrip() for line in lines) if rows else ""

@@ -3,8 +3,10 @@
 The names in METRICS, their units and formats are an interface: others parse them.
 """
 
+import errno
 import json
 import math
+import os
 import sys
 import time
 from datetime import datetime
@@ -68,6 +70,7 @@ class _JsonLines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.waiting = b""
 
     def _write(self, now: datetime, elapsed: float, kind: str, **more: Any) -> None:
         times = {
@@ -76,8 +79,7 @@ class _JsonLines:
             "elapsedtime": str(elapsed),
             "type": kind,
         }
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(f"DLLL {json.dumps({**times, **more})}\n")
+        self.waiting += f"DLLL {json.dumps({**times, **more})}\n".encode()
 
     def metadata(self, now: datetime, elapsed: float, metric: str, metadata: Dict[str, str]) -> None:
         self._write(now, elapsed, "METADATA", metric=metric, metadata=metadata)
@@ -86,7 +88,17 @@ class _JsonLines:
         self._write(now, elapsed, "LOG", step=step, data=data)
 
     def flush(self) -> None:
-        """Does nothing: each line is on disk when it was written."""
+        """Appends the lines that wait, all or none."""
+        with open(self.path, "ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                written = file.write(self.waiting)
+                if written < len(self.waiting):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(end)
+                raise
+        self.waiting = b""
 
 
 class _Logger:
@@ -133,21 +145,35 @@ class RunLog:
             self.logger.metadata(name, metadata)
 
     def log(self, step: Step, data: Dict[str, Any]) -> None:
-        """Writes one line, on disk when this returns; step: (epoch, update), "PARAMETER" for what it is, () for its end."""
+        """Writes one line; step: (epoch, update), "PARAMETER" for what the run is, "EVENT", or () for its end.
+
+        The line is with the kernel when this returns; where the disk is full it waits for the next one, or for `close`.
+        """
         # NaN and Inf are no JSON: strict parsers would refuse the line that matters most.
         finite = {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in data.items()}
         try:
             self.logger.log(step, finite)
             self.logger.flush()
             sys.stdout.flush()
-        except OSError as error:
-            raise Failure(
-                NOT_WRITTEN, f"the log {self.path} cannot be written: {error.strerror}. Make room, start again"
-            ) from error
+        except OSError:
+            pass  # a full disk is no reason to stop before the end
         if self.tensorboard and step and not isinstance(step, str):
             for name, value in data.items():
                 if name in METRICS:
                     self.tensorboard(name.replace(".", "/"), float(value), step[1])
+
+    def event(self, name: str, **data: Any) -> None:
+        """Writes a line for something that happened, such as `start` or `save_failed`."""
+        self.log("EVENT", {"event": name, **data})
+
+    def close(self) -> None:
+        """Writes what still waits; raises Failure(NOT_WRITTEN) where that cannot be."""
+        try:
+            self.logger.flush()
+        except OSError as error:
+            raise Failure(
+                NOT_WRITTEN, f"the log {self.path} cannot be written: {error.strerror}. Make room, start again"
+            ) from error
 
 
 def _end_last_line(path: Path) -> None:

@@ -1,25 +1,28 @@
 """Checkpoints: written whole or not at all, checked when read, and free of anything about ranks.
 
 `RUN_DIR/checkpoints/step-00001000.safetensors` holds the weights and momentum by name and, as JSON in its metadata, the
-step and what the run is, with a SHA-256 over all tensors. `newest` and `best` beside it hold the name of such a file.
-Only rank 0 calls what is here.
+step and what the run is, with a SHA-256 over all tensors. `best` beside it holds the name of such a file. Only rank 0 calls
+what is here.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import shutil
+import struct
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from hvd_vgg.run.health import CONFIGURATION, NOT_WRITTEN, Failure
 
 _NAME = re.compile(r"^step-(\d{8})\.safetensors$")
 _KEY = "hvd_vgg"
+_TYPES = {"float32": "F32", "int32": "I32"}
 
 Tensors = Dict[str, np.ndarray]
 
@@ -46,36 +49,64 @@ def existing(run_dir: Path) -> List[Path]:
 
 
 def save(run_dir: Path, tensors: Tensors, meta: Dict[str, Any], keep: int, best: bool) -> Path:
-    """Writes the checkpoint of `meta["step"]`, points to it, removes those beyond the newest `keep` and the best.
+    """Writes the checkpoint of `meta["step"]`, points to it if `best`, removes those beyond the newest `keep` and the best.
 
-    Written under another name, read back and compared, put on disk, then renamed: a crash at any moment leaves the
-    previous ones whole. Raises Failure(NOT_WRITTEN).
+    Written under another name, put on disk, read back and compared, then renamed: a crash at any moment leaves the previous
+    ones whole. Raises Failure(NOT_WRITTEN), before anything is written where there is too little room.
     """
     place = folder(run_dir)
     path = place / f"step-{meta['step']:08d}.safetensors"
     temporary = path.with_suffix(".safetensors.tmp")
-    digest = _digest(tensors.items())
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={_KEY: json.dumps({**meta, "sha256": digest})})
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        place.mkdir(parents=True, exist_ok=True, mode=0o750)
+        needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(place).free
+        if free < needed:
+            raise OSError(f"it takes {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
+        digest = _digest(tensors.items())
+        _write(temporary, tensors, {_KEY: json.dumps({**meta, "sha256": digest})})
         with safe_open(str(temporary), framework="numpy") as file:  # one tensor at a time: memory may be short
             if _digest((name, file.get_tensor(name)) for name in tensors) != digest:
                 raise OSError("what was read back is not what was written")
         temporary.replace(path)
         _sync_directory(place)
-        _point(place, "newest", path)
         if best:
-            _point(place, "best", path)
+            _point_to_best(place, path)
         _prune(run_dir, keep, path)
     except (OSError, SafetensorError, ValueError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # where it fills the disk, the log has no room either
         raise Failure(
             NOT_WRITTEN,
             f"the checkpoint {path} cannot be written: {error}. The previous ones are whole; make room, then start again "
             f"to go on from the newest",
         ) from error
     return path
+
+
+def _write(path: Path, tensors: Tensors, metadata: Dict[str, str]) -> None:
+    """Writes a safetensors file (its format: huggingface.co/docs/safetensors) and puts it on disk.
+
+    The library's own writer copies all of it and holds Python's lock meanwhile, for which training would wait; this does
+    neither.
+    """
+    header: Dict[str, Any] = {"__metadata__": metadata}
+    at = 0
+    for name, tensor in tensors.items():
+        end = at + tensor.nbytes
+        header[name] = {"dtype": _TYPES[str(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            file.write(_bytes(tensor))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _bytes(tensor: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
 
 
 def load(path: Path) -> Checkpoint:
@@ -93,33 +124,39 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(path, tensors, meta)
 
 
-def newest(run_dir: Path) -> Optional[Checkpoint]:
-    """Returns the newest whole checkpoint of a run, None when there are no files.
+def newest(run_dir: Path) -> Tuple[Optional[Checkpoint], Dict[Path, str]]:
+    """Returns (the newest whole checkpoint of a run, or None when there are no files; what is wrong with newer ones).
 
     Raises Failure(CONFIGURATION) when there are files but none is whole: a run never starts over in silence.
     """
-    faults = []
+    faults: Dict[Path, str] = {}
     for path in existing(run_dir):
         try:
-            return load(path)
+            return load(path), faults
         except ValueError as error:
-            faults.append(f"  {path.name}: {error}")
+            faults[path] = str(error)
     if faults:
+        lines = "\n".join(f"  {path.name}: {text}" for path, text in faults.items())
         raise Failure(
             CONFIGURATION,
-            f"no checkpoint in {folder(run_dir)} is whole:\n" + "\n".join(faults) + "\nRestore one from a copy, or begin "
-            "anew in another --run_dir",
+            f"no checkpoint in {folder(run_dir)} is whole:\n{lines}\nRestore one from a copy, or begin anew in another "
+            f"--run_dir",
         )
-    return None
+    return None, faults
 
 
-def pointed(run_dir: Path, name: str) -> Optional[Path]:
-    """Returns the file that `newest` or `best` names, or None; a name that is no checkpoint's is as good as none."""
+def best(run_dir: Path) -> Optional[Path]:
+    """Returns the file that `best` names, or None; a name that is no checkpoint's is as good as none."""
     try:
-        found = (folder(run_dir) / name).read_text(encoding="ascii").strip()
+        found = (folder(run_dir) / "best").read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):
         return None
     return folder(run_dir) / found if _NAME.match(found) else None
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a damaged checkpoint so that it is not met again, and returns its new name; it is never removed."""
+    return path.replace(path.with_name(f"{path.name}.bad"))
 
 
 def clean(run_dir: Path) -> None:
@@ -133,19 +170,17 @@ def _digest(tensors: Iterable[Tuple[str, np.ndarray]]) -> str:
     """Returns a SHA-256 over names, types, shapes and bytes, whatever the order of the tensors."""
     each = []
     for name, tensor in tensors:
-        value = np.ascontiguousarray(tensor)
-        bytes_digest = hashlib.sha256(value.reshape(-1).view(np.uint8).data).hexdigest()
-        each.append(f"{name} {value.dtype} {value.shape} {bytes_digest}\n")
+        each.append(f"{name} {tensor.dtype} {tensor.shape} {hashlib.sha256(_bytes(tensor)).hexdigest()}\n")
     return hashlib.sha256("".join(sorted(each)).encode()).hexdigest()
 
 
-def _point(place: Path, name: str, path: Path) -> None:
-    temporary = place / f"{name}.tmp"
+def _point_to_best(place: Path, path: Path) -> None:
+    temporary = place / "best.tmp"
     with open(temporary, "w", encoding="ascii") as file:
         file.write(path.name + "\n")
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(place / name)
+    temporary.replace(place / "best")
     _sync_directory(place)
 
 
@@ -158,9 +193,9 @@ def _sync_directory(place: Path) -> None:
 
 
 def _prune(run_dir: Path, keep: int, written: Path) -> None:
-    best = pointed(run_dir, "best")
-    # Those with a later step than the one just written were damaged, and were passed over when the run went on.
+    spared = best(run_dir)
+    # Any of a later step are of before a rewind, and will be written again.
     upto = [path for path in existing(run_dir) if path.name <= written.name]
     for path in upto[keep:]:
-        if path != best:
+        if path != spared:
             path.unlink()

@@ -7,8 +7,11 @@ import numpy as np
 from hvd_vgg.config import Config
 from hvd_vgg.data import pipeline, records
 from hvd_vgg.parallel import comm
+from hvd_vgg.run import watch
 from hvd_vgg.run.health import BUG, Failure
 from hvd_vgg.run.log import Console
+
+_LISTEN_BATCHES = 4  # the ranks ask each other this often whether one was asked to stop
 
 
 class Evaluation(NamedTuple):
@@ -38,16 +41,21 @@ def evaluate(
 ) -> Evaluation:
     """Returns the evaluation of a whole split, the same on all ranks; all ranks must call.
 
-    Raises Failure(DATA) from the rank that meets a bad record, and Failure(BUG) should a record be missed or seen twice.
+    Raises Failure(DATA) from the rank that meets a bad record, Failure(BUG) should a record be missed or seen twice, and
+    watch.Stopped on all ranks when any was asked to stop.
     """
     counts, loss_sum, ids = np.zeros(3, np.int64), 0.0, []
     progress = console.progress("evaluating", -(-index.records // comm.size()), "records on rank 0")
-    for batch in pipeline.eval_batches(index, config, label_base, comm.rank(), comm.size(), threads):
+    all_have = -(-index.records // config.device_batch) // comm.size()  # batches; some ranks have one more
+    for number, batch in enumerate(pipeline.eval_batches(index, config, label_base, comm.rank(), comm.size(), threads)):
         loss, *hits = eval_step(batch.images, batch.labels)
         counts += [int(count) for count in hits]
         loss_sum += float(loss)
         ids.append(np.asarray(batch.ids)[np.asarray(batch.labels) != pipeline.PADDING])
         progress.update(int(counts[2]))
+        watch.beat(phase="evaluation")
+        if number < all_have and number % _LISTEN_BATCHES == 0 and comm.any_rank(watch.asked()):
+            raise watch.Stopped
     mine = np.concatenate(ids) if ids else np.zeros(0, np.int64)
     seen = comm.sum_over_ranks(np.bincount(mine, minlength=index.records).astype(np.int64))
     top1, top5, total = comm.sum_over_ranks(counts).tolist()

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Dict, FrozenSet, List, Tuple
+from typing import IO, Any, Callable, Dict, FrozenSet, Iterator, List, NamedTuple, NoReturn, Optional, Tuple
 
 import numpy as np
 import tensorflow as tf
@@ -16,106 +16,215 @@ from hvd_vgg.data import order, pipeline, records
 from hvd_vgg.data.index import Data, open_data, open_split
 from hvd_vgg.model.layers import DENSE
 from hvd_vgg.parallel import comm, cost
-from hvd_vgg.run.health import CONFIGURATION, NOT_FINITE, USAGE, Failure
-from hvd_vgg.run.log import Console, count
+from hvd_vgg.run import lock, watch
+from hvd_vgg.run.health import CONFIGURATION, NOT_FINITE, STOPPED, USAGE, Failure, launched_rank
+from hvd_vgg.run.log import Console, RunLog, count
 from hvd_vgg.run.throughput import Throughput
 from hvd_vgg.train import checkpoint, evaluate, schedule, state, step, tell
 from hvd_vgg.train.profile import profiled
+from hvd_vgg.train.writer import Writer
 
 # A window of log lines ends early once: the user sees that it works, and the estimate leaves out what was compiled.
 _FIRST_LOOK = 2
+# Where updates are slow, the ranks ask each other between log lines too whether one of them was asked to stop.
+_LISTEN_SECONDS = 5.0
+
+
+class Job(NamedTuple):
+    """What a run is made of on this rank; `log`, `writer` and `lock` are rank 0's."""
+
+    config: Config
+    run_dir: Path
+    console: Console
+    data: Data
+    total: int
+    eval_at: FrozenSet[int]
+    what: Dict[str, Any]
+    run: state.State
+    train_step: Callable[..., step.Sums]
+    eval_step: Callable[..., Any]
+    checksums: Callable[[], Any]
+    input_threads: int
+    throughput: Throughput
+    began: float  # time.monotonic() less the seconds of earlier starts
+    log: Optional[RunLog]
+    writer: Optional[Writer]
+    lock: Optional[IO[str]]
+
+    def epoch(self, done: int) -> float:
+        """Returns how many epochs `done` updates are."""
+        return done * self.config.global_batch / self.data.train.records
 
 
 def train(config: Config) -> None:
     """Trains, evaluates and leaves everything in --run_dir; all ranks call."""
-    # ---- who and where we are
-    device = comm.start(config.input_threads, timeline=bool(config.profile_steps))
-    threads = device.input_threads
-    console = Console(config.console, comm.is_root())
-    run_dir = Path(config.run_dir)
-    _check_ranks(config)
-    comm.together(lambda: _check_start(config, run_dir))
-
-    # ---- the data
-    data = open_data(config, run_dir, console)
-    total = total_steps(config, data.train.records)
-    eval_at = _evaluation_steps(config, data.train.records, total)
-    low, _ = order.slice_bounds(config.global_batch, comm.rank(), comm.size())
-
-    # ---- the model, from the start or from a checkpoint
-    run = state.initial(config)
-    what = state.what_run(config, data.train, data.label_base)
-    position = state.restore(run, config, run_dir, what, console)
-    choices = cost.choose(config, comm.size())
-    factored = [choice.layer for choice in choices if choice.way == "factored"]
-    train_step = step.make_train_step(run.weights, run.slots, config, device.data_format, factored)
-    checksums = step.make_checksums(run.weights)
-    eval_step = step.make_eval_step(run.weights, config, device.data_format)
-    log = tell.introduce(config, run_dir, data, device, choices, total, position.step, console)
-
-    # ---- the loop
-    best = position.best_top1
-    steps = range(position.step, position.step if _reached(config, best, data) else total)
-    batches = pipeline.train_batches(data.train, config, data.label_base, steps, comm.rank(), comm.size(), threads)
-    throughput, progress = Throughput(), console.progress("training", total, "steps", position.step)
-    began, done, result = time.monotonic() - position.seconds, position.step, None
+    job, at = _begin(config)
+    throughput, result, begun_at, listen_every = job.throughput, None, at.step, config.log_every_steps
+    if at.step in job.eval_at and at.evaluated < at.step:  # asked to stop before it was scored
+        at, result, _ = _evaluate(job, at)
+    steps = range(at.step, at.step if _reached(job, at) else job.total)
+    progress = job.console.progress("training", job.total, "steps", at.step)
     window: List[Tuple[int, step.Sums]] = []
-    for now, batch in zip(steps, profiled(throughput.waiting(batches), steps, config, throughput)):
-        lr = schedule.learning_rate(now, config, data.train.records)
-        keys = order.dropout_keys(config.seed, now, len(DENSE) - 1)
-        sums = train_step(*batch[:2], tf.constant(low, tf.int64), tf.constant(keys), tf.constant(lr, tf.float32))
-        window.append((now, sums))
-        done = now + 1
-        saves = bool(config.save_every_steps) and done % config.save_every_steps == 0
+    for now, batch in zip(steps, profiled(throughput.waiting(_batches(job, steps)), steps, config, throughput)):
+        window.append((now, _update(job, now, batch)))
+        at = at._replace(step=now + 1)
+        watch.beat(at.step)
+        if job.log and now == begun_at:
+            job.log.event("first_update", step=now)
+        evaluates = at.step in job.eval_at
+        saves = bool(config.save_every_steps) and at.step % config.save_every_steps == 0
         # Weights are compared before they are scored or saved too: a checkpoint of drifted ones would look whole.
-        compares = config.drift_every_steps > 0 and (done % config.drift_every_steps == 0 or saves or done in eval_at)
-        first_look = done - position.step == _FIRST_LOOK
-        if not (first_look or done % config.log_every_steps == 0 or saves or compares or done in eval_at):
+        compares = config.drift_every_steps > 0 and (at.step % config.drift_every_steps == 0 or saves or evaluates)
+        first_look = at.step - begun_at == _FIRST_LOOK
+        if not (first_look or at.step % config.log_every_steps == 0 or saves or compares or evaluates):
             throughput.end_update()
-            progress.update(done)
+            progress.update(at.step)
+            if at.step % listen_every == 0 and comm.any_rank(watch.asked()):
+                _stop(job, at)
             continue
 
-        row = {**_close_window(window, config), "train.lr": lr}
+        row = {**_close_window(window, config), "train.lr": schedule.learning_rate(now, config, job.data.train.records)}
         throughput.end_update()
         row, verdict = tell.speed_of_window(row, window, throughput, config)
         window.clear()
         if compares:
-            state.check_identical(list(run.weights), checksums().numpy(), now)
-        epoch = done * config.global_batch / data.train.records
+            state.check_identical(list(job.run.weights), job.checksums().numpy(), now)
         if first_look:
-            progress.restart(done)
-        tell.training(row, verdict, done, total, epoch, log, console, progress)
+            progress.restart(at.step)
+            listen_every = max(1, round(_LISTEN_SECONDS * row["train.fps"] / config.global_batch))
+        tell.training(row, verdict, at.step, job.total, job.epoch(at.step), job.log, job.console, progress)
+        tell.save_failed(job.writer.failure() if job.writer else None, job.log, job.console)
         improved = False
-        if done in eval_at:
-            with throughput.apart("evaluation"):
-                result = evaluate.evaluate(eval_step, data.validation, config, data.label_base, threads, console)
-                tell.evaluation(result, done, epoch, log, console)
-            improved, best = result.top1 > best, max(best, result.top1)
-        reached = _reached(config, best, data)
-        if saves or improved or done == total or reached:
-            with throughput.apart("saving"):
-                at = state.Position(done, time.monotonic() - began, best)
-                state.save(run, at, what, run_dir, config.keep_checkpoints, improved)
-        if result and done in eval_at:
-            with throughput.apart("saving"):
-                tell.write_result(config, run_dir, result, throughput, done, epoch, time.monotonic() - began)
+        if evaluates:
+            at, result, improved = _evaluate(job, at)
+        reached = evaluates and _reached(job, at)
+        if saves or improved or reached or at.step == job.total:
+            _save(job, at, improved)
+        if evaluates and result:
+            _write_result(job, at, result)
         if reached:
-            console.say(f"acc@1 has reached --stop_at_top1={config.stop_at_top1}")
+            job.console.say(f"acc@1 has reached --stop_at_top1={config.stop_at_top1}")
             break
+        if at.step < job.total and comm.any_rank(watch.asked()):
+            _stop(job, at)
+    _end(job, at, result)
 
-    # ---- the end
-    if result is None:  # nothing was left to train
-        epoch = done * config.global_batch / data.train.records
-        result = evaluate.evaluate(eval_step, data.validation, config, data.label_base, threads, console)
-        tell.evaluation(result, done, epoch, log, console)
-        tell.write_result(config, run_dir, result, throughput, done, epoch, time.monotonic() - began)
-    tell.summary(config, run_dir, result, throughput, done, time.monotonic() - began, log, console)
+
+def _begin(config: Config) -> Tuple[Job, state.Position]:
+    """Returns what the run is made of, and where it stands: at the start, or at a checkpoint."""
+    # ---- who and where we are
+    run_dir = Path(config.run_dir)
+    os.umask(os.umask(0o027) | 0o027)
+    watch.begin(run_dir, launched_rank() or 0, config.hang_seconds)
+    device = comm.start(config.input_threads, bool(config.profile_steps), hang_seconds=config.hang_seconds)
+    watch.listen()
+    console = Console(config.console, comm.is_root())
+    _check_ranks(config)
+    lock = comm.together(lambda: _check_start(config, run_dir))
+    log = tell.open_log(config, run_dir)
+
+    # ---- the data
+    data = open_data(config, run_dir, console)
+    total = total_steps(config, data.train.records)
+
+    # ---- the model, from the start or from a checkpoint
+    run = state.initial(config)
+    what = state.what_run(config, data.train, data.label_base)
+    at = state.restore(run, config, run_dir, what, log, console)
+    choices = cost.choose(config, comm.size())
+    factored = [choice.layer for choice in choices if choice.way == "factored"]
+    tell.introduce(config, run_dir, data, device, choices, total, at.step, log, console)
+    return Job(
+        config,
+        run_dir,
+        console,
+        data,
+        total,
+        _evaluation_steps(config, data.train.records, total),
+        what,
+        run,
+        step.make_train_step(run.weights, run.slots, config, device.data_format, factored),
+        step.make_eval_step(run.weights, config, device.data_format),
+        step.make_checksums(run.weights),
+        device.input_threads,
+        Throughput(),
+        time.monotonic() - at.seconds,
+        log,
+        Writer(run_dir, config.keep_checkpoints) if log else None,
+        lock,
+    ), at
+
+
+def _batches(job: Job, steps: range) -> Iterator[pipeline.Batch]:
+    data, threads = job.data, job.input_threads
+    return pipeline.train_batches(data.train, job.config, data.label_base, steps, comm.rank(), comm.size(), threads)
+
+
+def _update(job: Job, now: int, batch: pipeline.Batch) -> step.Sums:
+    low, _ = order.slice_bounds(job.config.global_batch, comm.rank(), comm.size())
+    keys = order.dropout_keys(job.config.seed, now, len(DENSE) - 1)
+    lr = schedule.learning_rate(now, job.config, job.data.train.records)
+    return job.train_step(*batch[:2], tf.constant(low, tf.int64), tf.constant(keys), tf.constant(lr, tf.float32))
+
+
+def _evaluate(job: Job, at: state.Position) -> Tuple[state.Position, evaluate.Evaluation, bool]:
+    """Returns where the run stands then, the evaluation, and whether it is better than all before."""
+    with job.throughput.apart("evaluation"), watch.phase("evaluation"):
+        try:
+            data, threads = job.data, job.input_threads
+            result = evaluate.evaluate(job.eval_step, data.validation, job.config, data.label_base, threads, job.console)
+        except watch.Stopped:
+            _stop(job, at)
+        tell.evaluation(result, at.step, job.epoch(at.step), job.log, job.console)
+    improved = result.top1 > at.best_top1
+    return at._replace(best_top1=max(at.best_top1, result.top1), evaluated=at.step), result, improved
+
+
+def _save(job: Job, at: state.Position, best: bool) -> None:
+    with job.throughput.apart("saving"), watch.phase("saving"):
+        if job.writer:
+            tell.save_failed(job.writer.wait(), job.log, job.console)
+        seconds = time.monotonic() - job.began
+        state.save(job.run, at._replace(seconds=seconds), job.what, job.writer, best)
+
+
+def _write_result(job: Job, at: state.Position, result: evaluate.Evaluation) -> None:
+    with job.throughput.apart("saving"):
+        seconds = time.monotonic() - job.began
+        tell.write_result(job.config, job.run_dir, result, job.throughput, at.step, job.epoch(at.step), seconds)
+
+
+def _stop(job: Job, at: state.Position) -> NoReturn:
+    """Ends a run that was asked to stop, with a checkpoint; all ranks call at the same step."""
+    _save(job, at, False)
+    with watch.phase("saving"):
+        state.finish(job.writer)
+    if job.log:
+        job.log.event("stopped", step=at.step)
+    raise Failure(
+        STOPPED,
+        f"stopped on request after step {at.step} of {job.total}: the same command goes on from there",
+        agreed=True,
+    )
+
+
+def _end(job: Job, at: state.Position, result: Optional[evaluate.Evaluation]) -> None:
+    """Ends a run that is through, with the evaluation and the checkpoint it must have."""
+    if result is None or at.evaluated < at.step:  # nothing was left to train
+        at, result, _ = _evaluate(job, at)
+        _write_result(job, at, result)
+    with watch.phase("saving"):
+        state.finish(job.writer)
+    seconds = time.monotonic() - job.began
+    tell.summary(job.config, job.run_dir, result, job.throughput, at.step, seconds, job.writer, job.log, job.console)
     comm.leave()
+    watch.end()
 
 
 def evaluate_run(config: EvaluateConfig) -> None:
     """Evaluates a checkpoint of the run in --run_dir on the validation split; all ranks call."""
-    device = comm.start(config.input_threads)
+    watch.begin(None, launched_rank() or 0, config.hang_seconds)
+    device = comm.start(config.input_threads, hang_seconds=config.hang_seconds)
     console = Console(config.console, comm.is_root())
     _check_ranks(config)
     run_dir = Path(config.run_dir)
@@ -134,10 +243,12 @@ def evaluate_run(config: EvaluateConfig) -> None:
         f"({result.top1} and {result.top5} of {result.records} records, each once, on {count(comm.size(), 'rank')})"
     )
     comm.leave()
+    watch.end()
 
 
-def _reached(config: Config, top1: int, data: Data) -> bool:
-    return config.stop_at_top1 > 0 and top1 >= config.stop_at_top1 * data.validation.records
+def _reached(job: Job, at: state.Position) -> bool:
+    target = job.config.stop_at_top1
+    return target > 0 and at.best_top1 >= target * job.data.validation.records
 
 
 def _check_ranks(config: Config) -> None:
@@ -150,7 +261,8 @@ def _check_ranks(config: Config) -> None:
     comm.agree("the software", comm.describe())
 
 
-def _check_start(config: Config, run_dir: Path) -> None:
+def _check_start(config: Config, run_dir: Path) -> Optional[IO[str]]:
+    """Returns the run directory's lock, on rank 0."""
     if config.global_batch < comm.size():
         raise Failure(
             USAGE, f"--global_batch={config.global_batch} leaves nothing to do for some of {comm.size()} ranks: start fewer"
@@ -158,13 +270,14 @@ def _check_start(config: Config, run_dir: Path) -> None:
     if config.profile_steps and max(config.profile_ranks, default=0) >= comm.size():
         raise Failure(USAGE, f"--profile_ranks: expected numbers below {comm.size()}, which is how many ranks there are")
     if not comm.is_root():
-        return
+        return None
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(run_dir, os.W_OK | os.X_OK):
             raise PermissionError(13, "no permission to write")
     except OSError as error:
         raise Failure(CONFIGURATION, f"--run_dir={run_dir} cannot be made or written: {error.strerror}") from error
+    return lock.acquire(run_dir)
 
 
 def _evaluation_steps(config: Config, records_count: int, total: int) -> FrozenSet[int]:
@@ -205,17 +318,18 @@ def _close_window(window: List[Tuple[int, step.Sums]], config: Config) -> Dict[s
 
 
 def _load_for_evaluation(config: EvaluateConfig, run_dir: Path) -> checkpoint.Checkpoint:
-    if config.checkpoint in ("best", "newest"):
-        path = checkpoint.pointed(run_dir, config.checkpoint)
-        if path is None:
-            place = checkpoint.folder(run_dir)
-            raise Failure(
-                CONFIGURATION,
-                f"{place} names no {config.checkpoint} checkpoint: is --run_dir a run's, "
-                "and has it been evaluated yet? --checkpoint=newest needs no evaluation",
-            )
+    if config.checkpoint == "best":
+        path = checkpoint.best(run_dir)
+    elif config.checkpoint == "newest":
+        path = next(iter(checkpoint.existing(run_dir)), None)
     else:
         path = Path(config.checkpoint)
+    if path is None:
+        raise Failure(
+            CONFIGURATION,
+            f"{checkpoint.folder(run_dir)} has no {config.checkpoint} checkpoint: is --run_dir a run's, and has it been "
+            f"evaluated yet? --checkpoint=newest needs no evaluation",
+        )
     try:
         return checkpoint.load(path)
     except ValueError as error:

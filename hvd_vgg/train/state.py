@@ -3,18 +3,19 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import numpy as np
 
-from hvd_vgg.config import Config, identity
+from hvd_vgg.config import Config, allowed_changes, identity
 from hvd_vgg.data import records
 from hvd_vgg.model import vgg
 from hvd_vgg.model.layers import layers
 from hvd_vgg.parallel import comm
 from hvd_vgg.run.health import CONFIGURATION, NOT_FINITE, Failure, difference
-from hvd_vgg.run.log import Console
+from hvd_vgg.run.log import Console, RunLog
 from hvd_vgg.train import checkpoint, optimizer
+from hvd_vgg.train.writer import Writer
 
 
 class State(NamedTuple):
@@ -29,11 +30,15 @@ class State(NamedTuple):
 
 
 class Position(NamedTuple):
-    """How far a run is: updates made, seconds they took over all starts, most top-1 hits of an evaluation so far."""
+    """How far a run is, as its checkpoints keep it."""
 
-    step: int
-    seconds: float
-    best_top1: int
+    step: int = 0  # updates made
+    seconds: float = 0.0  # that they took over all starts
+    best_top1: int = -1  # most hits of an evaluation so far
+    evaluated: int = 0  # the step of the newest evaluation
+    coverage: List[int] = []  # noqa: RUF012 (never changed in place)
+    bad_records: List[int] = []  # noqa: RUF012
+    skipped_steps: List[int] = []  # noqa: RUF012
 
 
 def initial(config: Config) -> State:
@@ -50,37 +55,51 @@ def what_run(config: Config, train_index: records.Index, label_base: int) -> Dic
     return {**identity(config), **data}
 
 
-def restore(state: State, config: Config, run_dir: Path, expected: Dict[str, Any], console: Console) -> Position:
+def restore(
+    state: State, config: Config, run_dir: Path, expected: Dict[str, Any], log: Optional[RunLog], console: Console
+) -> Position:
     """Brings `state` of all ranks to where the run in `run_dir` stands, or to rank 0's initial weights; all ranks call.
 
-    Raises an agreed Failure(CONFIGURATION) as --resume says, when no checkpoint is whole, or when the run is another.
+    Damaged checkpoints newer than the one it goes on from are set aside. Raises an agreed Failure(CONFIGURATION) as --resume
+    says, when no checkpoint is whole, or when the run is another.
     """
 
     def find() -> Position:
-        if not comm.is_root():
-            return Position(0, 0.0, -1)
+        if log is None:  # not rank 0
+            return Position()
         checkpoint.clean(run_dir)
         _require(config.resume, run_dir)
-        found = checkpoint.newest(run_dir)
+        found, faults = checkpoint.newest(run_dir)
         if found is None:
-            return Position(0, 0.0, -1)
-        skipped = [path.name for path in checkpoint.existing(run_dir) if path.name > found.path.name]
-        if skipped:
-            console.say(f"not whole, passed over: {', '.join(skipped)}")
-        changed = difference(found.meta["run"], expected)
-        if changed:
-            raise Failure(
-                CONFIGURATION,
-                f"{found.path} is of another run (expected: the checkpoint's, found: this command's):\n{changed}\n"
-                f"Use the run's own flags (--flagfile={run_dir}/flags.txt) or another --run_dir",
-            )
+            return Position()
+        changed = [key for key in {**found.meta["run"], **expected} if found.meta["run"].get(key) != expected.get(key)]
+        _refuse_changes([key for key in changed if key not in allowed_changes(config)], found, expected, run_dir)
         assign(state.variables(), found)
+        for path, reason in faults.items():
+            aside = checkpoint.set_aside(path)
+            console.say(f"{path.name} is damaged ({reason}): set aside as {aside.name}")
+            log.event("checkpoint_damaged", file=path.name, reason=reason, renamed=aside.name)
+        for key in changed:
+            console.say(f"--{key} was {found.meta['run'].get(key)}, is {expected.get(key)} from here on")
+            log.event("config_changed", flag=key, before=found.meta["run"].get(key), after=expected.get(key))
         console.say(f"going on from step {found.meta['step']}: {found.path}")
-        return Position(*(found.meta[field] for field in Position._fields))
+        log.event("resume", **{"from": found.meta["step"]}, checkpoint=found.path.name)
+        return Position(**{field: found.meta[field] for field in Position._fields if field in found.meta})
 
     position = comm.together(find)
     comm.broadcast_variables(list(state.variables().values()))
     return Position(*json.loads(comm.from_root(json.dumps(position).encode()).decode()))
+
+
+def _refuse_changes(keys: List[str], found: checkpoint.Checkpoint, expected: Dict[str, Any], run_dir: Path) -> None:
+    if keys:
+        run = found.meta["run"]
+        table = difference({k: run.get(k) for k in keys}, {k: expected.get(k) for k in keys}, ("checkpoint", "command"))
+        raise Failure(
+            CONFIGURATION,
+            f"{found.path} is of another run:\n{table}\nUse the run's own flags (--flagfile={run_dir}/flags.txt), another "
+            f"--run_dir, or allow a flag's change by name: --allow_config_change={','.join(keys)}",
+        )
 
 
 def _require(resume: str, run_dir: Path) -> None:
@@ -130,12 +149,19 @@ def assign(variables: Dict[str, Any], found: checkpoint.Checkpoint) -> None:
         variable.assign(tensor)
 
 
-def save(state: State, position: Position, what: Dict[str, Any], run_dir: Path, keep: int, best: bool) -> None:
-    """Writes a checkpoint, on rank 0; all ranks must call. Raises an agreed Failure(NOT_WRITTEN)."""
+def save(state: State, position: Position, what: Dict[str, Any], writer: Optional[Writer], best: bool) -> None:
+    """Begins to write a checkpoint, on rank 0, which alone has a writer; waits for the copy of the variables only."""
+    if writer:
+        tensors = {name: np.asarray(variable) for name, variable in state.variables().items()}
+        writer.begin(tensors, {**position._asdict(), "run": what}, best)
 
-    def write() -> None:
-        if comm.is_root():
-            tensors = {name: np.asarray(variable) for name, variable in state.variables().items()}
-            checkpoint.save(run_dir, tensors, {**position._asdict(), "run": what}, keep, best)
 
-    comm.together(write)
+def finish(writer: Optional[Writer]) -> None:
+    """Waits for the checkpoint begun last; all ranks must call. Raises an agreed Failure(NOT_WRITTEN)."""
+
+    def wait() -> None:
+        failure = writer.wait() if writer else None
+        if failure:
+            raise failure
+
+    comm.together(wait)

@@ -1,5 +1,6 @@
 """What rank 0 says and writes of a run: console lines, the log, result.json."""
 
+import contextlib
 import dataclasses
 import json
 import socket
@@ -18,26 +19,29 @@ from hvd_vgg.run.log import Console, Progress, RunLog, count, duration
 from hvd_vgg.run.throughput import Split, Throughput, Verdict, judge, per_host, per_rank, table
 from hvd_vgg.train.evaluate import Evaluation
 from hvd_vgg.train.step import Sums
+from hvd_vgg.train.writer import Writer
 
 
-def _open_log(config: Config, run_dir: Path) -> RunLog:
-    try:
-        (run_dir / "flags.txt").write_text(to_flag_file(config), encoding="utf-8")
-        return RunLog(run_dir, config.console == "dllogger", _tensorboard(run_dir))
-    except (OSError, tf.errors.OpError) as error:
-        raise Failure(NOT_WRITTEN, f"the logs in {run_dir} cannot be written: {error}") from error
+def open_log(config: Config, run_dir: Path) -> Optional[RunLog]:
+    """Returns the log of the run, on rank 0 alone; all ranks must call. Raises an agreed Failure(NOT_WRITTEN)."""
+
+    def opened() -> Optional[RunLog]:
+        try:
+            return RunLog(run_dir, config.console == "dllogger", _tensorboard(run_dir)) if comm.is_root() else None
+        except (OSError, tf.errors.OpError) as error:
+            raise Failure(NOT_WRITTEN, f"the logs in {run_dir} cannot be written: {error}") from error
+
+    return comm.together(opened)
 
 
 def _tensorboard(run_dir: Path) -> Callable[[str, float, int], None]:
     writer = tf.summary.create_file_writer(str(run_dir / "tensorboard"))
 
     def scalar(name: str, value: float, at: int) -> None:
-        try:
-            with writer.as_default():
-                tf.summary.scalar(name, value, at)
+        # What TensorBoard shows is in dllogger.json too: a full disk is no reason to stop.
+        with contextlib.suppress(tf.errors.OpError), writer.as_default():
+            tf.summary.scalar(name, value, at)
             writer.flush()
-        except tf.errors.OpError as error:
-            raise Failure(NOT_WRITTEN, f"{run_dir / 'tensorboard'} cannot be written: {error.message}") from error
 
     return scalar
 
@@ -50,11 +54,12 @@ def introduce(
     choices: List[cost.Choice],
     total: int,
     first: int,
+    log: Optional[RunLog],
     console: Console,
-) -> Optional[RunLog]:
-    """Prints and logs what is about to be trained; writes the run's flag file; returns its log, on rank 0 alone.
+) -> None:
+    """Prints and logs what is about to be trained; writes the run's flag file. All ranks must call.
 
-    Raises Failure(NOT_WRITTEN).
+    Raises an agreed Failure(NOT_WRITTEN).
     """
     layers = tables.layers(config.model, config.width, config.image_size, config.num_classes)
     slices = [order.slice_bounds(config.global_batch, rank, comm.size()) for rank in range(comm.size())]
@@ -77,13 +82,20 @@ def introduce(
     if config.profile_steps and not range(max(first, wanted.start), min(total, wanted.stop)):
         console.say(f"--profile_steps={config.profile_steps}: none of them is between {first} and {total - 1}")
     console.say(f"steps {first} to {total}, lr {config.lr:g} for the mean gradient of {config.global_batch}")
-    if not comm.is_root():
-        return None
-    log = _open_log(config, run_dir)
-    facts = {**comm.describe(), "ranks": comm.size(), "device": device.kind, "steps": total, "first_step": first}
-    facts.update(cost.as_log(choices))
-    log.log("PARAMETER", {**dataclasses.asdict(config), **facts})
-    return log
+    comm.together(lambda: _write(run_dir / "flags.txt", to_flag_file(config)) if comm.is_root() else None)
+    if log:
+        facts = {**comm.describe(), "ranks": comm.size(), "device": device.kind, "steps": total, "first_step": first}
+        log.log("PARAMETER", {**dataclasses.asdict(config), **facts, **cost.as_log(choices)})
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all; raises Failure(NOT_WRITTEN)."""
+    try:
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise Failure(NOT_WRITTEN, f"{path} cannot be written: {error.strerror}") from error
 
 
 def speed_of_window(
@@ -144,6 +156,13 @@ def evaluation(result: Evaluation, done: int, epoch: float, log: Optional[RunLog
     )
 
 
+def save_failed(failure: Optional[Failure], log: Optional[RunLog], console: Console) -> None:
+    """Prints and logs that a checkpoint could not be written, if it could not; training goes on, on rank 0."""
+    if failure and log:
+        log.event("save_failed", error=failure.message)
+        console.say(failure.message)
+
+
 def speed(throughput: Throughput, config: Config) -> Dict[str, Any]:
     """Returns what this start's updates measured, of the job and of each rank, the same on all ranks; all ranks call."""
     mine_alone = json.dumps(throughput.summary(config.global_batch))
@@ -197,12 +216,7 @@ def write_result(
             "precision": config.precision,
             "seconds": seconds,
         }
-        try:
-            temporary = run_dir / "result.json.tmp"
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            temporary.replace(run_dir / "result.json")
-        except OSError as error:
-            raise Failure(NOT_WRITTEN, f"{run_dir / 'result.json'} cannot be written: {error.strerror}") from error
+        _write(run_dir / "result.json", json.dumps(content, indent=2) + "\n")
 
     comm.together(write)
 
@@ -221,10 +235,11 @@ def summary(
     throughput: Throughput,
     done: int,
     seconds: float,
+    writer: Optional[Writer],
     log: Optional[RunLog],
     console: Console,
 ) -> None:
-    """Prints and logs the end of a run; all ranks call."""
+    """Prints and logs the end of a run; all ranks call. Raises an agreed Failure(NOT_WRITTEN) when the log cannot be."""
     measured = speed(throughput, config)
     if log:
         log.log((), {**result.metrics(), **{name: value for name, value in measured.items() if not name.startswith("by_")}})
@@ -235,8 +250,13 @@ def summary(
     console.say(f"  steps              {done}")
     if measured["fps"]:
         _say_speed(measured, console)
+    if writer and writer.written:
+        console.say(
+            f"  checkpoints        {writer.written} written in the background, {writer.seconds / writer.written:.2f} s each"
+        )
     console.say(f"  run                {run_dir.resolve()}")
     console.say("  in it              result.json, dllogger.json, flags.txt, checkpoints/, tensorboard/")
+    comm.together(lambda: log.close() if log else None)
 
 
 def _say_speed(measured: Dict[str, Any], console: Console) -> None:
@@ -253,4 +273,4 @@ def _say_speed(measured: Dict[str, Any], console: Console) -> None:
     console.say(f"  held back by       {who}{measured['held_back_by']}")
     console.say(table(rows))
     seconds = [rows[0][f"{what}_seconds"] for what in ("evaluation", "saving")]
-    console.say(f"  aside, on rank 0   evaluation {seconds[0]:.1f} s, saving {seconds[1]:.1f} s")
+    console.say(f"  aside, on rank 0   evaluation {seconds[0]:.1f} s, copying for checkpoints {seconds[1]:.2f} s")

@@ -124,7 +124,7 @@ def test_a_run_stops_at_the_accuracy_asked_for_and_keeps_the_best(launch, tmp_pa
     assert f"steps              {result['steps']}" in ended.out
     assert json.loads((run_dir / "result.json").read_text()) == result
     names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-    assert names == ["best", "newest", f"step-{result['steps']:08d}.safetensors"]
+    assert names == ["best", f"step-{result['steps']:08d}.safetensors"]
 
 
 def test_dlloggers_lines_on_stdout_when_asked_for(launch, tmp_path, data):

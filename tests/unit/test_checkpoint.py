@@ -21,7 +21,8 @@ def save(run_dir, step, keep=3, best=False):
 
 def test_a_saved_checkpoint_is_read_back_equal(tmp_path):
     path = save(tmp_path, 12)
-    found = checkpoint.newest(tmp_path)
+    found, faults = checkpoint.newest(tmp_path)
+    assert not faults
     assert path.name == "step-00000012.safetensors"
     assert (found.path, found.meta) == (path, {"step": 12, "run": {"seed": 1}})
     for name, value in tensors(12).items():
@@ -33,22 +34,18 @@ def test_the_newest_are_kept_and_the_best(tmp_path):
     for step in (1, 2, 3, 4, 5, 6):
         save(tmp_path, step, keep=2, best=step == 2)
     assert [path.name[5:13] for path in checkpoint.existing(tmp_path)] == ["00000006", "00000005", "00000002"]
-    assert checkpoint.pointed(tmp_path, "best").name == "step-00000002.safetensors"
-    assert checkpoint.pointed(tmp_path, "newest").name == "step-00000006.safetensors"
+    assert checkpoint.best(tmp_path).name == "step-00000002.safetensors"
 
 
-def test_what_was_just_written_is_kept_although_damaged_ones_have_later_steps(tmp_path):
+def test_what_was_just_written_is_kept_although_there_are_later_steps(tmp_path):
     for step in (40, 60, 80, 100):
-        path = save(tmp_path, step, keep=9)
-        if step > 40:
-            path.write_bytes(b"damaged")
-    assert checkpoint.newest(tmp_path).meta["step"] == 40
-    save(tmp_path, 50, keep=1)
-    assert checkpoint.newest(tmp_path).meta["step"] == 50
+        save(tmp_path, step, keep=9)
+    save(tmp_path, 50, keep=1)  # after a rewind to 40
+    assert [path.name[5:13] for path in checkpoint.existing(tmp_path)] == ["00000100", "00000080", "00000060", "00000050"]
 
 
 def test_no_checkpoints_is_none_and_all_damaged_is_an_error(tmp_path):
-    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.newest(tmp_path) == (None, {})
     path = save(tmp_path, 1)
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(Failure) as raised:
@@ -69,16 +66,23 @@ def test_a_damaged_newest_is_passed_over_for_the_one_before(tmp_path, damage):
     else:
         data[-100] ^= 1
         path.write_bytes({"cut": bytes(data[:-50]), "flip": bytes(data), "empty": b"", "junk": b"x" * 5000}[damage])
-    assert checkpoint.newest(tmp_path).meta["step"] == 1
+    found, faults = checkpoint.newest(tmp_path)
+    assert found.meta["step"] == 1
+    assert list(faults) == [path]
     with pytest.raises(ValueError, match="."):
         checkpoint.load(path)
+    aside = checkpoint.set_aside(path)
+    assert aside.name == "step-00000002.safetensors.bad"
+    assert checkpoint.newest(tmp_path)[1] == {}
+    save(tmp_path, 3, keep=1)
+    assert aside.exists()
 
 
 def test_pointers_lead_nowhere_but_to_checkpoints(tmp_path):
     save(tmp_path, 1, best=True)
     for text in ("../../x", "/etc/passwd", "", "step-1.safetensors", "step-00000001.safetensors/../x"):
         (checkpoint.folder(tmp_path) / "best").write_text(text)
-        assert checkpoint.pointed(tmp_path, "best") is None
+        assert checkpoint.best(tmp_path) is None
 
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path):
@@ -94,7 +98,7 @@ def test_leftovers_of_a_killed_save_are_removed_and_nothing_else(tmp_path):
     (place / "step-00000002.safetensors.tmp").write_bytes(b"half")
     (place / "mine.txt").write_text("keep")
     checkpoint.clean(tmp_path)
-    assert sorted(path.name for path in place.iterdir()) == ["mine.txt", "newest", "step-00000001.safetensors"]
+    assert sorted(path.name for path in place.iterdir()) == ["mine.txt", "step-00000001.safetensors"]
 
 
 SAVER = """
@@ -121,10 +125,10 @@ def test_sigkill_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path):
         process.wait()
         process.stdout.close()
         checkpoint.clean(run_dir)
-        found = checkpoint.newest(run_dir)
+        found, _ = checkpoint.newest(run_dir)
         assert found.meta["step"] >= max(told)
         assert all((value == found.meta["step"]).all() for value in found.tensors.values())
-        best = checkpoint.pointed(run_dir, "best")
+        best = checkpoint.best(run_dir)
         assert best is None or checkpoint.load(best).meta["step"] % 3 == 0
 
 
@@ -143,14 +147,14 @@ def test_bytes_are_on_disk_before_the_name_is(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(checkpoint.Path, "replace", noted_replace)
-    save(tmp_path, 1)
+    save(tmp_path, 1, best=True)
     name = "step-00000001.safetensors"
     assert events == [
         ("fsync", f"{name}.tmp"),
         ("rename", name),
         ("fsync", "checkpoints"),
-        ("fsync", "newest.tmp"),
-        ("rename", "newest"),
+        ("fsync", "best.tmp"),
+        ("rename", "best"),
         ("fsync", "checkpoints"),
     ]
 

@@ -13,15 +13,26 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lower floors know nothing of higher ones; modules on one floor may use each other.
 FLOORS = [
     {"run.health"},
-    {"config", "model.layers", "data.order", "data.records", "run.coverage", "run.log", "run.throughput", "train.schedule"},
+    {"run.watch", "run.lock", "run.coverage"},
+    {"config", "model.layers", "data.order", "data.records", "run.log", "run.throughput", "train.schedule"},
     {"data.images", "data.pipeline", "data.index", "model.vgg", "parallel.comm", "parallel.exchange", "parallel.cost"},
-    {"data.demo", "parallel.plan", "train.checkpoint", "train.optimizer", "train.step", "train.evaluate", "train.state"},
+    {
+        "data.demo",
+        "parallel.plan",
+        "train.checkpoint",
+        "train.writer",
+        "train.optimizer",
+        "train.step",
+        "train.evaluate",
+        "train.state",
+    },
     {"train.tell", "train.profile"},
     {"train.loop", "train.benchmark"},
     {"__main__"},
 ]
 NO_TENSORFLOW = {"config", "data.records", "data.order", "train.schedule", "run.health", "run.log", "run.throughput"}
-NO_TENSORFLOW |= {"model.layers", "parallel.cost", "parallel.plan", "run.coverage"}
+NO_TENSORFLOW |= {"run.watch", "run.lock", "run.coverage"}
+NO_TENSORFLOW |= {"model.layers", "parallel.cost", "parallel.plan"}
 
 
 def name_of(path):
