@@ -89,33 +89,39 @@ def tally(numbers: Sequence[int]) -> Tally:
 
 
 class Proved(NamedTuple):
-    """An epoch that is complete and proved, the update it was complete with, and its tally over all ranks and starts."""
+    """An epoch that is complete, the update it was complete with, and its tally over all ranks and starts.
+
+    The tally is proved to be whole, or None: the checkpoint that the run went on from in this epoch did not know.
+    """
 
     epoch: int
     step: int
-    tally: Tally
+    tally: Optional[Tally]
 
 
 class Coverage:
     """What this rank has trained on since `settle` last summed it over ranks, and the sums of the epoch in progress."""
 
     def __init__(self, records: int, global_batch: int, step: int, state: Sequence[int]) -> None:
-        """Begins after `step` updates, with the `state` of the checkpoint that the run goes on from; [] at its start."""
+        """Begins after `step` updates, with the `state` of the checkpoint that the run goes on from.
+
+        state: [] where an epoch begins, or for an epoch in progress of which nothing is known: it was in another order.
+        """
         self.records, self.global_batch = records, global_batch
-        self.epoch = step * global_batch // records  # the one in progress
-        self.total = tally(state)
+        self.epoch, begun = divmod(step * global_batch, records)  # the one in progress
+        self.total = None if begun and not state else tally(state)
         self.mine: Dict[int, Tally] = {}
 
-    def add(self, position: int, ids: np.ndarray, due: Optional[np.ndarray] = None) -> None:
+    def add(self, position: int, ids: np.ndarray, bad: Sequence[Tuple[int, int]] = ()) -> None:
         """Counts records that this rank has trained on: `ids` int64 [n], at `position` of the stream and onward.
 
-        due: the ids that the order has there, where they may be others: a record that stands in for a bad one is not
-        counted as seen again, and the bad one is counted as replaced.
+        bad: (row, id due there) of the rows whose record is bad and had another take its place. The id due counts as
+        replaced, and the one in its place not at all: its own turn is elsewhere.
         """
-        due = ids if due is None else due
         for epoch, part in self._epochs(position, len(ids)):
-            right = ids[part] == due[part]
-            self._count(epoch, Tally(digest(ids[part][right]), np.zeros(_WORDS, np.int64), due[part][~right]))
+            rows = [(row, due) for row, due in bad if part.start <= row < part.stop]
+            seen = digest(ids[part]) - digest(ids[[row for row, _ in rows]]) if rows else digest(ids[part])
+            self._count(epoch, Tally(seen, np.zeros(_WORDS, np.int64), np.array([due for _, due in rows], np.int64)))
 
     def skip(self, position: int, ids: np.ndarray) -> None:
         """Counts records, due at `position` and onward, that this rank leaves out on purpose (--on_nonfinite=rewind)."""
@@ -144,11 +150,11 @@ class Coverage:
         epochs = range(self.epoch, step * self.global_batch // self.records + 1)
         totals = [self.total] + [tally([]) for _ in epochs[1:]]
         for told in gather(json.dumps([self.mine.pop(epoch, tally([])).numbers() for epoch in epochs]).encode()):
-            totals = [total.plus(tally(numbers)) for total, numbers in zip(totals, json.loads(told.decode()))]
+            totals = [total and total.plus(tally(more)) for total, more in zip(totals, json.loads(told.decode()))]
         self.epoch, self.total = epochs[-1], totals[-1]
         proved = [Proved(e, -(-(e + 1) * self.records // self.global_batch), t) for e, t in zip(epochs[:-1], totals)]
         for epoch, complete_at, total in proved:
-            if not total.proves(self.records):
+            if total and not total.proves(self.records):
                 raise Failure(
                     BUG,
                     f"epoch {epoch}, complete with update {complete_at}: {int(total.seen[0])} records were trained on, "
@@ -160,4 +166,4 @@ class Coverage:
 
     def state(self) -> List[int]:
         """Returns what a checkpoint is to keep of the epoch in progress, over all ranks; directly after `settle`."""
-        return self.total.numbers()
+        return self.total.numbers() if self.total else []

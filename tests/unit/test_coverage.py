@@ -131,7 +131,10 @@ def test_replaced_and_skipped_records_are_told_apart():
             if step == 1:
                 one.skip(step * BATCH + low, due)
             else:
-                one.add(step * BATCH + low, np.where(np.isin(due, (2, 17)), 8, due), due)
+                rows = np.flatnonzero(np.isin(due, (2, 17))).tolist()
+                bad = [(row, int(due[row])) for row in rows]
+                due[rows] = 8
+                one.add(step * BATCH + low, due, bad)
     (proved,) = settle(each, 3)
     assert proved.tally.text(RECORDS) == "41 of 75 records, each once; 2 replaced (2, 17); 32 skipped"
 
@@ -147,3 +150,15 @@ def test_a_record_in_anothers_place_ends_the_run_on_all_ranks(size):
         settle(each, 3)
     assert (raised.value.code, raised.value.agreed) == (BUG, True)
     assert "epoch 0, complete with update 3: 75 records were trained on, 0 replaced, 0 skipped" in raised.value.message
+
+
+def test_an_epoch_begun_in_another_order_is_not_proved_and_the_next_is():
+    each = ranks(2, 1, [])  # in the middle of epoch 0, and nothing is known
+    train(each, range(1, 2))
+    assert settle(each, 2) == []
+    assert each[0].state() == []
+    each = ranks(1, 2, [])
+    train(each, range(2, 5))
+    unknown, proved = settle(each, 5)
+    assert (unknown.epoch, unknown.step, unknown.tally) == (0, 3, None)
+    assert (proved.epoch, proved.step, proved.tally.text(RECORDS)) == (1, 5, "75 of 75 records, each once")
