@@ -7,7 +7,17 @@ import traceback
 from typing import Any, Callable, List, Tuple
 
 from hvd_vgg import __version__
-from hvd_vgg.config import BenchmarkConfig, Config, DemoConfig, EvaluateConfig, PlanConfig, describe, find_flag_file, parse
+from hvd_vgg.config import (
+    BenchmarkConfig,
+    Config,
+    DemoConfig,
+    EvaluateConfig,
+    PlanConfig,
+    VerifyConfig,
+    describe,
+    find_flag_file,
+    parse,
+)
 from hvd_vgg.run import watch
 from hvd_vgg.run.health import BUG, CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure, launched_rank
 
@@ -15,6 +25,7 @@ USAGE_TEXT = f"""hvd-vgg {__version__}: trains VGG networks on ImageNet-style TF
 
   hvd-vgg train [--flagfile=FILE] [--flags]           train and evaluate; leaves everything in --run_dir
   hvd-vgg evaluate --run_dir=DIR [--flags]            score a checkpoint of a run on the validation records
+  hvd-vgg verify-run RUN_DIR [--data_dir=DIR]         hold what a run claims against what it left behind
   hvd-vgg benchmark [--ranks=1,2,4] [--flags]         measure throughput without input, with it, and on fewer ranks
   hvd-vgg plan --ranks=N --gbit=X [--flags]           predict what exchanging gradients costs on a cluster
   hvd-vgg make-demo-data --data_dir=DIR [--flags]     draw a small data set to try things with
@@ -23,8 +34,9 @@ Each runs alone or on many ranks, which only change how fast it goes:
 
   horovodrun -np 8 hvd-vgg train --flagfile=configs/vgg16_imagenet.flags --data_dir=/data/imagenet
 
-hvd-vgg COMMAND --help lists a command's flags. Exit codes: 0 done, 64 usage, 65 data, 70 error in the program, 74 a result
-could not be written, 75 hung or lost a rank, 78 configuration, 80 stopped on request, 81 not finite, or ranks drifted apart.
+hvd-vgg COMMAND --help lists a command's flags. Exit codes: 0 done, 64 usage, 65 data, or what a run claims does not hold,
+70 error in the program, 74 a result could not be written, 75 hung or lost a rank, 78 configuration, 80 stopped on request,
+81 not finite, or ranks drifted apart.
 """
 
 
@@ -46,6 +58,12 @@ def _benchmark(config: Any) -> None:
     benchmark.benchmark(config)
 
 
+def _verify(config: Any) -> None:
+    from hvd_vgg.train import verify
+
+    verify.verify_run(config)
+
+
 def _make_demo_data(config: Any) -> None:
     from hvd_vgg.data import demo
 
@@ -65,6 +83,12 @@ COMMANDS: "dict[str, Tuple[Any, Callable[[Any], None], str]]" = {
         EvaluateConfig,
         _evaluate,
         "hvd-vgg evaluate --run_dir=DIR [--flags]: score a checkpoint. All flags default to the run's own.",
+    ),
+    "verify-run": (
+        VerifyConfig,
+        _verify,
+        "hvd-vgg verify-run RUN_DIR [--data_dir=DIR]: compute again what the raw logs of a run allow, and say which of its "
+        "claims hold. Exit code 0: all that can be checked; 65: one does not. Needs no TensorFlow without --data_dir.",
     ),
     "benchmark": (
         BenchmarkConfig,
@@ -128,7 +152,9 @@ def run(argv: List[str]) -> int:
 
 
 def _with_run_flags(argv: List[str]) -> List[str]:
-    """Puts the flags that a run left in its directory before those of `evaluate`."""
+    """Puts the flags that a run left in its directory before those of `evaluate`; names the argument of `verify-run`."""
+    if argv[0] == "verify-run" and len(argv) > 1 and not argv[1].startswith("-"):
+        return [f"--run_dir={argv[1]}", *argv[2:]]
     if argv[0] != "evaluate":
         return argv[1:]
     found = find_flag_file(parse(EvaluateConfig, argv[1:]).run_dir)

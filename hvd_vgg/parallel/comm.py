@@ -5,6 +5,7 @@ goes through Horovod too, and by the CPU: under `horovodrun --gloo` mpi4py sees 
 """
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -168,6 +169,18 @@ def describe() -> Dict[str, str]:
         "horovod": f"{horovod.__version__} ({', '.join(built)})",
         "controller": "mpi" if hvd.mpi_enabled() else "gloo",
     }
+
+
+def mpi_version() -> Optional[str]:
+    """Returns what the MPI that Horovod uses calls itself, such as `Open MPI v4.1.8`; None where it uses none."""
+    if not hvd.mpi_enabled():
+        return None
+    text, length = ctypes.create_string_buffer(10_000), ctypes.c_int()  # more than any MPI's MPI_MAX_LIBRARY_VERSION_STRING
+    try:
+        ctypes.CDLL(None).MPI_Get_library_version(text, ctypes.byref(length))
+    except AttributeError:  # it is not among the symbols that all see
+        return "unknown"
+    return text.value.decode(errors="replace").split(",")[0].strip()
 
 
 def sum_over_ranks(values: np.ndarray) -> np.ndarray:

@@ -6,17 +6,18 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, FrozenSet, Iterator, List, NamedTuple, NoReturn, Optional, Tuple
+from typing import IO, Any, Callable, Dict, FrozenSet, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 import numpy as np
 import tensorflow as tf
 
-from hvd_vgg.config import Config, EvaluateConfig, epochs_to_steps, total_steps
+from hvd_vgg.config import Config, EvaluateConfig, evaluation_steps, total_steps
 from hvd_vgg.data import order, pipeline, records
 from hvd_vgg.data.index import Data, open_data, open_split
 from hvd_vgg.model.layers import DENSE
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.run import lock, watch
+from hvd_vgg.run.coverage import Coverage
 from hvd_vgg.run.health import CONFIGURATION, NOT_FINITE, STOPPED, USAGE, Failure, launched_rank
 from hvd_vgg.run.log import Console, RunLog, count
 from hvd_vgg.run.throughput import Throughput
@@ -46,6 +47,7 @@ class Job(NamedTuple):
     checksums: Callable[[], Any]
     input_threads: int
     throughput: Throughput
+    coverage: Coverage
     began: float  # time.monotonic() less the seconds of earlier starts
     log: Optional[RunLog]
     writer: Optional[Writer]
@@ -87,6 +89,8 @@ def train(config: Config) -> None:
         throughput.end_update()
         row, verdict = tell.speed_of_window(row, window, throughput, config)
         window.clear()
+        if job.coverage.ended(at.step):
+            at = _settle(job, at)
         if compares:
             state.check_identical(list(job.run.weights), job.checksums().numpy(), now)
         if first_look:
@@ -140,7 +144,7 @@ def _begin(config: Config) -> Tuple[Job, state.Position]:
         console,
         data,
         total,
-        _evaluation_steps(config, data.train.records, total),
+        evaluation_steps(config, data.train.records, total),
         what,
         run,
         step.make_train_step(run.weights, run.slots, config, device.data_format, factored),
@@ -148,9 +152,10 @@ def _begin(config: Config) -> Tuple[Job, state.Position]:
         step.make_checksums(run.weights),
         device.input_threads,
         Throughput(),
+        Coverage(data.train.records, config.global_batch, at.step, at.coverage),
         time.monotonic() - at.seconds,
         log,
-        Writer(run_dir, config.keep_checkpoints) if log else None,
+        Writer(run_dir, config.keep_checkpoints, log.event) if log else None,
         lock,
     ), at
 
@@ -164,7 +169,16 @@ def _update(job: Job, now: int, batch: pipeline.Batch) -> step.Sums:
     low, _ = order.slice_bounds(job.config.global_batch, comm.rank(), comm.size())
     keys = order.dropout_keys(job.config.seed, now, len(DENSE) - 1)
     lr = schedule.learning_rate(now, job.config, job.data.train.records)
-    return job.train_step(*batch[:2], tf.constant(low, tf.int64), tf.constant(keys), tf.constant(lr, tf.float32))
+    sums = job.train_step(*batch[:2], tf.constant(low, tf.int64), tf.constant(keys), tf.constant(lr, tf.float32))
+    job.coverage.add(now * job.config.global_batch + low, np.asarray(batch.ids))
+    return sums
+
+
+def _settle(job: Job, at: state.Position) -> state.Position:
+    """Returns where the run stands with what was trained on summed over ranks; tells the epochs that are complete."""
+    for proved in job.coverage.settle(at.step, comm.gather):
+        tell.covered(proved, job.data.train.records, job.log, job.console)
+    return at._replace(coverage=job.coverage.state())
 
 
 def _evaluate(job: Job, at: state.Position) -> Tuple[state.Position, evaluate.Evaluation, bool]:
@@ -184,8 +198,8 @@ def _save(job: Job, at: state.Position, best: bool) -> None:
     with job.throughput.apart("saving"), watch.phase("saving"):
         if job.writer:
             tell.save_failed(job.writer.wait(), job.log, job.console)
-        seconds = time.monotonic() - job.began
-        state.save(job.run, at._replace(seconds=seconds), job.what, job.writer, best)
+        at = _settle(job, at)._replace(seconds=time.monotonic() - job.began)
+        state.save(job.run, at, job.what, job.writer, best)
 
 
 def _write_result(job: Job, at: state.Position, result: evaluate.Evaluation) -> None:
@@ -199,8 +213,7 @@ def _stop(job: Job, at: state.Position) -> NoReturn:
     _save(job, at, False)
     with watch.phase("saving"):
         state.finish(job.writer)
-    if job.log:
-        job.log.event("stopped", step=at.step)
+    tell.stopped(at.step, job.run_dir, job.log)
     raise Failure(
         STOPPED,
         f"stopped on request after step {at.step} of {job.total}: the same command goes on from there",
@@ -223,14 +236,37 @@ def _end(job: Job, at: state.Position, result: Optional[evaluate.Evaluation]) ->
 
 def evaluate_run(config: EvaluateConfig) -> None:
     """Evaluates a checkpoint of the run in --run_dir on the validation split; all ranks call."""
+    score(config, [config.checkpoint])
+
+
+class Score(NamedTuple):
+    """What a checkpoint of `step` updates has scored, and the digest of the data."""
+
+    step: int
+    result: evaluate.Evaluation
+    data_sha256: str
+
+
+def score(config: Config, checkpoints: Sequence[str]) -> List[Score]:
+    """Evaluates checkpoints of the run in --run_dir on the validation split, and prints each; all ranks call.
+
+    checkpoints: `best`, `newest`, or paths.
+    """
     watch.begin(None, launched_rank() or 0, config.hang_seconds)
     device = comm.start(config.input_threads, hang_seconds=config.hang_seconds)
     console = Console(config.console, comm.is_root())
     _check_ranks(config)
     run_dir = Path(config.run_dir)
-    found = comm.together(lambda: _load_for_evaluation(config, run_dir) if comm.is_root() else None)
-    meta = json.loads(comm.from_root(json.dumps(found.meta if found else None).encode()).decode())
     index = open_split(config.data_dir, "validation", run_dir, console)
+    scores = [_score(config, name, run_dir, index, device, console) for name in checkpoints]
+    comm.leave()
+    watch.end()
+    return scores
+
+
+def _score(config: Config, name: str, run_dir: Path, index: records.Index, device: comm.Device, console: Console) -> Score:
+    found = comm.together(lambda: _load_for_evaluation(name, run_dir) if comm.is_root() else None)
+    meta = json.loads(comm.from_root(json.dumps(found.meta if found else None).encode()).decode())
     label_base = meta["run"]["label_base"] if config.label_base == "auto" else int(config.label_base)
     comm.together(lambda: records.check_labels(index, label_base, config.num_classes))
     run = state.initial(config)
@@ -242,8 +278,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
         f"step {meta['step']}: {result.accuracy()}  "
         f"({result.top1} and {result.top5} of {result.records} records, each once, on {count(comm.size(), 'rank')})"
     )
-    comm.leave()
-    watch.end()
+    return Score(meta["step"], result, state.data_digest(index))
 
 
 def _reached(job: Job, at: state.Position) -> bool:
@@ -280,15 +315,6 @@ def _check_start(config: Config, run_dir: Path) -> Optional[IO[str]]:
     return lock.acquire(run_dir)
 
 
-def _evaluation_steps(config: Config, records_count: int, total: int) -> FrozenSet[int]:
-    """Returns the numbers of updates after which to evaluate; the last is the end of the run."""
-    if not config.eval_every_epochs:
-        return frozenset([total])
-    count = int(total * config.global_batch / (records_count * config.eval_every_epochs)) + 1
-    each = (epochs_to_steps(n * config.eval_every_epochs, config, records_count) for n in range(1, count + 1))
-    return frozenset({done for done in each if 0 < done < total} | {total})
-
-
 def _close_window(window: List[Tuple[int, step.Sums]], config: Config) -> Dict[str, float]:
     """Returns the means of the window's steps over all ranks; the one place where the loop waits for all ranks.
 
@@ -317,17 +343,17 @@ def _close_window(window: List[Tuple[int, step.Sums]], config: Config) -> Dict[s
     return row
 
 
-def _load_for_evaluation(config: EvaluateConfig, run_dir: Path) -> checkpoint.Checkpoint:
-    if config.checkpoint == "best":
+def _load_for_evaluation(name: str, run_dir: Path) -> checkpoint.Checkpoint:
+    if name == "best":
         path = checkpoint.best(run_dir)
-    elif config.checkpoint == "newest":
+    elif name == "newest":
         path = next(iter(checkpoint.existing(run_dir)), None)
     else:
-        path = Path(config.checkpoint)
+        path = Path(name)
     if path is None:
         raise Failure(
             CONFIGURATION,
-            f"{checkpoint.folder(run_dir)} has no {config.checkpoint} checkpoint: is --run_dir a run's, and has it been "
+            f"{checkpoint.folder(run_dir)} has no {name} checkpoint: is --run_dir a run's, and has it been "
             f"evaluated yet? --checkpoint=newest needs no evaluation",
         )
     try:
