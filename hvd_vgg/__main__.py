@@ -4,6 +4,7 @@ import os
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import Any, Callable, List, Tuple
 
 from hvd_vgg import __version__
@@ -41,12 +42,14 @@ hvd-vgg COMMAND --help lists a command's flags. Exit codes: 0 done, 64 usage, 65
 
 
 def _train(config: Any) -> None:
+    watch.begin(Path(config.run_dir), launched_rank() or 0, config.hang_seconds)
     from hvd_vgg.train import loop
 
     loop.train(config)
 
 
 def _evaluate(config: Any) -> None:
+    watch.begin(None, launched_rank() or 0, config.hang_seconds)
     from hvd_vgg.train import loop
 
     loop.evaluate_run(config)
@@ -61,6 +64,8 @@ def _benchmark(config: Any) -> None:
 def _verify(config: Any) -> None:
     from hvd_vgg.train import verify
 
+    if config.data_dir:
+        watch.begin(None, launched_rank() or 0, 0.0)
     verify.verify_run(config)
 
 

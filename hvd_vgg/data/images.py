@@ -13,6 +13,9 @@ import cv2
 import numpy as np
 import tensorflow as tf
 
+# What a resized image depends on besides TensorFlow.
+LIBRARY = f"OpenCV {cv2.__version__}"
+
 # An image whose header claims more is refused before it is decoded: 269 MB of RGB. The limit at which Pillow warns of a
 # decompression bomb; the largest image of ImageNet has about 60 million pixels.
 MAX_PIXELS = 1024**3 // 4 // 3

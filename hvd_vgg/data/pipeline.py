@@ -19,6 +19,7 @@ import tensorflow as tf
 
 from hvd_vgg.config import Config
 from hvd_vgg.data import images, order, records
+from hvd_vgg.run import watch
 from hvd_vgg.run.health import DATA, Failure
 
 PADDING = -1  # the label of a row that only fills up a batch
@@ -108,6 +109,7 @@ def _batches(
     begun: Deque[List[Any]] = deque()  # the futures of each batch's pieces
     left = iter(numbers)
     pool = ThreadPoolExecutor(threads, "decode")
+    watch.reports("batches_ready", lambda: sum(all(piece.done() for piece in each) for each in list(begun)))
     try:
         for _ in numbers:
             for number in itertools.islice(left, ahead + READ_AHEAD - len(planned) - len(begun)):

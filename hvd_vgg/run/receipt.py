@@ -112,16 +112,16 @@ def describe_start() -> Dict[str, Any]:
     """Returns what a start is made of on this rank: code, packages, and what the allow-list has of the environment."""
     versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in _PACKAGES}
     return {
-        "code": code(Path(__file__).resolve().parent.parent),
+        "code": code(),
         "packages": {"python": sys.version.split()[0], **{name: version for name, version in versions.items() if version}},
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         "launched": _LAUNCHED in os.environ,
     }
 
 
-def code(package: Path) -> Dict[str, Any]:
+def code() -> Dict[str, Any]:
     """Returns the package's version, a SHA-256 over the names and contents of its .py files, and its git commit or None."""
-    digest = hashlib.sha256()
+    package, digest = Path(__file__).resolve().parent.parent, hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(f"{path.relative_to(package).as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return {"version": __version__, "sha256": digest.hexdigest(), "commit": _commit(package.parent / ".git")}

@@ -70,6 +70,7 @@ def begin(run_dir: Optional[Path], rank: int, hang_seconds: float) -> None:
     global _heart
     folder, stacks = None, None
     if run_dir is not None:
+        os.umask(os.umask(0o027) | 0o027)  # what a run writes is for its owner and group
         try:
             (run_dir / "faults").mkdir(parents=True, exist_ok=True, mode=0o750)
             stacks = open(run_dir / "faults" / f"stacks.rank{rank}.txt", "a", encoding="utf-8")  # noqa: SIM115

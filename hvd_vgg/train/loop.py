@@ -18,7 +18,7 @@ from hvd_vgg.model.layers import DENSE
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.run import lock, watch
 from hvd_vgg.run.coverage import Coverage
-from hvd_vgg.run.health import CONFIGURATION, NOT_FINITE, STOPPED, USAGE, Failure, launched_rank
+from hvd_vgg.run.health import CONFIGURATION, NOT_FINITE, STOPPED, USAGE, Failure
 from hvd_vgg.run.log import Console, RunLog, count
 from hvd_vgg.run.throughput import Throughput
 from hvd_vgg.train import checkpoint, evaluate, schedule, state, step, tell
@@ -118,8 +118,6 @@ def _begin(config: Config) -> Tuple[Job, state.Position]:
     """Returns what the run is made of, and where it stands: at the start, or at a checkpoint."""
     # ---- who and where we are
     run_dir = Path(config.run_dir)
-    os.umask(os.umask(0o027) | 0o027)
-    watch.begin(run_dir, launched_rank() or 0, config.hang_seconds)
     device = comm.start(config.input_threads, bool(config.profile_steps), hang_seconds=config.hang_seconds)
     watch.listen()
     console = Console(config.console, comm.is_root())
@@ -252,7 +250,6 @@ def score(config: Config, checkpoints: Sequence[str]) -> List[Score]:
 
     checkpoints: `best`, `newest`, or paths.
     """
-    watch.begin(None, launched_rank() or 0, config.hang_seconds)
     device = comm.start(config.input_threads, hang_seconds=config.hang_seconds)
     console = Console(config.console, comm.is_root())
     _check_ranks(config)
@@ -294,6 +291,7 @@ def _check_ranks(config: Config) -> None:
     }
     comm.agree("the flags", flags)
     comm.agree("the software", comm.describe())
+    comm.agree("the environment", comm.environment())
 
 
 def _check_start(config: Config, run_dir: Path) -> Optional[IO[str]]:
