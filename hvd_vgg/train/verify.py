@@ -35,7 +35,7 @@ from hvd_vgg.run.throughput import Throughput
 from hvd_vgg.train import checkpoint, schedule
 
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be checked"
-_DAMAGED = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError)
+_DAMAGED = (AttributeError, Failure, IndexError, KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError)
 
 
 class Claim(NamedTuple):
@@ -349,14 +349,15 @@ def _epochs(starts: List[Start]) -> Iterator[Claim]:
     proved, told = 0, []
     for start in starts:
         batch, records = start.config.global_batch, start.records("train")
-        expected = list(range(start.first * batch // records, start.last * batch // records))
         lines = [line for line in start.lines if line.event == "coverage"]
-        found = [int(line.data["epoch"]) for line in lines]
-        last = max([start.first, *(int(line.step[1]) for line in start.trained[:-1])])
+        found, low, high = [int(line.data["epoch"]) for line in lines], start.last, start.last
         if not start.end and not start.stopped:  # its kill may have come between the lines of one step
-            expected = expected[: max(len(found), last * batch // records - start.first * batch // records)]
-        if found != expected:
-            yield Claim(FAILS, "epochs", f"start {start.number} tells of epochs {found}, but completed {expected}")
+            low = max([start.first, *(int(line.step[1]) for line in start.trained[:-1])])
+            high += start.config.log_every_steps
+        begun, least, most = (step * batch // records for step in (start.first, low, high))
+        if found != list(range(begun, begun + len(found))) or not least <= begun + len(found) <= most:
+            due = list(range(begun, start.last * batch // records))
+            yield Claim(FAILS, "epochs", f"start {start.number} tells of epochs {found}, but completed {due}")
         for line in lines:
             fault = _fault_of_epoch(line, batch, records, start.config, skipped_steps(starts))
             if fault:
@@ -490,7 +491,8 @@ def _best(step: int, there: bool, starts: List[Start]) -> Claim:
     if hits[step] < max(hits.values()):
         better = max(hits, key=lambda at: hits[at])
         # Its checkpoint may have been under way when the run was killed.
-        verdict = UNKNOWN if not starts[-1].end and better == max(hits) else FAILS
+        saved = any(line.event == "checkpoint" and line.data["step"] == better for start in starts for line in start.lines)
+        verdict = FAILS if saved else UNKNOWN
         return Claim(verdict, "best", f"step {step} has {hits[step]} hits, but step {better} has {hits[better]}")
     return Claim(HOLDS, "best", f"step {step}: {hits[step]} hits, the most of {count(len(hits), 'evaluation')}")
 
@@ -508,57 +510,64 @@ def _result(run_dir: Path, starts: List[Start]) -> Iterator[Claim]:
     step = int(result["steps"])
     if starts[-1].end and step != starts[-1].last:
         yield Claim(FAILS, "result.json", f"of step {step}, but the run ended at step {starts[-1].last}")
-    # A start that trained nothing leaves the result of the one that did.
-    found = [(start, line) for start in starts for line in start.evaluated if int(line.step[1]) == step]
-    found = [pair for pair in found if (result["fps"] is None) == (not pair[0].seconds(pair[1]))]
+    # A kill may have come between an evaluation's line and its result, which then is of an earlier start's at this step.
+    found = [(start, line) for start in reversed(starts) for line in start.evaluated if int(line.step[1]) == step]
     if not found:
-        yield Claim(FAILS, "result.json", f"of step {step}, at which the log has no evaluation by a start that trained so")
+        yield Claim(FAILS, "result.json", f"of step {step}, at which the log has no evaluation")
         return
-    start, line = found[-1]
-    shares = {f"acc@{k}": line.data[f"eval.top{k}_hits"] / line.data["eval.records"] for k in (1, 5)}
-    counts = {f"top{k}_hits": line.data[f"eval.top{k}_hits"] for k in (1, 5)}
+    claims = [list(_result_of(result, step, start, line)) for start, line in found]
+    yield from next((each for each in claims if all(claim.verdict != FAILS for claim in each)), claims[0])
+    why = "other ranks' times and the wall's are in no log; the receipt has them"
+    yield Claim(UNKNOWN, "result.json, by_rank, by_host, seconds", why)
+    for start in starts:
+        if start.end:
+            yield _speed(f"fps at the end of start {start.number}", start.end.data, start, start.end)
+
+
+def _result_of(result: Dict[str, Any], step: int, start: Start, line: Line) -> Iterator[Claim]:
     expected = {
-        **shares,
-        **counts,
+        **{f"acc@{k}": line.data[f"eval.top{k}_hits"] / line.data["eval.records"] for k in (1, 5)},
+        **{f"top{k}_hits": line.data[f"eval.top{k}_hits"] for k in (1, 5)},
         "records_evaluated": line.data["eval.records"],
         "epochs": step * start.config.global_batch / start.records("train"),
         "ranks": start.line.data["ranks"],
         "global_batch": start.config.global_batch,
         "precision": start.config.precision,
     }
-    text = f"acc@1 {result['acc@1']:.4f}, acc@5 {result['acc@5']:.4f} at step {step}, as line {line.number} has them"
+    text = f"acc@1 {expected['acc@1']:.4f}, acc@5 {expected['acc@5']:.4f} at step {step}, as line {line.number} has them"
     yield _compared("result.json, accuracy", result, expected, text)
-    if result["fps"] is None:
-        yield Claim(UNKNOWN, "result.json, fps", "none: the start that wrote it trained nothing")
-        return
     yield _speed("result.json, fps", result, start, line)
-    if start.end:
-        yield _speed(f"fps at the end of start {start.number}", start.end.data, start, start.end)
-    yield Claim(
-        UNKNOWN, "by_rank, by_host, seconds", "other ranks' times and the wall's are in no log; the receipt has them"
-    )
 
 
 def _speed(what: str, told: Dict[str, Any], start: Start, until: Line) -> Claim:
     throughput = Throughput()
     throughput.total = start.seconds(until)
+    updates = count(len(throughput.total), "update")
     measured = throughput.summary(start.config.global_batch)
+    if not measured["fps"]:
+        return _compared(what, told, measured, f"none, of {updates} logged")
     del measured["fps_wall"]
     config, ranks = start.config, int(start.line.data["ranks"])
     flops = training_flops(layers(config.model, config.width, config.image_size, config.num_classes), config.image_size)
     measured["tflops_per_rank"] = flops * measured["fps"] / ranks / 1e12
     whole = config.global_batch * len(throughput.total) / sum(throughput.total)
-    if float(told["fps_wall"]) > whole * (1 + 1e-6):
+    if float(told.get("fps_wall") or 0) > whole * (1 + 1e-6):
         return Claim(FAILS, what, f"fps_wall {told['fps_wall']:.6g} is more than the updates alone make, {whole:.6g}")
-    text = f"{told['fps']:.1f} images/s over {measured['fps_updates']} of {count(len(throughput.total), 'update')} logged"
-    return _compared(what, told, measured, text)
+    return _compared(
+        what, told, measured, f"{measured['fps']:.1f} images/s over {measured['fps_updates']} of {updates} logged"
+    )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    numbers = isinstance(a, (int, float)) and isinstance(b, (int, float))
+    return _close(a, b) if numbers else bool(a == b)
 
 
 def _compared(what: str, told: Dict[str, Any], expected: Dict[str, Any], text: str) -> Claim:
     different = [
         f"{name} {told.get(name)!r}, computed {value!r}"
         for name, value in expected.items()
-        if not (_close(told[name], value) if isinstance(value, (int, float)) else told.get(name) == value)
+        if not _equal(told.get(name), value)
     ]
     return Claim(FAILS, what, "; ".join(different)) if different else Claim(HOLDS, what, text)
 
@@ -569,7 +578,9 @@ def _compared(what: str, told: Dict[str, Any], expected: Dict[str, Any], text: s
 def _receipt(run_dir: Path, lines: List[Line], starts: List[Start]) -> Iterator[Claim]:
     found = receipt.read(run_dir)
     if found is None:
-        yield Claim(FAILS, "receipt.json", "not there, or cannot be read: each start writes it before its first update")
+        began = any(start.lines for start in starts) or (run_dir / "receipt.json").exists()
+        why = "each start writes it before its first update"
+        yield Claim(FAILS if began else UNKNOWN, "receipt.json", f"not there, or cannot be read: {why}")
         return
     log = run_dir / "dllogger.json"
     covered = int(found["files"]["dllogger.json"]["bytes"])
