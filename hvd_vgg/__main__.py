@@ -15,6 +15,7 @@ from hvd_vgg.config import (
     EvaluateConfig,
     PlanConfig,
     ReplayConfig,
+    VerifyConfig,
     describe,
     find_flag_file,
     nonfinite_folder,
@@ -28,6 +29,7 @@ USAGE_TEXT = f"""hvd-vgg {__version__}: trains VGG networks on ImageNet-style TF
   hvd-vgg train [--flagfile=FILE] [--flags]           train and evaluate; leaves everything in --run_dir
   hvd-vgg evaluate --run_dir=DIR [--flags]            score a checkpoint of a run on the validation records
   hvd-vgg replay RUN_DIR [--step=N] [--flags]         repeat a step of a run that was not finite
+  hvd-vgg verify-run RUN_DIR [--data_dir=DIR]         hold what a run claims against what it left behind
   hvd-vgg benchmark [--ranks=1,2,4] [--flags]         measure throughput without input, with it, and on fewer ranks
   hvd-vgg plan --ranks=N --gbit=X [--flags]           predict what exchanging gradients costs on a cluster
   hvd-vgg make-demo-data --data_dir=DIR [--flags]     draw a small data set to try things with
@@ -36,8 +38,9 @@ Each runs alone or on many ranks, which only change how fast it goes:
 
   horovodrun -np 8 hvd-vgg train --flagfile=configs/vgg16_imagenet.flags --data_dir=/data/imagenet
 
-hvd-vgg COMMAND --help lists a command's flags. Exit codes: 0 done, 64 usage, 65 data, 70 error in the program, 74 a result
-could not be written, 75 hung or lost a rank, 78 configuration, 80 stopped on request, 81 not finite, or ranks drifted apart.
+hvd-vgg COMMAND --help lists a command's flags. Exit codes: 0 done, 64 usage, 65 data, or what a run claims does not hold,
+70 error in the program, 74 a result could not be written, 75 hung or lost a rank, 78 configuration, 80 stopped on request,
+81 not finite, or ranks drifted apart.
 """
 
 
@@ -67,6 +70,14 @@ def _benchmark(config: Any) -> None:
     benchmark.benchmark(config)
 
 
+def _verify(config: Any) -> None:
+    from hvd_vgg.train import verify
+
+    if config.data_dir:
+        watch.begin(None, launched_rank() or 0, 0.0)
+    verify.verify_run(config)
+
+
 def _make_demo_data(config: Any) -> None:
     from hvd_vgg.data import demo
 
@@ -93,6 +104,12 @@ COMMANDS: "dict[str, Tuple[Any, Callable[[Any], None], str]]" = {
         "hvd-vgg replay RUN_DIR [--step=N] [--flags]: repeat a step whose loss or gradient was not finite, from the weights "
         "and records that the run kept of it, on any number of ranks; 81: it is not finite again, 0: it is finite. All "
         "flags default to the run's own.",
+    ),
+    "verify-run": (
+        VerifyConfig,
+        _verify,
+        "hvd-vgg verify-run RUN_DIR [--data_dir=DIR]: compute again what the raw logs of a run allow, and say which of its "
+        "claims hold. Exit code 0: all that can be checked; 65: one does not. Needs no TensorFlow without --data_dir.",
     ),
     "benchmark": (
         BenchmarkConfig,
@@ -156,10 +173,11 @@ def run(argv: List[str]) -> int:
 
 
 def _with_run_flags(argv: List[str]) -> List[str]:
-    """Puts the flags that a run left before those of `evaluate` and `replay`."""
+    """Puts what a run left before the flags of `evaluate` and `replay`; a first argument without dashes is --run_dir."""
     command, given = argv[0], argv[1:]
+    if command in ("replay", "verify-run") and given and not given[0].startswith("-"):
+        given = [f"--run_dir={given[0]}", *given[1:]]
     if command == "replay":
-        given = [f"--run_dir={given[0]}", *given[1:]] if given and not given[0].startswith("-") else given
         config = parse(ReplayConfig, given)
         found = find_flag_file(nonfinite_folder(Path(config.run_dir), config.step))
     elif command == "evaluate":

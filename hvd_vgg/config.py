@@ -5,7 +5,7 @@ import difflib
 import math
 import textwrap
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, FrozenSet, List, Optional, Sequence, Set, Tuple
 
 from absl import flags
 
@@ -226,6 +226,23 @@ class ReplayConfig(Config):
 
 
 @dataclasses.dataclass(frozen=True)
+class VerifyConfig:
+    """What `verify-run` holds against what."""
+
+    run_dir: str = flag("./run", "Verify", "The run's directory.", "path")
+    data_dir: str = flag(
+        "", "Verify", "The run's data: its newest and its best checkpoint are evaluated again; none: they are not.", "path"
+    )
+    hits_tolerance: int = flag(
+        0,
+        "Verify",
+        "Hits by which an evaluation here may differ from the run's: on unlike processors rounding alone moves a few.",
+        "records",
+        at_least=0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class PlanConfig(Config):
     """A run's Config and the cluster it is planned for."""
 
@@ -425,6 +442,15 @@ def profiled_steps(config: Config) -> range:
 def epochs_to_steps(epochs: float, config: Config, records: int) -> int:
     """Returns the first step whose batch begins at or after `epochs` of the stream."""
     return math.ceil(epochs * records / config.global_batch - 1e-9)
+
+
+def evaluation_steps(config: Config, records: int, total: int) -> FrozenSet[int]:
+    """Returns the numbers of updates after which to evaluate; the last is the end of the run."""
+    if not config.eval_every_epochs:
+        return frozenset([total])
+    count = int(total * config.global_batch / (records * config.eval_every_epochs)) + 1
+    each = (epochs_to_steps(n * config.eval_every_epochs, config, records) for n in range(1, count + 1))
+    return frozenset({done for done in each if 0 < done < total} | {total})
 
 
 def identity(config: Config) -> Dict[str, Any]:

@@ -5,12 +5,12 @@ goes through Horovod too, and by the CPU: under `horovodrun --gloo` mpi4py sees 
 """
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
 import re
 import sys
-from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, TypeVar
 
 import numpy as np
@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from hvd_vgg import __version__
 from hvd_vgg.data import images
-from hvd_vgg.run import watch
+from hvd_vgg.run import receipt, watch
 from hvd_vgg.run.health import CONFIGURATION, Failure, difference, launched_rank, launched_size
 
 try:
@@ -170,7 +170,7 @@ def describe() -> Dict[str, str]:
 
     built = [name for name in ("mpi", "gloo", "nccl") if getattr(hvd, f"{name}_built")()]
     return {
-        "hvd_vgg": f"{__version__} ({_code_digest()[:16]})",
+        "hvd_vgg": f"{__version__} ({receipt.code()['sha256'][:16]})",
         "python": ".".join(map(str, sys.version_info[:3])),
         "tensorflow": tf.__version__,
         "horovod": f"{horovod.__version__} ({', '.join(built)})",
@@ -180,6 +180,18 @@ def describe() -> Dict[str, str]:
     }
 
 
+def mpi_version() -> Optional[str]:
+    """Returns what the MPI that Horovod uses calls itself, such as `Open MPI v4.1.8`; None where it uses none."""
+    if not hvd.mpi_enabled():
+        return None
+    text, length = ctypes.create_string_buffer(10_000), ctypes.c_int()  # more than any MPI's MPI_MAX_LIBRARY_VERSION_STRING
+    try:
+        ctypes.CDLL(None).MPI_Get_library_version(text, ctypes.byref(length))
+    except AttributeError:  # it is not among the symbols that all see
+        return "unknown"
+    return text.value.decode(errors="replace").split(",")[0].strip()
+
+
 def environment() -> Dict[str, str]:
     """Returns the variables that change how TensorFlow and Horovod compute and exchange, without the launcher's own."""
     return {
@@ -187,14 +199,6 @@ def environment() -> Dict[str, str]:
         for name, value in os.environ.items()
         if name.startswith(("TF_", "XLA_", "HOROVOD_", "NVIDIA_TF32_OVERRIDE")) and not _OF_ONE_RANK.match(name)
     }
-
-
-def _code_digest() -> str:
-    """Returns a SHA-256 over this package's Python files."""
-    place = Path(__file__).parent.parent
-    files = sorted(path for path in place.rglob("*.py"))
-    lines = [f"{path.relative_to(place)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in files]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def sum_over_ranks(values: np.ndarray) -> np.ndarray:

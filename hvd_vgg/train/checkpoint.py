@@ -48,6 +48,11 @@ def existing(run_dir: Path) -> List[Path]:
     return [found[name] for name in sorted(found, reverse=True)]  # steps have leading zeros
 
 
+def step_of(path: Path) -> int:
+    """Returns the updates of which a checkpoint's name speaks."""
+    return int(path.name[len("step-") :].split(".")[0])
+
+
 def save(run_dir: Path, tensors: Tensors, meta: Dict[str, Any], keep: int, best: bool) -> Path:
     """Writes the checkpoint of `meta["step"]`, points to it if `best`, removes those beyond the newest `keep` and the best.
 

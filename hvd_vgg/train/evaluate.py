@@ -34,6 +34,8 @@ class Evaluation(NamedTuple):
             "eval.loss": self.loss_sum / self.records,
             "eval.acc@1": self.top1 / self.records,
             "eval.acc@5": self.top5 / self.records,
+            "eval.top1_hits": self.top1,
+            "eval.top5_hits": self.top5,
             "eval.records": self.records,
             "eval.bad_records": self.bad,
         }

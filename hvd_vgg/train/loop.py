@@ -6,15 +6,16 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, FrozenSet, Iterator, List, NamedTuple, NoReturn, Optional, Tuple
+from typing import IO, Any, Callable, Dict, FrozenSet, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 import numpy as np
 
-from hvd_vgg.config import Config, EvaluateConfig, epochs_to_steps, total_steps
+from hvd_vgg.config import Config, EvaluateConfig, evaluation_steps, total_steps
 from hvd_vgg.data import bad, order, pipeline, records
 from hvd_vgg.data.index import Data, open_data, open_split
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.run import lock, watch
+from hvd_vgg.run.coverage import Coverage
 from hvd_vgg.run.health import CONFIGURATION, STOPPED, USAGE, Failure
 from hvd_vgg.run.log import Console, RunLog, count
 from hvd_vgg.run.throughput import Throughput
@@ -44,6 +45,7 @@ class Job(NamedTuple):
     checksums: Callable[[], Any]
     device: comm.Device
     throughput: Throughput
+    coverage: Coverage
     began: float  # time.monotonic() less the seconds of earlier starts
     log: Optional[RunLog]
     writer: Optional[Writer]
@@ -74,7 +76,7 @@ def _train(job: Job, at: state.Position) -> Optional[nonfinite.Met]:
     window: List[Tuple[int, step.Sums]] = []
     bad_rows: List[Tuple[int, pipeline.BadRow]] = []
     for now, batch in zip(steps, profiled(throughput.waiting(_batches(job, steps)), steps, config, throughput)):
-        window.append((now, step.SKIPPED if now in at.skipped_steps else _update(job, now, batch)))
+        window.append((now, (_skip if now in at.skipped_steps else _update)(job, now, batch)))
         bad_rows += [(now, row) for row in batch.bad]
         at = at._replace(step=now + 1)
         watch.beat(at.step)
@@ -100,6 +102,8 @@ def _train(job: Job, at: state.Position) -> Optional[nonfinite.Met]:
         row["train.lr"] = schedule.learning_rate(now, config, job.data.train.records)
         row, verdict = tell.speed_of_window(row, window, throughput, config)
         window.clear()
+        if job.coverage.ended(at.step):
+            at = _settle(job, at)
         if compares:
             state.check_identical(list(job.run.weights), job.checksums().numpy(), now)
         if first_look:
@@ -155,7 +159,7 @@ def _begin(config: Config) -> Tuple[Job, state.Position]:
         console,
         data,
         total,
-        _evaluation_steps(config, data.train.records, total),
+        evaluation_steps(config, data.train.records, total),
         what,
         run,
         _make_train_step(config, run, device),
@@ -163,9 +167,10 @@ def _begin(config: Config) -> Tuple[Job, state.Position]:
         step.make_checksums(run.weights),
         device,
         Throughput(),
+        Coverage(data.train.records, config.global_batch, at.step, at.coverage),
         time.monotonic() - at.seconds,
         log,
-        Writer(run_dir, config.keep_checkpoints) if log else None,
+        Writer(run_dir, config.keep_checkpoints, log.event) if log else None,
         lock,
     ), at
 
@@ -189,7 +194,8 @@ def _rewind(job: Job, met: nonfinite.Met) -> Tuple[Job, state.Position]:
     if job.log:
         job.log.event("rewind", **{"from": met.seen.step}, to=at.step, skipped_steps=at.skipped_steps, records=ids)
     # A new one, since the other applies no update any more.
-    return job._replace(train_step=_make_train_step(config, run, job.device)), at
+    covered = Coverage(job.data.train.records, config.global_batch, at.step, at.coverage)
+    return job._replace(train_step=_make_train_step(config, run, job.device), coverage=covered), at
 
 
 def _batches(job: Job, steps: range) -> Iterator[pipeline.Batch]:
@@ -200,7 +206,19 @@ def _batches(job: Job, steps: range) -> Iterator[pipeline.Batch]:
 def _update(job: Job, now: int, batch: pipeline.Batch) -> step.Sums:
     low, _ = order.slice_bounds(job.config.global_batch, comm.rank(), comm.size())
     lr = schedule.learning_rate(now, job.config, job.data.train.records)
-    return job.train_step(*batch[:2], *step.arguments(job.config, now, low, lr))
+    sums = job.train_step(*batch[:2], *step.arguments(job.config, now, low, lr))
+    job.coverage.add(now * job.config.global_batch + low, batch.ids.numpy(), [(row.row, row.record) for row in batch.bad])
+    return sums
+
+
+def _skip(job: Job, now: int, batch: pipeline.Batch) -> step.Sums:
+    """Leaves a step out: its records are told as skipped, those that are bad too."""
+    low, _ = order.slice_bounds(job.config.global_batch, comm.rank(), comm.size())
+    due = batch.ids.numpy()
+    for row in batch.bad:
+        due[row.row] = row.record
+    job.coverage.skip(now * job.config.global_batch + low, due)
+    return step.SKIPPED
 
 
 def _account(job: Job, at: state.Position, met: List[Tuple[int, pipeline.BadRow]]) -> state.Position:
@@ -209,6 +227,13 @@ def _account(job: Job, at: state.Position, met: List[Tuple[int, pipeline.BadRow]
     found = bad.account(met, at.bad_records, allowed, index, job.log, job.console)
     met.clear()
     return at._replace(bad_records=found)
+
+
+def _settle(job: Job, at: state.Position) -> state.Position:
+    """Returns where the run stands with what was trained on summed over ranks; tells the epochs that are complete."""
+    for proved in job.coverage.settle(at.step, comm.gather):
+        tell.covered(proved, job.data.train.records, job.log, job.console)
+    return at._replace(coverage=job.coverage.state())
 
 
 def _evaluate(job: Job, at: state.Position) -> Tuple[state.Position, evaluate.Evaluation, bool]:
@@ -228,8 +253,8 @@ def _save(job: Job, at: state.Position, best: bool) -> None:
     with job.throughput.apart("saving"), watch.phase("saving"):
         if job.writer:
             tell.save_failed(job.writer.wait(), job.log, job.console)
-        seconds = time.monotonic() - job.began
-        state.save(job.run, at._replace(seconds=seconds), job.what, job.writer, best)
+        at = _settle(job, at)._replace(seconds=time.monotonic() - job.began)
+        state.save(job.run, at, job.what, job.writer, best)
 
 
 def _write_result(job: Job, at: state.Position, result: evaluate.Evaluation) -> Dict[str, Any]:
@@ -243,8 +268,7 @@ def _stop(job: Job, at: state.Position) -> NoReturn:
     _save(job, at, False)
     with watch.phase("saving"):
         state.finish(job.writer)
-    if job.log:
-        job.log.event("stopped", step=at.step)
+    tell.stopped(at.step, job.run_dir, job.log)
     raise Failure(
         STOPPED,
         f"stopped on request after step {at.step} of {job.total}: the same command goes on from there",
@@ -267,13 +291,36 @@ def _end(job: Job, at: state.Position, result: Optional[evaluate.Evaluation]) ->
 
 def evaluate_run(config: EvaluateConfig) -> None:
     """Evaluates a checkpoint of the run in --run_dir on the validation split; all ranks call."""
+    score(config, [config.checkpoint])
+
+
+class Score(NamedTuple):
+    """What a checkpoint of `step` updates has scored, and the digest of the data."""
+
+    step: int
+    result: evaluate.Evaluation
+    data_sha256: str
+
+
+def score(config: Config, checkpoints: Sequence[str]) -> List[Score]:
+    """Evaluates checkpoints of the run in --run_dir on the validation split, and prints each; all ranks call.
+
+    checkpoints: `best`, `newest`, or paths.
+    """
     device = comm.start(config.input_threads, hang_seconds=config.hang_seconds)
     console = Console(config.console, comm.is_root())
     _check_ranks(config)
     run_dir = Path(config.run_dir)
-    found = comm.together(lambda: _load_for_evaluation(config, run_dir) if comm.is_root() else None)
-    meta = json.loads(comm.from_root(json.dumps(found.meta if found else None).encode()).decode())
     index = open_split(config.data_dir, "validation", run_dir, console)
+    scores = [_score(config, name, run_dir, index, device, console) for name in checkpoints]
+    comm.leave()
+    watch.end()
+    return scores
+
+
+def _score(config: Config, name: str, run_dir: Path, index: records.Index, device: comm.Device, console: Console) -> Score:
+    found = comm.together(lambda: _load_for_evaluation(name, run_dir) if comm.is_root() else None)
+    meta = json.loads(comm.from_root(json.dumps(found.meta if found else None).encode()).decode())
     label_base = meta["run"]["label_base"] if config.label_base == "auto" else int(config.label_base)
     comm.together(lambda: records.check_labels(index, label_base, config.num_classes))
     run = state.initial(config)
@@ -285,8 +332,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
         f"step {meta['step']}: {result.accuracy()}  "
         f"({result.top1} and {result.top5} of {result.records} records, each once, on {count(comm.size(), 'rank')})"
     )
-    comm.leave()
-    watch.end()
+    return Score(meta["step"], result, state.data_digest(index))
 
 
 def _reached(job: Job, at: state.Position) -> bool:
@@ -324,15 +370,6 @@ def _check_start(config: Config, run_dir: Path) -> Optional[IO[str]]:
     return lock.acquire(run_dir)
 
 
-def _evaluation_steps(config: Config, records_count: int, total: int) -> FrozenSet[int]:
-    """Returns the numbers of updates after which to evaluate; the last is the end of the run."""
-    if not config.eval_every_epochs:
-        return frozenset([total])
-    count = int(total * config.global_batch / (records_count * config.eval_every_epochs)) + 1
-    each = (epochs_to_steps(n * config.eval_every_epochs, config, records_count) for n in range(1, count + 1))
-    return frozenset({done for done in each if 0 < done < total} | {total})
-
-
 def _close_window(window: List[Tuple[int, step.Sums]], config: Config) -> Tuple[Dict[str, float], Optional[nonfinite.Seen]]:
     """Returns the means of the window's steps over all ranks; the one place where the loop waits for all ranks.
 
@@ -355,17 +392,17 @@ def _close_window(window: List[Tuple[int, step.Sums]], config: Config) -> Tuple[
     return row, next((each for each, odd in zip(seen, unsound) if odd), None)
 
 
-def _load_for_evaluation(config: EvaluateConfig, run_dir: Path) -> checkpoint.Checkpoint:
-    if config.checkpoint == "best":
+def _load_for_evaluation(name: str, run_dir: Path) -> checkpoint.Checkpoint:
+    if name == "best":
         path = checkpoint.best(run_dir)
-    elif config.checkpoint == "newest":
+    elif name == "newest":
         path = next(iter(checkpoint.existing(run_dir)), None)
     else:
-        path = Path(config.checkpoint)
+        path = Path(name)
     if path is None:
         raise Failure(
             CONFIGURATION,
-            f"{checkpoint.folder(run_dir)} has no {config.checkpoint} checkpoint: is --run_dir a run's, and has it been "
+            f"{checkpoint.folder(run_dir)} has no {name} checkpoint: is --run_dir a run's, and has it been "
             f"evaluated yet? --checkpoint=newest needs no evaluation",
         )
     try:

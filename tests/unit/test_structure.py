@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lower floors know nothing of higher ones; modules on one floor may use each other.
 FLOORS = [
     {"run.health"},
-    {"run.watch", "run.lock"},
+    {"run.watch", "run.lock", "run.coverage", "run.receipt"},
     {"config", "model.layers", "data.order", "data.records", "run.log", "run.throughput", "train.schedule"},
     {"data.images", "data.pipeline", "data.index", "model.vgg", "parallel.comm", "parallel.exchange", "parallel.cost"},
     {"data.bad"},
@@ -28,11 +28,11 @@ FLOORS = [
         "train.state",
     },
     {"train.tell", "train.profile", "train.nonfinite"},
-    {"train.loop", "train.benchmark", "train.replay"},
+    {"train.loop", "train.benchmark", "train.replay", "train.verify"},
     {"__main__"},
 ]
 NO_TENSORFLOW = {"config", "data.records", "data.order", "train.schedule", "run.health", "run.log", "run.throughput"}
-NO_TENSORFLOW |= {"run.watch", "run.lock"}
+NO_TENSORFLOW |= {"run.watch", "run.lock", "run.coverage", "run.receipt", "train.checkpoint", "train.verify"}
 NO_TENSORFLOW |= {"model.layers", "parallel.cost", "parallel.plan"}
 
 
