@@ -5,14 +5,14 @@ ahead of the batch that is asked for by at most A batches of decoded images, A =
 images of a batch. For READ_AHEAD batches beyond these the kernel is told to read the records into its page cache, so that
 storage works while processors decode; that memory is the kernel's to take back. With 8 threads and 32 rows of 224 pixels a
 rank holds 4 * 4.8 MB decoded, and 4 * 3.5 MB are read ahead at ImageNet's mean of 110 kB. Beside that are the batch handed
-out and what each thread is at work on: the records of one piece, and an image. A row is a function of the seed, the epoch
-and the record: threads decide nothing.
+out and the one image that each thread is at work on. A row is a function of the seed, the epoch and the record: threads
+decide nothing.
 """
 
 import itertools
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Deque, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Deque, Iterator, List, NamedTuple, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -145,10 +145,15 @@ def _fill(batch: _Begun, rows: np.ndarray, decode: _Decode, index: records.Index
     Raises Failure(DATA) naming the record that cannot be read or decoded.
     """
     last = len(batch.plan.ids) - 1
-    ids = batch.plan.ids[rows].tolist()
-    # All are read before the first is decoded: decoding pushes the code that reads out of the processor's caches.
-    found = [_read(index, record) for record in ids]
-    for row, record, draws, (encoded, label) in zip(rows.tolist(), ids, images.image_draws(batch.plan.seeds[rows]), found):
+    for row, draws in zip(rows.tolist(), images.image_draws(batch.plan.seeds[rows])):
+        record = int(batch.plan.ids[row])
+        encoded, label = records.parse_example(index, record, records.read_record(index, record))
+        if label != index.labels[record]:
+            raise Failure(
+                DATA,
+                f"data: {index.where(record)}: its label is {label}, but was {index.labels[record]} when the shard was "
+                f"indexed. Did the shard change while in use? Start again",
+            )
         batch.labels[row] = label - label_base
         try:
             decode(encoded, draws, batch.images[row])
@@ -165,15 +170,3 @@ def _fill(batch: _Begun, rows: np.ndarray, decode: _Decode, index: records.Index
     ids = np.pad(batch.plan.ids, [0, len(batch.labels) - 1 - last], "edge")
     with tf.device("/CPU:0"):
         return Batch(*(tf.convert_to_tensor(column) for column in (batch.images, batch.labels, ids)))
-
-
-def _read(index: records.Index, record: int) -> Tuple[bytes, int]:
-    """Returns (encoded image, label as written) of a record; Failure(DATA) naming it."""
-    encoded, label = records.parse_example(index, record, records.read_record(index, record))
-    if label != index.labels[record]:
-        raise Failure(
-            DATA,
-            f"data: {index.where(record)}: its label is {label}, but was {index.labels[record]} when the shard was "
-            f"indexed. Did the shard change while in use? Start again",
-        )
-    return encoded, label
