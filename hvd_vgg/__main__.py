@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import Any, Callable, List, Tuple
 
 from hvd_vgg import __version__
-from hvd_vgg.config import BenchmarkConfig, Config, DemoConfig, EvaluateConfig, PlanConfig, describe, find_flag_file, parse
+from hvd_vgg.config import (
+    BenchmarkConfig,
+    Config,
+    DemoConfig,
+    EvaluateConfig,
+    PlanConfig,
+    ReplayConfig,
+    describe,
+    find_flag_file,
+    nonfinite_folder,
+    parse,
+)
 from hvd_vgg.run import watch
 from hvd_vgg.run.health import BUG, CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure, launched_rank
 
@@ -16,6 +27,7 @@ USAGE_TEXT = f"""hvd-vgg {__version__}: trains VGG networks on ImageNet-style TF
 
   hvd-vgg train [--flagfile=FILE] [--flags]           train and evaluate; leaves everything in --run_dir
   hvd-vgg evaluate --run_dir=DIR [--flags]            score a checkpoint of a run on the validation records
+  hvd-vgg replay RUN_DIR [--step=N] [--flags]         repeat a step of a run that was not finite
   hvd-vgg benchmark [--ranks=1,2,4] [--flags]         measure throughput without input, with it, and on fewer ranks
   hvd-vgg plan --ranks=N --gbit=X [--flags]           predict what exchanging gradients costs on a cluster
   hvd-vgg make-demo-data --data_dir=DIR [--flags]     draw a small data set to try things with
@@ -43,6 +55,12 @@ def _evaluate(config: Any) -> None:
     loop.evaluate_run(config)
 
 
+def _replay(config: Any) -> None:
+    from hvd_vgg.train import replay
+
+    replay.replay(config)
+
+
 def _benchmark(config: Any) -> None:
     from hvd_vgg.train import benchmark
 
@@ -68,6 +86,13 @@ COMMANDS: "dict[str, Tuple[Any, Callable[[Any], None], str]]" = {
         EvaluateConfig,
         _evaluate,
         "hvd-vgg evaluate --run_dir=DIR [--flags]: score a checkpoint. All flags default to the run's own.",
+    ),
+    "replay": (
+        ReplayConfig,
+        _replay,
+        "hvd-vgg replay RUN_DIR [--step=N] [--flags]: repeat a step whose loss or gradient was not finite, from the weights "
+        "and records that the run kept of it, on any number of ranks; 81: it is not finite again, 0: it is finite. All "
+        "flags default to the run's own.",
     ),
     "benchmark": (
         BenchmarkConfig,
@@ -131,12 +156,18 @@ def run(argv: List[str]) -> int:
 
 
 def _with_run_flags(argv: List[str]) -> List[str]:
-    """Puts the flags that a run left in its directory before those of `evaluate`."""
-    if argv[0] != "evaluate":
-        return argv[1:]
-    found = find_flag_file(parse(EvaluateConfig, argv[1:]).run_dir)
+    """Puts the flags that a run left before those of `evaluate` and `replay`."""
+    command, given = argv[0], argv[1:]
+    if command == "replay":
+        given = [f"--run_dir={given[0]}", *given[1:]] if given and not given[0].startswith("-") else given
+        config = parse(ReplayConfig, given)
+        found = find_flag_file(nonfinite_folder(Path(config.run_dir), config.step))
+    elif command == "evaluate":
+        found = find_flag_file(Path(parse(EvaluateConfig, given).run_dir))
+    else:
+        return given
     # Where the run printed to is not where this prints to.
-    return [f"--flagfile={found}", "--console=auto"] * bool(found) + argv[1:]
+    return [f"--flagfile={found}", "--console=auto"] * bool(found) + given
 
 
 def _refuse(failure: Failure) -> int:

@@ -54,6 +54,16 @@ def fill_memory(seconds):
         taken.append(b"x" * 10_000_000)
 
 
+def flip_a_byte(seconds):
+    """Damages a file as the line `OFFSET PATH` of OUT_DIR/flip says."""
+    offset, path = (out / "flip").read_text().split(maxsplit=1)
+    with open(path, "rb+") as file:
+        file.seek(int(offset))
+        byte = file.read(1)[0]
+        file.seek(int(offset))
+        file.write(bytes([byte ^ 1]))
+
+
 def save_slowly(seconds):
     """Makes each save take longer from here on."""
 
@@ -75,6 +85,7 @@ _FAULTS = {
     "sleep": time.sleep,
     "hold": hold_the_lock,
     "fill": fill_memory,
+    "flip": flip_a_byte,
     "saveslowly": save_slowly,
 }
 

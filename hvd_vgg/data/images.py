@@ -19,6 +19,9 @@ LIBRARY = f"OpenCV {cv2.__version__}"
 # An image whose header claims more is refused before it is decoded: 269 MB of RGB. The limit at which Pillow warns of a
 # decompression bomb; the largest image of ImageNet has about 60 million pixels.
 MAX_PIXELS = 1024**3 // 4 // 3
+# And a JPEG whose header claims more than its bytes can hold: a block of 8 by 8 takes at least a bit. Some hundred bytes
+# would otherwise be decoded into a hundred million grey pixels.
+_JPEG_PIXELS_A_BYTE = 8 * 64
 
 # Random-resized crop as the recipe of torchvision's VGG16 has it (torchvision.transforms.RandomResizedCrop).
 _AREA, _RATIO, _TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
@@ -115,35 +118,40 @@ def _mixed(bits: np.ndarray) -> np.ndarray:
 
 def image_shape(encoded: bytes) -> Tuple[int, int]:
     """Returns (height, width) from the header alone; ValueError where it is absurd."""
+    channels, most = 3, MAX_PIXELS
     if encoded.startswith(_JPEG):
-        height, width = _jpeg_shape(encoded)
+        most = min(most, _JPEG_PIXELS_A_BYTE * len(encoded))
+        height, width, channels = _jpeg_shape(encoded)
     elif encoded.startswith(_PNG) and encoded[8:16] == b"\0\0\0\rIHDR" and len(encoded) >= 24:
         # Width, then height, big-endian, in the first chunk of every PNG (ISO/IEC 15948, sections 5.6 and 11.2.2).
         width, height = struct.unpack(">II", encoded[16:24])
     else:
         raise ValueError(f"it is neither a JPEG nor a PNG; it begins with {encoded[:8]!r}")
-    if not (height > 0 and width > 0 and height * width <= MAX_PIXELS):
-        raise ValueError(f"its header claims this height and width; expected 1 to {MAX_PIXELS} pixels: {height} by {width}")
+    if not (height > 0 and width > 0 and height * width <= most):
+        raise ValueError(f"its header claims this height and width; expected 1 to {most} pixels: {height} by {width}")
+    if channels not in (1, 3, 4):
+        raise ValueError(f"its header claims {channels} channels; expected 1, 3 or 4")
     return height, width
 
 
-def _jpeg_shape(encoded: bytes) -> Tuple[int, int]:
-    """Returns (height, width) from the frame header (ITU-T T.81, B.1.1.4 and B.2.2), which segments of known length precede.
+def _jpeg_shape(encoded: bytes) -> Tuple[int, int, int]:
+    """Returns (height, width, channels) from the frame header, which segments of known length precede.
 
-    What begins in any other way is left to TensorFlow, which takes longer, with a copy of the image.
+    ITU-T T.81, B.1.1.4 and B.2.2. What begins in any other way is left to TensorFlow, which takes longer, copying the image.
     """
     at = 2
-    while at + 9 <= len(encoded) and encoded[at] == 0xFF:
+    while at + 10 <= len(encoded) and encoded[at] == 0xFF:
         if encoded[at + 1] in _FRAMES:
-            return encoded[at + 5] << 8 | encoded[at + 6], encoded[at + 7] << 8 | encoded[at + 8]
+            height, width, channels = struct.unpack(">HHB", encoded[at + 5 : at + 10])
+            return height, width, channels
         if encoded[at + 1] not in _SEGMENTS:
             break
         at += 2 + (encoded[at + 2] << 8 | encoded[at + 3])
     try:
-        height, width, _ = tf.io.extract_jpeg_shape(encoded).numpy().tolist()
+        height, width, channels = tf.io.extract_jpeg_shape(encoded).numpy().tolist()
     except tf.errors.OpError as error:
         raise _undecodable(error) from error
-    return height, width
+    return height, width, channels
 
 
 def _resize(encoded: bytes, window: Window, out: np.ndarray) -> None:
@@ -167,4 +175,5 @@ def _resize(encoded: bytes, window: Window, out: np.ndarray) -> None:
 def _undecodable(error: Any) -> ValueError:
     """Returns TensorFlow's reason in one line."""
     lines = re.sub(r"^\{\{.*?\}\}\s*", "", error.message.split("[Op:")[0].strip()).splitlines()
-    return ValueError(f"{lines[0]} {' '.join(lines[1:])[:200]}".strip())
+    text = f"{lines[0]} {' '.join(lines[1:])[:200]}".strip()
+    return ValueError(text.encode("unicode_escape").decode())  # it may quote the file

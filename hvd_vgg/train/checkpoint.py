@@ -56,10 +56,29 @@ def save(run_dir: Path, tensors: Tensors, meta: Dict[str, Any], keep: int, best:
     """
     place = folder(run_dir)
     path = place / f"step-{meta['step']:08d}.safetensors"
+    try:
+        odd = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
+        if odd:
+            raise OSError(f"{odd[0]} is not finite")
+        write(path, tensors, meta)
+        if best:
+            _point_to_best(place, path)
+        _prune(run_dir, keep, path)
+    except OSError as error:
+        raise Failure(
+            NOT_WRITTEN,
+            f"the checkpoint {path} cannot be written: {error}. The previous ones are whole; make room, then start again "
+            f"to go on from the newest",
+        ) from error
+    return path
+
+
+def write(path: Path, tensors: Tensors, meta: Dict[str, Any]) -> None:
+    """Writes one file for `load`, whole or not at all; raises OSError."""
     temporary = path.with_suffix(".safetensors.tmp")
     try:
-        place.mkdir(parents=True, exist_ok=True, mode=0o750)
-        needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(place).free
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+        needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(path.parent).free
         if free < needed:
             raise OSError(f"it takes {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
         digest = _digest(tensors.items())
@@ -68,19 +87,11 @@ def save(run_dir: Path, tensors: Tensors, meta: Dict[str, Any], keep: int, best:
             if _digest((name, file.get_tensor(name)) for name in tensors) != digest:
                 raise OSError("what was read back is not what was written")
         temporary.replace(path)
-        _sync_directory(place)
-        if best:
-            _point_to_best(place, path)
-        _prune(run_dir, keep, path)
+        _sync_directory(path.parent)
     except (OSError, SafetensorError, ValueError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()  # where it fills the disk, the log has no room either
-        raise Failure(
-            NOT_WRITTEN,
-            f"the checkpoint {path} cannot be written: {error}. The previous ones are whole; make room, then start again "
-            f"to go on from the newest",
-        ) from error
-    return path
+        raise error if isinstance(error, OSError) else OSError(str(error)) from error
 
 
 def _write(path: Path, tensors: Tensors, metadata: Dict[str, str]) -> None:

@@ -11,14 +11,14 @@ from typing import IO, Any, Callable, Dict, FrozenSet, Iterator, List, NamedTupl
 import numpy as np
 
 from hvd_vgg.config import Config, EvaluateConfig, epochs_to_steps, total_steps
-from hvd_vgg.data import order, pipeline, records
+from hvd_vgg.data import bad, order, pipeline, records
 from hvd_vgg.data.index import Data, open_data, open_split
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.run import lock, watch
-from hvd_vgg.run.health import CONFIGURATION, NOT_FINITE, STOPPED, USAGE, Failure
+from hvd_vgg.run.health import CONFIGURATION, STOPPED, USAGE, Failure
 from hvd_vgg.run.log import Console, RunLog, count
 from hvd_vgg.run.throughput import Throughput
-from hvd_vgg.train import checkpoint, evaluate, schedule, state, step, tell
+from hvd_vgg.train import checkpoint, evaluate, nonfinite, schedule, state, step, tell
 from hvd_vgg.train.profile import profiled
 from hvd_vgg.train.writer import Writer
 
@@ -42,7 +42,7 @@ class Job(NamedTuple):
     train_step: Callable[..., step.Sums]
     eval_step: Callable[..., Any]
     checksums: Callable[[], Any]
-    input_threads: int
+    device: comm.Device
     throughput: Throughput
     began: float  # time.monotonic() less the seconds of earlier starts
     log: Optional[RunLog]
@@ -57,14 +57,25 @@ class Job(NamedTuple):
 def train(config: Config) -> None:
     """Trains, evaluates and leaves everything in --run_dir; all ranks call."""
     job, at = _begin(config)
+    met = _train(job, at)
+    while met:  # a step that was not finite: neither it nor any after it was applied
+        job, at = _rewind(job, met)
+        met = _train(job, at)
+
+
+def _train(job: Job, at: state.Position) -> Optional[nonfinite.Met]:
+    """Trains from `at` to the end and ends the run, or returns the step that was not finite."""
+    config = job.config
     throughput, result, begun_at, listen_every = job.throughput, None, at.step, config.log_every_steps
     if at.step in job.eval_at and at.evaluated < at.step:  # asked to stop before it was scored
         at, result, _ = _evaluate(job, at)
     steps = range(at.step, at.step if _reached(job, at) else job.total)
     progress = job.console.progress("training", job.total, "steps", at.step)
     window: List[Tuple[int, step.Sums]] = []
+    bad_rows: List[Tuple[int, pipeline.BadRow]] = []
     for now, batch in zip(steps, profiled(throughput.waiting(_batches(job, steps)), steps, config, throughput)):
-        window.append((now, _update(job, now, batch)))
+        window.append((now, step.SKIPPED if now in at.skipped_steps else _update(job, now, batch)))
+        bad_rows += [(now, row) for row in batch.bad]
         at = at._replace(step=now + 1)
         watch.beat(at.step)
         if job.log and now == begun_at:
@@ -74,15 +85,19 @@ def train(config: Config) -> None:
         # Weights are compared before they are scored or saved too: a checkpoint of drifted ones would look whole.
         compares = config.drift_every_steps > 0 and (at.step % config.drift_every_steps == 0 or saves or evaluates)
         first_look = at.step - begun_at == _FIRST_LOOK
-        if not (first_look or at.step % config.log_every_steps == 0 or saves or compares or evaluates):
+        due = first_look or at.step % config.log_every_steps == 0 or saves or compares or evaluates
+        asked = (due or at.step % listen_every == 0) and comm.any_rank(watch.asked())
+        if not (due or asked):
             throughput.end_update()
             progress.update(at.step)
-            if at.step % listen_every == 0 and comm.any_rank(watch.asked()):
-                _stop(job, at)
             continue
 
-        row = {**_close_window(window, config), "train.lr": schedule.learning_rate(now, config, job.data.train.records)}
+        row, seen = _close_window(window, config)
         throughput.end_update()
+        if seen:
+            return nonfinite.Met(seen, at.skipped_steps)
+        at = _account(job, at, bad_rows)
+        row["train.lr"] = schedule.learning_rate(now, config, job.data.train.records)
         row, verdict = tell.speed_of_window(row, window, throughput, config)
         window.clear()
         if compares:
@@ -108,9 +123,10 @@ def train(config: Config) -> None:
                 _write_result(job, at, result)
             except Failure as failure:  # agreed; only the last must be written
                 tell.save_failed(failure, job.log, job.console)
-        if comm.any_rank(watch.asked()):
+        if asked:
             _stop(job, at)
     _end(job, at, result)
+    return None
 
 
 def _begin(config: Config) -> Tuple[Job, state.Position]:
@@ -131,10 +147,8 @@ def _begin(config: Config) -> Tuple[Job, state.Position]:
     # ---- the model, from the start or from a checkpoint
     run = state.initial(config)
     what = state.what_run(config, data.train, data.label_base)
-    at = state.restore(run, config, run_dir, what, log, console)
-    choices = cost.choose(config, comm.size())
-    factored = [choice.layer for choice in choices if choice.way == "factored"]
-    tell.introduce(config, run_dir, data, device, choices, total, at.step, log, console)
+    at = nonfinite.recall_skipped(state.restore(run, config, run_dir, what, log, console), run_dir)
+    tell.introduce(config, run_dir, data, device, cost.choose(config, comm.size()), total, at.step, log, console)
     return Job(
         config,
         run_dir,
@@ -144,10 +158,10 @@ def _begin(config: Config) -> Tuple[Job, state.Position]:
         _evaluation_steps(config, data.train.records, total),
         what,
         run,
-        step.make_train_step(run.weights, run.slots, config, device.data_format, factored),
+        _make_train_step(config, run, device),
         step.make_eval_step(run.weights, config, device.data_format),
         step.make_checksums(run.weights),
-        device.input_threads,
+        device,
         Throughput(),
         time.monotonic() - at.seconds,
         log,
@@ -156,8 +170,30 @@ def _begin(config: Config) -> Tuple[Job, state.Position]:
     ), at
 
 
+def _make_train_step(config: Config, run: state.State, device: comm.Device) -> Callable[..., step.Sums]:
+    factored = [choice.layer for choice in cost.choose(config, comm.size()) if choice.way == "factored"]
+    return step.make_train_step(run.weights, run.slots, config, device.data_format, factored)
+
+
+def _rewind(job: Job, met: nonfinite.Met) -> Tuple[Job, state.Position]:
+    """Returns the run as it goes on from its newest checkpoint without that step, or raises the Failure that ends it."""
+    config, run = job.config, job.run
+    with job.throughput.apart("rewinding"), watch.phase("saving"):
+        if job.writer:
+            tell.save_failed(job.writer.wait(), job.log, job.console)
+        ids = nonfinite.stop_or_rewind(met, run, job.train_step, job.data, config, job.device, job.log, job.console)
+        state.reset(run, config)
+        again = dataclasses.replace(config, resume="auto")
+        at = state.restore(run, again, job.run_dir, job.what, job.log, job.console)
+        at = nonfinite.recall_skipped(at, job.run_dir)
+    if job.log:
+        job.log.event("rewind", **{"from": met.seen.step}, to=at.step, skipped_steps=at.skipped_steps, records=ids)
+    # A new one, since the other applies no update any more.
+    return job._replace(train_step=_make_train_step(config, run, job.device)), at
+
+
 def _batches(job: Job, steps: range) -> Iterator[pipeline.Batch]:
-    data, threads = job.data, job.input_threads
+    data, threads = job.data, job.device.input_threads
     return pipeline.train_batches(data.train, job.config, data.label_base, steps, comm.rank(), comm.size(), threads)
 
 
@@ -167,11 +203,19 @@ def _update(job: Job, now: int, batch: pipeline.Batch) -> step.Sums:
     return job.train_step(*batch[:2], *step.arguments(job.config, now, low, lr))
 
 
+def _account(job: Job, at: state.Position, met: List[Tuple[int, pipeline.BadRow]]) -> state.Position:
+    """Returns where the run stands when the bad records `met`, of (step, row), are counted; they are no longer in `met`."""
+    allowed, index = job.config.bad_records_allowed, job.data.train
+    found = bad.account(met, at.bad_records, allowed, index, job.log, job.console)
+    met.clear()
+    return at._replace(bad_records=found)
+
+
 def _evaluate(job: Job, at: state.Position) -> Tuple[state.Position, evaluate.Evaluation, bool]:
     """Returns where the run stands then, the evaluation, and whether it is better than all before."""
     with job.throughput.apart("evaluation"), watch.phase("evaluation"):
         try:
-            data, threads = job.data, job.input_threads
+            data, threads = job.data, job.device.input_threads
             result = evaluate.evaluate(job.eval_step, data.validation, job.config, data.label_base, threads, job.console)
         except watch.Stopped:
             _stop(job, at)
@@ -289,32 +333,26 @@ def _evaluation_steps(config: Config, records_count: int, total: int) -> FrozenS
     return frozenset({done for done in each if 0 < done < total} | {total})
 
 
-def _close_window(window: List[Tuple[int, step.Sums]], config: Config) -> Dict[str, float]:
+def _close_window(window: List[Tuple[int, step.Sums]], config: Config) -> Tuple[Dict[str, float], Optional[nonfinite.Seen]]:
     """Returns the means of the window's steps over all ranks; the one place where the loop waits for all ranks.
 
-    Raises an agreed Failure(NOT_FINITE) naming the first step whose loss or gradient is not a number.
+    Beside them is the first step that was not finite, if there is one: neither its update nor any after it was applied.
     """
-    local = np.array([[float(sums.loss), float(sums.gradient_norm)] for _, sums in window])
+    trained = [(now, sums) for now, sums in window if sums is not step.SKIPPED]
+    local = np.array([[float(sums.loss), float(sums.gradient_norm), not sums.sound] for _, sums in trained]).reshape(-1, 3)
     # The norm is every rank's already; summing it too makes what follows from it the same everywhere, to the last bit.
-    losses, norms = (comm.sum_over_ranks(local) / [config.global_batch, comm.size()]).T
-    hits = comm.sum_over_ranks(np.array([[int(sums.top1), int(sums.top5)] for _, sums in window], np.int64)).sum(axis=0)
-    scales = [float(sums.loss_scale) for _, sums in window]
-    for (now, _), loss, norm, scale in zip(window, losses, norms, scales):
-        # In float16 an infinite gradient is one update skipped, unless no scale helps.
-        if not (math.isfinite(loss) and (math.isfinite(norm) or config.precision == "float16") and scale >= 1):
-            raise Failure(
-                NOT_FINITE,
-                f"step {now}: loss {loss:g}, gradient norm {norm:g}: not finite, training cannot go on. The newest "
-                f"checkpoint is from before; try a lower --lr or a longer --warmup_epochs in another --run_dir",
-                agreed=True,
-            )
-    top1, top5 = (hits / (len(window) * config.global_batch)).tolist()
-    row = {"train.loss": float(losses.mean()), "train.acc@1": top1, "train.acc@5": top5}
+    losses, norms, unsound = (comm.sum_over_ranks(local) / [config.global_batch, comm.size(), 1]).T
+    seen = [nonfinite.Seen(now, *numbers) for (now, _), *numbers in zip(trained, losses.tolist(), norms.tolist())]
+    local_hits = np.array([[int(sums.top1), int(sums.top5)] for _, sums in trained], np.int64).reshape(-1, 2)
+    top1, top5 = (comm.sum_over_ranks(local_hits).sum(axis=0) / (max(1, len(trained)) * config.global_batch)).tolist()
+    loss = float(losses.mean()) if trained else math.nan  # of a window that was all skipped
+    row = {"train.loss": loss, "train.acc@1": top1, "train.acc@5": top5}
     finite = norms[np.isfinite(norms)]
     row["train.gradient_norm"] = float(finite.mean()) if len(finite) else 0.0
     if config.precision == "float16":
-        row.update({"train.loss_scale": scales[-1], "train.skipped_updates": len(norms) - len(finite)})
-    return row
+        scale = float((trained or window)[-1][1].loss_scale)
+        row.update({"train.loss_scale": scale, "train.skipped_updates": len(norms) - len(finite)})
+    return row, next((each for each, odd in zip(seen, unsound) if odd), None)
 
 
 def _load_for_evaluation(config: EvaluateConfig, run_dir: Path) -> checkpoint.Checkpoint:

@@ -48,6 +48,12 @@ def initial(config: Config) -> State:
     return State(weights, optimizer.make_slots(weights, config.precision))
 
 
+def reset(state: State, config: Config) -> None:
+    """Brings `state` back to before the first update."""
+    for variable, value in zip(state.variables().values(), initial(config).variables().values()):
+        variable.assign(value)
+
+
 def what_run(config: Config, train_index: records.Index, label_base: int) -> Dict[str, Any]:
     """Returns what must be equal for a checkpoint to go on: configuration and data, as JSON can hold it."""
     digest = hashlib.sha256(train_index.lengths.tobytes() + train_index.labels.tobytes()).hexdigest()

@@ -208,6 +208,7 @@ def write_result(
             "top1_hits": result.top1,
             "top5_hits": result.top5,
             "records_evaluated": result.records,
+            "bad_records_evaluated": result.bad,
             **measured,
             "steps": done,
             "epochs": epoch,
