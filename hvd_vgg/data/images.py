@@ -157,11 +157,12 @@ def _jpeg_shape(encoded: bytes) -> Tuple[int, int, int]:
 def _resize(encoded: bytes, window: Window, out: np.ndarray) -> None:
     """Writes the bilinear resize, with half-pixel centres, of a window of the image to `out`."""
     top, left, height, width = window
-    data = tf.constant(encoded)  # the operation itself would take longer to copy it
+    data = tf.constant(encoded)
     try:
         if encoded.startswith(_JPEG):
             # Only the rows and columns of the window are decoded.
-            part = np.asarray(tf.io.decode_and_crop_jpeg(data, window, channels=3))
+            # Given tensors: the operation itself would take longer to make them.
+            part = np.asarray(tf.io.decode_and_crop_jpeg(data, tf.constant(window), channels=3))
         else:
             part = np.asarray(tf.io.decode_png(data, channels=3))[top : top + height, left : left + width]
     except tf.errors.OpError as error:
