@@ -13,7 +13,8 @@ import pytest
 from support import ROOT, TINY
 from test_equality import assert_same_weights
 
-from hvd_vgg.data import order, records
+from hvd_vgg.config import Config, parse
+from hvd_vgg.data import order, pipeline, records
 from hvd_vgg.train import checkpoint
 
 # Steps 4 to 7 are one window: what happens at 5 is noticed when 8 are done.
@@ -90,7 +91,14 @@ def test_the_kept_step_is_its_records_as_they_lie_and_the_state_before_it(stoppe
 
     paths, kept = records.find_shards(str(data), "train"), folder / "records-00000-of-00001"
     whole = records.join(paths, [records.scan_shard(path) for path in paths])
-    assert contents(records.join([kept], [records.scan_shard(kept)]), range(32)) == contents(whole, ids)
+    alone = records.join([kept], [records.scan_shard(kept)])
+    assert contents(alone, range(32)) == contents(whole, ids)
+    config = parse(Config, [f"--flagfile={folder / 'flags.txt'}"])
+    trained = next(pipeline.train_batches(whole, config, 1, range(BAD, BAD + 1), 0, 1, 2))
+    drawn_as, epochs = (np.array([row[name] for row in report["batch"]]) for name in ("drawn_as", "epoch"))
+    seeds = order.sample_seeds(config.seed, order.Positions(drawn_as, epochs))
+    again = pipeline.batch_of(alone, config, 1, np.arange(32), seeds, 2)
+    assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(trained[:2], again[:2]))
 
     ended = train(launch, data, tmp_path / "run", 2, "", f"--steps={BAD}")
     assert ended.code == 0, ended.err
