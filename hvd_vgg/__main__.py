@@ -42,12 +42,14 @@ could not be written, 75 hung or lost a rank, 78 configuration, 80 stopped on re
 
 
 def _train(config: Any) -> None:
+    watch.begin(Path(config.run_dir), launched_rank() or 0, config.hang_seconds)
     from hvd_vgg.train import loop
 
     loop.train(config)
 
 
 def _evaluate(config: Any) -> None:
+    watch.begin(None, launched_rank() or 0, config.hang_seconds)
     from hvd_vgg.train import loop
 
     loop.evaluate_run(config)

@@ -54,6 +54,16 @@ class Config:
         learned=True,
     )
 
+    bad_records_allowed: int = flag(
+        0,
+        "Data",
+        "Bad records (checksum, features, label or image) that a run may go on without, of each split: in training another "
+        "takes the place of each, the same on any ranks; in evaluation each counts as a miss. More, and so by default the "
+        "first, end the run. A run may be started again with another number.",
+        "records",
+        at_least=0,
+    )
+
     model: str = flag("vgg16", "Model", "The network.", choices=("vgg11", "vgg13", "vgg16", "vgg19"), learned=True)
     width: float = flag(1.0, "Model", "Factor on the width of every layer.", above=0.0, at_most=4.0, learned=True)
     dropout: float = flag(

@@ -1,10 +1,51 @@
-"""Fixtures of all tests."""
+"""Fixtures of all tests; tiers and the table of faults; which skips are allowed."""
 
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import pytest
+from faults.matrix import FAULTS, table
 from support import Ended, Launch, Started, command_line, write_data
+
+# What a machine may lack: a test may skip for these alone, with a reason that begins so.
+ALLOWED_SKIPS = ("capability: mounting a tmpfs", "capability: network namespaces", "capability: memory cgroup")
+
+_reports: List[Any] = []
+_ids: Dict[str, Sequence[str]] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds --tier (1: every change; 3: all) and --fault_table=FILE, which writes what came of each fault."""
+    parser.addoption("--tier", type=int, default=1)
+    parser.addoption("--fault_table")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
+    """Leaves out tests of higher tiers than asked for; notes which faults each test is for."""
+    left_out = []
+    for item in items:
+        marks = list(item.iter_markers("fault"))
+        _ids[item.nodeid] = [each for mark in marks for each in mark.args]
+        if any(mark.kwargs.get("tier", 1) > config.getoption("--tier") for mark in marks):
+            left_out.append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Notes how each phase of a test ended."""
+    _reports.append(report)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails for a skip that is not allowed; writes the table of faults."""
+    reasons = [report.longrepr[2] for report in _reports if report.skipped and isinstance(report.longrepr, tuple)]
+    foreign = [reason for reason in reasons if not reason.replace("Skipped: ", "").startswith(ALLOWED_SKIPS)]
+    if foreign:
+        print(f"\nskips that are not allowed: {foreign}")
+        session.exitstatus = 1
+    if session.config.getoption("--fault_table"):
+        Path(session.config.getoption("--fault_table")).write_text(table(FAULTS, _reports, _ids))
 
 
 @pytest.fixture

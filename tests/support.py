@@ -14,7 +14,7 @@ import pytest
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-LIMIT_SECONDS = 120
+LIMIT_SECONDS = 200  # ten times what any takes on an idle machine
 
 # A run of a few seconds on records of `data`.
 TINY = [
@@ -89,6 +89,15 @@ class Started:
         ended = Ended(code, self.out.read_text(), self.err.read_text())
         assert not left, f"processes left: {left}\n{ended.out}\n{ended.err}"
         return ended
+
+
+def wait_for(condition: Callable[[], bool], limit_seconds: float = 90) -> None:
+    """Waits until `condition()` holds; fails the test when it does not within the limit."""
+    deadline = time.monotonic() + limit_seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {limit_seconds} s")
+        time.sleep(0.05)
 
 
 Launch = Callable[..., Ended]

@@ -8,12 +8,16 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import sys
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, TypeVar
 
 import numpy as np
 import tensorflow as tf
 
+from hvd_vgg import __version__
+from hvd_vgg.data import images
 from hvd_vgg.run import watch
 from hvd_vgg.run.health import CONFIGURATION, Failure, difference, launched_rank, launched_size
 
@@ -27,6 +31,9 @@ except ImportError as error:
     ) from error
 
 T = TypeVar("T")
+
+# What launchers set for each rank, and what only changes what is printed.
+_OF_ONE_RANK = re.compile(r"HOROVOD_(RANK|SIZE|LOCAL_|CROSS_|HOSTNAME|GLOO_|LOG_|TIMELINE|SECRET)|TF_CPP_|TF2_BEHAVIOR")
 
 # Open MPI 4 sends what follows a large message's first 128 kB over TCP in one piece, and its leave for the other side's
 # message waits behind it: both directions of a link are then used one after the other. In pieces of 256 kB an allreduce of
@@ -158,16 +165,36 @@ def is_root() -> bool:
 
 
 def describe() -> Dict[str, str]:
-    """Returns what must be the same on all ranks besides the configuration: versions and how ranks communicate."""
+    """Returns what must be the same on all ranks besides the configuration: code, versions, how ranks communicate."""
     import horovod
 
     built = [name for name in ("mpi", "gloo", "nccl") if getattr(hvd, f"{name}_built")()]
     return {
+        "hvd_vgg": f"{__version__} ({_code_digest()[:16]})",
         "python": ".".join(map(str, sys.version_info[:3])),
         "tensorflow": tf.__version__,
         "horovod": f"{horovod.__version__} ({', '.join(built)})",
         "controller": "mpi" if hvd.mpi_enabled() else "gloo",
+        "numpy": np.__version__,
+        "images": images.LIBRARY,
     }
+
+
+def environment() -> Dict[str, str]:
+    """Returns the variables that change how TensorFlow and Horovod compute and exchange, without the launcher's own."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(("TF_", "XLA_", "HOROVOD_", "NVIDIA_TF32_OVERRIDE")) and not _OF_ONE_RANK.match(name)
+    }
+
+
+def _code_digest() -> str:
+    """Returns a SHA-256 over this package's Python files."""
+    place = Path(__file__).parent.parent
+    files = sorted(path for path in place.rglob("*.py"))
+    lines = [f"{path.relative_to(place)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def sum_over_ranks(values: np.ndarray) -> np.ndarray:

@@ -37,6 +37,7 @@ METRICS: Dict[str, Dict[str, str]] = {
     "eval.acc@1": {"unit": "", "format": ":.4f"},
     "eval.acc@5": {"unit": "", "format": ":.4f"},
     "eval.records": {"unit": "records", "format": ":d"},
+    "eval.bad_records": {"unit": "records", "format": ":d"},
 }
 
 Step = Union[str, Tuple[int, ...]]

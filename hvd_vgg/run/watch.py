@@ -48,7 +48,7 @@ class _Heart:
         self.updates: Deque[float] = deque(maxlen=101)  # seconds of each
         self.collective = ""
         self.reports: Dict[str, Callable[[], Any]] = {}
-        self.ended = threading.Event()
+        self.wake, self.ended = threading.Event(), False
         self.thread = threading.Thread(target=_look, args=[self], name="watchdog", daemon=True)
 
     def limit_seconds(self, phase: str) -> float:
@@ -70,6 +70,7 @@ def begin(run_dir: Optional[Path], rank: int, hang_seconds: float) -> None:
     global _heart
     folder, stacks = None, None
     if run_dir is not None:
+        os.umask(os.umask(0o027) | 0o027)  # what a run writes is for its owner and group
         try:
             (run_dir / "faults").mkdir(parents=True, exist_ok=True, mode=0o750)
             stacks = open(run_dir / "faults" / f"stacks.rank{rank}.txt", "a", encoding="utf-8")  # noqa: SIM115
@@ -87,7 +88,8 @@ def end() -> None:
     heart, _heart = _heart, None
     if heart is None:
         return
-    heart.ended.set()
+    heart.ended = True
+    heart.wake.set()
     heart.thread.join()  # it would arm again what is disarmed here
     _disarm()
     faulthandler.disable()
@@ -109,6 +111,8 @@ def beat(step: Optional[int] = None, phase: str = "update") -> None:
     if phase == was == "update" and step != at:
         _heart.updates.append(now - before)
     _heart.last = (now, phase, at if step is None else step)
+    if phase != was:
+        _heart.wake.set()  # another limit holds
 
 
 @contextlib.contextmanager
@@ -156,7 +160,7 @@ def asked() -> bool:
 
 
 def _look(heart: _Heart) -> None:
-    while not heart.ended.is_set():
+    while not heart.ended:
         at, phase_now, step = heart.last
         limit, silent = heart.limit_seconds(phase_now), time.monotonic() - at
         if silent > limit:
@@ -167,7 +171,8 @@ def _look(heart: _Heart) -> None:
         # Both go off by themselves should this thread never run again.
         faulthandler.dump_traceback_later(limit - silent + _OTHERS_SECONDS / 2, file=heart.stacks or sys.stderr)
         signal.setitimer(signal.ITIMER_REAL, limit - silent + LONGER * _OTHERS_SECONDS)
-        heart.ended.wait(min(1.0, limit / 10))
+        heart.wake.wait(min(1.0, limit / 10))
+        heart.wake.clear()
 
 
 def _disarm() -> None:

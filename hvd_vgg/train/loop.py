@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import IO, Any, Callable, Dict, FrozenSet, Iterator, List, NamedTuple, NoReturn, Optional, Tuple
 
 import numpy as np
-import tensorflow as tf
 
 from hvd_vgg.config import Config, EvaluateConfig, epochs_to_steps, total_steps
-from hvd_vgg.data import order, pipeline, records
+from hvd_vgg.data import bad, order, pipeline, records
 from hvd_vgg.data.index import Data, open_data, open_split
-from hvd_vgg.model.layers import DENSE
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.run import lock, watch
-from hvd_vgg.run.health import CONFIGURATION, STOPPED, USAGE, Failure, launched_rank
+from hvd_vgg.run.health import CONFIGURATION, STOPPED, USAGE, Failure
 from hvd_vgg.run.log import Console, RunLog, count
 from hvd_vgg.run.throughput import Throughput
 from hvd_vgg.train import checkpoint, evaluate, nonfinite, schedule, state, step, tell
@@ -74,8 +72,10 @@ def _train(job: Job, at: state.Position) -> Optional[nonfinite.Met]:
     steps = range(at.step, at.step if _reached(job, at) else job.total)
     progress = job.console.progress("training", job.total, "steps", at.step)
     window: List[Tuple[int, step.Sums]] = []
+    bad_rows: List[Tuple[int, pipeline.BadRow]] = []
     for now, batch in zip(steps, profiled(throughput.waiting(_batches(job, steps)), steps, config, throughput)):
         window.append((now, step.SKIPPED if now in at.skipped_steps else _update(job, now, batch)))
+        bad_rows += [(now, row) for row in batch.bad]
         at = at._replace(step=now + 1)
         watch.beat(at.step)
         if job.log and now == begun_at:
@@ -85,8 +85,9 @@ def _train(job: Job, at: state.Position) -> Optional[nonfinite.Met]:
         # Weights are compared before they are scored or saved too: a checkpoint of drifted ones would look whole.
         compares = config.drift_every_steps > 0 and (at.step % config.drift_every_steps == 0 or saves or evaluates)
         first_look = at.step - begun_at == _FIRST_LOOK
-        asked = at.step % listen_every == 0 and comm.any_rank(watch.asked())
-        if not (first_look or at.step % config.log_every_steps == 0 or saves or compares or evaluates or asked):
+        due = first_look or at.step % config.log_every_steps == 0 or saves or compares or evaluates
+        asked = (due or at.step % listen_every == 0) and comm.any_rank(watch.asked())
+        if not (due or asked):
             throughput.end_update()
             progress.update(at.step)
             continue
@@ -95,6 +96,7 @@ def _train(job: Job, at: state.Position) -> Optional[nonfinite.Met]:
         throughput.end_update()
         if seen:
             return nonfinite.Met(seen, at.skipped_steps)
+        at = _account(job, at, bad_rows)
         row["train.lr"] = schedule.learning_rate(now, config, job.data.train.records)
         row, verdict = tell.speed_of_window(row, window, throughput, config)
         window.clear()
@@ -111,12 +113,17 @@ def _train(job: Job, at: state.Position) -> Optional[nonfinite.Met]:
         reached = evaluates and _reached(job, at)
         if saves or improved or reached or at.step == job.total:
             _save(job, at, improved)
-        if evaluates and result:
-            _write_result(job, at, result)
         if reached:
             job.console.say(f"acc@1 has reached --stop_at_top1={config.stop_at_top1}")
             break
-        if at.step < job.total and comm.any_rank(watch.asked()):
+        if at.step == job.total:
+            break
+        if evaluates and result:
+            try:
+                _write_result(job, at, result)
+            except Failure as failure:  # agreed; only the last must be written
+                tell.save_failed(failure, job.log, job.console)
+        if asked:
             _stop(job, at)
     _end(job, at, result)
     return None
@@ -126,8 +133,6 @@ def _begin(config: Config) -> Tuple[Job, state.Position]:
     """Returns what the run is made of, and where it stands: at the start, or at a checkpoint."""
     # ---- who and where we are
     run_dir = Path(config.run_dir)
-    os.umask(os.umask(0o027) | 0o027)
-    watch.begin(run_dir, launched_rank() or 0, config.hang_seconds)
     device = comm.start(config.input_threads, bool(config.profile_steps), hang_seconds=config.hang_seconds)
     watch.listen()
     console = Console(config.console, comm.is_root())
@@ -194,9 +199,16 @@ def _batches(job: Job, steps: range) -> Iterator[pipeline.Batch]:
 
 def _update(job: Job, now: int, batch: pipeline.Batch) -> step.Sums:
     low, _ = order.slice_bounds(job.config.global_batch, comm.rank(), comm.size())
-    keys = order.dropout_keys(job.config.seed, now, len(DENSE) - 1)
     lr = schedule.learning_rate(now, job.config, job.data.train.records)
-    return job.train_step(*batch[:2], tf.constant(low, tf.int64), tf.constant(keys), tf.constant(lr, tf.float32))
+    return job.train_step(*batch[:2], *step.arguments(job.config, now, low, lr))
+
+
+def _account(job: Job, at: state.Position, met: List[Tuple[int, pipeline.BadRow]]) -> state.Position:
+    """Returns where the run stands when the bad records `met`, of (step, row), are counted; they are no longer in `met`."""
+    allowed, index = job.config.bad_records_allowed, job.data.train
+    found = bad.account(met, at.bad_records, allowed, index, job.log, job.console)
+    met.clear()
+    return at._replace(bad_records=found)
 
 
 def _evaluate(job: Job, at: state.Position) -> Tuple[state.Position, evaluate.Evaluation, bool]:
@@ -220,10 +232,10 @@ def _save(job: Job, at: state.Position, best: bool) -> None:
         state.save(job.run, at._replace(seconds=seconds), job.what, job.writer, best)
 
 
-def _write_result(job: Job, at: state.Position, result: evaluate.Evaluation) -> None:
+def _write_result(job: Job, at: state.Position, result: evaluate.Evaluation) -> Dict[str, Any]:
     with job.throughput.apart("saving"):
         seconds = time.monotonic() - job.began
-        tell.write_result(job.config, job.run_dir, result, job.throughput, at.step, job.epoch(at.step), seconds)
+        return tell.write_result(job.config, job.run_dir, result, job.throughput, at.step, job.epoch(at.step), seconds)
 
 
 def _stop(job: Job, at: state.Position) -> NoReturn:
@@ -244,18 +256,17 @@ def _end(job: Job, at: state.Position, result: Optional[evaluate.Evaluation]) ->
     """Ends a run that is through, with the evaluation and the checkpoint it must have."""
     if result is None or at.evaluated < at.step:  # nothing was left to train
         at, result, _ = _evaluate(job, at)
-        _write_result(job, at, result)
     with watch.phase("saving"):
         state.finish(job.writer)
+    measured = _write_result(job, at, result)
     seconds = time.monotonic() - job.began
-    tell.summary(job.config, job.run_dir, result, job.throughput, at.step, seconds, job.writer, job.log, job.console)
+    tell.summary(job.run_dir, result, measured, at.step, seconds, job.writer, job.log, job.console)
     comm.leave()
     watch.end()
 
 
 def evaluate_run(config: EvaluateConfig) -> None:
     """Evaluates a checkpoint of the run in --run_dir on the validation split; all ranks call."""
-    watch.begin(None, launched_rank() or 0, config.hang_seconds)
     device = comm.start(config.input_threads, hang_seconds=config.hang_seconds)
     console = Console(config.console, comm.is_root())
     _check_ranks(config)
@@ -291,6 +302,7 @@ def _check_ranks(config: Config) -> None:
     }
     comm.agree("the flags", flags)
     comm.agree("the software", comm.describe())
+    comm.agree("the environment", comm.environment())
 
 
 def _check_start(config: Config, run_dir: Path) -> Optional[IO[str]]:

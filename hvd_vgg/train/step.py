@@ -5,6 +5,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 import tensorflow as tf
 
 from hvd_vgg.config import Config
+from hvd_vgg.data import order
 from hvd_vgg.model import vgg
 from hvd_vgg.model.layers import DENSE
 from hvd_vgg.parallel import exchange
@@ -205,6 +206,12 @@ def _kept(weights: vgg.Weights, config: Config, images: Any, position: Any, keys
         keep(tf.shape(images)[0], weights[f"{name}/bias"].shape[0], config.dropout, keys[layer], position)
         for layer, name in enumerate(DENSE[:-1] if config.dropout else [])
     ]
+
+
+def arguments(config: Config, step: int, low: int, lr: float) -> Tuple[Any, Any, Any]:
+    """Returns (position, keys, lr), what `step` takes beside images and labels where the rank's part begins at `low`."""
+    keys = order.dropout_keys(config.seed, step, len(DENSE) - 1)
+    return tf.constant(low, tf.int64), tf.constant(keys), tf.constant(lr, tf.float32)
 
 
 def _clock_after(tensors: List[Any]) -> Any:

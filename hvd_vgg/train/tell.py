@@ -194,8 +194,8 @@ def write_result(
     done: int,
     epoch: float,
     seconds: float,
-) -> None:
-    """Writes result.json, on rank 0; all ranks must call. Raises an agreed Failure(NOT_WRITTEN)."""
+) -> Dict[str, Any]:
+    """Writes result.json, on rank 0, and returns `speed`; all ranks must call. Raises an agreed Failure(NOT_WRITTEN)."""
     measured = speed(throughput, config)
 
     def write() -> None:
@@ -208,6 +208,7 @@ def write_result(
             "top1_hits": result.top1,
             "top5_hits": result.top5,
             "records_evaluated": result.records,
+            "bad_records_evaluated": result.bad,
             **measured,
             "steps": done,
             "epochs": epoch,
@@ -219,6 +220,7 @@ def write_result(
         _write(run_dir / "result.json", json.dumps(content, indent=2) + "\n")
 
     comm.together(write)
+    return measured
 
 
 def _has_result_of(run_dir: Path, done: int) -> bool:
@@ -229,18 +231,19 @@ def _has_result_of(run_dir: Path, done: int) -> bool:
 
 
 def summary(
-    config: Config,
     run_dir: Path,
     result: Evaluation,
-    throughput: Throughput,
+    measured: Dict[str, Any],
     done: int,
     seconds: float,
     writer: Optional[Writer],
     log: Optional[RunLog],
     console: Console,
 ) -> None:
-    """Prints and logs the end of a run; all ranks call. Raises an agreed Failure(NOT_WRITTEN) when the log cannot be."""
-    measured = speed(throughput, config)
+    """Prints and logs the end of a run; all ranks call. Raises an agreed Failure(NOT_WRITTEN) when the log cannot be.
+
+    measured: what `write_result` returned.
+    """
     if log:
         log.log((), {**result.metrics(), **{name: value for name, value in measured.items() if not name.startswith("by_")}})
     console.say(f"finished in {duration(seconds)} on {count(comm.size(), 'rank')}")

@@ -16,6 +16,7 @@ FLOORS = [
     {"run.watch", "run.lock"},
     {"config", "model.layers", "data.order", "data.records", "run.log", "run.throughput", "train.schedule"},
     {"data.images", "data.pipeline", "data.index", "model.vgg", "parallel.comm", "parallel.exchange", "parallel.cost"},
+    {"data.bad"},
     {
         "data.demo",
         "parallel.plan",

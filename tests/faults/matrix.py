@@ -1,0 +1,57 @@
+"""The faults that runs are put through, and the table of what came of each."""
+
+FAULTS = {
+    "F01": "rank 1 raises",
+    "F02": "rank 0 raises; a rank raises before it has joined",
+    "F03": "rank 1 is killed (SIGKILL)",
+    "F04": "rank 1 is killed for want of memory, in a memory cgroup",
+    "F05": "segmentation fault in native code",
+    "F06": "rank 1 leaves early with success",
+    "F07": "a record cannot be preprocessed on rank 1",
+    "F08": "rank 1 sleeps in Python",
+    "F09": "rank 1 is frozen (SIGSTOP)",
+    "F10": "rank 1 holds Python's lock for ever",
+    "F11": "SIGKILL to mpirun; to the supervisor",
+    "F12": "SIGTERM to the supervisor",
+    "F13": "SIGTERM or SIGUSR1 to one rank",
+    "F14": "SIGTERM to mpirun; death while a checkpoint is written",
+    "F15": "chaos: 20 random faults, another number of ranks at each start",
+    "F16": "SIGKILL at 20 random moments of saving",
+    "F17": "disk full, for a while and to the end",
+    "F18": "checkpoint truncated, one bit flipped, foreign, all damaged; pointer torn or leading elsewhere",
+    "F19": "crash between writing, renaming and pointing",
+    "F20": "power loss: the order of write, fsync, rename",
+    "F21": "killed on 2 ranks, resumed on 1",
+    "F22": "resumed with other flags",
+    "F23": "only rank 0 has the checkpoints; run_dir cannot be written; two jobs on one run_dir",
+    "F24": "shard cut, empty, missing, extra, junk appended",
+    "F25": "byte flipped in the middle of a shard",
+    "F26": "images truncated, empty, PNG, text, CMYK, grey, 13000 x 13000 in the header",
+    "F27": "label -1, beyond the classes, missing; junk Example",
+    "F28": "uneven shards, fewer than ranks",
+    "F29": "NaN on rank 1",
+    "F30": "replicas drift apart",
+    "F31": "the sum of gradients is the true mean",
+    "F32": "versions, flags or data differ between ranks",
+    "F33": "two hosts: wrong interface; link down in mid-run",
+    "F34": "a host does not answer; its key is unknown",
+    "F35": "slow rank",
+    "F36": "root without consent; more ranks than slots",
+}
+
+
+def table(faults, reports, ids):
+    """Returns a Markdown table: of each fault its tests, how they ended, and their seconds with set-up, in this session."""
+    lines = ["| id | fault | tests | result | seconds |", "|---|---|---|---|---|"]
+    for fault, text in faults.items():
+        mine = [report for report in reports if fault in ids.get(report.nodeid, [])]
+        tests = sorted({report.nodeid.split("[")[0].replace("tests/", "") for report in mine})
+        count = len({report.nodeid for report in mine})
+        failed = sorted({report.nodeid.split("::")[1] for report in mine if report.failed})
+        skipped = sorted({report.longrepr[2] for report in mine if report.skipped})
+        result = (
+            "failed: " + ", ".join(failed) if failed else "; ".join(skipped) or ("passed" if count else "no test was run")
+        )
+        names = "<br>".join(f"`{name}`" for name in tests)
+        lines.append(f"| {fault} | {text} | {names} ({count}) | {result} | {sum(r.duration for r in mine):.0f} |")
+    return "\n".join(lines) + "\n"

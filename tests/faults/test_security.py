@@ -1,0 +1,52 @@
+"""What a run must not let out or in: secrets, ports, wide permissions. What code may not use: unit/test_structure.py."""
+
+import os
+import stat
+from pathlib import Path
+
+from oracles import start
+from support import wait_for
+
+CANARY = "canary-6b1f0c"
+OPEN_MPI_PORTS = 2  # btl_tcp's, for IPv4 and IPv6
+
+
+def listeners(pids):
+    """Returns the addresses, as the kernel writes them, on which any of `pids` accepts TCP connections."""
+    inodes = set()
+    for pid in pids:
+        for handle in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                target = os.readlink(handle)
+            except OSError:
+                continue
+            if target.startswith("socket:["):
+                inodes.add(target[8:-1])
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                found.append(fields[1].split(":")[0])
+    return found
+
+
+def test_a_run_keeps_secrets_ports_and_files_to_itself(tmp_path, data):
+    started = start(tmp_path, data, 2, "sleep@1:3:3", HVD_VGG_CANARY_SECRET=CANARY, HVD_VGG_API_TOKEN=CANARY)
+    wait_for(lambda: "step 3/" in started.out.read_text())
+    pids = started.alive()
+    assert len(pids) >= 3
+    for pid in pids:
+        assert CANARY.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ranks = [pid for pid in pids if b"worker.py" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1]]
+    assert len(ranks) == 2
+    # Open MPI's own transport listens on each rank, for its job's processes; nothing of Python's or Horovod's does.
+    opened = {rank: len(listeners([rank])) for rank in ranks}
+    assert all(count <= OPEN_MPI_PORTS for count in opened.values()), opened
+    ended = started.wait()
+    assert ended.code == 0, ended.err
+    assert CANARY not in ended.out + ended.err
+    for path in (tmp_path / "run").rglob("*"):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        assert mode & 0o027 == 0, (path, oct(mode))
+        assert path.is_dir() or CANARY.encode() not in path.read_bytes(), path

@@ -1,0 +1,103 @@
+"""Runs hvd-vgg, notes the record ids of every step that this rank trains on, and does harm where it is asked to:
+
+    worker.py OUT_DIR [FAULT@RANK:STEP[:SECONDS] ...] COMMAND FLAGS...
+
+OUT_DIR/ids.rankN gets a line a step. A fault, one of _FAULTS, happens on one rank when STEP updates are done. The package
+has no switch for any of this: it is wrapped from outside.
+"""
+
+import ctypes
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from hvd_vgg import __main__
+from hvd_vgg.data import pipeline
+from hvd_vgg.run import watch
+from hvd_vgg.run.health import launched_rank
+from hvd_vgg.train import checkpoint
+
+out = Path(sys.argv[1])
+faults = [re.fullmatch(r"(\w+)@(\d+):(\d+)(?::([\d.]+))?", argument) for argument in sys.argv[2:]]
+faults = faults[: faults.index(None)]
+mine = [fault for fault in faults if int(fault[2]) == (launched_rank() or 0)]
+train_batches, beat, save = pipeline.train_batches, watch.beat, checkpoint.save
+
+
+def noted(index, config, label_base, steps, rank, size, threads):
+    """Yields what the pipeline yields, after writing its ids."""
+    with open(out / f"ids.rank{rank}", "a", buffering=1) as file:
+        for step, batch in zip(steps, train_batches(index, config, label_base, steps, rank, size, threads)):
+            file.write(f"{step} {' '.join(map(str, batch.ids.numpy().tolist()))}\n")
+            yield batch
+
+
+def fail(seconds):
+    """Raises what no part of the package does."""
+    raise RuntimeError("a fault of the test")
+
+
+def hold_the_lock(seconds):
+    """Sleeps without giving Python's lock back: PyDLL does not, as C extensions may not."""
+    ctypes.PyDLL(None).usleep(ctypes.c_uint(int(seconds * 1e6)))
+
+
+def fill_memory(seconds):
+    """Takes memory until there is no more."""
+    taken = []
+    while True:
+        taken.append(b"x" * 10_000_000)
+
+
+def flip_a_byte(seconds):
+    """Damages a file as the line `OFFSET PATH` of OUT_DIR/flip says."""
+    offset, path = (out / "flip").read_text().split(maxsplit=1)
+    with open(path, "rb+") as file:
+        file.seek(int(offset))
+        byte = file.read(1)[0]
+        file.seek(int(offset))
+        file.write(bytes([byte ^ 1]))
+
+
+def save_slowly(seconds):
+    """Makes each save take longer from here on."""
+
+    def slow(*arguments):
+        time.sleep(seconds)
+        return save(*arguments)
+
+    checkpoint.save = slow
+
+
+_FAULTS = {
+    "raise": fail,
+    "kill": lambda seconds: os.kill(os.getpid(), signal.SIGKILL),
+    "term": lambda seconds: os.kill(os.getpid(), signal.SIGTERM),
+    "usr1": lambda seconds: os.kill(os.getpid(), signal.SIGUSR1),
+    "stop": lambda seconds: os.kill(os.getpid(), signal.SIGSTOP),
+    "segv": lambda seconds: ctypes.string_at(0),
+    "leave": lambda seconds: sys.exit(0),
+    "sleep": time.sleep,
+    "hold": hold_the_lock,
+    "fill": fill_memory,
+    "flip": flip_a_byte,
+    "saveslowly": save_slowly,
+}
+
+
+def beat_and_fail(step=None, phase="update"):
+    """Beats, then does what was asked for at this step."""
+    beat(step, phase)
+    for fault in mine:
+        if phase == "update" and step == int(fault[3]):
+            _FAULTS[fault[1]](float(fault[4] or 0))
+
+
+pipeline.train_batches = noted
+watch.beat = beat_and_fail
+sys.exit(__main__.run(sys.argv[2 + len(faults) :]))
