@@ -59,6 +59,7 @@ def stopped(tmp_path_factory, data):
     return Started(command_line(2, flags, poisoned(f"nan@1:{BAD}x1-9")), out).wait(), out / "run"
 
 
+@pytest.mark.fault("F29")
 def test_nan_on_one_rank_ends_all_at_its_step_and_is_told_by_rank_and_layer(stopped, data):
     """F29."""
     ended, run_dir = stopped
@@ -76,6 +77,7 @@ def test_nan_on_one_rank_ends_all_at_its_step_and_is_told_by_rank_and_layer(stop
     assert newest(run_dir).meta["step"] == 4
 
 
+@pytest.mark.fault("F29")
 def test_the_kept_step_is_its_records_as_they_lie_and_the_state_before_it(stopped, launch, tmp_path, data):
     """F29: the bad update was not applied, nor the two after it that were already made when it was noticed."""
     _, run_dir = stopped
@@ -196,6 +198,7 @@ def test_no_more_steps_are_skipped_than_allowed(launch, tmp_path, data):
     assert newest(run_dir).meta["skipped_steps"] == [3]
 
 
+@pytest.mark.fault("F30")
 def test_a_weight_that_drifts_on_one_rank_is_told_within_the_steps_asked_for(launch, tmp_path, data):
     """F30."""
     run_dir = tmp_path / "run"
