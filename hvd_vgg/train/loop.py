@@ -182,8 +182,9 @@ def _make_train_step(config: Config, run: state.State, device: comm.Device) -> C
 
 def _rewind(job: Job, met: nonfinite.Met) -> Tuple[Job, state.Position]:
     """Returns the run as it goes on from its newest checkpoint without that step, or raises the Failure that ends it."""
-    config, run = job.config, job.run
-    with job.throughput.apart("rewinding"), watch.phase("saving"):
+    config, run, throughput = job.config, job.run, job.throughput
+    throughput.exchange.extend([0.0] * (len(throughput.total) - len(throughput.exchange)))  # nobody asked its updates
+    with throughput.apart("rewinding"), watch.phase("saving"):
         if job.writer:
             tell.save_failed(job.writer.wait(), job.log, job.console)
         ids = nonfinite.stop_or_rewind(met, run, job.train_step, job.data, config, job.device, job.log, job.console)

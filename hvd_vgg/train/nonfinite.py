@@ -83,22 +83,23 @@ def examine(
     now: int,
     run: state.State,
     train_step: Callable[..., step.Sums],
-    batch: pipeline.Batch,
+    images: Any,
+    labels: Any,
     lr: float,
     config: Config,
     data_format: str,
 ) -> Examined:
-    """Returns step `now` computed again; all ranks call, each with its part.
+    """Returns step `now` computed again; all ranks call, each with the images and labels of its part.
 
     A sound update is applied, unless `train_step` has met one that was not.
     """
     low, high = order.slice_bounds(config.global_batch, comm.rank(), comm.size())
     keys = tf.constant(order.dropout_keys(config.seed, now, len(DENSE) - 1))
     look = step.make_look(run.weights, run.slots, config, data_format)
-    place, rows = _first(look, list(run.weights), batch, low, keys, config)
+    place, rows = _first(look, list(run.weights), images, labels, low, keys, config)
     mine = {"host": socket.gethostname(), "slice": [low, high], "first": place and place[1], "order": place and place[0]}
     mine["at_fault"] = [low + row for row in rows]
-    sums = train_step(*batch[:2], tf.constant(low, tf.int64), keys, tf.constant(lr, tf.float32))
+    sums = train_step(images, labels, tf.constant(low, tf.int64), keys, tf.constant(lr, tf.float32))
     numbers = comm.gather_numbers([float(sums.loss), float(sums.gradient_norm), float(sums.sound)])
     seen = Seen(now, float(numbers[:, 0].sum() / config.global_batch), float(numbers[:, 1].max()))
     ranks = [json.loads(text.decode()) for text in comm.gather(json.dumps(mine).encode())]
@@ -106,16 +107,16 @@ def examine(
 
 
 def _first(
-    look: Callable[..., step.Finite], names: List[str], batch: pipeline.Batch, position: int, keys: Any, config: Config
+    look: Callable[..., step.Finite], names: List[str], images: Any, labels: Any, position: int, keys: Any, config: Config
 ) -> Tuple[Optional[Tuple[int, str]], List[int]]:
     """Returns (order and name of what is not finite first in this rank's part, or None; the rows that are so alone)."""
 
     def part(low: int, high: int) -> step.Finite:
-        found = look(batch.images[low:high], batch.labels[low:high], tf.constant(position + low, tf.int64), keys)
+        found = look(images[low:high], labels[low:high], tf.constant(position + low, tf.int64), keys)
         return step.Finite(*(np.asarray(each) for each in found))
 
-    images, held = len(batch.labels), config.device_batch
-    parts = [part(low, min(low + held, images)) for low in range(0, images, held)]
+    rows, held = len(labels), config.device_batch
+    parts = [part(low, min(low + held, rows)) for low in range(0, rows, held)]
     outputs = np.concatenate([each.outputs for each in parts], axis=1)
     losses = np.concatenate([each.losses for each in parts])
     gradients = np.all([each.gradients for each in parts], axis=0)
@@ -127,7 +128,7 @@ def _first(
         return None, []
     alone = outputs.all(axis=0) & losses
     if alone.all():  # gradients are sums over a batch
-        alone = np.array([part(row, row + 1).gradients.all() for row in range(images)])
+        alone = np.array([part(row, row + 1).gradients.all() for row in range(rows)])
     first = int(np.argmin(finite))
     return (first, places[first]), np.flatnonzero(~alone).tolist()
 
@@ -153,7 +154,7 @@ def stop_or_rewind(
     )
     batch = next(batches)
     lr = schedule.learning_rate(seen.step, config, data.train.records)
-    examined = examine(seen.step, run, train_step, batch, lr, config, device.data_format)
+    examined = examine(seen.step, run, train_step, *batch[:2], lr, config, device.data_format)
     ids = np.concatenate(
         [np.frombuffer(part, np.int64) for part in comm.gather(batch.ids.numpy().astype(np.int64).tobytes())]
     )
@@ -186,6 +187,7 @@ def stop_or_rewind(
 
 def _report(seen: Seen, examined: Examined, ids: np.ndarray, data: Data, config: Config, lr: float) -> Dict[str, Any]:
     start = seen.step * config.global_batch
+    at = order.positions(start, start + len(ids), data.train.records, config.seed, config.shuffle_block_records)
     return {
         "step": seen.step,
         "loss": _number(seen.loss),
@@ -201,8 +203,9 @@ def _report(seen: Seen, examined: Examined, ids: np.ndarray, data: Data, config:
         "label_base": data.label_base,
         "ranks": examined.ranks,
         "batch": [
-            {"record": record, "epoch": (start + row) // data.train.records, "where": data.train.where(record)}
-            for row, record in enumerate(ids.tolist())
+            # A record that stands in for a bad one is cropped and flipped as that one would have been.
+            {"record": record, "drawn_as": drawn_as, "epoch": epoch, "where": data.train.where(record)}
+            for record, drawn_as, epoch in zip(ids.tolist(), at.ids.tolist(), at.epochs.tolist())
         ],
     }
 
@@ -248,7 +251,7 @@ def load_report(folder: Path) -> Dict[str, Any]:
         batch, lr = report["batch"], report["lr"]
         sound = whole(report["step"]) and report["label_base"] in (0, 1) and isinstance(lr, (int, float)) and bool(batch)
         sound = sound and isinstance(report["told"], str)
-        sound = sound and all(whole(row["record"]) and whole(row["epoch"]) for row in batch)
+        sound = sound and all(whole(row[name]) for row in batch for name in ("record", "drawn_as", "epoch"))
     except (KeyError, TypeError):
         sound = False
     if not sound:

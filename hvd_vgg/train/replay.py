@@ -30,7 +30,7 @@ def replay(config: ReplayConfig) -> None:
     batch, now = report["batch"], report["step"]
     index = comm.together(lambda: _open_records(folder, config, report["label_base"], len(batch)))
     low, high = order.slice_bounds(config.global_batch, comm.rank(), comm.size())
-    ids, epochs = (np.array([row[name] for row in batch[low:high]], np.int64) for name in ("record", "epoch"))
+    ids, epochs = (np.array([row[name] for row in batch[low:high]], np.int64) for name in ("drawn_as", "epoch"))
     seeds = order.sample_seeds(config.seed, order.Positions(ids, epochs))
     rows = pipeline.batch_of(index, config, report["label_base"], np.arange(low, high), seeds, device.input_threads)
 
@@ -42,7 +42,7 @@ def replay(config: ReplayConfig) -> None:
     console.say(
         f"step {now} of {config.run_dir}: loss {report['loss']}, gradient norm {report['gradient_norm']}\n  {report['told']}"
     )
-    examined = nonfinite.examine(now, run, train_step, rows, report["lr"], config, device.data_format)
+    examined = nonfinite.examine(now, run, train_step, *rows[:2], report["lr"], config, device.data_format)
     again = f"repeated on {count(comm.size(), 'rank')}, {examined.seen}"
     if examined.repeated:
         faults = [row for found in examined.ranks for row in found["at_fault"]]

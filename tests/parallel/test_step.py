@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from hvd_vgg.config import Config
-from hvd_vgg.data import order, pipeline
+from hvd_vgg.data import order
 from hvd_vgg.model import vgg
 from hvd_vgg.model.layers import layers
 from hvd_vgg.parallel import comm
@@ -132,9 +132,9 @@ def test_the_rank_the_layer_and_the_records_that_are_not_finite_are_found(precis
     low, high = order.slice_bounds(9, comm.rank(), comm.size())
     images = np.zeros((9, 32, 32, 3), np.uint8)
     images[[4, 7]] = 255
-    batch = pipeline.Batch(tf.constant(images[low:high]), tf.zeros([high - low], tf.int32), tf.range(low, high))
+    mine = tf.constant(images[low:high]), tf.zeros([high - low], tf.int32)
     train_step = step.make_train_step(run.weights, run.slots, config, "NHWC", [])
-    found = nonfinite.examine(0, run, train_step, batch, 0.01, config, "NHWC")
+    found = nonfinite.examine(0, run, train_step, *mine, 0.01, config, "NHWC")
     assert found.repeated and "First the outputs of block1_conv1 on rank " in str(found)
     assert sorted(row for rank in found.ranks for row in rank["at_fault"]) == [4, 7]
     low, high = found.ranks[found.rank]["slice"]
