@@ -13,6 +13,7 @@ from hvd_vgg.config import (
     Config,
     DemoConfig,
     EvaluateConfig,
+    LaunchConfig,
     PlanConfig,
     ReplayConfig,
     VerifyConfig,
@@ -34,9 +35,11 @@ USAGE_TEXT = f"""hvd-vgg {__version__}: trains VGG networks on ImageNet-style TF
   hvd-vgg plan --ranks=N --gbit=X [--flags]           predict what exchanging gradients costs on a cluster
   hvd-vgg make-demo-data --data_dir=DIR [--flags]     draw a small data set to try things with
 
+  hvd-vgg launch --ranks=N [--flags] COMMAND ...      start any of them on many ranks; stops and restarts runs
+
 Each runs alone or on many ranks, which only change how fast it goes:
 
-  horovodrun -np 8 hvd-vgg train --flagfile=configs/vgg16_imagenet.flags --data_dir=/data/imagenet
+  hvd-vgg launch --ranks=8 train --flagfile=configs/vgg16_imagenet.flags --data_dir=/data/imagenet
 
 hvd-vgg COMMAND --help lists a command's flags. Exit codes: 0 done, 64 usage, 65 data, or what a run claims does not hold,
 70 error in the program, 74 a result could not be written, 75 hung or lost a rank, 78 configuration, 80 stopped on request,
@@ -128,6 +131,21 @@ COMMANDS: "dict[str, Tuple[Any, Callable[[Any], None], str]]" = {
 }
 
 
+LAUNCH_USAGE = """hvd-vgg launch [--flags] train|evaluate|benchmark|make-demo-data [ITS FLAGS]
+hvd-vgg launch [--flags] -- PROGRAM [ITS ARGUMENTS]
+
+Starts a command, or any program, on many ranks by Open MPI's mpirun, whose command line is printed. The command's flags
+are checked first. Ctrl-C or SIGTERM makes all ranks save and leave in order; Ctrl-C again ends them. A run that failed for
+no fault of its own is started again; RUN_DIR/restarts.jsonl tells of every start and end. The exit code is the command's;
+80 when it was stopped, 75 after --time_limit_seconds, 128 and the signal's number when one killed a rank.
+
+  hvd-vgg launch --ranks=8 train --flagfile=configs/vgg16_imagenet.flags --data_dir=/data/imagenet
+  hvd-vgg launch --hostfile=hosts.txt --max_restarts=20 train --flagfile=configs/vgg16_imagenet.flags
+"""
+# What `launch` starts a command of this package with.
+PROGRAM = [sys.executable, "-m", "hvd_vgg"]
+
+
 def main() -> None:
     """Runs the command line and exits with the codes of hvd_vgg.run.health."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -140,8 +158,10 @@ def run(argv: List[str]) -> int:
         if not argv or argv[0] in ("-h", "--help", "help"):
             print(USAGE_TEXT, end="")
             return DONE
+        if argv[0] == "launch":
+            return _launch(argv[1:])
         if argv[0] not in COMMANDS:
-            raise Failure(USAGE, f"{argv[0]}: no such command; expected one of {', '.join(COMMANDS)}")
+            raise Failure(USAGE, f"{argv[0]}: no such command; expected one of {', '.join(COMMANDS)}, launch")
         kind, command, usage = COMMANDS[argv[0]]
         if {"-h", "--help"} & set(argv[1:]):
             print(describe(kind, usage), end="")
@@ -149,6 +169,8 @@ def run(argv: List[str]) -> int:
         config = parse(kind, _with_run_flags(argv))
     except Failure as failure:
         return _refuse(failure)
+    except KeyboardInterrupt:
+        return STOPPED
     try:
         command(config)
         return DONE
@@ -170,6 +192,31 @@ def run(argv: List[str]) -> int:
             return _end(Failure(LOST_RANK, "another rank has gone; the same command goes on from the newest checkpoint"))
         traceback.print_exc()
         return _end(Failure(BUG, "an error of the program, above: please report it with the run's flags.txt"))
+
+
+def _launch(argv: List[str]) -> int:
+    """Runs `hvd-vgg launch`; wrong flags of the command to start are found before anything is."""
+    from hvd_vgg.run import launch
+
+    startable = [name for name in COMMANDS if name != "plan"]
+    cut = next((at for at, word in enumerate(argv) if word in (*startable, "--")), len(argv))
+    own, inner = argv[:cut], argv[cut:]
+    if {"-h", "--help"} & set(own):
+        print(describe(LaunchConfig, LAUNCH_USAGE), end="")
+        return DONE
+    if len(inner) < 1 + (inner[:1] == ["--"]):
+        raise Failure(USAGE, f"nothing to launch: expected {', '.join(startable)}, or -- PROGRAM, after launch's own flags")
+    config = parse(LaunchConfig, own)
+    if inner[0] == "--":
+        return launch.launch(config, launch.Job(inner[1:]))
+    if {"-h", "--help"} & set(inner):
+        return run(inner)
+    started = parse(COMMANDS[inner[0]][0], _with_run_flags(inner))
+    # Under mpirun a process cannot tell a terminal from a file; here one can.
+    console = ["--console=bar" if sys.stdout.isatty() else "--console=lines"] * (getattr(started, "console", "") == "auto")
+    program = [*PROGRAM, *inner, *console]
+    run_dir = Path(started.run_dir) if inner[0] == "train" else None
+    return launch.launch(config, launch.Job(program, run_dir, getattr(started, "global_batch", None)))
 
 
 def _with_run_flags(argv: List[str]) -> List[str]:

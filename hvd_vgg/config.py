@@ -267,6 +267,59 @@ class BenchmarkConfig(Config):
 
 
 @dataclasses.dataclass(frozen=True)
+class LaunchConfig:
+    """How a command is started on many ranks."""
+
+    ranks: int = flag(
+        0, "Ranks", "How many; 0: one for each slot of --hostfile, or for each device that TensorFlow sees here.", at_least=0
+    )
+    hostfile: str = flag(
+        "",
+        "Ranks",
+        "Hosts, one a line: `name slots=N` for N ranks on it. Each must have this Python, the data and the run directory "
+        "under the same paths. None: all ranks are on this host.",
+        "path",
+    )
+    rsh_agent: str = flag(
+        "ssh -o BatchMode=yes -o ConnectTimeout=5 -o StrictHostKeyChecking=yes",
+        "Ranks",
+        "What reaches another host, called as `AGENT HOST COMMAND`; cut at spaces. A host of unknown key is refused.",
+    )
+    network: str = flag(
+        "", "Ranks", "Networks or interfaces that hosts speak over, where they have several: 10.1.0.0/16 or eth1."
+    )
+    export_env: str = flag(
+        "",
+        "Ranks",
+        "Names of further environment variables for ranks on other hosts, separated by commas. They get PATH, "
+        "LD_LIBRARY_PATH, PYTHONPATH, TMPDIR, TZ, LANG, LC_*, OMP_NUM_THREADS, XLA_FLAGS, HOROVOD_*, TF_*, NCCL_*, CUDA_*, "
+        "UCX_* and GLOO_*, but nothing called token, key, secret, pass or cred.",
+    )
+    max_restarts: int = flag(
+        3,
+        "Supervision",
+        "How often `train` is started again that hung (75), was preempted (80) or was killed by a signal (128 and its "
+        "number), on the hosts that still answer. Two ends at the same step with no new checkpoint are the last.",
+        at_least=0,
+    )
+    grace_seconds: float = flag(
+        60.0,
+        "Supervision",
+        "On SIGTERM, SIGINT, SIGHUP or SIGUSR1 to the launcher all ranks save and leave; after so long they are ended.",
+        "seconds",
+        above=0.0,
+    )
+    time_limit_seconds: float = flag(
+        0.0,
+        "Supervision",
+        "After so long, restarts included, all ranks save and leave, and the exit code is 75; 0: never.",
+        "seconds",
+        at_least=0.0,
+    )
+    dry_run: bool = flag(False, "Supervision", "Print the command, start nothing.")
+
+
+@dataclasses.dataclass(frozen=True)
 class DemoConfig:
     """What `make-demo-data` draws."""
 
@@ -358,6 +411,9 @@ def validate(config: Any) -> List[str]:
                 errors.append(f"--{field.name}={_text(value)}: expected {expected}")
     if isinstance(config, Config):
         errors.extend(_conflicts(config))
+    for name in getattr(config, "export_env", "").split(","):
+        if name and not name.isidentifier():
+            errors.append(f"--export_env={config.export_env}: {name!r} is no name of a variable; values do not belong here")
     if isinstance(config, DemoConfig) and config.shards > min(config.train_images, 2 * config.validation_images - 1):
         errors.append(f"--shards={config.shards}: expected at least one image for each shard of both splits")
     return errors

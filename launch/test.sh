@@ -24,5 +24,5 @@ python -m pytest -q tests/unit tests/faults
 
 for ranks in 2 3; do
   echo "== tests on $ranks ranks"
-  run_ranks "$ranks" python -m pytest -q --color=no tests/parallel
+  hvd-vgg launch --ranks="$ranks" -- python -m pytest -q --color=no tests/parallel
 done

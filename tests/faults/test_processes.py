@@ -16,17 +16,6 @@ from oracles import FLAGS, STEPS, assert_exact, assert_goes_on, blamed, events, 
 from support import Started, command_line, wait_for
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, data):
-    """The run that nothing happens to."""
-    out = tmp_path_factory.mktemp("undisturbed")
-    ended = start(out, data, 2).wait()
-    assert ended.code == 0, ended.out + ended.err
-    assert not (out / "run" / "faults").exists()
-    assert_exact(out, 2, out)
-    return out
-
-
 def seconds_since(out, step):
     """Returns how long ago a run's log was at `step`."""
     rows = [json.loads(line[5:]) for line in (out / "run" / "dllogger.json").read_text().splitlines()]

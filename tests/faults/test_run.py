@@ -160,22 +160,23 @@ def test_demo_data_is_the_same_on_any_number_of_ranks_and_is_never_overwritten(l
     assert ended.err.count("never overwritten") == 1
 
 
-@pytest.mark.parametrize("script", ["run_train_vgg16_imagenet.sh", "run_train_vgg16_multigpu_imagenet.sh"])
-def test_the_scripts_of_the_published_recipe_train_the_same_thing(launch, tmp_path, data, script):
-    """At a small width, by flags passed on; the ranks are 1 without devices, or as asked for."""
-    flags = [flag for flag in TINY if "device_batch" not in flag] + ["--model=vgg16", "--steps=2"]
+@pytest.mark.parametrize(
+    ("script", "ranks", "flags"),
+    [("run_train_vgg16_imagenet.sh", 1, []), ("run_train_vgg16_multigpu_imagenet.sh", 2, ["--ranks=2"])],
+)
+def test_the_scripts_of_the_published_recipe_train_the_same_thing(launch, tmp_path, data, script, ranks, flags):
+    """At a small width, by flags passed on."""
+    flags = [*flags, *(flag for flag in TINY if "device_batch" not in flag), "--model=vgg16", "--steps=2"]
     ended = launch(
         0,
         *flags,
         program=["bash", str(ROOT / "launch" / script)],
         DATA_DIR=str(data),
         BATCH_SIZE="5",
-        HVD_VGG_RANKS="2",
         PYTHONPATH=str(ROOT),
     )
     assert ended.code == 0, ended.out + ended.err
-    ranks = 1 if script == "run_train_vgg16_imagenet.sh" else 2
-    assert f"ranks: {ranks} " in ended.out
+    assert f"mpirun -np {ranks} " in ended.out
     assert "at most 5 at once" in ended.out
     result = json.loads((tmp_path / "runs" / "vgg16_imagenet" / "result.json").read_text())
     assert (result["ranks"], result["global_batch"], result["steps"]) == (ranks, 32, 2)

@@ -17,15 +17,6 @@ from support import wait_for
 from hvd_vgg.train import checkpoint
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, data):
-    """The run that nothing happens to."""
-    out = tmp_path_factory.mktemp("undisturbed")
-    ended = start(out, data, 2).wait()
-    assert ended.code == 0, ended.out + ended.err
-    return out
-
-
 @pytest.fixture
 def small_disk(tmp_path):
     """A run directory on a file system of 16 MB: three checkpoints of these tests (4 MB each) fit, and half of another."""
