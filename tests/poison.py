@@ -46,7 +46,7 @@ def harmed(*arguments):
         made["nan"].assign(float("nan") if due("nan", step) else 0.0)
         if due("drift", step):
             bias = made["run"].weights["fc2/bias"]
-            bias.assign_add(1e-3 * tf.one_hot(2, len(bias)))
+            bias.assign_add(1e-3 * tf.one_hot(2, bias.shape[0]))
         if due("kill", step):
             os.kill(os.getpid(), signal.SIGKILL)
         yield batch

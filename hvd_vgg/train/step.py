@@ -1,5 +1,6 @@
 """The compiled functions of training and evaluation: the only tf.functions, the only gradients."""
 
+import math
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import tensorflow as tf
@@ -130,7 +131,8 @@ def make_train_step(
         wire = (config.wire_dtype, float(config.global_batch))
         # A loss may be infinite where its gradient is finite: the logit of the label alone is -Inf. Beside the first block's
         # gradients, the last to be sent, goes a number that is 0, or NaN if this rank's loss is not finite.
-        gradients = exchange.sum_gradients({**dict(zip(summed, parts)), _LOSS_MARK: 0 * loss}, *wire)
+        own_mark = tf.where(tf.math.is_finite(loss), 0.0, math.nan)
+        gradients = exchange.sum_gradients({**dict(zip(summed, parts)), _LOSS_MARK: own_mark}, *wire)
         mark = gradients.pop(_LOSS_MARK)
         factors = {
             name: exchange.gather_factors(name, inputs, outputs, config.global_batch, *wire)
