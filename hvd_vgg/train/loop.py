@@ -152,7 +152,7 @@ def _begin(config: Config) -> Tuple[Job, state.Position]:
     run = state.initial(config)
     what = state.what_run(config, data.train, data.label_base)
     at = nonfinite.recall_skipped(state.restore(run, config, run_dir, what, log, console), run_dir)
-    tell.introduce(config, run_dir, data, device, cost.choose(config, comm.size()), total, at.step, log, console)
+    tell.introduce(config, run_dir, data, device, cost.choose(config, comm.size()), total, at, log, console)
     return Job(
         config,
         run_dir,
@@ -183,7 +183,8 @@ def _make_train_step(config: Config, run: state.State, device: comm.Device) -> C
 def _rewind(job: Job, met: nonfinite.Met) -> Tuple[Job, state.Position]:
     """Returns the run as it goes on from its newest checkpoint without that step, or raises the Failure that ends it."""
     config, run, throughput = job.config, job.run, job.throughput
-    throughput.exchange.extend([0.0] * (len(throughput.total) - len(throughput.exchange)))  # nobody asked its updates
+    unlogged = throughput.total[len(throughput.exchange) :]
+    throughput.exchange.extend([0.0] * len(unlogged))  # nobody asked its updates
     with throughput.apart("rewinding"), watch.phase("saving"):
         if job.writer:
             tell.save_failed(job.writer.wait(), job.log, job.console)
@@ -193,7 +194,8 @@ def _rewind(job: Job, met: nonfinite.Met) -> Tuple[Job, state.Position]:
         at = state.restore(run, again, job.run_dir, job.what, job.log, job.console)
         at = nonfinite.recall_skipped(at, job.run_dir)
     if job.log:
-        job.log.event("rewind", **{"from": met.seen.step}, to=at.step, skipped_steps=at.skipped_steps, records=ids)
+        told = {"from": met.seen.step, "to": at.step, "skipped_steps": at.skipped_steps, "records": ids}
+        job.log.event("rewind", **told, update_seconds=unlogged)
     # A new one, since the other applies no update any more.
     covered = Coverage(job.data.train.records, config.global_batch, at.step, at.coverage)
     return job._replace(train_step=_make_train_step(config, run, job.device), coverage=covered), at

@@ -55,14 +55,15 @@ def introduce(
     device: comm.Device,
     choices: List[cost.Choice],
     total: int,
-    first: int,
+    at: state.Position,
     log: Optional[RunLog],
     console: Console,
 ) -> None:
-    """Prints and logs what is about to be trained; writes the run's flag file. All ranks must call.
+    """Prints and logs what is about to be trained; writes the run's flag file and receipt. All ranks must call.
 
     Raises an agreed Failure(NOT_WRITTEN).
     """
+    first = at.step
     layers = tables.layers(config.model, config.width, config.image_size, config.num_classes)
     slices = [order.slice_bounds(config.global_batch, rank, comm.size()) for rank in range(comm.size())]
     parts = sorted({high - low for low, high in slices}, reverse=True)
@@ -97,7 +98,8 @@ def introduce(
         }
         went_on_from = next((path for path in checkpoint.existing(run_dir) if checkpoint.step_of(path) == first), None)
         row = receipt.checkpoint_row(went_on_from) if went_on_from else None
-        log.event("start", step=first, steps=total, ranks=comm.size(), hosts=hosts, checkpoint=row, data=about, **started)
+        started.update(step=first, steps=total, skipped_steps=at.skipped_steps, ranks=comm.size(), hosts=hosts)
+        log.event("start", **started, checkpoint=row, data=about)
     comm.together(lambda: receipt.write(run_dir) if log else None)
 
 

@@ -46,6 +46,24 @@ class Claim(NamedTuple):
     why: str
 
 
+class Pass(NamedTuple):
+    """Lines of a start that no rewind comes between, and the updates that the run had at first."""
+
+    first: int
+    lines: List[Line]
+
+    @property
+    def trained(self) -> List[Line]:
+        """The lines of its updates."""
+        return [line for line in self.lines if _trains(line)]
+
+    @property
+    def last(self) -> int:
+        """The updates that the run had at last."""
+        stopped = [int(line.data["step"]) for line in self.lines if line.event == "stopped"]
+        return max([self.first, *(int(line.step[1]) for line in self.trained), *stopped])
+
+
 class Start(NamedTuple):
     """One start of a run as the log has it: its configuration, its `start` line, and its lines after that."""
 
@@ -70,7 +88,18 @@ class Start(NamedTuple):
     @property
     def last(self) -> int:
         """The updates that the run had when this wrote its last line of them."""
-        return max([self.first, *(int(line.step[1]) for line in self.trained), *self.stopped])
+        return self.passes[-1].last
+
+    @property
+    def passes(self) -> List["Pass"]:
+        """Its lines from one rewind to the next; one if there was none."""
+        found = [Pass(self.first, [])]
+        for line in self.lines:
+            if line.event == "rewind":
+                found.append(Pass(int(line.data["to"]), []))
+            else:
+                found[-1].lines.append(line)
+        return found
 
     @property
     def trained(self) -> List[Line]:
@@ -98,12 +127,18 @@ class Start(NamedTuple):
 
     def seconds(self, before: Optional[Line] = None) -> List[float]:
         """The seconds of its updates, or of those logged before a line."""
-        lines = [line for line in self.trained if before is None or line.number < before.number]
-        return [float(one) for line in lines for one in line.data["train.update_seconds"]]
+        lines = [line for line in self.lines if before is None or line.number < before.number]
+        # Those of a window with a step that is not finite are told by the rewind.
+        each = [line.data["train.update_seconds" if _trains(line) else "update_seconds"] for line in lines if _timed(line)]
+        return [float(one) for seconds in each for one in seconds]
 
 
 def _trains(line: Line) -> bool:
     return "train.loss" in line.data
+
+
+def _timed(line: Line) -> bool:
+    return _trains(line) or line.event == "rewind"
 
 
 def _evaluates(line: Line) -> bool:
@@ -215,7 +250,7 @@ def read_starts(lines: List[Line]) -> Tuple[List[Start], List[str]]:
 
 def skipped_steps(starts: List[Start]) -> Set[int]:
     """Returns the steps that rewinds have left out: whatever is logged of them was without an update."""
-    lines = [line for start in starts for line in start.lines if line.event == "rewind"]
+    lines = [line for start in starts for line in [start.line, *start.lines] if line.event in ("start", "rewind")]
     return {int(step) for line in lines for step in line.data["skipped_steps"]}
 
 
@@ -237,6 +272,8 @@ def _faults_of_start(start: Start, skipped: Set[int]) -> Iterator[str]:
                 yield f"{where}: an evaluation at step {line.step[1]}, but {done} updates were made"
             elif line.step[0] != int(done * batch / records):
                 yield f"{where}: epoch {line.step[0]}, but step {done} is in epoch {int(done * batch / records)}"
+        elif line.event == "rewind":
+            done = int(line.data["to"])
         elif line.event == "stopped":
             done, over = max(done, int(line.data["step"])), "has stopped"
         elif _ends(line):
@@ -275,15 +312,20 @@ def _close(a: float, b: float) -> bool:
 
 
 def _starts(run_dir: Path, starts: List[Start]) -> Iterator[Claim]:
-    saved: Dict[int, Line] = {}  # the newest checkpoint line of each step
+    saved: Dict[int, Tuple[Line, Any]] = {}  # the newest line of each step's checkpoint, and what it says of it
     for before, start in zip([None, *starts[:-1]], starts):
-        if before:
-            saved.update({int(line.data["step"]): line for line in before.lines if line.event == "checkpoint"})
         yield _start(before, start, saved)
+        if start.line.data["checkpoint"]:
+            saved.setdefault(start.first, (start.line, start.line.data["checkpoint"]))
+        for line in start.lines:
+            if line.event == "checkpoint":
+                saved[int(line.data["step"])] = line, line.data
+            elif line.event == "rewind":
+                yield _rewind(line, saved)
     yield from _supervised(run_dir, starts)
 
 
-def _start(before: Optional[Start], start: Start, saved: Dict[int, Line]) -> Claim:
+def _start(before: Optional[Start], start: Start, saved: Dict[int, Tuple[Line, Any]]) -> Claim:
     where = f"step {start.first} on {count(int(start.line.data['ranks']), 'rank')}"
     found, what = start.line.data["checkpoint"], f"start {start.number}"
     if start.first == 0 and found is None:
@@ -299,10 +341,18 @@ def _start(before: Optional[Start], start: Start, saved: Dict[int, Line]) -> Cla
         if start.first not in reached:
             return Claim(FAILS, what, f"from {where}, which no start before it had saved")
         return Claim(UNKNOWN, what, f"from {where}; that it had been saved was not logged before the kill")
-    line = saved[start.first]
-    if found is None or found["sha256"] != line.data["sha256"] or found["header_sha256"] != line.data["header_sha256"]:
+    line, row = saved[start.first]
+    if found is None or found["sha256"] != row["sha256"] or found["header_sha256"] != row["header_sha256"]:
         return Claim(FAILS, what, f"from {where}, but by another checkpoint than was saved then (line {line.number})")
     return Claim(HOLDS, what, f"from {where}, by the checkpoint saved then (line {line.number})")
+
+
+def _rewind(line: Line, saved: Dict[int, Tuple[Line, Any]]) -> Claim:
+    to, steps = int(line.data["to"]), ", ".join(map(str, line.data["skipped_steps"]))
+    text = f"line {line.number}, from step {line.data['from']} to {to}, leaving out {steps}"
+    if to in saved or (to == 0 and not saved):
+        return Claim(HOLDS, "rewind", text)
+    return Claim(FAILS, "rewind", f"{text}: step {to} had not been saved")
 
 
 def _supervised(run_dir: Path, starts: List[Start]) -> Iterator[Claim]:
@@ -349,16 +399,11 @@ def _epochs(starts: List[Start]) -> Iterator[Claim]:
     proved, told = 0, []
     for start in starts:
         batch, records = start.config.global_batch, start.records("train")
-        lines = [line for line in start.lines if line.event == "coverage"]
-        found, low, high = [int(line.data["epoch"]) for line in lines], start.last, start.last
-        if not start.end and not start.stopped:  # its kill may have come between the lines of one step
-            low = max([start.first, *(int(line.step[1]) for line in start.trained[:-1])])
-            high += start.config.log_every_steps
-        begun, least, most = (step * batch // records for step in (start.first, low, high))
-        if found != list(range(begun, begun + len(found))) or not least <= begun + len(found) <= most:
-            due = list(range(begun, start.last * batch // records))
-            yield Claim(FAILS, "epochs", f"start {start.number} tells of epochs {found}, but completed {due}")
-        for line in lines:
+        for each in start.passes:
+            fault = _fault_of_epochs(each, batch, records, start.config.log_every_steps)
+            if fault:
+                yield Claim(FAILS, "epochs", f"start {start.number} {fault}")
+        for line in [line for line in start.lines if line.event == "coverage"]:
             fault = _fault_of_epoch(line, batch, records, start.config, skipped_steps(starts))
             if fault:
                 yield Claim(FAILS, "epochs", f"line {line.number}, epoch {line.data['epoch']}: {fault}")
@@ -372,6 +417,19 @@ def _epochs(starts: List[Start]) -> Iterator[Claim]:
     if proved:
         whole = f"{proved} times a whole epoch of {starts[-1].records('train')} records, each once"
         yield Claim(HOLDS, "epochs", "; ".join([whole, *told]))
+
+
+def _fault_of_epochs(each: Pass, batch: int, records: int, log_every_steps: int) -> str:
+    """Says which epochs of a pass are told too many, missing, or in another order."""
+    found, low, high = [int(line.data["epoch"]) for line in each.lines if line.event == "coverage"], each.last, each.last
+    if not any(_ends(line) or line.event == "stopped" for line in each.lines):
+        # A kill, or a step that is not finite, may have come between the lines of one step.
+        low = max([each.first, *(int(line.step[1]) for line in each.trained[:-1])])
+        high += log_every_steps
+    begun, least, most = (step * batch // records for step in (each.first, low, high))
+    if found == list(range(begun, begun + len(found))) and least <= begun + len(found) <= most:
+        return ""
+    return f"tells of epochs {found}, but completed {list(range(begun, each.last * batch // records))}"
 
 
 def _fault_of_epoch(line: Line, batch: int, records: int, config: Config, skipped: Set[int]) -> str:
@@ -481,9 +539,9 @@ def _so_far(meta: Dict[str, Any], start: Start) -> str:
 
 def _best(step: int, there: bool, starts: List[Start]) -> Claim:
     hits: Dict[int, int] = {}
-    for start in starts:  # what a later start has made again takes its place
-        hits = {at: value for at, value in hits.items() if at <= start.first}
-        hits.update({int(line.step[1]): int(line.data["eval.top1_hits"]) for line in start.evaluated})
+    for each in [each for start in starts for each in start.passes]:  # what is made again later takes its place
+        hits = {at: value for at, value in hits.items() if at <= each.first}
+        hits.update({int(line.step[1]): int(line.data["eval.top1_hits"]) for line in each.lines if _evaluates(line)})
     if not there:
         return Claim(FAILS, "best", f"the checkpoint of step {step} is named, but is not there")
     if step not in hits:

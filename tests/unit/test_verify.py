@@ -40,9 +40,9 @@ class Killed(Exception):
 class Simulated:
     """Runs as the loop does, without a network: `kill_at` counts everything that is written to the directory."""
 
-    def __init__(self, run_dir, config=CONFIG, kill_at=None, skipped=(), bad=(), launched=False):
+    def __init__(self, run_dir, config=CONFIG, kill_at=None, skipped=(), bad=(), poisoned=(), launched=False):
         self.run_dir, self.config, self.kill_at = run_dir, config, kill_at
-        self.skipped, self.bad, self.launched = set(skipped), set(bad), launched
+        self.skipped, self.bad, self.poisoned, self.launched = set(skipped), set(bad), set(poisoned), launched
         self.writes = 0
 
     def wrote(self):
@@ -96,13 +96,40 @@ class Simulated:
         data = {"train": {"records": RECORDS, "sha256": "t" * 64}, "validation": {"records": VALIDATION, "sha256": "v" * 64}}
         row = receipt.checkpoint_row(found.path) if found else None
         started = {**receipt.describe_start(), "launched": self.launched}
-        self.event("start", step=first, ranks=2, hosts=["a", "a"], checkpoint=row, data=data, **started)
-        if self.skipped:
-            self.event("rewind", step=first, to=first, skipped_steps=sorted(self.skipped))
+        self.event(
+            "start",
+            step=first,
+            skipped_steps=sorted(self.skipped),
+            ranks=2,
+            hosts=["a", "a"],
+            checkpoint=row,
+            data=data,
+            **started,
+        )
         receipt.write(run_dir)
         self.wrote()
-        self.coverage = Coverage(RECORDS, 32, first, found.meta["coverage"] if found else [])
-        self.throughput, window, result = Throughput(), 0, None
+        self.throughput = Throughput()
+        while True:
+            result, met = self.train(first, best, found.meta["coverage"] if found else [])
+            if met is None:
+                break
+            found, _ = checkpoint.newest(run_dir)
+            first, best = (found.meta["step"], found.meta["best_top1"]) if found else (0, -1)
+            self.skipped.add(met[0])
+            told = {"from": met[0], "to": first, "skipped_steps": sorted(self.skipped), "update_seconds": met[1]}
+            self.event("rewind", **told)
+        if result is None:
+            result = self.evaluate(STEPS)
+            self.result(STEPS, result)
+        self.log.log((), {**result, **self.measured()})
+        self.wrote()
+        receipt.write(run_dir)
+        self.wrote()
+
+    def train(self, first, best, covered):
+        """Returns the last evaluation, and a step that was not finite with the seconds of its window, or None."""
+        config, window, result = self.config, 0, None
+        self.coverage = Coverage(RECORDS, 32, first, covered)
         for step in range(first, STEPS):
             at = order.positions(step * 32, step * 32 + 32, RECORDS, config.seed)
             if step in self.skipped:
@@ -111,11 +138,14 @@ class Simulated:
                 bad = [(row, int(at.ids[row])) for row in range(32) if at.ids[row] in self.bad]
                 at.ids[[row for row, _ in bad]] = 5
                 self.coverage.add(step * 32, at.ids, bad)
-            self.throughput.total.append((3.0 if step == first else 0.1) + 0.001 * (step % 3))
+            self.throughput.total.append((3.0 if not self.throughput.total else 0.1) + 0.001 * (step % 3))
             window, done = window + 1, step + 1
             due = done in evaluation_steps(config, RECORDS, STEPS)
             if done % 2 and not due:
                 continue
+            met = (set(range(done - window, done)) & self.poisoned) - self.skipped
+            if met:
+                return None, (min(met), self.throughput.total[-window:])
             if self.coverage.ended(done):
                 for proved in self.coverage.settle(done, lambda data: [data]):
                     self.covered(proved)
@@ -129,13 +159,7 @@ class Simulated:
                 self.save(done, best, improved)
             if due:
                 self.result(done, result)
-        if result is None:
-            result = self.evaluate(STEPS)
-            self.result(STEPS, result)
-        self.log.log((), {**result, **self.measured()})
-        self.wrote()
-        receipt.write(run_dir)
-        self.wrote()
+        return result, None
 
     def line(self, done, window):
         seconds = self.throughput.total[-window:]
@@ -192,16 +216,19 @@ def test_a_run_that_nothing_happened_to_is_accepted(tmp_path):
     assert verdicts(run.run_dir) == []
 
 
-def test_a_run_killed_at_any_moment_is_accepted_and_so_is_it_when_it_went_on(tmp_path):
-    whole = Simulated(tmp_path / "whole")
+@pytest.mark.parametrize("poisoned", [(), (0, 7)])
+def test_a_run_killed_at_any_moment_is_accepted_and_so_is_it_when_it_went_on(tmp_path, poisoned):
+    whole = Simulated(tmp_path / "whole", poisoned=poisoned)
     whole.run()
+    assert verdicts(whole.run_dir) == []
     assert whole.writes > 40
     for moment in range(5, whole.writes):
         run_dir = tmp_path / str(moment)
         with pytest.raises(Killed):
-            Simulated(run_dir, kill_at=moment).run()
+            Simulated(run_dir, kill_at=moment, poisoned=poisoned).run()
         assert verdicts(run_dir) == [], moment
-        Simulated(run_dir).run()
+        skipped = verify.skipped_steps(verify.read_starts(receipt.read_log(run_dir / "dllogger.json"))[0])
+        Simulated(run_dir, poisoned=poisoned, skipped=skipped).run()
         assert verdicts(run_dir) == [], moment
 
 
