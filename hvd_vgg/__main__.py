@@ -1,6 +1,7 @@
 """hvd-vgg COMMAND [--flags]: one line of dispatch per command."""
 
 import os
+import re
 import sys
 import time
 import traceback
@@ -188,8 +189,11 @@ def run(argv: List[str]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return DONE
         # What Horovod's operations say when a rank is gone is the transport's own text, but they are always named in it.
-        if "Horovod" in f"{type(error).__name__} {error}":
-            return _end(Failure(LOST_RANK, "another rank has gone; the same command goes on from the newest checkpoint"))
+        text = f"{type(error).__name__} {error}"
+        if "Horovod" in text and not re.search(r"Mismatched|OOM|out of memory|ResourceExhausted", text):
+            first = str(error).strip().split("\n")[0][:200]
+            told = f"another rank has gone ({first}); the same command goes on from the newest checkpoint"
+            return _end(Failure(LOST_RANK, told))
         traceback.print_exc()
         return _end(Failure(BUG, "an error of the program, above: please report it with the run's flags.txt"))
 
@@ -258,9 +262,10 @@ def _end(failure: Failure) -> int:
     if failure.agreed:
         if comm.is_root():
             print(f"hvd-vgg: {failure.message}", file=sys.stderr, flush=True)
+        watch.beat(phase="saving")  # rank 0 may have a checkpoint to write to its end
         comm.together(lambda: None)  # nobody leaves before rank 0 has spoken
         comm.leave()
-        watch.end()
+        watch.end(tidy=False)
         return failure.code
     rank = comm.rank_if_joined()
     where = "" if rank is None or comm.size() == 1 else f"rank {rank}: "

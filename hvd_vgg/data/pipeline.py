@@ -198,6 +198,10 @@ def _make(index: records.Index, label_base: int, decode: _Decode) -> _Make:
                 f"the image ({len(one.encoded)} bytes) cannot be decoded: {reason}",
                 "Expected a whole JPEG or PNG: replace the record",
             ) from reason
+        except Exception as reason:
+            raise RuntimeError(
+                f"{index.where(one.record)}: the image ({len(one.encoded)} bytes) broke the program"
+            ) from reason
         return one.label - label_base
 
     return _Make(read, decode_read)

@@ -18,6 +18,7 @@ from typing import Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple, 
 import crc32c
 import numpy as np
 
+from hvd_vgg.run import watch
 from hvd_vgg.run.health import DATA, Failure
 
 HEADER_BYTES, FOOTER_BYTES = 12, 4
@@ -172,6 +173,8 @@ def _scan(path: Path, handle: int, size: int) -> Shard:
     labels: List[int] = []
     at, pread, unpack, search = 0, os.pread, struct.Struct("<QI").unpack_from, _LABEL_PATTERN.search
     while at < size:
+        if not len(offsets) % 4096:
+            watch.beat(phase="start")
         # One read of the header and what is behind it; records are far apart, so more would be the image.
         head = pread(handle, HEADER_BYTES + _AHEAD_BYTES, at)
         if len(head) < HEADER_BYTES:

@@ -32,8 +32,10 @@ except ImportError as error:
 
 T = TypeVar("T")
 
-# What launchers set for each rank, and what only changes what is printed.
-_OF_ONE_RANK = re.compile(r"HOROVOD_(RANK|SIZE|LOCAL_|CROSS_|HOSTNAME|GLOO_|LOG_|TIMELINE|SECRET)|TF_CPP_|TF2_BEHAVIOR")
+# What launchers set for each rank, what only changes what is printed, and what must not be printed.
+_NOT_COMPARED = re.compile(
+    r"^HOROVOD_(RANK|SIZE|LOCAL_|CROSS_|HOSTNAME|GLOO_|LOG_|TIMELINE)|^TF_CPP_|^TF2_BEHAVIOR|TOKEN|KEY|SECRET|PASS|CRED"
+)
 
 # Open MPI 4 sends what follows a large message's first 128 kB over TCP in one piece, and its leave for the other side's
 # message waits behind it: both directions of a link are then used one after the other. In pieces of 256 kB an allreduce of
@@ -175,6 +177,7 @@ def describe() -> Dict[str, str]:
         "tensorflow": tf.__version__,
         "horovod": f"{horovod.__version__} ({', '.join(built)})",
         "controller": "mpi" if hvd.mpi_enabled() else "gloo",
+        "mpi": mpi_version() or "none",
         "numpy": np.__version__,
         "images": images.LIBRARY,
     }
@@ -197,7 +200,7 @@ def environment() -> Dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if name.startswith(("TF_", "XLA_", "HOROVOD_", "NVIDIA_TF32_OVERRIDE")) and not _OF_ONE_RANK.match(name)
+        if name.startswith(("TF_", "XLA_", "HOROVOD_", "NVIDIA_TF32_OVERRIDE")) and not _NOT_COMPARED.search(name)
     }
 
 

@@ -81,7 +81,7 @@ class _JsonLines:
     def _write(self, now: datetime, elapsed: float, kind: str, **more: Any) -> None:
         times = {
             "timestamp": str(now.timestamp()),
-            "datetime": str(now.astimezone()),
+            "datetime": str(now),
             "elapsedtime": str(elapsed),
             "type": kind,
         }
@@ -112,10 +112,10 @@ class _Logger:
 
     def __init__(self, backends: List[Any]) -> None:
         self.backends = backends
-        self.started = datetime.now()
+        self.started = datetime.now().astimezone()
 
     def _each(self, call: str, *arguments: Any) -> None:
-        now = datetime.now()
+        now = datetime.now().astimezone()
         for backend in self.backends:
             getattr(backend, call)(now, (now - self.started).total_seconds(), *arguments)
 

@@ -173,11 +173,19 @@ def file_row(path: Path, length: Optional[int] = None) -> Optional[Dict[str, Any
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
+def sync(path: Path) -> None:
+    """Puts on disk what was written to a file: what it is later held against must not outlive it in a power cut."""
+    if path.exists():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+
+
 def write(run_dir: Path) -> None:
     """Writes the receipt of what is in a run directory now, whole or not at all; rank 0 alone. Failure(NOT_WRITTEN)."""
     path = run_dir / "receipt.json"
     temporary = run_dir / "receipt.json.tmp"
     try:
+        sync(run_dir / "dllogger.json")
         content = json.dumps(_content(run_dir), indent=1) + "\n"
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640), "w", encoding="utf-8") as file:
             file.write(content)
@@ -210,7 +218,10 @@ def _content(run_dir: Path) -> Dict[str, Any]:
         "starts": [*kept, *rows],
         "restarts": read_json_lines(run_dir / "restarts.jsonl"),
         "checkpoints": list(_checkpoints(run_dir)),
-        "files": {name: file_row(run_dir / name) for name in ("dllogger.json", "restarts.jsonl", "result.json")},
+        "files": {
+            "dllogger.json": file_row(log, lines[-1].end) if lines else None,  # what was read above: it may have grown
+            **{name: file_row(run_dir / name) for name in ("restarts.jsonl", "result.json")},
+        },
     }
 
 

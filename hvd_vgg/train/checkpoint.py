@@ -65,6 +65,9 @@ def save(run_dir: Path, tensors: Tensors, meta: Dict[str, Any], keep: int, best:
         odd = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
         if odd:
             raise OSError(f"{odd[0]} is not finite")
+        place.mkdir(parents=True, exist_ok=True, mode=0o750)
+        if shutil.disk_usage(place).free < _bytes_of(tensors):
+            _prune(run_dir, 1, path)
         write(path, tensors, meta)
         if best:
             _point_to_best(place, path)
@@ -83,7 +86,7 @@ def write(path: Path, tensors: Tensors, meta: Dict[str, Any]) -> None:
     temporary = path.with_suffix(".safetensors.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
-        needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(path.parent).free
+        needed, free = _bytes_of(tensors), shutil.disk_usage(path.parent).free
         if free < needed:
             raise OSError(f"it takes {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
         digest = _digest(tensors.items())
@@ -119,6 +122,10 @@ def _write(path: Path, tensors: Tensors, metadata: Dict[str, str]) -> None:
             file.write(_bytes(tensor))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _bytes_of(tensors: Tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _bytes(tensor: np.ndarray) -> memoryview:
@@ -214,4 +221,5 @@ def _prune(run_dir: Path, keep: int, written: Path) -> None:
     upto = [path for path in existing(run_dir) if path.name <= written.name]
     for path in upto[keep:]:
         if path != spared:
-            path.unlink()
+            with contextlib.suppress(OSError):  # what was written is whole all the same
+                path.unlink()

@@ -1,6 +1,6 @@
 """Exact top-1 and top-5: every record of a split once, counted in integers over all ranks."""
 
-from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from hvd_vgg.data import bad, pipeline, records
 from hvd_vgg.parallel import comm
 from hvd_vgg.run import watch
 from hvd_vgg.run.health import BUG, Failure
-from hvd_vgg.run.log import Console, count
+from hvd_vgg.run.log import Console, RunLog, count
 
 _LISTEN_BATCHES = 4  # the ranks ask each other this often whether one was asked to stop
 
@@ -42,7 +42,13 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    eval_step: Callable[..., Any], index: records.Index, config: Config, label_base: int, threads: int, console: Console
+    eval_step: Callable[..., Any],
+    index: records.Index,
+    config: Config,
+    label_base: int,
+    threads: int,
+    console: Console,
+    log: Optional[RunLog] = None,
 ) -> Evaluation:
     """Returns the evaluation of a whole split, the same on all ranks; all ranks must call.
 
@@ -66,7 +72,7 @@ def evaluate(
         watch.beat(phase="evaluation")
         if number < all_have and number % _LISTEN_BATCHES == 0 and comm.any_rank(watch.asked()):
             raise watch.Stopped
-    missed = bad.account(met, [], config.bad_records_allowed, index, None, console)
+    missed = bad.account(met, [], config.bad_records_allowed, index, log, console)
     mine = np.concatenate(ids) if ids else np.zeros(0, np.int64)
     seen = comm.sum_over_ranks(np.bincount(mine, minlength=index.records).astype(np.int64))
     top1, top5, total = comm.sum_over_ranks(counts).tolist()

@@ -59,10 +59,15 @@ class Job(NamedTuple):
 def train(config: Config) -> None:
     """Trains, evaluates and leaves everything in --run_dir; all ranks call."""
     job, at = _begin(config)
-    met = _train(job, at)
-    while met:  # a step that was not finite: neither it nor any after it was applied
-        job, at = _rewind(job, met)
+    try:
         met = _train(job, at)
+        while met:  # a step that was not finite: neither it nor any after it was applied
+            job, at = _rewind(job, met)
+            met = _train(job, at)
+    except Failure as failure:
+        if failure.agreed and job.writer:
+            job.writer.wait()  # all ranks will leave, and the launcher ends whoever is still writing then
+        raise
 
 
 def _train(job: Job, at: state.Position) -> Optional[nonfinite.Met]:
@@ -70,7 +75,8 @@ def _train(job: Job, at: state.Position) -> Optional[nonfinite.Met]:
     config = job.config
     throughput, result, begun_at, listen_every = job.throughput, None, at.step, config.log_every_steps
     if at.step in job.eval_at and at.evaluated < at.step:  # asked to stop before it was scored
-        at, result, _ = _evaluate(job, at)
+        at, result, improved = _evaluate(job, at)
+        _save(job, at, improved)
     steps = range(at.step, at.step if _reached(job, at) else job.total)
     progress = job.console.progress("training", job.total, "steps", at.step)
     window: List[Tuple[int, step.Sums]] = []
@@ -128,7 +134,7 @@ def _train(job: Job, at: state.Position) -> Optional[nonfinite.Met]:
             except Failure as failure:  # agreed; only the last must be written
                 tell.save_failed(failure, job.log, job.console)
         if asked:
-            _stop(job, at)
+            _stop(job, at, saved=saves or improved)
     _end(job, at, result)
     return None
 
@@ -196,6 +202,7 @@ def _rewind(job: Job, met: nonfinite.Met) -> Tuple[Job, state.Position]:
     if job.log:
         told = {"from": met.seen.step, "to": at.step, "skipped_steps": at.skipped_steps, "records": ids}
         job.log.event("rewind", **told, update_seconds=unlogged)
+    watch.beat(phase="start")  # what follows is compiled again
     # A new one, since the other applies no update any more.
     covered = Coverage(job.data.train.records, config.global_batch, at.step, at.coverage)
     return job._replace(train_step=_make_train_step(config, run, job.device), coverage=covered), at
@@ -244,7 +251,9 @@ def _evaluate(job: Job, at: state.Position) -> Tuple[state.Position, evaluate.Ev
     with job.throughput.apart("evaluation"), watch.phase("evaluation"):
         try:
             data, threads = job.data, job.device.input_threads
-            result = evaluate.evaluate(job.eval_step, data.validation, job.config, data.label_base, threads, job.console)
+            result = evaluate.evaluate(
+                job.eval_step, data.validation, job.config, data.label_base, threads, job.console, job.log
+            )
         except watch.Stopped:
             _stop(job, at)
         tell.evaluation(result, at.step, job.epoch(at.step), job.log, job.console)
@@ -266,9 +275,10 @@ def _write_result(job: Job, at: state.Position, result: evaluate.Evaluation) -> 
         return tell.write_result(job.config, job.run_dir, result, job.throughput, at.step, job.epoch(at.step), seconds)
 
 
-def _stop(job: Job, at: state.Position) -> NoReturn:
-    """Ends a run that was asked to stop, with a checkpoint; all ranks call at the same step."""
-    _save(job, at, False)
+def _stop(job: Job, at: state.Position, saved: bool = False) -> NoReturn:
+    """Ends a run that was asked to stop, with a checkpoint, if it is not `saved` yet; all ranks call at the same step."""
+    if not saved:
+        _save(job, at, False)
     with watch.phase("saving"):
         state.finish(job.writer)
     tell.stopped(at.step, job.run_dir, job.log)
@@ -282,14 +292,17 @@ def _stop(job: Job, at: state.Position) -> NoReturn:
 def _end(job: Job, at: state.Position, result: Optional[evaluate.Evaluation]) -> None:
     """Ends a run that is through, with the evaluation and the checkpoint it must have."""
     if result is None or at.evaluated < at.step:  # nothing was left to train
-        at, result, _ = _evaluate(job, at)
+        scored = at.evaluated == at.step
+        at, result, improved = _evaluate(job, at)
+        if not scored:
+            _save(job, at, improved)
     with watch.phase("saving"):
         state.finish(job.writer)
     measured = _write_result(job, at, result)
     seconds = time.monotonic() - job.began
     tell.summary(job.run_dir, result, measured, at.step, seconds, job.writer, job.log, job.console)
     comm.leave()
-    watch.end()
+    watch.end(tidy=True)
 
 
 def evaluate_run(config: EvaluateConfig) -> None:
@@ -317,7 +330,7 @@ def score(config: Config, checkpoints: Sequence[str]) -> List[Score]:
     index = open_split(config.data_dir, "validation", run_dir, console)
     scores = [_score(config, name, run_dir, index, device, console) for name in checkpoints]
     comm.leave()
-    watch.end()
+    watch.end(tidy=True)
     return scores
 
 

@@ -1,5 +1,6 @@
 """Writes checkpoints in the background, on rank 0: training waits for a copy of the variables only."""
 
+import contextlib
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +29,8 @@ class Writer:
 
     def _save(self, tensors: checkpoint.Tensors, meta: Dict[str, Any], best: bool) -> None:
         began = time.monotonic()
+        with contextlib.suppress(OSError):
+            receipt.sync(self.run_dir / "dllogger.json")  # a checkpoint of updates that no log knows cannot be proved
         path = checkpoint.save(self.run_dir, tensors, meta, self.keep, best)
         self.event("checkpoint", step=meta["step"], **receipt.checkpoint_row(path))
         self.written, self.seconds = self.written + 1, self.seconds + time.monotonic() - began
