@@ -65,7 +65,7 @@ class _StdoutLines:
 
     def log(self, now: datetime, elapsed: float, step: Step, data: Dict[str, Any]) -> None:
         parts = [_metric_text(name, self.known.get(name, {}), value) for name, value in data.items()]
-        print(f"DLL {now} - {step} {' '.join(parts)}")
+        print(f"DLL {now.replace(tzinfo=None)} - {step} {' '.join(parts)}")
 
     def flush(self) -> None:
         sys.stdout.flush()
