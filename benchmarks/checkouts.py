@@ -1,7 +1,7 @@
 """Two checkouts of this package side by side: images/s of the same training, in turn.
 
     git worktree add /tmp/before COMMIT
-    python benchmarks/checkouts.py --before=/tmp/before --data_dir=CIFAR10 [--ranks=2] [--steps=120] [--rounds=5] [--FLAG ...]
+    python benchmarks/checkouts.py --before=/tmp/before --data_dir=CIFAR10 [--ranks=2] [--steps=120] [--rounds=5] [FLAGS]
 
 Shows what a change costs or gains, such as all that watches, proves and saves a run. A round trains with the one and then
 with the other, in the other order every second round; images/s are those of result.json (steady updates; evaluation and
