@@ -414,6 +414,8 @@ def validate(config: Any) -> List[str]:
     for name in getattr(config, "export_env", "").split(","):
         if name and not name.isidentifier():
             errors.append(f"--export_env={config.export_env}: {name!r} is no name of a variable; values do not belong here")
+    if isinstance(config, LaunchConfig) and not config.rsh_agent.strip():
+        errors.append("--rsh_agent: expected a command, found nothing")
     if isinstance(config, DemoConfig) and config.shards > min(config.train_images, 2 * config.validation_images - 1):
         errors.append(f"--shards={config.shards}: expected at least one image for each shard of both splits")
     return errors

@@ -1,11 +1,11 @@
 """Fixtures of all tests; tiers and the table of faults; which skips are allowed."""
 
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import pytest
 from faults.matrix import FAULTS, table
-from support import Ended, Launch, Started, command_line, write_data
+from support import STARTED, Ended, Launch, Started, command_line, write_data
 
 # What a machine may lack: a test may skip for these alone, with a reason that begins so.
 ALLOWED_SKIPS = ("capability: mounting a tmpfs", "capability: network namespaces", "capability: memory cgroup")
@@ -46,6 +46,18 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = 1
     if session.config.getoption("--fault_table"):
         Path(session.config.getoption("--fault_table")).write_text(table(FAULTS, _reports, _ids))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    """Ends what a test has started and did not wait for, such as one that failed."""
+    yield
+    while STARTED:
+        started = STARTED.pop()
+        if started.process.returncode is None:
+            started.process.kill()
+            started.process.wait()
+            started.end()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -83,23 +84,25 @@ def is_here(name: str) -> bool:
 def ask(hosts: Sequence[Host], agent: str, run_token: str) -> Found:
     """Asks all hosts at once, through the remote shell `agent`, whether they answer and what is left there of the run.
 
-    Takes 10 seconds at most. This host needs no agent.
+    Takes 10 seconds at most. This host needs no agent. Raises Failure(CONFIGURATION) where there is no such agent.
     """
     # A process tells its own entries of the environment and of the command line, divided by NUL; this command's own
     # entries begin with a caret.
     pattern = rf"^OMPI_MCA_{JOB_PARAMETER}={run_token}\.", rf"^{run_token}\."
     greps = " ".join(f"-e {shlex.quote(each)}" for each in pattern)
     command = f"echo hvd-vgg is here; grep -lzs {greps} /proc/[0-9]*/environ /proc/[0-9]*/cmdline || true"
+    others = [host for host in hosts if not is_here(host.name)]
+    if others and not shutil.which(shlex.split(agent)[0]):
+        raise Failure(CONFIGURATION, f"--rsh_agent={agent}: no such program")
     asked = {}
-    for host in hosts:
-        if not is_here(host.name):
-            asked[host.name] = subprocess.Popen(  # noqa: S603 (the agent is the user's)
-                [*shlex.split(agent), host.name, command],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
+    for host in others:
+        asked[host.name] = subprocess.Popen(  # noqa: S603 (the agent is the user's)
+            [*shlex.split(agent), host.name, command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
     deadline = time.monotonic() + _ANSWER_SECONDS
     silent, left = {}, {}
     for name, process in asked.items():

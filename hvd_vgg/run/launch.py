@@ -4,6 +4,7 @@ A run does not depend on the number of its ranks, so it goes on from its newest 
 Nothing here imports TensorFlow, and no value of the environment is printed, written or put on a command line.
 """
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -105,7 +106,7 @@ def _supervise(
         print("+", mpirun.shown(command), flush=True)
         watch = _FirstUpdate(job, ended_at)
         began = time.monotonic()
-        ended = mpirun.run(command, requests, limits, watch.look, job.run_dir)
+        ended = mpirun.run(command, requests, limits, watch.look)
         watch.look()
         ended_at = time.time()
         _clear_leftovers(token)
@@ -147,7 +148,7 @@ def _answering(config: LaunchConfig, listed: List[Host], token: str, first: bool
     if found.silent:
         say(f"going on without {why}")
     for name, pids in found.left.items():
-        say(f"{name}: an earlier job of this run left processes {_list(pids)}; if they stay, end them there: kill -9")
+        say(_left(name, pids))
     return found.answering
 
 
@@ -158,24 +159,27 @@ def _clear_leftovers(token: str) -> None:
     """
     deadline = time.monotonic() + _LEAVE_SECONDS
     while True:
-        ours = []
+        ours: List[int] = []
+        foreign: List[int] = []
         for job, pids in hosts.jobs_here(token.split(".")[0]).items():
             lives = job != token and hosts.launcher_lives(job)
             if lives:
                 raise Failure(CONFIGURATION, f"another launcher, process {job.split('.')[2]}, is running this --run_dir")
-            if lives is not None:
-                ours += pids
-        if not ours:
-            return
-        if time.monotonic() > deadline:
+            (foreign if lives is None else ours).extend(pids)
+        if not ours or time.monotonic() > deadline:
             break
         time.sleep(0.1)
-    say(f"ending processes {_list(ours)}, which a job of this run left")
+    if foreign:
+        say(_left("this host", foreign))
+    if ours:
+        say(f"ending processes {_list(ours)}, which a job of this run left")
     for pid in ours:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+
+
+def _left(where: str, pids: List[int]) -> str:
+    return f"{where}: another job of this run has left processes {_list(pids)}; if they stay, end them there: kill -9"
 
 
 def _list(pids: List[int]) -> str:
@@ -225,7 +229,8 @@ def _log_rows(data: bytes) -> List[Dict[str, Any]]:
     rows = []
     for line in data.splitlines(keepends=True):
         if line.startswith(b"DLLL {") and line.endswith(b"\n"):
-            rows.append(json.loads(line[5:]))
+            with contextlib.suppress(ValueError):  # what a crash of the host left
+                rows.append(json.loads(line[5:]))
     return rows
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence
 
 from hvd_vgg.config import LaunchConfig
 from hvd_vgg.run.health import CONFIGURATION, DONE, LOST_RANK, STOPPED, Failure
@@ -44,6 +44,7 @@ _HINTS = {
     7: "bus error: is /dev/shm full?",
     9: "out of memory?",
     11: "segmentation fault",
+    14: "hung, and Python's lock with it: see RUN_DIR/faults",
     15: "ended from outside",
 }
 _PR_SET_PDEATHSIG = 1
@@ -138,16 +139,14 @@ class Limits(NamedTuple):
     until: float
 
 
-def run(
-    command: Sequence[str], requests: Requests, limits: Limits, look: Callable[[], None], run_dir: Optional[Path]
-) -> Ended:
+def run(command: Sequence[str], requests: Requests, limits: Limits, look: Callable[[], None]) -> Ended:
     """Runs mpirun to its end and says how it ended; the kernel ends it should this process be killed.
 
     Its stdout is this process's; its stderr is copied as it comes, and read. The terminal's Ctrl-C does not reach it: a
     request makes it send SIGUSR1 to all ranks, which save and leave; when they have not after `grace_seconds`, or are
-    asked again, it is ended. `look` is called about once a second. run_dir: where ranks leave their stacks.
+    asked again, it is ended. `look` is called about once a second.
     """
-    before, began = oom_kills(), time.time()
+    before = oom_kills()
     told, its_stderr = os.pipe()
     process = subprocess.Popen(  # noqa: S603 (what it runs is the user's)
         command, stdin=subprocess.DEVNULL, stderr=its_stderr, start_new_session=True, preexec_fn=_dies_with(os.getpid())
@@ -193,7 +192,7 @@ def run(
             process.kill()
     os.close(told)
     risen = {name: count - before.get(name, 0) for name, count in oom_kills().items() if count > before.get(name, 0)}
-    ended = explain(process.returncode, tail.decode(errors="replace"), risen, _stacks_since(run_dir, began))
+    ended = explain(process.returncode, tail.decode(errors="replace"), risen)
     return _account(why, stage, ended)
 
 
@@ -217,11 +216,11 @@ def _account(why: str, stage: int, ended: Ended) -> Ended:
     return Ended(STOPPED if why == _ASKED else LOST_RANK, f"{why}; {how}")
 
 
-def explain(status: int, told: str, oom_risen: Dict[str, int], stacks: Optional[Path]) -> Ended:
+def explain(status: int, told: str, oom_risen: Dict[str, int]) -> Ended:
     """Returns what an exit status of mpirun means.
 
     status: negative for a signal that ended mpirun itself; told: the end of what was on stderr; oom_risen: counters of
-    kills for want of memory that rose meanwhile; stacks: where a rank that exited with 1 left its stacks.
+    kills for want of memory that rose meanwhile.
     """
     killed = re.search(r"process rank (\d+) with PID \d+ on node (\S+) exited on\s+signal (\d+)", told)
     lost = re.search(r"lost communication with a remote daemon.*?Remote daemon:.*? on node (\S+)", told, re.S)
@@ -235,8 +234,6 @@ def explain(status: int, told: str, oom_risen: Dict[str, int], stacks: Optional[
         return Ended(128 - status, f"mpirun killed by signal {-status}")
     if lost:
         return Ended(LOST_RANK, f"host {lost[1]} is gone: mpirun lost its daemon there")
-    if status == 1 and stacks:
-        return Ended(LOST_RANK, f"a rank hung and Python's lock with it; its stacks are in {stacks}")
     if status == 1 and "ORTE" in told:
         return Ended(LOST_RANK, "mpirun could not reach all its hosts: see above")
     said = {DONE: "done", STOPPED: "all ranks left in order", LOST_RANK: "a rank hung or is gone"}
@@ -269,12 +266,6 @@ def _read(path: str) -> bytes:
         return Path(path).read_bytes()
     except OSError:
         return b""
-
-
-def _stacks_since(run_dir: Optional[Path], began: float) -> Optional[Path]:
-    """Returns a file of stacks that a rank wrote to since `began`, seconds since 1970."""
-    written = (run_dir / "faults").glob("stacks.rank*.txt") if run_dir else ()
-    return next((path for path in written if path.stat().st_size and path.stat().st_mtime >= began), None)
 
 
 def oom_kills() -> Dict[str, int]:

@@ -101,12 +101,12 @@ def test_the_time_limit_ends_a_job_with_75(tmp_path, how, end):
     assert len(restarts(tmp_path)) == 2
 
 
-def test_an_mpirun_that_lingers_without_ranks_is_ended(monkeypatch, tmp_path):
+def test_an_mpirun_that_lingers_without_ranks_is_ended(monkeypatch):
     """As when the link to another host is cut: a process in mpirun's place, whose rank leaves and which stays."""
     monkeypatch.setattr(mpirun, "_LINGER_SECONDS", 1.0)
     with mpirun.Requests() as requests:
         command = ["bash", "-c", "OMPI_COMM_WORLD_RANK=0 sleep 2; sleep 300 & wait"]
-        ended = mpirun.run(command, requests, mpirun.Limits(60.0, float("inf")), lambda: None, tmp_path)
+        ended = mpirun.run(command, requests, mpirun.Limits(60.0, float("inf")), lambda: None)
     assert ended.code == 75
     assert "mpirun waited" in ended.sentence
 
@@ -270,6 +270,7 @@ def test_two_jobs_at_once_end_both(tmp_path):
         (["--ranks=2", "plan"], 64, "nothing to launch"),
         (["--ranks=2", "--"], 64, "nothing to launch"),
         (["--ranks=9", "train", "--global_batch=8"], 64, "--global_batch=8 leaves nothing to do for some of --ranks=9"),
+        (["--rsh_agent=", "train"], 64, "--rsh_agent: expected a command, found nothing"),
         (["--hostfile=absent", "train"], 78, "--hostfile=absent cannot be read"),
     ],
 )

@@ -1,6 +1,7 @@
 """The launcher's command line and its reading of mpirun's end, without starting anything."""
 
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,27 @@ def test_a_host_that_is_this_one_is_known():
     assert not hosts.is_here("192.0.2.1")  # RFC 5737: nobody's
 
 
+def test_what_a_job_of_the_run_left_is_found_here_and_through_the_remote_shell(tmp_path):
+    """The remote shell is one that stays here; the other job is one that another host launched."""
+    run = "0123456789abcdef"
+    variable = f"OMPI_MCA_{hosts.JOB_PARAMETER}"
+    left = subprocess.Popen(["sleep", "60"], env={variable: f"{run}.elsewhere.1.2"})
+    other = subprocess.Popen(["sleep", "60"], env={variable: f"{run[::-1]}.elsewhere.1.2"})
+    agent = tmp_path / "agent"
+    agent.write_text('#!/bin/bash\nshift\nexec bash -c "$*"\n')
+    agent.chmod(0o755)
+    try:
+        listed = [Host("b.invalid", 1)]
+        assert hosts.ask(listed, str(agent), run) == hosts.Found(listed, {}, {"b.invalid": [left.pid]})
+        assert hosts.jobs_here(run) == {f"{run}.elsewhere.1.2": [left.pid]}
+        assert hosts.launcher_lives(f"{run}.elsewhere.1.2") is None
+        assert hosts.launcher_lives(hosts.own_token(run)) is True
+    finally:
+        for process in (left, other):
+            process.kill()
+            process.wait()
+
+
 def noticed(signal_number):
     """Returns what mpirun says of a rank that a signal ended."""
     return f"x\nmpirun noticed that process rank 1 with PID 0 on node vm exited on signal {signal_number} (Whatever).\n--"
@@ -113,6 +135,7 @@ LOST = """ORTE has lost communication with a remote daemon.
         (137, noticed(9), 137, "rank 1 killed by signal 9 (out of memory?), on vm"),
         (139, noticed(11), 139, "rank 1 killed by signal 11 (segmentation fault), on vm"),
         (135, noticed(7), 135, "rank 1 killed by signal 7 (bus error: is /dev/shm full?), on vm"),
+        (142, noticed(14), 142, "rank 1 killed by signal 14 (hung, and Python's lock with it: see RUN_DIR/faults), on vm"),
         (140, noticed(12), 140, "rank 1 killed by signal 12, on vm"),
         (-9, "", 137, "mpirun killed by signal 9"),
         (205, LOST, 75, "host 10.213.99.2 is gone: mpirun lost its daemon there"),
@@ -122,21 +145,14 @@ LOST = """ORTE has lost communication with a remote daemon.
     ],
 )
 def test_what_an_end_of_mpirun_means(status, told, code, sentence):
-    assert mpirun.explain(status, told, {}, None) == Ended(code, sentence)
+    assert mpirun.explain(status, told, {}) == Ended(code, sentence)
 
 
 def test_the_counter_of_memory_kills_is_quoted_for_signal_9_alone():
     risen = {"/sys/fs/cgroup/memory/job/memory.oom_control": 1}
-    ended = mpirun.explain(137, noticed(9), risen, None)
+    ended = mpirun.explain(137, noticed(9), risen)
     assert ended.sentence.endswith("; oom_kill in /sys/fs/cgroup/memory/job/memory.oom_control rose by 1")
-    assert "oom_kill" not in mpirun.explain(139, noticed(11), risen, None).sentence
-
-
-def test_a_held_lock_is_a_hang(tmp_path):
-    assert mpirun.explain(1, "", {}, None).code == 1
-    ended = mpirun.explain(1, "", {}, tmp_path / "stacks.rank1.txt")
-    assert ended.code == 75
-    assert "stacks.rank1.txt" in ended.sentence
+    assert "oom_kill" not in mpirun.explain(139, noticed(11), risen).sentence
 
 
 def test_progress_is_the_newest_checkpoint_and_the_last_line_of_the_log(tmp_path):
