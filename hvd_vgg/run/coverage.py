@@ -26,7 +26,7 @@ _WORDS = 3  # of a digest
 
 def digest(ids: np.ndarray) -> np.ndarray:
     """Returns the digest of record ids (integers from 0 up, any shape): int64 [3], to be added with wrap-around."""
-    x = np.asarray(ids).astype(np.uint64)
+    x = np.asarray(ids).astype(np.uint64).ravel()
     z = x + _GOLDEN
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

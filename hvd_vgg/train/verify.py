@@ -180,15 +180,8 @@ def check(run_dir: Path) -> Iterator[Claim]:
     """Yields every claim that can be checked without data."""
     lines = receipt.read_log(run_dir / "dllogger.json")
     starts, faults = read_starts(lines)
-    for start in starts:
-        faults += list(_guarded(f"start {start.number}", _faults_of_start(start, skipped_steps(starts))))
-    yield from (Claim(FAILS, "log", fault) for fault in faults[:10])
-    if len(faults) > 10:
-        yield Claim(FAILS, "log", f"and {len(faults) - 10} more")
-    if not faults:
-        updates = sum(len(start.seconds()) for start in starts)
-        yield Claim(HOLDS, "log", f"{len(lines)} lines, {count(len(starts), 'start')}, {count(updates, 'update')} in order")
     for what, claims in (
+        ("log", _log(lines, starts, faults)),
         ("starts", _starts(run_dir, starts)),
         ("epochs", _epochs(starts)),
         ("evaluations", _evaluations(starts)),
@@ -218,6 +211,17 @@ def _claims_guarded(what: str, claims: Iterator[Claim]) -> Iterator[Claim]:
 
 
 # ---- the log as a state machine
+
+
+def _log(lines: List[Line], starts: List[Start], faults: List[str]) -> Iterator[Claim]:
+    for start in starts:
+        faults = faults + list(_guarded(f"start {start.number}", _faults_of_start(start, starts)))
+    yield from (Claim(FAILS, "log", fault) for fault in faults[:10])
+    if len(faults) > 10:
+        yield Claim(FAILS, "log", f"and {len(faults) - 10} more")
+    if not faults:
+        updates = sum(len(start.seconds()) for start in starts)
+        yield Claim(HOLDS, "log", f"{len(lines)} lines, {count(len(starts), 'start')}, {count(updates, 'update')} in order")
 
 
 def read_starts(lines: List[Line]) -> Tuple[List[Start], List[str]]:
@@ -254,8 +258,9 @@ def skipped_steps(starts: List[Start]) -> Set[int]:
     return {int(step) for line in lines for step in line.data["skipped_steps"]}
 
 
-def _faults_of_start(start: Start, skipped: Set[int]) -> Iterator[str]:
+def _faults_of_start(start: Start, starts: List[Start]) -> Iterator[str]:
     """Yields what in the lines of a start contradicts itself or its configuration."""
+    skipped = skipped_steps(starts)
     config, records, batch = start.config, start.records("train"), start.config.global_batch
     done, over = start.first, ""
     for line in start.lines:

@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 import pytest
-from oracles import WORKER, blamed
+from oracles import WORKER, assert_true, blamed
 from PIL import Image
 from support import ROOT, TINY, example, picture, write_data, write_shard
 from test_equality import assert_same_weights, ids_by_step, log_rows, train
@@ -330,6 +330,8 @@ def test_the_same_records_stand_in_for_bad_ones_on_any_ranks_and_after_a_restart
     assert_same_weights(second[2], one[2])
     assert second[2].meta["bad_records"] == bad
     assert bad_events(tmp_path / "parts" / "run") == events
+    for name in ("one", "two", "parts"):
+        assert_true(tmp_path / name / "run")
 
     expected = f"({result['top1_hits']} and {result['top5_hits']} of 37 records, each once"
     for ranks in (0, 3):

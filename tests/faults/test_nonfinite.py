@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from oracles import assert_true
 from support import ROOT, TINY
 from test_equality import assert_same_weights
 
@@ -175,6 +176,7 @@ def test_a_rewound_run_is_the_run_that_skipped_the_step(launch, tmp_path, data, 
     assert (event["from"], event["to"], event["skipped_steps"]) == (BAD, save_every_steps, [BAD])
     assert event["records"] == order.positions(32 * BAD, 32 * BAD + 32, 75, 1).ids.tolist()
     assert "a passing fault" in events(run_dir, "nonfinite")[0]["told"]  # it happened once only
+    assert_true(run_dir)
 
 
 def test_a_rewound_run_that_is_killed_before_its_next_checkpoint_still_skips_the_step(launch, tmp_path, data, skipping):
@@ -187,6 +189,7 @@ def test_a_rewound_run_that_is_killed_before_its_next_checkpoint_still_skips_the
     assert ended.code == 0, ended.out + ended.err
     assert newest(run_dir).meta["skipped_steps"] == [BAD]
     assert_same_weights(newest(run_dir), skipping)
+    assert_true(run_dir)
 
 
 def test_no_more_steps_are_skipped_than_allowed(launch, tmp_path, data):
@@ -196,6 +199,7 @@ def test_no_more_steps_are_skipped_than_allowed(launch, tmp_path, data):
     assert "step 6: loss nan" in message(ended)
     assert "--max_rewinds=1" in ended.err and "steps 3 were already" in ended.err
     assert newest(run_dir).meta["skipped_steps"] == [3]
+    assert_true(run_dir)
 
 
 @pytest.mark.fault("F30")

@@ -359,6 +359,30 @@ def test_whatever_is_in_a_file_is_a_verdict_and_no_traceback(tmp_path, name, con
     assert verdicts(run.run_dir)
 
 
+def test_any_part_of_a_line_missing_or_of_another_kind_is_a_verdict_and_no_traceback(tmp_path):
+    run = Simulated(tmp_path / "run", poisoned=[7])
+    run.run()
+    path = run.run_dir / "dllogger.json"
+    lines, seen = path.read_text().splitlines(), set()
+    for number, line in enumerate(lines):
+        row = json.loads(line[5:])
+        kind = (row["type"], str(row.get("step"))[:3], row.get("data", {}).get("event"), tuple(row.get("data", {})))
+        if kind in seen:
+            continue
+        seen.add(kind)
+        for where, names in ((row, list(row)), (row.get("data", {}), list(row.get("data", {})))):
+            for name in names:
+                kept = where[name]
+                for value in (None, "x", [], {"a": 1}, -1):
+                    where[name] = value
+                    path.write_text("\n".join([*lines[:number], "DLLL " + json.dumps(row), *lines[number + 1 :]]) + "\n")
+                    assert verdicts(run.run_dir), (number, name, value)
+                del where[name]
+                path.write_text("\n".join([*lines[:number], "DLLL " + json.dumps(row), *lines[number + 1 :]]) + "\n")
+                assert verdicts(run.run_dir), (number, name)
+                where[name] = kept
+
+
 def test_any_byte_of_the_log_changed_is_noticed(tmp_path):
     run = Simulated(tmp_path / "run")
     run.run()
