@@ -179,6 +179,7 @@ def test_a_rewound_run_is_the_run_that_skipped_the_step(launch, tmp_path, data, 
     assert_true(run_dir)
 
 
+@pytest.mark.fault(tier=3)
 def test_a_rewound_run_that_is_killed_before_its_next_checkpoint_still_skips_the_step(launch, tmp_path, data, skipping):
     run_dir = tmp_path / "run"
     # Step 7 is met first when 5 is not yet known to be bad, and again after the rewind.

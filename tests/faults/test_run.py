@@ -209,6 +209,7 @@ def test_the_steps_asked_for_are_profiled_on_the_ranks_asked_for(launch, tmp_pat
     assert timeline.count("MPI_ALLREDUCE") > 0
 
 
+@pytest.mark.fault(tier=3)
 def test_profiled_steps_that_pass_the_end_of_the_run_end_with_it(launch, tmp_path, data):
     flags = [f"--data_dir={data}", *TINY, "--steps=6"]
     ended = launch(2, "train", *flags, f"--run_dir={tmp_path / 'run'}", "--profile_steps=4:90")
