@@ -347,6 +347,8 @@ def _start(before: Optional[Start], start: Start, saved: Dict[int, Tuple[Line, A
             return Claim(FAILS, what, f"from {where}, which no start before it had saved")
         return Claim(UNKNOWN, what, f"from {where}; that it had been saved was not logged before the kill")
     line, row = saved[start.first]
+    if found and _written_anew(found, row, start.first, line.number, [before]):
+        return Claim(UNKNOWN, what, f"from {where}, by the weights saved then (line {line.number}) and scored since")
     if found is None or found["sha256"] != row["sha256"] or found["header_sha256"] != row["header_sha256"]:
         return Claim(FAILS, what, f"from {where}, but by another checkpoint than was saved then (line {line.number})")
     return Claim(HOLDS, what, f"from {where}, by the checkpoint saved then (line {line.number})")
@@ -512,6 +514,8 @@ def _checkpoint(path: Path, starts: List[Start]) -> Claim:
     if not known:
         return Claim(UNKNOWN, path.name, "whole, but the log does not say that it was saved")
     start, line = (written or went_on)[-1]
+    if _written_anew(row, known, step, line.number, starts):
+        return Claim(UNKNOWN, path.name, f"the weights are those saved (line {line.number}), and were scored since")
     if row != known:
         return Claim(FAILS, path.name, f"is not what was saved: its digests are not those of line {line.number}")
     run = {**identity(start.config), "train_data_sha256": start.line.data["data"]["train"]["sha256"]}
@@ -523,6 +527,14 @@ def _checkpoint(path: Path, starts: List[Start]) -> Claim:
     if fault:
         return Claim(FAILS, path.name, fault)
     return Claim(HOLDS, path.name, f"whole, as saved (line {line.number}), {_so_far(meta, start)}")
+
+
+def _written_anew(row: Dict[str, Any], known: Dict[str, Any], step: int, after: int, starts: List[Start]) -> bool:
+    """Says whether the weights are the same and only the heading is newer: a start that scores a checkpoint first saves
+    it again with what it now knows, and a kill may come before that is logged. after: the line of the one `known`."""
+    scored = (line for start in starts if start.first == step for line in start.evaluated if int(line.step[1]) == step)
+    same = row["sha256"] == known["sha256"] and row["header_sha256"] != known["header_sha256"]
+    return same and any(line.number > after for line in scored)
 
 
 def _fault_of_position(meta: Dict[str, Any], config: Config, records: int) -> str:
@@ -660,7 +672,7 @@ def _receipt(run_dir: Path, lines: List[Line], starts: List[Start]) -> Iterator[
         if different:
             yield Claim(FAILS, "receipt.json", f"its {', '.join(different)} are not what the log says")
     yield from _receipt_of_starts(found, log, starts, covered)
-    yield from _receipt_of_files(found, run_dir, lines, covered)
+    yield from _receipt_of_files(found, run_dir, lines, covered, starts)
 
 
 def _receipt_of_starts(found: Dict[str, Any], log: Path, starts: List[Start], covered: int) -> Iterator[Claim]:
@@ -678,7 +690,9 @@ def _receipt_of_starts(found: Dict[str, Any], log: Path, starts: List[Start], co
     yield Claim(HOLDS, "receipt.json, starts", f"{len(known)}, and the log as it was at each")
 
 
-def _receipt_of_files(found: Dict[str, Any], run_dir: Path, lines: List[Line], covered: int) -> Iterator[Claim]:
+def _receipt_of_files(
+    found: Dict[str, Any], run_dir: Path, lines: List[Line], covered: int, starts: List[Start]
+) -> Iterator[Claim]:
     newer = [line for line in lines if line.end > covered]
     if receipt.file_row(run_dir / "result.json") == found["files"]["result.json"]:
         yield Claim(
@@ -697,7 +711,9 @@ def _receipt_of_files(found: Dict[str, Any], run_dir: Path, lines: List[Line], c
     rows = {row["file"]: row for row in found["checkpoints"] if row["file"] not in saved_again}
     changed = []
     for path in checkpoint.existing(run_dir):
-        if path.name in rows and receipt.checkpoint_row(path) != rows[path.name]:
+        row, known = receipt.checkpoint_row(path), rows.get(path.name)
+        after = len(lines) - len(newer)
+        if known and row != known and not _written_anew(row, known, checkpoint.step_of(path), after, starts):
             changed.append(path.name)
     if changed:
         yield Claim(FAILS, "receipt.json, checkpoints", f"{', '.join(changed)}: not what it was")

@@ -40,10 +40,10 @@ class Killed(Exception):
 class Simulated:
     """Runs as the loop does, without a network: `kill_at` counts everything that is written to the directory."""
 
-    def __init__(self, run_dir, config=CONFIG, kill_at=None, skipped=(), bad=(), poisoned=(), launched=False):
+    def __init__(self, run_dir, config=CONFIG, kill_at=None, skipped=(), bad=(), poisoned=(), stops_at=None, launched=False):
         self.run_dir, self.config, self.kill_at = run_dir, config, kill_at
         self.skipped, self.bad, self.poisoned, self.launched = set(skipped), set(bad), set(poisoned), launched
-        self.writes = 0
+        self.stops_at, self.writes, self.evaluated = stops_at, 0, 0
 
     def wrote(self):
         self.writes += 1
@@ -59,7 +59,7 @@ class Simulated:
             self.covered(proved)
         rows = {"w": np.full((3, 4), done, np.float32)}
         run = {**identity(self.config), "train_data_sha256": "t" * 64}
-        meta = {"step": done, "best_top1": hits, "coverage": self.coverage.state(), "run": run}
+        meta = {"step": done, "best_top1": hits, "evaluated": self.evaluated, "coverage": self.coverage.state(), "run": run}
         path = checkpoint.save(self.run_dir, rows, meta, 3, best)
         self.wrote()
         self.event("checkpoint", step=done, **receipt.checkpoint_row(path))
@@ -109,10 +109,19 @@ class Simulated:
         receipt.write(run_dir)
         self.wrote()
         self.throughput = Throughput()
+        self.evaluated = found.meta["evaluated"] if found else 0
         while True:
-            result, met = self.train(first, best, found.meta["coverage"] if found else [])
+            self.coverage = Coverage(RECORDS, 32, first, found.meta["coverage"] if found else [])
+            result = None
+            if self.evaluated < first and first in evaluation_steps(config, RECORDS, STEPS):
+                result = self.evaluate(first)
+                self.save(first, max(best, result["eval.top1_hits"]), result["eval.top1_hits"] > best)
+                best = max(best, result["eval.top1_hits"])
+            result, met = self.train(first, best, result)
             if met is None:
                 break
+            if met == "stopped":
+                return
             found, _ = checkpoint.newest(run_dir)
             first, best = (found.meta["step"], found.meta["best_top1"]) if found else (0, -1)
             self.skipped.add(met[0])
@@ -126,10 +135,9 @@ class Simulated:
         receipt.write(run_dir)
         self.wrote()
 
-    def train(self, first, best, covered):
-        """Returns the last evaluation, and a step that was not finite with the seconds of its window, or None."""
-        config, window, result = self.config, 0, None
-        self.coverage = Coverage(RECORDS, 32, first, covered)
+    def train(self, first, best, result):
+        """Returns the last evaluation; and None, "stopped", or a step that was not finite with the seconds of its window."""
+        config, window = self.config, 0
         for step in range(first, STEPS):
             at = order.positions(step * 32, step * 32 + 32, RECORDS, config.seed)
             if step in self.skipped:
@@ -151,6 +159,11 @@ class Simulated:
                     self.covered(proved)
             self.line(done, window)
             window = 0
+            if done == self.stops_at:  # asked for while it was scored
+                self.save(done, best, False)
+                self.event("stopped", step=done)
+                receipt.write(self.run_dir)
+                return None, "stopped"
             if due:
                 result = self.evaluate(done)
             improved = due and 10 + done * 3 % 7 > best
@@ -171,7 +184,7 @@ class Simulated:
         self.wrote()
 
     def evaluate(self, done):
-        hits = 10 + done * 3 % 7
+        hits, self.evaluated = 10 + done * 3 % 7, done
         row = {"eval.loss": 2.0, "eval.acc@1": hits / VALIDATION, "eval.acc@5": 30 / VALIDATION}
         row.update({"eval.top1_hits": hits, "eval.top5_hits": 30, "eval.records": VALIDATION})
         self.log.log((done * 32 // RECORDS, done), row)
@@ -244,6 +257,21 @@ def test_a_run_killed_again_and_again_is_accepted(tmp_path):
     assert kills > 5
     assert verdicts(run_dir) == []
     assert len([line for line in receipt.read_log(run_dir / "dllogger.json") if line.event == "start"]) > 4
+
+
+def test_a_run_stopped_before_its_evaluation_and_then_killed_at_any_moment_is_accepted(tmp_path):
+    for moment in itertools.count(3):
+        run_dir = tmp_path / str(moment)
+        Simulated(run_dir, stops_at=5).run()
+        assert verdicts(run_dir) == []
+        try:
+            Simulated(run_dir, kill_at=moment).run()
+            break
+        except Killed:
+            assert verdicts(run_dir) == [], moment
+        Simulated(run_dir).run()
+        assert verdicts(run_dir) == [], moment
+    assert moment > 30
 
 
 def test_a_torn_line_is_a_kills_where_the_log_ends_and_nowhere_else(tmp_path):
