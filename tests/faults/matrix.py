@@ -50,16 +50,16 @@ a limit, and fails when a process is left. Judged are: the exit code; that nobod
 `RUN_DIR/faults`; that the newest checkpoint loads; that the run, started again, ends with the weights of one that nothing
 happened to, bit for bit on as many ranks, and has read every record as often; the log, by `hvd-vgg verify-run`.
 
-Written by `bash launch/test.sh --all` on {machine}; seconds are those of the tests together, with set-up. Tier 1 is what
-`bash launch/test.sh` runs on every change.
+Written by pytest's `--fault_table` in a run of tier {tier} on {machine}; seconds are those of the tests together, with
+set-up. `bash launch/test.sh` runs tier 1 on every change; `bash launch/test.sh --all` runs all and writes this file.
 
 """
 
 
-def table(faults, reports, ids, tiers):
+def table(faults, reports, ids, tiers, tier):
     """Returns Markdown: of each fault its tests, how they ended, and their seconds with set-up, in this session."""
     machine = f"{os.cpu_count()} cores, Python {platform.python_version()}"
-    about = _ABOUT.format(worker="`tests/worker.py`", poison="`tests/poison.py`", machine=machine)
+    about = _ABOUT.format(worker="`tests/worker.py`", poison="`tests/poison.py`", machine=machine, tier=tier)
     lines = [about + "| id | fault | tests | tier | result | seconds |", "|---|---|---|---|---|---|"]
     for fault, text in faults.items():
         mine = [report for report in reports if fault in ids.get(report.nodeid, [])]
@@ -69,7 +69,7 @@ def table(faults, reports, ids, tiers):
         skipped = sorted({report.longrepr[2] for report in mine if report.skipped})
         result = "failed: " + ", ".join(failed) if failed else "; ".join(skipped) or ("passed" if nodes else "not run")
         names = "<br>".join(f"`{name}`" for name in tests)
-        tier = ", ".join(map(str, sorted({tiers[node] for node in nodes})))
+        of = ", ".join(map(str, sorted({tiers[node] for node in ids if fault in ids[node]})))
         count, seconds = len(nodes), sum(report.duration for report in mine)
-        lines.append(f"| {fault} | {text} | {names} ({count}) | {tier} | {result} | {seconds:.0f} |")
+        lines.append(f"| {fault} | {text} | {names} ({count}) | {of} | {result} | {seconds:.0f} |")
     return "\n".join(lines) + "\n"
