@@ -163,7 +163,10 @@ def disturb(options, disk, run_dir):
             time.sleep(0.05)
         if filler:
             filler.unlink()
-        left = [process for process in processes(token) if time.sleep(0.2) is None]
+        deadline = time.time() + 5
+        while processes(token) and time.time() < deadline:
+            time.sleep(0.1)
+        left = list(processes(token))
         if left:
             raise SystemExit(f"fault {len(rows) + 1}, {kind}: processes left: {left}; seed {options.seed}")
         done = [update for _, update, _ in logged(run_dir)[earlier:] if update is not None]

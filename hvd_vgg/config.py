@@ -5,7 +5,7 @@ import difflib
 import math
 import textwrap
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, FrozenSet, List, Optional, Sequence, Set, Tuple
 
 from absl import flags
 
@@ -52,6 +52,16 @@ class Config:
         at_least=1,
         at_most=2**31,
         learned=True,
+    )
+
+    bad_records_allowed: int = flag(
+        0,
+        "Data",
+        "Bad records (checksum, features, label or image) that a run may go on without, of each split: in training another "
+        "takes the place of each, the same on any ranks; in evaluation each counts as a miss. More, and so by default the "
+        "first, end the run. A run may be started again with another number.",
+        "records",
+        at_least=0,
     )
 
     model: str = flag("vgg16", "Model", "The network.", choices=("vgg11", "vgg13", "vgg16", "vgg19"), learned=True)
@@ -132,6 +142,14 @@ class Config:
     stop_at_top1: float = flag(
         0.0, "Run", "End when an evaluation reaches this acc@1; 0: never.", "fraction", at_least=0.0, at_most=1.0
     )
+    on_nonfinite: str = flag(
+        "stop",
+        "Run",
+        "When a loss or gradient is not finite, which is never applied: stop: end with 81; rewind: go back to the newest "
+        "checkpoint and skip that step's records. Either way the step is kept for `hvd-vgg replay`.",
+        choices=("stop", "rewind"),
+    )
+    max_rewinds: int = flag(2, "Run", "Steps that --on_nonfinite=rewind skips at most, over all starts.", at_least=1)
     profile_steps: str = flag(
         "",
         "Run",
@@ -198,6 +216,30 @@ class EvaluateConfig(Config):
     """A run's Config, taken from its directory, and which of its checkpoints to evaluate."""
 
     checkpoint: str = flag("best", "Evaluate", "best, newest, or the path of a .safetensors file of this package.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplayConfig(Config):
+    """The Config of a run as it was at a step that was not finite, and which step that is."""
+
+    step: int = flag(-1, "Replay", "The step to repeat; -1: the latest that was not finite.", at_least=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyConfig:
+    """What `verify-run` holds against what."""
+
+    run_dir: str = flag("./run", "Verify", "The run's directory.", "path")
+    data_dir: str = flag(
+        "", "Verify", "The run's data: its newest and its best checkpoint are evaluated again; none: they are not.", "path"
+    )
+    hits_tolerance: int = flag(
+        0,
+        "Verify",
+        "Hits by which an evaluation here may differ from the run's: on unlike processors rounding alone moves a few.",
+        "records",
+        at_least=0,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -460,6 +502,15 @@ def epochs_to_steps(epochs: float, config: Config, records: int) -> int:
     return math.ceil(epochs * records / config.global_batch - 1e-9)
 
 
+def evaluation_steps(config: Config, records: int, total: int) -> FrozenSet[int]:
+    """Returns the numbers of updates after which to evaluate; the last is the end of the run."""
+    if not config.eval_every_epochs:
+        return frozenset([total])
+    count = int(total * config.global_batch / (records * config.eval_every_epochs)) + 1
+    each = (epochs_to_steps(n * config.eval_every_epochs, config, records) for n in range(1, count + 1))
+    return frozenset({done for done in each if 0 < done < total} | {total})
+
+
 def identity(config: Config) -> Dict[str, Any]:
     """Returns the fields that decide what is learned; a checkpoint goes on only under equal ones.
 
@@ -514,7 +565,15 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def find_flag_file(run_dir: str) -> Optional[Path]:
-    """Returns the flag file that a run left in its directory, or None."""
-    path = Path(run_dir) / "flags.txt"
+def find_flag_file(folder: Path) -> Optional[Path]:
+    """Returns the flag file in what a run left, or None."""
+    path = folder / "flags.txt"
     return path if path.is_file() else None
+
+
+def nonfinite_folder(run_dir: Path, step: int) -> Path:
+    """Returns where a run keeps a step that was not finite; step -1: the latest that there is, or else no folder's name."""
+    place = run_dir / "nonfinite"
+    if step >= 0:
+        return place / f"step-{step:08d}"
+    return max(place.glob("step-????????"), default=place / "step-none")

@@ -8,6 +8,13 @@ set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+all=()
+case "${1:-}" in
+  --all) all=(--tier=3 --fault_table=tests/faults/README.md) ;;
+  '') ;;
+  *) fail "$1: no such flag; expected --all or nothing" ;;
+esac
+
 bash "$launch/environment.sh" --test
 use_environment
 cd "$clone"
@@ -20,7 +27,7 @@ mypy
 shellcheck -x -P SCRIPTDIR launch/*.sh .ci/run
 
 echo "== tests of one process, and those that start their own ranks"
-python -m pytest -q tests/unit tests/faults
+python -m pytest -q ${all[@]+"${all[@]}"} tests/unit tests/faults
 
 for ranks in 2 3; do
   echo "== tests on $ranks ranks"

@@ -12,6 +12,7 @@ ALLOWED_SKIPS = ("capability: mounting a tmpfs", "capability: network namespaces
 
 _reports: List[Any] = []
 _ids: Dict[str, Sequence[str]] = {}
+_tiers: Dict[str, int] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,7 +27,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item
     for item in items:
         marks = list(item.iter_markers("fault"))
         _ids[item.nodeid] = [each for mark in marks for each in mark.args]
-        if any(mark.kwargs.get("tier", 1) > config.getoption("--tier") for mark in marks):
+        _tiers[item.nodeid] = max((mark.kwargs.get("tier", 1) for mark in marks), default=1)
+        if _tiers[item.nodeid] > config.getoption("--tier"):
             left_out.append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
@@ -44,8 +46,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if foreign:
         print(f"\nskips that are not allowed: {foreign}")
         session.exitstatus = 1
-    if session.config.getoption("--fault_table"):
-        Path(session.config.getoption("--fault_table")).write_text(table(FAULTS, _reports, _ids))
+    if session.config.getoption("--fault_table") and any("tests/faults/" in each for each in _ids):
+        Path(session.config.getoption("--fault_table")).write_text(
+            table(FAULTS, _reports, _ids, _tiers, session.config.getoption("--tier"))
+        )
 
 
 @pytest.fixture(autouse=True)

@@ -103,7 +103,8 @@ def _supervise(
             return STOPPED
         told = {"attempt": attempt, "ranks": ranks, "hosts": [f"{host.name}:{host.slots}" for host in answering]}
         _note(job, "start", **told, command=command)
-        print("+", mpirun.shown(command), flush=True)
+        with contextlib.suppress(OSError):  # a terminal that is gone is no reason to end a job
+            print("+", mpirun.shown(command), flush=True)
         watch = _FirstUpdate(job, ended_at)
         began = time.monotonic()
         ended = mpirun.run(command, requests, limits, watch.look)
@@ -225,11 +226,11 @@ def _read_from(path: Path, at: int) -> bytes:
 
 
 def _log_rows(data: bytes) -> List[Dict[str, Any]]:
-    """Returns the whole lines of DLLogger's in `data`."""
+    """Returns the whole lines of DLLogger's in `data`; one that a killed rank left torn is passed over."""
     rows = []
     for line in data.splitlines(keepends=True):
         if line.startswith(b"DLLL {") and line.endswith(b"\n"):
-            with contextlib.suppress(ValueError):  # what a crash of the host left
+            with contextlib.suppress(ValueError):
                 rows.append(json.loads(line[5:]))
     return rows
 

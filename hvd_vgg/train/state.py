@@ -17,6 +17,9 @@ from hvd_vgg.run.log import Console, RunLog
 from hvd_vgg.train import checkpoint, optimizer
 from hvd_vgg.train.writer import Writer
 
+# Flags that decide which record is due when: of an epoch in which one has changed nothing can be proved.
+_ORDER = {"global_batch", "seed", "shuffle_block_records"}
+
 
 class State(NamedTuple):
     """The variables of a run by name, on this rank."""
@@ -48,9 +51,20 @@ def initial(config: Config) -> State:
     return State(weights, optimizer.make_slots(weights, config.precision))
 
 
+def reset(state: State, config: Config) -> None:
+    """Brings `state` back to before the first update."""
+    for variable, value in zip(state.variables().values(), initial(config).variables().values()):
+        variable.assign(value)
+
+
+def data_digest(index: records.Index) -> str:
+    """Returns a SHA-256 over the lengths and labels of a split's records; contents are checked whenever they are read."""
+    return hashlib.sha256(index.lengths.tobytes() + index.labels.tobytes()).hexdigest()
+
+
 def what_run(config: Config, train_index: records.Index, label_base: int) -> Dict[str, Any]:
     """Returns what must be equal for a checkpoint to go on: configuration and data, as JSON can hold it."""
-    digest = hashlib.sha256(train_index.lengths.tobytes() + train_index.labels.tobytes()).hexdigest()
+    digest = data_digest(train_index)
     data = {"train_records": train_index.records, "train_data_sha256": digest, "label_base": label_base}
     return {**identity(config), **data}
 
@@ -84,7 +98,8 @@ def restore(
             log.event("config_changed", flag=key, before=found.meta["run"].get(key), after=expected.get(key))
         console.say(f"going on from step {found.meta['step']}: {found.path}")
         log.event("resume", **{"from": found.meta["step"]}, checkpoint=found.path.name)
-        return Position(**{field: found.meta[field] for field in Position._fields if field in found.meta})
+        position = Position(**{field: found.meta[field] for field in Position._fields if field in found.meta})
+        return position._replace(coverage=[]) if _ORDER & set(changed) else position
 
     position = comm.together(find)
     comm.broadcast_variables(list(state.variables().values()))

@@ -6,6 +6,7 @@ Each fault is put into one rank from outside (tests/worker.py). Every wait has a
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -82,6 +83,25 @@ def test_a_rank_that_leaves_early_with_success_is_blamed(tmp_path, data):
     assert ended.code == 70, ended.out + ended.err
     assert seconds_since(tmp_path, 2) < 30
     assert blamed(tmp_path) == (1, 3, "update", 70)
+
+
+@pytest.mark.fault("F07")
+def test_a_record_that_breaks_preprocessing_is_named(tmp_path, data):
+    """F07: 70, the rank is blamed, and the traceback names the record."""
+    ended = start(tmp_path, data, 2, "preprocess@1:0").wait()
+    assert ended.code == 70, ended.out + ended.err
+    assert blamed(tmp_path)[::3] == (1, 70)
+    assert "a fault of the test" in ended.err
+    assert re.search(r"train-0000\d-of-00003, record \d+, offset \d+", ended.err)
+
+
+@pytest.mark.fault("F32")
+def test_ranks_with_different_software_are_told_apart(tmp_path, data):
+    """F32: 78 before the first step, both values in one line."""
+    ended = start(tmp_path, data, 2, "version@1:0").wait()
+    assert ended.code == 78, ended.out + ended.err
+    assert re.search(r"^ +tensorflow +'\d+\.\d+\.\d+' +'2\.15\.1'$", ended.err, re.M)
+    assert "steps 0 to" not in ended.out
 
 
 def last_words(out, rank):
@@ -182,3 +202,16 @@ def test_a_request_during_an_evaluation_leaves_it_to_the_next_start(tmp_path, da
     for name in ("top1_hits", "top5_hits"):
         assert len({json.loads((each / "run" / "result.json").read_text())[name] for each in (whole, out)}) == 1
     assert_exact(out, 2, whole)
+
+
+@pytest.mark.fault("F13")
+def test_a_request_during_the_last_evaluation_leaves_the_result_to_the_next_start(tmp_path, data):
+    """Then no update is left, and the result is written all the same."""
+    flags = ["--steps=6", "--device_batch=4"]
+    ended = start(tmp_path, data, 1, "usr1@0:6", *flags).wait()
+    assert ended.code == 80, ended.out + ended.err
+    assert not (tmp_path / "run" / "result.json").exists()
+    ended = start(tmp_path, data, 1, *flags).wait()
+    assert ended.code == 0, ended.out + ended.err
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["steps"], result["records_evaluated"], result["fps"]) == (6, 37, None)

@@ -209,6 +209,21 @@ def test_the_steps_asked_for_are_profiled_on_the_ranks_asked_for(launch, tmp_pat
     assert timeline.count("MPI_ALLREDUCE") > 0
 
 
+@pytest.mark.fault(tier=3)
+def test_profiled_steps_that_pass_the_end_of_the_run_end_with_it(launch, tmp_path, data):
+    flags = [f"--data_dir={data}", *TINY, "--steps=6"]
+    ended = launch(2, "train", *flags, f"--run_dir={tmp_path / 'run'}", "--profile_steps=4:90")
+    assert ended.code == 0, ended.err
+    (trace,) = (tmp_path / "run" / "profile" / "rank0").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 10_000
+    assert "MPI_ALLREDUCE" in (tmp_path / "run" / "profile" / "horovod_timeline.json").read_text()
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 6
+    ended = launch(2, "train", *flags, f"--run_dir={tmp_path / 'other'}", "--profile_steps=6:90")
+    assert ended.code == 0, ended.err
+    assert "--profile_steps=6:90: none of them is between 0 and 5" in ended.out
+    assert not (tmp_path / "other" / "profile").exists()
+
+
 def test_the_benchmark_measures_each_input_on_the_ranks_asked_for(launch, tmp_path, data):
     flags = [*TINY, "--steps=6", f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", f"--out={tmp_path / 'out.json'}"]
     ended = launch(3, "benchmark", *flags, "--ranks=1,3")
@@ -228,3 +243,11 @@ def test_the_benchmark_measures_each_input_on_the_ranks_asked_for(launch, tmp_pa
     ended = launch(0, "benchmark", *TINY, "--steps=4", f"--data_dir={tmp_path / 'none'}")
     assert ended.code == 0, ended.err
     assert f"no real data: --data_dir={tmp_path / 'none'} is not there" in ended.out
+
+
+def test_a_benchmark_that_could_not_write_its_result_measures_nothing(launch, tmp_path):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "out.json"
+    ended = launch(2, "benchmark", *TINY, "--steps=4", f"--data_dir={tmp_path / 'none'}", f"--out={out}")
+    assert (ended.code, ended.out) == (78, "")
+    assert ended.err.count(f"--out={out} cannot be written: Not a directory") == 1

@@ -19,13 +19,13 @@ from hvd_vgg.train import checkpoint
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 16 MB: three checkpoints of these tests (4 MB each) fit, the logs, and half of another."""
-    place = tmp_path / "disk"
+    """A run directory on a file system of 16 MB: three checkpoints of these tests (4 MB each) fit, and half of another."""
+    place = tmp_path / "run"
     place.mkdir()
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "hvd_vgg_test", place], capture_output=True, text=True)
     if made.returncode:
         pytest.skip(f"capability: mounting a tmpfs ({made.stderr.strip()})")
-    yield place
+    yield tmp_path
     subprocess.run(["umount", place], check=True)
 
 
@@ -44,7 +44,7 @@ def test_a_full_disk_is_no_reason_to_stop_and_what_was_logged_meanwhile_is_not_l
     pace = [f"sleep@0:{at}:0.5" for at in range(3, 12)]
     started = start(small_disk, data, 2, *pace)
     wait_for(lambda: "step 4/" in started.out.read_text())
-    filler = fill(small_disk)
+    filler = fill(small_disk / "run")
     wait_for(lambda: "cannot be written" in started.out.read_text())
     filler.unlink()
     ended = started.wait()
@@ -61,7 +61,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_74_at_its_end(small_disk, data
     """F17: the last checkpoint cannot be written; the one before is whole."""
     started = start(small_disk, data, 2, *[f"sleep@0:{at}:0.5" for at in range(3, 9)])
     wait_for(lambda: "step 4/" in started.out.read_text())
-    fill(small_disk)
+    fill(small_disk / "run")
     ended = started.wait()
     assert ended.code == 74, ended.out + ended.err
     assert "step 12/12" in ended.out

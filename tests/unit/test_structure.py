@@ -13,9 +13,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lower floors know nothing of higher ones; modules on one floor may use each other.
 FLOORS = [
     {"run.health"},
-    {"run.watch", "run.lock", "run.hosts"},
+    {"run.watch", "run.lock", "run.coverage", "run.receipt", "run.hosts"},
     {"config", "model.layers", "data.order", "data.records", "run.log", "run.throughput", "train.schedule"},
     {"data.images", "data.pipeline", "data.index", "model.vgg", "parallel.comm", "parallel.exchange", "parallel.cost"},
+    {"data.bad"},
     {
         "data.demo",
         "parallel.plan",
@@ -27,12 +28,13 @@ FLOORS = [
         "train.state",
         "run.mpirun",
     },
-    {"train.tell", "train.profile", "run.launch"},
-    {"train.loop", "train.benchmark"},
+    {"train.tell", "train.profile", "train.nonfinite", "run.launch"},
+    {"train.loop", "train.benchmark", "train.replay", "train.verify"},
     {"__main__"},
 ]
 NO_TENSORFLOW = {"config", "data.records", "data.order", "train.schedule", "run.health", "run.log", "run.throughput"}
-NO_TENSORFLOW |= {"run.watch", "run.lock", "run.hosts", "run.mpirun", "run.launch"}
+NO_TENSORFLOW |= {"run.watch", "run.lock", "run.coverage", "run.receipt", "train.checkpoint", "train.verify"}
+NO_TENSORFLOW |= {"run.hosts", "run.mpirun", "run.launch"}
 NO_TENSORFLOW |= {"model.layers", "parallel.cost", "parallel.plan"}
 
 
@@ -105,7 +107,7 @@ def test_nothing_unsafe_and_nothing_of_keras_is_used():
 
 def test_the_loop_can_be_read_in_a_minute():
     tree = ast.parse((PACKAGE / "train" / "loop.py").read_text())
-    train = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
+    train = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "_train")
     assert train.end_lineno - train.lineno <= 85
 
 
