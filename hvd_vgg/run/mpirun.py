@@ -236,6 +236,8 @@ def explain(status: int, told: str, oom_risen: Dict[str, int]) -> Ended:
         return Ended(LOST_RANK, f"host {lost[1]} is gone: mpirun lost its daemon there")
     if status == 1 and "ORTE" in told:
         return Ended(LOST_RANK, "mpirun could not reach all its hosts: see above")
+    if status == 1 and "-----" not in told:  # it frames all that it has to say of ranks, and says nothing of a SIGTERM
+        return Ended(LOST_RANK, "mpirun was ended from outside")
     said = {DONE: "done", STOPPED: "all ranks left in order", LOST_RANK: "a rank hung or is gone"}
     rank = f"; rank {first[1]} left first" if first and status not in (DONE, STOPPED) else ""
     return Ended(status, said.get(status, f"exit code {status}") + rank)

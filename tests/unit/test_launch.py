@@ -138,6 +138,8 @@ LOST = """ORTE has lost communication with a remote daemon.
         (142, noticed(14), 142, "rank 1 killed by signal 14 (hung, and Python's lock with it: see RUN_DIR/faults), on vm"),
         (140, noticed(12), 140, "rank 1 killed by signal 12, on vm"),
         (-9, "", 137, "mpirun killed by signal 9"),
+        (1, "mpirun: Forwarding signal 10 to job\n", 75, "mpirun was ended from outside"),
+        (1, "-----\nProcess name: [[1,1],0]\n  Exit code:    1\n-----", 1, "exit code 1; rank 0 left first"),
         (205, LOST, 75, "host 10.213.99.2 is gone: mpirun lost its daemon there"),
         (75, "Process name: [[1,1],3]\n  Exit code:    75", 75, "a rank hung or is gone; rank 3 left first"),
         (80, "Process name: [[1,1],0]\n  Exit code:    80", 80, "all ranks left in order"),
