@@ -299,8 +299,9 @@ def spoilt(tmp_path_factory):
     return data, bad
 
 
-def bad_events(run_dir):
-    return [row["data"] for row in log_rows(run_dir) if row["data"].get("event") == "bad_record"]
+def bad_events(run_dir, split="train"):
+    rows = [row["data"] for row in log_rows(run_dir) if row["data"].get("event") == "bad_record"]
+    return [row for row in rows if f"/{split}-0" in row["where"]]
 
 
 def test_the_same_records_stand_in_for_bad_ones_on_any_ranks_and_after_a_restart(launch, tmp_path, spoilt):
@@ -320,6 +321,8 @@ def test_the_same_records_stand_in_for_bad_ones_on_any_ranks_and_after_a_restart
     ]
     for event, reason in zip(events, ("the checksum of its ", "cannot be decoded", "its label is ")):
         assert reason in event["reason"] and f"{data}/train-0000" in event["where"]
+    missed = bad_events(tmp_path / "one" / "run", "validation")  # at the one evaluation, at the end
+    assert [(event["record"], event["replaced_by"]) for event in missed] == [(3, None), (20, None)]
     assert one[2].meta["bad_records"] == bad
     assert b"bad_records_allowed=3" in (tmp_path / "one" / "run" / "flags.txt").read_bytes()
     result = json.loads((tmp_path / "one" / "run" / "result.json").read_text())
