@@ -70,7 +70,7 @@ def save(run_dir: Path, tensors: Tensors, meta: Dict[str, Any], keep: int, best:
             _prune(run_dir, 1, path)
         write(path, tensors, meta)
         if best:
-            _point_to_best(place, path)
+            point_to_best(path)
         _prune(run_dir, keep, path)
     except OSError as error:
         raise Failure(
@@ -177,6 +177,17 @@ def best(run_dir: Path) -> Optional[Path]:
     return folder(run_dir) / found if _NAME.match(found) else None
 
 
+def point_to_best(path: Path) -> None:
+    """Lets `best` name the checkpoint `path`, on disk when this returns."""
+    temporary = path.with_name("best.tmp")
+    with open(temporary, "w", encoding="ascii") as file:
+        file.write(path.name + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path.with_name("best"))
+    _sync_directory(path.parent)
+
+
 def set_aside(path: Path) -> Path:
     """Renames a damaged checkpoint so that it is not met again, and returns its new name; it is never removed."""
     return path.replace(path.with_name(f"{path.name}.bad"))
@@ -195,16 +206,6 @@ def _digest(tensors: Iterable[Tuple[str, np.ndarray]]) -> str:
     for name, tensor in tensors:
         each.append(f"{name} {tensor.dtype} {tensor.shape} {hashlib.sha256(_bytes(tensor)).hexdigest()}\n")
     return hashlib.sha256("".join(sorted(each)).encode()).hexdigest()
-
-
-def _point_to_best(place: Path, path: Path) -> None:
-    temporary = place / "best.tmp"
-    with open(temporary, "w", encoding="ascii") as file:
-        file.write(path.name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(place / "best")
-    _sync_directory(place)
 
 
 def _sync_directory(place: Path) -> None:

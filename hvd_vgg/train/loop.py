@@ -83,7 +83,7 @@ def _train(job: Job, at: state.Position) -> Optional[nonfinite.Met]:
     bad_rows: List[Tuple[int, pipeline.BadRow]] = []
     for now, batch in zip(steps, profiled(throughput.waiting(_batches(job, steps)), steps, config, throughput)):
         window.append((now, (_skip if now in at.skipped_steps else _update)(job, now, batch)))
-        bad_rows += [(now, row) for row in batch.bad]
+        bad_rows += [(now, row) for row in batch.bad if now not in at.skipped_steps]
         at = at._replace(step=now + 1)
         watch.beat(at.step)
         if job.log and now == begun_at:

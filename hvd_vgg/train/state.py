@@ -1,5 +1,6 @@
 """The state of a run: weights, momentum, and how far it is; made, restored and saved by all ranks as one."""
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -89,6 +90,9 @@ def restore(
         changed = [key for key in {**found.meta["run"], **expected} if found.meta["run"].get(key) != expected.get(key)]
         _refuse_changes([key for key in changed if key not in allowed_changes(config)], found, expected, run_dir)
         assign(state.variables(), found)
+        if found.meta.get("best"):  # killed before it could be pointed to
+            with contextlib.suppress(OSError):
+                checkpoint.point_to_best(found.path)
         for path, reason in faults.items():
             aside = checkpoint.set_aside(path)
             console.say(f"{path.name} is damaged ({reason}): set aside as {aside.name}")
@@ -168,7 +172,7 @@ def save(state: State, position: Position, what: Dict[str, Any], writer: Optiona
     """Begins to write a checkpoint, on rank 0, which alone has a writer; waits for the copy of the variables only."""
     if writer:
         tensors = {name: np.asarray(variable) for name, variable in state.variables().items()}
-        writer.begin(tensors, {**position._asdict(), "run": what}, best)
+        writer.begin(tensors, {**position._asdict(), "run": what, "best": best}, best)
 
 
 def finish(writer: Optional[Writer]) -> None:

@@ -7,6 +7,7 @@ directory that cannot be written are in test_errors.py; other numbers of ranks i
 
 import contextlib
 import json
+import shutil
 import subprocess
 import time
 
@@ -127,3 +128,12 @@ def test_only_rank_0_looks_at_checkpoints(tmp_path, data, undisturbed):
     assert ended.code == 0, ended.out + ended.err
     assert "steps 4 to 12" in ended.out
     assert_exact(tmp_path, 2, undisturbed)
+
+
+@pytest.mark.fault("F19")
+def test_the_best_checkpoint_is_pointed_to_although_the_run_was_killed_before(tmp_path, data, undisturbed):
+    shutil.copytree(undisturbed / "run", tmp_path / "run")
+    (checkpoint.folder(tmp_path / "run") / "best").unlink()
+    ended = start(tmp_path, data, 2).wait()
+    assert ended.code == 0, ended.out + ended.err
+    assert checkpoint.best(tmp_path / "run").name == "step-00000012.safetensors"
