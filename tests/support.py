@@ -64,6 +64,8 @@ class Started:
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
+                # Whoever starts tests in the background may have SIGINT ignored, and what they start would inherit it.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def alive(self) -> List[int]:
