@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Lint, types and every test, in the environment of launch/environment.sh with the test extras. About 10 minutes on 2 cores.
+# Lint, types and every test, in the environment of launch/environment.sh with the test extras. About 20 minutes on 2 cores, 40 with --all.
 #
-#   bash launch/test.sh
+#   bash launch/test.sh [--all]
 #
 # HVD_VGG_VENV  where the environment is (default: .venv in the clone)
 set -euo pipefail

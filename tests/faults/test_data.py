@@ -353,6 +353,7 @@ def test_the_same_records_stand_in_for_bad_ones_on_any_ranks_and_after_a_restart
     assert f"{data}/validation-00000-of-00002, record 3, " in message
 
 
+@pytest.mark.fault(tier=3)
 def test_more_bad_records_than_allowed_end_the_run_over_restarts_and_are_listed(launch, tmp_path, spoilt):
     """Nothing is saved that was trained on more, and what was only decoded ahead of a checkpoint is not counted in it."""
     data, bad = spoilt

@@ -100,12 +100,13 @@ def test_the_reference_learns_something_and_reads_what_the_order_says(one_rank, 
 @pytest.mark.parametrize(
     ("ranks", "device_batch", "exchange"),
     [
-        *[(1, 4, "factored"), (2, 4, "factored"), (3, 32, "factored"), (4, 32, "factored")],
+        *[(2, 4, "factored"), (4, 32, "factored")],
         *[(2, 32, "allreduce"), (3, 4, "allreduce")],
         *[
             pytest.param(*combination, marks=pytest.mark.fault(tier=3))
             for combination in [
                 *[(1, 32, "factored"), (2, 32, "factored"), (3, 4, "factored"), (4, 4, "factored")],
+                *[(1, 4, "factored"), (3, 32, "factored")],
                 *[(1, 4, "allreduce"), (4, 32, "allreduce")],
             ]
         ],
@@ -207,7 +208,7 @@ def test_killed_on_two_ranks_and_resumed_on_one_is_the_run_never_killed(launch, 
     "launcher",
     [
         ["horovodrun", "-np", "2"],
-        ["horovodrun", "--gloo", "-np", "2"],
+        pytest.param(["horovodrun", "--gloo", "-np", "2"], marks=pytest.mark.fault(tier=3)),
         pytest.param(["mpirun", "-np", "4", "--oversubscribe"], marks=pytest.mark.fault(tier=3)),
     ],
     ids=["horovodrun", "gloo", "mpirun4"],
@@ -221,6 +222,7 @@ def test_every_launcher_gives_the_same_losses(launch, tmp_path, data, one_rank, 
     np.testing.assert_allclose(list(found.values()), list(one_rank[1].values()), rtol=1e-5)
 
 
+@pytest.mark.fault(tier=3)
 def test_one_inter_op_thread_does_not_hang_a_run(launch, tmp_path, data, one_rank):
     flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *FLAGS]
     ended = launch(2, "train", *flags, TF_NUM_INTEROP_THREADS="1", TF_NUM_INTRAOP_THREADS="1")

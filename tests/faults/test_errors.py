@@ -16,7 +16,7 @@ from hvd_vgg.train import checkpoint
 FLAGS = [*TINY, "--steps=4", "--global_batch=8"]
 
 
-@pytest.mark.fault("F03")
+@pytest.mark.fault("F03", tier=3)
 def test_a_rank_that_is_killed_under_gloo_is_told_as_such_by_the_others(tmp_path, data):
     flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *FLAGS, "--steps=100000"]
     program = ["horovodrun", "--gloo", "-np", "2", sys.executable, "-m", "hvd_vgg"]

@@ -163,7 +163,10 @@ def skipping(tmp_path_factory, data):
 REWIND = "--on_nonfinite=rewind"
 
 
-@pytest.mark.parametrize(("ranks", "save_every_steps"), [(1, 4), (2, 4), (2, 0)])
+@pytest.mark.parametrize(
+    ("ranks", "save_every_steps"),
+    [(2, 4), *(pytest.param(*each, marks=pytest.mark.fault(tier=3)) for each in [(1, 4), (2, 0)])],
+)
 def test_a_rewound_run_is_the_run_that_skipped_the_step(launch, tmp_path, data, skipping, ranks, save_every_steps):
     """With --save_every_steps=0 it goes back to the initial weights."""
     run_dir = tmp_path / "run"

@@ -172,7 +172,7 @@ def test_a_request_to_any_rank_stops_all_after_the_same_step(tmp_path, data, und
     assert_goes_on(tmp_path, data, undisturbed, step=4)
 
 
-@pytest.mark.fault("F13")
+@pytest.mark.fault("F13", tier=3)
 def test_a_request_while_updates_are_slow_or_far_from_a_log_line_is_heard(tmp_path, data):
     """The ranks listen between log lines too: 12 updates of a second, a line at the end only."""
     faults = [f"sleep@{rank}:{at}:1" for rank in (0, 1) for at in range(1, STEPS)]
