@@ -43,7 +43,7 @@ def fill(place):
 def test_a_full_disk_is_no_reason_to_stop_and_what_was_logged_meanwhile_is_not_lost(small_disk, data):
     """F17: full from step 4 on, with room again before the end."""
     pace = [f"sleep@0:{at}:0.5" for at in range(3, 12)]
-    started = start(small_disk, data, 2, *pace)
+    started = start(small_disk, data, 2, *pace, "--keep_checkpoints=1")  # with more, older ones make room
     wait_for(lambda: "step 4/" in started.out.read_text())
     filler = fill(small_disk / "run")
     wait_for(lambda: "cannot be written" in started.out.read_text())
@@ -60,7 +60,7 @@ def test_a_full_disk_is_no_reason_to_stop_and_what_was_logged_meanwhile_is_not_l
 @pytest.mark.fault("F17")
 def test_a_disk_that_stays_full_ends_the_run_with_74_at_its_end(small_disk, data):
     """F17: the last checkpoint cannot be written; the one before is whole."""
-    started = start(small_disk, data, 2, *[f"sleep@0:{at}:0.5" for at in range(3, 9)])
+    started = start(small_disk, data, 2, *[f"sleep@0:{at}:0.5" for at in range(3, 9)], "--keep_checkpoints=1")
     wait_for(lambda: "step 4/" in started.out.read_text())
     fill(small_disk / "run")
     ended = started.wait()
