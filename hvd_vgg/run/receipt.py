@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
 from hvd_vgg import __version__
+from hvd_vgg.run.files import write_whole
 from hvd_vgg.run.health import NOT_WRITTEN, Failure
+from hvd_vgg.run.hosts import JOB_PARAMETER
 
 ABOUT = (
     "Integrity, not authenticity: whoever can rewrite this whole directory can rewrite this file. Check it by "
@@ -45,7 +47,7 @@ _ENVIRONMENT = (
     "TF_NUM_INTEROP_THREADS",
     "TF_NUM_INTRAOP_THREADS",
 )
-_LAUNCHED = "OMPI_MCA_hvd_vgg_job"  # what mpirun gives to the ranks of `hvd-vgg launch`
+_LAUNCHED = f"OMPI_MCA_{JOB_PARAMETER}"  # what mpirun gives to the ranks of `hvd-vgg launch`
 _PACKAGES = ("absl", "crc32c", "cv2", "dllogger", "horovod", "mpi4py", "numpy", "safetensors", "tensorflow")
 _HEADER_LIMIT = 100_000_000  # bytes, as the safetensors library has it
 
@@ -183,15 +185,9 @@ def sync(path: Path) -> None:
 def write(run_dir: Path) -> None:
     """Writes the receipt of what is in a run directory now, whole or not at all; rank 0 alone. Failure(NOT_WRITTEN)."""
     path = run_dir / "receipt.json"
-    temporary = run_dir / "receipt.json.tmp"
     try:
         sync(run_dir / "dllogger.json")
-        content = json.dumps(_content(run_dir), indent=1) + "\n"
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640), "w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, json.dumps(_content(run_dir), indent=1) + "\n")
     except OSError as error:
         raise Failure(NOT_WRITTEN, f"{path} cannot be written: {error.strerror}") from error
 

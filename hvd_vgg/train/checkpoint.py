@@ -18,6 +18,7 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from hvd_vgg.run.files import write_whole
 from hvd_vgg.run.health import CONFIGURATION, NOT_WRITTEN, Failure
 
 _NAME = re.compile(r"^step-(\d{8})\.safetensors$")
@@ -179,12 +180,7 @@ def best(run_dir: Path) -> Optional[Path]:
 
 def point_to_best(path: Path) -> None:
     """Lets `best` name the checkpoint `path`, on disk when this returns."""
-    temporary = path.with_name("best.tmp")
-    with open(temporary, "w", encoding="ascii") as file:
-        file.write(path.name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path.with_name("best"))
+    write_whole(path.with_name("best"), path.name + "\n")
     _sync_directory(path.parent)
 
 

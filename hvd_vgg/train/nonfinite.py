@@ -8,7 +8,6 @@ in their order, as they lie in the data (`records-00000-of-00001`), the weights 
 
 import json
 import math
-import os
 import socket
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
@@ -21,6 +20,7 @@ from hvd_vgg.data import order, pipeline, records
 from hvd_vgg.data.index import Data
 from hvd_vgg.model.layers import DENSE
 from hvd_vgg.parallel import comm
+from hvd_vgg.run.files import write_whole
 from hvd_vgg.run.health import CONFIGURATION, NOT_FINITE, NOT_WRITTEN, Failure
 from hvd_vgg.run.log import Console, RunLog, count
 from hvd_vgg.train import checkpoint, schedule, state, step
@@ -284,13 +284,8 @@ def _read_skipped(run_dir: Path) -> List[int]:
 
 def _write_skipped(run_dir: Path, steps: List[int]) -> None:
     path = run_dir / "nonfinite" / "skipped.json"
-    temporary = path.with_suffix(".json.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="ascii") as file:
-            file.write(json.dumps(steps) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, json.dumps(steps) + "\n")
     except OSError as error:
         raise Failure(NOT_WRITTEN, f"{path} cannot be written ({error.strerror}), so the run cannot be rewound") from error

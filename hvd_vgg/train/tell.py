@@ -15,6 +15,7 @@ from hvd_vgg.data.index import Data
 from hvd_vgg.model import layers as tables
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.run import coverage, receipt
+from hvd_vgg.run.files import write_whole
 from hvd_vgg.run.health import NOT_WRITTEN, Failure
 from hvd_vgg.run.log import Console, Progress, RunLog, count, duration
 from hvd_vgg.run.throughput import Split, Throughput, Verdict, judge, per_host, per_rank, table
@@ -106,9 +107,7 @@ def introduce(
 def _write(path: Path, text: str) -> None:
     """Writes a file, whole or not at all; raises Failure(NOT_WRITTEN)."""
     try:
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, text)
     except OSError as error:
         raise Failure(NOT_WRITTEN, f"{path} cannot be written: {error.strerror}") from error
 

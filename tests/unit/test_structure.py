@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lower floors know nothing of higher ones; modules on one floor may use each other.
 FLOORS = [
     {"run.health"},
-    {"run.watch", "run.lock", "run.coverage", "run.receipt", "run.hosts"},
+    {"run.watch", "run.lock", "run.coverage", "run.receipt", "run.hosts", "run.files"},
     {"config", "model.layers", "data.order", "data.records", "run.log", "run.throughput", "train.schedule"},
     {"data.images", "data.pipeline", "data.index", "model.vgg", "parallel.comm", "parallel.exchange", "parallel.cost"},
     {"data.bad"},
@@ -34,7 +34,7 @@ FLOORS = [
 ]
 NO_TENSORFLOW = {"config", "data.records", "data.order", "train.schedule", "run.health", "run.log", "run.throughput"}
 NO_TENSORFLOW |= {"run.watch", "run.lock", "run.coverage", "run.receipt", "train.checkpoint", "train.verify"}
-NO_TENSORFLOW |= {"run.hosts", "run.mpirun", "run.launch"}
+NO_TENSORFLOW |= {"run.files", "run.hosts", "run.mpirun", "run.launch"}
 NO_TENSORFLOW |= {"model.layers", "parallel.cost", "parallel.plan"}
 
 
