@@ -22,6 +22,7 @@ several parts.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -29,6 +30,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 SIZE, CLASSES = 224, 1000
@@ -70,7 +72,6 @@ def ours(precision, options):
     import tensorflow as tf
 
     from hvd_vgg.config import Config
-    from hvd_vgg.data import order
     from hvd_vgg.model import vgg
     from hvd_vgg.model.layers import layers
     from hvd_vgg.parallel import comm, cost
@@ -86,9 +87,7 @@ def ours(precision, options):
     arguments = (
         tf.constant(random.integers(0, 256, (options.batch, SIZE, SIZE, 3)), tf.uint8),
         tf.constant(random.integers(0, CLASSES, options.batch), tf.int32),
-        tf.constant(0, tf.int64),
-        tf.constant(order.dropout_keys(1, 0, 2)),
-        tf.constant(RATE),
+        *step.arguments(config, 0, 0, RATE),
     )
     return timed(lambda: float(run(*arguments).gradient_norm), options)
 
@@ -220,9 +219,12 @@ def drive(options):
     for number in range(options.rounds):
         for way, precision in chosen:
             used = others()
-            rate = run(way, precision, options)
+            rate, software = run(way, precision, options)
+            if number == 0:
+                print(f"{way} {precision}: {software}", flush=True)
             taken = [after - before for before, after in zip(used, others())]
             turn = {"way": way, "precision": precision, "batch": options.batch, "rate": rate, "others": taken[0] / taken[1]}
+            turn["software"] = software
             print(f"round {number}: {way} {precision} {rate:.2f}, others {turn['others']:.0%}", flush=True)
             turns.append(turn)
             if options.results:
@@ -245,7 +247,7 @@ def others():
 
 
 def run(way, precision, options):
-    """Runs one turn in its own process; returns its rate."""
+    """Runs one turn in its own process; returns its rate and versions."""
     python = (WAYS[way][2] and getattr(options, WAYS[way][2][-1])) or sys.executable
     command = [python, sys.argv[0], f"--worker={way},{precision}"]
     for name in ("batch", "warmup", "updates", "tf_cnn_benchmarks", "horovod_examples"):
@@ -258,7 +260,17 @@ def run(way, precision, options):
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stdout}")
-    return json.loads(done.stdout.splitlines()[-1])["rate"]
+    told = json.loads(done.stdout.splitlines()[-1])
+    return told["rate"], told["software"]
+
+
+def versions():
+    """Returns the versions of this Python and of what is installed in it that decides a way's rate, in one line."""
+    found = [f"Python {sys.version.split()[0]}"]
+    for name in ("tensorflow", "tensorflow-cpu", "keras", "tf-keras", "horovod", "torch"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{name} {metadata.version(name)}")
+    return ", ".join(found)
 
 
 def gflop_per_image():
@@ -297,7 +309,7 @@ def main():
         drive(options)
         return
     way, precision = options.worker.split(",")
-    print(json.dumps({"rate": WAYS[way][0](precision, options)}), flush=True)
+    print(json.dumps({"rate": WAYS[way][0](precision, options), "software": versions()}), flush=True)
 
 
 if __name__ == "__main__":

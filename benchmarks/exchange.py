@@ -22,6 +22,7 @@ ranks on this host instead, to speak through its memory; no root is needed then,
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -33,8 +34,8 @@ import tempfile
 import time
 from pathlib import Path
 
-PREFIX = f"hvgg{os.getpid()}"
-NETWORK = "10.213.77"
+from namespaces import NETWORK, Hosts, missing
+
 WAYS = ["local", "horovod", "allreduce", "factored", "factored16"]
 
 
@@ -58,66 +59,25 @@ def parse():
     return options
 
 
-def ip(*words):
-    """Runs one `ip` command."""
-    subprocess.run(["ip", *words], check=True)
-
-
-def make_hosts(count, mbit):
-    """Makes the namespaces and their links; returns their addresses."""
-    ip("link", "add", f"{PREFIX}b", "type", "bridge")
-    ip("link", "set", f"{PREFIX}b", "up")
-    shape = ["root", "tbf", "rate", f"{mbit}mbit", "burst", "1mb", "latency", "50ms"]
-    for host in range(1, count + 1):
-        space, outside = f"{PREFIX}h{host}", f"{PREFIX}v{host}"
-        ip("netns", "add", space)
-        ip("link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", space)
-        ip("link", "set", outside, "master", f"{PREFIX}b", "up")
-        ip("-n", space, "addr", "add", f"{NETWORK}.{host}/24", "dev", "eth0")
-        ip("-n", space, "link", "set", "lo", "up")
-        ip("-n", space, "link", "set", "eth0", "up")
-        subprocess.run(["tc", "qdisc", "add", "dev", outside, *shape], check=True)
-        subprocess.run(["tc", "-n", space, "qdisc", "add", "dev", "eth0", *shape], check=True)
-    return [f"{NETWORK}.{host}" for host in range(1, count + 1)]
-
-
-def remove_hosts(count):
-    """Removes what `make_hosts` made, however far it came, with the processes inside."""
-    for host in range(1, count + 1):
-        space = f"{PREFIX}h{host}"
-        inside = subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True, check=False)
-        for pid in inside.stdout.split():
-            subprocess.run(["kill", "-9", pid], check=False)
-        subprocess.run(["ip", "netns", "delete", space], check=False, capture_output=True)
-        subprocess.run(["ip", "link", "delete", f"{PREFIX}v{host}"], check=False, capture_output=True)
-    subprocess.run(["ip", "link", "delete", f"{PREFIX}b"], check=False, capture_output=True)
-
-
 def drive(options):
     """Makes the hosts, searches if asked, runs the job in them, prints the table."""
-    if not options.shared and (os.getuid() != 0 or not shutil.which("tc")):
-        sys.exit("benchmarks/exchange.py needs root and iproute2 (Debian: apt-get install iproute2), or --shared")
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            launcher = ["mpirun", "-np", str(options.hosts), "--bind-to", "none", "--oversubscribe"]
-            if not options.shared:
-                launcher = ["ip", "netns", "exec", f"{PREFIX}h1", *launcher, *between_hosts(options, Path(folder))]
-            if options.efficiency:
-                options.images = options.device_batch = search(options, launcher, folder)
-            result = run_job(options, launcher, folder)
-            report(result["turns"], result["mbit"], options)
-        finally:
-            if not options.shared:
-                remove_hosts(options.hosts)
+    if not options.shared and (missing() or not shutil.which("tc")):
+        sys.exit(f"benchmarks/exchange.py needs {missing() or 'tc'}, or --shared")
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as made:
+        launcher = ["mpirun", "-np", str(options.hosts), "--bind-to", "none", "--oversubscribe"]
+        if not options.shared:
+            hosts = made.enter_context(Hosts(options.hosts, Path(folder), options.mbit))
+            launcher = hosts.on(1, [*launcher, *between(hosts)])
+        if options.efficiency:
+            options.images = options.device_batch = search(options, launcher, folder)
+        result = run_job(options, launcher, folder)
+        report(result["turns"], result["mbit"], options)
 
 
-def between_hosts(options, folder):
-    """Makes the hosts; returns mpirun's options to start a rank on each."""
-    addresses, agent = make_hosts(options.hosts, options.mbit), folder / "agent.sh"
-    # Takes the place of ssh: the address's last number is the namespace's.
-    agent.write_text(f'#!/bin/bash\nhost="$1"; shift\nexec ip netns exec "{PREFIX}h${{host##*.}}" bash -c "$*"\n')
-    agent.chmod(0o755)
-    words = ["-H", ",".join(addresses), "--mca", "plm_rsh_agent", str(agent), "--mca", "plm_rsh_no_tree_spawn", "1"]
+def between(hosts):
+    """Returns mpirun's options to start a rank on each host."""
+    words = ["-H", ",".join(hosts.addresses), "--mca", "plm_rsh_agent", str(hosts.agent)]
+    words += ["--mca", "plm_rsh_no_tree_spawn", "1"]
     words += ["--mca", "oob_tcp_if_include", f"{NETWORK}.0/24", "--mca", "btl_tcp_if_include", f"{NETWORK}.0/24"]
     return words + ["--mca", "btl", "self,tcp", "--mca", "pml", "ob1"]
 

@@ -64,6 +64,11 @@ def load(options: argparse.Namespace) -> Any:
     return records.Index(whole.paths, starts, whole.offsets[:count], whole.lengths[:count], whole.labels[:count])
 
 
+def passes(options: argparse.Namespace, index: Any) -> int:
+    """Returns how often evaluation goes through all records in a round of --images images at least."""
+    return int(-(-options.images // index.records))
+
+
 def our_config(options: argparse.Namespace) -> Any:
     """Returns a Config of batches of BATCH images with crops."""
     from hvd_vgg.config import Config
@@ -80,14 +85,11 @@ def ours(options: argparse.Namespace, split: str) -> Round:
     index, config = load(options), our_config(options)
 
     def make() -> int:
-        made = 0
-        while made < options.images:
-            if split == "train":
-                batches = pipeline.train_batches(index, config, 0, range(options.images // BATCH), 0, 1, 1)
-            else:
-                batches = pipeline.eval_batches(index, config, 0, 0, 1, 1)
-            made += sum(len(batch.ids) for batch in batches)
-        return made
+        if split == "train":
+            batches = pipeline.train_batches(index, config, 0, range(options.images // BATCH), 0, 1, 1)
+            return sum(len(batch.ids) for batch in batches)
+        splits = (pipeline.eval_batches(index, config, 0, 0, 1, 1) for _ in range(passes(options, index)))
+        return sum(int((batch.labels.numpy() != pipeline.PADDING).sum()) for batches in splits for batch in batches)
 
     return lambda: timed(make)
 
@@ -100,13 +102,16 @@ def decode_alone(options: argparse.Namespace, split: str) -> Round:
 
     index, windows, encoded = load(options), [], []
     at = order.positions(0, options.images, index.records, SEED)
-    ids = at.ids if split == "train" else [n % index.records for n in range(options.images)]
-    for record, draws in zip(ids, images.image_draws(order.sample_seeds(SEED, at))):
-        data, _ = records.parse_example(index, int(record), records.read_record(index, int(record)))
+    draws = images.image_draws(order.sample_seeds(SEED, at))
+    ids = at.ids.tolist() if split == "train" else list(range(index.records)) * passes(options, index)
+    for n, record in enumerate(ids):
+        data, _ = records.parse_example(index, record, records.read_record(index, record))
         encoded.append(tf.constant(data))
-        height, width = images.image_shape(data, encoded[-1])
-        drawn = images.random_window(height, width, draws[3:])
-        windows.append(tf.constant(drawn if split == "train" else images.central_window(height, width)))
+        height, width = images.image_shape(data)
+        window = (
+            images.random_window(height, width, draws[n][3:]) if split == "train" else images.central_window(height, width)
+        )
+        windows.append(tf.constant(window))
 
     def make() -> int:
         for data, window in zip(encoded, windows):

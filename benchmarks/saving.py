@@ -59,7 +59,7 @@ def main():
         update()
     rows = {name: [] for name in ("alone", "pause", "behind", "slower", "foreground", "lost")}
     with tempfile.TemporaryDirectory(dir=options.out) as folder:
-        writer = Writer(Path(folder), 1)
+        writer = Writer(Path(folder), 1, lambda *_, **__: None)
         position = state.Position()
         for number in range(options.rounds):
             alone = statistics.median(update() for _ in range(4))

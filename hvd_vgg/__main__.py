@@ -1,6 +1,7 @@
 """hvd-vgg COMMAND [--flags]: one line of dispatch per command."""
 
 import os
+import re
 import sys
 import time
 import traceback
@@ -14,9 +15,13 @@ from hvd_vgg.config import (
     DemoConfig,
     DoctorConfig,
     EvaluateConfig,
+    LaunchConfig,
     PlanConfig,
+    ReplayConfig,
+    VerifyConfig,
     describe,
     find_flag_file,
+    nonfinite_folder,
     parse,
 )
 from hvd_vgg.run import watch
@@ -26,17 +31,22 @@ USAGE_TEXT = f"""hvd-vgg {__version__}: trains VGG networks on ImageNet-style TF
 
   hvd-vgg train [--flagfile=FILE] [--flags]           train and evaluate; leaves everything in --run_dir
   hvd-vgg evaluate --run_dir=DIR [--flags]            score a checkpoint of a run on the validation records
+  hvd-vgg replay RUN_DIR [--step=N] [--flags]         repeat a step of a run that was not finite
+  hvd-vgg verify-run RUN_DIR [--data_dir=DIR]         hold what a run claims against what it left behind
   hvd-vgg benchmark [--ranks=1,2,4] [--flags]         measure throughput without input, with it, and on fewer ranks
   hvd-vgg plan --ranks=N --gbit=X [--flags]           predict what exchanging gradients costs on a cluster
   hvd-vgg doctor [--flagfile=FILE] [--flags]          say whether this host, or these ranks, can train, and what to do
   hvd-vgg make-demo-data --data_dir=DIR [--flags]     draw a small data set to try things with
 
+  hvd-vgg launch --ranks=N [--flags] COMMAND ...      start any of them on many ranks; stops and restarts runs
+
 Each runs alone or on many ranks, which only change how fast it goes:
 
-  horovodrun -np 8 hvd-vgg train --flagfile=configs/vgg16_imagenet.flags --data_dir=/data/imagenet
+  hvd-vgg launch --ranks=8 train --flagfile=configs/vgg16_imagenet.flags --data_dir=/data/imagenet
 
-hvd-vgg COMMAND --help lists a command's flags. Exit codes: 0 done, 64 usage, 65 data, 70 error in the program, 74 a result
-could not be written, 75 hung or lost a rank, 78 configuration, 80 stopped on request, 81 not finite, or ranks drifted apart.
+hvd-vgg COMMAND --help lists a command's flags. Exit codes: 0 done, 64 usage, 65 data, or what a run claims does not hold,
+70 error in the program, 74 a result could not be written, 75 hung or lost a rank, 78 configuration, 80 stopped on request,
+81 not finite, or ranks drifted apart.
 """
 
 
@@ -54,10 +64,24 @@ def _evaluate(config: Any) -> None:
     loop.evaluate_run(config)
 
 
+def _replay(config: Any) -> None:
+    from hvd_vgg.train import replay
+
+    replay.replay(config)
+
+
 def _benchmark(config: Any) -> None:
     from hvd_vgg.train import benchmark
 
     benchmark.benchmark(config)
+
+
+def _verify(config: Any) -> None:
+    from hvd_vgg.train import verify
+
+    if config.data_dir:
+        watch.begin(None, launched_rank() or 0, 0.0)
+    verify.verify_run(config)
 
 
 def _make_demo_data(config: Any) -> None:
@@ -86,6 +110,19 @@ COMMANDS: "dict[str, Tuple[Any, Callable[[Any], None], str]]" = {
         _evaluate,
         "hvd-vgg evaluate --run_dir=DIR [--flags]: score a checkpoint. All flags default to the run's own.",
     ),
+    "replay": (
+        ReplayConfig,
+        _replay,
+        "hvd-vgg replay RUN_DIR [--step=N] [--flags]: repeat a step whose loss or gradient was not finite, from the weights "
+        "and records that the run kept of it, on any number of ranks; 81: it is not finite again, 0: it is finite. All "
+        "flags default to the run's own.",
+    ),
+    "verify-run": (
+        VerifyConfig,
+        _verify,
+        "hvd-vgg verify-run RUN_DIR [--data_dir=DIR]: compute again what the raw logs of a run allow, and say which of its "
+        "claims hold. Exit code 0: all that can be checked; 65: one does not. Needs no TensorFlow without --data_dir.",
+    ),
     "benchmark": (
         BenchmarkConfig,
         _benchmark,
@@ -102,11 +139,26 @@ COMMANDS: "dict[str, Tuple[Any, Callable[[Any], None], str]]" = {
     "doctor": (
         DoctorConfig,
         _doctor,
-        "hvd-vgg doctor [--hosts=a:8,b:8] [--full] [--collectives] [--out=FILE] [--flagfile=FILE] [--flags]: alone or on "
+        "hvd-vgg doctor [--hostfile=FILE] [--full] [--collectives] [--out=FILE] [--flagfile=FILE] [--flags]: alone or on "
         "all the ranks to come, with the flags of the run to come. Exit code 78 if anything would fail.",
     ),
     "make-demo-data": (DemoConfig, _make_demo_data, "hvd-vgg make-demo-data [--flags]: draw a data set."),
 }
+
+
+LAUNCH_USAGE = """hvd-vgg launch [--flags] train|evaluate|replay|benchmark|make-demo-data [ITS FLAGS]
+hvd-vgg launch [--flags] -- PROGRAM [ITS ARGUMENTS]
+
+Starts a command, or any program, on many ranks by Open MPI's mpirun, whose command line is printed. The command's flags
+are checked first. Ctrl-C or SIGTERM makes all ranks save and leave in order; Ctrl-C again ends them. A run that failed for
+no fault of its own is started again; RUN_DIR/restarts.jsonl tells of every start and end. The exit code is the command's;
+80 when it was stopped, 75 after --time_limit_seconds, 128 and the signal's number when one killed a rank.
+
+  hvd-vgg launch --ranks=8 train --flagfile=configs/vgg16_imagenet.flags --data_dir=/data/imagenet
+  hvd-vgg launch --hostfile=hosts.txt --max_restarts=20 train --flagfile=configs/vgg16_imagenet.flags
+"""
+# What `launch` starts a command of this package with.
+PROGRAM = [sys.executable, "-m", "hvd_vgg"]
 
 
 def main() -> None:
@@ -121,8 +173,10 @@ def run(argv: List[str]) -> int:
         if not argv or argv[0] in ("-h", "--help", "help"):
             print(USAGE_TEXT, end="")
             return DONE
+        if argv[0] == "launch":
+            return _launch(argv[1:])
         if argv[0] not in COMMANDS:
-            raise Failure(USAGE, f"{argv[0]}: no such command; expected one of {', '.join(COMMANDS)}")
+            raise Failure(USAGE, f"{argv[0]}: no such command; expected one of {', '.join(COMMANDS)}, launch")
         kind, command, usage = COMMANDS[argv[0]]
         if {"-h", "--help"} & set(argv[1:]):
             print(describe(kind, usage), end="")
@@ -130,6 +184,8 @@ def run(argv: List[str]) -> int:
         config = parse(kind, _with_run_flags(argv))
     except Failure as failure:
         return _refuse(failure)
+    except KeyboardInterrupt:
+        return STOPPED
     try:
         command(config)
         return DONE
@@ -147,19 +203,54 @@ def run(argv: List[str]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return DONE
         # What Horovod's operations say when a rank is gone is the transport's own text, but they are always named in it.
-        if "Horovod" in f"{type(error).__name__} {error}":
-            return _end(Failure(LOST_RANK, "another rank has gone; the same command goes on from the newest checkpoint"))
+        text = f"{type(error).__name__} {error}"
+        if "Horovod" in text and not re.search(r"Mismatched|OOM|out of memory|ResourceExhausted", text):
+            first = str(error).strip().split("\n")[0][:200]
+            told = f"another rank has gone ({first}); the same command goes on from the newest checkpoint"
+            return _end(Failure(LOST_RANK, told))
         traceback.print_exc()
         return _end(Failure(BUG, "an error of the program, above: please report it with the run's flags.txt"))
 
 
+def _launch(argv: List[str]) -> int:
+    """Runs `hvd-vgg launch`; wrong flags of the command to start are found before anything is."""
+    from hvd_vgg.run import launch
+
+    startable = [name for name in COMMANDS if name != "plan"]
+    cut = next((at for at, word in enumerate(argv) if word in (*startable, "--")), len(argv))
+    own, inner = argv[:cut], argv[cut:]
+    if {"-h", "--help"} & set(own):
+        print(describe(LaunchConfig, LAUNCH_USAGE), end="")
+        return DONE
+    if len(inner) < 1 + (inner[:1] == ["--"]):
+        raise Failure(USAGE, f"nothing to launch: expected {', '.join(startable)}, or -- PROGRAM, after launch's own flags")
+    config = parse(LaunchConfig, own)
+    if inner[0] == "--":
+        return launch.launch(config, launch.Job(inner[1:]))
+    if {"-h", "--help"} & set(inner):
+        return run(inner)
+    started = parse(COMMANDS[inner[0]][0], _with_run_flags(inner))
+    # Under mpirun a process cannot tell a terminal from a file; here one can.
+    console = ["--console=bar" if sys.stdout.isatty() else "--console=lines"] * (getattr(started, "console", "") == "auto")
+    program = [*PROGRAM, *inner, *console]
+    run_dir = Path(started.run_dir) if inner[0] == "train" else None
+    return launch.launch(config, launch.Job(program, run_dir, getattr(started, "global_batch", None)))
+
+
 def _with_run_flags(argv: List[str]) -> List[str]:
-    """Puts the flags that a run left in its directory before those of `evaluate`."""
-    if argv[0] != "evaluate":
-        return argv[1:]
-    found = find_flag_file(parse(EvaluateConfig, argv[1:]).run_dir)
+    """Puts what a run left before the flags of `evaluate` and `replay`; a first argument without dashes is --run_dir."""
+    command, given = argv[0], argv[1:]
+    if command in ("replay", "verify-run") and given and not given[0].startswith("-"):
+        given = [f"--run_dir={given[0]}", *given[1:]]
+    if command == "replay":
+        config = parse(ReplayConfig, given)
+        found = find_flag_file(nonfinite_folder(Path(config.run_dir), config.step))
+    elif command == "evaluate":
+        found = find_flag_file(Path(parse(EvaluateConfig, given).run_dir))
+    else:
+        return given
     # Where the run printed to is not where this prints to.
-    return [f"--flagfile={found}", "--console=auto"] * bool(found) + argv[1:]
+    return [f"--flagfile={found}", "--console=auto"] * bool(found) + given
 
 
 def _refuse(failure: Failure) -> int:
@@ -185,9 +276,10 @@ def _end(failure: Failure) -> int:
     if failure.agreed:
         if comm.is_root():
             print(f"hvd-vgg: {failure.message}", file=sys.stderr, flush=True)
+        watch.beat(phase="saving")  # rank 0 may have a checkpoint to write to its end
         comm.together(lambda: None)  # nobody leaves before rank 0 has spoken
         comm.leave()
-        watch.end()
+        watch.end(tidy=False)
         return failure.code
     rank = comm.rank_if_joined()
     where = "" if rank is None or comm.size() == 1 else f"rank {rank}: "

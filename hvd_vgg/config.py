@@ -5,7 +5,7 @@ import difflib
 import math
 import textwrap
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, FrozenSet, List, Optional, Sequence, Set, Tuple
 
 from absl import flags
 
@@ -52,6 +52,16 @@ class Config:
         at_least=1,
         at_most=2**31,
         learned=True,
+    )
+
+    bad_records_allowed: int = flag(
+        0,
+        "Data",
+        "Bad records (checksum, features, label or image) that a run may go on without, of each split: in training another "
+        "takes the place of each, the same on any ranks; in evaluation each counts as a miss. More, and so by default the "
+        "first, end the run. A run may be started again with another number.",
+        "records",
+        at_least=0,
     )
 
     model: str = flag("vgg16", "Model", "The network.", choices=("vgg11", "vgg13", "vgg16", "vgg19"), learned=True)
@@ -132,6 +142,14 @@ class Config:
     stop_at_top1: float = flag(
         0.0, "Run", "End when an evaluation reaches this acc@1; 0: never.", "fraction", at_least=0.0, at_most=1.0
     )
+    on_nonfinite: str = flag(
+        "stop",
+        "Run",
+        "When a loss or gradient is not finite, which is never applied: stop: end with 81; rewind: go back to the newest "
+        "checkpoint and skip that step's records. Either way the step is kept for `hvd-vgg replay`.",
+        choices=("stop", "rewind"),
+    )
+    max_rewinds: int = flag(2, "Run", "Steps that --on_nonfinite=rewind skips at most, over all starts.", at_least=1)
     profile_steps: str = flag(
         "",
         "Run",
@@ -201,6 +219,30 @@ class EvaluateConfig(Config):
 
 
 @dataclasses.dataclass(frozen=True)
+class ReplayConfig(Config):
+    """The Config of a run as it was at a step that was not finite, and which step that is."""
+
+    step: int = flag(-1, "Replay", "The step to repeat; -1: the latest that was not finite.", at_least=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyConfig:
+    """What `verify-run` holds against what."""
+
+    run_dir: str = flag("./run", "Verify", "The run's directory.", "path")
+    data_dir: str = flag(
+        "", "Verify", "The run's data: its newest and its best checkpoint are evaluated again; none: they are not.", "path"
+    )
+    hits_tolerance: int = flag(
+        0,
+        "Verify",
+        "Hits by which an evaluation here may differ from the run's: on unlike processors rounding alone moves a few.",
+        "records",
+        at_least=0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class PlanConfig(Config):
     """A run's Config and the cluster it is planned for."""
 
@@ -224,6 +266,10 @@ class BenchmarkConfig(Config):
     out: str = flag("", "Benchmark", "Write what was measured into this file, as JSON.", "path")
 
 
+# Unknown keys are refused, never learned: who adds a host's key must have it from its administrator.
+RSH_AGENT = "ssh -o BatchMode=yes -o ConnectTimeout=5 -o StrictHostKeyChecking=yes"
+
+
 @dataclasses.dataclass(frozen=True)
 class DoctorConfig(Config):
     """The Config of the run to come, and what else to look at."""
@@ -232,16 +278,10 @@ class DoctorConfig(Config):
     collectives: bool = flag(
         False, "Doctor", "Sum and gather gradients of the network's own shapes: right, how fast, and as `plan` assumes?"
     )
-    hosts: str = flag(
-        "",
-        "Doctor",
-        "Before mpirun, without it: a host file, or a:8,b:8. Does each host answer, and can it connect back?",
+    hostfile: str = flag(
+        "", "Doctor", "Before mpirun, without it: does each host of this file answer, and can it connect back?", "path"
     )
-    rsh_agent: str = flag(
-        "",
-        "Doctor",
-        "Command that runs another on a host, for --hosts; none: OMPI_MCA_plm_rsh_agent, or ssh that refuses unknown keys.",
-    )
+    rsh_agent: str = flag(RSH_AGENT, "Doctor", "What reaches another host, as for `launch`.")
     join_seconds: float = flag(
         10.0, "Doctor", "How long a rank waits for all others to have started and be reached.", "seconds", above=0.0
     )
@@ -253,6 +293,59 @@ class DoctorConfig(Config):
         at_least=0.0,
     )
     out: str = flag("", "Doctor", "Write what was found into this file, as JSON.", "path")
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchConfig:
+    """How a command is started on many ranks."""
+
+    ranks: int = flag(
+        0, "Ranks", "How many; 0: one for each slot of --hostfile, or for each device that TensorFlow sees here.", at_least=0
+    )
+    hostfile: str = flag(
+        "",
+        "Ranks",
+        "Hosts, one a line: `name slots=N` for N ranks on it. Each must have this Python, the data and the run directory "
+        "under the same paths. None: all ranks are on this host.",
+        "path",
+    )
+    rsh_agent: str = flag(
+        RSH_AGENT,
+        "Ranks",
+        "What reaches another host, called as `AGENT HOST COMMAND`; cut at spaces. A host of unknown key is refused.",
+    )
+    network: str = flag(
+        "", "Ranks", "Networks or interfaces that hosts speak over, where they have several: 10.1.0.0/16 or eth1."
+    )
+    export_env: str = flag(
+        "",
+        "Ranks",
+        "Names of further environment variables for ranks on other hosts, separated by commas. They get PATH, "
+        "LD_LIBRARY_PATH, PYTHONPATH, TMPDIR, TZ, LANG, LC_*, OMP_NUM_THREADS, XLA_FLAGS, HOROVOD_*, TF_*, NCCL_*, CUDA_*, "
+        "UCX_* and GLOO_*, but nothing called token, key, secret, pass or cred.",
+    )
+    max_restarts: int = flag(
+        3,
+        "Supervision",
+        "How often `train` is started again that hung (75), was preempted (80) or was killed by a signal (128 and its "
+        "number), on the hosts that still answer. Two ends at the same step with no new checkpoint are the last.",
+        at_least=0,
+    )
+    grace_seconds: float = flag(
+        60.0,
+        "Supervision",
+        "On SIGTERM, SIGINT, SIGHUP or SIGUSR1 to the launcher all ranks save and leave; after so long they are ended.",
+        "seconds",
+        above=0.0,
+    )
+    time_limit_seconds: float = flag(
+        0.0,
+        "Supervision",
+        "After so long, restarts included, all ranks save and leave, and the exit code is 75; 0: never.",
+        "seconds",
+        at_least=0.0,
+    )
+    dry_run: bool = flag(False, "Supervision", "Print the command, start nothing.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,6 +440,11 @@ def validate(config: Any) -> List[str]:
                 errors.append(f"--{field.name}={_text(value)}: expected {expected}")
     if isinstance(config, Config):
         errors.extend(_conflicts(config))
+    for name in getattr(config, "export_env", "").split(","):
+        if name and not name.isidentifier():
+            errors.append(f"--export_env={config.export_env}: {name!r} is no name of a variable; values do not belong here")
+    if isinstance(config, (LaunchConfig, DoctorConfig)) and not config.rsh_agent.strip():
+        errors.append("--rsh_agent: expected a command, found nothing")
     if isinstance(config, DemoConfig) and config.shards > min(config.train_images, 2 * config.validation_images - 1):
         errors.append(f"--shards={config.shards}: expected at least one image for each shard of both splits")
     return errors
@@ -433,6 +531,15 @@ def epochs_to_steps(epochs: float, config: Config, records: int) -> int:
     return math.ceil(epochs * records / config.global_batch - 1e-9)
 
 
+def evaluation_steps(config: Config, records: int, total: int) -> FrozenSet[int]:
+    """Returns the numbers of updates after which to evaluate; the last is the end of the run."""
+    if not config.eval_every_epochs:
+        return frozenset([total])
+    count = int(total * config.global_batch / (records * config.eval_every_epochs)) + 1
+    each = (epochs_to_steps(n * config.eval_every_epochs, config, records) for n in range(1, count + 1))
+    return frozenset({done for done in each if 0 < done < total} | {total})
+
+
 def identity(config: Config) -> Dict[str, Any]:
     """Returns the fields that decide what is learned; a checkpoint goes on only under equal ones.
 
@@ -487,7 +594,15 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def find_flag_file(run_dir: str) -> Optional[Path]:
-    """Returns the flag file that a run left in its directory, or None."""
-    path = Path(run_dir) / "flags.txt"
+def find_flag_file(folder: Path) -> Optional[Path]:
+    """Returns the flag file in what a run left, or None."""
+    path = folder / "flags.txt"
     return path if path.is_file() else None
+
+
+def nonfinite_folder(run_dir: Path, step: int) -> Path:
+    """Returns where a run keeps a step that was not finite; step -1: the latest that there is, or else no folder's name."""
+    place = run_dir / "nonfinite"
+    if step >= 0:
+        return place / f"step-{step:08d}"
+    return max(place.glob("step-????????"), default=place / "step-none")

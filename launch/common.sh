@@ -16,27 +16,21 @@ use_environment() {
     PATH="$venv/bin:$PATH"
   fi
   command -v hvd-vgg >/dev/null || fail "hvd-vgg is not installed: run launch/environment.sh, or on a host with its own TensorFlow: pip install --no-deps $clone"
-}
-
-# Prints how many devices TensorFlow sees, as the trainer will: CUDA_VISIBLE_DEVICES is honoured.
-count_devices() {
-  TF_CPP_MIN_LOG_LEVEL=3 python3 -c 'import tensorflow as tf; print(len(tf.config.list_physical_devices("GPU")))'
-}
-
-# run_ranks N COMMAND...: runs the command on N ranks of this host and prints it first.
-run_ranks() {
-  local ranks="$1"
-  shift
-  local mpirun=(mpirun -np "$ranks" --bind-to none --map-by slot --oversubscribe)
   if [ "$(id -u)" = 0 ]; then
     # Open MPI refuses root unless told twice; in a container there is often no one else.
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
   fi
-  printf '+'
-  printf ' %q' "${mpirun[@]}" "$@"
-  printf '\n'
-  "${mpirun[@]}" "$@"
 }
 
-# Under mpirun a process cannot tell a terminal from a file; here one can.
-console() { if [ -t 1 ]; then echo bar; else echo lines; fi; }
+# split_flags FLAG...: those of `hvd-vgg launch` go to the array launch_flags, all others to train_flags.
+split_flags() {
+  launch_flags=() train_flags=()
+  local flag
+  for flag in "$@"; do
+    case "$flag" in
+      --ranks=* | --hostfile=* | --rsh_agent=* | --network=* | --export_env=* | --max_restarts=* | --grace_seconds=* | \
+        --time_limit_seconds=* | --dry_run*) launch_flags+=("$flag") ;;
+      *) train_flags+=("$flag") ;;
+    esac
+  done
+}

@@ -22,15 +22,14 @@ if [ -z "${DATA_DIR:-}" ] && [ ! -e "$data" ]; then
   echo "Drawing a data set of ten classes into $data"
   # Under another name until it is whole: a run that was interrupted here starts over.
   drawn="$(mktemp -d "$data.XXXXXX")"
-  run_ranks 2 hvd-vgg make-demo-data --data_dir="$drawn" --console="$(console)"
+  hvd-vgg launch --ranks=2 make-demo-data --data_dir="$drawn"
   chmod 755 "$drawn"
   mv "$drawn" "$data"
 fi
 
 run_dir="$clone/runs/quickstart-$(date +%Y%m%d-%H%M%S)"
 echo "Training on 2 ranks in $run_dir"
-run_ranks 2 hvd-vgg train --flagfile="$clone/configs/quickstart.flags" --data_dir="$data" --run_dir="$run_dir" \
-  --console="$(console)" "$@"
+hvd-vgg launch --ranks=2 train --flagfile="$clone/configs/quickstart.flags" --data_dir="$data" --run_dir="$run_dir" "$@"
 
 if [ -f "$run_dir/flags.txt" ]; then # not when --run_dir was among the flags given
   echo "Next, the same run on one rank; it differs in the rounding of sums alone:"

@@ -6,4 +6,4 @@
 # DATA_DIR    TFRecords (default: ./imagenet_tfrecord)
 # BATCH_SIZE  images a device holds at once (default: 32); the batch of an update is --global_batch and stays the same
 set -euo pipefail
-HVD_VGG_RANKS=1 exec bash "$(dirname "${BASH_SOURCE[0]}")/run_train_vgg16_multigpu_imagenet.sh" "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/run_train_vgg16_multigpu_imagenet.sh" --ranks=1 "$@"

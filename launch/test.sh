@@ -1,12 +1,19 @@
 #!/usr/bin/env bash
-# Lint, types and every test, in the environment of launch/environment.sh with the test extras. About 10 minutes on 2 cores.
+# Lint, types and every test, in the environment of launch/environment.sh with the test extras. About 20 minutes on 2 cores, 40 with --all.
 #
-#   bash launch/test.sh
+#   bash launch/test.sh [--all]
 #
 # HVD_VGG_VENV  where the environment is (default: .venv in the clone)
 set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+all=()
+case "${1:-}" in
+  --all) all=(--tier=3 --fault_table=tests/faults/README.md) ;;
+  '') ;;
+  *) fail "$1: no such flag; expected --all or nothing" ;;
+esac
 
 bash "$launch/environment.sh" --test
 use_environment
@@ -20,9 +27,9 @@ mypy
 shellcheck -x -P SCRIPTDIR launch/*.sh .ci/run
 
 echo "== tests of one process, and those that start their own ranks"
-python -m pytest -q tests/unit tests/faults
+python -m pytest -q ${all[@]+"${all[@]}"} tests/unit tests/faults
 
 for ranks in 2 3; do
   echo "== tests on $ranks ranks"
-  run_ranks "$ranks" python -m pytest -q --color=no tests/parallel
+  hvd-vgg launch --ranks="$ranks" -- python -m pytest -q --color=no tests/parallel
 done

@@ -1,17 +1,18 @@
 """Fixtures of all tests; tiers and the table of faults; which skips are allowed."""
 
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import pytest
 from faults.matrix import FAULTS, table
-from support import Ended, Launch, Started, command_line, write_data
+from support import STARTED, Ended, Launch, Started, command_line, write_data
 
 # What a machine may lack: a test may skip for these alone, with a reason that begins so.
 ALLOWED_SKIPS = ("capability: mounting a tmpfs", "capability: network namespaces", "capability: memory cgroup")
 
 _reports: List[Any] = []
 _ids: Dict[str, Sequence[str]] = {}
+_tiers: Dict[str, int] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,7 +27,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item
     for item in items:
         marks = list(item.iter_markers("fault"))
         _ids[item.nodeid] = [each for mark in marks for each in mark.args]
-        if any(mark.kwargs.get("tier", 1) > config.getoption("--tier") for mark in marks):
+        _tiers[item.nodeid] = max((mark.kwargs.get("tier", 1) for mark in marks), default=1)
+        if _tiers[item.nodeid] > config.getoption("--tier"):
             left_out.append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
@@ -44,8 +46,22 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if foreign:
         print(f"\nskips that are not allowed: {foreign}")
         session.exitstatus = 1
-    if session.config.getoption("--fault_table"):
-        Path(session.config.getoption("--fault_table")).write_text(table(FAULTS, _reports, _ids))
+    if session.config.getoption("--fault_table") and any("tests/faults/" in each for each in _ids):
+        Path(session.config.getoption("--fault_table")).write_text(
+            table(FAULTS, _reports, _ids, _tiers, session.config.getoption("--tier"))
+        )
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    """Ends what a test has started and did not wait for, such as one that failed."""
+    yield
+    while STARTED:
+        started = STARTED.pop()
+        if started.process.returncode is None:
+            started.process.kill()
+            started.process.wait()
+            started.end()
 
 
 @pytest.fixture

@@ -41,11 +41,15 @@ class Ended(NamedTuple):
     err: str
 
 
+STARTED: List["Started"] = []  # in this test
+
+
 class Started:
     """A command and all it starts, recognisable by a token in their environment."""
 
     def __init__(self, command: Sequence[str], cwd: Path, **environment: str) -> None:
         self.token = f"HVD_VGG_TEST_{uuid.uuid4().hex}"
+        STARTED.append(self)
         # Launchers are found first where the interpreter is; Open MPI's consent to root is for containers and CI.
         path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
         consent = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.getuid() == 0 else {}
@@ -60,6 +64,8 @@ class Started:
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
+                # Whoever starts tests in the background may have SIGINT ignored, and what they start would inherit it.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def alive(self) -> List[int]:
@@ -73,6 +79,16 @@ class Started:
                 continue
         return found
 
+    def end(self) -> List[int]:
+        """Ends what is left of it, after 5 seconds to end by itself; returns what was left."""
+        deadline = time.monotonic() + 5
+        while self.alive() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        left = self.alive()
+        for process in left:
+            os.kill(process, signal.SIGKILL)
+        return left
+
     def wait(self, limit_seconds: float = LIMIT_SECONDS) -> Ended:
         """Returns how it ended; fails the test when it takes too long or leaves a process."""
         try:
@@ -80,12 +96,7 @@ class Started:
         except subprocess.TimeoutExpired:
             pytest.fail(f"still running after {limit_seconds} s\n{self.out.read_text()}\n{self.err.read_text()}")
         finally:
-            deadline = time.monotonic() + 5
-            while self.alive() and time.monotonic() < deadline:
-                time.sleep(0.1)
-            left = self.alive()
-            for process in left:
-                os.kill(process, signal.SIGKILL)
+            left = self.end()
         ended = Ended(code, self.out.read_text(), self.err.read_text())
         assert not left, f"processes left: {left}\n{ended.out}\n{ended.err}"
         return ended

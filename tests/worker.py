@@ -2,8 +2,8 @@
 
     worker.py OUT_DIR [FAULT@RANK:STEP[:SECONDS] ...] COMMAND FLAGS...
 
-OUT_DIR/ids.rankN gets a line a step. A fault, one of _FAULTS, happens on one rank when STEP updates are done. The package
-has no switch for any of this: it is wrapped from outside.
+OUT_DIR/ids.rankN gets a line a step. A fault, one of _FAULTS, happens on one rank when STEP updates are done, with 0 at
+once. The package has no switch for any of this: it is wrapped from outside.
 """
 
 import ctypes
@@ -17,7 +17,8 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from hvd_vgg import __main__
-from hvd_vgg.data import pipeline
+from hvd_vgg.data import images, pipeline
+from hvd_vgg.parallel import comm
 from hvd_vgg.run import watch
 from hvd_vgg.run.health import launched_rank
 from hvd_vgg.train import checkpoint
@@ -54,6 +55,16 @@ def fill_memory(seconds):
         taken.append(b"x" * 10_000_000)
 
 
+def flip_a_byte(seconds):
+    """Damages a file as the line `OFFSET PATH` of OUT_DIR/flip says."""
+    offset, path = (out / "flip").read_text().split(maxsplit=1)
+    with open(path, "rb+") as file:
+        file.seek(int(offset))
+        byte = file.read(1)[0]
+        file.seek(int(offset))
+        file.write(bytes([byte ^ 1]))
+
+
 def save_slowly(seconds):
     """Makes each save take longer from here on."""
 
@@ -62,6 +73,21 @@ def save_slowly(seconds):
         return save(*arguments)
 
     checkpoint.save = slow
+
+
+def break_preprocessing(seconds):
+    """Makes every image from here on fail in a way that no part of the package foresees."""
+
+    def broken(*arguments):
+        raise RuntimeError("a fault of the test")
+
+    images.train_image = broken
+
+
+def another_version(seconds):
+    """Makes this rank say that its TensorFlow is another."""
+    describe = comm.describe
+    comm.describe = lambda: {**describe(), "tensorflow": "2.15.1"}
 
 
 _FAULTS = {
@@ -75,7 +101,10 @@ _FAULTS = {
     "sleep": time.sleep,
     "hold": hold_the_lock,
     "fill": fill_memory,
+    "flip": flip_a_byte,
     "saveslowly": save_slowly,
+    "preprocess": break_preprocessing,
+    "version": another_version,
 }
 
 
@@ -87,6 +116,9 @@ def beat_and_fail(step=None, phase="update"):
             _FAULTS[fault[1]](float(fault[4] or 0))
 
 
+for fault in mine:
+    if int(fault[3]) == 0:  # before anything is done
+        _FAULTS[fault[1]](float(fault[4] or 0))
 pipeline.train_batches = noted
 watch.beat = beat_and_fail
 sys.exit(__main__.run(sys.argv[2 + len(faults) :]))

@@ -19,6 +19,9 @@ LIBRARY = f"OpenCV {cv2.__version__}"
 # An image whose header claims more is refused before it is decoded: 269 MB of RGB. The limit at which Pillow warns of a
 # decompression bomb; the largest image of ImageNet has about 60 million pixels.
 MAX_PIXELS = 1024**3 // 4 // 3
+# And a JPEG whose header claims more than its bytes can hold: a block of 8 by 8 takes at least a bit. Some hundred bytes
+# would otherwise be decoded into a hundred million grey pixels.
+_JPEG_PIXELS_A_BYTE = 8 * 64
 
 # Random-resized crop as the recipe of torchvision's VGG16 has it (torchvision.transforms.RandomResizedCrop).
 _AREA, _RATIO, _TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
@@ -27,6 +30,10 @@ _CENTRE = 224 / 256
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+# Markers of a JPEG's frame headers (of those that are decoded: baseline, extended, progressive), and of the segments that
+# may stand before one: Huffman and quantization tables, restart interval, application data, comment.
+_FRAMES = frozenset((0xC0, 0xC1, 0xC2))
+_SEGMENTS = frozenset((0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)))
 
 # Whoever calls has threads of its own: OpenCV starts none.
 cv2.setNumThreads(0)
@@ -40,12 +47,11 @@ def train_image(encoded: bytes, draws: Sequence[float], augment: str, out: np.nd
     encoded: JPEG or PNG; draws: a row of `image_draws`, of which crop and flip are functions. An image that cannot be
     decoded raises ValueError.
     """
-    data = tf.constant(encoded)  # once: it is a copy
-    height, width = image_shape(encoded, data)
+    height, width = image_shape(encoded)
     window = random_window(height, width, draws[3:]) if augment == "crop" else (0, 0, height, width)
     flips = augment != "none" and draws[0] < 0.5
     image = np.empty_like(out) if flips or augment == "shift" else out
-    _resize(encoded, data, window, image)
+    _resize(encoded, window, image)
     if augment == "shift":
         image_size, margin = len(out), len(out) // 8
         top, left = (int(draw * (2 * margin + 1)) for draw in draws[1:3])
@@ -62,9 +68,8 @@ def eval_image(encoded: bytes, augment: str, out: np.ndarray) -> None:
 
     out: uint8 [image_size, image_size, 3]. An image that cannot be decoded raises ValueError.
     """
-    data = tf.constant(encoded)
-    height, width = image_shape(encoded, data)
-    _resize(encoded, data, central_window(height, width) if augment == "crop" else (0, 0, height, width), out)
+    height, width = image_shape(encoded)
+    _resize(encoded, central_window(height, width) if augment == "crop" else (0, 0, height, width), out)
 
 
 def random_window(height: int, width: int, draws: Sequence[float]) -> Window:
@@ -111,30 +116,53 @@ def _mixed(bits: np.ndarray) -> np.ndarray:
     return bits ^ (bits >> np.uint64(31))
 
 
-def image_shape(encoded: bytes, data: Any) -> Tuple[int, int]:
-    """Returns (height, width) from the header alone; ValueError where it is absurd. data: `encoded` as a tensor."""
+def image_shape(encoded: bytes) -> Tuple[int, int]:
+    """Returns (height, width) from the header alone; ValueError where it is absurd."""
+    channels, most = 3, MAX_PIXELS
     if encoded.startswith(_JPEG):
-        try:
-            height, width, _ = tf.io.extract_jpeg_shape(data).numpy().tolist()
-        except tf.errors.OpError as error:
-            raise _undecodable(error) from error
+        most = min(most, _JPEG_PIXELS_A_BYTE * len(encoded))
+        height, width, channels = _jpeg_shape(encoded)
     elif encoded.startswith(_PNG) and encoded[8:16] == b"\0\0\0\rIHDR" and len(encoded) >= 24:
         # Width, then height, big-endian, in the first chunk of every PNG (ISO/IEC 15948, sections 5.6 and 11.2.2).
         width, height = struct.unpack(">II", encoded[16:24])
     else:
         raise ValueError(f"it is neither a JPEG nor a PNG; it begins with {encoded[:8]!r}")
-    if not (height > 0 and width > 0 and height * width <= MAX_PIXELS):
-        raise ValueError(f"its header claims this height and width; expected 1 to {MAX_PIXELS} pixels: {height} by {width}")
+    if not (height > 0 and width > 0 and height * width <= most):
+        raise ValueError(f"its header claims this height and width; expected 1 to {most} pixels: {height} by {width}")
+    if channels not in (1, 3, 4):
+        raise ValueError(f"its header claims {channels} channels; expected 1, 3 or 4")
     return height, width
 
 
-def _resize(encoded: bytes, data: Any, window: Window, out: np.ndarray) -> None:
+def _jpeg_shape(encoded: bytes) -> Tuple[int, int, int]:
+    """Returns (height, width, channels) from the frame header, which segments of known length precede.
+
+    ITU-T T.81, B.1.1.4 and B.2.2. What begins in any other way is left to TensorFlow, which takes longer, copying the image.
+    """
+    at = 2
+    while at + 10 <= len(encoded) and encoded[at] == 0xFF:
+        if encoded[at + 1] in _FRAMES:
+            height, width, channels = struct.unpack(">HHB", encoded[at + 5 : at + 10])
+            return height, width, channels
+        if encoded[at + 1] not in _SEGMENTS:
+            break
+        at += 2 + (encoded[at + 2] << 8 | encoded[at + 3])
+    try:
+        height, width, channels = tf.io.extract_jpeg_shape(encoded).numpy().tolist()
+    except tf.errors.OpError as error:
+        raise _undecodable(error) from error
+    return height, width, channels
+
+
+def _resize(encoded: bytes, window: Window, out: np.ndarray) -> None:
     """Writes the bilinear resize, with half-pixel centres, of a window of the image to `out`."""
     top, left, height, width = window
+    data = tf.constant(encoded)
     try:
         if encoded.startswith(_JPEG):
             # Only the rows and columns of the window are decoded.
-            part = np.asarray(tf.io.decode_and_crop_jpeg(data, window, channels=3))
+            # Given tensors: the operation itself would take longer to make them.
+            part = np.asarray(tf.io.decode_and_crop_jpeg(data, tf.constant(window), channels=3))
         else:
             part = np.asarray(tf.io.decode_png(data, channels=3))[top : top + height, left : left + width]
     except tf.errors.OpError as error:
@@ -147,4 +175,5 @@ def _resize(encoded: bytes, data: Any, window: Window, out: np.ndarray) -> None:
 def _undecodable(error: Any) -> ValueError:
     """Returns TensorFlow's reason in one line."""
     lines = re.sub(r"^\{\{.*?\}\}\s*", "", error.message.split("[Op:")[0].strip()).splitlines()
-    return ValueError(f"{lines[0]} {' '.join(lines[1:])[:200]}".strip())
+    text = f"{lines[0]} {' '.join(lines[1:])[:200]}".strip()
+    return ValueError(text.encode("unicode_escape").decode())  # it may quote the file

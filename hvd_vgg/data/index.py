@@ -11,6 +11,7 @@ from hvd_vgg.config import Config
 from hvd_vgg.data import records
 from hvd_vgg.parallel import comm
 from hvd_vgg.run import watch
+from hvd_vgg.run.health import DATA, Failure
 from hvd_vgg.run.log import Console
 
 TURN_SECONDS = 3.0
@@ -39,7 +40,8 @@ def open_split(data_dir: str, split: str, fallback_dir: Path, console: Console) 
     """Returns the index of a split, the same on all ranks; all ranks must call.
 
     Kept as `.hvd_vgg_index_SPLIT.npz` in the data directory, or in `fallback_dir` where that cannot be written; shards
-    that changed since are read again. Raises an agreed Failure(DATA), or Failure(CONFIGURATION) when ranks see other files.
+    that changed since are read again, and refused where they were cut between two records. Raises an agreed Failure(DATA),
+    or Failure(CONFIGURATION) when ranks see other files.
     """
     paths = comm.together(lambda: records.find_shards(data_dir, split))
     sizes = comm.together(lambda: records.shard_bytes(paths))
@@ -47,7 +49,8 @@ def open_split(data_dir: str, split: str, fallback_dir: Path, console: Console) 
 
     places = cache_places(data_dir, split, fallback_dir)
     # Rank 0 alone reads the cache: the others hear from it what is in there.
-    known = _unpacked(comm.from_root(_packed(comm.together(lambda: cached(places, paths) if comm.is_root() else {}))))
+    cached = comm.together(lambda: cached_shards(places, paths) if comm.is_root() else {})
+    known = _unpacked(comm.from_root(_packed({number: each.shard for number, each in cached.items() if each.unchanged})))
     stale = [number for number in range(len(paths)) if number not in known]
     if stale and known:
         console.say(f"{split}: {len(stale)} of {len(paths)} shards are new or changed since they were indexed")
@@ -61,6 +64,11 @@ def open_split(data_dir: str, split: str, fallback_dir: Path, console: Console) 
             known.update(_unpacked(text))
         progress.update(len(known))
         watch.beat(phase="start")
+    changed = {number: each.shard for number, each in cached.items() if number in stale}
+    comm.together(lambda: _check_not_cut(changed, known, paths))
+    if changed:
+        before, after = (sum(len(shards[number].offsets) for number in changed) for shards in (changed, known))
+        console.say(f"{split}: the shards that changed held {before} records when they were indexed and hold {after} now")
     index = records.join(paths, [known[number] for number in range(len(paths))])
     if stale and comm.is_root():
         _keep(places, index, console)
@@ -73,14 +81,29 @@ def cache_places(data_dir: str, split: str, fallback_dir: Path) -> List[Path]:
     return [Path(data_dir) / name, fallback_dir / name]
 
 
-def cached(places: List[Path], paths: List[Path]) -> Dict[int, records.Shard]:
-    """Returns by number the shards that are unchanged since they were indexed, from whichever place has them."""
-    known: Dict[int, records.Shard] = {}
-    for place in reversed(places):
-        for number, shard in enumerate(records.load_cache(place, paths) or []):
-            if shard is not None:
-                known[number] = shard
-    return known
+def cached_shards(places: List[Path], paths: List[Path]) -> Dict[int, records.Cached]:
+    """Returns by number the shards that have been indexed, from whichever place knows them as they are now."""
+    found: Dict[int, records.Cached] = {}
+    for place in places:
+        cache = records.load_cache(place, paths)
+        for number, path in enumerate(paths):
+            if path in cache and not (number in found and found[number].unchanged):
+                found[number] = cache[path]
+    return found
+
+
+def _check_not_cut(before: Dict[int, records.Shard], now: Dict[int, records.Shard], paths: List[Path]) -> None:
+    """Raises Failure(DATA) for a shard that ends where one of its records did: a reader takes that for its end."""
+    for number, old in before.items():
+        count = len(now[number].offsets)
+        if count < len(old.offsets) and all((a == b[:count]).all() for a, b in zip(now[number], old)):
+            sizes = [int(each.offsets[-1]) + int(each.lengths[-1]) + records.FOOTER_BYTES for each in (old, now[number])]
+            raise Failure(
+                DATA,
+                f"data: {paths[number]}: expected {len(old.offsets)} records in {sizes[0]} bytes, as when it was indexed; "
+                f"found the first {count} of them in {sizes[1]} bytes (cut off while copying?). Copy the shard again; if "
+                f"it is meant to be so, remove the .hvd_vgg_index_* beside it or in the run directory",
+            )
 
 
 def scan_for(seconds: float, paths: List[Path], left: List[int]) -> Dict[int, records.Shard]:

@@ -13,7 +13,7 @@ from typing import NamedTuple, Tuple
 import numpy as np
 
 # What the numbers drawn are for: no two purposes share a random stream.
-_ORDER, _AUGMENT, _DROPOUT, _WEIGHTS, _BLOCKS = range(5)
+_ORDER, _AUGMENT, _DROPOUT, _WEIGHTS, _BLOCKS, _STAND_IN = range(6)
 
 # Whole blocks are mixed within windows of about so many records, as many as TensorFlow's examples hold in shuffle buffers.
 WINDOW_RECORDS = 16_384
@@ -89,6 +89,11 @@ def sample_seeds(seed: int, at: Positions) -> np.ndarray:
         seeds[at.epochs == epoch, 0] = key(seed, _AUGMENT, int(epoch)).astype(np.int64)
     seeds[:, 1] = at.ids
     return seeds
+
+
+def stand_in(records: int, seed: int, epoch: int, record: int, attempt: int) -> int:
+    """Returns the id of a record to take the place of `record` in an epoch, by chance `record` itself; attempt: from 0."""
+    return int(key(seed, _STAND_IN, epoch, record, attempt) % np.uint64(records))
 
 
 def dropout_keys(seed: int, step: int, layers: int) -> np.ndarray:

@@ -5,14 +5,18 @@ ahead of the batch that is asked for by at most A batches of decoded images, A =
 images of a batch. For READ_AHEAD batches beyond these the kernel is told to read the records into its page cache, so that
 storage works while processors decode; that memory is the kernel's to take back. With 8 threads and 32 rows of 224 pixels a
 rank holds 4 * 4.8 MB decoded, and 4 * 3.5 MB are read ahead at ImageNet's mean of 110 kB. Beside that are the batch handed
-out and the one image that each thread is at work on. A row is a function of the seed, the epoch and the record: threads
-decide nothing.
+out and what each thread is at work on: the records of one piece, and an image. A row is a function of the seed, the epoch
+and the record: threads decide nothing.
+
+A record that is bad (its checksum, features, image or label) ends the run, unless --bad_records_allowed is above 0. Then in
+training another record takes its place, with the crop and flip of the row; in evaluation none does. Which one is a
+function of the seed, the epoch and the bad record. The batch says so, and `data.bad` keeps count.
 """
 
 import itertools
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Deque, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, Deque, Iterator, List, NamedTuple, Optional, Union
 
 import numpy as np
 import tensorflow as tf
@@ -25,15 +29,26 @@ from hvd_vgg.run.health import DATA, Failure
 PADDING = -1  # the label of a row that only fills up a batch
 PIECE = 8  # rows that a thread takes on at once
 READ_AHEAD = 4  # batches that storage is asked for beyond those that are being decoded
+STAND_INS = 8  # records that are tried in place of a bad one
 
 # Makes a row: of an encoded image and its `images.image_draws`, into uint8 [image_size, image_size, 3]; ValueError.
 _Decode = Callable[[bytes, List[float], np.ndarray], None]
 
 
+class BadRow(NamedTuple):
+    """A row whose record is bad: its number in the batch, the record, the one in its place (None: none), what is wrong."""
+
+    row: int
+    record: int
+    by: Optional[int]
+    reason: str
+
+
 class _Plan(NamedTuple):
-    """What a batch consists of: record ids int64 [n] and their seeds int64 [n, 2]."""
+    """What a batch consists of: record ids int64 [n], their epochs int64 [n] and seeds int64 [n, 2]."""
 
     ids: np.ndarray
+    epochs: np.ndarray
     seeds: np.ndarray
 
 
@@ -44,14 +59,42 @@ class _Begun(NamedTuple):
     labels: np.ndarray
     images: np.ndarray
     left: List[int]  # as many numbers from 0 up as there are pieces; each takes the last when it is done
+    bad: List[BadRow]
 
 
 class Batch(NamedTuple):
-    """Images uint8 [n, image_size, image_size, 3], labels int32 [n] from 0 (PADDING: no record), ids int64 [n]."""
+    """Images uint8 [n, image_size, image_size, 3], labels int32 [n] from 0 (PADDING: no record), ids int64 [n].
+
+    In training `ids` are the records that the images are of; `bad` says which of them stand in for others. In evaluation
+    `bad` are rows of no image, with the label PADDING.
+    """
 
     images: Any
     labels: Any
     ids: Any
+    bad: List[BadRow]
+
+
+class _Read(NamedTuple):
+    """A record as read: its id, the encoded image, the label as written."""
+
+    record: int
+    encoded: bytes
+    label: int
+
+
+class _Make(NamedTuple):
+    """How a row is made: a record is read, then decoded with its draws into uint8 [image_size, image_size, 3].
+
+    `decode` returns the label from 0. Both raise records.BadRecord.
+    """
+
+    read: Callable[[int], _Read]
+    decode: Callable[[_Read, List[float], np.ndarray], int]
+
+
+# Settles, in a batch, a row with its draws whose record is bad.
+_Settle = Callable[[_Begun, int, List[float], records.BadRecord], None]
 
 
 def train_batches(
@@ -64,12 +107,42 @@ def train_batches(
         start = step * config.global_batch
         block = config.shuffle_block_records
         at = order.positions(start + low, start + high, index.records, config.seed, block)
-        return _Plan(at.ids, order.sample_seeds(config.seed, at))
+        return _Plan(at.ids, at.epochs, order.sample_seeds(config.seed, at))
 
+    def replace(batch: _Begun, row: int, draws: List[float], bad: records.BadRecord) -> None:
+        record, epoch = int(batch.plan.ids[row]), int(batch.plan.epochs[row])
+        for attempt in range(STAND_INS):
+            by = order.stand_in(index.records, config.seed, epoch, record, attempt)
+            try:
+                batch.labels[row] = make.decode(make.read(by), draws, batch.images[row])
+            except records.BadRecord:  # it may be the bad record itself; others are told in their own place
+                continue
+            batch.bad.append(BadRow(row, record, by, bad.reason))
+            return
+        raise Failure(DATA, f"{bad.message} ({STAND_INS} others tried in its place are bad too)") from bad
+
+    make = _make(index, label_base, _train_decode(config))
+    settle = replace if config.bad_records_allowed else _stop
+    return _batches(plan, make, settle, index, steps, high - low, config.image_size, threads)
+
+
+def batch_of(
+    index: records.Index, config: Config, label_base: int, ids: np.ndarray, seeds: np.ndarray, threads: int
+) -> Batch:
+    """Returns the records `ids`, int64 [n], as training sees them under `order.sample_seeds`, int64 [n, 2].
+
+    Raises Failure(DATA) naming the record at fault.
+    """
+    plan = _Plan(ids, np.zeros(len(ids), np.int64), seeds)
+    make = _make(index, label_base, _train_decode(config))
+    return next(_batches(lambda _: plan, make, _stop, index, range(1), len(ids), config.image_size, threads))
+
+
+def _train_decode(config: Config) -> _Decode:
     def decode(encoded: bytes, draws: List[float], out: np.ndarray) -> None:
         images.train_image(encoded, draws, config.augment, out)
 
-    return _batches(plan, decode, index, label_base, steps, high - low, config.image_size, threads)
+    return decode
 
 
 def eval_batches(
@@ -84,21 +157,61 @@ def eval_batches(
     def plan(batch: int) -> _Plan:
         start = batch * config.device_batch
         ids = np.arange(start, min(start + config.device_batch, index.records))
-        return _Plan(ids, np.zeros([len(ids), 2], np.int64))
+        return _Plan(ids, np.zeros(len(ids), np.int64), np.zeros([len(ids), 2], np.int64))
 
     def decode(encoded: bytes, draws: List[float], out: np.ndarray) -> None:
         del draws  # nothing is random here
         images.eval_image(encoded, config.augment, out)
 
+    def leave_out(batch: _Begun, row: int, draws: List[float], bad: records.BadRecord) -> None:
+        del draws
+        batch.images[row] = 0
+        batch.bad.append(BadRow(row, int(batch.plan.ids[row]), None, bad.reason))
+
+    make = _make(index, label_base, decode)
+    settle = leave_out if config.bad_records_allowed else _stop
     numbers = range(rank, -(-index.records // config.device_batch), size)
-    return _batches(plan, decode, index, label_base, numbers, config.device_batch, config.image_size, threads)
+    return _batches(plan, make, settle, index, numbers, config.device_batch, config.image_size, threads)
+
+
+def _stop(batch: _Begun, row: int, draws: List[float], bad: records.BadRecord) -> None:
+    raise Failure(DATA, f"{bad.message}, or go on without: --bad_records_allowed=1 (or more)") from bad
+
+
+def _make(index: records.Index, label_base: int, decode: _Decode) -> _Make:
+    def read(record: int) -> _Read:
+        encoded, label = records.parse_example(index, record, records.read_record(index, record))
+        if label != index.labels[record]:
+            raise records.BadRecord(
+                index.where(record),
+                f"its label is {label}, but was {index.labels[record]} when the shard was indexed",
+                "Did the shard change while in use? Start again",
+            )
+        return _Read(record, encoded, label)
+
+    def decode_read(one: _Read, draws: List[float], out: np.ndarray) -> int:
+        try:
+            decode(one.encoded, draws, out)
+        except ValueError as reason:
+            raise records.BadRecord(
+                index.where(one.record),
+                f"the image ({len(one.encoded)} bytes) cannot be decoded: {reason}",
+                "Expected a whole JPEG or PNG: replace the record",
+            ) from reason
+        except Exception as reason:
+            raise RuntimeError(
+                f"{index.where(one.record)}: the image ({len(one.encoded)} bytes) broke the program"
+            ) from reason
+        return one.label - label_base
+
+    return _Make(read, decode_read)
 
 
 def _batches(
     plan: Callable[[int], _Plan],
-    decode: _Decode,
+    make: _Make,
+    settle: _Settle,
     index: records.Index,
-    label_base: int,
     numbers: range,
     rows: int,
     image_size: int,
@@ -117,7 +230,7 @@ def _batches(
                 pool.submit(records.read_ahead, index, planned[-1].ids)
             while planned and len(begun) < ahead:
                 batch = _begin(planned.popleft(), rows, image_size)
-                begun.append([pool.submit(_fill, batch, part, decode, index, label_base) for part in _parts(batch.plan)])
+                begun.append([pool.submit(_fill, batch, part, make, settle) for part in _parts(batch.plan)])
             (made,) = (batch for batch in [piece.result() for piece in begun[0]] if batch)
             begun.popleft()
             yield made
@@ -136,37 +249,39 @@ def _parts(plan: _Plan) -> List[np.ndarray]:
 def _begin(plan: _Plan, rows: int, image_size: int) -> _Begun:
     """Returns an empty batch; rows beyond its plan's are PADDING and will repeat the last of it."""
     empty = np.empty([rows, image_size, image_size, 3], np.uint8)
-    return _Begun(plan, np.full(rows, PADDING, np.int32), empty, list(range(len(_parts(plan)))))
+    return _Begun(plan, np.full(rows, PADDING, np.int32), empty, list(range(len(_parts(plan)))), [])
 
 
-def _fill(batch: _Begun, rows: np.ndarray, decode: _Decode, index: records.Index, label_base: int) -> Optional[Batch]:
+def _fill(batch: _Begun, rows: np.ndarray, make: _Make, settle: _Settle) -> Optional[Batch]:
     """Reads and decodes the records of `rows`; the call that completes the batch returns it, the others None.
 
-    Raises Failure(DATA) naming the record that cannot be read or decoded.
+    Raises Failure(DATA) naming the record that cannot be read, or is bad and not settled.
     """
     last = len(batch.plan.ids) - 1
-    for row, draws in zip(rows.tolist(), images.image_draws(batch.plan.seeds[rows])):
-        record = int(batch.plan.ids[row])
-        encoded, label = records.parse_example(index, record, records.read_record(index, record))
-        if label != index.labels[record]:
-            raise Failure(
-                DATA,
-                f"data: {index.where(record)}: its label is {label}, but was {index.labels[record]} when the shard was "
-                f"indexed. Did the shard change while in use? Start again",
-            )
-        batch.labels[row] = label - label_base
+    # All are read before the first is decoded: decoding pushes the code that reads out of the processor's caches.
+    found = [_tried(make.read, record) for record in batch.plan.ids[rows].tolist()]
+    for row, draws, one in zip(rows.tolist(), images.image_draws(batch.plan.seeds[rows]), found):
         try:
-            decode(encoded, draws, batch.images[row])
-        except ValueError as reason:
-            raise Failure(
-                DATA,
-                f"data: {index.where(record)}: the image ({len(encoded)} bytes) cannot be decoded: {reason}. Expected a "
-                f"whole JPEG or PNG: replace the record",
-            ) from reason
+            if isinstance(one, records.BadRecord):
+                raise one
+            batch.labels[row] = make.decode(one, draws, batch.images[row])
+        except records.BadRecord as bad:
+            settle(batch, row, draws, bad)
         if row == last:
             batch.images[last + 1 :] = batch.images[last]
     if batch.left.pop() > 0:  # one step that no other thread can come between
         return None
     ids = np.pad(batch.plan.ids, [0, len(batch.labels) - 1 - last], "edge")
+    for each in batch.bad:
+        if each.by is not None:
+            ids[each.row] = each.by
     with tf.device("/CPU:0"):
-        return Batch(*(tf.convert_to_tensor(column) for column in (batch.images, batch.labels, ids)))
+        pictures, labels, ids = (tf.convert_to_tensor(column) for column in (batch.images, batch.labels, ids))
+    return Batch(pictures, labels, ids, sorted(batch.bad))
+
+
+def _tried(read: Callable[[int], _Read], record: int) -> Union[_Read, records.BadRecord]:
+    try:
+        return read(record)
+    except records.BadRecord as bad:
+        return bad

@@ -7,17 +7,18 @@ CRC-32C of the data (uint32). The data is a tf.train.Example; of it only two fea
 
 import contextlib
 import functools
+import itertools
 import os
 import re
+import stat
 import struct
-import zipfile
-import zlib
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple, Union
 
 import crc32c
 import numpy as np
 
+from hvd_vgg.run import watch
 from hvd_vgg.run.health import DATA, Failure
 
 HEADER_BYTES, FOOTER_BYTES = 12, 4
@@ -25,7 +26,9 @@ IMAGE, LABEL = b"image/encoded", b"image/class/label"
 
 # Labels of any honest file fit far within; what does not would not fit the index.
 _LABEL_LIMIT = 2**31
-_SHARD_NAME = re.compile(r"^(?P<split>[a-z]+)-(?P<number>\d{5})-of-(?P<count>\d{5})$")
+_SHARD_NAME = re.compile(r"(?P<split>[a-z]+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})")
+# A record that claims more is refused before it is read: several times what the largest photographs take.
+MAX_RECORD_BYTES = 64 * 2**20
 
 # How far behind a header, or before the end of a record, the label is looked for before the record is walked through.
 _AHEAD_BYTES = 512
@@ -40,12 +43,27 @@ _LABEL_PATTERN = re.compile(
 ReadAt = Callable[[int, int], bytes]
 
 
+class BadRecord(Failure):
+    """One record that cannot be used, while others of its file may be whole: `reason` says what is wrong with it."""
+
+    def __init__(self, where: str, reason: str, advice: str) -> None:
+        super().__init__(DATA, f"data: {where}: {reason}. {advice}")
+        self.reason = reason
+
+
 class Shard(NamedTuple):
     """The records of one file: where each one's data begins, its length in bytes, its label as written."""
 
     offsets: np.ndarray  # int64 [n]
     lengths: np.ndarray  # uint32 [n]
     labels: np.ndarray  # int32 [n]
+
+
+class Cached(NamedTuple):
+    """A shard as it was when it was indexed, and whether the file is the same since: by its size and time."""
+
+    shard: Shard
+    unchanged: bool
 
 
 class Index(NamedTuple):
@@ -91,10 +109,10 @@ def find_shards(data_dir: str, split: str) -> List[Path]:
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
         raise _unreadable(folder, error) from error
-    matches = [match for match in map(_SHARD_NAME.match, names) if match]
+    matches = [match for match in map(_SHARD_NAME.fullmatch, names) if match]
     mine = [match for match in matches if match["split"] == split]
     if not mine:
-        seen = sorted({match["split"] for match in matches}) or names[:5]
+        seen = sorted({match["split"] for match in matches}) or [ascii(name) for name in names[:5]]
         raise Failure(
             DATA,
             f"data: {folder} has no shard {split}-?????-of-?????; it has {', '.join(seen) or 'nothing'}. "
@@ -118,11 +136,20 @@ def find_shards(data_dir: str, split: str) -> List[Path]:
 
 
 def shard_bytes(paths: Sequence[Path]) -> Dict[str, int]:
-    """Returns the size of each shard by name; raises Failure(DATA) where one cannot be looked at."""
+    """Returns the size of each shard by name; raises Failure(DATA) where one is no regular file or cannot be looked at."""
     try:
-        return {path.name: path.stat().st_size for path in paths}
+        return {path.name: _size(path, path.stat()) for path in paths}
     except OSError as error:
         raise _unreadable(Path(str(error.filename)), error) from error
+
+
+def _size(path: Path, status: os.stat_result) -> int:
+    """Returns a regular file's size in bytes; Failure(DATA) for all else, of which some would keep a reader waiting."""
+    if not stat.S_ISREG(status.st_mode):
+        kinds = {"d": "a directory", "p": "a FIFO", "s": "a socket", "c": "a device", "b": "a device"}
+        kind = kinds.get(stat.filemode(status.st_mode)[0], "something else")
+        raise Failure(DATA, f"data: {path} is {kind}; expected a regular file, or a link to one: move it away")
+    return status.st_size
 
 
 def scan_shard(path: Path) -> Shard:
@@ -132,8 +159,8 @@ def scan_shard(path: Path) -> Shard:
     or there is not exactly one label.
     """
     try:
-        with open(path, "rb", buffering=0) as file:
-            return _scan(path, file.fileno(), path.stat().st_size)
+        file = _OpenFile(path)
+        return _scan(path, file.handle, os.fstat(file.handle).st_size)
     except OSError as error:
         raise _unreadable(path, error) from error
 
@@ -146,6 +173,8 @@ def _scan(path: Path, handle: int, size: int) -> Shard:
     labels: List[int] = []
     at, pread, unpack, search = 0, os.pread, struct.Struct("<QI").unpack_from, _LABEL_PATTERN.search
     while at < size:
+        if not len(offsets) % 4096:
+            watch.beat(phase="start")
         # One read of the header and what is behind it; records are far apart, so more would be the image.
         head = pread(handle, HEADER_BYTES + _AHEAD_BYTES, at)
         if len(head) < HEADER_BYTES:
@@ -158,8 +187,14 @@ def _scan(path: Path, handle: int, size: int) -> Shard:
                 f"(not a TFRecord file, or damaged). Copy the shard again",
             )
         start, end = at + HEADER_BYTES, at + HEADER_BYTES + length
-        if end + FOOTER_BYTES > size or length >= 2**32:
+        if end + FOOTER_BYTES > size:
             raise _cut_off(path, len(offsets), at, f"{length} bytes of data and a checksum", size)
+        if length > MAX_RECORD_BYTES:
+            raise Failure(
+                DATA,
+                f"data: {path}, record {len(offsets)}, offset {at}: it claims {length} bytes of data; expected at most "
+                f"{MAX_RECORD_BYTES}, one image. Leave the record out",
+            )
         found = search(head, HEADER_BYTES, min(len(head), HEADER_BYTES + length))
         if not found and length > _AHEAD_BYTES:
             found = search(pread(handle, min(length, _AHEAD_BYTES), max(start, end - _AHEAD_BYTES)))
@@ -255,7 +290,8 @@ class _OpenFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.handle = os.open(path, os.O_RDONLY)
+        self.handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # or a FIFO would wait for who writes it
+        _size(path, os.fstat(self.handle))
 
     def __del__(self) -> None:
         if hasattr(self, "handle"):
@@ -280,7 +316,7 @@ def read_ahead(index: Index, ids: np.ndarray) -> None:
 def read_record(index: Index, record: int) -> bytes:
     """Returns the data of one record and, not to copy it, the 4 bytes of checksum behind it; any thread may call.
 
-    Raises Failure(DATA) naming file, record and offset.
+    Raises BadRecord naming file, record and offset, and Failure(DATA) where the file cannot be read at all.
     """
     shard = int(np.searchsorted(index.starts, record, side="right")) - 1
     length, offset = int(index.lengths[record]), int(index.offsets[record])
@@ -290,24 +326,38 @@ def read_record(index: Index, record: int) -> bytes:
     except OSError as error:
         raise Failure(DATA, f"data: {index.where(record)}: cannot be read: {error.strerror}") from error
     if len(found) < length + FOOTER_BYTES:
-        raise Failure(
-            DATA,
-            f"data: {index.where(record)}: expected {length} bytes of data and a checksum, found {len(found)} bytes: the "
-            f"shard became shorter since it was indexed. Copy it again",
+        raise BadRecord(
+            index.where(record),
+            f"expected {length} bytes of data and a checksum, found {len(found)} bytes: the shard became shorter since it "
+            f"was indexed",
+            "Copy it again",
         )
     expected = _masked_crc(memoryview(found)[:length])
     (written,) = struct.unpack_from("<I", found, length)
     if written != expected:
-        raise Failure(
-            DATA,
-            f"data: {index.where(record)}: the checksum of its {length} bytes of data is {expected:08x}, the file says "
-            f"{written:08x}: damaged. Copy the shard again",
+        raise BadRecord(
+            index.where(record),
+            f"the checksum of its {length} bytes of data is {expected:08x}, the file says {written:08x}: damaged",
+            "Copy the shard again",
         )
     return found
 
 
+def write_records(path: Path, index: Index, ids: Sequence[int]) -> None:
+    """Writes the records `ids` as they lie in their shards, in this order, as one TFRecord file, and puts it on disk.
+
+    Raises OSError, and Failure(DATA) where a record cannot be read.
+    """
+    with open(path, "wb") as file:
+        for record in ids:
+            length = struct.pack("<Q", int(index.lengths[record]))
+            file.write(length + struct.pack("<I", _masked_crc(length)) + read_record(index, record))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def parse_example(index: Index, record: int, data: bytes) -> Tuple[bytes, int]:
-    """Returns (encoded image, label as written) of what `read_record` returned; Failure(DATA) naming what is missing."""
+    """Returns (encoded image, label as written) of what `read_record` returned; BadRecord naming what is missing."""
 
     def read_at(at: int, count: int) -> bytes:
         return data[at : at + count]
@@ -316,10 +366,10 @@ def parse_example(index: Index, record: int, data: bytes) -> Tuple[bytes, int]:
         image, label = _find_features(read_at, int(index.lengths[record]), (IMAGE, LABEL))
         return _image(read_at, image), _label(read_at, label)
     except ValueError as error:
-        raise Failure(
-            DATA,
-            f"data: {index.where(record)}: {error}. Expected a tf.train.Example with {IMAGE.decode()} (one JPEG or PNG) "
-            f"and {LABEL.decode()} (one integer)",
+        raise BadRecord(
+            index.where(record),
+            str(error),
+            f"Expected a tf.train.Example with {IMAGE.decode()} (one JPEG or PNG) and {LABEL.decode()} (one integer)",
         ) from error
 
 
@@ -348,22 +398,23 @@ def _label(read_at: ReadAt, span: Tuple[int, int]) -> int:
 def _image(read_at: ReadAt, span: Tuple[int, int]) -> bytes:
     """Returns the single byte string of the Feature at `span`; raises ValueError saying what is wrong."""
     start, stop = span
-    values = [
+    each = (
         part
         for kind in _fields(read_at, start, stop)
         if kind[0] == 1
         for part in _fields(read_at, kind[1], kind[2])
         if part[0] == 1
-    ]
+    )
+    values = list(itertools.islice(each, 2))  # no more: there may be millions
     if len(values) != 1 or values[0][1] == values[0][2]:
-        raise ValueError(f"feature {IMAGE.decode()} has {len(values)} byte strings, or an empty one")
+        raise ValueError(f"feature {IMAGE.decode()} has not one byte string, or an empty one")
     return read_at(values[0][1], values[0][2] - values[0][1])
 
 
 def _find_features(read_at: ReadAt, length: int, names: Tuple[bytes, ...]) -> List[Tuple[int, int]]:
     """Returns [start, stop) of the Features called `names`, each the first of its name; ValueError when one is missing."""
     spans: Dict[bytes, Tuple[int, int]] = {}
-    seen: List[str] = []
+    seen: List[str] = []  # a few, printable
     for number, features, features_end in _fields(read_at, 0, length):
         if number != 1:
             continue
@@ -375,17 +426,22 @@ def _find_features(read_at: ReadAt, length: int, names: Tuple[bytes, ...]) -> Li
             if len(head) > 1 and head[0] == 0x0A and head[1] < _MAP_HEADER_BYTES - 2 and entry + 2 + head[1] < entry_end:
                 key = head[2 : 2 + head[1]]
                 if key not in names:
-                    seen.append(repr(key.decode("utf-8", "replace"))[1:-1])
+                    _note(seen, key)
                     continue
-            found: Dict[int, Tuple[int, int]] = {n: (a, b) for n, a, b in _fields(read_at, entry, entry_end)}
+            found = {n: (a, b) for n, a, b in _fields(read_at, entry, entry_end) if n in (1, 2)}
             key = read_at(found[1][0], min(found[1][1] - found[1][0], _MAP_HEADER_BYTES)) if 1 in found else b""
             if key in names and 2 in found:
                 spans.setdefault(key, found[2])
                 if len(spans) == len(names):
                     return [spans[name] for name in names]
-            seen.append(repr(key.decode("utf-8", "replace"))[1:-1])
+            _note(seen, key)
     missing = next(name for name in names if name not in spans)
-    raise ValueError(f"feature {missing.decode()} is missing; it has {', '.join(seen[:20]) or 'none'}")
+    raise ValueError(f"feature {missing.decode()} is missing; it has {', '.join(seen) or 'none'}")
+
+
+def _note(seen: List[str], key: bytes) -> None:
+    if len(seen) < 20:  # there may be millions
+        seen.append(repr(key.decode("utf-8", "replace"))[1:-1])
 
 
 def _fields(read_at: ReadAt, start: int, stop: int) -> Iterator[Tuple[int, int, int]]:
@@ -452,20 +508,32 @@ def _int64_values(feature: bytes) -> List[int]:
     return values
 
 
-def load_cache(path: Path, paths: Sequence[Path]) -> Optional[List[Optional[Shard]]]:
-    """Returns the cached parts of the shards `paths`, None for each that changed since; None when there is no cache.
+def load_cache(path: Path, paths: Sequence[Path]) -> Dict[Path, Cached]:
+    """Returns what the cache in the file `path` knows of the shards `paths`; a damaged cache is as good as none.
 
-    A shard is unchanged while its size and time of modification are. A damaged cache is as good as none.
+    A shard is unchanged while its size and time of modification are.
     """
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as cache:
-            names, stamps = cache["names"].tolist(), cache["stamps"]
+            names, stamps = cache["names"].tolist(), cache["stamps"].tolist()
             index = Index(tuple(paths), cache["starts"], cache["offsets"], cache["lengths"], cache["labels"])
-        shards = dict(zip(names, zip(stamps.tolist(), split_index(index))))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        return None
-    found = [shards.get(each.name) for each in paths]
-    return [part[1] if part and part[0] == _stamp(each) else None for part, each in zip(found, paths)]
+        shards = {name: (stamp, shard) for name, stamp, shard in zip(names, stamps, split_index(index))}
+        known = {each: shards[each.name] for each in paths if each.name in shards}
+        return {each: Cached(_checked(shard, stamp[0]), stamp == _stamp(each)) for each, (stamp, shard) in known.items()}
+    except Exception:  # damaged bytes make the readers of zip files and of arrays raise a dozen kinds
+        return {}
+
+
+def _checked(shard: Shard, size: int) -> Shard:
+    """Returns a shard that was read from a cache; ValueError unless it is one that `scan_shard` can make of `size` bytes."""
+    dtypes = [column.dtype for column in shard]
+    if dtypes != [np.int64, np.uint32, np.int32] or not 0 < len(shard.offsets) == len(shard.lengths) == len(shard.labels):
+        raise ValueError("not an index")
+    starts = shard.offsets - HEADER_BYTES
+    ends = shard.offsets + shard.lengths + FOOTER_BYTES
+    if starts[0] != 0 or (starts[1:] != ends[:-1]).any() or ends[-1] != size or shard.lengths.max() > MAX_RECORD_BYTES:
+        raise ValueError("not an index")
+    return shard
 
 
 def save_cache(path: Path, index: Index) -> None:

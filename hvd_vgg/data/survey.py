@@ -9,7 +9,7 @@ import numpy as np
 
 from hvd_vgg.config import Config
 from hvd_vgg.data import images, records
-from hvd_vgg.data.index import TURN_SECONDS, cache_places, cached, open_split, scan_for
+from hvd_vgg.data.index import TURN_SECONDS, cache_places, cached_shards, open_split, scan_for
 from hvd_vgg.parallel import comm
 from hvd_vgg.run.findings import Finding, failure, ok, warning
 from hvd_vgg.run.health import Failure
@@ -87,7 +87,8 @@ def _index(
             found.append(failure("data", error.message, "as it says"))
             return None
         return Seen(whole, len(paths), len(paths), whole.records, np.unique(whole.labels))
-    known = cached(cache_places(config.data_dir, split, run_dir), paths)
+    cached = cached_shards(cache_places(config.data_dir, split, run_dir), paths)
+    known = {number: each.shard for number, each in cached.items() if each.unchanged}
     left = [number for number in range(comm.rank(), len(paths), comm.size()) if number not in known]
     try:
         fresh = scan_for(TURN_SECONDS, paths, left)

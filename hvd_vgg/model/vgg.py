@@ -49,12 +49,14 @@ def logits(
     data_format: str,
     dropout: Optional[Dropout] = None,
     dense_layer: Optional[Dense] = None,
+    seen: Optional[Callable[[Any], None]] = None,
 ) -> Any:
     """Returns float32 [n, num_classes] for normalised images [n, height, width, 3] of the weights' type.
 
     data_format: NHWC or NCHW, what the device computes in; the weights and the result are the same for both.
     dropout: applied to the outputs of the hidden dense layers, with the number of the layer (0, 1).
     dense_layer: computes the dense layers in place of `dense`, for who must see their inputs.
+    seen: is given the outputs of each layer before its ReLU, in forward order.
     """
     channels_first = data_format == "NCHW"
     x = tf.transpose(inputs, [0, 3, 1, 2]) if channels_first else inputs
@@ -63,13 +65,18 @@ def logits(
         for conv in range(1, count + 1):
             name = f"block{block}_conv{conv}"
             x = tf.nn.conv2d(x, weights[f"{name}/kernel"], 1, "SAME", data_format=data_format)
-            x = tf.nn.relu(tf.nn.bias_add(x, weights[f"{name}/bias"], data_format=data_format))
+            x = tf.nn.bias_add(x, weights[f"{name}/bias"], data_format=data_format)
+            if seen:
+                seen(x)
+            x = tf.nn.relu(x)
         x = tf.nn.max_pool2d(x, window, window, "VALID", data_format=data_format)
     if channels_first:  # fc1's rows are ordered height, width, channel
         x = tf.transpose(x, [0, 2, 3, 1])
     x = tf.reshape(x, [-1, weights["fc1/kernel"].shape[0]])
     for number, name in enumerate(DENSE):
         x = dense_layer(x, name) if dense_layer else dense(weights, x, name)
+        if seen:
+            seen(x)
         if name != DENSE[-1]:
             x = tf.nn.relu(x)
             x = dropout(x, number) if dropout else x

@@ -5,12 +5,12 @@ goes through Horovod too, and by the CPU: under `horovodrun --gloo` mpi4py sees 
 """
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
 import re
 import sys
-from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, TypeVar
 
 import numpy as np
@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from hvd_vgg import __version__
 from hvd_vgg.data import images
-from hvd_vgg.run import watch
+from hvd_vgg.run import receipt, watch
 from hvd_vgg.run.health import CONFIGURATION, Failure, difference, launched_rank, launched_size
 
 try:
@@ -32,8 +32,10 @@ except ImportError as error:
 
 T = TypeVar("T")
 
-# What launchers set for each rank, and what only changes what is printed.
-_OF_ONE_RANK = re.compile(r"HOROVOD_(RANK|SIZE|LOCAL_|CROSS_|HOSTNAME|GLOO_|LOG_|TIMELINE|SECRET)|TF_CPP_|TF2_BEHAVIOR")
+# What launchers set for each rank, what only changes what is printed, and what must not be printed.
+_NOT_COMPARED = re.compile(
+    r"^HOROVOD_(RANK|SIZE|LOCAL_|CROSS_|HOSTNAME|GLOO_|LOG_|TIMELINE)|^TF_CPP_|^TF2_BEHAVIOR|TOKEN|KEY|SECRET|PASS|CRED"
+)
 
 # Open MPI 4 sends what follows a large message's first 128 kB over TCP in one piece, and its leave for the other side's
 # message waits behind it: both directions of a link are then used one after the other. In pieces of 256 kB an allreduce of
@@ -191,14 +193,27 @@ def describe() -> Dict[str, str]:
 
     built = [name for name in ("mpi", "gloo", "nccl") if getattr(hvd, f"{name}_built")()]
     return {
-        "hvd_vgg": f"{__version__} ({_code_digest()[:16]})",
+        "hvd_vgg": f"{__version__} ({receipt.code()['sha256'][:16]})",
         "python": ".".join(map(str, sys.version_info[:3])),
         "tensorflow": tf.__version__,
         "horovod": f"{horovod.__version__} ({', '.join(built)})",
         "controller": "mpi" if hvd.mpi_enabled() else "gloo",
+        "mpi": mpi_version() or "none",
         "numpy": np.__version__,
         "images": images.LIBRARY,
     }
+
+
+def mpi_version() -> Optional[str]:
+    """Returns what the MPI that Horovod uses calls itself, such as `Open MPI v4.1.8`; None where it uses none."""
+    if not hvd.mpi_enabled():
+        return None
+    text, length = ctypes.create_string_buffer(10_000), ctypes.c_int()  # more than any MPI's MPI_MAX_LIBRARY_VERSION_STRING
+    try:
+        ctypes.CDLL(None).MPI_Get_library_version(text, ctypes.byref(length))
+    except AttributeError:  # it is not among the symbols that all see
+        return "unknown"
+    return text.value.decode(errors="replace").split(",")[0].strip()
 
 
 def environment() -> Dict[str, str]:
@@ -206,16 +221,8 @@ def environment() -> Dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if name.startswith(("TF_", "XLA_", "HOROVOD_", "NVIDIA_TF32_OVERRIDE")) and not _OF_ONE_RANK.match(name)
+        if name.startswith(("TF_", "XLA_", "HOROVOD_", "NVIDIA_TF32_OVERRIDE")) and not _NOT_COMPARED.search(name)
     }
-
-
-def _code_digest() -> str:
-    """Returns a SHA-256 over this package's Python files."""
-    place = Path(__file__).parent.parent
-    files = sorted(path for path in place.rglob("*.py"))
-    lines = [f"{path.relative_to(place)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in files]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def sum_over_ranks(values: np.ndarray) -> np.ndarray:

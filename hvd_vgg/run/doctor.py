@@ -18,7 +18,7 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from hvd_vgg.config import DoctorConfig
 from hvd_vgg.model.layers import layers, parameters
-from hvd_vgg.run import advice, host, machine, mpi, network, reach
+from hvd_vgg.run import advice, host, hosts, machine, mpi, network, reach
 from hvd_vgg.run.findings import FAILURE, Finding, Told, as_json, counts, failure, lines, ok, put_together
 from hvd_vgg.run.health import (
     CONFIGURATION,
@@ -62,15 +62,14 @@ def doctor(config: DoctorConfig, here: Optional[host.Host] = None) -> None:
     Raises Failure(CONFIGURATION) if anything would fail.
     """
     here = here or host.this_host()
-    hosts = reach.read_hosts(config.hosts) if config.hosts else []
-    if hosts and (launched_size() or 1) > 1:
-        raise Failure(USAGE, "--hosts looks at hosts before mpirun is asked: start it alone, without a launcher")
+    listed = hosts.read(config.hostfile) if config.hostfile else []
+    if listed and (launched_size() or 1) > 1:
+        raise Failure(USAGE, "--hostfile looks at hosts before mpirun is asked: start doctor alone, without a launcher")
     report = _Report(config, [], time.monotonic(), launched_rank() or 0, socket.gethostname())
-    seen = _before(here, len(hosts), report)
-    if hosts:
-        agent = config.rsh_agent or here.environ.get("OMPI_MCA_plm_rsh_agent") or reach.SSH
+    seen = _before(here, len(listed), report)
+    if listed:
         addresses = network.chosen(here.environ, network.interfaces())
-        report.found += reach.check_hosts(hosts, agent, addresses, _HOSTS_SECONDS)
+        report.found += reach.check_hosts(listed, config.rsh_agent, addresses, _HOSTS_SECONDS)
     if any(finding.about == "interfaces" and finding.verdict == FAILURE for finding in report.found):
         raise _alone(report)  # the ranks would never meet
     _import(report)
@@ -79,8 +78,8 @@ def doctor(config: DoctorConfig, here: Optional[host.Host] = None) -> None:
     _conclude(report, _together(here, device, threads, report))
 
 
-def _before(here: host.Host, hosts: int, report: _Report) -> _Seen:
-    """Looks at what needs neither TensorFlow nor other ranks; hosts: of the job to come, 0 where nobody said."""
+def _before(here: host.Host, listed: int, report: _Report) -> _Seen:
+    """Looks at what needs neither TensorFlow nor other ranks; listed: hosts of the job to come, 0 where nobody said."""
     config = report.config
     whose, why = host.vendor(here)
     said = host.listing(here, whose)
@@ -98,7 +97,7 @@ def _before(here: host.Host, hosts: int, report: _Report) -> _Seen:
         *machine.check_limits(),
         *machine.check_run_dir(Path(config.run_dir), kept, report.rank == 0),
         *machine.check_leftovers(here.root),
-        *network.check_interfaces(here.environ, network.interfaces(), max(hosts, 2 if size > local else 1)),
+        *network.check_interfaces(here.environ, network.interfaces(), max(listed, 2 if size > local else 1)),
         *advice.of_environment(here.environ),
     ]
     return _Seen(whose, said)

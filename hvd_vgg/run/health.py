@@ -5,7 +5,7 @@ from typing import Dict, Optional, Sequence, Tuple
 
 DONE = 0
 USAGE = 64  # a flag is unknown, illegal, or does not go with another
-DATA = 65  # the data set is absent, incomplete or damaged
+DATA = 65  # the data set is absent, incomplete or damaged; or what a run claims does not hold
 BUG = 70  # an error of the program: the only case with a traceback
 NOT_WRITTEN = 74  # a result or checkpoint could not be written
 LOST_RANK = 75  # hung, or another rank is gone or does not answer: worth a retry

@@ -1,5 +1,6 @@
 """One run directory, one job: the lock that rank 0 holds while it trains."""
 
+import errno
 import fcntl
 import json
 import os
@@ -14,14 +15,20 @@ from hvd_vgg.run.health import CONFIGURATION, Failure
 def acquire(run_dir: Path) -> IO[str]:
     """Returns the open file `RUN_DIR/lock`, locked until it is closed or this process ends, however it does.
 
-    Raises Failure(CONFIGURATION) naming who holds it, or why it cannot be held.
+    Raises Failure(CONFIGURATION) naming who holds it, or why it cannot be opened. Where the file system has no locks (NFS
+    and Lustre may be mounted so), it says so and goes on.
     """
     path = run_dir / "lock"
     try:
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (it stays open)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                print(f"hvd-vgg: {run_dir} cannot be locked ({error.strerror}): see to it that one job uses it", flush=True)
+                return file
+            if not isinstance(error, BlockingIOError):
+                raise
             file.seek(0)
             held = file.read().strip() or "nobody has signed it"
             raise Failure(

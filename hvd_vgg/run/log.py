@@ -3,11 +3,13 @@
 The names in METRICS, their units and formats are an interface: others parse them.
 """
 
+import contextlib
 import errno
 import json
 import math
 import os
 import sys
+import threading
 import time
 from datetime import datetime
 from pathlib import Path
@@ -33,10 +35,14 @@ METRICS: Dict[str, Dict[str, str]] = {
     "train.network_share": {"unit": "", "format": ":.4f"},
     "train.others_share": {"unit": "", "format": ":.4f"},
     "train.slow_rank": {"unit": "", "format": ":d"},
+    "train.update_seconds": {"unit": "s, each update on rank 0"},
     "eval.loss": {"unit": "nats", "format": ":.5f"},
     "eval.acc@1": {"unit": "", "format": ":.4f"},
     "eval.acc@5": {"unit": "", "format": ":.4f"},
+    "eval.top1_hits": {"unit": "records", "format": ":d"},
+    "eval.top5_hits": {"unit": "records", "format": ":d"},
     "eval.records": {"unit": "records", "format": ":d"},
+    "eval.bad_records": {"unit": "records", "format": ":d"},
 }
 
 Step = Union[str, Tuple[int, ...]]
@@ -59,7 +65,7 @@ class _StdoutLines:
 
     def log(self, now: datetime, elapsed: float, step: Step, data: Dict[str, Any]) -> None:
         parts = [_metric_text(name, self.known.get(name, {}), value) for name, value in data.items()]
-        print(f"DLL {now} - {step} {' '.join(parts)}")
+        print(f"DLL {now.replace(tzinfo=None)} - {step} {' '.join(parts)}")
 
     def flush(self) -> None:
         sys.stdout.flush()
@@ -75,7 +81,7 @@ class _JsonLines:
     def _write(self, now: datetime, elapsed: float, kind: str, **more: Any) -> None:
         times = {
             "timestamp": str(now.timestamp()),
-            "datetime": str(now.astimezone()),
+            "datetime": str(now),
             "elapsedtime": str(elapsed),
             "type": kind,
         }
@@ -106,10 +112,10 @@ class _Logger:
 
     def __init__(self, backends: List[Any]) -> None:
         self.backends = backends
-        self.started = datetime.now()
+        self.started = datetime.now().astimezone()
 
     def _each(self, call: str, *arguments: Any) -> None:
-        now = datetime.now()
+        now = datetime.now().astimezone()
         for backend in self.backends:
             getattr(backend, call)(now, (now - self.started).total_seconds(), *arguments)
 
@@ -132,6 +138,7 @@ class RunLog:
 
     def __init__(self, run_dir: Path, stdout: bool, tensorboard: Optional[Callable[[str, float, int], None]]) -> None:
         self.path = path = run_dir / "dllogger.json"
+        self.one_at_a_time = threading.Lock()
         _end_last_line(path)
         if dllogger:
             backends = [dllogger.JSONStreamBackend(dllogger.Verbosity.VERBOSE, str(path), append=True)]
@@ -151,15 +158,14 @@ class RunLog:
         """
         # NaN and Inf are no JSON: strict parsers would refuse the line that matters most.
         finite = {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in data.items()}
-        try:
+        # A full disk is no reason to stop before the end. Checkpoints are told by the thread that writes them.
+        with self.one_at_a_time, contextlib.suppress(OSError):
             self.logger.log(step, finite)
             self.logger.flush()
             sys.stdout.flush()
-        except OSError:
-            pass  # a full disk is no reason to stop before the end
         if self.tensorboard and step and not isinstance(step, str):
             for name, value in data.items():
-                if name in METRICS:
+                if name in METRICS and not isinstance(value, list):
                     self.tensorboard(name.replace(".", "/"), float(value), step[1])
 
     def event(self, name: str, **data: Any) -> None:

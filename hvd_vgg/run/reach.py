@@ -1,4 +1,4 @@
-"""Whether other hosts answer and can connect back, before mpirun is asked: `hvd-vgg doctor --hosts=...`, alone.
+"""Whether other hosts answer and can connect back, before mpirun is asked: `hvd-vgg doctor --hostfile=...`, alone.
 
 mpirun starts a daemon on each host through ssh (or another agent), and the daemon connects back to mpirun. The same is done
 here with a line of Python. Where it fails mpirun would wait, or say little.
@@ -13,14 +13,11 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import List, NamedTuple, Optional, Sequence
 
 from hvd_vgg.run.findings import Finding, failure, ok, warning
-from hvd_vgg.run.health import USAGE, Failure
+from hvd_vgg.run.hosts import Host
 
-# Unknown keys are refused, never learned: who adds a host's key must have it from its administrator.
-SSH = "ssh -o BatchMode=yes -o ConnectTimeout=5 -o StrictHostKeyChecking=yes"
 _CLOCK_SECONDS = 1.0
 # Runs on the other host: tries each address, tells which is the first that answers.
 _ANSWER = """
@@ -47,31 +44,15 @@ class Answer(NamedTuple):
     received: float
 
 
-def read_hosts(text: str) -> List[str]:
-    """Returns the hosts of `a:8,b:8`, or of a host file with lines `a slots=8`, each once.
-
-    Raises Failure(USAGE) where it is neither.
-    """
-    path = Path(text)
-    if path.is_file():
-        names = [line.split("#")[0].split()[0] for line in path.read_text().splitlines() if line.split("#")[0].split()]
-    else:
-        names = [part.strip().partition(":")[0] for part in text.split(",")]
-    # Such a name would be an option of ssh's.
-    if not names or any(not name or "/" in name or name.startswith("-") for name in names):
-        raise Failure(USAGE, f"--hosts={text}: expected a host file that is there, or names as in a:8,b:8")
-    return list(dict.fromkeys(names))
-
-
-def check_hosts(hosts: Sequence[str], agent: str, addresses: List[str], seconds: float) -> List[Finding]:
+def check_hosts(hosts: Sequence[Host], agent: str, addresses: List[str], seconds: float) -> List[Finding]:
     """Asks all hosts at once, through `agent` (a command line), to connect back to one of `addresses`; within `seconds`."""
     # Nobody accepts: the kernel completes connections, and none carries anything.
     with socket.create_server(("", 0), backlog=len(hosts)) as server:
         port = server.getsockname()[1]
         remote = " ".join(map(shlex.quote, [sys.executable, "-c", _ANSWER, str(port), *addresses]))
         with ThreadPoolExecutor(len(hosts)) as pool:
-            answers = list(pool.map(lambda host: _ask([*shlex.split(agent), host, remote], seconds), hosts))
-    return [_judge(host, answer, agent, addresses, seconds) for host, answer in zip(hosts, answers)]
+            answers = list(pool.map(lambda host: _ask([*shlex.split(agent), host.name, remote], seconds), hosts))
+    return [_judge(host.name, answer, agent, addresses, seconds) for host, answer in zip(hosts, answers)]
 
 
 def _ask(command: List[str], seconds: float) -> Answer:

@@ -59,7 +59,7 @@ class Throughput:
         self.total: List[float] = []
         self.input: List[float] = []
         self.exchange: List[float] = []
-        self.aside: Dict[str, float] = {"evaluation": 0.0, "saving": 0.0, "profiling": 0.0}
+        self.aside: Dict[str, float] = {"evaluation": 0.0, "saving": 0.0, "profiling": 0.0, "rewinding": 0.0}
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
         """Yields what `batches` does and measures the wait for each."""
@@ -81,7 +81,7 @@ class Throughput:
 
     @contextlib.contextmanager
     def apart(self, what: str) -> Iterator[None]:
-        """Times what happens inside as `evaluation`, `saving` or `profiling`, which is no part of any update."""
+        """Times what happens inside as one of `aside`, which is no part of any update."""
         began = time.perf_counter()
         yield
         seconds = time.perf_counter() - began

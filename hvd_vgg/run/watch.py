@@ -48,13 +48,14 @@ class _Heart:
         self.updates: Deque[float] = deque(maxlen=101)  # seconds of each
         self.collective = ""
         self.reports: Dict[str, Callable[[], Any]] = {}
-        self.ended = threading.Event()
+        self.wake, self.ended = threading.Event(), False
         self.thread = threading.Thread(target=_look, args=[self], name="watchdog", daemon=True)
 
     def limit_seconds(self, phase: str) -> float:
         """Returns how long this rank may be silent."""
         base = self.hang_seconds or max(LEAST_SECONDS, _MEDIANS * statistics.median(self.updates or [0.0]))
-        return base if phase == "update" else LONGER * base
+        # What the first update compiles and allocates takes as long as it takes.
+        return base if phase == "update" and self.updates else LONGER * base
 
 
 _heart: Optional[_Heart] = None
@@ -82,18 +83,20 @@ def begin(run_dir: Optional[Path], rank: int, hang_seconds: float) -> None:
     _heart.thread.start()
 
 
-def end() -> None:
-    """Ends the watch, in order: removes this rank's empty files."""
+def end(tidy: bool) -> None:
+    """Ends the watch. tidy: removes this rank's file of stacks, which nothing was written to; for a run that is through."""
     global _heart
     heart, _heart = _heart, None
     if heart is None:
         return
-    heart.ended.set()
+    heart.ended = True
+    heart.wake.set()
     heart.thread.join()  # it would arm again what is disarmed here
     _disarm()
     faulthandler.disable()
     if heart.stacks and heart.folder:
         heart.stacks.close()
+    if heart.stacks and heart.folder and tidy:
         with contextlib.suppress(OSError):
             path = Path(heart.stacks.name)
             if path.stat().st_size == 0:
@@ -110,6 +113,8 @@ def beat(step: Optional[int] = None, phase: str = "update") -> None:
     if phase == was == "update" and step != at:
         _heart.updates.append(now - before)
     _heart.last = (now, phase, at if step is None else step)
+    if phase != was:
+        _heart.wake.set()  # another limit holds
 
 
 @contextlib.contextmanager
@@ -157,18 +162,21 @@ def asked() -> bool:
 
 
 def _look(heart: _Heart) -> None:
-    while not heart.ended.is_set():
+    while not heart.ended:
         at, phase_now, step = heart.last
         limit, silent = heart.limit_seconds(phase_now), time.monotonic() - at
         if silent > limit:
-            _disarm()
-            _last_words(heart, phase_now, step, silent, limit)
-            time.sleep(_OTHERS_SECONDS)
-            os._exit(LOST_RANK)
+            faulthandler.cancel_dump_traceback_later()
+            try:
+                _last_words(heart, phase_now, step, silent, limit)
+            finally:  # even where nothing can be written any more
+                time.sleep(_OTHERS_SECONDS)
+                os._exit(LOST_RANK)
         # Both go off by themselves should this thread never run again.
         faulthandler.dump_traceback_later(limit - silent + _OTHERS_SECONDS / 2, file=heart.stacks or sys.stderr)
         signal.setitimer(signal.ITIMER_REAL, limit - silent + LONGER * _OTHERS_SECONDS)
-        heart.ended.wait(min(1.0, limit / 10))
+        heart.wake.wait(min(1.0, limit / 10))
+        heart.wake.clear()
 
 
 def _disarm() -> None:

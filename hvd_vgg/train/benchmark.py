@@ -13,9 +13,8 @@ import tensorflow as tf
 from hvd_vgg.config import BenchmarkConfig, Config
 from hvd_vgg.data import order, pipeline
 from hvd_vgg.data.index import Data, open_data
-from hvd_vgg.model.layers import DENSE
 from hvd_vgg.parallel import comm, cost
-from hvd_vgg.run.health import NOT_WRITTEN, USAGE, Failure
+from hvd_vgg.run.health import CONFIGURATION, NOT_WRITTEN, USAGE, Failure
 from hvd_vgg.run.log import Console, count
 from hvd_vgg.run.throughput import Throughput
 from hvd_vgg.train import state, step, tell
@@ -32,6 +31,7 @@ def benchmark(config: BenchmarkConfig) -> None:
     comm.agree("the flags", {**dataclasses.asdict(config), "data_dir": "", "run_dir": "", "console": ""})
     if wanted and wanted[-1] > started:
         raise Failure(USAGE, f"--ranks={wanted[-1]}: expected at most the {count(started, 'rank')} started", agreed=True)
+    comm.together(lambda: _check_out(config))
     per_rank = max(1, config.global_batch // started)
     data = None
     if all(comm.gather_numbers([float(Path(config.data_dir).is_dir())])):
@@ -68,8 +68,7 @@ def _measure(
         throughput = Throughput()
         for now, batch in enumerate(throughput.waiting(_batches(kind, config, device, data))):
             low, _ = order.slice_bounds(config.global_batch, comm.rank(), comm.size())
-            keys = tf.constant(order.dropout_keys(config.seed, now, len(DENSE) - 1))
-            sums = train_step(*batch[:2], tf.constant(low, tf.int64), keys, tf.constant(config.lr * 1e-3))
+            sums = train_step(*batch[:2], *step.arguments(config, now, low, config.lr * 1e-3))
             throughput.exchange.append(float(sums.exchange_seconds))
             throughput.end_update()
         row = {"ranks": comm.size(), "input": kind, **tell.speed(throughput, config)}
@@ -103,6 +102,17 @@ def _batches(kind: str, config: Config, device: comm.Device, data: Optional[Data
 def _copied(images: np.ndarray, labels: np.ndarray, times: int) -> Iterator[Any]:
     for _ in range(times):
         yield tf.constant(images), tf.constant(labels)
+
+
+def _check_out(config: BenchmarkConfig) -> None:
+    """Makes sure, on rank 0, that --out can be written: minutes of measuring should not end in a wrong path."""
+    if not config.out or not comm.is_root():
+        return
+    try:
+        with open(config.out, "a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise Failure(CONFIGURATION, f"--out={config.out} cannot be written: {error.strerror}") from error
 
 
 def _write(config: BenchmarkConfig, device: comm.Device, found: List[Dict[str, Any]]) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from hvd_vgg.run.files import write_whole
 from hvd_vgg.run.health import CONFIGURATION, NOT_WRITTEN, Failure
 
 _NAME = re.compile(r"^step-(\d{8})\.safetensors$")
@@ -48,6 +49,11 @@ def existing(run_dir: Path) -> List[Path]:
     return [found[name] for name in sorted(found, reverse=True)]  # steps have leading zeros
 
 
+def step_of(path: Path) -> int:
+    """Returns the updates of which a checkpoint's name speaks."""
+    return int(path.name[len("step-") :].split(".")[0])
+
+
 def save(run_dir: Path, tensors: Tensors, meta: Dict[str, Any], keep: int, best: bool) -> Path:
     """Writes the checkpoint of `meta["step"]`, points to it if `best`, removes those beyond the newest `keep` and the best.
 
@@ -56,10 +62,32 @@ def save(run_dir: Path, tensors: Tensors, meta: Dict[str, Any], keep: int, best:
     """
     place = folder(run_dir)
     path = place / f"step-{meta['step']:08d}.safetensors"
+    try:
+        odd = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
+        if odd:
+            raise OSError(f"{odd[0]} is not finite")
+        place.mkdir(parents=True, exist_ok=True, mode=0o750)
+        if shutil.disk_usage(place).free < _bytes_of(tensors):
+            _prune(run_dir, 1, path)
+        write(path, tensors, meta)
+        if best:
+            point_to_best(path)
+        _prune(run_dir, keep, path)
+    except OSError as error:
+        raise Failure(
+            NOT_WRITTEN,
+            f"the checkpoint {path} cannot be written: {error}. The previous ones are whole; make room, then start again "
+            f"to go on from the newest",
+        ) from error
+    return path
+
+
+def write(path: Path, tensors: Tensors, meta: Dict[str, Any]) -> None:
+    """Writes one file for `load`, whole or not at all; raises OSError."""
     temporary = path.with_suffix(".safetensors.tmp")
     try:
-        place.mkdir(parents=True, exist_ok=True, mode=0o750)
-        needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(place).free
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+        needed, free = _bytes_of(tensors), shutil.disk_usage(path.parent).free
         if free < needed:
             raise OSError(f"it takes {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
         digest = _digest(tensors.items())
@@ -68,19 +96,11 @@ def save(run_dir: Path, tensors: Tensors, meta: Dict[str, Any], keep: int, best:
             if _digest((name, file.get_tensor(name)) for name in tensors) != digest:
                 raise OSError("what was read back is not what was written")
         temporary.replace(path)
-        _sync_directory(place)
-        if best:
-            _point_to_best(place, path)
-        _prune(run_dir, keep, path)
+        _sync_directory(path.parent)
     except (OSError, SafetensorError, ValueError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()  # where it fills the disk, the log has no room either
-        raise Failure(
-            NOT_WRITTEN,
-            f"the checkpoint {path} cannot be written: {error}. The previous ones are whole; make room, then start again "
-            f"to go on from the newest",
-        ) from error
-    return path
+        raise error if isinstance(error, OSError) else OSError(str(error)) from error
 
 
 def _write(path: Path, tensors: Tensors, metadata: Dict[str, str]) -> None:
@@ -103,6 +123,10 @@ def _write(path: Path, tensors: Tensors, metadata: Dict[str, str]) -> None:
             file.write(_bytes(tensor))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _bytes_of(tensors: Tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _bytes(tensor: np.ndarray) -> memoryview:
@@ -154,6 +178,12 @@ def best(run_dir: Path) -> Optional[Path]:
     return folder(run_dir) / found if _NAME.match(found) else None
 
 
+def point_to_best(path: Path) -> None:
+    """Lets `best` name the checkpoint `path`, on disk when this returns."""
+    write_whole(path.with_name("best"), path.name + "\n")
+    _sync_directory(path.parent)
+
+
 def set_aside(path: Path) -> Path:
     """Renames a damaged checkpoint so that it is not met again, and returns its new name; it is never removed."""
     return path.replace(path.with_name(f"{path.name}.bad"))
@@ -174,16 +204,6 @@ def _digest(tensors: Iterable[Tuple[str, np.ndarray]]) -> str:
     return hashlib.sha256("".join(sorted(each)).encode()).hexdigest()
 
 
-def _point_to_best(place: Path, path: Path) -> None:
-    temporary = place / "best.tmp"
-    with open(temporary, "w", encoding="ascii") as file:
-        file.write(path.name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(place / "best")
-    _sync_directory(place)
-
-
 def _sync_directory(place: Path) -> None:
     handle = os.open(place, os.O_RDONLY)
     try:
@@ -198,4 +218,5 @@ def _prune(run_dir: Path, keep: int, written: Path) -> None:
     upto = [path for path in existing(run_dir) if path.name <= written.name]
     for path in upto[keep:]:
         if path != spared:
-            path.unlink()
+            with contextlib.suppress(OSError):  # what was written is whole all the same
+                path.unlink()

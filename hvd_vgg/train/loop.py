@@ -6,21 +6,20 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, FrozenSet, Iterator, List, NamedTuple, NoReturn, Optional, Tuple
+from typing import IO, Any, Callable, Dict, FrozenSet, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 import numpy as np
-import tensorflow as tf
 
-from hvd_vgg.config import Config, EvaluateConfig, epochs_to_steps, total_steps
-from hvd_vgg.data import order, pipeline, records
+from hvd_vgg.config import Config, EvaluateConfig, evaluation_steps, total_steps
+from hvd_vgg.data import bad, order, pipeline, records
 from hvd_vgg.data.index import Data, open_data, open_split
-from hvd_vgg.model.layers import DENSE
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.run import lock, watch
-from hvd_vgg.run.health import CONFIGURATION, NOT_FINITE, STOPPED, USAGE, Failure
+from hvd_vgg.run.coverage import Coverage
+from hvd_vgg.run.health import CONFIGURATION, STOPPED, USAGE, Failure
 from hvd_vgg.run.log import Console, RunLog, count
 from hvd_vgg.run.throughput import Throughput
-from hvd_vgg.train import checkpoint, evaluate, schedule, state, step, tell
+from hvd_vgg.train import checkpoint, evaluate, nonfinite, schedule, state, step, tell
 from hvd_vgg.train.profile import profiled
 from hvd_vgg.train.writer import Writer
 
@@ -44,8 +43,9 @@ class Job(NamedTuple):
     train_step: Callable[..., step.Sums]
     eval_step: Callable[..., Any]
     checksums: Callable[[], Any]
-    input_threads: int
+    device: comm.Device
     throughput: Throughput
+    coverage: Coverage
     began: float  # time.monotonic() less the seconds of earlier starts
     log: Optional[RunLog]
     writer: Optional[Writer]
@@ -59,14 +59,31 @@ class Job(NamedTuple):
 def train(config: Config) -> None:
     """Trains, evaluates and leaves everything in --run_dir; all ranks call."""
     job, at = _begin(config)
+    try:
+        met = _train(job, at)
+        while met:  # a step that was not finite: neither it nor any after it was applied
+            job, at = _rewind(job, met)
+            met = _train(job, at)
+    except Failure as failure:
+        if failure.agreed and job.writer:
+            job.writer.wait()  # all ranks will leave, and the launcher ends whoever is still writing then
+        raise
+
+
+def _train(job: Job, at: state.Position) -> Optional[nonfinite.Met]:
+    """Trains from `at` to the end and ends the run, or returns the step that was not finite."""
+    config = job.config
     throughput, result, begun_at, listen_every = job.throughput, None, at.step, config.log_every_steps
     if at.step in job.eval_at and at.evaluated < at.step:  # asked to stop before it was scored
-        at, result, _ = _evaluate(job, at)
+        at, result, improved = _evaluate(job, at)
+        _save(job, at, improved)
     steps = range(at.step, at.step if _reached(job, at) else job.total)
     progress = job.console.progress("training", job.total, "steps", at.step)
     window: List[Tuple[int, step.Sums]] = []
+    bad_rows: List[Tuple[int, pipeline.BadRow]] = []
     for now, batch in zip(steps, profiled(throughput.waiting(_batches(job, steps)), steps, config, throughput)):
-        window.append((now, _update(job, now, batch)))
+        window.append((now, (_skip if now in at.skipped_steps else _update)(job, now, batch)))
+        bad_rows += [(now, row) for row in batch.bad if now not in at.skipped_steps]
         at = at._replace(step=now + 1)
         watch.beat(at.step)
         if job.log and now == begun_at:
@@ -76,17 +93,23 @@ def train(config: Config) -> None:
         # Weights are compared before they are scored or saved too: a checkpoint of drifted ones would look whole.
         compares = config.drift_every_steps > 0 and (at.step % config.drift_every_steps == 0 or saves or evaluates)
         first_look = at.step - begun_at == _FIRST_LOOK
-        if not (first_look or at.step % config.log_every_steps == 0 or saves or compares or evaluates):
+        due = first_look or at.step % config.log_every_steps == 0 or saves or compares or evaluates
+        asked = (due or at.step % listen_every == 0) and comm.any_rank(watch.asked())
+        if not (due or asked):
             throughput.end_update()
             progress.update(at.step)
-            if at.step % listen_every == 0 and comm.any_rank(watch.asked()):
-                _stop(job, at)
             continue
 
-        row = {**_close_window(window, config), "train.lr": schedule.learning_rate(now, config, job.data.train.records)}
+        row, seen = _close_window(window, config)
         throughput.end_update()
+        if seen:
+            return nonfinite.Met(seen, at.skipped_steps)
+        at = _account(job, at, bad_rows)
+        row["train.lr"] = schedule.learning_rate(now, config, job.data.train.records)
         row, verdict = tell.speed_of_window(row, window, throughput, config)
         window.clear()
+        if job.coverage.ended(at.step):
+            at = _settle(job, at)
         if compares:
             state.check_identical(list(job.run.weights), job.checksums().numpy(), now)
         if first_look:
@@ -100,14 +123,20 @@ def train(config: Config) -> None:
         reached = evaluates and _reached(job, at)
         if saves or improved or reached or at.step == job.total:
             _save(job, at, improved)
-        if evaluates and result:
-            _write_result(job, at, result)
         if reached:
             job.console.say(f"acc@1 has reached --stop_at_top1={config.stop_at_top1}")
             break
-        if at.step < job.total and comm.any_rank(watch.asked()):
-            _stop(job, at)
+        if at.step == job.total:
+            break
+        if evaluates and result:
+            try:
+                _write_result(job, at, result)
+            except Failure as failure:  # agreed; only the last must be written
+                tell.save_failed(failure, job.log, job.console)
+        if asked:
+            _stop(job, at, saved=saves or improved)
     _end(job, at, result)
+    return None
 
 
 def _begin(config: Config) -> Tuple[Job, state.Position]:
@@ -128,49 +157,103 @@ def _begin(config: Config) -> Tuple[Job, state.Position]:
     # ---- the model, from the start or from a checkpoint
     run = state.initial(config)
     what = state.what_run(config, data.train, data.label_base)
-    at = state.restore(run, config, run_dir, what, log, console)
-    choices = cost.choose(config, comm.size())
-    factored = [choice.layer for choice in choices if choice.way == "factored"]
-    tell.introduce(config, run_dir, data, device, choices, total, at.step, log, console)
+    at = nonfinite.recall_skipped(state.restore(run, config, run_dir, what, log, console), run_dir)
+    tell.introduce(config, run_dir, data, device, cost.choose(config, comm.size()), total, at, log, console)
     return Job(
         config,
         run_dir,
         console,
         data,
         total,
-        _evaluation_steps(config, data.train.records, total),
+        evaluation_steps(config, data.train.records, total),
         what,
         run,
-        step.make_train_step(run.weights, run.slots, config, device.data_format, factored),
+        _make_train_step(config, run, device),
         step.make_eval_step(run.weights, config, device.data_format),
         step.make_checksums(run.weights),
-        device.input_threads,
+        device,
         Throughput(),
+        Coverage(data.train.records, config.global_batch, at.step, at.coverage),
         time.monotonic() - at.seconds,
         log,
-        Writer(run_dir, config.keep_checkpoints) if log else None,
+        Writer(run_dir, config.keep_checkpoints, log.event) if log else None,
         lock,
     ), at
 
 
+def _make_train_step(config: Config, run: state.State, device: comm.Device) -> Callable[..., step.Sums]:
+    factored = [choice.layer for choice in cost.choose(config, comm.size()) if choice.way == "factored"]
+    return step.make_train_step(run.weights, run.slots, config, device.data_format, factored)
+
+
+def _rewind(job: Job, met: nonfinite.Met) -> Tuple[Job, state.Position]:
+    """Returns the run as it goes on from its newest checkpoint without that step, or raises the Failure that ends it."""
+    config, run, throughput = job.config, job.run, job.throughput
+    unlogged = throughput.total[len(throughput.exchange) :]
+    throughput.exchange.extend([0.0] * len(unlogged))  # nobody asked its updates
+    with throughput.apart("rewinding"), watch.phase("saving"):
+        if job.writer:
+            tell.save_failed(job.writer.wait(), job.log, job.console)
+        ids = nonfinite.stop_or_rewind(met, run, job.train_step, job.data, config, job.device, job.log, job.console)
+        state.reset(run, config)
+        again = dataclasses.replace(config, resume="auto")
+        at = state.restore(run, again, job.run_dir, job.what, job.log, job.console)
+        at = nonfinite.recall_skipped(at, job.run_dir)
+    if job.log:
+        told = {"from": met.seen.step, "to": at.step, "skipped_steps": at.skipped_steps, "records": ids}
+        job.log.event("rewind", **told, update_seconds=unlogged)
+    watch.beat(phase="start")  # what follows is compiled again
+    # A new one, since the other applies no update any more.
+    covered = Coverage(job.data.train.records, config.global_batch, at.step, at.coverage)
+    return job._replace(train_step=_make_train_step(config, run, job.device), coverage=covered), at
+
+
 def _batches(job: Job, steps: range) -> Iterator[pipeline.Batch]:
-    data, threads = job.data, job.input_threads
+    data, threads = job.data, job.device.input_threads
     return pipeline.train_batches(data.train, job.config, data.label_base, steps, comm.rank(), comm.size(), threads)
 
 
 def _update(job: Job, now: int, batch: pipeline.Batch) -> step.Sums:
     low, _ = order.slice_bounds(job.config.global_batch, comm.rank(), comm.size())
-    keys = order.dropout_keys(job.config.seed, now, len(DENSE) - 1)
     lr = schedule.learning_rate(now, job.config, job.data.train.records)
-    return job.train_step(*batch[:2], tf.constant(low, tf.int64), tf.constant(keys), tf.constant(lr, tf.float32))
+    sums = job.train_step(*batch[:2], *step.arguments(job.config, now, low, lr))
+    job.coverage.add(now * job.config.global_batch + low, batch.ids.numpy(), [(row.row, row.record) for row in batch.bad])
+    return sums
+
+
+def _skip(job: Job, now: int, batch: pipeline.Batch) -> step.Sums:
+    """Leaves a step out: its records are told as skipped, those that are bad too."""
+    low, _ = order.slice_bounds(job.config.global_batch, comm.rank(), comm.size())
+    due = batch.ids.numpy()
+    for row in batch.bad:
+        due[row.row] = row.record
+    job.coverage.skip(now * job.config.global_batch + low, due)
+    return step.SKIPPED
+
+
+def _account(job: Job, at: state.Position, met: List[Tuple[int, pipeline.BadRow]]) -> state.Position:
+    """Returns where the run stands when the bad records `met`, of (step, row), are counted; they are no longer in `met`."""
+    allowed, index = job.config.bad_records_allowed, job.data.train
+    found = bad.account(met, at.bad_records, allowed, index, job.log, job.console)
+    met.clear()
+    return at._replace(bad_records=found)
+
+
+def _settle(job: Job, at: state.Position) -> state.Position:
+    """Returns where the run stands with what was trained on summed over ranks; tells the epochs that are complete."""
+    for proved in job.coverage.settle(at.step, comm.gather):
+        tell.covered(proved, job.data.train.records, job.log, job.console)
+    return at._replace(coverage=job.coverage.state())
 
 
 def _evaluate(job: Job, at: state.Position) -> Tuple[state.Position, evaluate.Evaluation, bool]:
     """Returns where the run stands then, the evaluation, and whether it is better than all before."""
     with job.throughput.apart("evaluation"), watch.phase("evaluation"):
         try:
-            data, threads = job.data, job.input_threads
-            result = evaluate.evaluate(job.eval_step, data.validation, job.config, data.label_base, threads, job.console)
+            data, threads = job.data, job.device.input_threads
+            result = evaluate.evaluate(
+                job.eval_step, data.validation, job.config, data.label_base, threads, job.console, job.log
+            )
         except watch.Stopped:
             _stop(job, at)
         tell.evaluation(result, at.step, job.epoch(at.step), job.log, job.console)
@@ -182,23 +265,23 @@ def _save(job: Job, at: state.Position, best: bool) -> None:
     with job.throughput.apart("saving"), watch.phase("saving"):
         if job.writer:
             tell.save_failed(job.writer.wait(), job.log, job.console)
-        seconds = time.monotonic() - job.began
-        state.save(job.run, at._replace(seconds=seconds), job.what, job.writer, best)
+        at = _settle(job, at)._replace(seconds=time.monotonic() - job.began)
+        state.save(job.run, at, job.what, job.writer, best)
 
 
-def _write_result(job: Job, at: state.Position, result: evaluate.Evaluation) -> None:
+def _write_result(job: Job, at: state.Position, result: evaluate.Evaluation) -> Dict[str, Any]:
     with job.throughput.apart("saving"):
         seconds = time.monotonic() - job.began
-        tell.write_result(job.config, job.run_dir, result, job.throughput, at.step, job.epoch(at.step), seconds)
+        return tell.write_result(job.config, job.run_dir, result, job.throughput, at.step, job.epoch(at.step), seconds)
 
 
-def _stop(job: Job, at: state.Position) -> NoReturn:
-    """Ends a run that was asked to stop, with a checkpoint; all ranks call at the same step."""
-    _save(job, at, False)
+def _stop(job: Job, at: state.Position, saved: bool = False) -> NoReturn:
+    """Ends a run that was asked to stop, with a checkpoint, if it is not `saved` yet; all ranks call at the same step."""
+    if not saved:
+        _save(job, at, False)
     with watch.phase("saving"):
         state.finish(job.writer)
-    if job.log:
-        job.log.event("stopped", step=at.step)
+    tell.stopped(at.step, job.run_dir, job.log)
     raise Failure(
         STOPPED,
         f"stopped on request after step {at.step} of {job.total}: the same command goes on from there",
@@ -209,25 +292,51 @@ def _stop(job: Job, at: state.Position) -> NoReturn:
 def _end(job: Job, at: state.Position, result: Optional[evaluate.Evaluation]) -> None:
     """Ends a run that is through, with the evaluation and the checkpoint it must have."""
     if result is None or at.evaluated < at.step:  # nothing was left to train
-        at, result, _ = _evaluate(job, at)
-        _write_result(job, at, result)
+        scored = at.evaluated == at.step
+        at, result, improved = _evaluate(job, at)
+        if not scored:
+            _save(job, at, improved)
     with watch.phase("saving"):
         state.finish(job.writer)
+    measured = _write_result(job, at, result)
     seconds = time.monotonic() - job.began
-    tell.summary(job.config, job.run_dir, result, job.throughput, at.step, seconds, job.writer, job.log, job.console)
+    tell.summary(job.run_dir, result, measured, at.step, seconds, job.writer, job.log, job.console)
     comm.leave()
-    watch.end()
+    watch.end(tidy=True)
 
 
 def evaluate_run(config: EvaluateConfig) -> None:
     """Evaluates a checkpoint of the run in --run_dir on the validation split; all ranks call."""
+    score(config, [config.checkpoint])
+
+
+class Score(NamedTuple):
+    """What a checkpoint of `step` updates has scored, and the digest of the data."""
+
+    step: int
+    result: evaluate.Evaluation
+    data_sha256: str
+
+
+def score(config: Config, checkpoints: Sequence[str]) -> List[Score]:
+    """Evaluates checkpoints of the run in --run_dir on the validation split, and prints each; all ranks call.
+
+    checkpoints: `best`, `newest`, or paths.
+    """
     device = comm.start(config.input_threads, hang_seconds=config.hang_seconds)
     console = Console(config.console, comm.is_root())
     _check_ranks(config)
     run_dir = Path(config.run_dir)
-    found = comm.together(lambda: _load_for_evaluation(config, run_dir) if comm.is_root() else None)
-    meta = json.loads(comm.from_root(json.dumps(found.meta if found else None).encode()).decode())
     index = open_split(config.data_dir, "validation", run_dir, console)
+    scores = [_score(config, name, run_dir, index, device, console) for name in checkpoints]
+    comm.leave()
+    watch.end(tidy=True)
+    return scores
+
+
+def _score(config: Config, name: str, run_dir: Path, index: records.Index, device: comm.Device, console: Console) -> Score:
+    found = comm.together(lambda: _load_for_evaluation(name, run_dir) if comm.is_root() else None)
+    meta = json.loads(comm.from_root(json.dumps(found.meta if found else None).encode()).decode())
     label_base = meta["run"]["label_base"] if config.label_base == "auto" else int(config.label_base)
     comm.together(lambda: records.check_labels(index, label_base, config.num_classes))
     run = state.initial(config)
@@ -239,8 +348,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
         f"step {meta['step']}: {result.accuracy()}  "
         f"({result.top1} and {result.top5} of {result.records} records, each once, on {count(comm.size(), 'rank')})"
     )
-    comm.leave()
-    watch.end()
+    return Score(meta["step"], result, state.data_digest(index))
 
 
 def _reached(job: Job, at: state.Position) -> bool:
@@ -278,54 +386,39 @@ def _check_start(config: Config, run_dir: Path) -> Optional[IO[str]]:
     return lock.acquire(run_dir)
 
 
-def _evaluation_steps(config: Config, records_count: int, total: int) -> FrozenSet[int]:
-    """Returns the numbers of updates after which to evaluate; the last is the end of the run."""
-    if not config.eval_every_epochs:
-        return frozenset([total])
-    count = int(total * config.global_batch / (records_count * config.eval_every_epochs)) + 1
-    each = (epochs_to_steps(n * config.eval_every_epochs, config, records_count) for n in range(1, count + 1))
-    return frozenset({done for done in each if 0 < done < total} | {total})
-
-
-def _close_window(window: List[Tuple[int, step.Sums]], config: Config) -> Dict[str, float]:
+def _close_window(window: List[Tuple[int, step.Sums]], config: Config) -> Tuple[Dict[str, float], Optional[nonfinite.Seen]]:
     """Returns the means of the window's steps over all ranks; the one place where the loop waits for all ranks.
 
-    Raises an agreed Failure(NOT_FINITE) naming the first step whose loss or gradient is not a number.
+    Beside them is the first step that was not finite, if there is one: neither its update nor any after it was applied.
     """
-    local = np.array([[float(sums.loss), float(sums.gradient_norm)] for _, sums in window])
+    trained = [(now, sums) for now, sums in window if sums is not step.SKIPPED]
+    local = np.array([[float(sums.loss), float(sums.gradient_norm), not sums.sound] for _, sums in trained]).reshape(-1, 3)
     # The norm is every rank's already; summing it too makes what follows from it the same everywhere, to the last bit.
-    losses, norms = (comm.sum_over_ranks(local) / [config.global_batch, comm.size()]).T
-    hits = comm.sum_over_ranks(np.array([[int(sums.top1), int(sums.top5)] for _, sums in window], np.int64)).sum(axis=0)
-    scales = [float(sums.loss_scale) for _, sums in window]
-    for (now, _), loss, norm, scale in zip(window, losses, norms, scales):
-        # In float16 an infinite gradient is one update skipped, unless no scale helps.
-        if not (math.isfinite(loss) and (math.isfinite(norm) or config.precision == "float16") and scale >= 1):
-            raise Failure(
-                NOT_FINITE,
-                f"step {now}: loss {loss:g}, gradient norm {norm:g}: not finite, training cannot go on. The newest "
-                f"checkpoint is from before; try a lower --lr or a longer --warmup_epochs in another --run_dir",
-                agreed=True,
-            )
-    top1, top5 = (hits / (len(window) * config.global_batch)).tolist()
-    row = {"train.loss": float(losses.mean()), "train.acc@1": top1, "train.acc@5": top5}
+    losses, norms, unsound = (comm.sum_over_ranks(local) / [config.global_batch, comm.size(), 1]).T
+    seen = [nonfinite.Seen(now, *numbers) for (now, _), *numbers in zip(trained, losses.tolist(), norms.tolist())]
+    local_hits = np.array([[int(sums.top1), int(sums.top5)] for _, sums in trained], np.int64).reshape(-1, 2)
+    top1, top5 = (comm.sum_over_ranks(local_hits).sum(axis=0) / (max(1, len(trained)) * config.global_batch)).tolist()
+    loss = float(losses.mean()) if trained else math.nan  # of a window that was all skipped
+    row = {"train.loss": loss, "train.acc@1": top1, "train.acc@5": top5}
     finite = norms[np.isfinite(norms)]
     row["train.gradient_norm"] = float(finite.mean()) if len(finite) else 0.0
     if config.precision == "float16":
-        row.update({"train.loss_scale": scales[-1], "train.skipped_updates": len(norms) - len(finite)})
-    return row
+        scale = float((trained or window)[-1][1].loss_scale)
+        row.update({"train.loss_scale": scale, "train.skipped_updates": len(norms) - len(finite)})
+    return row, next((each for each, odd in zip(seen, unsound) if odd), None)
 
 
-def _load_for_evaluation(config: EvaluateConfig, run_dir: Path) -> checkpoint.Checkpoint:
-    if config.checkpoint == "best":
+def _load_for_evaluation(name: str, run_dir: Path) -> checkpoint.Checkpoint:
+    if name == "best":
         path = checkpoint.best(run_dir)
-    elif config.checkpoint == "newest":
+    elif name == "newest":
         path = next(iter(checkpoint.existing(run_dir)), None)
     else:
-        path = Path(config.checkpoint)
+        path = Path(name)
     if path is None:
         raise Failure(
             CONFIGURATION,
-            f"{checkpoint.folder(run_dir)} has no {config.checkpoint} checkpoint: is --run_dir a run's, and has it been "
+            f"{checkpoint.folder(run_dir)} has no {name} checkpoint: is --run_dir a run's, and has it been "
             f"evaluated yet? --checkpoint=newest needs no evaluation",
         )
     try:

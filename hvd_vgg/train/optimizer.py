@@ -1,6 +1,6 @@
 """SGD with momentum, one fused update for each variable; the loss scale of float16."""
 
-from typing import Any, Dict
+from typing import Any, Dict, Tuple
 
 import tensorflow as tf
 
@@ -21,13 +21,18 @@ def make_slots(weights: Dict[str, Any], precision: str = "float32") -> Slots:
     return slots
 
 
-def adapt_loss_scale(slots: Slots, finite: Any) -> Any:
-    """Returns the loss scale after an update whose gradient was `finite` (bool scalar) or not, and keeps it in `slots`."""
+def next_loss_scale(slots: Slots, finite: Any) -> Tuple[Any, Any]:
+    """Returns what `set_loss_scale` is to keep after an update whose gradient was `finite` (bool scalar) or not."""
     good = tf.where(finite, slots[_GOOD_STEPS] + 1, 0)
     grows = good == _GROWTH_STEPS
     factor = tf.where(finite, tf.where(grows, 2.0, 1.0), 0.5)
-    slots[_GOOD_STEPS].assign(tf.where(grows, 0, good))
-    return slots[LOSS_SCALE].assign(slots[LOSS_SCALE] * factor)
+    return slots[LOSS_SCALE] * factor, tf.where(grows, 0, good)
+
+
+def set_loss_scale(slots: Slots, scale: Any, good_steps: Any) -> None:
+    """Keeps the loss scale in `slots`, and how many updates in a row it has served."""
+    slots[LOSS_SCALE].assign(scale)
+    slots[_GOOD_STEPS].assign(good_steps)
 
 
 def update(

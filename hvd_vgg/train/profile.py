@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from hvd_vgg.config import Config, profiled_steps
 from hvd_vgg.parallel import comm
+from hvd_vgg.run import watch
 from hvd_vgg.run.health import NOT_WRITTEN, Failure
 from hvd_vgg.run.throughput import Throughput
 
@@ -27,10 +28,10 @@ def profiled(batches: Iterable[T], steps: range, config: Config, throughput: Thr
         for now, batch in zip(steps, batches):
             if running and now == chosen[-1] + 1:
                 running = False
-                with throughput.apart("profiling"):
+                with throughput.apart("profiling"), watch.phase("profiling"):
                     _end(traces)
             if chosen and now == chosen[0]:
-                with throughput.apart("profiling"):
+                with throughput.apart("profiling"), watch.phase("profiling"):
                     _begin(folder, traces)
                 running = True
             yield batch

@@ -1,5 +1,6 @@
 """The state of a run: weights, momentum, and how far it is; made, restored and saved by all ranks as one."""
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -16,6 +17,9 @@ from hvd_vgg.run.health import CONFIGURATION, NOT_FINITE, Failure, difference
 from hvd_vgg.run.log import Console, RunLog
 from hvd_vgg.train import checkpoint, optimizer
 from hvd_vgg.train.writer import Writer
+
+# Flags that decide which record is due when: of an epoch in which one has changed nothing can be proved.
+_ORDER = {"global_batch", "seed", "shuffle_block_records"}
 
 
 class State(NamedTuple):
@@ -48,9 +52,20 @@ def initial(config: Config) -> State:
     return State(weights, optimizer.make_slots(weights, config.precision))
 
 
+def reset(state: State, config: Config) -> None:
+    """Brings `state` back to before the first update."""
+    for variable, value in zip(state.variables().values(), initial(config).variables().values()):
+        variable.assign(value)
+
+
+def data_digest(index: records.Index) -> str:
+    """Returns a SHA-256 over the lengths and labels of a split's records; contents are checked whenever they are read."""
+    return hashlib.sha256(index.lengths.tobytes() + index.labels.tobytes()).hexdigest()
+
+
 def what_run(config: Config, train_index: records.Index, label_base: int) -> Dict[str, Any]:
     """Returns what must be equal for a checkpoint to go on: configuration and data, as JSON can hold it."""
-    digest = hashlib.sha256(train_index.lengths.tobytes() + train_index.labels.tobytes()).hexdigest()
+    digest = data_digest(train_index)
     data = {"train_records": train_index.records, "train_data_sha256": digest, "label_base": label_base}
     return {**identity(config), **data}
 
@@ -75,6 +90,9 @@ def restore(
         changed = [key for key in {**found.meta["run"], **expected} if found.meta["run"].get(key) != expected.get(key)]
         _refuse_changes([key for key in changed if key not in allowed_changes(config)], found, expected, run_dir)
         assign(state.variables(), found)
+        if found.meta.get("best"):  # killed before it could be pointed to
+            with contextlib.suppress(OSError):
+                checkpoint.point_to_best(found.path)
         for path, reason in faults.items():
             aside = checkpoint.set_aside(path)
             console.say(f"{path.name} is damaged ({reason}): set aside as {aside.name}")
@@ -84,7 +102,8 @@ def restore(
             log.event("config_changed", flag=key, before=found.meta["run"].get(key), after=expected.get(key))
         console.say(f"going on from step {found.meta['step']}: {found.path}")
         log.event("resume", **{"from": found.meta["step"]}, checkpoint=found.path.name)
-        return Position(**{field: found.meta[field] for field in Position._fields if field in found.meta})
+        position = Position(**{field: found.meta[field] for field in Position._fields if field in found.meta})
+        return position._replace(coverage=[]) if _ORDER & set(changed) else position
 
     position = comm.together(find)
     comm.broadcast_variables(list(state.variables().values()))
@@ -153,7 +172,7 @@ def save(state: State, position: Position, what: Dict[str, Any], writer: Optiona
     """Begins to write a checkpoint, on rank 0, which alone has a writer; waits for the copy of the variables only."""
     if writer:
         tensors = {name: np.asarray(variable) for name, variable in state.variables().items()}
-        writer.begin(tensors, {**position._asdict(), "run": what}, best)
+        writer.begin(tensors, {**position._asdict(), "run": what, "best": best}, best)
 
 
 def finish(writer: Optional[Writer]) -> None:

@@ -1,15 +1,18 @@
 """The compiled functions of training and evaluation: the only tf.functions, the only gradients."""
 
+import math
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import tensorflow as tf
 
 from hvd_vgg.config import Config
+from hvd_vgg.data import order
 from hvd_vgg.model import vgg
 from hvd_vgg.model.layers import DENSE
 from hvd_vgg.parallel import exchange
 from hvd_vgg.train import optimizer
 
+_LOSS_MARK = "block1/loss_mark"
 _PHILOX = 1  # tf.random.Algorithm.PHILOX, as an attribute of the raw operation
 
 
@@ -18,6 +21,7 @@ class Sums(NamedTuple):
 
     `loss_scale`, float32: what the next update's loss is multiplied by; 1 but for --precision=float16.
     `exchange_seconds`, float64: from when this rank's gradients and rows were ready until those of all ranks were there.
+    `sound`, bool: every rank's loss is finite and so is the gradient, or float16's scale can still be halved.
     """
 
     loss: Any
@@ -26,6 +30,22 @@ class Sums(NamedTuple):
     gradient_norm: Any
     loss_scale: Any
     exchange_seconds: Any
+    sound: Any
+
+
+# What stands for a step whose records are skipped.
+SKIPPED = Sums(0.0, 0, 0, 0.0, 1.0, 0.0, True)
+
+
+class Finite(NamedTuple):
+    """What of one pass over n images is finite, bool: `weights` [weights], the `outputs` of each layer for each image
+    [layers, n], each image's loss [n], the `gradients` of the sum of losses [weights].
+    """
+
+    weights: Any
+    outputs: Any
+    losses: Any
+    gradients: Any
 
 
 def make_train_step(
@@ -37,8 +57,13 @@ def make_train_step(
     (int64 scalar); keys: `order.dropout_keys`, uint64 [2]; lr: float32 scalar. Gradients are sums over samples divided by
     the global batch, summed over ranks; those of the dense layers `factored` are formed from gathered rows. Only the
     network is computed in --precision: weights, loss, sums over micro-batches and ranks, and the update are float32.
+
+    An update that is not `sound` is not applied, and none is applied after it: whenever that is noticed, weights and slots
+    are those before it, on all ranks.
     """
     loss_scale = slots.get(optimizer.LOSS_SCALE)
+    with tf.device("/CPU:0"):  # where it is decided what is computed next
+        stopped = tf.Variable(False)
     summed = [name for name in weights if name.split("/")[0] not in factored]
 
     def sums_and_rows(images: Any, labels: Any, kept: List[Any]) -> Tuple[List[Any], List[Any]]:
@@ -74,11 +99,7 @@ def make_train_step(
 
     def one_pass(images: Any, labels: Any, position: Any, keys: Any) -> Tuple[List[Any], List[Any]]:
         # What to drop is drawn outside of what XLA compiles: its generator puts the same numbers in another order.
-        kept = [
-            keep(tf.shape(images)[0], weights[f"{name}/bias"].shape[0], config.dropout, keys[layer], position)
-            for layer, name in enumerate(DENSE[:-1] if config.dropout else [])
-        ]
-        return compiled(images, labels, kept)
+        return compiled(images, labels, _kept(weights, config, images, position, keys))
 
     def in_micro_batches(images: Any, labels: Any, position: Any, keys: Any) -> Tuple[List[Any], List[Any]]:
         count, held = images.shape[0], config.device_batch
@@ -108,7 +129,11 @@ def make_train_step(
         (loss, top1, top5, *parts), rows = in_micro_batches(images, labels, position, keys)
         ready = _clock_after(parts + rows)
         wire = (config.wire_dtype, float(config.global_batch))
-        gradients = exchange.sum_gradients(dict(zip(summed, parts)), *wire)
+        # A loss may be infinite where its gradient is finite: the logit of the label alone is -Inf. Beside the first block's
+        # gradients, the last to be sent, goes a number that is 0, or NaN if this rank's loss is not finite.
+        own_mark = tf.where(tf.math.is_finite(loss), 0.0, math.nan)
+        gradients = exchange.sum_gradients({**dict(zip(summed, parts)), _LOSS_MARK: own_mark}, *wire)
+        mark = gradients.pop(_LOSS_MARK)
         factors = {
             name: exchange.gather_factors(name, inputs, outputs, config.global_batch, *wire)
             for name, inputs, outputs in zip(factored, rows, rows[len(factored) :])
@@ -118,19 +143,77 @@ def make_train_step(
         for name, pair in factors.items():
             gradients.update(exchange.product(name, *pair))
         norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(gradient) for gradient in gradients.values()]))
+        with tf.device("/CPU:0"):
+            finite, sound = tf.math.is_finite(norm), tf.math.is_finite(mark)
+            scale = tf.constant(1.0)
+            if loss_scale is None:
+                sound &= finite
+            else:
+                # What overflows in float16 on one rank is infinite in the sum of all ranks: all skip the same update.
+                scale, good_steps = optimizer.next_loss_scale(slots, finite)
+                sound &= scale >= 1
+            goes_on = sound & ~stopped
+            stopped.assign(~goes_on)
 
         def apply() -> None:
             optimizer.update(weights, slots, gradients, lr, config.optimizer, config.momentum, config.weight_decay)
 
-        if loss_scale is None:
-            apply()
-            return Sums(loss, top1, top5, norm, tf.constant(1.0), exchange_seconds)
-        # What overflows in float16 on one rank is infinite in the sum of all ranks, and they all skip the same update.
-        finite = tf.math.is_finite(norm)
-        tf.cond(finite, apply, lambda: None)
-        return Sums(loss, top1, top5, norm, optimizer.adapt_loss_scale(slots, finite), exchange_seconds)
+        tf.cond(goes_on & finite, apply, lambda: None)
+        if loss_scale is not None:
+            tf.cond(goes_on, lambda: optimizer.set_loss_scale(slots, scale, good_steps), lambda: None)
+        return Sums(loss, top1, top5, norm, scale, exchange_seconds, sound)
 
     return train_step
+
+
+def make_look(weights: vgg.Weights, slots: optimizer.Slots, config: Config, data_format: str) -> Callable[..., Finite]:
+    """Returns the function (images, labels, position, keys) -> Finite: one pass as in training, which changes nothing.
+
+    The arguments are those of a train step, of at most --device_batch images.
+    """
+
+    @tf.function(jit_compile=False)
+    def look(images: Any, labels: Any, position: Any, keys: Any) -> Finite:
+        kept = _kept(weights, config, images, position, keys)
+        outputs: List[Any] = []
+
+        def dropout(x: Any, layer: int) -> Any:
+            return drop(x, kept[layer], config.dropout)
+
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(list(weights.values()))
+            low, normalized = vgg.in_precision(weights, config.precision), vgg.normalized(images, config.precision)
+            logits = vgg.logits(
+                low, config.model, normalized, data_format, dropout if config.dropout else None, seen=outputs.append
+            )
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+            objective = tf.reduce_sum(losses) / config.global_batch * slots.get(optimizer.LOSS_SCALE, 1.0)
+        gradients = tape.gradient(objective, list(weights.values()))
+        # Looked at before the ReLU: some kernels that compute a layer and its ReLU at once make 0 of NaN. What is -Inf there
+        # is an innocent 0 behind it.
+        outputs = [tf.where(tf.math.is_inf(x) & (x < 0), tf.zeros_like(x), x) for x in outputs[:-1]] + outputs[-1:]
+        return Finite(
+            tf.stack([tf.reduce_all(tf.math.is_finite(weight)) for weight in weights.values()]),
+            tf.stack([tf.reduce_all(tf.math.is_finite(x), list(range(1, x.shape.rank))) for x in outputs]),
+            tf.math.is_finite(losses),
+            tf.stack([tf.reduce_all(tf.math.is_finite(gradient)) for gradient in gradients]),
+        )
+
+    return look
+
+
+def _kept(weights: vgg.Weights, config: Config, images: Any, position: Any, keys: Any) -> List[Any]:
+    """Returns what dropout keeps of the outputs of each hidden dense layer for `images`."""
+    return [
+        keep(tf.shape(images)[0], weights[f"{name}/bias"].shape[0], config.dropout, keys[layer], position)
+        for layer, name in enumerate(DENSE[:-1] if config.dropout else [])
+    ]
+
+
+def arguments(config: Config, step: int, low: int, lr: float) -> Tuple[Any, Any, Any]:
+    """Returns (position, keys, lr), what `step` takes beside images and labels where the rank's part begins at `low`."""
+    keys = order.dropout_keys(config.seed, step, len(DENSE) - 1)
+    return tf.constant(low, tf.int64), tf.constant(keys), tf.constant(lr, tf.float32)
 
 
 def _clock_after(tensors: List[Any]) -> Any:

@@ -14,9 +14,12 @@ from hvd_vgg.data import order
 from hvd_vgg.data.index import Data
 from hvd_vgg.model import layers as tables
 from hvd_vgg.parallel import comm, cost
+from hvd_vgg.run import coverage, receipt
+from hvd_vgg.run.files import write_whole
 from hvd_vgg.run.health import NOT_WRITTEN, Failure
 from hvd_vgg.run.log import Console, Progress, RunLog, count, duration
 from hvd_vgg.run.throughput import Split, Throughput, Verdict, judge, per_host, per_rank, table
+from hvd_vgg.train import checkpoint, state
 from hvd_vgg.train.evaluate import Evaluation
 from hvd_vgg.train.step import Sums
 from hvd_vgg.train.writer import Writer
@@ -53,14 +56,15 @@ def introduce(
     device: comm.Device,
     choices: List[cost.Choice],
     total: int,
-    first: int,
+    at: state.Position,
     log: Optional[RunLog],
     console: Console,
 ) -> None:
-    """Prints and logs what is about to be trained; writes the run's flag file. All ranks must call.
+    """Prints and logs what is about to be trained; writes the run's flag file and receipt. All ranks must call.
 
     Raises an agreed Failure(NOT_WRITTEN).
     """
+    first = at.step
     layers = tables.layers(config.model, config.width, config.image_size, config.num_classes)
     slices = [order.slice_bounds(config.global_batch, rank, comm.size()) for rank in range(comm.size())]
     parts = sorted({high - low for low, high in slices}, reverse=True)
@@ -83,24 +87,34 @@ def introduce(
         console.say(f"--profile_steps={config.profile_steps}: none of them is between {first} and {total - 1}")
     console.say(f"steps {first} to {total}, lr {config.lr:g} for the mean gradient of {config.global_batch}")
     comm.together(lambda: _write(run_dir / "flags.txt", to_flag_file(config)) if comm.is_root() else None)
+    hosts = [host.decode() for host in comm.gather(socket.gethostname().encode())]
     if log:
         facts = {**comm.describe(), "ranks": comm.size(), "device": device.kind, "steps": total, "first_step": first}
         log.log("PARAMETER", {**dataclasses.asdict(config), **facts, **cost.as_log(choices)})
+        started = receipt.describe_start()
+        started["packages"]["mpi"] = comm.mpi_version()
+        about = {
+            split: {"records": index.records, "sha256": state.data_digest(index)}
+            for split, index in (("train", data.train), ("validation", data.validation))
+        }
+        went_on_from = next((path for path in checkpoint.existing(run_dir) if checkpoint.step_of(path) == first), None)
+        row = receipt.checkpoint_row(went_on_from) if went_on_from else None
+        started.update(step=first, steps=total, skipped_steps=at.skipped_steps, ranks=comm.size(), hosts=hosts)
+        log.event("start", **started, checkpoint=row, data=about)
+    comm.together(lambda: receipt.write(run_dir) if log else None)
 
 
 def _write(path: Path, text: str) -> None:
     """Writes a file, whole or not at all; raises Failure(NOT_WRITTEN)."""
     try:
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, text)
     except OSError as error:
         raise Failure(NOT_WRITTEN, f"{path} cannot be written: {error.strerror}") from error
 
 
 def speed_of_window(
-    row: Dict[str, float], window: List[Tuple[int, Sums]], throughput: Throughput, config: Config
-) -> Tuple[Dict[str, float], Verdict]:
+    row: Dict[str, Any], window: List[Tuple[int, Sums]], throughput: Throughput, config: Config
+) -> Tuple[Dict[str, Any], Verdict]:
     """Returns `row` with the window's images/s and where its time went, and what held it back; all ranks call."""
     # The step's clock is the wall's, which may be set while it runs.
     times = zip(window, throughput.total[-len(window) :])
@@ -115,11 +129,12 @@ def speed_of_window(
         "train.network_share": network * len(splits) / whole,
         "train.others_share": sum(split.exchange - network for split in splits) / whole,
         "train.slow_rank": -1 if verdict.rank is None else verdict.rank,
+        "train.update_seconds": throughput.total[-len(window) :],
     }, verdict
 
 
 def training(
-    row: Dict[str, float],
+    row: Dict[str, Any],
     verdict: Verdict,
     done: int,
     total: int,
@@ -154,6 +169,28 @@ def evaluation(result: Evaluation, done: int, epoch: float, log: Optional[RunLog
         f"step {done}  epoch {epoch:.2f}  evaluation: {result.accuracy()}  loss {result.loss_sum / result.records:.4f}  of "
         f"{result.records} records"
     )
+
+
+def covered(proved: coverage.Proved, records: int, log: Optional[RunLog], console: Console) -> None:
+    """Prints and logs that an epoch is complete and which of its records were trained on, on rank 0."""
+    tally = proved.tally
+    row: Dict[str, Any] = {"epoch": proved.epoch, "step": proved.step, "records": records, "known": tally is not None}
+    if tally is None:
+        console.say(f"epoch {proved.epoch}: not proved: a part of it was trained in another order")
+    else:
+        console.say(f"epoch {proved.epoch}: {tally.text(records)}")
+        row.update(seen=int(tally.seen[0]), seen_digest=coverage.in_words(tally.seen))
+        row.update(skipped=int(tally.skipped[0]), skipped_digest=coverage.in_words(tally.skipped))
+        row.update(replaced=sorted(tally.replaced.tolist()))
+    if log:
+        log.event("coverage", **row)
+
+
+def stopped(step: int, run_dir: Path, log: Optional[RunLog]) -> None:
+    """Logs that a run stops on request after `step` updates, and brings the receipt up to it; all ranks call."""
+    if log:
+        log.event("stopped", step=step)
+    comm.together(lambda: receipt.write(run_dir) if log else None)
 
 
 def save_failed(failure: Optional[Failure], log: Optional[RunLog], console: Console) -> None:
@@ -194,8 +231,11 @@ def write_result(
     done: int,
     epoch: float,
     seconds: float,
-) -> None:
-    """Writes result.json, on rank 0; all ranks must call. Raises an agreed Failure(NOT_WRITTEN)."""
+) -> Dict[str, Any]:
+    """Writes result.json and the receipt, on rank 0, and returns `speed`; all ranks must call.
+
+    Raises an agreed Failure(NOT_WRITTEN).
+    """
     measured = speed(throughput, config)
 
     def write() -> None:
@@ -208,6 +248,7 @@ def write_result(
             "top1_hits": result.top1,
             "top5_hits": result.top5,
             "records_evaluated": result.records,
+            "bad_records_evaluated": result.bad,
             **measured,
             "steps": done,
             "epochs": epoch,
@@ -219,6 +260,8 @@ def write_result(
         _write(run_dir / "result.json", json.dumps(content, indent=2) + "\n")
 
     comm.together(write)
+    comm.together(lambda: receipt.write(run_dir) if comm.is_root() else None)
+    return measured
 
 
 def _has_result_of(run_dir: Path, done: int) -> bool:
@@ -229,18 +272,19 @@ def _has_result_of(run_dir: Path, done: int) -> bool:
 
 
 def summary(
-    config: Config,
     run_dir: Path,
     result: Evaluation,
-    throughput: Throughput,
+    measured: Dict[str, Any],
     done: int,
     seconds: float,
     writer: Optional[Writer],
     log: Optional[RunLog],
     console: Console,
 ) -> None:
-    """Prints and logs the end of a run; all ranks call. Raises an agreed Failure(NOT_WRITTEN) when the log cannot be."""
-    measured = speed(throughput, config)
+    """Prints and logs the end of a run; all ranks call. Raises an agreed Failure(NOT_WRITTEN) when the log cannot be.
+
+    measured: what `write_result` returned.
+    """
     if log:
         log.log((), {**result.metrics(), **{name: value for name, value in measured.items() if not name.startswith("by_")}})
     console.say(f"finished in {duration(seconds)} on {count(comm.size(), 'rank')}")
@@ -255,8 +299,10 @@ def summary(
             f"  checkpoints        {writer.written} written in the background, {writer.seconds / writer.written:.2f} s each"
         )
     console.say(f"  run                {run_dir.resolve()}")
-    console.say("  in it              result.json, dllogger.json, flags.txt, checkpoints/, tensorboard/")
+    console.say("  in it              result.json, dllogger.json, receipt.json, flags.txt, checkpoints/, tensorboard/")
+    console.say(f"  check it           hvd-vgg verify-run {run_dir.resolve()}")
     comm.together(lambda: log.close() if log else None)
+    comm.together(lambda: receipt.write(run_dir) if log else None)
 
 
 def _say_speed(measured: Dict[str, Any], console: Console) -> None:

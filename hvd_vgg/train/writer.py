@@ -1,19 +1,24 @@
 """Writes checkpoints in the background, on rank 0: training waits for a copy of the variables only."""
 
+import contextlib
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Callable, Dict, Optional
 
+from hvd_vgg.run import receipt
 from hvd_vgg.run.health import Failure
 from hvd_vgg.train import checkpoint
 
 
 class Writer:
-    """One checkpoint at a time, in a thread. A save that fails is no reason to stop, but for the last one."""
+    """One checkpoint at a time, in a thread. A save that fails is no reason to stop, but for the last one.
 
-    def __init__(self, run_dir: Path, keep: int) -> None:
-        self.run_dir, self.keep = run_dir, keep
+    `event` logs each one that is whole, at once.
+    """
+
+    def __init__(self, run_dir: Path, keep: int, event: Callable[..., None]) -> None:
+        self.run_dir, self.keep, self.event = run_dir, keep, event
         self.pool = ThreadPoolExecutor(1, "checkpoint")
         self.saving: Optional[Future[None]] = None
         self.written, self.seconds = 0, 0.0
@@ -24,7 +29,10 @@ class Writer:
 
     def _save(self, tensors: checkpoint.Tensors, meta: Dict[str, Any], best: bool) -> None:
         began = time.monotonic()
-        checkpoint.save(self.run_dir, tensors, meta, self.keep, best)
+        with contextlib.suppress(OSError):
+            receipt.sync(self.run_dir / "dllogger.json")  # a checkpoint of updates that no log knows cannot be proved
+        path = checkpoint.save(self.run_dir, tensors, meta, self.keep, best)
+        self.event("checkpoint", step=meta["step"], **receipt.checkpoint_row(path))
         self.written, self.seconds = self.written + 1, self.seconds + time.monotonic() - began
 
     def failure(self) -> Optional[Failure]:

@@ -1,5 +1,8 @@
 """The faults that runs are put through, and the table of what came of each."""
 
+import os
+import platform
+
 FAULTS = {
     "F01": "rank 1 raises",
     "F02": "rank 0 raises; a rank raises before it has joined",
@@ -40,18 +43,33 @@ FAULTS = {
 }
 
 
-def table(faults, reports, ids):
-    """Returns a Markdown table: of each fault its tests, how they ended, and their seconds with set-up, in this session."""
-    lines = ["| id | fault | tests | result | seconds |", "|---|---|---|---|---|"]
+_ABOUT = """# What runs are put through
+
+Faults are put into real ranks from outside ({worker}, {poison}); the package has no switches for them. Every test has
+a limit, and fails when a process is left. Judged are: the exit code; that nobody is left; who is blamed, in
+`RUN_DIR/faults`; that the newest checkpoint loads; that the run, started again, ends with the weights of one that nothing
+happened to, bit for bit on as many ranks, and has read every record as often; the log, by `hvd-vgg verify-run`.
+
+Written by pytest's `--fault_table` in a run of tier {tier} on {machine}; seconds are those of the tests together, with
+set-up. `bash launch/test.sh` runs tier 1 on every change; `bash launch/test.sh --all` runs all and writes this file.
+
+"""
+
+
+def table(faults, reports, ids, tiers, tier):
+    """Returns Markdown: of each fault its tests, how they ended, and their seconds with set-up, in this session."""
+    machine = f"{os.cpu_count()} cores, Python {platform.python_version()}"
+    about = _ABOUT.format(worker="`tests/worker.py`", poison="`tests/poison.py`", machine=machine, tier=tier)
+    lines = [about + "| id | fault | tests | tier | result | seconds |", "|---|---|---|---|---|---|"]
     for fault, text in faults.items():
         mine = [report for report in reports if fault in ids.get(report.nodeid, [])]
-        tests = sorted({report.nodeid.split("[")[0].replace("tests/", "") for report in mine})
-        count = len({report.nodeid for report in mine})
+        nodes = sorted({report.nodeid for report in mine})
+        tests = sorted({node.split("[")[0].replace("tests/", "").replace("faults/", "") for node in nodes})
         failed = sorted({report.nodeid.split("::")[1] for report in mine if report.failed})
         skipped = sorted({report.longrepr[2] for report in mine if report.skipped})
-        result = (
-            "failed: " + ", ".join(failed) if failed else "; ".join(skipped) or ("passed" if count else "no test was run")
-        )
+        result = "failed: " + ", ".join(failed) if failed else "; ".join(skipped) or ("passed" if nodes else "not run")
         names = "<br>".join(f"`{name}`" for name in tests)
-        lines.append(f"| {fault} | {text} | {names} ({count}) | {result} | {sum(r.duration for r in mine):.0f} |")
+        of = ", ".join(map(str, sorted({tiers[node] for node in ids if fault in ids[node]})))
+        count, seconds = len(nodes), sum(report.duration for report in mine)
+        lines.append(f"| {fault} | {text} | {names} ({count}) | {of} | {result} | {seconds:.0f} |")
     return "\n".join(lines) + "\n"

@@ -7,7 +7,7 @@ from collections import Counter
 from support import ROOT, TINY, Started, command_line
 
 from hvd_vgg.data import order
-from hvd_vgg.train import checkpoint
+from hvd_vgg.train import checkpoint, verify
 
 STEPS, RECORDS, SEED = 12, 75, 1
 FLAGS = [
@@ -51,11 +51,18 @@ def newest(out):
     return found
 
 
+def assert_true(run_dir):
+    """LOG: all that a run claims of itself and that can be computed again from its lines holds, a start after another."""
+    failed = [f"{claim.what}: {claim.why}" for claim in verify.check(run_dir) if claim.verdict == verify.FAILS]
+    assert not failed
+
+
 def assert_exact(out, ranks, undisturbed):
     """EXACT: the weights and momentum of a run that nothing happened to, bit for bit, and every record as often.
 
     ranks: on how many the run was, at most.
     """
+    assert_true(out / "run")
     found, wanted = newest(out), newest(undisturbed)
     assert found.meta["step"] == wanted.meta["step"] == STEPS
     assert found.tensors.keys() == wanted.tensors.keys()

@@ -25,8 +25,8 @@ def shared(tmp_path_factory):
     return folder
 
 
-def open_train(folder):
-    found = index.open_split(str(folder / "data"), "train", folder / "run", QUIET)
+def open_train(folder, console=QUIET):
+    found = index.open_split(str(folder / "data"), "train", folder / "run", console)
     comm.gather(b"kept")  # rank 0 keeps the index while others go on
     return found
 
@@ -49,15 +49,36 @@ def test_all_ranks_hold_the_whole_index_made_by_all_and_read_from_the_cache(shar
     assert_equal(open_train(shared), expected(shared))
 
 
-def test_a_changed_shard_is_read_again(shared):
+def test_a_changed_shard_is_read_again_and_its_old_and_new_count_are_told(shared, capsys):
     first = open_train(shared)
     comm.gather(b"opened")
     if comm.is_root():
         write_shard(first.paths[3], [example(picture(i, 2), 2) for i in range(4)])
     comm.gather(b"changed")
-    found = open_train(shared)
+    found = open_train(shared, Console("lines", comm.is_root()))
     assert_equal(found, expected(shared))
-    assert found.records != first.records
+    told = "train: the shards that changed held 14 records when they were indexed and hold 4 now"
+    assert (told in capsys.readouterr().out) == comm.is_root()
+    assert first.records - found.records == 14 - 4
+
+
+def test_a_shard_cut_between_two_records_is_refused_each_time_until_the_index_is_removed(shared):
+    first = open_train(shared)
+    if comm.is_root():
+        with open(first.paths[3], "rb+") as file:
+            file.truncate(int(first.offsets[first.starts[3] + 9]) - 12)
+    comm.gather(b"cut")
+    for _ in range(2):
+        with pytest.raises(Failure) as raised:
+            open_train(shared)
+        assert (raised.value.code, raised.value.agreed) == (DATA, True)
+        assert f"{first.paths[3]}: expected 14 records in " in raised.value.message
+        assert "found the first 9 of them in " in raised.value.message
+    comm.gather(b"refused")
+    if comm.is_root():
+        (shared / "data" / ".hvd_vgg_index_train.npz").unlink()
+    comm.gather(b"removed")
+    assert open_train(shared).records == first.records - 5
 
 
 def test_a_bad_shard_is_told_to_all_ranks_by_whoever_met_it(shared):

@@ -12,7 +12,7 @@ from hvd_vgg.data import order
 from hvd_vgg.model import vgg
 from hvd_vgg.model.layers import layers
 from hvd_vgg.parallel import comm
-from hvd_vgg.train import optimizer, step
+from hvd_vgg.train import nonfinite, optimizer, state, step
 
 
 @pytest.mark.parametrize("factored", [[], ["fc1", "fc2", "predictions"], ["fc2"]])
@@ -94,3 +94,51 @@ def test_xla_and_low_precision_compute_the_same_update_to_rounding(kind, within)
         found.append({name: value.numpy() - before[name] for name, value in weights.items()})
     for name, moved in found[0].items():
         assert np.linalg.norm(found[1][name] - moved) <= within * np.linalg.norm(moved), name
+
+
+def test_an_infinite_loss_on_one_rank_stops_the_updates_of_all_though_its_gradient_is_finite():
+    config = Config(model="vgg11", width=0.0625, image_size=32, num_classes=10, global_batch=8, dropout=0.0)
+    weights = vgg.initial_weights(layers("vgg11", 0.0625, 32, 10), 1)
+    slots = optimizer.make_slots(weights)
+    train_step = step.make_train_step(weights, slots, config, "NHWC", ["fc1"])
+    low, high = order.slice_bounds(8, comm.rank(), comm.size())
+    images = np.random.default_rng(3).integers(0, 256, (8, 32, 32, 3), np.uint8)[low:high]
+    labels = np.full(high - low, 0 if comm.rank() == 1 else 1, np.int32)
+    rest = tf.constant(low, tf.int64), tf.constant(order.dropout_keys(1, 0, 2)), tf.constant(0.01)
+    bias = weights["predictions/bias"]
+    bias.assign([-3e38] + [3e38] * 9)  # whose difference is no float32
+    before = {name: value.numpy() for name, value in {**weights, **slots}.items()}
+
+    sums = train_step(tf.constant(images), tf.constant(labels), *rest)
+    assert math.isfinite(float(sums.loss)) == (comm.rank() != 1)
+    assert math.isfinite(float(sums.gradient_norm)) and not bool(sums.sound)
+    assert all((value.numpy() == before[name]).all() for name, value in {**weights, **slots}.items())
+
+    bias.assign(tf.zeros([10]))
+    before["predictions/bias"] = bias.numpy()
+    assert bool(train_step(tf.constant(images), tf.constant(labels), *rest).sound)  # but it is held, as all after the first
+    assert all((value.numpy() == before[name]).all() for name, value in {**weights, **slots}.items())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_the_rank_the_layer_and_the_records_that_are_not_finite_are_found(precision):
+    config = Config(
+        model="vgg11", width=0.0625, image_size=32, num_classes=10, global_batch=9, device_batch=2, precision=precision
+    )
+    run = state.initial(config)
+    before = {name: value.numpy() for name, value in run.variables().items()}
+    # Black images make block1_conv1 negative, and so 0 behind its ReLU; white ones make it overflow.
+    run.weights["block1_conv1/kernel"].assign(tf.fill([3, 3, 3, 4], 3e38 if precision != "float16" else 6e4))
+    low, high = order.slice_bounds(9, comm.rank(), comm.size())
+    images = np.zeros((9, 32, 32, 3), np.uint8)
+    images[[4, 7]] = 255
+    mine = tf.constant(images[low:high]), tf.zeros([high - low], tf.int32)
+    train_step = step.make_train_step(run.weights, run.slots, config, "NHWC", [])
+    found = nonfinite.examine(0, run, train_step, *mine, 0.01, config, "NHWC")
+    assert found.repeated and "First the outputs of block1_conv1 on rank " in str(found)
+    assert sorted(row for rank in found.ranks for row in rank["at_fault"]) == [4, 7]
+    low, high = found.ranks[found.rank]["slice"]
+    assert low <= 4 < high
+    if precision != "float16":  # which halves its scale and goes on
+        assert not found.sound
+        assert all((run.variables()[name].numpy() == before[name]).all() for name in before if "block1_conv1" not in name)

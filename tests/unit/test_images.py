@@ -180,11 +180,43 @@ def test_a_strip_that_no_try_fits_gives_its_largest_central_window():
     assert images.random_window(10, 1000, [0.9] * 30) == (0, (1000 - 13 + 1) // 2, 10, 13)
 
 
+def saved(**options):
+    file = io.BytesIO()
+    Image.fromarray(natural(50, 70)).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+THUMBNAIL = encoded("L")  # a whole JPEG of another size, within a segment
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        saved(),
+        saved(progressive=True, optimize=True),
+        saved(exif=b"Exif\0\0" + THUMBNAIL, comment=THUMBNAIL, icc_profile=b"\xff\xc0" * 40_000),
+        saved(restart_marker_blocks=1),
+        saved()[:2] + b"\xff\xff" + saved()[2:],  # markers may be preceded by any number of these
+        saved()[:20] + b"garbage" + saved()[20:],
+        b"\xff\xd8\xff\x01" + saved()[2:],  # a marker without a segment
+    ],
+    ids=["plain", "progressive", "segments", "restarts", "fill", "garbage", "bare"],
+)
+def test_the_shape_of_a_jpeg_is_what_tensorflow_finds(data):
+    assert images.image_shape(data) == tuple(tf.io.extract_jpeg_shape(data).numpy()[:2]) == (50, 70)
+
+
 def tall_header(height, width):
     data = bytearray(encoded("RGB"))
     start = data.index(b"\xff\xc0") + 5
     data[start : start + 4] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
     return bytes(data)
+
+
+def two_channels():
+    """The headers of a JPEG of 10 by 10 pixels with 2 components, and no more."""
+    frame = b"\xff\xc0\0\x0e\x08\0\x0a\0\x0a\x02\x01\x11\0\x02\x11\0"
+    return b"\xff\xd8" + frame + b"\xff\xda\0\x0a\x02\x01\0\x02\0\0\x3f\0\xff\xd9"
 
 
 def png_header(height, width):
@@ -198,6 +230,8 @@ def png_header(height, width):
     [
         (tall_header(13000, 13000), "claims this height and width"),
         (tall_header(65500, 65500), "claims this height and width"),
+        (tall_header(5000, 5000), "claims this height and width"),  # more than its bytes can hold
+        (two_channels(), "claims 2 channels; expected 1, 3 or 4"),
         (png_header(100_000, 100_000), "claims this height and width"),
         (png_header(0, 5), "claims this height and width"),
         (png_header(2**31 - 1, 2**31 - 1), "claims this height and width"),
@@ -207,7 +241,20 @@ def png_header(height, width):
         (encoded("RGB")[:400], "."),
         (encoded("RGB", "PNG")[:-400], "."),
     ],
-    ids=["13000", "65500", "png100000", "png0", "png2**31", "gif", "text", "png-magic", "cut-jpeg", "cut-png"],
+    ids=[
+        "13000",
+        "65500",
+        "5000",
+        "2channels",
+        "png100000",
+        "png0",
+        "png2**31",
+        "gif",
+        "text",
+        "png-magic",
+        "cut-jpeg",
+        "cut-png",
+    ],
 )
 def test_what_cannot_be_decoded_or_is_absurd_is_refused(data, told):
     for make in (lambda: train_image(data, draws_of(1), "crop", 32), lambda: eval_image(data, "none", 32)):

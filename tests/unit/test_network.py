@@ -2,9 +2,10 @@ import sys
 
 import pytest
 
+from hvd_vgg.config import RSH_AGENT
 from hvd_vgg.run import network, reach
 from hvd_vgg.run.findings import FAILURE, OK, WARNING
-from hvd_vgg.run.health import USAGE, Failure
+from hvd_vgg.run.hosts import Host
 
 THERE = {"lo": "127.0.0.1", "eth0": "10.0.0.2", "docker0": "172.17.0.1"}
 MPI = "OMPI_MCA_btl_tcp_if_include"
@@ -49,17 +50,6 @@ def test_addresses_to_be_reached_at_and_the_way_to_mpirun():
     assert network.toward_launcher(uri, {"eth0": "127.0.0.1"}) == ""
 
 
-def test_host_files_and_lists(tmp_path):
-    path = tmp_path / "hosts"
-    path.write_text("# ours\nnode1 slots=8\nnode2 slots=8 # new\n\nnode3\n")
-    assert reach.read_hosts(str(path)) == ["node1", "node2", "node3"]
-    assert reach.read_hosts("a:8,b") == ["a", "b"]
-    for wrong in ("", "-oProxyCommand=x", str(tmp_path / "none")):
-        with pytest.raises(Failure) as raised:
-            reach.read_hosts(wrong)
-        assert raised.value.code == USAGE
-
-
 def agent(tmp_path, text):
     """Returns a stand-in for ssh: a script that gets the host and the command."""
     path = tmp_path / "agent"
@@ -83,7 +73,7 @@ def agent(tmp_path, text):
 def test_hosts_that_answer_and_that_do_not(tmp_path, script, addresses, verdict, told):
     """An agent in place of ssh; what it starts is the real line that connects back."""
     limit = 2 if "sleep" in script else 60
-    (found,) = reach.check_hosts(["b"], agent(tmp_path, script), addresses, limit)
+    (found,) = reach.check_hosts([Host("b", 1)], agent(tmp_path, script), addresses, limit)
     assert found.verdict == verdict, found
     assert told in found.text
     if "key" in script:
@@ -93,10 +83,10 @@ def test_hosts_that_answer_and_that_do_not(tmp_path, script, addresses, verdict,
 
 
 def test_an_agent_that_is_not_there_is_named():
-    (found,) = reach.check_hosts(["b"], "/nowhere/ssh", ["127.0.0.1"], 5)
+    (found,) = reach.check_hosts([Host("b", 1)], "/nowhere/ssh", ["127.0.0.1"], 5)
     assert "/nowhere/ssh" in found.text
 
 
 def test_ssh_refuses_unknown_keys_and_asks_nothing():
-    assert "StrictHostKeyChecking=yes" in reach.SSH
-    assert "BatchMode=yes" in reach.SSH
+    assert "StrictHostKeyChecking=yes" in RSH_AGENT
+    assert "BatchMode=yes" in RSH_AGENT

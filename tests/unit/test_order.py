@@ -121,3 +121,17 @@ def test_the_ranks_slices_make_the_stream_whatever_the_block(block, size):
 def test_one_record_a_block_is_the_free_permutation():
     assert (order.positions(0, 150, 75, 1, 1).ids == order.positions(0, 150, 75, 1).ids).all()
     assert (order.positions(0, 75, 75, 1).ids == order.permutation(75, 1, 0)).all()
+
+
+def test_stand_ins_never_change():
+    """Literal numbers: a change here means that a run with bad records cannot be continued or repeated."""
+    assert [order.stand_in(75, 1, 0, 17, attempt) for attempt in range(5)] == [43, 40, 33, 12, 4]
+
+
+def test_stand_ins_are_any_record_and_differ_by_epoch_record_and_attempt():
+    drawn = [order.stand_in(10, 3, e, r, a) for e in range(10) for r in range(10) for a in range(10)]
+    assert set(drawn) == set(range(10))
+    counts = np.bincount(drawn)
+    assert ((counts - 100) ** 2 / 100).sum() < 30  # chi-squared of 9 degrees: mean 9, deviation 4.2
+    for axis in range(3):
+        assert (np.diff(np.reshape(drawn, [10, 10, 10]), axis=axis) != 0).any()

@@ -26,7 +26,8 @@ def train(tmp_path_factory):
 
 
 def columns(batches):
-    return [np.concatenate(column) for column in zip(*([np.asarray(part) for part in batch] for batch in batches))]
+    """Images, labels and ids of batches laid end to end."""
+    return [np.concatenate(column) for column in zip(*([np.asarray(part) for part in batch[:3]] for batch in batches))]
 
 
 @pytest.mark.parametrize("block", [1, 8])
@@ -108,3 +109,73 @@ def test_a_bad_image_is_named_whoever_decodes_it_and_whatever_is_bad_behind_it(t
 def test_the_end_of_the_stream_leaves_no_thread(train):
     assert len(list(pipeline.train_batches(train[0], CONFIG, 1, range(2), 0, 1, 2))) == 2
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("decode")]
+
+
+@pytest.fixture
+def spoilt(tmp_path):
+    """40 records of which 5, 17 and 18 are bad, and those that are not."""
+    rows = [example(picture(n, n % 10 + 1), n % 10 + 1) for n in range(40)]
+    rows[17] = example(picture(0, 1)[:300], 8)
+    rows[18] = example(b"some text", 9)
+    path = tmp_path / "train-00000-of-00001"
+    write_shard(path, rows)
+    index = index_of(tmp_path, "train")
+    index.labels[5] = 9  # what it was when it was indexed
+    return index, [n for n in range(40) if n not in (5, 17, 18)]
+
+
+def test_bad_records_have_the_same_stand_ins_with_the_rows_own_draws_on_any_threads_and_ranks(spoilt):
+    index, good = spoilt
+    config, steps = replace(CONFIG, bad_records_allowed=1), range(5)  # 4 epochs of 40
+    at = order.positions(0, 160, index.records, config.seed)
+    wanted, ids = np.empty([160, 32, 32, 3], np.uint8), at.ids.copy()
+    for row, (record, epoch, seed) in enumerate(
+        zip(at.ids.tolist(), at.epochs.tolist(), order.sample_seeds(config.seed, at))
+    ):
+        if record not in good:
+            ids[row] = next(by for by in (order.stand_in(40, 3, epoch, record, a) for a in range(8)) if by in good)
+        encoded, _ = records.parse_example(index, int(ids[row]), records.read_record(index, int(ids[row])))
+        images.train_image(encoded, images.image_draws(seed[None])[0], "crop", wanted[row])
+    bad = [(row, record, int(ids[row])) for row, record in enumerate(at.ids.tolist()) if record not in good]
+    assert len({by for _, _, by in bad}) > 3
+    for size, threads in ((1, 1), (2, 3), (3, 2)):
+        ranks = [list(pipeline.train_batches(index, config, 1, steps, rank, size, threads)) for rank in range(size)]
+        pictures, labels, found = columns([part for parts in zip(*ranks) for part in parts])
+        assert (found == ids).all() and (pictures == wanted).all()
+        assert (labels == index.labels[ids] - 1).all()
+        told = []
+        for rank, batches in enumerate(ranks):
+            low, _ = order.slice_bounds(config.global_batch, rank, size)
+            told += [(32 * step + low + b.row, b.record, b.by) for step, batch in enumerate(batches) for b in batch.bad]
+            reasons = {b.record: b.reason for batch in batches for b in batch.bad}
+            parts = {5: "its label is 6, but was 9", 17: "cannot be decoded", 18: "neither a JPEG nor a PNG"}
+            assert all(parts[record] in reason for record, reason in reasons.items())
+        assert sorted(told) == bad
+
+
+def test_bad_records_are_left_out_of_evaluation_by_name(spoilt):
+    index, good = spoilt
+    batches = list(pipeline.eval_batches(index, replace(CONFIG, bad_records_allowed=1), 1, 0, 1, 2))
+    pictures, labels, ids = columns(batches)
+    assert ids.tolist() == list(range(40))
+    assert np.flatnonzero(labels != pipeline.PADDING).tolist() == good
+    assert not pictures[labels == pipeline.PADDING].any()
+    bad = [(CONFIG.device_batch * number + b.row, b.record, b.by) for number, batch in enumerate(batches) for b in batch.bad]
+    assert bad == [(5, 5, None), (17, 17, None), (18, 18, None)]
+
+
+def test_a_bad_record_of_which_all_stand_ins_are_bad_ends_the_run(tmp_path):
+    write_shard(tmp_path / "train-00000-of-00001", [example(b"some text", 1) for _ in range(40)])
+    index = index_of(tmp_path, "train")
+    with pytest.raises(Failure, match=r"record \d+, offset \d+: .* \(8 others tried in its place are bad too\)"):
+        next(pipeline.train_batches(index, replace(CONFIG, bad_records_allowed=9), 1, range(1), 0, 1, 1))
+
+
+def test_a_shard_that_is_gone_is_no_bad_record(tmp_path):
+    write_shard(tmp_path / "train-00000-of-00001", [example(picture(0, 1), 1)])
+    index = index_of(tmp_path, "train")
+    records._open.cache_clear()
+    index.paths[0].unlink()
+    with pytest.raises(Failure, match="cannot be read: No such file") as raised:
+        next(pipeline.train_batches(index, replace(CONFIG, bad_records_allowed=9), 1, range(1), 0, 1, 1))
+    assert not isinstance(raised.value, records.BadRecord)

@@ -89,7 +89,8 @@ def test_the_loss_scale_is_halved_by_an_overflow_and_doubled_after_2000_good_upd
     assert optimizer.make_slots({"a/kernel": tf.Variable([1.0])}).keys() == {"a/kernel/momentum"}
 
     def adapt(finite):
-        return float(optimizer.adapt_loss_scale(slots, tf.constant(finite)))
+        optimizer.set_loss_scale(slots, *optimizer.next_loss_scale(slots, tf.constant(finite)))
+        return float(slots[optimizer.LOSS_SCALE])
 
     assert [adapt(False), adapt(False)] == [32768.0, 16384.0]
     assert {adapt(True) for _ in range(1999)} == {16384.0}

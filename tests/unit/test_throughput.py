@@ -32,7 +32,7 @@ def test_images_are_counted_over_the_time_of_steady_updates_alone(monkeypatch):
     assert summary["warm_up_seconds"] == pytest.approx(15)
     assert summary["fps_standard_deviation"] == pytest.approx(0, abs=1e-6)
     assert summary["fps_wall"] == pytest.approx(12 * 30 / (15 + 3 + 600))
-    assert measured.aside == {"evaluation": pytest.approx(300), "saving": pytest.approx(300), "profiling": 0}
+    assert measured.aside == {"evaluation": pytest.approx(300), "saving": pytest.approx(300), "profiling": 0, "rewinding": 0}
     assert measured.last(10) == pytest.approx((3.0, 1.0, 0.5))
     assert Split(*measured.last(10)).compute == pytest.approx(1.5)
 

@@ -1,0 +1,93 @@
+"""Hosts on one machine: network namespaces on a bridge, each with a link and an address of its own; root, iproute2."""
+
+import os
+import shutil
+import signal
+import subprocess
+
+NETWORK = "10.213.77"
+
+
+def missing():
+    """Returns what hosts need and this machine lacks; "" for nothing."""
+    if os.getuid() != 0 or not shutil.which("ip"):
+        return "root and iproute2 (Debian: apt-get install iproute2)"
+    name = f"hvgg{os.getpid()}t"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode == 0
+    subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+    return "" if made else "leave to make network namespaces"
+
+
+class Hosts:
+    """`count` hosts at `addresses` until the end of a `with`, which ends what runs on them too.
+
+    mbit: the rate of each host's link, both ways; 0: as fast as it goes. `agent`, written into `folder`, takes the place of
+    ssh: `agent HOST COMMAND`.
+    """
+
+    def __init__(self, count, folder, mbit=0):
+        self.prefix, self.count, self.mbit = f"hvgg{os.getpid()}", count, mbit
+        self.addresses = [f"{NETWORK}.{host}" for host in range(1, count + 1)]
+        self.agent = folder / "agent.sh"
+        # The last number of an address is its namespace's.
+        self.agent.write_text(
+            f'#!/bin/bash\nhost="$1"; shift\nip -n "{self.prefix}h${{host##*.}}" link show eth0 up | grep -q "state UP" || '
+            f'{{ echo "ssh: connect to host $host port 22: No route to host" >&2; exit 255; }}\n'
+            f'exec ip netns exec "{self.prefix}h${{host##*.}}" bash -c "$*"\n'
+        )
+        self.agent.chmod(0o755)
+
+    def __enter__(self):
+        try:
+            self._make()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _make(self):
+        ip("link", "add", f"{self.prefix}b", "type", "bridge")
+        ip("link", "set", f"{self.prefix}b", "up")
+        for host in range(1, self.count + 1):
+            space, outside = f"{self.prefix}h{host}", f"{self.prefix}v{host}"
+            ip("netns", "add", space)
+            ip("link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", space)
+            ip("link", "set", outside, "master", f"{self.prefix}b", "up")
+            ip("-n", space, "addr", "add", f"{NETWORK}.{host}/24", "dev", "eth0")
+            ip("-n", space, "link", "set", "lo", "up")
+            ip("-n", space, "link", "set", "eth0", "up")
+            if self.mbit:
+                shape = ["root", "tbf", "rate", f"{self.mbit}mbit", "burst", "1mb", "latency", "50ms"]
+                subprocess.run(["tc", "qdisc", "add", "dev", outside, *shape], check=True)
+                subprocess.run(["tc", "-n", space, "qdisc", "add", "dev", "eth0", *shape], check=True)
+
+    def __exit__(self, *error):
+        for host in range(1, self.count + 1):
+            for pid in self.pids(host):
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            subprocess.run(["ip", "netns", "delete", f"{self.prefix}h{host}"], check=False, capture_output=True)
+            subprocess.run(["ip", "link", "delete", f"{self.prefix}v{host}"], check=False, capture_output=True)
+        subprocess.run(["ip", "link", "delete", f"{self.prefix}b"], check=False, capture_output=True)
+
+    def pids(self, host):
+        """Returns the processes on host `host`, from 1."""
+        inside = subprocess.run(
+            ["ip", "netns", "pids", f"{self.prefix}h{host}"], capture_output=True, text=True, check=False
+        )
+        return [int(pid) for pid in inside.stdout.split()]
+
+    def on(self, host, command):
+        """Returns what starts `command` on host `host`, from 1."""
+        return ["ip", "netns", "exec", f"{self.prefix}h{host}", *command]
+
+    def cut(self, host):
+        """Takes the link of host `host` down."""
+        ip("-n", f"{self.prefix}h{host}", "link", "set", "eth0", "down")
+
+
+def ip(*words):
+    """Runs one `ip` command."""
+    subprocess.run(["ip", *words], check=True)

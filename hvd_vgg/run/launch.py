@@ -1,0 +1,254 @@
+"""`hvd-vgg launch`: starts a command on many ranks by one mpirun, stops it on request, and starts a run again that failed.
+
+A run does not depend on the number of its ranks, so it goes on from its newest checkpoint on whatever hosts still answer.
+Nothing here imports TensorFlow, and no value of the environment is printed, written or put on a command line.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+from hvd_vgg.config import LaunchConfig
+from hvd_vgg.run import hosts, mpirun
+from hvd_vgg.run.health import CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure
+from hvd_vgg.run.hosts import Host
+from hvd_vgg.run.log import count
+from hvd_vgg.run.mpirun import Ended, say
+
+_CONSENT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
+# How long what a job has left may take to end by itself, before it is ended.
+_LEAVE_SECONDS = 5.0
+
+
+class Job(NamedTuple):
+    """What to start: the command of each rank; the directory of a run that can go on, or None; ranks that it can use."""
+
+    program: List[str]
+    run_dir: Optional[Path] = None
+    most_ranks: Optional[int] = None
+
+
+def launch(config: LaunchConfig, job: Job) -> int:
+    """Runs the job to its end, over restarts, and returns the exit code. Raises Failure(USAGE or CONFIGURATION)."""
+    listed = hosts.read(config.hostfile) if config.hostfile else []
+    wanted = _ranks(config, job, listed)
+    run_token = hashlib.sha256(str((job.run_dir or Path(f"/{os.getpid()}")).resolve()).encode()).hexdigest()[:16]
+    token = hosts.own_token(run_token)
+    if config.dry_run:
+        print("+", mpirun.shown(mpirun.compose(config, wanted, listed, token, job.program)))
+        return DONE
+    if os.getuid() == 0 and not all(os.environ.get(name) == "1" for name in _CONSENT):
+        text = f"Open MPI does not run as root unless told twice: in a container, export {'=1 '.join(_CONSENT)}=1"
+        raise Failure(CONFIGURATION, text)
+    limit = config.time_limit_seconds
+    limits = mpirun.Limits(config.grace_seconds, time.monotonic() + limit if limit else math.inf)
+    with mpirun.Requests() as requests:
+        return _supervise(config, job, listed, wanted, token, requests, limits)
+
+
+def _ranks(config: LaunchConfig, job: Job, listed: List[Host]) -> int:
+    """Returns the number of ranks asked for, or one for each slot or device."""
+    slots = sum(host.slots for host in listed)
+    if listed and config.ranks > slots:
+        where = ", ".join(f"{host.name}: {host.slots}" for host in listed)
+        raise Failure(
+            CONFIGURATION, f"--ranks={config.ranks}: {config.hostfile} has {count(slots, 'slot')} ({where}): add some"
+        )
+    if job.most_ranks is not None and config.ranks > job.most_ranks:
+        raise Failure(USAGE, f"--global_batch={job.most_ranks} leaves nothing to do for some of --ranks={config.ranks}")
+    found = config.ranks or slots or _devices()
+    return min(found, job.most_ranks or found)
+
+
+def _devices() -> int:
+    """Returns how many devices TensorFlow sees here, as the ranks will; 1 where it sees none."""
+    program = "import tensorflow as tf; print(len(tf.config.list_physical_devices('GPU')))"
+    asked = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)  # noqa: S603
+    if asked.returncode:
+        why = asked.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise Failure(CONFIGURATION, f"{sys.executable} cannot import tensorflow: {''.join(why)}")
+    devices = int(asked.stdout.split()[-1])
+    print(f"{count(devices or 1, 'rank')}: TensorFlow sees {count(devices, 'device')} (--ranks overrides)", flush=True)
+    return devices or 1
+
+
+def _supervise(
+    config: LaunchConfig,
+    job: Job,
+    listed: List[Host],
+    wanted: int,
+    token: str,
+    requests: mpirun.Requests,
+    limits: mpirun.Limits,
+) -> int:
+    """Starts the job, again while that is worth it, and returns the exit code."""
+    before: Optional[Tuple[int, int]] = None
+    ended_at: Optional[float] = None
+    for attempt in range(config.max_restarts + 1):
+        _clear_leftovers(token)
+        answering = _answering(config, listed, token, first=attempt == 0)
+        ranks = min(wanted, sum(host.slots for host in answering)) if listed else wanted
+        command = mpirun.compose(config, ranks, answering, token, job.program)
+        if requests.count:
+            say("stopped on request, before a start")
+            return STOPPED
+        told = {"attempt": attempt, "ranks": ranks, "hosts": [f"{host.name}:{host.slots}" for host in answering]}
+        _note(job, "start", **told, command=command)
+        with contextlib.suppress(OSError):  # a terminal that is gone is no reason to end a job
+            print("+", mpirun.shown(command), flush=True)
+        watch = _FirstUpdate(job, ended_at)
+        began = time.monotonic()
+        ended = mpirun.run(command, requests, limits, watch.look)
+        watch.look()
+        ended_at = time.time()
+        _clear_leftovers(token)
+        seconds = round(time.monotonic() - began, 1)
+        _note(job, "end", **told, code=ended.code, sentence=ended.sentence, seconds=seconds, lost_seconds=watch.lost_seconds)
+        at = _progress(job)
+        again = _worth_another(config, job, ended, requests, limits)
+        if again and attempt == config.max_restarts:
+            say(f"{ended.sentence}. --max_restarts={config.max_restarts} are used up; the same command goes on")
+        elif again and at == before:
+            say(f"{ended.sentence}, for the second time at step {at[1]}, with no checkpoint in between: not started again")
+        elif again:
+            say(f"{ended.sentence}. Starting again, {attempt + 1} of at most {config.max_restarts}")
+            before = at
+            continue
+        elif ended.code not in (DONE, *range(64, 128)) or requests.count or time.monotonic() > limits.until:
+            say(ended.sentence)  # else the ranks have said it
+        return ended.code
+    raise AssertionError("the last start returns")
+
+
+def _worth_another(config: LaunchConfig, job: Job, ended: Ended, requests: mpirun.Requests, limits: mpirun.Limits) -> bool:
+    """Says whether a run that ended so may end otherwise when it is started again.
+
+    A rank that hung or is gone, that was preempted, or that a signal killed: any but SIGILL, which the next would meet too.
+    Not what was asked for here, nor what ranks have found wrong with data, flags, code, disk or numbers.
+    """
+    if job.run_dir is None or requests.count or time.monotonic() > limits.until:
+        return False
+    return ended.code in (LOST_RANK, STOPPED) or (ended.code > 128 and ended.code != 128 + signal.SIGILL)
+
+
+def _answering(config: LaunchConfig, listed: List[Host], token: str, first: bool) -> List[Host]:
+    """Returns the hosts that answer; all must at the first start."""
+    found = hosts.ask(listed, config.rsh_agent, token.split(".")[0])
+    why = "; ".join(f"{name} ({text})" for name, text in found.silent.items())
+    if found.silent and (first or not found.answering):
+        raise Failure(CONFIGURATION, f"no answer from {why}. Asked by: {config.rsh_agent} HOST")
+    if found.silent:
+        say(f"going on without {why}")
+    for name, pids in found.left.items():
+        say(_left(name, pids))
+    return found.answering
+
+
+def _clear_leftovers(token: str) -> None:
+    """Ends what jobs of this run have left on this host, after a moment to end by itself.
+
+    Raises Failure(CONFIGURATION) when another launcher runs it now. What was launched from another host is only told.
+    """
+    deadline = time.monotonic() + _LEAVE_SECONDS
+    while True:
+        ours: List[int] = []
+        foreign: List[int] = []
+        for job, pids in hosts.jobs_here(token.split(".")[0]).items():
+            lives = job != token and hosts.launcher_lives(job)
+            if lives:
+                raise Failure(CONFIGURATION, f"another launcher, process {job.split('.')[2]}, is running this --run_dir")
+            (foreign if lives is None else ours).extend(pids)
+        if not ours or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    if foreign:
+        say(_left("this host", foreign))
+    if ours:
+        say(f"ending processes {_list(ours)}, which a job of this run left")
+    for pid in ours:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _left(where: str, pids: List[int]) -> str:
+    return f"{where}: another job of this run has left processes {_list(pids)}; if they stay, end them there: kill -9"
+
+
+def _list(pids: List[int]) -> str:
+    return ", ".join(map(str, pids))
+
+
+def _progress(job: Job) -> Tuple[int, int]:
+    """Returns the step of the newest checkpoint and that of the last line of the log; -1 for none."""
+    if job.run_dir is None:
+        return -1, -1
+    names = sorted(path.name for path in (job.run_dir / "checkpoints").glob("step-????????.safetensors"))
+    steps = [row["step"] for row in _log_rows(_read_from(job.run_dir / "dllogger.json", -65536)) if row["type"] == "LOG"]
+    return int(names[-1][5:13]) if names else -1, next((step[1] for step in reversed(steps) if len(step) == 2), -1)
+
+
+class _FirstUpdate:
+    """Looks for the first update of a start in the log, and says how long nothing was trained before it."""
+
+    def __init__(self, job: Job, ended_at: Optional[float]) -> None:
+        self.path = job.run_dir / "dllogger.json" if job.run_dir and ended_at is not None else None
+        self.at = self.path.stat().st_size if self.path and self.path.exists() else 0
+        self.ended_at = ended_at
+        self.lost_seconds: Optional[float] = None
+
+    def look(self) -> None:
+        """Looks once."""
+        if self.path is None or self.lost_seconds is not None or self.ended_at is None:
+            return
+        for row in _log_rows(_read_from(self.path, self.at)):
+            if row.get("data", {}).get("event") == "first_update":
+                self.lost_seconds = round(float(row["timestamp"]) - self.ended_at, 1)
+                say(f"training again, {self.lost_seconds} s after the last start ended")
+
+
+def _read_from(path: Path, at: int) -> bytes:
+    """Returns a file's bytes from `at`, from the end if negative; none where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(at, -path.stat().st_size), os.SEEK_SET if at >= 0 else os.SEEK_END)
+            return file.read()
+    except OSError:
+        return b""
+
+
+def _log_rows(data: bytes) -> List[Dict[str, Any]]:
+    """Returns the whole lines of DLLogger's in `data`; one that a killed rank left torn is passed over."""
+    rows = []
+    for line in data.splitlines(keepends=True):
+        if line.startswith(b"DLLL {") and line.endswith(b"\n"):
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line[5:]))
+    return rows
+
+
+def _note(job: Job, event: str, **data: Any) -> None:
+    """Appends a line to RUN_DIR/restarts.jsonl, on disk when this returns."""
+    if job.run_dir is None:
+        return
+    now = time.time()
+    when = datetime.datetime.fromtimestamp(now, datetime.timezone.utc).isoformat(timespec="milliseconds")
+    path = job.run_dir / "restarts.jsonl"
+    try:
+        os.umask(os.umask(0o027) | 0o027)  # what a run writes is for its owner and group
+        job.run_dir.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab", buffering=0) as file:
+            file.write(json.dumps({"time": now, "at": when, "event": event, **data}).encode() + b"\n")
+            os.fsync(file.fileno())
+    except OSError as error:
+        if event == "start":
+            raise Failure(CONFIGURATION, f"{path} cannot be written: {error.strerror}") from error
+        say(f"{path} cannot be written: {error.strerror}")

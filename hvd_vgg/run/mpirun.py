@@ -1,0 +1,296 @@
+"""One mpirun: how it is called, how it is run and stopped, and what its end means."""
+
+import ctypes
+import math
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence
+
+from hvd_vgg.config import LaunchConfig
+from hvd_vgg.run.health import CONFIGURATION, DONE, LOST_RANK, STOPPED, Failure
+from hvd_vgg.run.hosts import JOB_PARAMETER, Host
+
+# What the ranks of other hosts get of this environment, and nothing else of it; those of this host have all of it.
+_PASSED = re.compile(
+    r"PATH|LD_LIBRARY_PATH|PYTHONPATH|PYTHONDONTWRITEBYTECODE|OMP_NUM_THREADS|TMPDIR|TZ|LANG|LC_\w+|XLA_FLAGS"
+    r"|(HOROVOD|TF|NCCL|CUDA|UCX|GLOO)_\w+"
+)
+_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CRED", re.I)
+
+# Open MPI's own settings would notice a host that is gone after eight minutes; with these, after 20 seconds.
+_KEEPALIVE = {"oob_tcp_keepalive_time": 10, "oob_tcp_keepalive_intvl": 3, "oob_tcp_keepalive_probes": 3}
+
+# Between SIGTERM and SIGKILL to mpirun: it needs two seconds to end the ranks that do not end by themselves.
+_END_SECONDS = 5.0
+# The ranks of a job end within seconds of each other. So long mpirun may stay when those of this host are gone.
+_LINGER_SECONDS = 30.0
+_TAIL_BYTES = 20_000
+_RUNNING, _STOPPING, _LEAVING, _ENDING = range(4)
+_ASKED, _TOO_LONG = "stopped on request", "--time_limit_seconds is over"
+_LINGERED = f"the ranks of this host were gone, but mpirun waited {_LINGER_SECONDS:g} s for others: it was ended too"
+
+_HINTS = {
+    4: "illegal instruction: built for another processor?",
+    6: "aborted by a library, which says above why",
+    7: "bus error: is /dev/shm full?",
+    9: "out of memory?",
+    11: "segmentation fault",
+    14: "hung, and Python's lock with it: see RUN_DIR/faults",
+    15: "ended from outside",
+}
+_PR_SET_PDEATHSIG = 1
+
+
+class Ended(NamedTuple):
+    """How a start ended: an exit code, and a sentence that says why."""
+
+    code: int
+    sentence: str
+
+
+def compose(config: LaunchConfig, ranks: int, hosts: Sequence[Host], token: str, program: Sequence[str]) -> List[str]:
+    """Returns the command that starts `program` on `ranks`, on this host where there are no `hosts`.
+
+    No value of the environment is in it. Raises Failure(CONFIGURATION) where there is no mpirun.
+    """
+    found = shutil.which("mpirun")
+    if found is None:
+        raise Failure(CONFIGURATION, "mpirun is not on PATH: install Open MPI 4, or use launch/environment.sh")
+    # Named by its whole path it looks for its daemon under the same path on the other hosts.
+    command = [found if hosts else "mpirun", "-np", str(ranks), "--bind-to", "none", "--map-by", "slot", "--oversubscribe"]
+    settings: Dict[str, Any] = {JOB_PARAMETER: token}
+    if hosts:
+        command += ["--host", ",".join(f"{host.name}:{host.slots}" for host in hosts)]
+        # All daemons are started from here: other hosts need no keys.
+        settings.update(plm_rsh_agent=config.rsh_agent, plm_rsh_no_tree_spawn=1, **_KEEPALIVE)
+        for name in passed(os.environ, config):
+            command += ["-x", name]
+    if config.network:
+        settings.update(oob_tcp_if_include=config.network, btl_tcp_if_include=config.network)
+    for name, value in settings.items():
+        command += ["--mca", name, str(value)]
+    return [*command, *program]
+
+
+def passed(environment: Any, config: LaunchConfig) -> List[str]:
+    """Returns the names of what ranks on other hosts get of the environment."""
+    asked = {name for name in config.export_env.split(",") if name}
+    allowed = {name for name in environment if _PASSED.fullmatch(name) and not _SECRET.search(name)}
+    return sorted(allowed | (asked & set(environment)))
+
+
+def say(text: str) -> None:
+    """Prints a line of the launcher to stderr, which may be gone."""
+    write_stderr(f"hvd-vgg launch: {text}\n".encode())
+
+
+def write_stderr(data: bytes) -> None:
+    """Writes to stderr; a terminal that is gone is no reason to end a job."""
+    try:
+        sys.stderr.flush()
+        while data:
+            data = data[os.write(2, data) :]
+    except OSError:
+        pass
+
+
+class Requests:
+    """SIGTERM, SIGINT, SIGHUP and SIGUSR1, counted while this is open; `wake` is readable when a signal came."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.wake, self._end = socket.socketpair()
+        self._before: Dict[int, Any] = {}
+
+    def __enter__(self) -> "Requests":
+        for end in (self.wake, self._end):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._end.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                self._before[number] = signal.signal(number, self._ask)
+        self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        signal.set_wakeup_fd(-1)
+        self.wake.close()
+        self._end.close()
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.count += 1
+
+
+class Limits(NamedTuple):
+    """How long ranks may take to stop, and the clock reading (time.monotonic) at which the job ends."""
+
+    grace_seconds: float
+    until: float
+
+
+def run(command: Sequence[str], requests: Requests, limits: Limits, look: Callable[[], None]) -> Ended:
+    """Runs mpirun to its end and says how it ended; the kernel ends it should this process be killed.
+
+    Its stdout is this process's; its stderr is copied as it comes, and read. The terminal's Ctrl-C does not reach it: a
+    request makes it send SIGUSR1 to all ranks, which save and leave; when they have not after `grace_seconds`, or are
+    asked again, it is ended. `look` is called about once a second.
+    """
+    before = oom_kills()
+    told, its_stderr = os.pipe()
+    process = subprocess.Popen(  # noqa: S603 (what it runs is the user's)
+        command, stdin=subprocess.DEVNULL, stderr=its_stderr, start_new_session=True, preexec_fn=_dies_with(os.getpid())
+    )
+    os.close(its_stderr)
+    readers: List[Any] = [told, requests.wake]
+    tail, stage, why, asked_for = b"", _RUNNING, "", 0
+    deadline, next_look, ranks_seen = math.inf, 0.0, math.inf
+    while True:
+        readable = select.select(readers, [], [], 1.0)[0]
+        over = process.poll() is not None
+        if requests.wake in readable:
+            requests.wake.recv(4096)
+        data = os.read(told, 65536) if told in readable else b""
+        write_stderr(data)
+        tail = (tail + data)[-_TAIL_BYTES:]
+        if over and not data:
+            break
+        if told in readable and not data:
+            readers.remove(told)
+        now = time.monotonic()
+        if now >= next_look:
+            next_look = now + 1.0
+            look()
+            ranks_seen = now if _has_ranks(process.pid) else ranks_seen
+        if stage == _RUNNING:
+            why = _why_stop(requests, limits, now, ranks_seen)
+            if why == _LINGERED:
+                stage, deadline = _ENDING, now + _END_SECONDS
+                process.terminate()
+            elif why:
+                stage, deadline, asked_for = _STOPPING, now + limits.grace_seconds, requests.count
+                say(f"{why}: all ranks save and leave, within {limits.grace_seconds:g} s; Ctrl-C ends them now")
+                process.send_signal(signal.SIGUSR1)
+        elif stage == _STOPPING and (now > deadline or requests.count > asked_for):
+            # An mpirun whose ranks have left is about to end, and crashes on SIGTERM.
+            stage, deadline = _ENDING if _has_ranks(process.pid) else _LEAVING, now + _END_SECONDS
+            if stage == _ENDING:
+                say("the ranks have not left: ending them")
+                process.terminate()
+        elif stage in (_LEAVING, _ENDING) and now > deadline:
+            deadline = math.inf
+            process.kill()
+    os.close(told)
+    risen = {name: count - before.get(name, 0) for name, count in oom_kills().items() if count > before.get(name, 0)}
+    ended = explain(process.returncode, tail.decode(errors="replace"), risen)
+    return _account(why, stage, ended)
+
+
+def _why_stop(requests: Requests, limits: Limits, now: float, ranks_seen: float) -> str:
+    if requests.count:
+        return _ASKED
+    if now > limits.until:
+        return _TOO_LONG
+    return _LINGERED if now - ranks_seen > _LINGER_SECONDS else ""
+
+
+def _account(why: str, stage: int, ended: Ended) -> Ended:
+    """Returns how a start ended that this launcher may have stopped, for the reason `why`."""
+    if why == _LINGERED:
+        return Ended(LOST_RANK, why)
+    # What the ranks found meanwhile is worth more than that they were asked: a checkpoint that could not be written.
+    found = 64 <= ended.code < 128 and ended.code not in (LOST_RANK, STOPPED)
+    if not why or found or ended.code == DONE:
+        return ended
+    how = "they had to be ended" if stage == _ENDING else ended.sentence
+    return Ended(STOPPED if why == _ASKED else LOST_RANK, f"{why}; {how}")
+
+
+def explain(status: int, told: str, oom_risen: Dict[str, int]) -> Ended:
+    """Returns what an exit status of mpirun means.
+
+    status: negative for a signal that ended mpirun itself; told: the end of what was on stderr; oom_risen: counters of
+    kills for want of memory that rose meanwhile.
+    """
+    killed = re.search(r"process rank (\d+) with PID \d+ on node (\S+) exited on\s+signal (\d+)", told)
+    lost = re.search(r"lost communication with a remote daemon.*?Remote daemon:.*? on node (\S+)", told, re.S)
+    first = re.search(r"Process name: \[\[\d+,\d+\],(\d+)\]\s+Exit code:\s+(\d+)", told)
+    if killed:
+        number = int(killed[3])
+        hint = f" ({_HINTS[number]})" if number in _HINTS else ""
+        counted = "".join(f"; oom_kill in {name} rose by {count}" for name, count in oom_risen.items() if number == 9)
+        return Ended(128 + number, f"rank {killed[1]} killed by signal {number}{hint}, on {killed[2]}{counted}")
+    if status < 0:
+        return Ended(128 - status, f"mpirun killed by signal {-status}")
+    if lost:
+        return Ended(LOST_RANK, f"host {lost[1]} is gone: mpirun lost its daemon there")
+    if status == 1 and "ORTE" in told:
+        return Ended(LOST_RANK, "mpirun could not reach all its hosts: see above")
+    if status == 1 and "-----" not in told:  # it frames all that it has to say of ranks, and says nothing of a SIGTERM
+        return Ended(LOST_RANK, "mpirun was ended from outside")
+    said = {DONE: "done", STOPPED: "all ranks left in order", LOST_RANK: "a rank hung or is gone"}
+    rank = f"; rank {first[1]} left first" if first and status not in (DONE, STOPPED) else ""
+    return Ended(status, said.get(status, f"exit code {status}") + rank)
+
+
+def _dies_with(parent: int) -> Callable[[], None]:
+    """Returns what a child does before it becomes mpirun: from then on the kernel kills it when this process ends."""
+    libc = ctypes.CDLL(None)  # loaded here: little may be done between fork and exec
+
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was too late
+            os._exit(CONFIGURATION)
+
+    return prepare
+
+
+def _has_ranks(pid: int) -> bool:
+    """Says whether mpirun has ranks among its own children, which are on this host."""
+    for child in _read(f"/proc/{pid}/task/{pid}/children").split():
+        if b"\0OMPI_COMM_WORLD_RANK=" in b"\0" + _read(f"/proc/{child.decode()}/environ"):
+            return True
+    return False
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError:
+        return b""
+
+
+def oom_kills() -> Dict[str, int]:
+    """Returns the kernel's counters of processes that memory ran out for: this host's, this cgroup's."""
+    files = [Path("/proc/vmstat")]
+    for line in _read("/proc/self/cgroup").decode().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "memory":
+            files += _tree(Path("/sys/fs/cgroup/memory") / path.lstrip("/"), "memory.oom_control")
+        elif not controllers:
+            files += _tree(Path("/sys/fs/cgroup") / path.lstrip("/"), "memory.events")
+    counts = {}
+    for file in files:
+        match = re.search(rb"^oom_kill (\d+)", _read(str(file)), re.M)
+        if match:
+            counts[str(file)] = int(match[1])
+    return counts
+
+
+def _tree(folder: Path, name: str) -> List[Path]:
+    return [folder / name, *folder.glob(f"*/{name}")]
+
+
+def shown(command: Sequence[str]) -> str:
+    """Returns a command as a shell reads it."""
+    return " ".join(shlex.quote(word) for word in command)

@@ -1,0 +1,383 @@
+"""`hvd-vgg launch`: how it tells of an end, starts again, stops, leaves nothing behind, and what it refuses (F03, F04, F11,
+F12, F14, F33, F34, F36).
+
+Where only the end of ranks matters, tests/standin.py stands in for them; real runs are held against the undisturbed one.
+"""
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import namespaces
+import pytest
+from oracles import FLAGS, STEPS, WORKER, assert_exact, newest
+from support import ROOT, Started, wait_for
+from test_equality import assert_same_weights
+
+from hvd_vgg.run import mpirun
+
+STANDIN = [sys.executable, str(ROOT / "tests" / "standin.py")]
+LAUNCHED = [sys.executable, str(ROOT / "tests" / "launched.py")]
+LAUNCH = [sys.executable, "-m", "hvd_vgg", "launch"]
+CANARY = "canary-9c2e4d"
+
+
+def start_standin(out, how, *flags, run=True, **environment):
+    """Starts 2 stand-ins under `hvd-vgg launch`, as those of a run in out/run that can be started again."""
+    out.mkdir(exist_ok=True)
+    environment.setdefault("PYTHONPATH", str(ROOT))
+    if run:
+        words = [*LAUNCHED, *STANDIN, how, "--", "--ranks=2", *flags, "train", f"--run_dir={out / 'run'}"]
+    else:
+        words = [*LAUNCH, "--ranks=2", *flags, "--", *STANDIN, how]
+    return Started(words, out, **environment)
+
+
+def start_run(out, data, *arguments, prefix=(), **environment):
+    """Starts the run of oracles.start under the launcher; arguments: faults of the first start, then flags of launch."""
+    out.mkdir(exist_ok=True)
+    faults = [argument for argument in arguments if "@" in argument]
+    flags = ["--ranks=2", *[argument for argument in arguments if "@" not in argument]]
+    train = ["train", f"--data_dir={data}", f"--run_dir={out / 'run'}", *FLAGS]
+    words = [*prefix, *LAUNCHED, *WORKER, str(out), *faults, "--", *flags, *train]
+    return Started(words, out, **{"PYTHONPATH": str(ROOT), **environment})
+
+
+def here(started):
+    """Waits until both stand-ins are there."""
+    wait_for(lambda: started.out.read_text().count("is here") == 2)
+
+
+def restarts(out):
+    """Returns the lines of the run's restarts.jsonl."""
+    return [json.loads(line) for line in (out / "run" / "restarts.jsonl").read_text().splitlines()]
+
+
+def mpirun_of(started):
+    """Returns the process of a job's mpirun."""
+    lines = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in started.alive()}
+    (found,) = [pid for pid, words in lines.items() if words[0].endswith(b"mpirun")]
+    return found
+
+
+# ---- how it ends
+
+
+@pytest.mark.fault("F12")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_launcher_that_is_asked_to_stop_stops_all_ranks_and_never_starts_again(tmp_path, number):
+    started = start_standin(tmp_path, "wait")
+    here(started)
+    os.kill(started.process.pid, number)
+    ended = started.wait()
+    assert ended.code == 80, ended.err
+    assert "hvd-vgg launch: stopped on request; all ranks left in order" in ended.err
+    assert [(line["event"], line.get("code")) for line in restarts(tmp_path)] == [("start", None), ("end", 80)]
+
+
+@pytest.mark.fault("F12")
+@pytest.mark.parametrize(("grace", "signals"), [("1", 1), ("600", 2)])
+def test_ranks_that_do_not_stop_are_ended_after_the_grace_or_at_the_second_request(tmp_path, grace, signals):
+    started = start_standin(tmp_path, "deaf", f"--grace_seconds={grace}")
+    here(started)
+    for _ in range(signals):
+        time.sleep(1)
+        os.kill(started.process.pid, signal.SIGINT)
+    ended = started.wait(60)
+    assert ended.code == 80, ended.err
+    assert "stopped on request; they had to be ended" in ended.err
+
+
+@pytest.mark.parametrize(("how", "end"), [("wait", "all ranks left in order"), ("deaf", "they had to be ended")])
+def test_the_time_limit_ends_a_job_with_75(tmp_path, how, end):
+    started = start_standin(tmp_path, how, "--time_limit_seconds=3", "--grace_seconds=2")
+    ended = started.wait(60)
+    assert ended.code == 75, ended.err
+    assert f"--time_limit_seconds is over; {end}" in ended.err
+    assert len(restarts(tmp_path)) == 2
+
+
+def test_an_mpirun_that_lingers_without_ranks_is_ended(monkeypatch):
+    """As when the link to another host is cut: a process in mpirun's place, whose rank leaves and which stays."""
+    monkeypatch.setattr(mpirun, "_LINGER_SECONDS", 1.0)
+    with mpirun.Requests() as requests:
+        command = ["bash", "-c", "OMPI_COMM_WORLD_RANK=0 sleep 2; sleep 300 & wait"]
+        ended = mpirun.run(command, requests, mpirun.Limits(60.0, float("inf")), lambda: None)
+    assert ended.code == 75
+    assert "mpirun waited" in ended.sentence
+
+
+def test_output_passes_unchanged_and_a_program_of_ones_own_keeps_its_code(tmp_path):
+    ended = start_standin(tmp_path, "7", run=False).wait()
+    assert ended.code == 7
+    assert ended.out.startswith("+ mpirun -np 2 ")
+    for rank in (0, 1):
+        assert ended.out.count(f"rank {rank} is here") == 1
+        assert ended.err.count(f"a word of rank {rank}") == 1
+
+
+# ---- starting again
+
+
+def test_a_run_is_started_again_until_restarts_are_used_up(tmp_path):
+    ended = start_standin(tmp_path, "progress", "--max_restarts=2").wait()
+    assert ended.code == 137, ended.err
+    line = re.compile(r"^hvd-vgg launch: rank 1 killed by signal 9 \(out of memory\?\), on \S+\. (.*)$", re.M)
+    assert line.findall(ended.err) == [
+        "Starting again, 1 of at most 2",
+        "Starting again, 2 of at most 2",
+        "--max_restarts=2 are used up; the same command goes on",
+    ]
+    lines = restarts(tmp_path)
+    assert [(line["event"], line["attempt"]) for line in lines] == [(e, n) for n in range(3) for e in ("start", "end")]
+    for began, end in zip(lines[::2], lines[1::2]):
+        assert began["ranks"] == end["ranks"] == 2
+        assert began["command"][:3] == ["mpirun", "-np", "2"]
+        assert (end["code"], began["time"] < end["time"]) == (137, True)
+        assert end["sentence"].startswith("rank 1 killed by signal 9")
+
+
+@pytest.mark.parametrize(("how", "code"), [("die", 137), ("75", 75), ("80", 80)])
+def test_two_ends_without_progress_are_the_last(tmp_path, how, code):
+    ended = start_standin(tmp_path, how, "--max_restarts=9").wait()
+    assert ended.code == code, ended.err
+    assert ended.err.count("Starting again") == 1
+    assert "for the second time at step -1, with no checkpoint in between: not started again" in ended.err
+    assert len(restarts(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("code", ["1", "65", "70", "74", "78", "81"])
+def test_what_another_start_would_meet_again_is_not_started_again(tmp_path, code):
+    ended = start_standin(tmp_path, code).wait()
+    assert ended.code == int(code)
+    assert len(restarts(tmp_path)) == 2
+
+
+@pytest.mark.fault("F03", "F13")
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [("kill@1:3", "rank 1 killed by signal 9 (out of memory?)"), ("term@1:3", "all ranks left in order")],
+)
+def test_a_run_goes_on_by_itself_and_is_the_undisturbed_one(tmp_path, data, undisturbed, fault, sentence):
+    ended = start_run(tmp_path, data, fault).wait()
+    assert ended.code == 0, ended.out + ended.err
+    assert f"hvd-vgg launch: {sentence}" in ended.err
+    (lost,) = re.findall(r"training again, ([\d.]+) s after the last start ended", ended.err)
+    lines = restarts(tmp_path)
+    assert [line["event"] for line in lines] == ["start", "end", "start", "end"]
+    assert (lines[1]["lost_seconds"], lines[3]["lost_seconds"]) == (None, float(lost))
+    assert_exact(tmp_path, 2, undisturbed)
+
+
+@pytest.mark.fault("F04")
+def test_a_true_kill_for_want_of_memory_is_told_with_its_counter(tmp_path):
+    try:
+        path = next(line.split(":")[2] for line in Path("/proc/self/cgroup").read_text().splitlines() if ":memory:" in line)
+        group = Path("/sys/fs/cgroup/memory") / path.lstrip("/") / f"hvgg{os.getpid()}"
+        group.mkdir()
+    except (OSError, StopIteration) as error:
+        pytest.skip(f"capability: memory cgroup: {error!r}")
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(200 * 2**20))
+        ended = start_standin(tmp_path, "memory", "--max_restarts=0", STANDIN_CGROUP=str(group)).wait()
+    finally:
+        group.rmdir()
+    assert ended.code == 137, ended.err
+    assert "rank 1 killed by signal 9 (out of memory?)" in ended.err
+    assert f"oom_kill in {group}/memory.oom_control rose by 1" in ended.err
+
+
+# ---- leaving nothing behind
+
+
+@pytest.mark.fault("F11")
+def test_mpirun_killed_leaves_nothing_and_the_run_goes_on(tmp_path, data, undisturbed):
+    started = start_run(tmp_path, data, "sleep@0:6:5")
+    wait_for(lambda: "step 5/" in started.out.read_text())
+    os.kill(mpirun_of(started), signal.SIGKILL)
+    ended = started.wait()
+    assert ended.code == 0, ended.out + ended.err
+    assert "hvd-vgg launch: mpirun killed by signal 9. Starting again" in ended.err
+    assert_exact(tmp_path, 2, undisturbed)
+
+
+@pytest.mark.fault("F11")
+def test_the_launcher_killed_leaves_nothing_and_the_run_goes_on(tmp_path, data, undisturbed):
+    started = start_run(tmp_path, data, "sleep@0:6:5")
+    wait_for(lambda: "step 5/" in started.out.read_text())
+    started.process.kill()
+    wait_for(lambda: not started.alive(), 45)
+    assert started.wait().code == -signal.SIGKILL
+    assert newest(tmp_path).meta["step"] >= 4
+    ended = start_run(tmp_path, data).wait()
+    assert ended.code == 0, ended.out + ended.err
+    assert_exact(tmp_path, 2, undisturbed)
+
+
+@pytest.mark.fault("F14")
+def test_mpirun_ended_from_outside_loses_no_committed_step(tmp_path, data, undisturbed):
+    """F14: SIGTERM straight to mpirun, which gives ranks a second; nobody asked the launcher, so it starts again."""
+    started = start_run(tmp_path, data, "sleep@0:6:5")
+    wait_for(lambda: "step 5/" in started.out.read_text())
+    os.kill(mpirun_of(started), signal.SIGTERM)
+    ended = started.wait()
+    assert ended.code == 0, ended.out + ended.err
+    assert_exact(tmp_path, 2, undisturbed)
+
+
+def test_what_a_dead_launcher_left_is_ended_by_the_next(tmp_path):
+    """Stand-ins do not notice that mpirun is gone, as ranks do that are frozen."""
+    first = start_standin(tmp_path, "wait")
+    here(first)
+    first.process.kill()
+    second = start_standin(tmp_path, "0").wait()
+    assert second.code == 0, second.err
+    assert re.search(r"ending processes \d+, \d+, which a job of this run left", second.err)
+    assert first.wait().code == -signal.SIGKILL
+
+
+@pytest.mark.fault("F23")
+def test_a_second_launcher_of_a_run_is_refused_and_the_first_goes_on(tmp_path):
+    first = start_standin(tmp_path, "wait")
+    here(first)
+    second = start_standin(tmp_path, "0").wait()
+    assert second.code == 78
+    assert f"another launcher, process {first.process.pid}, is running this --run_dir" in second.err
+    assert len(first.alive()) >= 4
+    first.process.terminate()
+    assert first.wait().code == 80
+
+
+@pytest.mark.fault("F36")
+def test_two_jobs_at_once_end_both(tmp_path):
+    both = [start_standin(tmp_path / name, "0") for name in ("a", "b")]
+    assert [started.wait().code for started in both] == [0, 0]
+
+
+# ---- what it refuses, before any rank
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "told"),
+    [
+        (["--ranks=2", "train", "--lr=-1", "--widht=2"], 64, "2 illegal flag(s)"),
+        (["--ranks=x", "train"], 64, "--ranks=x: expected a whole number"),
+        (["--ranks=2"], 64, "nothing to launch"),
+        (["--ranks=2", "plan"], 64, "nothing to launch"),
+        (["--ranks=2", "--"], 64, "nothing to launch"),
+        (["--ranks=9", "train", "--global_batch=8"], 64, "--global_batch=8 leaves nothing to do for some of --ranks=9"),
+        (["--rsh_agent=", "train"], 64, "--rsh_agent: expected a command, found nothing"),
+        (["--hostfile=absent", "train"], 78, "--hostfile=absent cannot be read"),
+    ],
+)
+def test_a_wrong_command_line_starts_nothing(launch, tmp_path, flags, code, told):
+    ended = launch(0, "launch", *flags)
+    assert (ended.code, ended.out) == (code, "")
+    assert told in ended.err
+    assert not [path for path in tmp_path.iterdir() if path.suffix not in (".out", ".err")]
+
+
+@pytest.mark.fault("F36")
+def test_root_without_consent_and_more_ranks_than_slots_are_told_at_once(launch, tmp_path):
+    if os.getuid() == 0:
+        ended = launch(0, "launch", "--ranks=2", "train", OMPI_ALLOW_RUN_AS_ROOT="", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="")
+        assert ended.code == 78
+        assert "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1" in ended.err
+    (tmp_path / "hosts").write_text("localhost slots=4\n")
+    ended = launch(0, "launch", "--ranks=9", f"--hostfile={tmp_path / 'hosts'}", "train")
+    assert ended.code == 78
+    assert "--ranks=9" in ended.err and "has 4 slots (localhost: 4)" in ended.err
+
+
+def test_a_dry_run_prints_the_command_and_starts_nothing(launch, tmp_path):
+    (tmp_path / "hosts").write_text("a slots=8\nb slots=8\n")
+    hosts = f"--hostfile={tmp_path / 'hosts'}"
+    ended = launch(0, "launch", hosts, "--dry_run", "train", f"--run_dir={tmp_path / 'my run'}")
+    assert (ended.code, ended.err) == (0, "")
+    assert "/mpirun -np 16 " in ended.out and " --host a:8,b:8 " in ended.out
+    assert f"'--run_dir={tmp_path / 'my run'}' --console=lines\n" in ended.out
+    ended = launch(0, "launch", "--dry_run", "train")  # as many as TensorFlow sees
+    assert re.match(r"\d+ ranks?: TensorFlow sees \d+ devices? .*\n\+ mpirun -np \d+ ", ended.out)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_secret_stays_in_the_environment(tmp_path):
+    started = start_standin(tmp_path, "wait", HVD_VGG_CANARY_SECRET=CANARY)
+    here(started)
+    pids = started.alive()
+    assert len(pids) >= 4
+    assert not any(CANARY.encode() in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids)
+    started.process.terminate()
+    ended = started.wait()
+    assert CANARY not in ended.out + ended.err + (tmp_path / "run" / "restarts.jsonl").read_text()
+
+
+# ---- several hosts
+
+
+@pytest.mark.fault("F34")
+@pytest.mark.parametrize(
+    ("agent", "told"),
+    [
+        ("echo 'Host key verification failed.' >&2; exit 255", "Host key verification failed."),
+        ("echo 'ssh: connect to host b port 22: Connection refused' >&2; exit 255", "Connection refused"),
+        ("sleep 300", "no answer within 10 s"),
+    ],
+)
+def test_a_host_that_does_not_answer_at_the_first_start_is_named(launch, tmp_path, agent, told):
+    """F34: what ssh says of an unknown key, a closed port, and nothing at all; the other host is well."""
+    (tmp_path / "agent.sh").write_text(f"#!/bin/bash\n{agent}\n")
+    (tmp_path / "agent.sh").chmod(0o755)
+    (tmp_path / "hosts").write_text("localhost slots=1\nb.invalid slots=1\n")
+    flags = [f"--hostfile={tmp_path / 'hosts'}", f"--rsh_agent={tmp_path / 'agent.sh'}"]
+    began = time.monotonic()
+    ended = launch(0, "launch", *flags, "train", f"--run_dir={tmp_path / 'run'}")
+    assert time.monotonic() - began < 45
+    assert ended.code == 78
+    assert (
+        f"no answer from b.invalid ({told.replace('Connection', 'ssh: connect to host b port 22: Connection')})" in ended.err
+    )
+    assert "+ " not in ended.out and not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def two_hosts(tmp_path):
+    """Two hosts, a host file of them, and the launcher's flags to reach them."""
+    if namespaces.missing():
+        pytest.skip(f"capability: network namespaces: {namespaces.missing()}")
+    with namespaces.Hosts(2, tmp_path) as hosts:
+        (tmp_path / "hosts").write_text("".join(f"{address} slots=1\n" for address in hosts.addresses))
+        hosts.flags = [f"--hostfile={tmp_path / 'hosts'}", f"--rsh_agent={hosts.agent}"]
+        hosts.flags += [f"--network={namespaces.NETWORK}.0/24"]
+        yield hosts
+
+
+@pytest.mark.fault("F33", tier=3)
+def test_a_host_lost_in_mid_run_is_left_out_and_the_run_is_the_same(tmp_path, data, undisturbed, two_hosts):
+    """F33: its link goes down; the far rank ends by itself, its host is not asked again, and one rank does the rest."""
+    out = tmp_path / "out"
+    started = start_run(out, data, "sleep@0:6:5", *two_hosts.flags, prefix=two_hosts.on(1, []), HVD_VGG_CANARY_SECRET=CANARY)
+    wait_for(lambda: "step 5/" in started.out.read_text())
+    for pid in started.alive():
+        assert CANARY.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    two_hosts.cut(2)
+    ended = started.wait()
+    assert ended.code == 0, ended.out + ended.err
+    assert f"host {two_hosts.addresses[1]} is gone" in ended.err
+    assert f"going on without {two_hosts.addresses[1]}" in ended.err
+    lines = restarts(out)
+    assert [(line["ranks"], len(line["hosts"])) for line in lines] == [(2, 2), (2, 2), (1, 1), (1, 1)]
+    assert newest(out).meta["step"] == STEPS
+    assert_same_weights(newest(out), newest(undisturbed))
+
+
+@pytest.mark.fault("F34", tier=3)
+def test_a_host_whose_link_is_down_is_named_at_the_first_start(tmp_path, data, two_hosts):
+    two_hosts.cut(2)
+    ended = start_run(tmp_path / "out", data, *two_hosts.flags, prefix=two_hosts.on(1, [])).wait(60)
+    assert ended.code == 78
+    assert f"no answer from {two_hosts.addresses[1]} (ssh: connect to host" in ended.err

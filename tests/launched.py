@@ -1,0 +1,24 @@
+"""Runs `hvd-vgg launch` with another program in place of its ranks': `launched.py PROGRAM... -- FLAGS OF launch`.
+
+A fault among PROGRAM's words (FAULT@RANK:STEP, tests/worker.py) is for the first start alone.
+"""
+
+import sys
+
+from hvd_vgg import __main__
+from hvd_vgg.run import mpirun
+
+cut = sys.argv.index("--")
+compose, starts = mpirun.compose, []
+
+
+def compose_with_faults_once(config, ranks, hosts, token, program):
+    """Composes without the faults from the second start on."""
+    words = [word for word in program if not (starts and "@" in word)]
+    starts.append(ranks)
+    return compose(config, ranks, hosts, token, words)
+
+
+__main__.PROGRAM = sys.argv[1:cut]
+mpirun.compose = compose_with_faults_once
+sys.exit(__main__.run(["launch", *sys.argv[cut + 1 :]]))

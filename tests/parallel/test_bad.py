@@ -1,0 +1,60 @@
+"""Bad records counted over ranks, on as many as there are."""
+
+import json
+
+import pytest
+from support import write_data
+
+from hvd_vgg.data import bad, records
+from hvd_vgg.data.pipeline import BadRow
+from hvd_vgg.parallel import comm
+from hvd_vgg.run.health import DATA, Failure
+from hvd_vgg.run.log import Console, RunLog
+
+
+@pytest.fixture
+def index(tmp_path):
+    write_data(tmp_path / "data")
+    paths = records.find_shards(str(tmp_path / "data"), "train")
+    return records.join(paths, [records.scan_shard(path) for path in paths])
+
+
+def met(*more):
+    """A row of this rank's own, met at step 5, and more."""
+    return [(5, BadRow(0, 10 + comm.rank(), 20, "torn")), *more]
+
+
+def test_bad_records_are_counted_once_in_order_and_told_on_rank_0(index, tmp_path, capsys):
+    log = RunLog(tmp_path, False, None) if comm.is_root() else None
+    console, size = Console("lines", comm.is_root()), comm.size()
+    found = bad.account(met((4, BadRow(3, 70, 21, "cut"))), [3], 2 + size, index, log, console)
+    assert found == [3, 70, *range(10, 10 + size)]
+    assert bad.account(met(), found, 2 + size, index, log, console) == found  # an epoch later
+    assert bad.account([], found, 2 + size, index, log, console) == found
+    if log:
+        rows = [json.loads(line[5:]) for line in (tmp_path / "dllogger.json").read_text().splitlines()]
+        told = [row["data"] for row in rows if row["type"] == "LOG" and row["step"] == "EVENT"]
+        assert [(row["record"], row["step"], row["replaced_by"]) for row in told] == [
+            (70, 4, 21),
+            *((10 + rank, 5, 20) for rank in range(size)),
+        ]
+        assert told[0]["event"] == "bad_record" and told[0]["where"] == index.where(70) and told[0]["reason"] == "cut"
+        assert (
+            f"bad record 2 of {2 + size} allowed: {index.where(70)}: cut; {index.where(21)} takes" in capsys.readouterr().out
+        )
+    else:
+        assert capsys.readouterr().out == ""
+
+
+def test_more_than_allowed_is_an_agreed_failure_that_lists_them(index):
+    with pytest.raises(Failure) as raised:
+        bad.account(met(), [3], comm.size(), index, None, Console("lines", False))
+    assert (raised.value.code, raised.value.agreed) == (DATA, True)
+    for record in (3, *range(10, 10 + comm.size())):
+        assert index.where(record) in raised.value.message
+
+
+def test_nothing_is_said_between_ranks_where_none_is_allowed(index):
+    if comm.is_root():  # alone: it would wait for the others
+        assert bad.account([], [3], 0, index, None, Console("lines", False)) == [3]
+    comm.gather(b"all here")

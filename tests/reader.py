@@ -1,0 +1,43 @@
+"""Reads each shard of a directory alone, as a run does, and tells what became of it: `reader.py DIR`.
+
+One line of JSON a shard: its name, the message with which it was refused or null, and by how many bytes the largest memory
+of the process has grown since it read the first. Whatever else is raised ends it.
+"""
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from hvd_vgg.config import Config
+from hvd_vgg.data import pipeline, records
+from hvd_vgg.run.health import Failure
+
+CONFIG = Config(global_batch=1, device_batch=1, image_size=64, augment="crop")
+
+
+def read(path):
+    """Returns the message of the failure, or None."""
+    try:
+        records.shard_bytes([path])
+        index = records.join([path], [records.scan_shard(path)])
+        records.check_labels(index, 1, 1000)
+        for batches in (
+            pipeline.train_batches(index, CONFIG, 1, range(index.records), 0, 1, 1),
+            pipeline.eval_batches(index, CONFIG, 1, 0, 1, 1),
+        ):
+            assert sum(len(batch.ids) for batch in batches) == index.records
+    except Failure as failure:
+        return failure.message
+    return None
+
+
+start = 0
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    message = read(path)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    start = start or peak
+    print(json.dumps([path.name, message, peak - start]), flush=True)

@@ -1,0 +1,168 @@
+"""The launcher's command line and its reading of mpirun's end, without starting anything."""
+
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hvd_vgg.config import LaunchConfig, parse
+from hvd_vgg.run import hosts, launch, mpirun
+from hvd_vgg.run.health import Failure
+from hvd_vgg.run.hosts import Host
+from hvd_vgg.run.mpirun import Ended
+
+PROGRAM = ["python", "-m", "hvd_vgg", "train", "--data_dir=/data/my images", "--run_dir=$HOME; rm x"]
+
+
+def options(command, name):
+    """Returns what follows each `name` in a command."""
+    return [value for word, value in zip(command, command[1:]) if word == name]
+
+
+def settings(command):
+    """Returns the --mca settings of a command."""
+    return {name: value for at, name, value in zip(command, command[1:], command[2:]) if at == "--mca"}
+
+
+@pytest.mark.parametrize("ranks", [1, 8, 16, 32])
+def test_one_host(ranks):
+    command = mpirun.compose(LaunchConfig(), ranks, [], "token", PROGRAM)
+    assert command[:3] == ["mpirun", "-np", str(ranks)]
+    assert command[-len(PROGRAM) :] == PROGRAM
+    assert settings(command) == {hosts.JOB_PARAMETER: "token"}
+    assert not {"-x", "--host", "--allow-run-as-root"} & set(command)
+    assert shlex.split(mpirun.shown(command)) == command
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_several_hosts(count):
+    listed = [Host(f"node{number}", 8) for number in range(count)]
+    config = LaunchConfig(rsh_agent="ssh -p 2222 -o BatchMode=yes", network="10.1.0.0/16")
+    command = mpirun.compose(config, 8 * count, listed, "token", PROGRAM)
+    assert Path(command[0]).is_absolute()  # so that the others find their daemon
+    assert options(command, "--host") == [",".join(f"node{number}:8" for number in range(count))]
+    told = settings(command)
+    assert told["plm_rsh_agent"] == "ssh -p 2222 -o BatchMode=yes"
+    assert told["oob_tcp_if_include"] == told["btl_tcp_if_include"] == "10.1.0.0/16"
+    assert "StrictHostKeyChecking=yes" in LaunchConfig().rsh_agent
+    assert shlex.split(mpirun.shown(command)) == command
+
+
+def test_names_of_variables_are_passed_by_an_allow_list_and_values_never(monkeypatch):
+    for name in ("HVD_VGG_CANARY_SECRET", "HOROVOD_API_KEY", "TF_TOKEN", "AWS_REGION", "NCCL_DEBUG", "MY_OWN", "HOME"):
+        monkeypatch.setenv(name, "canary")
+    command = mpirun.compose(LaunchConfig(export_env="MY_OWN,NOT_SET"), 2, [Host("a", 2)], "token", PROGRAM)
+    names = set(options(command, "-x"))
+    assert {"PATH", "NCCL_DEBUG", "MY_OWN"} <= names
+    assert not {"HVD_VGG_CANARY_SECRET", "HOROVOD_API_KEY", "TF_TOKEN", "AWS_REGION", "NOT_SET", "HOME"} & names
+    assert not any("=" in name for name in names)
+    assert "canary" not in mpirun.shown(command)
+
+
+def test_a_value_among_the_names_is_refused():
+    with pytest.raises(Failure, match="'A=1' is no name of a variable"):
+        parse(LaunchConfig, ["--export_env=B,A=1"])
+
+
+def test_a_host_file_of_open_mpi(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("# two\na slots=4 max_slots=8\n\n10.0.0.2   slots = 2 # half\na slots=4\nb\n")
+    assert hosts.read(str(path)) == [Host("a", 8), Host("10.0.0.2", 2), Host("b", 1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "names no host"),
+        ("a slot=4", "line 1"),
+        ("a\nb slots=0", "line 2"),
+        ("a slots=x", "line 1"),
+        ("-oProxyCommand=id slots=2", "line 1"),
+        ("user@a slots=2; id", "line 1"),
+    ],
+)
+def test_a_wrong_host_file_is_named_with_its_line(tmp_path, text, told):
+    path = tmp_path / "hosts"
+    path.write_text(text)
+    with pytest.raises(Failure, match=told) as raised:
+        hosts.read(str(path))
+    assert raised.value.code == 78
+
+
+def test_a_host_that_is_this_one_is_known():
+    assert hosts.is_here("localhost")
+    assert not hosts.is_here("192.0.2.1")  # RFC 5737: nobody's
+
+
+def test_what_a_job_of_the_run_left_is_found_here_and_through_the_remote_shell(tmp_path):
+    """The remote shell is one that stays here; the other job is one that another host launched."""
+    run = "0123456789abcdef"
+    variable = f"OMPI_MCA_{hosts.JOB_PARAMETER}"
+    left = subprocess.Popen(["sleep", "60"], env={variable: f"{run}.elsewhere.1.2"})
+    other = subprocess.Popen(["sleep", "60"], env={variable: f"{run[::-1]}.elsewhere.1.2"})
+    agent = tmp_path / "agent"
+    agent.write_text('#!/bin/bash\nshift\nexec bash -c "$*"\n')
+    agent.chmod(0o755)
+    try:
+        listed = [Host("b.invalid", 1)]
+        assert hosts.ask(listed, str(agent), run) == hosts.Found(listed, {}, {"b.invalid": [left.pid]})
+        assert hosts.jobs_here(run) == {f"{run}.elsewhere.1.2": [left.pid]}
+        assert hosts.launcher_lives(f"{run}.elsewhere.1.2") is None
+        assert hosts.launcher_lives(hosts.own_token(run)) is True
+    finally:
+        for process in (left, other):
+            process.kill()
+            process.wait()
+
+
+def noticed(signal_number):
+    """Returns what mpirun says of a rank that a signal ended."""
+    return f"x\nmpirun noticed that process rank 1 with PID 0 on node vm exited on signal {signal_number} (Whatever).\n--"
+
+
+LOST = """ORTE has lost communication with a remote daemon.
+
+  HNP daemon   : [[27509,0],0] on node vm
+  Remote daemon: [[27509,0],1] on node 10.213.99.2
+"""
+
+
+@pytest.mark.parametrize(
+    ("status", "told", "code", "sentence"),
+    [
+        (0, "", 0, "done"),
+        (137, noticed(9), 137, "rank 1 killed by signal 9 (out of memory?), on vm"),
+        (139, noticed(11), 139, "rank 1 killed by signal 11 (segmentation fault), on vm"),
+        (135, noticed(7), 135, "rank 1 killed by signal 7 (bus error: is /dev/shm full?), on vm"),
+        (142, noticed(14), 142, "rank 1 killed by signal 14 (hung, and Python's lock with it: see RUN_DIR/faults), on vm"),
+        (140, noticed(12), 140, "rank 1 killed by signal 12, on vm"),
+        (-9, "", 137, "mpirun killed by signal 9"),
+        (1, "mpirun: Forwarding signal 10 to job\n", 75, "mpirun was ended from outside"),
+        (1, "-----\nProcess name: [[1,1],0]\n  Exit code:    1\n-----", 1, "exit code 1; rank 0 left first"),
+        (205, LOST, 75, "host 10.213.99.2 is gone: mpirun lost its daemon there"),
+        (75, "Process name: [[1,1],3]\n  Exit code:    75", 75, "a rank hung or is gone; rank 3 left first"),
+        (80, "Process name: [[1,1],0]\n  Exit code:    80", 80, "all ranks left in order"),
+        (65, "", 65, "exit code 65"),
+    ],
+)
+def test_what_an_end_of_mpirun_means(status, told, code, sentence):
+    assert mpirun.explain(status, told, {}) == Ended(code, sentence)
+
+
+def test_the_counter_of_memory_kills_is_quoted_for_signal_9_alone():
+    risen = {"/sys/fs/cgroup/memory/job/memory.oom_control": 1}
+    ended = mpirun.explain(137, noticed(9), risen)
+    assert ended.sentence.endswith("; oom_kill in /sys/fs/cgroup/memory/job/memory.oom_control rose by 1")
+    assert "oom_kill" not in mpirun.explain(139, noticed(11), risen).sentence
+
+
+def test_progress_is_the_newest_checkpoint_and_the_last_line_of_the_log(tmp_path):
+    job = launch.Job([], tmp_path)
+    assert launch._progress(job) == (-1, -1)
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("step-00000010.safetensors", "step-00000020.safetensors", "step-00000030.safetensors.tmp", "best"):
+        (tmp_path / "checkpoints" / name).touch()
+    lines = ['{"type": "METADATA"}', '{"type": "LOG", "step": [1, 24]}', '{"type": "LOG", "step": "EVENT"}']
+    (tmp_path / "dllogger.json").write_text("".join(f"DLLL {line}\n" for line in lines) + 'DLLL {"type": "LOG", "st')
+    assert launch._progress(job) == (20, 24)
