@@ -28,6 +28,7 @@ class Hosts:
     def __init__(self, count, folder, mbit=0):
         self.prefix, self.count, self.mbit = f"hvgg{os.getpid()}", count, mbit
         self.addresses = [f"{NETWORK}.{host}" for host in range(1, count + 1)]
+        self.spaces = [f"{self.prefix}h{host}" for host in range(1, count + 1)]
         self.agent = folder / "agent.sh"
         # The last number of an address is its namespace's.
         self.agent.write_text(

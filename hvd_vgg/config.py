@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import re
 import textwrap
 from pathlib import Path
 from typing import Any, Dict, FrozenSet, List, Optional, Sequence, Set, Tuple
@@ -404,6 +405,7 @@ def parse(kind: Any, argv: Sequence[str]) -> Any:
             flags.DEFINE_boolean(field.name, default, field.metadata["text"], flag_values=values)
         else:
             flags.DEFINE(_Parser(field.type), field.name, field.default, field.metadata["text"], flag_values=values)
+    _check_flag_files(argv)
     try:
         left = values([""] + list(argv), known_only=True)[1:]
     except flags.Error as error:
@@ -420,6 +422,23 @@ def parse(kind: Any, argv: Sequence[str]) -> Any:
     if errors:
         raise Failure(USAGE, f"{len(errors)} illegal flag(s):\n" + "\n".join(f"  {error}" for error in errors))
     return config
+
+
+def _check_flag_files(argv: Sequence[str]) -> None:
+    """Raises Failure(USAGE) for a flag file that reads another: whoever sends one would choose what else is read here."""
+    for at, word in enumerate(argv):
+        name, equals, path = word.partition("=")
+        if name.lstrip("-") != "flagfile" or not name.startswith("-"):
+            continue
+        path = path if equals else "".join(argv[at + 1 : at + 2])
+        try:
+            lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise Failure(USAGE, f"--flagfile={path} cannot be read: {error}") from error
+        for number, line in enumerate(lines, start=1):
+            if re.match(r"\s*--?flagfile\b", line):
+                text = f"--flagfile={path}, line {number}: a flag file reads no other; give each its own --flagfile"
+                raise Failure(USAGE, text)
 
 
 def _unknown(argument: str, names: Sequence[str]) -> str:

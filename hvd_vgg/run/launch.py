@@ -23,6 +23,7 @@ from hvd_vgg.run.health import CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, F
 from hvd_vgg.run.hosts import Host
 from hvd_vgg.run.log import count
 from hvd_vgg.run.mpirun import Ended, say
+from hvd_vgg.train import checkpoint
 
 _CONSENT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
 # How long what a job has left may take to end by itself, before it is ended.
@@ -191,9 +192,9 @@ def _progress(job: Job) -> Tuple[int, int]:
     """Returns the step of the newest checkpoint and that of the last line of the log; -1 for none."""
     if job.run_dir is None:
         return -1, -1
-    names = sorted(path.name for path in (job.run_dir / "checkpoints").glob("step-????????.safetensors"))
+    saved = [checkpoint.step_of(path) for path in checkpoint.existing(job.run_dir)]
     steps = [row["step"] for row in _log_rows(_read_from(job.run_dir / "dllogger.json", -65536)) if row["type"] == "LOG"]
-    return int(names[-1][5:13]) if names else -1, next((step[1] for step in reversed(steps) if len(step) == 2), -1)
+    return max(saved, default=-1), next((step[1] for step in reversed(steps) if len(step) == 2), -1)
 
 
 class _FirstUpdate:

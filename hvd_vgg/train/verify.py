@@ -33,6 +33,7 @@ from hvd_vgg.run.log import count
 from hvd_vgg.run.receipt import Line
 from hvd_vgg.run.throughput import Throughput
 from hvd_vgg.train import checkpoint, schedule
+from hvd_vgg.train.history import Pass, Start, ends, evaluates, read_starts, skipped_steps, trains
 
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be checked"
 _DAMAGED = (AttributeError, Failure, IndexError, KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError)
@@ -44,109 +45,6 @@ class Claim(NamedTuple):
     verdict: str
     what: str
     why: str
-
-
-class Pass(NamedTuple):
-    """Lines of a start that no rewind comes between, and the updates that the run had at first."""
-
-    first: int
-    lines: List[Line]
-
-    @property
-    def trained(self) -> List[Line]:
-        """The lines of its updates."""
-        return [line for line in self.lines if _trains(line)]
-
-    @property
-    def last(self) -> int:
-        """The updates that the run had at last."""
-        stopped = [int(line.data["step"]) for line in self.lines if line.event == "stopped"]
-        return max([self.first, *(int(line.step[1]) for line in self.trained), *stopped])
-
-
-class Start(NamedTuple):
-    """One start of a run as the log has it: its configuration, its `start` line, and its lines after that."""
-
-    number: int  # from 1
-    parameters: Dict[str, Any]
-    line: Line
-    lines: List[Line]
-
-    @property
-    def config(self) -> Config:
-        """The configuration, with the length of the run in steps."""
-        known = {field.name for field in dataclasses.fields(Config)}
-        told: Dict[str, Any] = {name: value for name, value in self.parameters.items() if name in known}
-        chosen: Dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
-        return Config(**chosen)
-
-    @property
-    def first(self) -> int:
-        """The updates that the run had when this began."""
-        return int(self.line.data["step"])
-
-    @property
-    def last(self) -> int:
-        """The updates that the run had when this wrote its last line of them."""
-        return self.passes[-1].last
-
-    @property
-    def passes(self) -> List["Pass"]:
-        """Its lines from one rewind to the next; one if there was none."""
-        found = [Pass(self.first, [])]
-        for line in self.lines:
-            if line.event == "rewind":
-                found.append(Pass(int(line.data["to"]), []))
-            else:
-                found[-1].lines.append(line)
-        return found
-
-    @property
-    def trained(self) -> List[Line]:
-        """The lines of its updates."""
-        return [line for line in self.lines if _trains(line)]
-
-    @property
-    def evaluated(self) -> List[Line]:
-        """The lines of its evaluations."""
-        return [line for line in self.lines if _evaluates(line)]
-
-    @property
-    def stopped(self) -> List[int]:
-        """The update after which it stopped on request, or nothing."""
-        return [int(line.data["step"]) for line in self.lines if line.event == "stopped"]
-
-    @property
-    def end(self) -> Optional[Line]:
-        """The line of its end, if it came to one."""
-        return next((line for line in self.lines if _ends(line)), None)
-
-    def records(self, split: str) -> int:
-        """The records of a split."""
-        return int(self.line.data["data"][split]["records"])
-
-    def seconds(self, before: Optional[Line] = None) -> List[float]:
-        """The seconds of its updates, or of those logged before a line."""
-        lines = [line for line in self.lines if before is None or line.number < before.number]
-        # Those of a window with a step that is not finite are told by the rewind.
-        each = [line.data["train.update_seconds" if _trains(line) else "update_seconds"] for line in lines if _timed(line)]
-        return [float(one) for seconds in each for one in seconds]
-
-
-def _trains(line: Line) -> bool:
-    return "train.loss" in line.data
-
-
-def _timed(line: Line) -> bool:
-    return _trains(line) or line.event == "rewind"
-
-
-def _evaluates(line: Line) -> bool:
-    return "eval.records" in line.data and not _ends(line)
-
-
-def _ends(line: Line) -> bool:
-    return line.kind == "LOG" and not line.step
 
 
 def verify_run(config: VerifyConfig) -> None:
@@ -224,40 +122,6 @@ def _log(lines: List[Line], starts: List[Start], faults: List[str]) -> Iterator[
         yield Claim(HOLDS, "log", f"{len(lines)} lines, {count(len(starts), 'start')}, {count(updates, 'update')} in order")
 
 
-def read_starts(lines: List[Line]) -> Tuple[List[Start], List[str]]:
-    """Returns the starts that a log tells of, and what in its lines belongs to none."""
-    starts: List[Start] = []
-    faults: List[str] = []
-    parameters: Optional[Dict[str, Any]] = None
-    current: Optional[Start] = None
-    for at, line in enumerate(lines):
-        if not line.kind:
-            torn = at + 1 == len(lines) or lines[at + 1].kind == "METADATA"
-            if not torn:
-                faults.append(f"line {line.number} cannot be read, and no kill has cut it off: others follow it")
-        elif line.kind == "METADATA":
-            parameters = current = None
-        elif line.step == "PARAMETER":
-            parameters, current = line.data, None
-        elif line.event == "start":
-            if parameters is None:
-                faults.append(f"line {line.number}: a start without its configuration")
-            current = Start(len(starts) + 1, parameters or {}, line, [])
-            starts.append(current)
-            parameters = None
-        elif current:
-            current.lines.append(line)
-        elif _trains(line) or _evaluates(line) or _ends(line):
-            faults.append(f"line {line.number}: an update, evaluation or end before a start")
-    return starts, faults
-
-
-def skipped_steps(starts: List[Start]) -> Set[int]:
-    """Returns the steps that rewinds have left out: whatever is logged of them was without an update."""
-    lines = [line for start in starts for line in [start.line, *start.lines] if line.event in ("start", "rewind")]
-    return {int(step) for line in lines for step in line.data["skipped_steps"]}
-
-
 def _faults_of_start(start: Start, starts: List[Start]) -> Iterator[str]:
     """Yields what in the lines of a start contradicts itself or its configuration."""
     skipped = skipped_steps(starts)
@@ -267,12 +131,12 @@ def _faults_of_start(start: Start, starts: List[Start]) -> Iterator[str]:
         where = f"line {line.number}"
         if abs(line.began - start.line.began) > 0.01:
             yield f"{where} was written by another process than start {start.number}: a start between them is missing"
-        if over and (_trains(line) or _evaluates(line) or _ends(line)):
+        if over and (trains(line) or evaluates(line) or ends(line)):
             yield f"{where} comes after start {start.number} {over}"
-        if _trains(line):
+        if trains(line):
             before, done = done, int(line.step[1])
             yield from (f"{where}: {fault}" for fault in _faults_of_window(line, before, config, records, skipped))
-        elif _evaluates(line):
+        elif evaluates(line):
             if int(line.step[1]) != done:
                 yield f"{where}: an evaluation at step {line.step[1]}, but {done} updates were made"
             elif line.step[0] != int(done * batch / records):
@@ -281,7 +145,7 @@ def _faults_of_start(start: Start, starts: List[Start]) -> Iterator[str]:
             done = int(line.data["to"])
         elif line.event == "stopped":
             done, over = max(done, int(line.data["step"])), "has stopped"
-        elif _ends(line):
+        elif ends(line):
             over = "has ended"
     due = {step for step in evaluation_steps(config, records, total_steps(config, records)) if start.first < step <= done}
     if not start.end:
@@ -429,7 +293,7 @@ def _epochs(starts: List[Start]) -> Iterator[Claim]:
 def _fault_of_epochs(each: Pass, batch: int, records: int, log_every_steps: int) -> str:
     """Says which epochs of a pass are told too many, missing, or in another order."""
     found, low, high = [int(line.data["epoch"]) for line in each.lines if line.event == "coverage"], each.last, each.last
-    if not any(_ends(line) or line.event == "stopped" for line in each.lines):
+    if not any(ends(line) or line.event == "stopped" for line in each.lines):
         # A kill, or a step that is not finite, may have come between the lines of one step.
         low = max([each.first, *(int(line.step[1]) for line in each.trained[:-1])])
         high += log_every_steps
@@ -472,7 +336,7 @@ def _evaluations(starts: List[Start]) -> Iterator[Claim]:
             elif not (_close(data["eval.acc@1"], top1 / records) and _close(data["eval.acc@5"], top5 / records)):
                 yield Claim(FAILS, "evaluations", f"line {line.number}: shares that {top1} and {top5} of {records} are not")
             else:
-                good += not _ends(line)
+                good += not ends(line)
         end, last = start.end, start.evaluated[-1:]
         if end and not (last and all(end.data[name] == value for name, value in last[0].data.items())):
             yield Claim(FAILS, "evaluations", f"line {end.number}: the end of start {start.number} is not as last evaluated")
@@ -558,7 +422,7 @@ def _best(step: int, there: bool, starts: List[Start]) -> Claim:
     hits: Dict[int, int] = {}
     for each in [each for start in starts for each in start.passes]:  # what is made again later takes its place
         hits = {at: value for at, value in hits.items() if at <= each.first}
-        hits.update({int(line.step[1]): int(line.data["eval.top1_hits"]) for line in each.lines if _evaluates(line)})
+        hits.update({int(line.step[1]): int(line.data["eval.top1_hits"]) for line in each.lines if evaluates(line)})
     if not there:
         return Claim(FAILS, "best", f"the checkpoint of step {step} is named, but is not there")
     if step not in hits:
@@ -698,7 +562,7 @@ def _receipt_of_files(
         yield Claim(
             HOLDS, "receipt.json, result", "result.json is as it was" if found["files"]["result.json"] else "none yet"
         )
-    elif any(_evaluates(line) for line in newer):
+    elif any(evaluates(line) for line in newer):
         yield Claim(UNKNOWN, "receipt.json, result", "the run was killed as it wrote a newer one")
     else:
         yield Claim(FAILS, "receipt.json, result", "result.json is not what it was")

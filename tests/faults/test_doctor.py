@@ -5,9 +5,9 @@ Emulated hosts are network namespaces of this machine with a link between them.
 
 import json
 import os
-import subprocess
 import sys
 
+import namespaces
 import pytest
 from support import ROOT, Started, command_line, example, picture, write_shard
 
@@ -229,107 +229,60 @@ def test_a_simulated_vendor_host(tmp_path, data):
     assert "TensorFlow sees none of 16 devices" in bad[0] + bad[1]
 
 
-NETWORK = "10.77.31"
+# ---- emulated hosts
 
 
-@pytest.fixture
-def hosts(tmp_path):
-    """Two hosts NETWORK.1 and NETWORK.2 with a link between them, and `dum0`, which leads nowhere; gives (names, agent)."""
-    names = [f"hvdvgg{os.getpid()}{letter}" for letter in "ab"]
-    commands = [
-        *(f"ip netns add {name}" for name in names),
-        f"ip link add eth0 netns {names[0]} type veth peer name eth0 netns {names[1]}",
-    ]
-    for number, name in enumerate(names, start=1):
-        commands += [
-            f"ip -n {name} link add dum0 type veth peer name dum1",
-            f"ip -n {name} address add {NETWORK}.{number}/24 dev eth0",
-            f"ip -n {name} address add 10.78.31.{number}/24 dev dum0",
-            *(f"ip -n {name} link set {link} up" for link in ("lo", "eth0", "dum0", "dum1")),
-        ]
-    try:
-        for command in commands:
-            if subprocess.run(command.split(), capture_output=True).returncode:
-                pytest.skip(f"capability: network namespaces ({command})")
-        agent = tmp_path / "agent"
-        agent.write_text(
-            f'#!/bin/bash\nhost=$1; shift\ncase "$host" in {NETWORK}.1) n={names[0]};; {NETWORK}.2) n={names[1]};; *) '
-            'echo "no such host" >&2; exit 255;; esac\nexec ip netns exec "$n" bash -c "$*"\n'
-        )
-        agent.chmod(0o755)
-        yield names, str(agent)
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
-
-
-def doctor_on_hosts(hosts, tmp_path, data, interface):
-    """Runs doctor on two hosts, a rank each; returns how it ended."""
-    names, agent = hosts
-    options = ["--mca", "plm_rsh_agent", agent, "--mca", "plm_rsh_no_tree_spawn", "1", "--mca", "oob_tcp_if_include"]
-    options += [
-        f"{NETWORK}.0/24",
-        "--mca",
-        "btl_tcp_if_include",
-        interface,
-        "--mca",
-        "btl",
-        "self,tcp",
-        "--mca",
-        "pml",
-        "ob1",
-    ]
-    line = ["ip", "netns", "exec", names[0], "mpirun", "-np", "2", "-H", f"{NETWORK}.1:1,{NETWORK}.2:1", *options]
-    line += ["--bind-to", "none", "-x", "PATH", "-x", "PYTHONPATH", sys.executable, "-m", "hvd_vgg"]
-    return Started([*line, *flags(data, tmp_path)], tmp_path).wait()
+def doctor_on_hosts(hosts, tmp_path, data, network):
+    """Starts doctor on all hosts, a rank each, over `network`, and returns how it ended."""
+    for number, space in enumerate(hosts.spaces, start=1):  # a second network, which leads nowhere
+        for words in (
+            ["link", "add", "dum0", "type", "veth", "peer", "name", "dum1"],
+            ["address", "add", f"10.78.31.{number}/24", "dev", "dum0"],
+            ["link", "set", "dum0", "up"],
+            ["link", "set", "dum1", "up"],
+        ):
+            namespaces.ip("-n", space, *words)
+    words = [sys.executable, "-m", "hvd_vgg", "launch", *hosts.flags, f"--network={network}", *flags(data, tmp_path)]
+    return Started(hosts.on(1, words), tmp_path, PYTHONPATH=str(ROOT)).wait()
 
 
 @pytest.mark.fault("F33")
-def test_two_hosts_that_reach_each_other(hosts, tmp_path, data):
-    ended = doctor_on_hosts(hosts, tmp_path, data, "eth0")
+@pytest.mark.parametrize("emulated_hosts", [2, pytest.param(4, marks=pytest.mark.fault(tier=3))], indirect=True)
+def test_hosts_that_reach_each_other(emulated_hosts, tmp_path, data):
+    ended = doctor_on_hosts(emulated_hosts, tmp_path, data, f"{namespaces.NETWORK}.0/24")
     assert ended.code == 0, ended.out + ended.err
-    assert "2 ranks" in ended.out
+    assert f"{emulated_hosts.count} ranks" in ended.out
 
 
 @pytest.mark.parametrize(
-    ("interface", "told"),
+    ("network", "told"),
     [
-        ("lo", "OMPI_MCA_btl_tcp_if_include=lo never leaves this host, and the job has several; here are: lo 127.0.0.1"),
-        ("dum0", "the ranks have not met within 10 s (--join_seconds); interfaces here: lo 127.0.0.1"),
+        ("lo", "OMPI_MCA_btl_tcp_if_include=lo never leaves this host, and the job has several; here are: "),
+        ("dum0", "the ranks have not met within 10 s (--join_seconds); interfaces here: "),
     ],
 )
 @pytest.mark.fault("F33")
-def test_a_wrong_interface_is_named_before_the_night(hosts, tmp_path, data, interface, told):
+def test_a_wrong_interface_is_named_before_the_night(emulated_hosts, tmp_path, data, network, told):
     """One that is never right between hosts, and one that looks right and leads nowhere."""
-    ended = doctor_on_hosts(hosts, tmp_path, data, interface)
+    ended = doctor_on_hosts(emulated_hosts, tmp_path, data, network)
     assert ended.code == 78, ended.out + ended.err
     assert told in ended.out + ended.err
-    assert f"eth0 {NETWORK}.1" in ended.out + ended.err
+    assert f"eth0 {emulated_hosts.addresses[0]}" in ended.out + ended.err
 
 
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.fault("F34")
-def test_hosts_are_asked_before_mpirun_is(hosts, tmp_path, data, cut):
-    """One of three hosts is unknown to the agent; with the link cut, the second cannot connect back."""
-    names, agent = hosts
-    if cut:
-        subprocess.run(["ip", "-n", names[1], "link", "set", "eth0", "down"], check=True)
-    (tmp_path / "hosts.txt").write_text("".join(f"{NETWORK}.{number} slots=8\n" for number in (1, 2, 3)))
-    asked = f"--hostfile={tmp_path / 'hosts.txt'}"
-    line = [
-        "ip",
-        "netns",
-        "exec",
-        names[0],
-        sys.executable,
-        "-m",
-        "hvd_vgg",
-        *flags(data, tmp_path, asked, f"--rsh_agent={agent}"),
-    ]
-    ended = Started(line, tmp_path).wait()
+def test_hosts_are_asked_before_mpirun_is(emulated_hosts, tmp_path, data, cut):
+    """One of three hosts is unknown to the agent; with this host's link cut for it, the second cannot connect back."""
+    first, second, third = *emulated_hosts.addresses, f"{namespaces.NETWORK}.99"
+    if cut:  # the agent of these tests needs no link of the host that asks
+        namespaces.ip("-n", emulated_hosts.spaces[0], "link", "set", "eth0", "down")
+    (tmp_path / "three").write_text("".join(f"{each} slots=8\n" for each in (first, second, third)))
+    asked = [f"--hostfile={tmp_path / 'three'}", f"--rsh_agent={emulated_hosts.agent}"]
+    words = [sys.executable, "-m", "hvd_vgg", *flags(data, tmp_path, *asked)]
+    ended = Started(emulated_hosts.on(1, words), tmp_path, PYTHONPATH=str(ROOT)).wait()
     assert ended.code == 78, ended.out + ended.err
-    first, second, third = report(tmp_path)[1]["hosts"]
-    assert first["text"] == f"{NETWORK}.1 answers and reaches {NETWORK}.1"
-    assert (second["verdict"] == FAILURE) == cut
-    assert ("cannot connect to this host" if cut else f"answers and reaches {NETWORK}.1") in second["text"]
-    assert (third["verdict"], "no such host" in third["text"]) == (FAILURE, True)
+    found = {finding["text"].split()[0].rstrip(":"): finding for finding in report(tmp_path)[1]["hosts"]}
+    assert (found[second]["verdict"] == FAILURE) == cut
+    assert ("cannot connect to this host" if cut else f"answers and reaches {first}") in found[second]["text"]
+    assert found[third]["verdict"] == FAILURE and "No route to host" in found[third]["text"]

@@ -15,10 +15,11 @@ from pathlib import Path
 import namespaces
 import pytest
 from oracles import FLAGS, STEPS, WORKER, assert_exact, newest
-from support import ROOT, Started, wait_for
+from support import ROOT, TINY, Started, wait_for
 from test_equality import assert_same_weights
 
 from hvd_vgg.run import mpirun
+from hvd_vgg.train import checkpoint
 
 STANDIN = [sys.executable, str(ROOT / "tests" / "standin.py")]
 LAUNCHED = [sys.executable, str(ROOT / "tests" / "launched.py")]
@@ -344,40 +345,57 @@ def test_a_host_that_does_not_answer_at_the_first_start_is_named(launch, tmp_pat
     assert "+ " not in ended.out and not (tmp_path / "run").exists()
 
 
-@pytest.fixture
-def two_hosts(tmp_path):
-    """Two hosts, a host file of them, and the launcher's flags to reach them."""
-    if namespaces.missing():
-        pytest.skip(f"capability: network namespaces: {namespaces.missing()}")
-    with namespaces.Hosts(2, tmp_path) as hosts:
-        (tmp_path / "hosts").write_text("".join(f"{address} slots=1\n" for address in hosts.addresses))
-        hosts.flags = [f"--hostfile={tmp_path / 'hosts'}", f"--rsh_agent={hosts.agent}"]
-        hosts.flags += [f"--network={namespaces.NETWORK}.0/24"]
-        yield hosts
+ACROSS = f"--network={namespaces.NETWORK}.0/24"
 
 
 @pytest.mark.fault("F33", tier=3)
-def test_a_host_lost_in_mid_run_is_left_out_and_the_run_is_the_same(tmp_path, data, undisturbed, two_hosts):
-    """F33: its link goes down; the far rank ends by itself, its host is not asked again, and one rank does the rest."""
-    out = tmp_path / "out"
-    started = start_run(out, data, "sleep@0:6:5", *two_hosts.flags, prefix=two_hosts.on(1, []), HVD_VGG_CANARY_SECRET=CANARY)
+@pytest.mark.parametrize("emulated_hosts", [2, 4], indirect=True)
+def test_a_host_lost_in_mid_run_is_left_out_and_the_run_is_the_same(tmp_path, data, undisturbed, emulated_hosts):
+    """F33: its link goes down; the far rank ends by itself, its host is not asked again, and the other ranks do the rest."""
+    out, count = tmp_path / "out", emulated_hosts.count
+    flags = [*emulated_hosts.flags, ACROSS, f"--ranks={count}"]
+    started = start_run(out, data, "sleep@0:6:5", *flags, prefix=emulated_hosts.on(1, []), HVD_VGG_CANARY_SECRET=CANARY)
     wait_for(lambda: "step 5/" in started.out.read_text())
     for pid in started.alive():
         assert CANARY.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
-    two_hosts.cut(2)
+    emulated_hosts.cut(2)
     ended = started.wait()
     assert ended.code == 0, ended.out + ended.err
-    assert f"host {two_hosts.addresses[1]} is gone" in ended.err
-    assert f"going on without {two_hosts.addresses[1]}" in ended.err
+    assert f"host {emulated_hosts.addresses[1]} is gone" in ended.err
+    assert f"going on without {emulated_hosts.addresses[1]}" in ended.err
     lines = restarts(out)
-    assert [(line["ranks"], len(line["hosts"])) for line in lines] == [(2, 2), (2, 2), (1, 1), (1, 1)]
+    assert [(line["ranks"], len(line["hosts"])) for line in lines] == [(count, count)] * 2 + [(count - 1, count - 1)] * 2
     assert newest(out).meta["step"] == STEPS
     assert_same_weights(newest(out), newest(undisturbed))
 
 
+@pytest.mark.fault("F33", tier=3)
+@pytest.mark.parametrize("emulated_hosts", [4], indirect=True)
+def test_the_published_recipes_script_goes_on_without_a_host(tmp_path, data, emulated_hosts):
+    """F33: as users start it, on a host file; the same run on one rank of one host ends with the same weights."""
+    script = [str(ROOT / "launch" / "run_train_vgg16_multigpu_imagenet.sh"), *TINY, "--lr=0.005", "--steps=60"]
+    script += ["--save_every_steps=5"]
+    environment = {"PYTHONPATH": str(ROOT), "DATA_DIR": str(data), "BATCH_SIZE": "32"}
+    lost, alone = tmp_path / "lost", tmp_path / "alone"
+    for place in (lost, alone):
+        place.mkdir()
+    on_one = ["bash", *script, *emulated_hosts.flags, ACROSS]
+    started = Started(emulated_hosts.on(1, on_one), lost, **environment)
+    wait_for(lambda: "step 10/" in started.out.read_text())
+    emulated_hosts.cut(4)
+    ended = started.wait()
+    assert ended.code == 0, ended.out + ended.err
+    assert f"going on without {emulated_hosts.addresses[3]}" in ended.err
+    ended = Started(["bash", *script, "--ranks=1"], alone, **environment).wait()
+    assert ended.code == 0, ended.out + ended.err
+    found, wanted = (checkpoint.newest(place / "runs" / "vgg16_imagenet")[0] for place in (lost, alone))
+    assert found.meta["step"] == wanted.meta["step"] == 60
+    assert_same_weights(found, wanted)
+
+
 @pytest.mark.fault("F34", tier=3)
-def test_a_host_whose_link_is_down_is_named_at_the_first_start(tmp_path, data, two_hosts):
-    two_hosts.cut(2)
-    ended = start_run(tmp_path / "out", data, *two_hosts.flags, prefix=two_hosts.on(1, [])).wait(60)
+def test_a_host_whose_link_is_down_is_named_at_the_first_start(tmp_path, data, emulated_hosts):
+    emulated_hosts.cut(2)
+    ended = start_run(tmp_path / "out", data, *emulated_hosts.flags, ACROSS, prefix=emulated_hosts.on(1, [])).wait(60)
     assert ended.code == 78
-    assert f"no answer from {two_hosts.addresses[1]} (ssh: connect to host" in ended.err
+    assert f"no answer from {emulated_hosts.addresses[1]} (ssh: connect to host" in ended.err

@@ -56,6 +56,23 @@ def test_a_flag_file_is_read_with_comments_and_a_later_flag_wins(tmp_path):
     assert (config.lr, config.steps) == (0.25, 7)
 
 
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_flag_file_that_reads_another_is_refused_by_line(tmp_path, separate):
+    path = tmp_path / "a.flags"
+    path.write_text("--lr=0.5\n  -flagfile=/etc/passwd\n")
+    with pytest.raises(Failure) as raised:
+        c.parse(c.Config, ["--flagfile", str(path)] if separate else [f"--flagfile={path}"])
+    assert raised.value.code == USAGE
+    assert "a.flags, line 2: a flag file reads no other" in raised.value.message
+
+
+def test_a_flag_file_that_is_no_text_is_a_usage_error(tmp_path):
+    (tmp_path / "a.flags").write_bytes(b"\xff\xfe--lr=1")
+    with pytest.raises(Failure) as raised:
+        c.parse(c.Config, [f"--flagfile={tmp_path}/a.flags"])
+    assert raised.value.code == USAGE
+
+
 def test_a_missing_flag_file_is_a_usage_error(tmp_path):
     with pytest.raises(Failure) as raised:
         c.parse(c.Config, [f"--flagfile={tmp_path}/none.flags"])

@@ -32,12 +32,20 @@ FLOORS = [
         "train.state",
         "run.mpirun",
     },
-    {"train.tell", "train.profile", "train.nonfinite", "run.launch"},
+    {"train.tell", "train.profile", "train.nonfinite", "train.history", "run.launch"},
     {"train.loop", "train.benchmark", "train.replay", "train.verify", "run.doctor"},
     {"__main__"},
 ]
 NO_TENSORFLOW = {"config", "data.records", "data.order", "train.schedule", "run.health", "run.log", "run.throughput"}
-NO_TENSORFLOW |= {"run.watch", "run.lock", "run.coverage", "run.receipt", "train.checkpoint", "train.verify"}
+NO_TENSORFLOW |= {
+    "run.watch",
+    "run.lock",
+    "run.coverage",
+    "run.receipt",
+    "train.checkpoint",
+    "train.history",
+    "train.verify",
+}
 NO_TENSORFLOW |= {"run.files", "run.hosts", "run.mpirun", "run.launch"}
 NO_TENSORFLOW |= {
     "run.findings",

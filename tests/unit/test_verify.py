@@ -15,7 +15,7 @@ from hvd_vgg.run import receipt
 from hvd_vgg.run.coverage import Coverage, in_words
 from hvd_vgg.run.log import RunLog
 from hvd_vgg.run.throughput import Throughput
-from hvd_vgg.train import checkpoint, schedule, verify
+from hvd_vgg.train import checkpoint, history, schedule, verify
 
 RECORDS, VALIDATION, STEPS = 75, 37, 12
 CONFIG = Config(
@@ -240,7 +240,7 @@ def test_a_run_killed_at_any_moment_is_accepted_and_so_is_it_when_it_went_on(tmp
         with pytest.raises(Killed):
             Simulated(run_dir, kill_at=moment, poisoned=poisoned).run()
         assert verdicts(run_dir) == [], moment
-        skipped = verify.skipped_steps(verify.read_starts(receipt.read_log(run_dir / "dllogger.json"))[0])
+        skipped = history.skipped_steps(history.read_starts(receipt.read_log(run_dir / "dllogger.json"))[0])
         Simulated(run_dir, poisoned=poisoned, skipped=skipped).run()
         assert verdicts(run_dir) == [], moment
 
