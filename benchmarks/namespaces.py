@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 
-NETWORK = "10.213.77"
+NETWORK, DEAD_END = "10.213.77", "10.213.78"
 
 
 def missing():
@@ -83,6 +83,14 @@ class Hosts:
     def on(self, host, command):
         """Returns what starts `command` on host `host`, from 1."""
         return ["ip", "netns", "exec", f"{self.prefix}h{host}", *command]
+
+    def add_dead_end(self, name):
+        """Gives each host an interface `name` of another network, the same on all, which leads to none of them."""
+        for number, space in enumerate(self.spaces, start=1):
+            ip("-n", space, "link", "add", name, "type", "veth", "peer", "name", f"{name}x")
+            ip("-n", space, "addr", "add", f"{DEAD_END}.{number}/24", "dev", name)
+            for end in (name, f"{name}x"):
+                ip("-n", space, "link", "set", end, "up")
 
     def cut(self, host):
         """Takes the link of host `host` down."""

@@ -35,7 +35,6 @@ from hvd_vgg.run.log import Console, count
 _LONG_SECONDS, _COLLECTIVES_SECONDS = 120.0, 600.0
 # So long the other ranks are given to say what they know before the first one's end ends them.
 _OTHERS_SECONDS = 2.0
-_HOSTS_SECONDS = 12.0
 
 
 @dataclasses.dataclass
@@ -69,7 +68,7 @@ def doctor(config: DoctorConfig, here: Optional[host.Host] = None) -> None:
     seen = _before(here, len(listed), report)
     if listed:
         addresses = network.chosen(here.environ, network.interfaces())
-        report.found += reach.check_hosts(listed, config.rsh_agent, addresses, _HOSTS_SECONDS)
+        report.found += reach.check_hosts(listed, config.rsh_agent, addresses)
     if any(finding.about == "interfaces" and finding.verdict == FAILURE for finding in report.found):
         raise _alone(report)  # the ranks would never meet
     _import(report)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from hvd_vgg.config import LaunchConfig
-from hvd_vgg.run import hosts, mpirun
+from hvd_vgg.run import hosts, mpirun, network, reach
+from hvd_vgg.run.findings import FAILURE
 from hvd_vgg.run.health import CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure
 from hvd_vgg.run.hosts import Host
 from hvd_vgg.run.log import count
@@ -142,16 +143,32 @@ def _worth_another(config: LaunchConfig, job: Job, ended: Ended, requests: mpiru
 
 
 def _answering(config: LaunchConfig, listed: List[Host], token: str, first: bool) -> List[Host]:
-    """Returns the hosts that answer; all must at the first start."""
+    """Returns the hosts that answer and can connect back; all must at the first start."""
     found = hosts.ask(listed, config.rsh_agent, token.split(".")[0])
-    why = "; ".join(f"{name} ({text})" for name, text in found.silent.items())
-    if found.silent and (first or not found.answering):
+    silent = {**found.silent, **_cannot_connect_back(config, found.answering)}
+    answering = [host for host in found.answering if host.name not in silent]
+    why = "; ".join(f"{name} ({text})" for name, text in silent.items())
+    if silent and (first or not answering):
         raise Failure(CONFIGURATION, f"no answer from {why}. Asked by: {config.rsh_agent} HOST")
-    if found.silent:
+    if silent:
         say(f"going on without {why}")
     for name, pids in found.left.items():
         say(_left(name, pids))
-    return found.answering
+    return answering
+
+
+def _cannot_connect_back(config: LaunchConfig, answering: List[Host]) -> Dict[str, str]:
+    """Returns by name the hosts whose daemons could not reach mpirun, which would wait for them for ever, and why."""
+    others = [host for host in answering if not hosts.is_here(host.name)]
+    if not others:
+        return {}
+    there = network.interfaces()
+    addresses = network.chosen({network.INCLUDE[0]: config.network} if config.network else os.environ, there)
+    if not addresses:
+        text = f"--network={config.network}: no interface with an address is so called or in it"
+        raise Failure(CONFIGURATION, f"{text if config.network else 'no network'}; here are: {network.spoken(there)}")
+    judged = reach.check_hosts(others, config.rsh_agent, addresses)
+    return {host.name: f"{each.text}; {each.todo}" for host, each in zip(others, judged) if each.verdict == FAILURE}
 
 
 def _clear_leftovers(token: str) -> None:

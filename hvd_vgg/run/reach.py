@@ -18,7 +18,7 @@ from typing import List, NamedTuple, Optional, Sequence
 from hvd_vgg.run.findings import Finding, failure, ok, warning
 from hvd_vgg.run.hosts import Host
 
-_CLOCK_SECONDS = 1.0
+_CLOCK_SECONDS, ANSWER_SECONDS = 1.0, 12.0
 # Runs on the other host: tries each address, tells which is the first that answers.
 _ANSWER = """
 import json, socket, sys, time
@@ -44,8 +44,8 @@ class Answer(NamedTuple):
     received: float
 
 
-def check_hosts(hosts: Sequence[Host], agent: str, addresses: List[str], seconds: float) -> List[Finding]:
-    """Asks all hosts at once, through `agent` (a command line), to connect back to one of `addresses`; within `seconds`."""
+def check_hosts(hosts: Sequence[Host], agent: str, addresses: List[str], seconds: float = ANSWER_SECONDS) -> List[Finding]:
+    """Asks all hosts at once, through `agent` (a command line), to connect back to one of `addresses`; a finding a host."""
     # Nobody accepts: the kernel completes connections, and none carries anything.
     with socket.create_server(("", 0), backlog=len(hosts)) as server:
         port = server.getsockname()[1]

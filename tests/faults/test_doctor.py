@@ -139,11 +139,20 @@ def test_one_ranks_failure_is_named_with_rank_and_host(tmp_path, data):
     for path in data.iterdir():
         (tmp_path / "other" / path.name).write_bytes(path.read_bytes() + (b"x" if "train-00001" in path.name else b""))
     first = command_line(1, flags(data, tmp_path))
-    second = ["-np", "1", "env", "TF_XLA_FLAGS=--x", sys.executable, "-m", "hvd_vgg", *flags(tmp_path / "other", tmp_path)]
+    second = [
+        "-np",
+        "1",
+        "env",
+        "TF_XLA_FLAGS=--tf_xla_auto_jit=0",
+        sys.executable,
+        "-m",
+        "hvd_vgg",
+        *flags(tmp_path / "other", tmp_path),
+    ]
     ended = Started([*first, ":", *second], tmp_path).wait()
     assert ended.code == 78, ended.out + ended.err
     name = os.uname().nodename
-    assert f"failure  software     rank 1 (host {name}): TF_XLA_FLAGS is --x; on rank 0 not set" in ended.out
+    assert f"failure  software     rank 1 (host {name}): TF_XLA_FLAGS is --tf_xla_auto_jit=0; on rank 0 not set" in ended.out
     assert f"failure  data         rank 1 (host {name}): " in ended.out
     assert "train shards are not those of rank 0: train-00001-of-00003" in ended.out
 
@@ -232,39 +241,41 @@ def test_a_simulated_vendor_host(tmp_path, data):
 # ---- emulated hosts
 
 
-def doctor_on_hosts(hosts, tmp_path, data, network):
-    """Starts doctor on all hosts, a rank each, over `network`, and returns how it ended."""
-    for number, space in enumerate(hosts.spaces, start=1):  # a second network, which leads nowhere
-        for words in (
-            ["link", "add", "dum0", "type", "veth", "peer", "name", "dum1"],
-            ["address", "add", f"10.78.31.{number}/24", "dev", "dum0"],
-            ["link", "set", "dum0", "up"],
-            ["link", "set", "dum1", "up"],
-        ):
-            namespaces.ip("-n", space, *words)
-    words = [sys.executable, "-m", "hvd_vgg", "launch", *hosts.flags, f"--network={network}", *flags(data, tmp_path)]
-    return Started(hosts.on(1, words), tmp_path, PYTHONPATH=str(ROOT)).wait()
-
-
 @pytest.mark.fault("F33")
 @pytest.mark.parametrize("emulated_hosts", [2, pytest.param(4, marks=pytest.mark.fault(tier=3))], indirect=True)
 def test_hosts_that_reach_each_other(emulated_hosts, tmp_path, data):
-    ended = doctor_on_hosts(emulated_hosts, tmp_path, data, f"{namespaces.NETWORK}.0/24")
+    """Started as training is."""
+    network = f"--network={namespaces.NETWORK}.0/24"
+    words = [sys.executable, "-m", "hvd_vgg", "launch", *emulated_hosts.flags, network, *flags(data, tmp_path)]
+    ended = Started(emulated_hosts.on(1, words), tmp_path, PYTHONPATH=str(ROOT)).wait()
     assert ended.code == 0, ended.out + ended.err
     assert f"{emulated_hosts.count} ranks" in ended.out
 
 
 @pytest.mark.parametrize(
-    ("network", "told"),
+    ("interface", "told"),
     [
         ("lo", "OMPI_MCA_btl_tcp_if_include=lo never leaves this host, and the job has several; here are: "),
         ("dum0", "the ranks have not met within 10 s (--join_seconds); interfaces here: "),
     ],
 )
 @pytest.mark.fault("F33")
-def test_a_wrong_interface_is_named_before_the_night(emulated_hosts, tmp_path, data, network, told):
-    """One that is never right between hosts, and one that looks right and leads nowhere."""
-    ended = doctor_on_hosts(emulated_hosts, tmp_path, data, network)
+def test_a_wrong_interface_is_named_before_the_night(emulated_hosts, tmp_path, data, interface, told):
+    """Under mpirun itself: one that is never right between hosts, and one that looks right and leads nowhere."""
+    emulated_hosts.add_dead_end("dum0")
+    line = ["mpirun", "-np", "2", "-H", ",".join(f"{address}:1" for address in emulated_hosts.addresses)]
+    for name, value in {
+        "plm_rsh_agent": emulated_hosts.agent,
+        "plm_rsh_no_tree_spawn": 1,
+        "oob_tcp_if_include": f"{namespaces.NETWORK}.0/24",
+        "btl_tcp_if_include": interface,
+        "btl": "self,tcp",
+        "pml": "ob1",
+    }.items():
+        line += ["--mca", name, str(value)]
+    line += ["--bind-to", "none", "-x", "PATH", "-x", "PYTHONPATH", sys.executable, "-m", "hvd_vgg"]
+    words = emulated_hosts.on(1, [*line, *flags(data, tmp_path)])
+    ended = Started(words, tmp_path, PYTHONPATH=str(ROOT)).wait()
     assert ended.code == 78, ended.out + ended.err
     assert told in ended.out + ended.err
     assert f"eth0 {emulated_hosts.addresses[0]}" in ended.out + ended.err

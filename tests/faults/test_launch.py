@@ -373,7 +373,7 @@ def test_a_host_lost_in_mid_run_is_left_out_and_the_run_is_the_same(tmp_path, da
 @pytest.mark.parametrize("emulated_hosts", [4], indirect=True)
 def test_the_published_recipes_script_goes_on_without_a_host(tmp_path, data, emulated_hosts):
     """F33: as users start it, on a host file; the same run on one rank of one host ends with the same weights."""
-    script = [str(ROOT / "launch" / "run_train_vgg16_multigpu_imagenet.sh"), *TINY, "--lr=0.005", "--steps=60"]
+    script = [str(ROOT / "launch" / "run_train_vgg16_multigpu_imagenet.sh"), *TINY, "--lr=0.0002", "--steps=60"]
     script += ["--save_every_steps=5"]
     environment = {"PYTHONPATH": str(ROOT), "DATA_DIR": str(data), "BATCH_SIZE": "32"}
     lost, alone = tmp_path / "lost", tmp_path / "alone"
@@ -391,6 +391,25 @@ def test_the_published_recipes_script_goes_on_without_a_host(tmp_path, data, emu
     found, wanted = (checkpoint.newest(place / "runs" / "vgg16_imagenet")[0] for place in (lost, alone))
     assert found.meta["step"] == wanted.meta["step"] == 60
     assert_same_weights(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("network", "told"),
+    [
+        ("lo", "answers, but cannot connect to this host at 127.0.0.1"),
+        ("dum0", f"answers, but cannot connect to this host at {namespaces.DEAD_END}.1"),
+        ("eht0", "--network=eht0: no interface with an address is so called or in it; here are: lo 127.0.0.1, eth0 "),
+    ],
+)
+@pytest.mark.fault("F33")
+def test_a_wrong_network_is_named_before_mpirun_waits_for_ever(emulated_hosts, tmp_path, network, told):
+    """F33: never right between hosts; leading nowhere; not there."""
+    emulated_hosts.add_dead_end("dum0")
+    words = [*LAUNCH, *emulated_hosts.flags, f"--network={network}", "--", "true"]
+    ended = Started(emulated_hosts.on(1, words), tmp_path, PYTHONPATH=str(ROOT)).wait()
+    assert ended.code == 78, ended.out + ended.err
+    assert told in ended.err
+    assert "+ " not in ended.out
 
 
 @pytest.mark.fault("F34", tier=3)
