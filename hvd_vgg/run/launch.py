@@ -149,7 +149,7 @@ def _answering(config: LaunchConfig, listed: List[Host], token: str, first: bool
     answering = [host for host in found.answering if host.name not in silent]
     why = "; ".join(f"{name} ({text})" for name, text in silent.items())
     if silent and (first or not answering):
-        raise Failure(CONFIGURATION, f"no answer from {why}. Asked by: {config.rsh_agent} HOST")
+        raise Failure(CONFIGURATION, f"cannot use {why}. Asked by: {config.rsh_agent} HOST")
     if silent:
         say(f"going on without {why}")
     for name, pids in found.left.items():

@@ -340,7 +340,7 @@ def test_a_host_that_does_not_answer_at_the_first_start_is_named(launch, tmp_pat
     assert time.monotonic() - began < 45
     assert ended.code == 78
     assert (
-        f"no answer from b.invalid ({told.replace('Connection', 'ssh: connect to host b port 22: Connection')})" in ended.err
+        f"cannot use b.invalid ({told.replace('Connection', 'ssh: connect to host b port 22: Connection')})" in ended.err
     )
     assert "+ " not in ended.out and not (tmp_path / "run").exists()
 
@@ -417,4 +417,4 @@ def test_a_host_whose_link_is_down_is_named_at_the_first_start(tmp_path, data, e
     emulated_hosts.cut(2)
     ended = start_run(tmp_path / "out", data, *emulated_hosts.flags, ACROSS, prefix=emulated_hosts.on(1, [])).wait(60)
     assert ended.code == 78
-    assert f"no answer from {emulated_hosts.addresses[1]} (ssh: connect to host" in ended.err
+    assert f"cannot use {emulated_hosts.addresses[1]} (ssh: connect to host" in ended.err
