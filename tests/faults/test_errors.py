@@ -81,7 +81,7 @@ def test_resume_never_required_and_another_run_are_refused_with_78(launch, tmp_p
     )
 
 
-@pytest.mark.fault("F18")
+@pytest.mark.fault("F18", tier=3)
 def test_all_checkpoints_damaged_never_starts_over(launch, tmp_path, data):
     run_dir = tmp_path / "run"
     base = [f"--data_dir={data}", f"--run_dir={run_dir}", *FLAGS, "--save_every_steps=2"]

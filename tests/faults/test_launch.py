@@ -161,7 +161,10 @@ def test_what_another_start_would_meet_again_is_not_started_again(tmp_path, code
 @pytest.mark.fault("F03", "F13")
 @pytest.mark.parametrize(
     ("fault", "sentence"),
-    [("kill@1:3", "rank 1 killed by signal 9 (out of memory?)"), ("term@1:3", "all ranks left in order")],
+    [
+        ("kill@1:3", "rank 1 killed by signal 9 (out of memory?)"),
+        pytest.param("term@1:3", "all ranks left in order", marks=pytest.mark.fault(tier=3)),
+    ],
 )
 def test_a_run_goes_on_by_itself_and_is_the_undisturbed_one(tmp_path, data, undisturbed, fault, sentence):
     ended = start_run(tmp_path, data, fault).wait()
@@ -195,7 +198,7 @@ def test_a_true_kill_for_want_of_memory_is_told_with_its_counter(tmp_path):
 # ---- leaving nothing behind
 
 
-@pytest.mark.fault("F11")
+@pytest.mark.fault("F11", tier=3)
 def test_mpirun_killed_leaves_nothing_and_the_run_goes_on(tmp_path, data, undisturbed):
     started = start_run(tmp_path, data, "sleep@0:6:5")
     wait_for(lambda: "step 5/" in started.out.read_text())
@@ -339,9 +342,7 @@ def test_a_host_that_does_not_answer_at_the_first_start_is_named(launch, tmp_pat
     ended = launch(0, "launch", *flags, "train", f"--run_dir={tmp_path / 'run'}")
     assert time.monotonic() - began < 45
     assert ended.code == 78
-    assert (
-        f"cannot use b.invalid ({told.replace('Connection', 'ssh: connect to host b port 22: Connection')})" in ended.err
-    )
+    assert f"cannot use b.invalid ({told.replace('Connection', 'ssh: connect to host b port 22: Connection')})" in ended.err
     assert "+ " not in ended.out and not (tmp_path / "run").exists()
 
 

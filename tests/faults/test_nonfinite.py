@@ -116,6 +116,7 @@ def test_a_replay_of_what_came_from_outside_is_finite(stopped, launch):
     assert "repeated on 1 rank" in ended.out and "not reproduced" in ended.out
 
 
+@pytest.mark.fault(tier=3)
 @pytest.mark.parametrize(
     ("damage", "told"),
     [

@@ -160,7 +160,7 @@ def test_a_slow_evaluation_or_save_is_no_hang(tmp_path, data):
     assert ended.code == 0, ended.out + ended.err
 
 
-@pytest.mark.parametrize(("fault", "rank"), [("term", 1), ("usr1", 0)])
+@pytest.mark.parametrize(("fault", "rank"), [("term", 1), pytest.param("usr1", 0, marks=pytest.mark.fault(tier=3))])
 @pytest.mark.fault("F13")
 def test_a_request_to_any_rank_stops_all_after_the_same_step(tmp_path, data, undisturbed, fault, rank):
     """F13: 80, a checkpoint of the step agreed on, which the run goes on from."""
@@ -185,7 +185,7 @@ def test_a_request_while_updates_are_slow_or_far_from_a_log_line_is_heard(tmp_pa
     assert newest(tmp_path).meta["step"] < STEPS
 
 
-@pytest.mark.fault("F13")
+@pytest.mark.fault("F13", tier=3)
 def test_a_request_during_an_evaluation_leaves_it_to_the_next_start(tmp_path, data, undisturbed):
     """The weights are saved, and what was not scored to the end is scored first when the run goes on."""
     flags = ["--eval_every_epochs=2.5", "--device_batch=4"]  # after 6 updates; 10 batches

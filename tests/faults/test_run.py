@@ -110,6 +110,7 @@ def test_a_finished_run_started_again_trains_nothing_and_evaluates_the_same(fini
     assert (again["steps"], again["top1_hits"], again["fps"]) == (before["steps"], before["top1_hits"], None)
 
 
+@pytest.mark.fault(tier=3)
 def test_a_run_stops_at_the_accuracy_asked_for_and_keeps_the_best(launch, tmp_path, data):
     run_dir = tmp_path / "run"
     flags = [f"--data_dir={data}", f"--run_dir={run_dir}", *TINY, "--steps=0", "--epochs=60", "--eval_every_epochs=2"]

@@ -72,7 +72,10 @@ def test_a_disk_that_stays_full_ends_the_run_with_74_at_its_end(small_disk, data
     assert not list(checkpoint.folder(small_disk / "run").glob("*.tmp"))
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", pytest.param("pointer", marks=pytest.mark.fault(tier=3))])
+@pytest.mark.parametrize(
+    "damage",
+    [pytest.param("cut", marks=pytest.mark.fault(tier=3)), "flip", pytest.param("pointer", marks=pytest.mark.fault(tier=3))],
+)
 @pytest.mark.fault("F18")
 def test_a_damaged_newest_checkpoint_is_told_and_passed_over(tmp_path, data, undisturbed, damage):
     """F18: on to the same end from the one before, with one event that names the bad file."""
