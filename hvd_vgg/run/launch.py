@@ -109,7 +109,8 @@ def _supervise(
             print("+", mpirun.shown(command), flush=True)
         watch = _FirstUpdate(job, ended_at)
         began = time.monotonic()
-        ended = mpirun.run(command, requests, limits, watch.look)
+        ranks_here = not answering or hosts.is_here(answering[0].name)  # the first host is filled first
+        ended = mpirun.run(command, requests, limits._replace(ranks_here=ranks_here), watch.look)
         watch.look()
         ended_at = time.time()
         _clear_leftovers(token)

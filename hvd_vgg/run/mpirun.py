@@ -33,9 +33,12 @@ _KEEPALIVE = {"oob_tcp_keepalive_time": 10, "oob_tcp_keepalive_intvl": 3, "oob_t
 _END_SECONDS = 5.0
 # The ranks of a job end within seconds of each other. So long mpirun may stay when those of this host are gone.
 _LINGER_SECONDS = 30.0
+# So long mpirun may take to reach all hosts and begin the first rank.
+_BEGIN_SECONDS = 120.0
 _TAIL_BYTES = 20_000
 _RUNNING, _STOPPING, _LEAVING, _ENDING = range(4)
 _ASKED, _TOO_LONG = "stopped on request", "--time_limit_seconds is over"
+_NOT_BEGUN = f"mpirun has begun no rank in {_BEGIN_SECONDS:g} s: it was ended"
 _LINGERED = f"the ranks of this host were gone, but mpirun waited {_LINGER_SECONDS:g} s for others: it was ended too"
 
 _HINTS = {
@@ -133,10 +136,11 @@ class Requests:
 
 
 class Limits(NamedTuple):
-    """How long ranks may take to stop, and the clock reading (time.monotonic) at which the job ends."""
+    """How long ranks may take to stop; the clock reading (time.monotonic) at which the job ends; if this host has ranks."""
 
     grace_seconds: float
     until: float
+    ranks_here: bool = True
 
 
 def run(command: Sequence[str], requests: Requests, limits: Limits, look: Callable[[], None]) -> Ended:
@@ -155,6 +159,7 @@ def run(command: Sequence[str], requests: Requests, limits: Limits, look: Callab
     readers: List[Any] = [told, requests.wake]
     tail, stage, why, asked_for = b"", _RUNNING, "", 0
     deadline, next_look, ranks_seen = math.inf, 0.0, math.inf
+    begun_by = time.monotonic() + _BEGIN_SECONDS if limits.ranks_here else math.inf
     while True:
         readable = select.select(readers, [], [], 1.0)[0]
         over = process.poll() is not None
@@ -171,10 +176,11 @@ def run(command: Sequence[str], requests: Requests, limits: Limits, look: Callab
         if now >= next_look:
             next_look = now + 1.0
             look()
-            ranks_seen = now if _has_ranks(process.pid) else ranks_seen
+            if _has_ranks(process.pid):
+                ranks_seen, begun_by = now, math.inf
         if stage == _RUNNING:
-            why = _why_stop(requests, limits, now, ranks_seen)
-            if why == _LINGERED:
+            why = _why_stop(requests, limits, now, ranks_seen, begun_by)
+            if why in (_LINGERED, _NOT_BEGUN):
                 stage, deadline = _ENDING, now + _END_SECONDS
                 process.terminate()
             elif why:
@@ -196,17 +202,19 @@ def run(command: Sequence[str], requests: Requests, limits: Limits, look: Callab
     return _account(why, stage, ended)
 
 
-def _why_stop(requests: Requests, limits: Limits, now: float, ranks_seen: float) -> str:
+def _why_stop(requests: Requests, limits: Limits, now: float, ranks_seen: float, begun_by: float) -> str:
     if requests.count:
         return _ASKED
     if now > limits.until:
         return _TOO_LONG
+    if now > begun_by:
+        return _NOT_BEGUN
     return _LINGERED if now - ranks_seen > _LINGER_SECONDS else ""
 
 
 def _account(why: str, stage: int, ended: Ended) -> Ended:
     """Returns how a start ended that this launcher may have stopped, for the reason `why`."""
-    if why == _LINGERED:
+    if why in (_LINGERED, _NOT_BEGUN):
         return Ended(LOST_RANK, why)
     # What the ranks found meanwhile is worth more than that they were asked: a checkpoint that could not be written.
     found = 64 <= ended.code < 128 and ended.code not in (LOST_RANK, STOPPED)

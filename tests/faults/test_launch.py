@@ -112,6 +112,15 @@ def test_an_mpirun_that_lingers_without_ranks_is_ended(monkeypatch):
     assert "mpirun waited" in ended.sentence
 
 
+def test_an_mpirun_that_begins_no_rank_is_ended(monkeypatch):
+    """As when its daemons do not answer: a process in mpirun's place that only waits."""
+    monkeypatch.setattr(mpirun, "_BEGIN_SECONDS", 2.0)
+    with mpirun.Requests() as requests:
+        ended = mpirun.run(["sleep", "300"], requests, mpirun.Limits(60.0, float("inf")), lambda: None)
+    assert ended.code == 75
+    assert "begun no rank" in ended.sentence
+
+
 def test_output_passes_unchanged_and_a_program_of_ones_own_keeps_its_code(tmp_path):
     ended = start_standin(tmp_path, "7", run=False).wait()
     assert ended.code == 7
@@ -356,7 +365,7 @@ def test_a_host_lost_in_mid_run_is_left_out_and_the_run_is_the_same(tmp_path, da
     out, count = tmp_path / "out", emulated_hosts.count
     flags = [*emulated_hosts.flags, ACROSS, f"--ranks={count}"]
     started = start_run(out, data, "sleep@0:6:5", *flags, prefix=emulated_hosts.on(1, []), HVD_VGG_CANARY_SECRET=CANARY)
-    wait_for(lambda: "step 5/" in started.out.read_text())
+    wait_for(lambda: "step 5/" in started.out.read_text(), 180)
     for pid in started.alive():
         assert CANARY.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
     emulated_hosts.cut(2)
