@@ -44,9 +44,15 @@ find_nvidia() {
 # absolute PATH: what docker mounts it by, links followed.
 absolute() {
   local found
-  found="$(realpath -- "$1" 2>/dev/null)" && [ -e "$found" ] || fail "$1: no such file or directory"
+  found="$(realpath -m -- "$1")"
   case "$found" in *[,\"]*) fail "$found: docker cannot mount a path with a comma or a quotation mark in it" ;; esac
   printf '%s' "$found"
+}
+
+# existing PATH: the same, of what must be there.
+existing() {
+  [ -e "$1" ] || fail "$1: no such file or directory"
+  absolute "$1"
 }
 
 # Names of variables that change how training runs, as `hvd-vgg launch` passes them on; docker takes their values from the
@@ -59,16 +65,6 @@ passed_variables() {
 write_passwd() {
   printf 'root:x:0:0::/root:/bin/bash\nsshd:x:100:65534::/run/sshd:/usr/sbin/nologin\n' >"$1"
   if [ "$(id -u)" != 0 ]; then printf 'hvd:x:%s:%s::/tmp:/bin/bash\n' "$(id -u)" "$(id -g)" >>"$1"; fi
-}
-
-# What it prints can be pasted into a shell; words that need no quotes have none.
-show() {
-  local word
-  printf '+'
-  for word in "$@"; do
-    if [[ "$word" =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then printf ' %s' "$word"; else printf ' %q' "$word"; fi
-  done
-  printf '\n'
 }
 
 docker_run() {
@@ -111,7 +107,7 @@ docker_run() {
   echo "$devices device(s), one rank each; devices on a card: $devices_per_card"
 
   local data_at run_at command train
-  data_at="$(absolute "$data")" || exit
+  data_at="$(existing "$data")" || exit
   if ! $dry_run; then mkdir -p -- "$run_dir"; fi
   run_at="$(absolute "$run_dir")" || exit
   local inside
@@ -130,7 +126,7 @@ docker_run() {
   if [ -n "$hostfile" ] || $worker; then
     local keys
     [ -n "$ssh_dir" ] || fail "several hosts need --ssh_dir=DIR, the same on each: mkdir -m 700 DIR && ssh-keygen -q -t ed25519 -N '' -f DIR/id_rsa && cp DIR/id_rsa.pub DIR/authorized_keys"
-    keys="$(absolute "$ssh_dir")" || exit
+    keys="$(existing "$ssh_dir")" || exit
     if ! $dry_run; then write_passwd "$keys/passwd"; fi
     command+=(--network=host "--mount=type=bind,source=$keys,target=/etc/hvd-vgg/ssh,readonly"
       "--mount=type=bind,source=$keys/passwd,target=/etc/passwd,readonly")
@@ -141,14 +137,14 @@ docker_run() {
     train=(--flagfile=/opt/hvd_vgg/configs/vgg16_imagenet.flags --data_dir=/data "--run_dir=$inside" "--device_batch=${BATCH_SIZE:-32}")
     local number=0 path
     for flag in ${flagfiles[@]+"${flagfiles[@]}"}; do
-      path="$(absolute "$flag")" || exit
+      path="$(existing "$flag")" || exit
       command+=("--mount=type=bind,source=$path,target=/etc/hvd-vgg/flags.$number,readonly")
       train+=("--flagfile=/etc/hvd-vgg/flags.$number")
       number=$((number + 1))
     done
     local start=(launch --max_restarts=20)
     if [ -n "$hostfile" ]; then
-      path="$(absolute "$hostfile")" || exit
+      path="$(existing "$hostfile")" || exit
       command+=("--mount=type=bind,source=$path,target=/etc/hvd-vgg/hosts,readonly")
       start+=(--hostfile=/etc/hvd-vgg/hosts --rsh_agent=hvd-vgg-ssh)
     else
