@@ -1,7 +1,7 @@
 """The Dockerfile without docker: reads its instructions, and carries out those of a target on a copy of this machine.
 
-`python tests/dockerfile.py` does so for the target cpu and uses what comes of it (launch/check_dockerfile.sh). The copy is an
-overlay that is gone in the end; this machine and this Python stand for the base image, so it shows nothing about that.
+`python tests/dockerfile.py` does so for the target cpu and uses what comes of it (launch/check_dockerfile.sh). The copy is
+an overlay that is gone in the end; this machine and this Python stand for the base image, so it shows nothing about that.
 """
 
 import json
@@ -40,7 +40,7 @@ class Stage(NamedTuple):
 
 
 def stages(path: Path) -> Dict[str, Stage]:
-    """Returns the stages of a Dockerfile by name, in order; lines are joined, comments and what comes before FROM dropped."""
+    """Returns the stages of a Dockerfile by name, in order; lines joined, without comments and what comes before FROM."""
     text = re.sub(r"^\s*#.*\n", "", path.read_text(), flags=re.M).replace("\\\n", " ")
     found: Dict[str, Stage] = {}
     stage = Stage("", "", [])
@@ -69,7 +69,11 @@ class Container:
         mount("-t", "overlay", "-o", f"lowerdir=/,upperdir={work}/upper,workdir={work}/work", "overlay", str(root))
         for name in ("dev", "proc", "sys"):
             mount("--rbind", f"/{name}", f"{root}/{name}")
-        mount("-t", "tmpfs", "-o", "mode=1777", "tmpfs", f"{root}/tmp")
+        mount("-t", "tmpfs", "-o", "mode=1777", "tmpfs", f"{root}/tmp")  # noqa: S108
+        # The image has no user yet.
+        for name in ("passwd", "group"):
+            lines = (root / "etc" / name).read_text().splitlines(keepends=True)
+            (root / "etc" / name).write_text("".join(line for line in lines if ":1000:" not in line))
         # This Python stands for the image's; everybody may use that.
         python = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info[1]}"
         (root / "usr/local/bin" / python.name).symlink_to(python)
@@ -160,7 +164,7 @@ def carry_out(stage: Stage, folder: Path, files: Path, made: Dict[str, Container
 
 
 def use(container: Container) -> None:
-    """Trains in a container as its user: by one rank, by two, and by two on two hosts with sshd; a foreign key is refused."""
+    """Trains in a container as its user: by one rank, by two, by two on two hosts with sshd; another key is refused."""
     import namespaces
 
     hvd_vgg = container.entrypoint

@@ -130,7 +130,7 @@ def test_docker_on_several_hosts(here, name, devices, hosts):
     at = words.index(image)
     # A worker has all that the launcher's host has, for its own ranks.
     assert [word for word in words[:at] if ",target=/etc/hvd-vgg/hosts," not in word] == [
-        word for word in worker[: worker.index(image)] if not word.startswith("--entrypoint")
+        word for word in worker[: worker.index(image)] if not word.startswith(("--entrypoint", "--cap-add"))
     ]
     assert "--network=host" in words[:at]
     seen = mounts(words)
@@ -194,6 +194,22 @@ def test_more_devices_than_there_are_start_nothing(here, name):
     ended = call(f"docker_run_{name}.sh", "--data_dir=image net", "--devices=9999", cwd=here)
     assert ended.returncode == 78
     assert "9999 devices asked for; this host shows " in ended.stderr
+
+
+def test_what_is_printed_is_what_is_run(here):
+    """The script becomes docker, here a stand-in that says what it was called with."""
+    write_hosts(here, 2, 4)
+    path = stand_ins(
+        here, docker='printf "%s\\0" docker "$@" > called', **{"nvidia-smi": "for i in 0 1 2 3; do echo GPU $i: H; done"}
+    )
+    flags = ["--data_dir=image net", "--run_dir=runs/run 1", "--hostfile=the hosts", "--ssh_dir=the keys"]
+    words = printed(call("docker_run_nvidia.sh", *flags, cwd=here, PATH=path))
+    assert (here / "called").read_text().split("\0")[:-1] == words
+    assert given(words, "gpus") == ["4"]
+    assert (here / "runs" / "run 1").is_dir()
+    users = [line.split(":") for line in (here / "the keys" / "passwd").read_text().splitlines()]
+    assert str(os.getuid()) in [user[2] for user in users]
+    assert all(len(user) == 7 for user in users)
 
 
 @pytest.mark.parametrize("name", DOCKER)
