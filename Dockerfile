@@ -6,8 +6,8 @@
 #
 # corex is the vendor's own image (TensorFlow, Horovod and Open MPI are in it), which his docker-installer makes.
 #
-# What was tried: `cpu`, whose instructions launch/check_dockerfile.sh carries out without docker. Not tried for want of their
-# base images: `nvidia` and `corex`; of the latter, launch/container/beside_vendor.sh alone, beside a stand-in.
+# Never built by docker yet: launch/check_dockerfile.sh carries out the instructions of `cpu`, and those of `corex` on a stand-in
+# for the vendor's image. Those of `nvidia` were not tried at all.
 # hadolint global ignore=DL3008
 # (apt versions are not pinned: distributions remove old ones; the base images' tags are.)
 ARG PYTHON_IMAGE=python:3.11.13-slim-bookworm

@@ -1,7 +1,8 @@
 """The Dockerfile without docker: reads its instructions, and carries out those of a target on a copy of this machine.
 
-`python tests/dockerfile.py` does so for the target cpu and uses what comes of it (launch/check_dockerfile.sh). The copy is
-an overlay that is gone in the end; this machine and this Python stand for the base image, so it shows nothing about that.
+`python tests/dockerfile.py` does so for the targets cpu and corex and uses what comes of them (launch/check_dockerfile.sh).
+The copy is an overlay that is gone in the end; this machine and this Python stand for the base image, so it shows nothing
+about that.
 """
 
 import json
@@ -27,6 +28,7 @@ NOBODY = [
     "--bounding-set=-all",
     "--inh-caps=-all",
 ]
+SMOKE = ["train", "--flagfile=/opt/hvd_vgg/configs/smoke.flags", "--data_dir=/runs/demo"]
 # What an instruction may see of this machine's environment: the way to package indexes.
 _PASSED = re.compile(r"\w+_proxy|PIP_\w+|SSL_CERT_FILE|REQUESTS_CA_BUNDLE", re.I)
 
@@ -57,29 +59,55 @@ def stages(path: Path) -> Dict[str, Stage]:
 class Container:
     """A stage as far as it was carried out: its root directory, environment, working directory and user."""
 
-    def __init__(self, root: Path, work: Path) -> None:
-        self.root, self.cwd, self.user, self.entrypoint = root, "/", "", []  # type: Path, str, str, List[str]
+    def __init__(self, folder: Path) -> None:
+        self.root, self.layers = folder / "root", folder / "layers"
+        self.cwd, self.user = "/", ""
+        self.entrypoint: List[str] = []
         self.environment = {name: value for name, value in os.environ.items() if _PASSED.fullmatch(name)}
         self.environment.update(PATH=PATH, HOME="/root")
-        work.mkdir(parents=True)
-        mount("-t", "tmpfs", "-o", "size=5g", "tmpfs", str(work))
+        for each in (self.root, self.layers):
+            each.mkdir(parents=True)
+        mount("-t", "tmpfs", "-o", "size=5g", "tmpfs", str(self.layers))
         for name in ("upper", "work"):
-            (work / name).mkdir()
-        root.mkdir(parents=True)
-        mount("-t", "overlay", "-o", f"lowerdir=/,upperdir={work}/upper,workdir={work}/work", "overlay", str(root))
-        for name in ("dev", "proc", "sys"):
-            mount("--rbind", f"/{name}", f"{root}/{name}")
-        mount("-t", "tmpfs", "-o", "mode=1777", "tmpfs", f"{root}/tmp")  # noqa: S108
+            (self.layers / name).mkdir()
+        options = f"lowerdir=/,upperdir={self.layers}/upper,workdir={self.layers}/work"
+        mount("-t", "overlay", "-o", options, "overlay", str(self.root))
+        mount("-t", "proc", "proc", f"{self.root}/proc")
+        mount("-t", "sysfs", "-o", "ro", "sysfs", f"{self.root}/sys")
+        mount("-t", "tmpfs", "tmpfs", f"{self.root}/dev")
+        for name in ("null", "zero", "full", "random", "urandom", "tty"):
+            (self.root / "dev" / name).touch()
+            mount("--bind", f"/dev/{name}", f"{self.root}/dev/{name}")
+        for name, target in (
+            ("fd", "/proc/self/fd"),
+            ("stdin", "fd/0"),
+            ("stdout", "fd/1"),
+            ("stderr", "fd/2"),
+            ("ptmx", "pts/ptmx"),
+        ):
+            (self.root / "dev" / name).symlink_to(target)
+        for name in ("dev/pts", "dev/shm"):
+            (self.root / name).mkdir()
+        mount("-t", "devpts", "-o", "newinstance,ptmxmode=0666", "devpts", f"{self.root}/dev/pts")
+        for name in ("dev/shm", "tmp"):
+            mount("-t", "tmpfs", "-o", "mode=1777", "tmpfs", f"{self.root}/{name}")
         # The image has no user yet.
         for name in ("passwd", "group"):
-            lines = (root / "etc" / name).read_text().splitlines(keepends=True)
-            (root / "etc" / name).write_text("".join(line for line in lines if ":1000:" not in line))
+            lines = (self.root / "etc" / name).read_text().splitlines(keepends=True)
+            (self.root / "etc" / name).write_text("".join(line for line in lines if ":1000:" not in line))
         # This Python stands for the image's; everybody may use that.
         python = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info[1]}"
-        (root / "usr/local/bin" / python.name).symlink_to(python)
+        (self.root / "usr/local/bin" / python.name).symlink_to(python)
         for folder in python.resolve().parents:
-            inside = root / str(folder).lstrip("/")
+            inside = self.root / str(folder).lstrip("/")
             inside.chmod(inside.stat().st_mode | 0o011)
+
+    def remove(self) -> None:
+        """Gives back its memory. Its directories are empty then; one that is not stays."""
+        subprocess.run(["umount", "--recursive", "--lazy", str(self.root)], check=True)
+        subprocess.run(["umount", "--lazy", str(self.layers)], check=True)
+        for folder in (self.root, self.layers, self.root.parent):
+            folder.rmdir()
 
     def command(self, words: List[str], prefix: Tuple[str, ...] = ()) -> List[str]:
         """Returns the command that runs `words` in it, as its user: who has no capability and may not gain any."""
@@ -128,9 +156,8 @@ def copy(source: Path, target: Path, into: bool) -> None:
         shutil.copy2(source, target / source.name if into else target)
 
 
-def carry_out(stage: Stage, folder: Path, files: Path, made: Dict[str, Container]) -> Container:
+def carry_out(container: Container, stage: Stage, files: Path, made: Dict[str, Container]) -> Container:
     """Carries out the instructions of a stage, and prints each."""
-    container = Container(folder / stage.name / "root", folder / stage.name / "layers")
     for instruction, rest in stage.instructions:
         print(f"-- {stage.name}: {instruction} {rest}", flush=True)
         began = time.monotonic()
@@ -153,7 +180,7 @@ def carry_out(stage: Stage, folder: Path, files: Path, made: Dict[str, Container
             container.cwd = rest
             (container.root / rest.lstrip("/")).mkdir(parents=True, exist_ok=True)
         elif instruction == "USER":
-            container.user = rest
+            container.user = "" if rest.startswith("0") else rest
         elif instruction == "ENTRYPOINT":
             container.entrypoint = json.loads(rest)
         elif instruction not in ("LABEL", "VOLUME", "CMD"):
@@ -163,22 +190,36 @@ def carry_out(stage: Stage, folder: Path, files: Path, made: Dict[str, Container
     return container
 
 
-def use(container: Container) -> None:
-    """Trains in a container as its user: by one rank, by two, by two on two hosts with sshd; another key is refused."""
-    import namespaces
+def vendors(container: Container, venv: Path) -> None:
+    """Makes a container stand for a vendor's image: `python3` with TensorFlow, Horovod, Open MPI, found by variables."""
+    vendor = "/usr/local/openmpi"
+    shutil.copytree(venv, container.root / vendor.lstrip("/"), symlinks=True)
+    container.environment.update(
+        PATH=f"{vendor}/bin:{PATH}",
+        PYTHONPATH=f"{vendor}/lib/python3.11/site-packages",
+        LD_LIBRARY_PATH=f"{vendor}/lib",
+    )
+    lacking = ["hvd_vgg", "crc32c", "opencv-python-headless", "safetensors", "cloudpickle", "mpi4py"]
+    container.run("python3", "-m", "pip", "uninstall", "--yes", "--quiet", *lacking)
+    (container.root / vendor.lstrip("/") / "bin/python").unlink()
 
-    hvd_vgg = container.entrypoint
+
+def train(container: Container) -> None:
+    """Trains as a container's user on one rank and on two."""
     container.environment["HOME"] = "/tmp"  # noqa: S108 (as launch/docker.sh has it)
     assert container.run("id", "-u").strip() == "1000"
-    assert "hvd-vgg train" in container.run(*hvd_vgg, "--help")
-    assert "OpenSSH" in container.run("ssh", "-V")
+    assert "hvd-vgg train" in container.run(*container.entrypoint, "--help")
     container.run("bash", "-c", "! ls /etc/ssh/ssh_host_* && [ ! -w /opt/hvd_vgg ]")
-    container.run(*hvd_vgg, "make-demo-data", "--data_dir=/runs/demo")
-    smoke = ["train", "--flagfile=/opt/hvd_vgg/configs/smoke.flags", "--data_dir=/runs/demo"]
-    for name, words in (("one", smoke), ("two", ["launch", "--ranks=2", *smoke])):
-        said = container.run(*hvd_vgg, *words, f"--run_dir=/runs/{name}")
+    container.run(*container.entrypoint, "make-demo-data", "--data_dir=/runs/demo")
+    for name, words in (("one", SMOKE), ("two", ["launch", "--ranks=2", *SMOKE])):
+        said = container.run(*container.entrypoint, *words, f"--run_dir=/runs/{name}")
         assert "step 5" in said, said
         print(f"   trained: {name} rank(s) on one host", flush=True)
+
+
+def train_on_hosts(container: Container) -> None:
+    """Trains on two hosts, of which one is a worker with sshd as in Kubernetes; a host with another key is refused."""
+    import namespaces
 
     keys = container.root / "etc/hvd-vgg/ssh"
     keygen = ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "521", "-m", "PEM", "-N", "", "-f"]  # as the MPI operator's are
@@ -191,7 +232,7 @@ def use(container: Container) -> None:
         sshd = ["/usr/sbin/sshd", "-D", "-e", "-f", "/etc/hvd-vgg/sshd_config"]
         with subprocess.Popen(container.command(sshd, second), env={"PATH": PATH}) as worker:
             time.sleep(1)
-            words = ["launch", "--hostfile=/runs/hosts", "--rsh_agent=hvd-vgg-ssh", *smoke]
+            words = ["launch", "--hostfile=/runs/hosts", "--rsh_agent=hvd-vgg-ssh", *SMOKE]
             # What the operator sets for its launcher.
             container.environment.update(
                 OMPI_MCA_orte_keep_fqdn_hostnames="true",
@@ -199,34 +240,38 @@ def use(container: Container) -> None:
                 OMPI_MCA_plm_rsh_args="-o ConnectionAttempts=10",
                 OMPI_MCA_orte_set_default_slots="1",
             )
-            said = container.run(*hvd_vgg, *words, "--run_dir=/runs/hosts-2", prefix=first)
+            said = container.run(*container.entrypoint, *words, "--run_dir=/runs/hosts-2", prefix=first)
             assert "step 5" in said, said
             assert hosts.addresses[1] in said, said
             print("   trained: a rank on each of two hosts, through hvd-vgg-ssh and sshd", flush=True)
             subprocess.run([*keygen, str(keys / "other")], check=True)
             shutil.copy(keys / "other.pub", keys / "id_rsa.pub")
-            said = container.run(*hvd_vgg, *words, "--run_dir=/runs/hosts-3", prefix=first, code=78)
+            said = container.run(*container.entrypoint, *words, "--run_dir=/runs/hosts-3", prefix=first, code=78)
             assert "no answer from" in said, said
             print("   refused: a host that shows another key", flush=True)
             worker.kill()
 
 
 def main() -> None:
-    """Carries out the target cpu and uses it."""
+    """Carries out the targets cpu and corex, and uses them."""
     if sys.version_info[:2] != (3, 11):
         sys.exit("the image's Python is 3.11, this is another")
+    # Nothing below is ever removed with what is in it: it may be a mount. All mounts end with this process' namespace.
+    folder = Path(tempfile.mkdtemp())
+    found = stages(ROOT / "Dockerfile")
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        found = stages(ROOT / "Dockerfile")
-        files = context(Path(tempfile.mkdtemp(dir=folder)))
-        made: Dict[str, Container] = {}
-        for each in ("cpu-build", "cpu"):
-            made[each] = carry_out(found[each], folder, files, made)
-        use(made["cpu"])
-        os.chdir("/")
-        for container in made.values():
-            subprocess.run(["umount", "--recursive", "--lazy", str(container.root)], check=True)
-            subprocess.run(["umount", "--lazy", str(container.root.parent / "layers")], check=True)
+        files = context(Path(name))
+        build = carry_out(Container(folder / "build"), found["cpu-build"], files, {})
+        cpu = carry_out(Container(folder / "cpu"), found["cpu"], files, {"cpu-build": build})
+        build.remove()
+        train(cpu)
+        train_on_hosts(cpu)
+        vendor = Container(folder / "vendor")
+        vendors(vendor, cpu.root / "opt/venv")
+        cpu.remove()
+        train(carry_out(vendor, found["corex"], files, {}))
+        vendor.remove()
+    folder.rmdir()
     print("all held")
 
 
