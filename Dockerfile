@@ -49,7 +49,8 @@ COPY hvd_vgg/__init__.py hvd_vgg/
 ENV HVD_VGG_VENV=/opt/venv PYTHON=python3.10 \
     HOROVOD_GPU_OPERATIONS=NCCL HOROVOD_NCCL_LINK=SHARED HOROVOD_CUDA_HOME=/usr/local/cuda \
     HOROVOD_BUILD_CUDA_CC_LIST=70,75,80,86,89,90
-RUN sed -i 's/^tensorflow-cpu==/tensorflow==/' launch/requirements.txt && bash launch/environment.sh
+RUN sed -i 's/^tensorflow-cpu==/tensorflow==/' launch/requirements.txt && bash launch/environment.sh && \
+    /opt/venv/bin/python -c "import horovod.tensorflow as hvd; assert hvd.nccl_built(), 'Horovod was built without NCCL'"
 
 
 FROM ${CUDA_IMAGE} AS nvidia

@@ -230,7 +230,8 @@ def train_on_hosts(container: Container) -> None:
         (container.root / "runs/hosts").write_text("".join(f"{address} slots=1\n" for address in hosts.addresses))
         first, second = [("ip", "netns", "exec", f"{hosts.prefix}h{number}") for number in (1, 2)]
         sshd = ["/usr/sbin/sshd", "-D", "-e", "-f", "/etc/hvd-vgg/sshd_config"]
-        with subprocess.Popen(container.command(sshd, second), env={"PATH": PATH}) as worker:
+        worker = subprocess.Popen(container.command(sshd, second), env={"PATH": PATH})
+        try:
             time.sleep(1)
             words = ["launch", "--hostfile=/runs/hosts", "--rsh_agent=hvd-vgg-ssh", *SMOKE]
             # What the operator sets for its launcher.
@@ -249,7 +250,9 @@ def train_on_hosts(container: Container) -> None:
             said = container.run(*container.entrypoint, *words, "--run_dir=/runs/hosts-3", prefix=first, code=78)
             assert "no answer from" in said, said
             print("   refused: a host that shows another key", flush=True)
+        finally:
             worker.kill()
+            worker.wait()
 
 
 def main() -> None:
