@@ -34,3 +34,13 @@ split_flags() {
     esac
   done
 }
+
+# show WORD...: prints a command so that it can be pasted into a shell.
+show() {
+  local word
+  printf '+'
+  for word in "$@"; do
+    if [[ "$word" =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then printf ' %s' "$word"; else printf ' %q' "$word"; fi
+  done
+  printf '\n'
+}

@@ -98,8 +98,8 @@ done
 if $made; then
   say "using $venv"
 else
-  is_made_from requirements.txt || command -v g++ >/dev/null ||
-    fail "g++ is missing: Horovod is C++ and has no wheels. Debian, Ubuntu: apt-get install g++"
+  is_made_from requirements.txt || { command -v g++ && command -v make; } >/dev/null ||
+    fail "g++ or make is missing: Horovod is C++ and has no wheels. Debian, Ubuntu: apt-get install g++ make"
   if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     python="$(find_python)"
     [ -n "$python" ] || fail "no Python 3.9 to 3.12 with venv found (PYTHON=${PYTHON:-unset}). Debian, Ubuntu: apt-get install python3-venv"

@@ -24,7 +24,8 @@ echo "== lint and types"
 ruff check .
 ruff format --check .
 mypy
-shellcheck -x -P SCRIPTDIR launch/*.sh .ci/run
+shellcheck -x -P SCRIPTDIR launch/*.sh launch/*.sbatch launch/container/*.sh launch/container/hvd-vgg-ssh .ci/run
+hadolint Dockerfile
 
 echo "== tests of one process, and those that start their own ranks"
 python -m pytest -q ${all[@]+"${all[@]}"} tests/unit tests/faults

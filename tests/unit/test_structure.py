@@ -134,6 +134,7 @@ def test_the_loop_can_be_read_in_a_minute():
 
 
 def test_the_shell_of_every_script_is_sound():
-    scripts = [*(ROOT / "launch").glob("*.sh"), ROOT / ".ci" / "run"]
-    assert len(scripts) >= 7
+    scripts = [path for kind in ("*.sh", "*.sbatch", "container/*ssh") for path in (ROOT / "launch").glob(kind)]
+    scripts += [*(ROOT / "launch" / "container").glob("*.sh"), ROOT / ".ci" / "run"]
+    assert len(scripts) >= 16
     subprocess.run([BIN / "shellcheck", "-x", "-P", "SCRIPTDIR", *scripts], check=True)

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Installs hvd_vgg beside a vendor's TensorFlow, Horovod and Open MPI (Dockerfile, target corex), or on a host that has them:
+# only what cannot be imported is installed, and nothing that is there is replaced, or this fails.
+#
+#   bash launch/container/beside_vendor.sh
+#
+# MPICC  the compiler of the MPI that Horovod was built with, for mpi4py (default: /usr/local/openmpi/bin/mpicc, else mpicc)
+set -euo pipefail
+clone="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+
+say() { printf 'beside_vendor: %s\n' "$*"; }
+fail() {
+  say "$*" >&2
+  exit 78
+}
+packages() { python3 -m pip list --format=freeze --disable-pip-version-check | sort; }
+has() { python3 -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
+
+for needed in tensorflow horovod numpy; do
+  has "$needed" || fail "python3 has no $needed: this is for an image that brings them (launch/environment.sh installs them)"
+done
+before="$(packages)"
+
+# The pins of launch/requirements.txt are for Python 3.9 and later; SDK 3.1.0 has 3.8.
+constraints=()
+if python3 -c 'import sys; sys.exit(sys.version_info < (3, 9))'; then
+  constraints=(--constraint "$clone/launch/requirements.txt")
+fi
+install() { python3 -m pip install --disable-pip-version-check --no-cache-dir --no-deps "$@"; }
+
+# The module, and what brings it. The last four are Horovod's own, which the one package list of a vendor's image that is public lacks in part.
+while read -r module requirement; do
+  if has "$module"; then
+    say "$module is there"
+  else
+    install ${constraints[@]+"${constraints[@]}"} "$requirement"
+  fi
+done <<'MODULES'
+absl absl-py
+crc32c crc32c
+cv2 opencv-python-headless<4.12
+safetensors safetensors
+cloudpickle cloudpickle
+packaging packaging
+psutil psutil
+yaml PyYAML
+MODULES
+
+if has mpi4py; then
+  say "mpi4py is there"
+else
+  mpicc="${MPICC:-/usr/local/openmpi/bin/mpicc}"
+  [ -x "$mpicc" ] || mpicc="$(command -v mpicc)" || fail "no mpicc in /usr/local/openmpi/bin nor on PATH: set MPICC"
+  # A wheel would look for an MPI of its own choice.
+  MPICC="$mpicc" install ${constraints[@]+"${constraints[@]}"} --no-binary mpi4py mpi4py
+fi
+install "$clone"
+
+replaced="$(comm -23 <(printf '%s\n' "$before") <(packages))"
+[ -z "$replaced" ] || fail "these were there and are not any more: $replaced"
+command -v hvd-vgg >/dev/null || fail "hvd-vgg was installed where PATH does not lead: $(python3 -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"
+hvd-vgg --help >/dev/null
+
+# Without the driver TensorFlow may refuse to be imported while an image is built; on a host it must not.
+if told="$(TF_CPP_MIN_LOG_LEVEL=3 python3 -c 'import tensorflow, horovod.tensorflow' 2>&1)"; then
+  say "TensorFlow and Horovod can be imported"
+else
+  say "look at this, unless it is for want of a driver: $(tail -n 1 <<<"$told")"
+fi

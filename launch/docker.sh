@@ -1,0 +1,162 @@
+# shellcheck shell=bash
+# What launch/docker_run_*.sh share; sourced by them. Composes one `docker run`, prints it, runs it.
+#
+#   docker_run IMAGE DEVICES_ON_A_CARD FIND FLAG...
+#
+# FIND is one of the functions below: it reads access and devices, sets devices where it is empty, devices_found and device_words.
+
+# shellcheck source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+# Iluvatar: a node /dev/iluvatarN for each device, and of drivers since 4.4.0 one to control them all.
+find_iluvatar() {
+  local nodes=() node number
+  for node in /dev/iluvatar[0-9]*; do
+    [ -e "$node" ] && nodes+=("$node")
+  done
+  devices_found=${#nodes[@]}
+  devices="${devices:-$devices_found}"
+  case "$access" in
+    device)
+      for ((number = 0; number < devices; number++)); do
+        device_words+=("--device=/dev/iluvatar$number")
+      done
+      if [ -e /dev/itrctl ]; then device_words+=(--device=/dev/itrctl); fi
+      ;;
+    runtime)
+      device_words=(--runtime=iluvatar "--env=IX_VISIBLE_DEVICES=$(seq -s, 0 $((devices - 1)))")
+      ;;
+    privileged)
+      # All devices are there then: the ranks take the first ones.
+      device_words=(--privileged --cap-add=ALL --pid=host --volume=/usr/src:/usr/src --volume=/lib/modules:/lib/modules --volume=/dev:/dev)
+      ;;
+    *) fail "--access=$access: expected device, runtime or privileged" ;;
+  esac
+}
+
+find_nvidia() {
+  devices_found="$( (nvidia-smi --list-gpus 2>/dev/null || true) | grep -c '^GPU' || true)"
+  devices="${devices:-$devices_found}"
+  [ "$access" = device ] || fail "--access=$access: expected device"
+  device_words=("--gpus=$devices")
+}
+
+# absolute PATH: what docker mounts it by, links followed.
+absolute() {
+  local found
+  found="$(realpath -m -- "$1")"
+  case "$found" in *[,\"]*) fail "$found: docker cannot mount a path with a comma or a quotation mark in it" ;; esac
+  printf '%s' "$found"
+}
+
+# existing PATH: the same, of what must be there.
+existing() {
+  [ -e "$1" ] || fail "$1: no such file or directory"
+  absolute "$1"
+}
+
+# Names of variables that change how training runs, as `hvd-vgg launch` passes them on; docker takes their values from the
+# environment, so that none is on a command line.
+passed_variables() {
+  compgen -e | grep -E '^(HOROVOD|TF|NCCL|UCX|GLOO)_' | grep -Eiv 'token|key|secret|pass|cred' || true
+}
+
+# sshd and ssh ask who the user is that a container runs as.
+write_passwd() {
+  printf 'root:x:0:0::/root:/bin/bash\nsshd:x:100:65534::/run/sshd:/usr/sbin/nologin\n' >"$1"
+  if [ "$(id -u)" != 0 ]; then printf 'hvd:x:%s:%s::/tmp:/bin/bash\n' "$(id -u)" "$(id -g)" >>"$1"; fi
+}
+
+docker_run() {
+  local image="$1" devices_per_card="$2" find="$3"
+  shift 3
+  local access=device cards="" devices="" devices_found=0 device_words=() dry_run=false hostfile="" ssh_dir="" worker=false
+  local data="${DATA_DIR:-./imagenet_tfrecord}" run_dir=./runs/vgg16_imagenet shm_size=32g flag flagfiles=() rest=()
+  for flag in "$@"; do
+    case "$flag" in
+      -h | --help)
+        sed -n '2,/^set /s/^# \{0,1\}//p' "$0" | sed '/^set /d'
+        exit 0
+        ;;
+      --image=*) image="${flag#*=}" ;;
+      --devices=*) devices="${flag#*=}" ;;
+      --cards=*) cards="${flag#*=}" ;;
+      --access=*) access="${flag#*=}" ;;
+      --shm_size=*) shm_size="${flag#*=}" ;;
+      --data_dir=*) data="${flag#*=}" ;;
+      --run_dir=*) run_dir="${flag#*=}" ;;
+      --flagfile=*) flagfiles+=("${flag#*=}") ;;
+      --hostfile=*) hostfile="${flag#*=}" ;;
+      --ssh_dir=*) ssh_dir="${flag#*=}" ;;
+      --worker) worker=true ;;
+      --dry_run) dry_run=true ;;
+      --rsh_agent=* | --network=*) fail "${flag%%=*}: not in a container; hosts are reached through --ssh_dir, over the host's network" ;;
+      *) rest+=("$flag") ;;
+    esac
+  done
+  split_flags ${rest[@]+"${rest[@]}"}
+
+  if [ -n "$cards" ]; then
+    [[ "$cards" =~ ^[1-9][0-9]*$ && -z "$devices" ]] || fail "--cards=$cards: expected a number of 1 or more, and no --devices"
+    devices=$((cards * devices_per_card))
+  fi
+  [[ "$devices" =~ ^([1-9][0-9]*)?$ ]] || fail "--devices=$devices: expected a number of 1 or more"
+  "$find"
+  [ "$devices" -gt 0 ] || fail "this host shows no device: is the driver loaded? (--devices=N --dry_run prints the command for N)"
+  $dry_run || [ "$devices" -le "$devices_found" ] || fail "$devices devices asked for; this host shows $devices_found"
+  echo "$devices device(s), one rank each; devices on a card: $devices_per_card"
+
+  local data_at run_at command train
+  data_at="$(existing "$data")" || exit
+  if ! $dry_run; then mkdir -p -- "$run_dir"; fi
+  run_at="$(absolute "$run_dir")" || exit
+  local inside
+  inside="/runs/$(basename -- "$run_at")"
+
+  # --init: something must bury processes that nobody waits for. Stopped, ranks get the minute that they have elsewhere.
+  command=(docker run --rm --init --stop-timeout=90 "--user=$(id -u):$(id -g)" --env=HOME=/tmp
+    "--shm-size=$shm_size" --ulimit=memlock=-1 "${device_words[@]}")
+  if [ "$(id -u)" = 0 ]; then command+=(--env=OMPI_ALLOW_RUN_AS_ROOT=1 --env=OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1); fi
+  if [ "$access" != privileged ]; then command+=(--cap-drop=ALL --security-opt=no-new-privileges); fi
+  command+=("--mount=type=bind,source=$data_at,target=/data,readonly" "--mount=type=bind,source=$run_at,target=$inside")
+  for flag in $(passed_variables); do
+    command+=("--env=$flag")
+  done
+
+  if [ -n "$hostfile" ] || $worker; then
+    local keys
+    [ -n "$ssh_dir" ] || fail "several hosts need --ssh_dir=DIR, the same on each: mkdir -m 700 DIR && ssh-keygen -q -t ed25519 -N '' -f DIR/id_rsa && cp DIR/id_rsa.pub DIR/authorized_keys"
+    keys="$(existing "$ssh_dir")" || exit
+    if ! $dry_run; then write_passwd "$keys/passwd"; fi
+    command+=(--network=host "--mount=type=bind,source=$keys,target=/etc/hvd-vgg/ssh,readonly"
+      "--mount=type=bind,source=$keys/passwd,target=/etc/passwd,readonly")
+  fi
+  if $worker; then
+    # Another user's sshd needs no right at all; root's gives up its rights in a corner of its own.
+    if [ "$(id -u)" = 0 ] && [ "$access" != privileged ]; then command+=(--cap-add=SETUID --cap-add=SETGID --cap-add=SYS_CHROOT); fi
+    command+=(--entrypoint=/usr/sbin/sshd "$image" -D -e -f /etc/hvd-vgg/sshd_config)
+  else
+    train=(--flagfile=/opt/hvd_vgg/configs/vgg16_imagenet.flags --data_dir=/data "--run_dir=$inside" "--device_batch=${BATCH_SIZE:-32}")
+    local number=0 path
+    for flag in ${flagfiles[@]+"${flagfiles[@]}"}; do
+      path="$(existing "$flag")" || exit
+      command+=("--mount=type=bind,source=$path,target=/etc/hvd-vgg/flags.$number,readonly")
+      train+=("--flagfile=/etc/hvd-vgg/flags.$number")
+      number=$((number + 1))
+    done
+    local start=(launch --max_restarts=20)
+    if [ -n "$hostfile" ]; then
+      path="$(existing "$hostfile")" || exit
+      command+=("--mount=type=bind,source=$path,target=/etc/hvd-vgg/hosts,readonly")
+      start+=(--hostfile=/etc/hvd-vgg/hosts --rsh_agent=hvd-vgg-ssh)
+    else
+      start+=("--ranks=$devices")
+    fi
+    command+=("$image" "${start[@]}" ${launch_flags[@]+"${launch_flags[@]}"} train "${train[@]}" ${train_flags[@]+"${train_flags[@]}"})
+  fi
+
+  show "${command[@]}"
+  if $dry_run; then return; fi
+  command -v docker >/dev/null || fail "docker is not on PATH"
+  exec "${command[@]}"
+}

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# VGG16 on ImageNet on the NVIDIA GPUs of this host, one rank each, in a container of the image of Dockerfile's target nvidia.
+# Prints one `docker run`, runs it, starts again what failed for no fault of its own.
+#
+#   DATA_DIR=./imagenet_tfrecord BATCH_SIZE=32 bash launch/docker_run_nvidia.sh [--devices=N] [--dry_run] [--FLAG=VALUE ...]
+#
+# --image=NAME      (default: hvd_vgg:nvidia)
+# --devices=N       N of the GPUs (default: all, by nvidia-smi); docker needs NVIDIA's container toolkit
+# --data_dir=DIR    TFRecords (default: DATA_DIR, else ./imagenet_tfrecord), mounted read-only
+# --run_dir=DIR     (default: ./runs/vgg16_imagenet)
+# --flagfile=FILE   a file of flags of this host
+# --shm_size=32g    limit of shared memory
+# --dry_run         only prints
+# --hostfile=FILE --ssh_dir=DIR   on several hosts: --worker --ssh_dir=DIR first on all but this one (README, "In a container")
+#
+# All other flags are those of `hvd-vgg launch --help` and `hvd-vgg train --help`. Not yet tried on a GPU.
+set -euo pipefail
+# shellcheck source=docker.sh
+source "$(dirname "${BASH_SOURCE[0]}")/docker.sh"
+docker_run hvd_vgg:nvidia 1 find_nvidia "$@"

@@ -1,0 +1,142 @@
+"""The Kubernetes manifests: against the published schema of the MPI operator, and what no schema knows."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from support import ROOT
+
+from hvd_vgg.config import Config, LaunchConfig, parse
+from hvd_vgg.run import hosts
+from hvd_vgg.run.hosts import Host
+
+FOLDER = ROOT / "launch" / "kubernetes"
+SCHEMA = json.loads((Path(__file__).parent / "mpijob_v2beta1.schema.json").read_text())
+JOBS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(FOLDER.glob("mpijob-*.yaml"))}
+
+
+def strict(schema):
+    """Returns a schema that refuses fields it does not know, as the API server does under strict validation."""
+    if isinstance(schema, list):
+        return [strict(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {name: strict(value) for name, value in schema.items()}
+    if isinstance(made.get("properties"), dict) and made.get("type") == "object":
+        made.setdefault("additionalProperties", False)
+    return made
+
+
+def container_of(job, role):
+    """Returns the only container of a role's pods, and the pod's spec."""
+    pod = job["spec"]["mpiReplicaSpecs"][role]["template"]["spec"]
+    (container,) = pod["containers"]
+    return container, pod
+
+
+def test_both_vendors_are_there():
+    assert set(JOBS) == {"mpijob-bi-v150", "mpijob-nvidia"}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_fits_the_operators_schema(name):
+    jsonschema.validate(JOBS[name], strict(SCHEMA))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["spec", "slotsPerWorkers"], 8),
+        (["spec", "slotsPerWorker"], "8"),
+        (["spec", "mpiReplicaSpecs", "Worker", "template", "spec", "containers", 0, "securityContext", "runAsuser"], 1000),
+        (
+            ["spec", "mpiReplicaSpecs", "Worker", "template", "spec", "containers", 0, "resources", "limits", "memory"],
+            "many",
+        ),
+    ],
+)
+def test_the_schema_finds_what_is_wrong(path, value):
+    job = json.loads(json.dumps(JOBS["mpijob-nvidia"]))
+    at = job
+    for step in path[:-1]:
+        at = at[step]
+    at[path[-1]] = value
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(job, strict(SCHEMA))
+
+
+def test_claims_of_volumes_fit_their_schema_and_are_those_of_the_jobs():
+    pod = SCHEMA["properties"]["spec"]["properties"]["mpiReplicaSpecs"]["additionalProperties"]["properties"]["template"]
+    volume = pod["properties"]["spec"]["properties"]["volumes"]["items"]["properties"]
+    claim = volume["ephemeral"]["properties"]["volumeClaimTemplate"]["properties"]["spec"]
+    documents = list(yaml.safe_load_all((FOLDER / "volumes.yaml").read_text()))
+    for document in documents:
+        assert (document["apiVersion"], document["kind"]) == ("v1", "PersistentVolumeClaim")
+        jsonschema.validate(document["spec"], strict(claim))
+    made = {document["metadata"]["name"] for document in documents}
+    for job in JOBS.values():
+        for role in ("Launcher", "Worker"):
+            volumes = container_of(job, role)[1]["volumes"]
+            assert {
+                each["persistentVolumeClaim"]["claimName"] for each in volumes if "persistentVolumeClaim" in each
+            } == made
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_nobody_is_root_and_the_data_cannot_be_written(name):
+    for role in ("Launcher", "Worker"):
+        container, pod = container_of(JOBS[name], role)
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] == 1000  # the image's
+        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
+        mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+        assert {mount["name"] for mount in mounts.values()} == {volume["name"] for volume in pod["volumes"]}
+        assert mounts["/data"]["readOnly"] is True
+        assert "readOnly" not in mounts["/runs"]
+    memory = [volume for volume in pod["volumes"] if volume.get("emptyDir", {}).get("medium") == "Memory"]
+    assert [mounts["/dev/shm"]["name"]] == [volume["name"] for volume in memory]  # noqa: S108 (a mount, no temporary file)
+
+
+@pytest.mark.parametrize(
+    ("name", "resource", "devices"), [("mpijob-bi-v150", "iluvatar.com/gpu", 2), ("mpijob-nvidia", "nvidia.com/gpu", 1)]
+)
+def test_a_worker_has_a_rank_for_each_device(name, resource, devices):
+    limits = container_of(JOBS[name], "Worker")[0]["resources"]["limits"]
+    assert JOBS[name]["spec"]["slotsPerWorker"] == devices * limits[resource]
+    assert resource not in container_of(JOBS[name], "Launcher")[0]["resources"]["limits"]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_launcher_starts_a_rank_in_every_slot(name, tmp_path):
+    spec = JOBS[name]["spec"]
+    container, _ = container_of(JOBS[name], "Launcher")
+    assert (container["command"], container["args"][0]) == (["hvd-vgg"], "launch")
+    at = container["args"].index("train")
+    launching = parse(LaunchConfig, container["args"][1:at])
+    assert (launching.hostfile, launching.rsh_agent, launching.ranks) == ("/etc/mpi/hostfile", "hvd-vgg-ssh", 0)
+    flags = [each.replace("/opt/hvd_vgg", str(ROOT)) for each in container["args"][at + 1 :]]
+    training = parse(Config, flags)
+    assert (training.data_dir, training.run_dir) == ("/data", "/runs/vgg16_imagenet")
+    # What the operator writes for these workers.
+    names = [f"{name}-worker-{number}.{name}.default.svc" for number in range(spec["mpiReplicaSpecs"]["Worker"]["replicas"])]
+    path = tmp_path / "hostfile"
+    path.write_text("".join(f"{each} slots={spec['slotsPerWorker']}\n" for each in names))
+    assert hosts.read(str(path)) == [Host(each, spec["slotsPerWorker"]) for each in names]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_workers_listen_with_the_jobs_key_where_the_launcher_looks(name):
+    container, _ = container_of(JOBS[name], "Worker")
+    words = (ROOT / "launch" / "container" / "sshd_config").read_text().split()
+    keys = JOBS[name]["spec"]["sshAuthMountPath"]
+    assert words[words.index("HostKey") + 1] == f"{keys}/id_rsa"
+    assert words[words.index("AuthorizedKeysFile") + 1] == f"{keys}/authorized_keys"
+    agent = (ROOT / "launch" / "container" / "hvd-vgg-ssh").read_text()
+    assert f"\nkeys={keys}\n" in agent
+    port = int(words[words.index("Port") + 1])
+    assert f" -p {port} " in agent
+    assert container["readinessProbe"]["tcpSocket"] == {"port": port}
+    assert container["command"] + container["args"] == ["/usr/sbin/sshd", "-D", "-e", "-f", "/etc/hvd-vgg/sshd_config"]

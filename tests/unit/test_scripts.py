@@ -1,0 +1,388 @@
+"""The launch scripts without what they start: each prints the command that it would run, and nothing else happens."""
+
+import os
+import shlex
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from dockerfile import stages
+from support import BIN, ROOT
+
+from hvd_vgg.config import Config, LaunchConfig, parse
+
+LAUNCH = ROOT / "launch"
+# name: image, devices on a card
+DOCKER = {"bi_v150": ("hvd_vgg:corex", 2), "bi_v100": ("hvd_vgg:corex", 1), "nvidia": ("hvd_vgg:nvidia", 1)}
+
+
+def call(script, *flags, cwd, **environment):
+    """Runs a script of launch/ and returns it, ended."""
+    passed = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "HOME": str(cwd), **environment}
+    return subprocess.run(
+        ["bash", LAUNCH / script, *flags], cwd=cwd, env=passed, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def printed(ended):
+    """Returns the words of the one command that a script printed."""
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    (line,) = [line for line in ended.stdout.splitlines() if line.startswith("+ ")]
+    return shlex.split(line)[1:]
+
+
+def given(words, name):
+    """Returns what all words `--name=VALUE` give."""
+    return [word.split("=", 1)[1] for word in words if word.startswith(f"--{name}=")]
+
+
+def mounts(words):
+    """Returns what a container has of the host, by where it has it: the path, and "readonly" or "" """
+    found = {}
+    for word in given(words, "mount"):
+        kind, source, target, *more = word.split(",")
+        assert kind == "type=bind"
+        found[target[len("target=") :]] = (source[len("source=") :], *more)
+    return found
+
+
+@pytest.fixture
+def here(tmp_path):
+    """A directory with a space in its name, with data, hosts and keys."""
+    folder = tmp_path / "my own files"
+    for name in ("image net", "the keys"):
+        (folder / name).mkdir(parents=True)
+    (folder / "more.flags").write_text("--lr=0.02\n")
+    return folder
+
+
+def write_hosts(here, count, devices):
+    (here / "the hosts").write_text("".join(f"node{number} slots={devices}\n" for number in range(count)))
+
+
+@pytest.mark.parametrize("devices", [1, 8, 16, 32])
+@pytest.mark.parametrize("name", DOCKER)
+def test_docker_on_one_host(here, name, devices):
+    image, _ = DOCKER[name]
+    words = printed(
+        call(
+            f"docker_run_{name}.sh",
+            "--dry_run",
+            f"--devices={devices}",
+            "--run_dir=runs/run 1",
+            "--flagfile=more.flags",
+            "--max_restarts=7",
+            "--epochs=2",
+            cwd=here,
+            DATA_DIR="./image net",
+            BATCH_SIZE="64",
+            NCCL_DEBUG="INFO",
+            TF_API_TOKEN="canary",  # noqa: S106 (no password)
+        )
+    )
+    assert not (here / "runs").exists()  # only printed
+    at = words.index(image)
+    docker, inside = words[:at], words[at + 1 :]
+    assert docker[:2] == ["docker", "run"]
+    assert all(word.startswith("--") for word in docker[2:])
+    assert {"--rm", "--init", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--ulimit=memlock=-1"} < set(docker)
+    assert "--privileged" not in docker
+    assert given(docker, "user") == [f"{os.getuid()}:{os.getgid()}"]
+    assert given(docker, "shm-size") == ["32g"]
+    if name == "nvidia":
+        assert (given(docker, "gpus"), given(docker, "device")) == ([str(devices)], [])
+    else:
+        nodes = [node for node in given(docker, "device") if node != "/dev/itrctl"]
+        assert (given(docker, "gpus"), nodes) == ([], [f"/dev/iluvatar{number}" for number in range(devices)])
+    assert mounts(docker) == {
+        "/data": (str(here / "image net"), "readonly"),
+        "/runs/run 1": (str(here / "runs" / "run 1"),),
+        "/etc/hvd-vgg/flags.0": (str(here / "more.flags"), "readonly"),
+    }
+    # Variables go by name, so that no value is in `ps`; the secret one does not go at all.
+    variables = given(docker, "env")
+    assert "NCCL_DEBUG" in variables
+    assert not any("TOKEN" in each or "canary" in each for each in words)
+    split = inside.index("train")
+    assert inside[0] == "launch"
+    launching = parse(LaunchConfig, inside[1:split])
+    assert (launching.ranks, launching.hostfile, launching.max_restarts) == (devices, "", 7)
+    flags = [
+        word.replace("/opt/hvd_vgg", str(ROOT)).replace("/etc/hvd-vgg/flags.0", str(here / "more.flags"))
+        for word in inside[split + 1 :]
+    ]
+    training = parse(Config, flags)
+    assert (training.data_dir, training.run_dir) == ("/data", "/runs/run 1")
+    assert (training.device_batch, training.epochs, training.lr, training.model) == (64, 2, 0.02, "vgg16")
+
+
+@pytest.mark.parametrize("devices", [1, 8, 16, 32])
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("name", DOCKER)
+def test_docker_on_several_hosts(here, name, devices, hosts):
+    write_hosts(here, hosts, devices)
+    flags = [f"--devices={devices}", "--data_dir=image net", "--run_dir=run 1", "--ssh_dir=the keys", "--dry_run"]
+    words = printed(call(f"docker_run_{name}.sh", "--hostfile=the hosts", *flags, cwd=here))
+    worker = printed(call(f"docker_run_{name}.sh", "--worker", *flags, cwd=here))
+    image, _ = DOCKER[name]
+    at = words.index(image)
+    # A worker has all that the launcher's host has, for its own ranks.
+    assert [word for word in words[:at] if ",target=/etc/hvd-vgg/hosts," not in word] == [
+        word for word in worker[: worker.index(image)] if not word.startswith(("--entrypoint", "--cap-add"))
+    ]
+    assert "--network=host" in words[:at]
+    seen = mounts(words)
+    assert seen["/etc/hvd-vgg/hosts"] == (str(here / "the hosts"), "readonly")
+    assert seen["/etc/hvd-vgg/ssh"] == (str(here / "the keys"), "readonly")
+    assert seen["/etc/passwd"] == (str(here / "the keys" / "passwd"), "readonly")
+    launching = parse(LaunchConfig, words[at + 2 : words.index("train", at)])
+    assert (launching.hostfile, launching.rsh_agent, launching.ranks) == ("/etc/hvd-vgg/hosts", "hvd-vgg-ssh", 0)
+    assert given(worker, "entrypoint") == ["/usr/sbin/sshd"]
+    assert worker[worker.index(image) + 1 :] == ["-D", "-e", "-f", "/etc/hvd-vgg/sshd_config"]
+
+
+@pytest.mark.parametrize(("name", "cards", "devices"), [("bi_v150", 8, 16), ("bi_v100", 8, 8), ("bi_v150", 1, 2)])
+def test_a_card_is_one_device_or_two(here, name, cards, devices):
+    words = printed(call(f"docker_run_{name}.sh", "--dry_run", f"--cards={cards}", "--data_dir=image net", cwd=here))
+    assert given(words, "ranks") == [str(devices)]
+
+
+@pytest.mark.parametrize("access", ["runtime", "privileged"])
+def test_the_vendors_other_ways_to_the_devices(here, access):
+    words = printed(
+        call("docker_run_bi_v150.sh", "--dry_run", "--devices=4", f"--access={access}", "--data_dir=image net", cwd=here)
+    )
+    assert given(words, "device") == []
+    assert (
+        ("--privileged" in words) == ("--pid=host" in words) == ("--volume=/dev:/dev" in words) == (access == "privileged")
+    )
+    assert ("--cap-drop=ALL" in words) == (access == "runtime")
+    if access == "runtime":
+        assert given(words, "runtime") == ["iluvatar"]
+        assert "IX_VISIBLE_DEVICES=0,1,2,3" in given(words, "env")
+    assert given(words, "ranks") == ["4"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--devices=0"], "--devices=0: expected a number of 1 or more"),
+        (["--devices=all"], "--devices=all"),
+        (["--cards=2", "--devices=4"], "--cards=2: expected a number of 1 or more, and no --devices"),
+        (["--devices=2", "--access=root"], "--access=root: expected"),
+        (["--devices=2", "--data_dir=nowhere"], "nowhere: no such file"),
+        (["--devices=2", "--data_dir=a,b"], "a,b: docker cannot mount"),
+        (["--devices=2", "--hostfile=the hosts"], "several hosts need --ssh_dir=DIR"),
+        (["--devices=2", "--rsh_agent=ssh"], "--rsh_agent: not in a container"),
+        (["--devices=2", "--flagfile=nothing.flags"], "nothing.flags: no such file"),
+    ],
+)
+@pytest.mark.parametrize("name", DOCKER)
+def test_docker_refuses_what_would_fail_later(here, name, flags, told):
+    write_hosts(here, 1, 2)
+    (here / "a,b").mkdir()
+    ended = call(f"docker_run_{name}.sh", "--data_dir=image net", *flags, "--dry_run", cwd=here)
+    assert ended.returncode == 78, ended.stdout
+    assert told in ended.stderr
+    assert "+ docker" not in ended.stdout
+
+
+@pytest.mark.parametrize("name", DOCKER)
+def test_more_devices_than_there_are_start_nothing(here, name):
+    ended = call(f"docker_run_{name}.sh", "--data_dir=image net", "--devices=9999", cwd=here)
+    assert ended.returncode == 78
+    assert "9999 devices asked for; this host shows " in ended.stderr
+
+
+def test_what_is_printed_is_what_is_run(here):
+    """The script becomes docker, here a stand-in that says what it was called with."""
+    write_hosts(here, 2, 4)
+    path = stand_ins(
+        here, docker='printf "%s\\0" docker "$@" > called', **{"nvidia-smi": "for i in 0 1 2 3; do echo GPU $i: H; done"}
+    )
+    flags = ["--data_dir=image net", "--run_dir=runs/run 1", "--hostfile=the hosts", "--ssh_dir=the keys"]
+    words = printed(call("docker_run_nvidia.sh", *flags, cwd=here, PATH=path))
+    assert (here / "called").read_text().split("\0")[:-1] == words
+    assert given(words, "gpus") == ["4"]
+    assert (here / "runs" / "run 1").is_dir()
+    users = [line.split(":") for line in (here / "the keys" / "passwd").read_text().splitlines()]
+    assert str(os.getuid()) in [user[2] for user in users]
+    assert all(len(user) == 7 for user in users)
+
+
+@pytest.mark.parametrize("name", DOCKER)
+def test_help_is_the_head_of_the_script(here, name):
+    ended = call(f"docker_run_{name}.sh", "--help", cwd=here)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("VGG16 on ImageNet on the ")
+    assert "set -euo" not in ended.stdout
+
+
+def of_mpirun(words):
+    """Returns what an mpirun command says of ranks and hosts, and the training's own flags."""
+    at = words.index("-np")
+    hosts = words[words.index("--host") + 1].split(",") if "--host" in words else []
+    return int(words[at + 1]), hosts, words[words.index("train") + 1 :]
+
+
+@pytest.mark.parametrize("ranks", [1, 8, 16, 32])
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_the_multigpu_script(here, ranks, hosts):
+    write_hosts(here, hosts, ranks)
+    flags = ["--dry_run", "--run_dir=run 1", "--lr=0.02"]
+    flags += [f"--ranks={ranks}"] if hosts == 1 else ["--hostfile=the hosts"]
+    script = "run_train_vgg16_multigpu_imagenet.sh"
+    ended = call(script, *flags, cwd=here, DATA_DIR="./image net", BATCH_SIZE="64", PYTHONPATH=str(ROOT))
+    started, named, train = of_mpirun(printed(ended))
+    assert started == min(ranks * hosts, 256)  # the global batch
+    assert named == ([f"node{number}:{ranks}" for number in range(hosts)] if hosts > 1 else [])
+    training = parse(Config, train)
+    assert (training.data_dir, training.run_dir, training.lr, training.device_batch) == ("./image net", "run 1", 0.02, 64)
+    assert not (here / "run 1").exists()
+
+
+def test_the_script_for_one_device(here):
+    ended = call("run_train_vgg16_imagenet.sh", "--dry_run", cwd=here, DATA_DIR="./image net", PYTHONPATH=str(ROOT))
+    started, named, train = of_mpirun(printed(ended))
+    assert (started, named) == (1, [])
+    assert "--data_dir=./image net" in train
+
+
+def stand_ins(here, **programs):
+    """Writes shell programs that stand for Slurm's, and returns PATH with them first."""
+    folder = here / "bin"
+    folder.mkdir()
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    return f"{folder}{os.pathsep}{BIN}{os.pathsep}{os.environ['PATH']}"
+
+
+SLURM = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[0-3]", "PYTHONPATH": str(ROOT)}
+# `show hostnames` names COUNT nodes; `requeue` leaves a word.
+SCONTROL = 'if [ "$1" = requeue ]; then echo "requeued $2"; else for ((i = 0; i < COUNT; i++)); do echo "node$i"; done; fi'
+
+
+@pytest.mark.parametrize("devices", [1, 8, 16, 32])
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_slurm_by_mpirun(here, devices, hosts):
+    path = stand_ins(here, scontrol=SCONTROL)
+    environment = {**SLURM, "PATH": path, "SLURM_NTASKS_PER_NODE": str(devices), "COUNT": str(hosts), "TMPDIR": str(here)}
+    ended = call("slurm.sbatch", "--dry_run", "--run_dir=run 1", cwd=here, DATA_DIR="./image net", **environment)
+    shown, run = [shlex.split(line)[1:] for line in ended.stdout.splitlines()]
+    assert shown[:2] == ["hvd-vgg", "launch"]
+    started, named, train = of_mpirun(run)
+    assert (started, named) == (min(devices * hosts, 256), [f"node{number}:{devices}" for number in range(hosts)])
+    assert run[run.index("plm_rsh_agent") + 1] == str(LAUNCH / "slurm_rsh.sh")
+    assert {"--data_dir=./image net", "--run_dir=run 1"} < set(train)
+    assert list(here.glob("hvd_vgg-hosts.*")) == []
+
+
+@pytest.mark.parametrize("devices", [1, 8, 16, 32])
+def test_slurm_by_srun(here, devices):
+    environment = {**SLURM, "SLURM_NTASKS_PER_NODE": str(devices), "HVD_VGG_LAUNCHER": "srun", "DATA_DIR": "./image net"}
+    words = printed(call("slurm.sbatch", "--dry_run", "--run_dir=run 1", cwd=here, **environment))
+    at = words.index("train")
+    assert words[:at] == [
+        "srun",
+        "--mpi=pmix",
+        f"--ntasks-per-node={devices}",
+        "--kill-on-bad-exit=1",
+        "--gpu-bind=none",
+        "hvd-vgg",
+    ]
+    training = parse(Config, words[at + 1 :])
+    assert (training.data_dir, training.run_dir) == ("./image net", "run 1")
+
+
+@pytest.mark.parametrize(
+    ("code", "times", "again"),
+    [
+        (0, 0, False),
+        (65, 0, False),
+        (81, 0, False),
+        (132, 0, False),
+        (75, 0, True),
+        (80, 19, True),
+        (137, 0, True),
+        (139, 20, False),
+    ],
+)
+def test_slurm_queues_again_what_may_end_otherwise(here, code, times, again):
+    path = stand_ins(here, scontrol=SCONTROL, srun=f"exit {code}")
+    environment = {**SLURM, "PATH": path, "SLURM_NTASKS_PER_NODE": "2", "HVD_VGG_LAUNCHER": "srun"}
+    ended = call("slurm.sbatch", cwd=here, SLURM_RESTART_COUNT=str(times), **environment)
+    assert ended.returncode == code, ended.stderr
+    assert ("requeued 7" in ended.stdout) == again
+
+
+@pytest.mark.parametrize(("number", "again"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_slurms_warning_reaches_the_ranks_and_a_cancelled_job_is_not_queued_again(here, number, again):
+    path = stand_ins(
+        here, scontrol=SCONTROL, srun="trap 'sleep 0.2; exit 80' USR1; touch started; while :; do sleep 0.05; done"
+    )
+    environment = {**SLURM, "PATH": path, "SLURM_NTASKS_PER_NODE": "2", "HVD_VGG_LAUNCHER": "srun", "HOME": str(here)}
+    script = subprocess.Popen(
+        ["bash", LAUNCH / "slurm.sbatch"],
+        cwd=here,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (here / "started").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        script.send_signal(number)
+        out = script.communicate(timeout=60)[0]
+    finally:
+        script.kill()
+        script.wait()
+    assert script.returncode == 80, out
+    assert ("requeued 7" in out) == again
+
+
+def test_the_remote_shell_of_a_slurm_job_is_one_step_on_that_node(here):
+    path = stand_ins(here, srun='printf "%s\\n" "$SLURM_OVERLAP$SLURM_WHOLE" "$@"')
+    ended = call("slurm_rsh.sh", "node3", "echo a b;", "orted --x 'y z'", cwd=here, PATH=path)
+    lines = ended.stdout.splitlines()
+    assert lines[0] == "11"
+    assert "--nodelist=node3" in lines
+    assert lines[-3:] == ["bash", "-c", "echo a b; orted --x 'y z'"]
+
+
+def test_every_image_runs_as_nobody_and_holds_no_compiler_of_its_own():
+    made = {name: [" ".join(each) for each in stage.instructions] for name, stage in stages(ROOT / "Dockerfile").items()}
+    assert list(made)[-1] == "cpu"  # what `docker build .` makes
+    for name in ("cpu", "nvidia", "corex"):
+        users = [line for line in made[name] if line.startswith("USER ")]
+        assert users[-1] == "USER 1000:1000"
+        assert 'ENTRYPOINT ["hvd-vgg"]' in made[name]
+        assert 'VOLUME ["/data", "/runs"]' in made[name]
+        assert not any("g++" in line for line in made[name])
+    # The vendor's packages are not among what the target for his image installs.
+    assert not any("environment.sh" in line or "requirements" in line for line in made["corex"])
+
+
+def test_the_dockerfile_passes_its_linter():
+    subprocess.run([BIN / "hadolint", ROOT / "Dockerfile"], check=True)
+
+
+def test_the_context_of_the_images_has_what_is_copied_and_no_more():
+    wanted = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    assert all((ROOT / each).exists() for each in wanted)
+    for line in (ROOT / "Dockerfile").read_text().splitlines():
+        if line.startswith("COPY ") and "--from" not in line:
+            for source in line.split()[1:-1]:
+                assert source == "." or Path(source).parts[0] in wanted, line
+
+
+def test_what_is_beside_a_vendors_packages_needs_them_there(here):
+    """A python3 without TensorFlow is told so, before anything is installed."""
+    path = stand_ins(here, python3='case "$*" in *find_spec*) exit 1 ;; esac; exec /bin/false')
+    ended = call("container/beside_vendor.sh", cwd=here, PATH=path)
+    assert ended.returncode == 78
+    assert "python3 has no tensorflow" in ended.stderr
