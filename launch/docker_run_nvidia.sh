@@ -11,7 +11,7 @@
 # --flagfile=FILE   a file of flags of this host
 # --shm_size=32g    limit of shared memory
 # --dry_run         only prints
-# --hostfile=FILE --ssh_dir=DIR   on several hosts: --worker --ssh_dir=DIR first on all but this one (README, "In a container")
+# --hostfile=FILE --ssh_dir=DIR   on several hosts: --worker --ssh_dir=DIR first on all but this one (launch/README.md)
 #
 # All other flags are those of `hvd-vgg launch --help` and `hvd-vgg train --help`. Not yet tried on a GPU.
 set -euo pipefail
