@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, checked when read, and free of anything about ranks.
 
 `RUN_DIR/checkpoints/step-00001000.safetensors` holds the weights and momentum by name and, as JSON in its metadata, the
-step and what the run is, with a SHA-256 over all tensors. `best` beside it holds the name of such a file. Only rank 0 calls
-what is here.
+step and what the run is, with a SHA-256 over all tensors and another over that JSON. `best` beside it holds the name of such
+a file. Only rank 0 calls what is here.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from hvd_vgg.run.files import write_whole
 from hvd_vgg.run.health import CONFIGURATION, NOT_WRITTEN, Failure
 
 _NAME = re.compile(r"^step-(\d{8})\.safetensors$")
-_KEY = "hvd_vgg"
+_KEY, _CHECKSUM = "hvd_vgg", "hvd_vgg_sha256"
 _TYPES = {"float32": "F32", "int32": "I32"}
 
 Tensors = Dict[str, np.ndarray]
@@ -91,9 +91,11 @@ def write(path: Path, tensors: Tensors, meta: Dict[str, Any]) -> None:
         if free < needed:
             raise OSError(f"it takes {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
         digest = _digest(tensors.items())
-        _write(temporary, tensors, {_KEY: json.dumps({**meta, "sha256": digest})})
+        text = json.dumps({**meta, "sha256": digest})
+        metadata = {_KEY: text, _CHECKSUM: _checksum(text)}
+        _write(temporary, tensors, metadata)
         with safe_open(str(temporary), framework="numpy") as file:  # one tensor at a time: memory may be short
-            if _digest((name, file.get_tensor(name)) for name in tensors) != digest:
+            if file.metadata() != metadata or _digest((name, file.get_tensor(name)) for name in tensors) != digest:
                 raise OSError("what was read back is not what was written")
         temporary.replace(path)
         _sync_directory(path.parent)
@@ -137,14 +139,17 @@ def load(path: Path) -> Checkpoint:
     """Returns the checkpoint in `path`; raises ValueError saying what is wrong with the file."""
     try:
         with safe_open(str(path), framework="numpy") as file:
-            meta = json.loads((file.metadata() or {}).get(_KEY, "null"))
+            metadata = file.metadata() or {}
+            meta = json.loads(metadata.get(_KEY, "null"))
             if not isinstance(meta, dict):
                 raise ValueError("not a checkpoint of hvd_vgg")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError) as error:
         raise ValueError(str(error)) from error
-    if _digest(tensors.items()) != meta.pop("sha256", None):
+    if metadata.get(_CHECKSUM) != _checksum(metadata[_KEY]) or _digest(tensors.items()) != meta.pop("sha256", None):
         raise ValueError("its contents do not have the checksum written with them")
+    if _NAME.match(path.name) and meta["step"] != step_of(path):
+        raise ValueError(f"what is in it is of step {meta['step']}")
     return Checkpoint(path, tensors, meta)
 
 
@@ -159,6 +164,7 @@ def newest(run_dir: Path) -> Tuple[Optional[Checkpoint], Dict[Path, str]]:
             return load(path), faults
         except ValueError as error:
             faults[path] = str(error)
+    faults.update(dict.fromkeys(sorted(folder(run_dir).glob("step-*.bad")), "set aside as damaged"))
     if faults:
         lines = "\n".join(f"  {path.name}: {text}" for path, text in faults.items())
         raise Failure(
@@ -202,6 +208,10 @@ def _digest(tensors: Iterable[Tuple[str, np.ndarray]]) -> str:
     for name, tensor in tensors:
         each.append(f"{name} {tensor.dtype} {tensor.shape} {hashlib.sha256(_bytes(tensor)).hexdigest()}\n")
     return hashlib.sha256("".join(sorted(each)).encode()).hexdigest()
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sync_directory(place: Path) -> None:

@@ -13,6 +13,7 @@ from hvd_vgg.data import records
 from hvd_vgg.model import vgg
 from hvd_vgg.model.layers import layers
 from hvd_vgg.parallel import comm
+from hvd_vgg.run import receipt
 from hvd_vgg.run.health import CONFIGURATION, NOT_FINITE, Failure, difference
 from hvd_vgg.run.log import Console, RunLog
 from hvd_vgg.train import checkpoint, optimizer
@@ -86,6 +87,7 @@ def restore(
         _require(config.resume, run_dir)
         found, faults = checkpoint.newest(run_dir)
         if found is None:
+            _check_none_was_saved(run_dir)
             return Position()
         changed = [key for key in {**found.meta["run"], **expected} if found.meta["run"].get(key) != expected.get(key)]
         _refuse_changes([key for key in changed if key not in allowed_changes(config)], found, expected, run_dir)
@@ -108,6 +110,17 @@ def restore(
     position = comm.together(find)
     comm.broadcast_variables(list(state.variables().values()))
     return Position(*json.loads(comm.from_root(json.dumps(position).encode()).decode()))
+
+
+def _check_none_was_saved(run_dir: Path) -> None:
+    """Raises Failure(CONFIGURATION) where the log knows of checkpoints that are gone: a run never starts over in silence."""
+    saved = [line.data["file"] for line in receipt.read_log(run_dir / "dllogger.json") if line.event == "checkpoint"]
+    if saved:
+        raise Failure(
+            CONFIGURATION,
+            f"{checkpoint.folder(run_dir)} holds no checkpoint, but by the log {saved[-1]} had been saved: restore it from "
+            f"a copy, or begin anew in another --run_dir",
+        )
 
 
 def _refuse_changes(keys: List[str], found: checkpoint.Checkpoint, expected: Dict[str, Any], run_dir: Path) -> None:

@@ -57,7 +57,7 @@ def verify_run(config: VerifyConfig) -> None:
         raise Failure(CONFIGURATION, f"--run_dir={run_dir} has no dllogger.json: expected the directory of a run")
     speaks = not launched_rank()
     claims = [_said(claim) for claim in check(run_dir)] if speaks else []
-    again = list(_evaluate_again(run_dir, config)) if config.data_dir else []
+    again = list(_claims_guarded("evaluated again", _evaluate_again(run_dir, config))) if config.data_dir else []
     claims += [_said(claim) for claim in again if speaks]
     failed = sum(claim.verdict == FAILS for claim in claims)
     if failed:
@@ -355,9 +355,23 @@ def _checkpoints(run_dir: Path, starts: List[Start]) -> Iterator[Claim]:
         yield _checkpoint(path, starts)
     if starts and starts[-1].end and starts[-1].last not in [checkpoint.step_of(path) for path in paths]:
         yield Claim(FAILS, "checkpoints", f"the run ended at step {starts[-1].last}, of which there is none")
+    lines = [line for start in starts for line in start.lines]
+    saved = [line for line in lines if line.event == "checkpoint"]
+    aside = {line.data["file"] for line in lines if line.event == "checkpoint_damaged"}
+    # A later save, which a kill kept from the log, may have pruned it.
+    if saved and saved[-1].data["file"] not in aside and not any(path.name >= saved[-1].data["file"] for path in paths):
+        yield Claim(FAILS, "checkpoints", f"{saved[-1].data['file']}, saved last (line {saved[-1].number}), is gone")
     best = checkpoint.best(run_dir)
     if best:
         yield _best(checkpoint.step_of(best), best.exists(), starts)
+    elif _scored(saved, starts):
+        yield Claim(FAILS, "best", "names no checkpoint, though one was saved with its evaluation")
+
+
+def _scored(saved: List[Line], starts: List[Start]) -> bool:
+    """Says whether a checkpoint was saved after the evaluation of its step: the first of these `best` names, if no other."""
+    scores = [line for start in starts for line in start.evaluated]
+    return any(line.data["step"] == score.step[1] and score.number < line.number for line in saved for score in scores)
 
 
 def _checkpoint(path: Path, starts: List[Start]) -> Claim:
@@ -368,8 +382,6 @@ def _checkpoint(path: Path, starts: List[Start]) -> Claim:
         row, meta = receipt.checkpoint_row(path), checkpoint.load(path).meta
     except ValueError as error:
         return Claim(FAILS, path.name, str(error))
-    if meta["step"] != step:
-        return Claim(FAILS, path.name, f"what is in it is of step {meta['step']}")
     # Of a save that ended as the run was killed the log may know only from the start that went on from it.
     went_on = [(start, start.line) for start in starts if start.first == step and start.line.data["checkpoint"]]
     known = {name: value for name, value in (written[-1][1].data if written else {}).items() if name in row}
@@ -566,21 +578,38 @@ def _receipt_of_files(
         yield Claim(UNKNOWN, "receipt.json, result", "the run was killed as it wrote a newer one")
     else:
         yield Claim(FAILS, "receipt.json, result", "result.json is not what it was")
-    before = found["files"]["restarts.jsonl"]
-    if before and receipt.file_row(run_dir / "restarts.jsonl", int(before["bytes"])) != before:
-        yield Claim(
-            FAILS, "receipt.json, restarts", f"the first {before['bytes']} bytes of restarts.jsonl are not what they were"
-        )
+    yield from _receipt_of_restarts(found, run_dir / "restarts.jsonl", covered, starts)
     saved_again = {line.data["file"] for line in newer if line.event == "checkpoint"}
+    aside = {line.data["file"] for line in lines if line.event == "checkpoint_damaged"}
     rows = {row["file"]: row for row in found["checkpoints"] if row["file"] not in saved_again}
+    there = {path.name: path for path in checkpoint.existing(run_dir)}
     changed = []
-    for path in checkpoint.existing(run_dir):
-        row, known = receipt.checkpoint_row(path), rows.get(path.name)
+    for name, known in rows.items():
+        row = receipt.checkpoint_row(there[name]) if name in there else None
         after = len(lines) - len(newer)
-        if known and row != known and not _written_anew(row, known, checkpoint.step_of(path), after, starts):
-            changed.append(path.name)
+        if row is None:
+            # A later save may have pruned it, even one that a kill kept from the log.
+            later = any(each > name and (each not in rows or each in saved_again) for each in there)
+            changed += [] if later or name in aside else [f"{name} is gone"]
+        elif row != known and not _written_anew(row, known, checkpoint.step_of(there[name]), after, starts):
+            changed.append(f"{name} is not what it was")
+    told = [line.data["file"] for line in lines if line.event == "checkpoint" and line.end <= covered]
+    if told and told[-1] in there and told[-1] not in rows and told[-1] not in saved_again:
+        changed.append(f"{told[-1]}, which had been saved, is not in it")
     if changed:
-        yield Claim(FAILS, "receipt.json, checkpoints", f"{', '.join(changed)}: not what it was")
+        yield Claim(FAILS, "receipt.json, checkpoints", "; ".join(changed))
+
+
+def _receipt_of_restarts(found: Dict[str, Any], path: Path, covered: int, starts: List[Start]) -> Iterator[Claim]:
+    before, what = found["files"]["restarts.jsonl"], "receipt.json, restarts"
+    if before is None:
+        # Each start of the launcher's is in restarts.jsonl before its ranks begin, and so before any receipt of theirs.
+        if any(start.line.data["launched"] and start.line.end <= covered for start in starts):
+            yield Claim(FAILS, what, "none, though `hvd-vgg launch` had started the run")
+    elif receipt.file_row(path, int(before["bytes"])) != before:
+        yield Claim(FAILS, what, f"the first {before['bytes']} bytes of restarts.jsonl are not what they were")
+    elif found["restarts"] != receipt.read_json_lines(path, int(before["bytes"])):
+        yield Claim(FAILS, what, f"not those in the first {before['bytes']} bytes of restarts.jsonl")
 
 
 def _flags(run_dir: Path, starts: List[Start]) -> Iterator[Claim]:
@@ -604,7 +633,8 @@ def _flags(run_dir: Path, starts: List[Start]) -> Iterator[Claim]:
 def _evaluate_again(run_dir: Path, config: VerifyConfig) -> Iterator[Claim]:
     """Evaluates the newest and the best checkpoint again; all ranks must call."""
     starts, _ = read_starts(receipt.read_log(run_dir / "dllogger.json"))
-    names = ["newest", "best"] if checkpoint.best(run_dir) not in (None, *checkpoint.existing(run_dir)[:1]) else ["newest"]
+    best = checkpoint.best(run_dir)
+    names = ["newest", "best"] if best in checkpoint.existing(run_dir)[1:] else ["newest"]
     if not starts or not checkpoint.existing(run_dir):
         yield Claim(UNKNOWN, "evaluated again", "there is no checkpoint, or no start in the log")
         return

@@ -53,6 +53,36 @@ def test_no_checkpoints_is_none_and_all_damaged_is_an_error(tmp_path):
         checkpoint.newest(tmp_path)
     assert raised.value.code == CONFIGURATION
     assert "step-00000001.safetensors:" in raised.value.message
+    checkpoint.set_aside(path)
+    with pytest.raises(Failure, match="step-00000001.safetensors.bad: set aside as damaged"):
+        checkpoint.newest(tmp_path)
+
+
+@pytest.mark.fault("F18")
+def test_any_bit_of_the_file_flipped_is_noticed(tmp_path):
+    """In the tensors, and in the header: step, coverage and what the run is are as good as weights."""
+    path = save(tmp_path, 12)
+    whole = checkpoint.load(path)
+    data = path.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    for at in [*range(header), *range(header, len(data), 97)]:
+        changed = bytearray(data)
+        changed[at] ^= 1 << at % 8
+        path.write_bytes(changed)
+        try:
+            found = checkpoint.load(path)
+        except ValueError:
+            continue
+        assert found.meta == whole.meta, at  # as capitals in a number's escape
+        assert found.tensors.keys() == whole.tensors.keys(), at
+        assert all((found.tensors[name] == value).all() for name, value in whole.tensors.items()), at
+
+
+@pytest.mark.fault("F18")
+def test_a_checkpoint_under_the_name_of_another_step_is_noticed(tmp_path):
+    path = save(tmp_path, 12)
+    with pytest.raises(ValueError, match="of step 12"):
+        checkpoint.load(path.rename(path.with_name("step-00000013.safetensors")))
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "junk", "foreign"])

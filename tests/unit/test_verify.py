@@ -313,6 +313,33 @@ def test_a_best_that_is_not_the_best_is_noticed(tmp_path):
     assert any(claim.startswith(f"best: step {STEPS} has ") for claim in verdicts(run.run_dir))
 
 
+def test_a_checkpoint_that_is_gone_is_noticed(tmp_path):
+    run = Simulated(tmp_path / "run")
+    run.run()
+    paths = checkpoint.existing(run.run_dir)
+    assert len(paths) > 2
+    for gone in (paths[:1], paths[1:2], paths[-1:], paths):
+        kept = {path: path.read_bytes() for path in gone}
+        for path in gone:
+            path.unlink()
+        assert any(f"{gone[0].name} is gone" in claim or "there is none" in claim for claim in verdicts(run.run_dir)), gone
+        for path, data in kept.items():
+            path.write_bytes(data)
+    assert verdicts(run.run_dir) == []
+    (run.run_dir / "checkpoints" / "best").unlink()
+    assert verdicts(run.run_dir) == ["best: names no checkpoint, though one was saved with its evaluation"]
+
+
+def test_what_is_taken_out_of_the_receipt_is_noticed(tmp_path):
+    run_dir = tmp_path / "run"
+    write_rows(run_dir, supervised(run_dir))
+    receipt.write(run_dir)
+    whole = receipt.read(run_dir)
+    for change in ({"checkpoints": []}, {"restarts": []}, {"files": {**whole["files"], "restarts.jsonl": None}}):
+        (run_dir / "receipt.json").write_text(json.dumps({**whole, **change}))
+        assert any(claim.startswith("receipt.json, ") for claim in verdicts(run_dir)), change
+
+
 # ---- what the supervisor says
 
 
@@ -343,6 +370,7 @@ def test_starts_and_attempts_must_match(tmp_path):
     run_dir = tmp_path / "run"
     rows = supervised(run_dir)
     write_rows(run_dir, rows)
+    receipt.write(run_dir)
     assert verdicts(run_dir) == []
     assert any(claim.startswith("restarts.jsonl: 3 attempts, 2 starts") for claim in verdicts(run_dir, verify.HOLDS))
     for gone in range(len(rows) - 1):
