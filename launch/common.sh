@@ -16,8 +16,11 @@ use_environment() {
     PATH="$venv/bin:$PATH"
   fi
   command -v hvd-vgg >/dev/null || fail "hvd-vgg is not installed: run launch/environment.sh, or on a host with its own TensorFlow: pip install --no-deps $clone"
+}
+
+# Open MPI refuses root unless told twice. For what runs in the clone alone; a script that trains leaves it to its user.
+consent_to_root() {
   if [ "$(id -u)" = 0 ]; then
-    # Open MPI refuses root unless told twice; in a container there is often no one else.
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
   fi
 }

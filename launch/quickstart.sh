@@ -16,6 +16,7 @@ case "${1:-}" in -h | --help)
 esac
 bash "$launch/environment.sh"
 use_environment
+consent_to_root
 
 data="${DATA_DIR:-$clone/demo_data}"
 if [ -z "${DATA_DIR:-}" ] && [ ! -e "$data" ]; then

@@ -17,6 +17,7 @@ esac
 
 bash "$launch/environment.sh" --test
 use_environment
+consent_to_root
 cd "$clone"
 export PYTHONDONTWRITEBYTECODE=1
 
