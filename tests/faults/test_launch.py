@@ -81,6 +81,20 @@ def test_a_launcher_that_is_asked_to_stop_stops_all_ranks_and_never_starts_again
 
 
 @pytest.mark.fault("F12")
+def test_a_real_run_that_its_launcher_was_asked_to_stop_goes_on_as_the_undisturbed_one(tmp_path, data, undisturbed):
+    started = start_run(tmp_path, data, "sleep@0:4:2")
+    wait_for(lambda: "step 3/" in started.out.read_text())
+    os.kill(started.process.pid, signal.SIGTERM)
+    ended = started.wait()
+    assert ended.code == 80, ended.out + ended.err
+    assert "hvd-vgg launch: stopped on request; all ranks left in order" in ended.err
+    assert 3 <= newest(tmp_path).meta["step"] < STEPS
+    ended = start_run(tmp_path, data).wait()
+    assert ended.code == 0, ended.out + ended.err
+    assert_exact(tmp_path, 2, undisturbed)
+
+
+@pytest.mark.fault("F12")
 @pytest.mark.parametrize(("grace", "signals"), [("1", 1), ("600", 2)])
 def test_ranks_that_do_not_stop_are_ended_after_the_grace_or_at_the_second_request(tmp_path, grace, signals):
     started = start_standin(tmp_path, "deaf", f"--grace_seconds={grace}")
@@ -232,9 +246,13 @@ def test_the_launcher_killed_leaves_nothing_and_the_run_goes_on(tmp_path, data, 
 
 
 @pytest.mark.fault("F14")
-def test_mpirun_ended_from_outside_loses_no_committed_step(tmp_path, data, undisturbed):
-    """F14: SIGTERM straight to mpirun, which gives ranks a second; nobody asked the launcher, so it starts again."""
-    started = start_run(tmp_path, data, "sleep@0:6:5")
+@pytest.mark.parametrize("saving", [[], pytest.param(["saveslowly@0:3:3"], marks=pytest.mark.fault(tier=3))])
+def test_mpirun_ended_from_outside_loses_no_committed_step(tmp_path, data, undisturbed, saving):
+    """F14: SIGTERM straight to mpirun, which gives ranks a second, while nothing or a checkpoint is being written.
+
+    Nobody asked the launcher, so it starts again.
+    """
+    started = start_run(tmp_path, data, "sleep@0:6:5", *saving)
     wait_for(lambda: "step 5/" in started.out.read_text())
     os.kill(mpirun_of(started), signal.SIGTERM)
     ended = started.wait()

@@ -12,8 +12,9 @@ import subprocess
 import time
 
 import pytest
-from oracles import assert_exact, assert_goes_on, events, newest, start
+from oracles import STEPS, assert_exact, assert_goes_on, events, newest, start
 from support import wait_for
+from test_equality import assert_same_weights
 
 from hvd_vgg.train import checkpoint
 
@@ -141,3 +142,14 @@ def test_the_best_checkpoint_is_pointed_to_although_the_run_was_killed_before(tm
     ended = start(tmp_path, data, 2).wait()
     assert ended.code == 0, ended.out + ended.err
     assert checkpoint.best(tmp_path / "run").name == "step-00000012.safetensors"
+
+
+@pytest.mark.fault("F21", tier=3)
+def test_one_rank_then_two_then_one_is_the_run_never_stopped(tmp_path, data, undisturbed):
+    """F21: two changes of the number of ranks."""
+    for ranks, fault, code in ((1, "term@0:3", 80), (2, "term@1:7", 80), (1, "", 0)):
+        ended = start(tmp_path, data, ranks, *[fault] * bool(fault)).wait()
+        assert ended.code == code, ended.out + ended.err
+    assert [event["ranks"] for event in events(tmp_path) if event["event"] == "start"] == [1, 2, 1]
+    assert newest(tmp_path).meta["step"] == STEPS
+    assert_same_weights(newest(tmp_path), newest(undisturbed))
