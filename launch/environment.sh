@@ -53,7 +53,9 @@ is_made_from() {
   [ -x "$venv/bin/python" ] && [ -f "$made" ] && cmp -s "$1" "$made"
 }
 
-has_horovod() { compgen -G "$venv/lib/python3.*/site-packages/horovod-$horovod.dist-info" >/dev/null; }
+has_horovod() {
+  "$venv/bin/python" -c 'import sys, importlib.metadata as m; sys.exit(m.version("horovod") != sys.argv[1])' "$horovod" 2>/dev/null
+}
 
 install() {
   local options=(--only-binary :all:) file

@@ -4,7 +4,7 @@
 #   bash launch/versions.sh [TENSORFLOW:PYTHON:HOROVOD ...]
 #
 # TENSORFLOW is a name in launch/versions, PYTHON an interpreter. Default: 2.6:python3.8:0.27.0 2.12:python3.8:0.28.1
-# 2.15:python3.9:0.28.1 2.16:python3.10:0.27.0 2.18:python3.12:0.28.1 (launch/test.sh tests 2.16 with Horovod 0.28.1).
+# 2.15:python3.9:0.28.1 2.16:python3.10:0.28.1 2.18:python3.12:0.28.1 (launch/test.sh tests 2.16 with all there is).
 # The exit code is 0 if all ran and passed. About 10 minutes and 1.5 GB each, on 2 cores.
 #
 # VERSIONS_DIR  where environments and logs are (default: .venvs in the clone). Nothing in it is deleted: an environment that
@@ -19,7 +19,7 @@ case "${1:-}" in -h | --help)
   ;;
 esac
 if [ $# -eq 0 ]; then
-  set -- 2.6:python3.8:0.27.0 2.12:python3.8:0.28.1 2.15:python3.9:0.28.1 2.16:python3.10:0.27.0 2.18:python3.12:0.28.1
+  set -- 2.6:python3.8:0.27.0 2.12:python3.8:0.28.1 2.15:python3.9:0.28.1 2.16:python3.10:0.28.1 2.18:python3.12:0.28.1
 fi
 folder="${VERSIONS_DIR:-$clone/.venvs}"
 mkdir -p "$folder"
