@@ -5,12 +5,14 @@
 #
 # HVD_VGG_VENV  where it is (default: .venv in the clone)
 # PYTHON        the interpreter to make it with (default: the first of python3.11, python3.10, python3.12, python3.9, python3)
+# HVD_VGG_TENSORFLOW  another TensorFlow, with what fits it and what tests need: a name in launch/versions, such as 2.12
+# HVD_VGG_HOROVOD     another Horovod than 0.28.1
 set -euo pipefail
 
 launch="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 clone="$(dirname "$launch")"
 venv="${HVD_VGG_VENV:-$clone/.venv}"
-horovod="0.28.1"
+horovod="${HVD_VGG_HOROVOD:-0.28.1}"
 
 say() { printf 'environment: %s\n' "$*"; }
 fail() {
@@ -18,8 +20,15 @@ fail() {
   exit 78
 }
 
+# The first decides what Horovod is built against.
 requirements=("$launch/requirements.txt")
-if [ "${1:-}" = "--test" ]; then
+oldest=9
+if [ -n "${HVD_VGG_TENSORFLOW:-}" ]; then
+  [ $# -eq 0 ] || fail "$1: launch/versions has what tests need; expected nothing beside HVD_VGG_TENSORFLOW"
+  requirements=("$launch/versions/$HVD_VGG_TENSORFLOW.txt" "$launch/versions/common.txt")
+  [ -f "${requirements[0]}" ] || fail "HVD_VGG_TENSORFLOW=$HVD_VGG_TENSORFLOW: there is no ${requirements[0]}"
+  oldest=8
+elif [ "${1:-}" = "--test" ]; then
   requirements+=("$launch/requirements-test.txt")
 elif [ $# -gt 0 ]; then
   fail "$1: no such option; expected --test or nothing"
@@ -28,7 +37,7 @@ fi
 find_python() {
   local candidate
   for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.10 python3.12 python3.9 python3; do
-    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+    if "$candidate" -c "import sys, venv, ensurepip; sys.exit(not (3, $oldest) <= sys.version_info[:2] <= (3, 12))" 2>/dev/null; then
       echo "$candidate"
       return
     fi
@@ -39,13 +48,21 @@ find_python() {
 }
 
 # The pins that an environment was made from lie in it; the same pins again need nothing done.
-is_made_from() { [ -x "$venv/bin/python" ] && [ -f "$venv/hvd_vgg-$1" ] && cmp -s "$launch/$1" "$venv/hvd_vgg-$1"; }
+is_made_from() {
+  local made="$venv/hvd_vgg-${1##*/}"
+  [ -x "$venv/bin/python" ] && [ -f "$made" ] && cmp -s "$1" "$made"
+}
+
+has_horovod() {
+  "$venv/bin/python" -c 'import sys, importlib.metadata as m; sys.exit(m.version("horovod") != sys.argv[1])' "$horovod" 2>/dev/null
+}
 
 install() {
-  local file
-  for file in "$@"; do
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --only-binary :all: --no-deps -r "$file"
-  done
+  local options=(--only-binary :all:) file
+  # requirements*.txt name all there is. launch/versions names what matters, and leaves the rest to TensorFlow and pip.
+  if [ -z "${HVD_VGG_TENSORFLOW:-}" ]; then options+=(--no-deps); fi
+  for file in "$@"; do options+=(-r "$file"); done
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${options[@]}"
 }
 
 build_horovod() {
@@ -92,28 +109,29 @@ PYTHON
 }
 
 made=true
+has_horovod || made=false
 for file in "${requirements[@]}"; do
-  is_made_from "$(basename "$file")" || made=false
+  is_made_from "$file" || made=false
 done
 if $made; then
   say "using $venv"
 else
-  is_made_from requirements.txt || { command -v g++ && command -v make; } >/dev/null ||
+  { is_made_from "${requirements[0]}" && has_horovod; } || { command -v g++ && command -v make; } >/dev/null ||
     fail "g++ or make is missing: Horovod is C++ and has no wheels. Debian, Ubuntu: apt-get install g++ make"
   if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     python="$(find_python)"
-    [ -n "$python" ] || fail "no Python 3.9 to 3.12 with venv found (PYTHON=${PYTHON:-unset}). Debian, Ubuntu: apt-get install python3-venv"
+    [ -n "$python" ] || fail "no Python 3.$oldest to 3.12 with venv found (PYTHON=${PYTHON:-unset}). Debian, Ubuntu: apt-get install python3-venv"
     say "making $venv with $("$python" --version)"
     "$python" -m venv "$venv"
   fi
   say "installing TensorFlow for CPU, Open MPI and mpi4py, exact versions (${requirements[*]##*/}): a minute or two"
   install "${requirements[@]}"
-  if ! is_made_from requirements.txt; then
+  if ! is_made_from "${requirements[0]}" || ! has_horovod; then
     build_horovod
   fi
   check_horovod
   for file in "${requirements[@]}"; do
-    cp "$file" "$venv/hvd_vgg-$(basename "$file")"
+    cp "$file" "$venv/hvd_vgg-${file##*/}"
   done
 fi
 

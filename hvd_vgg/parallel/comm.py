@@ -57,16 +57,22 @@ _members: Any = hvd.global_process_set
 _subsets: Dict[int, Any] = {}
 
 
-def start(input_threads: int = 0, timeline: bool = False, subsets: Sequence[int] = (), hang_seconds: float = 0.0) -> Device:
+def start(
+    input_threads: int = 0,
+    timeline: bool = False,
+    subsets: Sequence[int] = (),
+    hang_seconds: float = 0.0,
+    precision: str = "float32",
+) -> Device:
     """Joins the run and takes this rank's device; the first call of every rank.
 
     input_threads: 0 for as many as fit; timeline: that one may be asked for; subsets: the numbers of ranks that `among`
-    may be asked for; hang_seconds: how long an update may take, 0 for the usual.
+    may be asked for; hang_seconds: how long an update may take, 0 for the usual; precision: what will be computed in.
 
-    Raises Failure(CONFIGURATION) when there are more ranks on this host than devices.
+    Raises Failure(CONFIGURATION) when there are more ranks on this host than devices, or these do not know the precision.
     """
     join(timeline, subsets, hang_seconds)
-    return take_device(input_threads)
+    return take_device(input_threads, precision)
 
 
 def join(timeline: bool = False, subsets: Sequence[int] = (), hang_seconds: float = 0.0) -> None:
@@ -97,10 +103,10 @@ def join(timeline: bool = False, subsets: Sequence[int] = (), hang_seconds: floa
         )
 
 
-def take_device(input_threads: int = 0) -> Device:
+def take_device(input_threads: int = 0, precision: str = "float32") -> Device:
     """Makes this rank's device the only one that TensorFlow uses; after `join`, before TensorFlow computes.
 
-    Raises Failure(CONFIGURATION) when there are more ranks on this host than devices.
+    Raises Failure(CONFIGURATION) when there are more ranks on this host than devices, or these do not know the precision.
     """
     threads = max(1, _cores() // hvd.local_size())
     tf.config.threading.set_intra_op_parallelism_threads(threads)
@@ -110,6 +116,11 @@ def take_device(input_threads: int = 0) -> Device:
     input_threads = input_threads or threads_for_input(threads)
     devices = tf.config.list_physical_devices("GPU")
     if not devices:
+        if not cpu_convolves(precision):
+            raise Failure(
+                CONFIGURATION,
+                f"--precision={precision}: TensorFlow {tf.__version__} cannot convolve in it on a CPU; use float32",
+            )
         return Device("CPU", "NHWC", threads, input_threads)
     if hvd.local_size() > len(devices):
         raise Failure(
@@ -121,6 +132,14 @@ def take_device(input_threads: int = 0) -> Device:
     tf.config.set_visible_devices(mine, "GPU")
     tf.config.experimental.set_memory_growth(mine, True)
     return Device("GPU", "NCHW", threads, input_threads)
+
+
+def cpu_convolves(precision: str) -> bool:
+    """Says whether this TensorFlow can compute convolutions in `precision` on a CPU.
+
+    In bfloat16 those of 2.6 come out as float32, or end the process where oneDNN is on; of 2.12 they are right.
+    """
+    return precision != "bfloat16" or [int(part) for part in re.findall(r"\d+", tf.__version__)[:2]] >= [2, 12]
 
 
 def threads_for_input(threads: int) -> int:

@@ -25,7 +25,7 @@ _UPDATES = 30
 def benchmark(config: BenchmarkConfig) -> None:
     """Measures each kind of input on each number of --ranks, prints a table and writes --out; all ranks call."""
     wanted = sorted({int(number) for number in config.ranks})
-    device = comm.start(config.input_threads, subsets=wanted)
+    device = comm.start(config.input_threads, subsets=wanted, precision=config.precision)
     console = Console(config.console, comm.is_root())
     started = comm.size()
     comm.agree("the flags", {**dataclasses.asdict(config), "data_dir": "", "run_dir": "", "console": ""})

@@ -143,7 +143,12 @@ def _begin(config: Config) -> Tuple[Job, state.Position]:
     """Returns what the run is made of, and where it stands: at the start, or at a checkpoint."""
     # ---- who and where we are
     run_dir = Path(config.run_dir)
-    device = comm.start(config.input_threads, bool(config.profile_steps), hang_seconds=config.hang_seconds)
+    device = comm.start(
+        config.input_threads,
+        bool(config.profile_steps),
+        hang_seconds=config.hang_seconds,
+        precision=config.precision,
+    )
     watch.listen()
     console = Console(config.console, comm.is_root())
     _check_ranks(config)
@@ -323,7 +328,7 @@ def score(config: Config, checkpoints: Sequence[str]) -> List[Score]:
 
     checkpoints: `best`, `newest`, or paths.
     """
-    device = comm.start(config.input_threads, hang_seconds=config.hang_seconds)
+    device = comm.start(config.input_threads, hang_seconds=config.hang_seconds, precision=config.precision)
     console = Console(config.console, comm.is_root())
     _check_ranks(config)
     run_dir = Path(config.run_dir)

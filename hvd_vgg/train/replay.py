@@ -21,7 +21,7 @@ def replay(config: ReplayConfig) -> None:
     Raises an agreed Failure(NOT_FINITE) if it is, Failure(CONFIGURATION) or Failure(DATA) where it cannot be repeated.
     """
     watch.begin(None, launched_rank() or 0, config.hang_seconds)
-    device = comm.start(config.input_threads, hang_seconds=config.hang_seconds)
+    device = comm.start(config.input_threads, hang_seconds=config.hang_seconds, precision=config.precision)
     console = Console(config.console, comm.is_root())
     flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("data_dir", "run_dir")}
     comm.agree("the flags", json.loads(json.dumps(flags)))

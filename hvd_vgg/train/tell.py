@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import socket
 from pathlib import Path
@@ -39,14 +40,30 @@ def open_log(config: Config, run_dir: Path) -> Optional[RunLog]:
 
 def _tensorboard(run_dir: Path) -> Callable[[str, float, int], None]:
     writer = tf.summary.create_file_writer(str(run_dir / "tensorboard"))
+    # What tf.summary.scalar writes. That function is TensorBoard's, and is not there where TensorBoard is not.
+    kind = tf.compat.v1.SummaryMetadata()
+    kind.plugin_data.plugin_name = "scalars"
 
     def scalar(name: str, value: float, at: int) -> None:
         # What TensorBoard shows is in dllogger.json too: a full disk is no reason to stop.
         with contextlib.suppress(tf.errors.OpError), writer.as_default():
-            tf.summary.scalar(name, value, at)
+            tf.summary.write(name, tf.constant(value, tf.float32), at, kind)
             writer.flush()
 
     return scalar
+
+
+def _say_what_is_missing(console: Console) -> None:
+    """Says which optional packages are not there, and what is lost."""
+    optional = {
+        "dllogger": "dllogger.json and DLLogger's lines are written without it, in its formats",
+        "tensorboard": "tensorboard/ is written without it, and can be looked at where it is installed",
+    }
+    if comm.size() > 1 and comm.mpi_version():
+        optional["mpi4py"] = "a rank that fails exits, and it is left to mpirun to notice and to end the others"
+    for name, lost in optional.items():
+        if importlib.util.find_spec(name) is None:
+            console.say(f"{name} is not installed: {lost}")
 
 
 def introduce(
@@ -64,6 +81,7 @@ def introduce(
 
     Raises an agreed Failure(NOT_WRITTEN).
     """
+    _say_what_is_missing(console)
     first = at.step
     layers = tables.layers(config.model, config.width, config.image_size, config.num_classes)
     slices = [order.slice_bounds(config.global_batch, rank, comm.size()) for rank in range(comm.size())]

@@ -40,6 +40,7 @@ FAULTS = {
     "F34": "a host does not answer; its key is unknown",
     "F35": "slow rank",
     "F36": "root without consent; more ranks than slots",
+    "F37": "dllogger, mpi4py, TensorBoard are not installed",
 }
 
 

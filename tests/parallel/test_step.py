@@ -15,6 +15,11 @@ from hvd_vgg.parallel import comm
 from hvd_vgg.train import nonfinite, optimizer, state, step
 
 
+def skip_unless_computed(precision):
+    if not comm.cpu_convolves(precision):
+        pytest.skip(f"capability: convolutions in {precision} need a newer TensorFlow")
+
+
 @pytest.mark.parametrize("factored", [[], ["fc1", "fc2", "predictions"], ["fc2"]])
 def test_an_update_is_that_of_the_mean_loss_over_the_whole_batch(factored):
     config = Config(
@@ -79,6 +84,7 @@ def test_an_update_that_overflows_in_float16_is_skipped_and_the_next_ones_train(
     ("kind", "within"), [({"xla": True}, 1e-5), ({"precision": "bfloat16"}, 0.2), ({"precision": "float16"}, 0.1)]
 )
 def test_xla_and_low_precision_compute_the_same_update_to_rounding(kind, within):
+    skip_unless_computed(kind.get("precision", "float32"))
     config = Config(model="vgg11", width=0.0625, image_size=32, num_classes=10, global_batch=11, device_batch=3, lr=0.1)
     random = np.random.default_rng(3)
     images, labels = random.integers(0, 256, (11, 32, 32, 3), np.uint8), random.integers(0, 10, 11).astype(np.int32)
@@ -122,6 +128,7 @@ def test_an_infinite_loss_on_one_rank_stops_the_updates_of_all_though_its_gradie
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_the_rank_the_layer_and_the_records_that_are_not_finite_are_found(precision):
+    skip_unless_computed(precision)
     config = Config(
         model="vgg11", width=0.0625, image_size=32, num_classes=10, global_batch=9, device_batch=2, precision=precision
     )

@@ -4,6 +4,7 @@ import tensorflow as tf
 
 from hvd_vgg.model import vgg
 from hvd_vgg.model.layers import BLOCKS, layers, parameters
+from hvd_vgg.parallel import comm
 
 
 @pytest.mark.parametrize(
@@ -40,8 +41,14 @@ def test_channels_first_gives_the_same_logits_where_the_device_can(model):
         first = tf.function(lambda x: vgg.logits(weights, model, x, "NCHW"))(images)
     except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError) as error:
         assert "NCHW" in str(error) or "NHWC" in str(error), error
-        pytest.skip("allowed: convolutions in NCHW need a GPU in this TensorFlow")
+        pytest.skip("capability: convolutions in NCHW need a GPU in this TensorFlow")
     np.testing.assert_allclose(first, vgg.logits(weights, model, images, "NHWC"), rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_said_of_bfloat16_on_a_cpu_is_so():
+    images, kernel = tf.ones([1, 4, 4, 3], "bfloat16"), tf.ones([3, 3, 3, 2], "bfloat16")
+    right = tf.nn.conv2d(images, kernel, 1, "SAME").dtype == "bfloat16"
+    assert right == comm.cpu_convolves("bfloat16") and comm.cpu_convolves("float32") and comm.cpu_convolves("float16")
 
 
 def test_initial_weights_are_a_function_of_the_seed_with_the_recipes_deviations():
