@@ -5,7 +5,7 @@
 #
 # TENSORFLOW is a name in launch/versions, PYTHON an interpreter. Default: 2.6:python3.8:0.27.0 2.12:python3.8:0.28.1
 # 2.15:python3.9:0.28.1 2.16:python3.10:0.28.1 2.18:python3.12:0.28.1 (launch/test.sh tests 2.16 with all there is).
-# The exit code is 0 if all ran and passed. About 10 minutes and 1.5 GB each, on 2 cores.
+# The exit code is 0 if all ran and passed. About 4 to 10 minutes and 1.7 GB each, on 2 cores.
 #
 # VERSIONS_DIR  where environments and logs are (default: .venvs in the clone). Nothing in it is deleted: an environment that
 #               was made there from the same versions is used again, so take a new directory, or remove it, for fresh ones.
