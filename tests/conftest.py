@@ -8,7 +8,12 @@ from faults.matrix import FAULTS, table
 from support import STARTED, Ended, Launch, Started, command_line, write_data
 
 # What a machine may lack: a test may skip for these alone, with a reason that begins so.
-ALLOWED_SKIPS = ("capability: mounting a tmpfs", "capability: network namespaces", "capability: memory cgroup")
+ALLOWED_SKIPS = (
+    "capability: mounting a tmpfs",
+    "capability: network namespaces",
+    "capability: memory cgroup",
+    "capability: convolutions in NCHW",
+)
 
 _reports: List[Any] = []
 _ids: Dict[str, Sequence[str]] = {}

@@ -40,7 +40,7 @@ def test_channels_first_gives_the_same_logits_where_the_device_can(model):
         first = tf.function(lambda x: vgg.logits(weights, model, x, "NCHW"))(images)
     except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError) as error:
         assert "NCHW" in str(error) or "NHWC" in str(error), error
-        pytest.skip("allowed: convolutions in NCHW need a GPU in this TensorFlow")
+        pytest.skip("capability: convolutions in NCHW, which need a GPU in this TensorFlow")
     np.testing.assert_allclose(first, vgg.logits(weights, model, images, "NHWC"), rtol=1e-4, atol=1e-6)
 
 
