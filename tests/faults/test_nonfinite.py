@@ -76,6 +76,7 @@ def test_nan_on_one_rank_ends_all_at_its_step_and_is_told_by_rank_and_layer(stop
     (event,) = events(run_dir, "nonfinite")
     assert (event["step"], event["rank"], event["first"]) == (BAD, 1, "the outputs of predictions")
     assert newest(run_dir).meta["step"] == 4
+    assert not (run_dir / "faults").exists()  # no rank failed alone, none hung
 
 
 @pytest.mark.fault("F29")
