@@ -235,6 +235,10 @@ def _keep(folder: Path, report: Dict[str, Any], run: state.State, data: Data, id
 def load_report(folder: Path) -> Dict[str, Any]:
     """Returns a report with the fields that a replay rests on checked; raises Failure(CONFIGURATION)."""
     path = folder / "report.json"
+    if not folder.is_dir():
+        kept = ", ".join(each.name[len("step-") :].lstrip("0") or "0" for each in sorted(folder.parent.glob("step-????????")))
+        told = f"it has kept {kept}; --step names one" if kept else "none was not finite, or --run_dir is no run's"
+        raise Failure(CONFIGURATION, f"{folder.parent.parent} has kept no such step: {told}")
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

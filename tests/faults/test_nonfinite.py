@@ -138,6 +138,14 @@ def test_a_replay_of_what_is_damaged_is_refused(stopped, launch, tmp_path, damag
     assert told in message(ended)
 
 
+def test_a_replay_of_a_step_that_was_not_kept_is_refused(launch, tmp_path):
+    ended = launch(0, "replay", str(tmp_path / "run"))
+    assert (ended.code, "has kept no such step: none was not finite" in message(ended)) == (78, True)
+    (tmp_path / "run" / "nonfinite" / "step-00000040").mkdir(parents=True)
+    ended = launch(0, "replay", str(tmp_path / "run"), "--step=7")
+    assert (ended.code, "has kept no such step: it has kept 40; --step names one" in message(ended)) == (78, True)
+
+
 def test_a_rate_that_diverges_is_reproduced_on_other_ranks_and_blamed_on_the_weights(launch, tmp_path, data):
     ended = train(launch, data, tmp_path / "run", 2, "", "--lr=1e30")
     assert ended.code == 81, ended.out + ended.err
