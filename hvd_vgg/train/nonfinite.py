@@ -223,8 +223,8 @@ def _keep(folder: Path, report: Dict[str, Any], run: state.State, data: Data, id
         records.write_records(folder / "records-00000-of-00001", data.train, ids.tolist())
         tensors = {name: np.asarray(variable) for name, variable in run.variables().items()}
         checkpoint.write(folder / "state.safetensors", tensors, {"step": report["step"]})
-        (folder / "flags.txt").write_text(to_flag_file(config), encoding="utf-8")
-        (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_whole(folder / "flags.txt", to_flag_file(config))
+        write_whole(folder / "report.json", json.dumps(report, indent=1) + "\n")
     except OSError as error:
         return f"It cannot be kept for a replay in {folder}: {error}"
     except Failure as failure:
