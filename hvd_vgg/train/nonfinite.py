@@ -236,7 +236,8 @@ def load_report(folder: Path) -> Dict[str, Any]:
     """Returns a report with the fields that a replay rests on checked; raises Failure(CONFIGURATION)."""
     path = folder / "report.json"
     if not folder.is_dir():
-        kept = ", ".join(each.name[len("step-") :].lstrip("0") or "0" for each in sorted(folder.parent.glob("step-????????")))
+        names = sorted(each.name for each in folder.parent.glob("step-????????"))
+        kept = ", ".join(name[len("step-") :].lstrip("0") or "0" for name in names)
         told = f"it has kept {kept}; --step names one" if kept else "none was not finite, or --run_dir is no run's"
         raise Failure(CONFIGURATION, f"{folder.parent.parent} has kept no such step: {told}")
     try:
