@@ -107,6 +107,7 @@ def _train(job: Job, at: state.Position) -> Optional[nonfinite.Met]:
         at = _account(job, at, bad_rows)
         row["train.lr"] = schedule.learning_rate(now, config, job.data.train.records)
         row, verdict = tell.speed_of_window(row, window, throughput, config)
+        listen_every = _listen_every(throughput, at.step - begun_at, len(window)) or listen_every
         window.clear()
         if job.coverage.ended(at.step):
             at = _settle(job, at)
@@ -114,7 +115,6 @@ def _train(job: Job, at: state.Position) -> Optional[nonfinite.Met]:
             state.check_identical(list(job.run.weights), job.checksums().numpy(), now)
         if first_look:
             progress.restart(at.step)
-            listen_every = max(1, round(_LISTEN_SECONDS * row["train.fps"] / config.global_batch))
         tell.training(row, verdict, at.step, job.total, job.epoch(at.step), job.log, job.console, progress)
         tell.save_failed(job.writer.failure() if job.writer else None, job.log, job.console)
         improved = False
@@ -267,6 +267,16 @@ def _save(job: Job, at: state.Position, best: bool) -> None:
             tell.save_failed(job.writer.wait(), job.log, job.console)
         at = _settle(job, at)._replace(seconds=time.monotonic() - job.began)
         state.save(job.run, at, job.what, job.writer, best)
+
+
+def _listen_every(throughput: Throughput, done: int, window: int) -> int:
+    """Returns how many updates like the newest `window` of `done` take _LISTEN_SECONDS; all ranks call, and get the same.
+
+    The first update of a start also compiles and is left out; 0 where there is no other.
+    """
+    updates = min(window, done - 1)
+    seconds = comm.gather_numbers([throughput.last(updates).total]).max()
+    return max(1, round(_LISTEN_SECONDS * updates / seconds)) if updates else 0
 
 
 def _write_result(job: Job, at: state.Position, result: evaluate.Evaluation) -> Dict[str, Any]:
