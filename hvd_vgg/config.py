@@ -520,9 +520,8 @@ def _conflicts(config: Config) -> List[str]:
         errors.append(
             f"--profile_steps={config.profile_steps}: expected FIRST:LAST, two whole numbers, the first not larger"
         )
-    learned = [field.name for field in dataclasses.fields(Config) if field.metadata.get("learned")]
-    for name in allowed_changes(config) - set(learned):
-        errors.append(f"--allow_config_change={config.allow_config_change}: {name} is not among {', '.join(learned)}")
+    for name in allowed_changes(config) - set(learned()):
+        errors.append(f"--allow_config_change={config.allow_config_change}: {name} is not among {', '.join(learned())}")
     for name in ("data_dir", "run_dir"):
         if not getattr(config, name):
             errors.append(f"--{name}: expected a path, found nothing")
@@ -532,6 +531,11 @@ def _conflicts(config: Config) -> List[str]:
 def total_steps(config: Config, records: int) -> int:
     """Returns the updates of the run over a data set of `records`: ceil(epochs * records / global_batch)."""
     return config.steps or max(1, math.ceil(config.epochs * records / config.global_batch - 1e-9))
+
+
+def learned() -> List[str]:
+    """Returns the names of the flags that decide what is learned, which --allow_config_change may name."""
+    return [field.name for field in dataclasses.fields(Config) if field.metadata.get("learned")]
 
 
 def allowed_changes(config: Config) -> Set[str]:
@@ -565,7 +569,7 @@ def identity(config: Config) -> Dict[str, Any]:
     The length of the run is one of them only under `cosine`: with the other schedules a longer run begins as the
     shorter one did, and may continue it.
     """
-    chosen = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if f.metadata.get("learned")}
+    chosen = {name: getattr(config, name) for name in learned()}
     if config.lr_schedule != "cosine":
         del chosen["epochs"], chosen["steps"]
     if config.lr_schedule != "step":

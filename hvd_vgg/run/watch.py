@@ -83,8 +83,8 @@ def begin(run_dir: Optional[Path], rank: int, hang_seconds: float) -> None:
     _heart.thread.start()
 
 
-def end(tidy: bool) -> None:
-    """Ends the watch. tidy: removes this rank's file of stacks, which nothing was written to; for a run that is through."""
+def end() -> None:
+    """Ends the watch; removes this rank's file of stacks if nothing was written to it, and `faults` if nothing is in it."""
     global _heart
     heart, _heart = _heart, None
     if heart is None:
@@ -96,7 +96,6 @@ def end(tidy: bool) -> None:
     faulthandler.disable()
     if heart.stacks and heart.folder:
         heart.stacks.close()
-    if heart.stacks and heart.folder and tidy:
         with contextlib.suppress(OSError):
             path = Path(heart.stacks.name)
             if path.stat().st_size == 0:

@@ -107,6 +107,7 @@ def _train(job: Job, at: state.Position) -> Optional[nonfinite.Met]:
         at = _account(job, at, bad_rows)
         row["train.lr"] = schedule.learning_rate(now, config, job.data.train.records)
         row, verdict = tell.speed_of_window(row, window, throughput, config)
+        listen_every = _listen_every(throughput, at.step - begun_at, len(window)) or listen_every
         window.clear()
         if job.coverage.ended(at.step):
             at = _settle(job, at)
@@ -114,7 +115,6 @@ def _train(job: Job, at: state.Position) -> Optional[nonfinite.Met]:
             state.check_identical(list(job.run.weights), job.checksums().numpy(), now)
         if first_look:
             progress.restart(at.step)
-            listen_every = max(1, round(_LISTEN_SECONDS * row["train.fps"] / config.global_batch))
         tell.training(row, verdict, at.step, job.total, job.epoch(at.step), job.log, job.console, progress)
         tell.save_failed(job.writer.failure() if job.writer else None, job.log, job.console)
         improved = False
@@ -274,6 +274,16 @@ def _save(job: Job, at: state.Position, best: bool) -> None:
         state.save(job.run, at, job.what, job.writer, best)
 
 
+def _listen_every(throughput: Throughput, done: int, window: int) -> int:
+    """Returns how many updates like the newest `window` of `done` take _LISTEN_SECONDS; all ranks call, and get the same.
+
+    The first update of a start also compiles and is left out; 0 where there is no other.
+    """
+    updates = min(window, done - 1)
+    seconds = comm.gather_numbers([throughput.last(updates).total]).max()
+    return max(1, round(_LISTEN_SECONDS * updates / seconds)) if updates else 0
+
+
 def _write_result(job: Job, at: state.Position, result: evaluate.Evaluation) -> Dict[str, Any]:
     with job.throughput.apart("saving"):
         seconds = time.monotonic() - job.began
@@ -307,7 +317,7 @@ def _end(job: Job, at: state.Position, result: Optional[evaluate.Evaluation]) ->
     seconds = time.monotonic() - job.began
     tell.summary(job.run_dir, result, measured, at.step, seconds, job.writer, job.log, job.console)
     comm.leave()
-    watch.end(tidy=True)
+    watch.end()
 
 
 def evaluate_run(config: EvaluateConfig) -> None:
@@ -335,7 +345,7 @@ def score(config: Config, checkpoints: Sequence[str]) -> List[Score]:
     index = open_split(config.data_dir, "validation", run_dir, console)
     scores = [_score(config, name, run_dir, index, device, console) for name in checkpoints]
     comm.leave()
-    watch.end(tidy=True)
+    watch.end()
     return scores
 
 

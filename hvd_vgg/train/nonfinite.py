@@ -223,8 +223,8 @@ def _keep(folder: Path, report: Dict[str, Any], run: state.State, data: Data, id
         records.write_records(folder / "records-00000-of-00001", data.train, ids.tolist())
         tensors = {name: np.asarray(variable) for name, variable in run.variables().items()}
         checkpoint.write(folder / "state.safetensors", tensors, {"step": report["step"]})
-        (folder / "flags.txt").write_text(to_flag_file(config), encoding="utf-8")
-        (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_whole(folder / "flags.txt", to_flag_file(config))
+        write_whole(folder / "report.json", json.dumps(report, indent=1) + "\n")
     except OSError as error:
         return f"It cannot be kept for a replay in {folder}: {error}"
     except Failure as failure:
@@ -235,6 +235,11 @@ def _keep(folder: Path, report: Dict[str, Any], run: state.State, data: Data, id
 def load_report(folder: Path) -> Dict[str, Any]:
     """Returns a report with the fields that a replay rests on checked; raises Failure(CONFIGURATION)."""
     path = folder / "report.json"
+    if not folder.is_dir():
+        names = sorted(each.name for each in folder.parent.glob("step-????????"))
+        kept = ", ".join(name[len("step-") :].lstrip("0") or "0" for name in names)
+        told = f"it has kept {kept}; --step names one" if kept else "none was not finite, or --run_dir is no run's"
+        raise Failure(CONFIGURATION, f"{folder.parent.parent} has kept no such step: {told}")
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

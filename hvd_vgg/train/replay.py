@@ -52,7 +52,7 @@ def replay(config: ReplayConfig) -> None:
         f"likely, or of the software on the rank named above"
     )
     comm.leave()
-    watch.end(tidy=True)
+    watch.end()
 
 
 def _blame(faults: "list[int]", batch: "list[dict]") -> str:

@@ -4,11 +4,11 @@ import contextlib
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, NoReturn, Optional
 
 import numpy as np
 
-from hvd_vgg.config import Config, allowed_changes, identity
+from hvd_vgg.config import Config, allowed_changes, identity, learned
 from hvd_vgg.data import records
 from hvd_vgg.model import vgg
 from hvd_vgg.model.layers import layers
@@ -90,7 +90,9 @@ def restore(
             _check_none_was_saved(run_dir)
             return Position()
         changed = [key for key in {**found.meta["run"], **expected} if found.meta["run"].get(key) != expected.get(key)]
-        _refuse_changes([key for key in changed if key not in allowed_changes(config)], found, expected, run_dir)
+        refused = [key for key in changed if key not in allowed_changes(config)]
+        if refused:
+            _refuse_changes(refused, _misfit(state.variables(), found), found, expected, run_dir)
         assign(state.variables(), found)
         if found.meta.get("best"):  # killed before it could be pointed to
             with contextlib.suppress(OSError):
@@ -123,15 +125,21 @@ def _check_none_was_saved(run_dir: Path) -> None:
         )
 
 
-def _refuse_changes(keys: List[str], found: checkpoint.Checkpoint, expected: Dict[str, Any], run_dir: Path) -> None:
-    if keys:
-        run = found.meta["run"]
-        table = difference({k: run.get(k) for k in keys}, {k: expected.get(k) for k in keys}, ("checkpoint", "command"))
-        raise Failure(
-            CONFIGURATION,
-            f"{found.path} is of another run:\n{table}\nUse the run's own flags (--flagfile={run_dir}/flags.txt), another "
-            f"--run_dir, or allow a flag's change by name: --allow_config_change={','.join(keys)}",
-        )
+def _refuse_changes(
+    keys: List[str], misfit: str, found: checkpoint.Checkpoint, expected: Dict[str, Any], run_dir: Path
+) -> NoReturn:
+    """Raises Failure(CONFIGURATION) with what differs, and what of it --allow_config_change may admit."""
+    run, own = found.meta["run"], f"the run's own flags (--flagfile={run_dir}/flags.txt)"
+    table = difference({k: run.get(k) for k in keys}, {k: expected.get(k) for k in keys}, ("checkpoint", "command"))
+    if "train_data_sha256" in keys:
+        todo = "Another data set is another run: give another --run_dir, or the data that this run began with"
+    elif misfit:
+        todo = f"Another network is another run: give another --run_dir, or use {own}"
+    elif set(keys) <= set(learned()):
+        todo = f"Use {own}, another --run_dir, or allow a flag's change by name: --allow_config_change={','.join(keys)}"
+    else:  # --label_base, or what another version of hvd_vgg has written
+        todo = f"Use {own}, or another --run_dir"
+    raise Failure(CONFIGURATION, f"{found.path} is of another run:\n{table}\n{todo}")
 
 
 def _require(resume: str, run_dir: Path) -> None:
@@ -170,15 +178,20 @@ def check_identical(names: List[str], checksums: np.ndarray, step: int) -> None:
 
 def assign(variables: Dict[str, Any], found: checkpoint.Checkpoint) -> None:
     """Copies a checkpoint's tensors into the variables of the same names; Failure(CONFIGURATION) where they do not fit."""
+    misfit = _misfit(variables, found)
+    if misfit:
+        raise Failure(CONFIGURATION, f"{found.path}: {misfit}: it is of another network")
     for name, variable in variables.items():
-        tensor = found.tensors.get(name)
-        if tensor is None or tensor.shape != tuple(variable.shape):
-            raise Failure(
-                CONFIGURATION,
-                f"{found.path}: {name} is {tensor.shape if tensor is not None else 'not there'}, expected "
-                f"{tuple(variable.shape)}: it is of another network",
-            )
-        variable.assign(tensor)
+        variable.assign(found.tensors[name])
+
+
+def _misfit(variables: Dict[str, Any], found: checkpoint.Checkpoint) -> str:
+    """Returns the first of `variables` that a checkpoint has not, or has in another shape; "" where all fit."""
+    for name, variable in variables.items():
+        tensor, shape = found.tensors.get(name), tuple(variable.shape)
+        if tensor is None or tensor.shape != shape:
+            return f"{name} is {tensor.shape if tensor is not None else 'not there'}, expected {shape}"
+    return ""
 
 
 def save(state: State, position: Position, what: Dict[str, Any], writer: Optional[Writer], best: bool) -> None:

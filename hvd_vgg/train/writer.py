@@ -1,14 +1,18 @@
 """Writes checkpoints in the background, on rank 0: training waits for a copy of the variables only."""
 
 import contextlib
+import errno
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional
 
 from hvd_vgg.run import receipt
-from hvd_vgg.run.health import Failure
+from hvd_vgg.run.health import NOT_WRITTEN, Failure
 from hvd_vgg.train import checkpoint
+
+# No room, or no more of it for this user: a quota's free bytes are not the file system's.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Writer:
@@ -31,8 +35,17 @@ class Writer:
         began = time.monotonic()
         with contextlib.suppress(OSError):
             receipt.sync(self.run_dir / "dllogger.json")  # a checkpoint of updates that no log knows cannot be proved
-        path = checkpoint.save(self.run_dir, tensors, meta, self.keep, best)
-        self.event("checkpoint", step=meta["step"], **receipt.checkpoint_row(path))
+        try:
+            path = checkpoint.save(self.run_dir, tensors, meta, self.keep, best)
+        except Failure as failure:
+            if getattr(failure.__cause__, "errno", None) not in _FULL or not _make_room(self.run_dir, meta["step"]):
+                raise
+            path = checkpoint.save(self.run_dir, tensors, meta, self.keep, best)
+        try:
+            row = receipt.checkpoint_row(path)
+        except (OSError, ValueError) as error:
+            raise Failure(NOT_WRITTEN, f"the checkpoint {path} was written but cannot be read: {error}") from error
+        self.event("checkpoint", step=meta["step"], **row)
         self.written, self.seconds = self.written + 1, self.seconds + time.monotonic() - began
 
     def failure(self) -> Optional[Failure]:
@@ -50,3 +63,20 @@ class Writer:
         if self.saving is not None:
             self.saving.exception()
         return self.failure()
+
+
+def _make_room(run_dir: Path, step: int) -> bool:
+    """Removes the checkpoints older than the newest whole one of `step` or before, but the best; says whether it did."""
+    there = checkpoint.existing(run_dir)
+    whole = next((path for path in there if checkpoint.step_of(path) <= step and _is_whole(path)), None)
+    if whole is not None:
+        checkpoint._prune(run_dir, 1, whole)
+    return len(checkpoint.existing(run_dir)) < len(there)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        checkpoint.load(path)
+    except ValueError:
+        return False
+    return True

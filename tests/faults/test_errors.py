@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import ROOT, TINY, Started, command_line, wait_for
+from support import ROOT, TINY, Started, command_line, wait_for, write_data
 
 from hvd_vgg.train import checkpoint
 
@@ -79,6 +79,18 @@ def test_resume_never_required_and_another_run_are_refused_with_78(launch, tmp_p
         '{"event": "config_changed", "flag": "lr", "before": 0.05, "after": 0.07}'
         in (tmp_path / "run" / "dllogger.json").read_text()
     )
+    write_data(tmp_path / "other", train=76)
+    ended = launch(0, "train", *base, f"--data_dir={tmp_path / 'other'}", "--lr=0.07")
+    assert ended.code == 78
+    assert re.search(r"^ +train_records +75 +76$", ended.err, re.M)
+    assert "Another data set is another run: give another --run_dir" in ended.err
+    ended = launch(0, "train", *base, "--model=vgg13", "--lr=0.07")
+    assert ended.code == 78
+    assert re.search(r"^ +model +.?vgg11.? +.?vgg13.?$", ended.err, re.M)
+    assert "Another network is another run: give another --run_dir" in ended.err
+    ended = launch(0, "train", *base, "--label_base=0", "--num_classes=11", "--lr=0.07")
+    assert ended.code == 78
+    assert "--allow_config_change" not in ended.err
 
 
 @pytest.mark.fault("F18", tier=3)

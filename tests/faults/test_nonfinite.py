@@ -76,6 +76,7 @@ def test_nan_on_one_rank_ends_all_at_its_step_and_is_told_by_rank_and_layer(stop
     (event,) = events(run_dir, "nonfinite")
     assert (event["step"], event["rank"], event["first"]) == (BAD, 1, "the outputs of predictions")
     assert newest(run_dir).meta["step"] == 4
+    assert not (run_dir / "faults").exists()  # no rank failed alone, none hung
 
 
 @pytest.mark.fault("F29")
@@ -135,6 +136,14 @@ def test_a_replay_of_what_is_damaged_is_refused(stopped, launch, tmp_path, damag
     ended = launch(0, "replay", f"--run_dir={tmp_path / 'run'}", f"--step={BAD}")
     assert ended.code == 78, ended.out + ended.err
     assert told in message(ended)
+
+
+def test_a_replay_of_a_step_that_was_not_kept_is_refused(launch, tmp_path):
+    ended = launch(0, "replay", str(tmp_path / "run"))
+    assert (ended.code, "has kept no such step: none was not finite" in message(ended)) == (78, True)
+    (tmp_path / "run" / "nonfinite" / "step-00000040").mkdir(parents=True)
+    ended = launch(0, "replay", str(tmp_path / "run"), "--step=7")
+    assert (ended.code, "has kept no such step: it has kept 40; --step names one" in message(ended)) == (78, True)
 
 
 def test_a_rate_that_diverges_is_reproduced_on_other_ranks_and_blamed_on_the_weights(launch, tmp_path, data):

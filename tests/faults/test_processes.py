@@ -211,6 +211,7 @@ def test_a_request_during_the_last_evaluation_leaves_the_result_to_the_next_star
     ended = start(tmp_path, data, 1, "usr1@0:6", *flags).wait()
     assert ended.code == 80, ended.out + ended.err
     assert not (tmp_path / "run" / "result.json").exists()
+    assert not (tmp_path / "run" / "faults").exists()  # nothing was wrong
     ended = start(tmp_path, data, 1, *flags).wait()
     assert ended.code == 0, ended.out + ended.err
     result = json.loads((tmp_path / "run" / "result.json").read_text())

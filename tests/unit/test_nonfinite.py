@@ -1,0 +1,38 @@
+"""What is kept of a step that was not finite, without ranks; the rest is in tests/faults/test_nonfinite.py."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from support import TINY
+
+from hvd_vgg.config import Config, parse
+from hvd_vgg.data import records
+from hvd_vgg.data.index import Data
+from hvd_vgg.train import nonfinite, state
+
+
+def test_the_report_is_on_disk_last_and_whole(tmp_path, data, monkeypatch):
+    """What a power cut leaves is either no report or one whose records, state and flags are there."""
+    config = parse(Config, [f"--data_dir={data}", f"--run_dir={tmp_path}", *TINY])
+    paths = records.find_shards(str(data), "train")
+    index = records.join(paths, [records.scan_shard(path) for path in paths])
+    events = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noted_fsync(handle):
+        events.append(("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))))
+        fsync(handle)
+
+    def noted_replace(path, target):
+        events.append(("rename", os.path.basename(target)))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    folder = tmp_path / "nonfinite" / "step-00000005"
+    told = nonfinite._keep(folder, {"step": 5}, state.initial(config), Data(index, index, 1), np.arange(4), config)
+    assert told == ""
+    assert [name for what, name in events if what == "rename"] == ["state.safetensors", "flags.txt", "report.json"]
+    assert ("fsync", "records-00000-of-00001") in events
+    assert events[-2:] == [("fsync", "report.json.tmp"), ("rename", "report.json")]

@@ -1,0 +1,78 @@
+"""The thread that writes checkpoints, where disks fail in ways that a checkpoint alone cannot know of."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+
+from hvd_vgg.run.health import NOT_WRITTEN
+from hvd_vgg.train import checkpoint
+from hvd_vgg.train.writer import Writer
+
+
+def begin(writer, step, best=False):
+    writer.begin({"a/kernel": np.full((30, 40), step, np.float32)}, {"step": step, "run": {}}, best)
+
+
+def steps(run_dir):
+    return [checkpoint.step_of(path) for path in checkpoint.existing(run_dir)]
+
+
+@pytest.fixture
+def quota(monkeypatch):
+    """Lets no file be written where `quota["files"]` checkpoints are: what a quota does; disk_usage says nothing of it."""
+    limit, write = {"files": 100}, checkpoint._write
+
+    def limited(path, *more):
+        if len(list(path.parent.glob("step-*.safetensors"))) >= limit["files"]:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        write(path, *more)
+
+    monkeypatch.setattr(checkpoint, "_write", limited)
+    return limit
+
+
+@pytest.mark.fault("F17")
+def test_under_a_quota_older_checkpoints_make_room_but_for_the_newest_whole_and_the_best(tmp_path, quota):
+    events = []
+    writer = Writer(tmp_path, 4, lambda name, **data: events.append((name, data["step"])))
+    for step in (1, 2, 3, 4):
+        begin(writer, step, best=step == 2)
+        assert writer.wait() is None
+    newest = checkpoint.existing(tmp_path)[0]
+    newest.write_bytes(newest.read_bytes()[:-9])
+    quota["files"] = 4
+    begin(writer, 5)
+    assert writer.wait() is None
+    assert steps(tmp_path) == [5, 4, 3, 2]  # 4 is damaged, 3 the newest whole, 2 the best
+    assert events[-1] == ("checkpoint", 5)
+    assert checkpoint.newest(tmp_path)[0].meta["step"] == 5
+
+
+@pytest.mark.fault("F17")
+def test_under_a_quota_that_nothing_may_be_removed_for_the_save_has_failed_and_the_last_stays(tmp_path, quota):
+    writer = Writer(tmp_path, 4, lambda name, **data: None)
+    begin(writer, 1)
+    assert writer.wait() is None
+    quota["files"] = 1
+    begin(writer, 2)
+    failure = writer.wait()
+    assert (failure.code, os.strerror(errno.EDQUOT) in failure.message) == (NOT_WRITTEN, True)
+    assert steps(tmp_path) == [1]
+
+
+def test_a_checkpoint_that_cannot_be_read_once_written_is_a_save_that_failed(tmp_path, monkeypatch):
+    save = checkpoint.save
+
+    def save_and_lose(*arguments):
+        path = save(*arguments)
+        path.unlink()
+        return path
+
+    monkeypatch.setattr(checkpoint, "save", save_and_lose)
+    writer = Writer(tmp_path, 3, lambda name, **data: None)
+    begin(writer, 1)
+    failure = writer.wait()
+    assert (failure.code, "was written but cannot be read" in failure.message) == (NOT_WRITTEN, True)
+    assert writer.written == 0
