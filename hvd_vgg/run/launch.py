@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from hvd_vgg.config import LaunchConfig
-from hvd_vgg.run import hosts, mpirun, network, reach
+from hvd_vgg.run import hosts, mpirun, network, output, reach
 from hvd_vgg.run.findings import FAILURE
 from hvd_vgg.run.health import CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure
 from hvd_vgg.run.hosts import Host
@@ -79,7 +79,8 @@ def _devices() -> int:
         why = asked.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise Failure(CONFIGURATION, f"{sys.executable} cannot import tensorflow: {''.join(why)}")
     devices = int(asked.stdout.split()[-1])
-    print(f"{count(devices or 1, 'rank')}: TensorFlow sees {count(devices, 'device')} (--ranks overrides)", flush=True)
+    told = f"{count(devices or 1, 'rank')}: TensorFlow sees {count(devices, 'device')} (--ranks overrides)"
+    output.say(told, sys.stdout)
     return devices or 1
 
 
@@ -105,8 +106,7 @@ def _supervise(
             return STOPPED
         told = {"attempt": attempt, "ranks": ranks, "hosts": [f"{host.name}:{host.slots}" for host in answering]}
         _note(job, "start", **told, command=command)
-        with contextlib.suppress(OSError):  # a terminal that is gone is no reason to end a job
-            print("+", mpirun.shown(command), flush=True)
+        output.say(f"+ {mpirun.shown(command)}", sys.stdout)
         watch = _FirstUpdate(job, ended_at)
         began = time.monotonic()
         ranks_here = not answering or hosts.is_here(answering[0].name)  # the first host is filled first

@@ -130,6 +130,14 @@ def test_output_passes_unchanged_and_a_program_of_ones_own_keeps_its_code(tmp_pa
         assert ended.err.count(f"a word of rank {rank}") == 1
 
 
+def test_a_full_stdout_ends_no_run(tmp_path, data):
+    train = ["train", f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY, "--steps=3"]
+    words = ["bash", "-c", 'exec "$@" >/dev/full', "_", sys.executable, "-m", "hvd_vgg", *train]
+    ended = Started(words, tmp_path, PYTHONPATH=str(ROOT)).wait()
+    assert (ended.code, ended.err) == (0, "")
+    assert newest(tmp_path).meta["step"] == 3
+
+
 # ---- starting again
 
 
