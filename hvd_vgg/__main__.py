@@ -25,7 +25,7 @@ from hvd_vgg.config import (
     nonfinite_folder,
     parse,
 )
-from hvd_vgg.run import watch
+from hvd_vgg.run import output, watch
 from hvd_vgg.run.health import BUG, CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure, launched_rank
 
 USAGE_TEXT = f"""hvd-vgg {__version__}: trains VGG networks on ImageNet-style TFRecords with TensorFlow and Horovod.
@@ -211,7 +211,7 @@ def run(argv: List[str]) -> int:
             first = str(error).strip().split("\n")[0][:200]
             told = f"another rank has gone ({first}); the same command goes on from the newest checkpoint"
             return _end(Failure(LOST_RANK, told))
-        traceback.print_exc()
+        output.say(traceback.format_exc(), sys.stderr, end="")
         return _end(Failure(BUG, "an error of the program, above: please report it with the run's flags.txt"))
 
 
@@ -259,12 +259,12 @@ def _with_run_flags(argv: List[str]) -> List[str]:
 def _refuse(failure: Failure) -> int:
     """Ends a rank before it joined the others: all ranks find the same, so rank 0 speaks for them."""
     if not launched_rank():
-        print(f"hvd-vgg: {failure.message}", file=sys.stderr, flush=True)
+        output.say(f"hvd-vgg: {failure.message}", sys.stderr)
     else:
         # The launcher ends all ranks when the first one leaves, which must not be before rank 0 has spoken. Where rank 0
         # found nothing wrong (another host, another file), this one speaks after all.
         time.sleep(3)
-        print(f"hvd-vgg: rank {launched_rank()}: {failure.message}", file=sys.stderr, flush=True)
+        output.say(f"hvd-vgg: rank {launched_rank()}: {failure.message}", sys.stderr)
     return failure.code
 
 
@@ -278,7 +278,7 @@ def _end(failure: Failure) -> int:
 
     if failure.agreed:
         if comm.is_root():
-            print(f"hvd-vgg: {failure.message}", file=sys.stderr, flush=True)
+            output.say(f"hvd-vgg: {failure.message}", sys.stderr)
         watch.beat(phase="saving")  # rank 0 may have a checkpoint to write to its end
         comm.together(lambda: None)  # nobody leaves before rank 0 has spoken
         comm.leave()
@@ -286,7 +286,7 @@ def _end(failure: Failure) -> int:
         return failure.code
     rank = comm.rank_if_joined()
     where = "" if rank is None or comm.size() == 1 else f"rank {rank}: "
-    print(f"hvd-vgg: {where}{failure.message}", file=sys.stderr, flush=True)
+    output.say(f"hvd-vgg: {where}{failure.message}", sys.stderr)
     comm.abort(failure.code)
     return failure.code
 

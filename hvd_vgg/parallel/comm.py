@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from hvd_vgg import __version__
 from hvd_vgg.data import images
-from hvd_vgg.run import receipt, watch
+from hvd_vgg.run import output, receipt, watch
 from hvd_vgg.run.health import CONFIGURATION, Failure, difference, launched_rank, launched_size
 
 try:
@@ -362,8 +362,8 @@ def abort(code: int) -> None:
     MPI ends the other ranks, and mpirun exits with `code`. Under Gloo this process exits with `code`, and the launcher
     ends the others and exits with 1.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        output.say("", stream, end="")  # what Python still holds
     if hvd.is_initialized() and hvd.mpi_enabled() and size() > 1:
         try:
             import mpi4py

@@ -6,6 +6,7 @@ Nothing here imports TensorFlow, and no value of the environment is printed, wri
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import math
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from hvd_vgg.config import LaunchConfig
-from hvd_vgg.run import hosts, mpirun, network, reach
+from hvd_vgg.run import hosts, mpirun, network, output, reach
 from hvd_vgg.run.findings import FAILURE
 from hvd_vgg.run.health import CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure
 from hvd_vgg.run.hosts import Host
@@ -79,7 +80,8 @@ def _devices() -> int:
         why = asked.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise Failure(CONFIGURATION, f"{sys.executable} cannot import tensorflow: {''.join(why)}")
     devices = int(asked.stdout.split()[-1])
-    print(f"{count(devices or 1, 'rank')}: TensorFlow sees {count(devices, 'device')} (--ranks overrides)", flush=True)
+    told = f"{count(devices or 1, 'rank')}: TensorFlow sees {count(devices, 'device')} (--ranks overrides)"
+    output.say(told, sys.stdout)
     return devices or 1
 
 
@@ -105,8 +107,7 @@ def _supervise(
             return STOPPED
         told = {"attempt": attempt, "ranks": ranks, "hosts": [f"{host.name}:{host.slots}" for host in answering]}
         _note(job, "start", **told, command=command)
-        with contextlib.suppress(OSError):  # a terminal that is gone is no reason to end a job
-            print("+", mpirun.shown(command), flush=True)
+        output.say(f"+ {mpirun.shown(command)}", sys.stdout)
         watch = _FirstUpdate(job, ended_at)
         began = time.monotonic()
         ranks_here = not answering or hosts.is_here(answering[0].name)  # the first host is filled first
@@ -194,7 +195,7 @@ def _clear_leftovers(token: str) -> None:
     if ours:
         say(f"ending processes {_list(ours)}, which a job of this run left")
     for pid in ours:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # gone, or another user's by now
             os.kill(pid, signal.SIGKILL)
 
 
@@ -264,9 +265,16 @@ def _note(job: Job, event: str, **data: Any) -> None:
     try:
         os.umask(os.umask(0o027) | 0o027)  # what a run writes is for its owner and group
         job.run_dir.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"time": now, "at": when, "event": event, **data}).encode() + b"\n"
         with open(path, "ab", buffering=0) as file:
-            file.write(json.dumps({"time": now, "at": when, "event": event, **data}).encode() + b"\n")
-            os.fsync(file.fileno())
+            end = file.tell()
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)  # or the next line would be glued to a half
+                raise
     except OSError as error:
         if event == "start":
             raise Failure(CONFIGURATION, f"{path} cannot be written: {error.strerror}") from error

@@ -5,10 +5,12 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import IO
 
+from hvd_vgg.run import output
 from hvd_vgg.run.health import CONFIGURATION, Failure
 
 
@@ -25,7 +27,8 @@ def acquire(run_dir: Path) -> IO[str]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                print(f"hvd-vgg: {run_dir} cannot be locked ({error.strerror}): see to it that one job uses it", flush=True)
+                told = f"hvd-vgg: {run_dir} cannot be locked ({error.strerror}): see to it that one job uses it"
+                output.say(told, sys.stdout)
                 return file
             if not isinstance(error, BlockingIOError):
                 raise

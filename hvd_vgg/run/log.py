@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
+from hvd_vgg.run import output
 from hvd_vgg.run.health import NOT_WRITTEN, Failure
 
 try:
@@ -141,15 +142,17 @@ class RunLog:
         self.one_at_a_time = threading.Lock()
         _end_last_line(path)
         if dllogger:
-            backends = [dllogger.JSONStreamBackend(dllogger.Verbosity.VERBOSE, str(path), append=True)]
-            if stdout:
-                backends.append(dllogger.StdOutBackend(dllogger.Verbosity.VERBOSE, metric_format=_metric_text))
-            self.logger = dllogger.Logger(backends)
+            kind, file = dllogger.Logger, dllogger.JSONStreamBackend(dllogger.Verbosity.VERBOSE, str(path), append=True)
+            lines = dllogger.StdOutBackend(dllogger.Verbosity.VERBOSE, metric_format=_metric_text)
         else:
-            self.logger = _Logger([_JsonLines(path)] + ([_StdoutLines()] if stdout else []))
+            kind, file, lines = _Logger, _JsonLines(path), _StdoutLines()
+        # Two loggers, for a stdout that is gone must not keep a line from the file.
+        self.logger, self.printer = kind([file]), kind([lines]) if stdout else None
         self.tensorboard = tensorboard
         for name, metadata in METRICS.items():
             self.logger.metadata(name, metadata)
+            if self.printer:
+                self.printer.metadata(name, metadata)
 
     def log(self, step: Step, data: Dict[str, Any]) -> None:
         """Writes one line; step: (epoch, update), "PARAMETER" for what the run is, "EVENT", or () for its end.
@@ -159,10 +162,13 @@ class RunLog:
         # NaN and Inf are no JSON: strict parsers would refuse the line that matters most.
         finite = {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in data.items()}
         # A full disk is no reason to stop before the end. Checkpoints are told by the thread that writes them.
-        with self.one_at_a_time, contextlib.suppress(OSError):
-            self.logger.log(step, finite)
-            self.logger.flush()
-            sys.stdout.flush()
+        with self.one_at_a_time:
+            with contextlib.suppress(OSError):
+                self.logger.log(step, finite)
+                self.logger.flush()
+            if self.printer:
+                with output.forgiving(sys.stdout):
+                    self.printer.log(step, finite)
         if self.tensorboard and step and not isinstance(step, str):
             for name, value in data.items():
                 if name in METRICS and not isinstance(value, list):
@@ -208,13 +214,13 @@ class Console:
     def say(self, text: str) -> None:
         """Prints a line that stays."""
         if self.speaks:
-            print(self._clear() + text, flush=True)
+            output.say(self._clear() + text, sys.stdout)
 
     def redraw(self, text: str) -> None:
         """Shows `text` in place of the line shown before it; on terminals only."""
         if self.speaks and self.bar:
             clear, self.drawn = self._clear(), len(text)
-            print(clear + text, end="", flush=True)
+            output.say(clear + text, sys.stdout, end="")
 
     def _clear(self) -> str:
         clear, self.drawn = ("\r" + " " * self.drawn + "\r") if self.drawn else "", 0

@@ -135,6 +135,43 @@ class Requests:
         self.count += 1
 
 
+class _Stdout:
+    """What mpirun prints, on its way to this process's stdout; one that is gone is no reason to end a job.
+
+    Where ours is slow, as below a pager, mpirun waits to be read; this process does not, for it must hear requests.
+    """
+
+    def __init__(self) -> None:
+        self.source, self.given = os.pipe()
+        self.waiting = b""
+        self.ended = False
+
+    def to_read(self) -> List[int]:
+        """Returns what to wait for to `move` the next bytes: readable."""
+        return [] if self.waiting or self.ended else [self.source]
+
+    def to_write(self) -> List[int]:
+        """Returns what to wait for to `move` the next bytes: writable."""
+        return [1] if self.waiting else []
+
+    def move(self, readable: List[Any], writable: List[int]) -> bool:
+        """Moves bytes, as `select` says; says whether there were any."""
+        if 1 in writable:
+            try:
+                # No more than a pipe that is writable takes at once.
+                self.waiting = self.waiting[os.write(1, self.waiting[: select.PIPE_BUF]) :]
+            except BlockingIOError:
+                pass
+            except OSError:
+                self.waiting = b""
+            return True
+        if self.source in readable:
+            self.waiting = os.read(self.source, 65536)
+            self.ended = not self.waiting
+            return not self.ended
+        return False
+
+
 class Limits(NamedTuple):
     """How long ranks may take to stop; the clock reading (time.monotonic) at which the job ends; if this host has ranks."""
 
@@ -146,32 +183,43 @@ class Limits(NamedTuple):
 def run(command: Sequence[str], requests: Requests, limits: Limits, look: Callable[[], None]) -> Ended:
     """Runs mpirun to its end and says how it ended; the kernel ends it should this process be killed.
 
-    Its stdout is this process's; its stderr is copied as it comes, and read. The terminal's Ctrl-C does not reach it: a
+    Its stdout and stderr are copied as they come, and the latter is read. The terminal's Ctrl-C does not reach it: a
     request makes it send SIGUSR1 to all ranks, which save and leave; when they have not after `grace_seconds`, or are
     asked again, it is ended. `look` is called about once a second.
     """
     before = oom_kills()
+    stdout = _Stdout()
     told, its_stderr = os.pipe()
     process = subprocess.Popen(  # noqa: S603 (what it runs is the user's)
-        command, stdin=subprocess.DEVNULL, stderr=its_stderr, start_new_session=True, preexec_fn=_dies_with(os.getpid())
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout.given,
+        stderr=its_stderr,
+        start_new_session=True,
+        preexec_fn=_dies_with(os.getpid()),
     )
+    os.close(stdout.given)
     os.close(its_stderr)
     readers: List[Any] = [told, requests.wake]
     tail, stage, why, asked_for = b"", _RUNNING, "", 0
     deadline, next_look, ranks_seen = math.inf, 0.0, math.inf
     begun_by = time.monotonic() + _BEGIN_SECONDS if limits.ranks_here else math.inf
     while True:
-        readable = select.select(readers, [], [], 1.0)[0]
-        over = process.poll() is not None
+        over = process.poll() is not None  # asked before, so that all it wrote is there to be read
+        seconds = 0.0 if over and not stdout.waiting else 1.0
+        readable, writable, _ = select.select(readers + stdout.to_read(), stdout.to_write(), [], seconds)
         if requests.wake in readable:
             requests.wake.recv(4096)
         data = os.read(told, 65536) if told in readable else b""
         write_stderr(data)
         tail = (tail + data)[-_TAIL_BYTES:]
-        if over and not data:
+        moved = stdout.move(readable, writable)
+        if over and not (data or moved) and (why or not stdout.waiting):  # who asked to stop waits for no pager
             break
         if told in readable and not data:
             readers.remove(told)
+        if over:
+            continue
         now = time.monotonic()
         if now >= next_look:
             next_look = now + 1.0
@@ -197,6 +245,7 @@ def run(command: Sequence[str], requests: Requests, limits: Limits, look: Callab
             deadline = math.inf
             process.kill()
     os.close(told)
+    os.close(stdout.source)
     risen = {name: count - before.get(name, 0) for name, count in oom_kills().items() if count > before.get(name, 0)}
     ended = explain(process.returncode, tail.decode(errors="replace"), risen)
     return _account(why, stage, ended)
@@ -232,6 +281,7 @@ def explain(status: int, told: str, oom_risen: Dict[str, int]) -> Ended:
     """
     killed = re.search(r"process rank (\d+) with PID \d+ on node (\S+) exited on\s+signal (\d+)", told)
     lost = re.search(r"lost communication with a remote daemon.*?Remote daemon:.*? on node (\S+)", told, re.S)
+    silent = re.search(r"process rank (\d+) with PID \d+ on\s+node (\S+) exiting improperly", told)
     first = re.search(r"Process name: \[\[\d+,\d+\],(\d+)\]\s+Exit code:\s+(\d+)", told)
     if killed:
         number = int(killed[3])
@@ -242,12 +292,15 @@ def explain(status: int, told: str, oom_risen: Dict[str, int]) -> Ended:
         return Ended(128 - status, f"mpirun killed by signal {-status}")
     if lost:
         return Ended(LOST_RANK, f"host {lost[1]} is gone: mpirun lost its daemon there")
+    if silent:  # by exit code 0, without leaving MPI: as code of a library may
+        return Ended(LOST_RANK, f"rank {silent[1]} left without a word, on {silent[2]}")
     if status == 1 and "ORTE" in told:
         return Ended(LOST_RANK, "mpirun could not reach all its hosts: see above")
     if status == 1 and "-----" not in told:  # it frames all that it has to say of ranks, and says nothing of a SIGTERM
         return Ended(LOST_RANK, "mpirun was ended from outside")
     said = {DONE: "done", STOPPED: "all ranks left in order", LOST_RANK: "a rank hung or is gone"}
-    rank = f"; rank {first[1]} left first" if first and status not in (DONE, STOPPED) else ""
+    # Ranks that end with a code of this package's say who found what; which of those that agreed left first says nothing.
+    rank = f"; rank {first[1]} left first" if first and not 64 <= status < 128 else ""
     return Ended(status, said.get(status, f"exit code {status}") + rank)
 
 

@@ -144,6 +144,48 @@ def test_output_passes_unchanged_and_a_program_of_ones_own_keeps_its_code(tmp_pa
         assert ended.err.count(f"a word of rank {rank}") == 1
 
 
+def test_a_full_stdout_ends_no_run(tmp_path, data):
+    train = ["train", f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY, "--steps=3"]
+    words = ["bash", "-c", 'exec "$@" >/dev/full', "_", sys.executable, "-m", "hvd_vgg", *train]
+    ended = Started(words, tmp_path, PYTHONPATH=str(ROOT)).wait()
+    assert (ended.code, ended.err) == (0, "")
+    assert newest(tmp_path).meta["step"] == 3
+
+
+def test_more_output_than_a_pipe_holds_passes_unchanged_to_a_slow_reader(tmp_path):
+    program = "seq 200000; sleep 1; echo the end"
+    words = [*LAUNCH, "--ranks=1", "--", "bash", "-c", program]
+    slow = ["bash", "-c", '"$@" | { sleep 4; cat; }; exit "${PIPESTATUS[0]}"', "_", *words]
+    ended = Started(slow, tmp_path, PYTHONPATH=str(ROOT)).wait()
+    assert ended.code == 0, ended.err
+    assert ended.out.splitlines()[1:] == [*map(str, range(1, 200001)), "the end"]
+
+
+def test_ranks_that_agreed_are_not_told_apart(tmp_path):
+    ended = start_standin(tmp_path, "74").wait()
+    assert [line["sentence"] for line in restarts(tmp_path) if line["event"] == "end"] == ["exit code 74"], ended.err
+
+
+def test_a_reader_that_goes_away_ends_no_job(tmp_path):
+    program = "for i in 1 2 3 4; do echo $i; sleep 1; done; touch through; exit 7"
+    words = [*LAUNCH, "--ranks=1", "--", "bash", "-c", program]
+    ended = Started(
+        ["bash", "-c", '"$@" | head -1; exit "${PIPESTATUS[0]}"', "_", *words], tmp_path, PYTHONPATH=str(ROOT)
+    ).wait()
+    assert ended.code == 7, ended.err
+    assert (tmp_path / "through").exists()
+    assert "Traceback" not in ended.err and "hvd-vgg launch: exit code 7" in ended.err
+
+
+def test_a_reader_that_does_not_read_keeps_no_request_from_being_heard(tmp_path):
+    """As below a pager: what mpirun prints waits, the time limit does not."""
+    limits = ["--time_limit_seconds=3", "--grace_seconds=2"]
+    words = [*LAUNCH, "--ranks=1", *limits, "--", "bash", "-c", "seq 200000; sleep 300"]
+    unread = ["bash", "-c", 'exec 3< <(exec "$@"; echo never); wait $!; echo "ended with $?"; exec 3<&-', "_", *words]
+    ended = Started(unread, tmp_path, PYTHONPATH=str(ROOT)).wait(60)
+    assert ended.out == "ended with 75\n", ended.err
+
+
 # ---- starting again
 
 
@@ -163,6 +205,13 @@ def test_a_run_is_started_again_until_restarts_are_used_up(tmp_path):
         assert began["command"][:3] == ["mpirun", "-np", "2"]
         assert (end["code"], began["time"] < end["time"]) == (137, True)
         assert end["sentence"].startswith("rank 1 killed by signal 9")
+
+
+def test_a_rank_that_leaves_without_a_word_is_a_lost_one(tmp_path):
+    ended = start_standin(tmp_path, "silent", "--max_restarts=1").wait()
+    assert ended.code == 75, ended.err
+    assert ended.err.count("hvd-vgg launch: rank 1 left without a word, on ") == 2
+    assert "Starting again, 1 of at most 1" in ended.err
 
 
 @pytest.mark.parametrize(("how", "code"), [("die", 137), ("75", 75), ("80", 80)])

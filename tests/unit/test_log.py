@@ -1,7 +1,12 @@
 import json
+import os
 import re
+import subprocess
+import sys
 
-from hvd_vgg.run import log
+from support import ROOT
+
+from hvd_vgg.run import log, output
 
 
 def lines_of(run_dir):
@@ -83,3 +88,47 @@ def test_only_rank_0_speaks_and_not_beside_dlloggers_lines(capsys):
 
 def test_durations_are_as_people_say_them():
     assert [log.duration(s) for s in (0.4, 59, 60, 185, 7620)] == ["0 s", "59 s", "1 min 00 s", "3 min 05 s", "2 h 07 min"]
+
+
+def written_to(stream, run_dir, lines=2000):
+    """Returns how a process ended that logs `lines` lines and prints them to `stream`, and what it said of that."""
+    program = f"""
+import pathlib
+from hvd_vgg.run import log
+run, console = log.RunLog(pathlib.Path({str(run_dir)!r}), True, None), log.Console("bar", True)
+for number in range({lines}):
+    run.log((0, number), {{"train.loss": 1.0}})
+    console.redraw("a bar")
+    console.say(f"line {{number}}")
+run.close()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], stdout=stream, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    return ended.returncode, ended.stderr
+
+
+def test_a_full_stdout_ends_nothing_and_keeps_no_line_from_the_file(tmp_path):
+    """2000 lines are more than Python holds back for a stream that takes none; at exit it must have none left."""
+    with open("/dev/full", "w") as full:
+        assert written_to(full, tmp_path) == (0, "")
+    assert [row["step"][1] for row in lines_of(tmp_path) if row["type"] == "LOG"] == list(range(2000))
+
+
+def test_a_closed_stdout_ends_nothing_and_keeps_no_line_from_the_file(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as gone:
+        assert written_to(gone, tmp_path) == (0, "")
+    assert [row["step"][1] for row in lines_of(tmp_path) if row["type"] == "LOG"] == list(range(2000))
+
+
+def test_a_stdout_that_takes_lines_again_gets_them(tmp_path, capfd):
+    """As when room is made on a full disk: what was lost meanwhile does not come late, in half lines."""
+    kept, full = os.dup(1), os.open("/dev/full", os.O_WRONLY)
+    with open(1, "w", closefd=False) as stream:
+        os.dup2(full, 1)
+        output.say("lost", stream)
+        os.dup2(kept, 1)
+        output.say("told", stream)
+    os.close(kept)
+    os.close(full)
+    assert capfd.readouterr().out == "told\n"

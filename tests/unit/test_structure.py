@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Lower floors know nothing of higher ones; modules on one floor may use each other.
 FLOORS = [
-    {"run.health"},
+    {"run.health", "run.output"},
     {"run.watch", "run.lock", "run.coverage", "run.receipt", "run.hosts", "run.files", "run.findings"},
     {"run.host", "run.machine", "run.mpi", "run.network", "run.reach"},
     {"config", "model.layers", "data.order", "data.records", "run.log", "run.throughput", "run.advice", "train.schedule"},
@@ -47,7 +47,7 @@ NO_TENSORFLOW |= {
     "train.history",
     "train.verify",
 }
-NO_TENSORFLOW |= {"run.files", "run.hosts", "run.mpirun", "run.launch"}
+NO_TENSORFLOW |= {"run.files", "run.output", "run.hosts", "run.mpirun", "run.launch"}
 NO_TENSORFLOW |= {
     "run.findings",
     "run.host",

@@ -1,0 +1,36 @@
+"""What a process says on stdout or stderr. Either may be full, or closed by who read it: no reason to end a run."""
+
+import contextlib
+import os
+from typing import Iterator, Optional, TextIO
+
+
+def say(text: str, stream: Optional[TextIO], end: str = "\n") -> None:
+    """Prints `text` at once, or not at all where `stream` does not take it."""
+    if stream is not None:  # as Python has it when it was closed before the start
+        with forgiving(stream):
+            print(text, file=stream, end=end)
+
+
+@contextlib.contextmanager
+def forgiving(stream: TextIO) -> Iterator[None]:
+    """Flushes what is printed to `stream` inside; what it does not take is lost, and is no error, now or at exit."""
+    try:
+        yield
+        stream.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            _drop(stream)
+
+
+def _drop(stream: TextIO) -> None:
+    """Empties what Python still holds for `stream`: it would fail again when Python exits, and change the exit code."""
+    descriptor = stream.fileno()
+    kept, nowhere = os.dup(descriptor), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, descriptor)
+        stream.flush()
+    finally:
+        os.dup2(kept, descriptor)
+        os.close(kept)
+        os.close(nowhere)
