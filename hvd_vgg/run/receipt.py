@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
 from hvd_vgg import __version__
-from hvd_vgg.run.files import write_whole
+from hvd_vgg.run.files import not_written, write_whole
 from hvd_vgg.run.health import NOT_WRITTEN, Failure
 from hvd_vgg.run.hosts import JOB_PARAMETER
 
@@ -189,7 +189,7 @@ def write(run_dir: Path) -> None:
         sync(run_dir / "dllogger.json")
         write_whole(path, json.dumps(_content(run_dir), indent=1) + "\n")
     except OSError as error:
-        raise Failure(NOT_WRITTEN, f"{path} cannot be written: {error.strerror}") from error
+        raise Failure(NOT_WRITTEN, not_written(path, error)) from error
 
 
 def _checkpoints(run_dir: Path) -> Iterator[Dict[str, Any]]:

@@ -153,7 +153,7 @@ def _begin(config: Config) -> Tuple[Job, state.Position]:
     console = Console(config.console, comm.is_root())
     _check_ranks(config)
     lock = comm.together(lambda: _check_start(config, run_dir))
-    log = tell.open_log(config, run_dir)
+    log = tell.open_log(config, run_dir, console)
 
     # ---- the data
     data = open_data(config, run_dir, console)
@@ -296,7 +296,7 @@ def _stop(job: Job, at: state.Position, saved: bool = False) -> NoReturn:
         _save(job, at, False)
     with watch.phase("saving"):
         state.finish(job.writer)
-    tell.stopped(at.step, job.run_dir, job.log)
+    tell.stopped(job.config, at.step, job.run_dir, job.log)
     raise Failure(
         STOPPED,
         f"stopped on request after step {at.step} of {job.total}: the same command goes on from there",

@@ -16,7 +16,7 @@ from hvd_vgg.data.index import Data
 from hvd_vgg.model import layers as tables
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.run import coverage, receipt
-from hvd_vgg.run.files import write_whole
+from hvd_vgg.run.files import FULL, not_written, write_whole
 from hvd_vgg.run.health import NOT_WRITTEN, Failure
 from hvd_vgg.run.log import Console, Progress, RunLog, count, duration
 from hvd_vgg.run.throughput import Split, Throughput, Verdict, judge, per_host, per_rank, table
@@ -26,20 +26,28 @@ from hvd_vgg.train.step import Sums
 from hvd_vgg.train.writer import Writer
 
 
-def open_log(config: Config, run_dir: Path) -> Optional[RunLog]:
+def open_log(config: Config, run_dir: Path, console: Console) -> Optional[RunLog]:
     """Returns the log of the run, on rank 0 alone; all ranks must call. Raises an agreed Failure(NOT_WRITTEN)."""
 
     def opened() -> Optional[RunLog]:
+        if not comm.is_root():
+            return None
         try:
-            return RunLog(run_dir, config.console == "dllogger", _tensorboard(run_dir)) if comm.is_root() else None
-        except (OSError, tf.errors.OpError) as error:
-            raise Failure(NOT_WRITTEN, f"the logs in {run_dir} cannot be written: {error}") from error
+            return RunLog(run_dir, config.console == "dllogger", _tensorboard(run_dir / "tensorboard", console))
+        except OSError as error:
+            raise Failure(NOT_WRITTEN, not_written(run_dir / "dllogger.json", error)) from error
 
     return comm.together(opened)
 
 
-def _tensorboard(run_dir: Path) -> Callable[[str, float, int], None]:
-    writer = tf.summary.create_file_writer(str(run_dir / "tensorboard"))
+def _tensorboard(place: Path, console: Console) -> Optional[Callable[[str, float, int], None]]:
+    """Returns what writes a number for TensorBoard, or None, which is told, where no events can be written."""
+    try:
+        writer = tf.summary.create_file_writer(str(place))
+    except tf.errors.OpError as error:
+        reason = (error.message or "").splitlines()[0].split(";")[-1].strip()
+        console.say(f"{place} cannot be written ({reason}): this start leaves no TensorBoard events")
+        return None
     # What tf.summary.scalar writes. That function is TensorBoard's, and is not there where TensorBoard is not.
     kind = tf.compat.v1.SummaryMetadata()
     kind.plugin_data.plugin_name = "scalars"
@@ -104,7 +112,6 @@ def introduce(
     if config.profile_steps and not range(max(first, wanted.start), min(total, wanted.stop)):
         console.say(f"--profile_steps={config.profile_steps}: none of them is between {first} and {total - 1}")
     console.say(f"steps {first} to {total}, lr {config.lr:g} for the mean gradient of {config.global_batch}")
-    comm.together(lambda: _write(run_dir / "flags.txt", to_flag_file(config)) if comm.is_root() else None)
     hosts = [host.decode() for host in comm.gather(socket.gethostname().encode())]
     if log:
         facts = {**comm.describe(), "ranks": comm.size(), "device": device.kind, "steps": total, "first_step": first}
@@ -119,7 +126,32 @@ def introduce(
         row = receipt.checkpoint_row(went_on_from) if went_on_from else None
         started.update(step=first, steps=total, skipped_steps=at.skipped_steps, ranks=comm.size(), hosts=hosts)
         log.event("start", **started, checkpoint=row, data=about)
-    comm.together(lambda: receipt.write(run_dir) if log else None)
+    comm.together(lambda: _describe(config, run_dir, console) if log else None)
+
+
+def _describe(config: Config, run_dir: Path, console: Optional[Console] = None) -> None:
+    """Brings flags.txt and the receipt up to date; rank 0 alone. Raises Failure(NOT_WRITTEN).
+
+    With a console: where the disk is full, what an earlier start has left of them does until the next evaluation or the end.
+    """
+    flags = run_dir / "flags.txt"
+    for path, write in (
+        (flags, lambda: None if _holds(flags, to_flag_file(config)) else _write(flags, to_flag_file(config))),
+        (run_dir / "receipt.json", lambda: receipt.write(run_dir)),
+    ):
+        try:
+            write()
+        except Failure as failure:
+            if console is None or getattr(failure.__cause__, "errno", None) not in FULL or not path.exists():
+                raise
+            console.say(f"{path} is an earlier start's: the disk is full. It will be written with the next result")
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return path.read_text(encoding="utf-8") == text
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _write(path: Path, text: str) -> None:
@@ -127,7 +159,7 @@ def _write(path: Path, text: str) -> None:
     try:
         write_whole(path, text)
     except OSError as error:
-        raise Failure(NOT_WRITTEN, f"{path} cannot be written: {error.strerror}") from error
+        raise Failure(NOT_WRITTEN, not_written(path, error)) from error
 
 
 def speed_of_window(
@@ -204,11 +236,11 @@ def covered(proved: coverage.Proved, records: int, log: Optional[RunLog], consol
         log.event("coverage", **row)
 
 
-def stopped(step: int, run_dir: Path, log: Optional[RunLog]) -> None:
-    """Logs that a run stops on request after `step` updates, and brings the receipt up to it; all ranks call."""
+def stopped(config: Config, step: int, run_dir: Path, log: Optional[RunLog]) -> None:
+    """Logs that a run stops on request after `step` updates, and brings flags and receipt up to it; all ranks call."""
     if log:
         log.event("stopped", step=step)
-    comm.together(lambda: receipt.write(run_dir) if log else None)
+    comm.together(lambda: _describe(config, run_dir) if log else None)
 
 
 def save_failed(failure: Optional[Failure], log: Optional[RunLog], console: Console) -> None:
@@ -250,7 +282,7 @@ def write_result(
     epoch: float,
     seconds: float,
 ) -> Dict[str, Any]:
-    """Writes result.json and the receipt, on rank 0, and returns `speed`; all ranks must call.
+    """Writes result.json, the flags and the receipt, on rank 0, and returns `speed`; all ranks must call.
 
     Raises an agreed Failure(NOT_WRITTEN).
     """
@@ -278,7 +310,7 @@ def write_result(
         _write(run_dir / "result.json", json.dumps(content, indent=2) + "\n")
 
     comm.together(write)
-    comm.together(lambda: receipt.write(run_dir) if comm.is_root() else None)
+    comm.together(lambda: _describe(config, run_dir) if comm.is_root() else None)
     return measured
 
 

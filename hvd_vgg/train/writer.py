@@ -1,18 +1,15 @@
 """Writes checkpoints in the background, on rank 0: training waits for a copy of the variables only."""
 
 import contextlib
-import errno
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional
 
 from hvd_vgg.run import receipt
+from hvd_vgg.run.files import FULL
 from hvd_vgg.run.health import NOT_WRITTEN, Failure
 from hvd_vgg.train import checkpoint
-
-# No room, or no more of it for this user: a quota's free bytes are not the file system's.
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Writer:
@@ -38,7 +35,7 @@ class Writer:
         try:
             path = checkpoint.save(self.run_dir, tensors, meta, self.keep, best)
         except Failure as failure:
-            if getattr(failure.__cause__, "errno", None) not in _FULL or not _make_room(self.run_dir, meta["step"]):
+            if getattr(failure.__cause__, "errno", None) not in FULL or not _make_room(self.run_dir, meta["step"]):
                 raise
             path = checkpoint.save(self.run_dir, tensors, meta, self.keep, best)
         try:

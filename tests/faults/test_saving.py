@@ -12,7 +12,7 @@ import subprocess
 import time
 
 import pytest
-from oracles import STEPS, assert_exact, assert_goes_on, events, newest, start
+from oracles import STEPS, assert_exact, assert_goes_on, assert_true, events, newest, start
 from support import wait_for
 from test_equality import assert_same_weights
 
@@ -71,6 +71,27 @@ def test_a_disk_that_stays_full_ends_the_run_with_74_at_its_end(small_disk, data
     assert ended.err.count("hvd-vgg: ") == 1 and "step-00000012.safetensors cannot be written: " in ended.err
     assert 2 <= newest(small_disk).meta["step"] <= 5
     assert not list(checkpoint.folder(small_disk / "run").glob("*.tmp"))
+
+
+@pytest.mark.fault("F17")
+def test_a_run_is_started_again_on_a_full_disk(small_disk, data):
+    """F17: what an earlier start wrote does for now, also where the flags are others; there is room again before the end."""
+    assert start(small_disk, data, 1, "term@0:4", "--keep_checkpoints=1").wait().code == 80
+    run_dir = small_disk / "run"
+    shutil.rmtree(run_dir / "tensorboard")
+    filler = fill(run_dir)
+    pace = [f"sleep@0:{at}:0.5" for at in range(5, 12)]
+    started = start(small_disk, data, 1, *pace, "--keep_checkpoints=1", "--lr=0.004", "--allow_config_change=lr")
+    wait_for(lambda: "step 6/" in started.out.read_text() or started.process.poll() is not None)
+    filler.unlink()
+    ended = started.wait()
+    assert ended.code == 0, ended.out + ended.err
+    told = [line for line in ended.out.splitlines() if "TensorBoard" in line or "an earlier start's" in line]
+    assert [line.split()[0].split("/")[-1] for line in told] == ["tensorboard", "flags.txt", "receipt.json"], ended.out
+    assert "No space left on device" in told[0] and "tensorflow" not in told[0].lower()
+    assert "--lr=0.004" in (run_dir / "flags.txt").read_text()
+    assert not list(run_dir.glob("*.tmp"))
+    assert_true(run_dir)
 
 
 @pytest.mark.parametrize(
