@@ -1,8 +1,8 @@
 """Stands in for a rank of hvd-vgg where only how it ends matters, in a tenth of a second: `standin.py HOW [FLAGS OF train]`.
 
 wait: until SIGUSR1, then as a rank that was asked to stop; deaf: hears nothing; die: rank 1 kills itself, the others wait;
-progress: the same, a checkpoint later; CODE: exits with it; memory: rank 1
-joins the memory cgroup in $STANDIN_CGROUP and takes more than that allows.
+progress: the same, a checkpoint later; silent: rank 1 leaves a job of MPI with 0, the others wait; CODE: exits with it;
+memory: rank 1 joins the memory cgroup in $STANDIN_CGROUP and takes more than that allows.
 """
 
 import os
@@ -42,4 +42,10 @@ if how in ("die", "progress", "memory") and rank == 1:
         Path(os.environ["STANDIN_CGROUP"], "cgroup.procs").write_text(str(os.getpid()))
         taken = [b"x" * 10_000_000 for _ in range(100)]
     os.kill(os.getpid(), signal.SIGKILL)
+if how == "silent":
+    from mpi4py import MPI
+
+    MPI.COMM_WORLD.Barrier()
+    if rank == 1:
+        os._exit(0)
 time.sleep(300)

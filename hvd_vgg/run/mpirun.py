@@ -281,6 +281,7 @@ def explain(status: int, told: str, oom_risen: Dict[str, int]) -> Ended:
     """
     killed = re.search(r"process rank (\d+) with PID \d+ on node (\S+) exited on\s+signal (\d+)", told)
     lost = re.search(r"lost communication with a remote daemon.*?Remote daemon:.*? on node (\S+)", told, re.S)
+    silent = re.search(r"process rank (\d+) with PID \d+ on\s+node (\S+) exiting improperly", told)
     first = re.search(r"Process name: \[\[\d+,\d+\],(\d+)\]\s+Exit code:\s+(\d+)", told)
     if killed:
         number = int(killed[3])
@@ -291,12 +292,15 @@ def explain(status: int, told: str, oom_risen: Dict[str, int]) -> Ended:
         return Ended(128 - status, f"mpirun killed by signal {-status}")
     if lost:
         return Ended(LOST_RANK, f"host {lost[1]} is gone: mpirun lost its daemon there")
+    if silent:  # by exit code 0, without leaving MPI: as code of a library may
+        return Ended(LOST_RANK, f"rank {silent[1]} left without a word, on {silent[2]}")
     if status == 1 and "ORTE" in told:
         return Ended(LOST_RANK, "mpirun could not reach all its hosts: see above")
     if status == 1 and "-----" not in told:  # it frames all that it has to say of ranks, and says nothing of a SIGTERM
         return Ended(LOST_RANK, "mpirun was ended from outside")
     said = {DONE: "done", STOPPED: "all ranks left in order", LOST_RANK: "a rank hung or is gone"}
-    rank = f"; rank {first[1]} left first" if first and status not in (DONE, STOPPED) else ""
+    # Ranks that end with a code of this package's say who found what; which of those that agreed left first says nothing.
+    rank = f"; rank {first[1]} left first" if first and not 64 <= status < 128 else ""
     return Ended(status, said.get(status, f"exit code {status}") + rank)
 
 

@@ -147,6 +147,11 @@ def test_more_output_than_a_pipe_holds_passes_unchanged_to_a_slow_reader(tmp_pat
     assert ended.out.splitlines()[1:] == [*map(str, range(1, 200001)), "the end"]
 
 
+def test_ranks_that_agreed_are_not_told_apart(tmp_path):
+    ended = start_standin(tmp_path, "74").wait()
+    assert [line["sentence"] for line in restarts(tmp_path) if line["event"] == "end"] == ["exit code 74"], ended.err
+
+
 def test_a_reader_that_goes_away_ends_no_job(tmp_path):
     program = "for i in 1 2 3 4; do echo $i; sleep 1; done; touch through; exit 7"
     words = [*LAUNCH, "--ranks=1", "--", "bash", "-c", program]
@@ -186,6 +191,13 @@ def test_a_run_is_started_again_until_restarts_are_used_up(tmp_path):
         assert began["command"][:3] == ["mpirun", "-np", "2"]
         assert (end["code"], began["time"] < end["time"]) == (137, True)
         assert end["sentence"].startswith("rank 1 killed by signal 9")
+
+
+def test_a_rank_that_leaves_without_a_word_is_a_lost_one(tmp_path):
+    ended = start_standin(tmp_path, "silent", "--max_restarts=1").wait()
+    assert ended.code == 75, ended.err
+    assert ended.err.count("hvd-vgg launch: rank 1 left without a word, on ") == 2
+    assert "Starting again, 1 of at most 1" in ended.err
 
 
 @pytest.mark.parametrize(("how", "code"), [("die", 137), ("75", 75), ("80", 80)])
