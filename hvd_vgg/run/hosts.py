@@ -124,12 +124,14 @@ def ask(hosts: Sequence[Host], agent: str, run_token: str) -> Found:
 
 
 def jobs_here(run_token: str) -> Dict[str, List[int]]:
-    """Returns the living processes on this host of all jobs of the run, by the job's token."""
+    """Returns the living processes of this user on this host of all jobs of the run, by the job's token."""
     jobs: Dict[str, List[int]] = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
+            if entry.stat().st_uid != os.getuid():
+                continue
             match = _MARK.search((entry / "cmdline").read_bytes()) or _MARK.search((entry / "environ").read_bytes())
         except OSError:
             continue

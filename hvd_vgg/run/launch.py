@@ -6,6 +6,7 @@ Nothing here imports TensorFlow, and no value of the environment is printed, wri
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import math
@@ -194,7 +195,7 @@ def _clear_leftovers(token: str) -> None:
     if ours:
         say(f"ending processes {_list(ours)}, which a job of this run left")
     for pid in ours:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # gone, or another user's by now
             os.kill(pid, signal.SIGKILL)
 
 
@@ -264,9 +265,16 @@ def _note(job: Job, event: str, **data: Any) -> None:
     try:
         os.umask(os.umask(0o027) | 0o027)  # what a run writes is for its owner and group
         job.run_dir.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"time": now, "at": when, "event": event, **data}).encode() + b"\n"
         with open(path, "ab", buffering=0) as file:
-            file.write(json.dumps({"time": now, "at": when, "event": event, **data}).encode() + b"\n")
-            os.fsync(file.fileno())
+            end = file.tell()
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)  # or the next line would be glued to a half
+                raise
     except OSError as error:
         if event == "start":
             raise Failure(CONFIGURATION, f"{path} cannot be written: {error.strerror}") from error

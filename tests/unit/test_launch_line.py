@@ -1,5 +1,7 @@
 """The launcher's command line and its reading of mpirun's end, without starting anything."""
 
+import os
+import resource
 import shlex
 import subprocess
 from pathlib import Path
@@ -114,6 +116,33 @@ def test_what_a_job_of_the_run_left_is_found_here_and_through_the_remote_shell(t
         for process in (left, other):
             process.kill()
             process.wait()
+
+
+def test_what_another_user_runs_is_passed_over(monkeypatch):
+    """Here it is this user's own process that another user looks for; root aside, that one could not end it."""
+    run = "0123456789abcdef"
+    process = subprocess.Popen(["sleep", "60"], env={f"OMPI_MCA_{hosts.JOB_PARAMETER}": f"{run}.elsewhere.1.2"})
+    try:
+        assert hosts.jobs_here(run) == {f"{run}.elsewhere.1.2": [process.pid]}
+        user = os.getuid()
+        monkeypatch.setattr(os, "getuid", lambda: user + 1)
+        assert hosts.jobs_here(run) == {}
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_line_that_does_not_fit_on_the_disk_leaves_nothing_behind(tmp_path):
+    """A limit of the size of files cuts a write as a full disk does."""
+    path, limits = tmp_path / "restarts.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    launch._note(launch.Job([], tmp_path), "start", attempt=0)
+    whole = path.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, limits[1]))
+    try:
+        launch._note(launch.Job([], tmp_path), "end", attempt=0)
+        assert path.read_bytes() == whole
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def noticed(signal_number):
