@@ -52,6 +52,7 @@ hvd-vgg COMMAND --help lists a command's flags. Exit codes: 0 done, 64 usage, 65
 
 
 def _train(config: Any) -> None:
+    watch.leave_when_asked()
     watch.begin(Path(config.run_dir), launched_rank() or 0, config.hang_seconds)
     from hvd_vgg.train import loop
 

@@ -30,6 +30,8 @@ from hvd_vgg.train import checkpoint
 _CONSENT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
 # How long what a job has left may take to end by itself, before it is ended.
 _LEAVE_SECONDS = 5.0
+# Before a restart no host may answer for a while, as when a switch starts again: how often it asks, how far apart.
+_ASKED_TIMES, _ASK_AGAIN_SECONDS = 10, 30.0
 
 
 class Job(NamedTuple):
@@ -99,12 +101,15 @@ def _supervise(
     ended_at: Optional[float] = None
     for attempt in range(config.max_restarts + 1):
         _clear_leftovers(token)
-        answering = _answering(config, listed, token, first=attempt == 0)
-        ranks = min(wanted, sum(host.slots for host in answering)) if listed else wanted
-        command = mpirun.compose(config, ranks, answering, token, job.program)
+        answering = _answering(config, listed, token, attempt == 0, requests, limits)
         if requests.count:
             say("stopped on request, before a start")
             return STOPPED
+        if time.monotonic() > limits.until:
+            say("--time_limit_seconds is over, before a start")
+            return LOST_RANK
+        ranks = min(wanted, sum(host.slots for host in answering)) if listed else wanted
+        command = mpirun.compose(config, ranks, answering, token, job.program)
         told = {"attempt": attempt, "ranks": ranks, "hosts": [f"{host.name}:{host.slots}" for host in answering]}
         _note(job, "start", **told, command=command)
         output.say(f"+ {mpirun.shown(command)}", sys.stdout)
@@ -144,12 +149,27 @@ def _worth_another(config: LaunchConfig, job: Job, ended: Ended, requests: mpiru
     return ended.code in (LOST_RANK, STOPPED) or (ended.code > 128 and ended.code != 128 + signal.SIGILL)
 
 
-def _answering(config: LaunchConfig, listed: List[Host], token: str, first: bool) -> List[Host]:
-    """Returns the hosts that answer and can connect back; all must at the first start."""
-    found = hosts.ask(listed, config.rsh_agent, token.split(".")[0])
-    silent = {**found.silent, **_cannot_connect_back(config, found.answering)}
-    answering = [host for host in found.answering if host.name not in silent]
-    why = "; ".join(f"{name} ({text})" for name, text in silent.items())
+def _answering(
+    config: LaunchConfig, listed: List[Host], token: str, first: bool, requests: mpirun.Requests, limits: mpirun.Limits
+) -> List[Host]:
+    """Returns the hosts that answer and can connect back; all must at the first start.
+
+    Before another start it asks again while there is none, for some minutes; none, too, once it was asked to stop.
+    """
+    for left in reversed(range(1 if first else _ASKED_TIMES)):
+        found = hosts.ask(listed, config.rsh_agent, token.split(".")[0])
+        silent = {**found.silent, **_cannot_connect_back(config, found.answering)}
+        answering = [host for host in found.answering if host.name not in silent]
+        why = "; ".join(f"{name} ({text})" for name, text in silent.items())
+        if answering or not silent or not left:
+            break
+        if left == _ASKED_TIMES - 1:
+            say(f"no host answers: {why}. Asking again every {_ASK_AGAIN_SECONDS:g} s, {left} times")
+        again_at = min(time.monotonic() + _ASK_AGAIN_SECONDS, limits.until)
+        while time.monotonic() < again_at and not requests.count:
+            time.sleep(0.1)
+        if requests.count or time.monotonic() > limits.until:
+            return []
     if silent and (first or not answering):
         raise Failure(CONFIGURATION, f"cannot use {why}. Asked by: {config.rsh_agent} HOST")
     if silent:

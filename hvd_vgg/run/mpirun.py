@@ -270,6 +270,8 @@ def _account(why: str, stage: int, ended: Ended) -> Ended:
     if not why or found or ended.code == DONE:
         return ended
     how = "they had to be ended" if stage == _ENDING else ended.sentence
+    if ended.code == 128 + signal.SIGUSR1:  # Python has just begun, or a program of one's own that knows nothing of it
+        how = "the ranks did not listen for SIGUSR1, which ended them"
     return Ended(STOPPED if why == _ASKED else LOST_RANK, f"{why}; {how}")
 
 

@@ -25,7 +25,7 @@ from collections import deque
 from pathlib import Path
 from typing import IO, Any, Callable, Deque, Dict, Iterator, Optional, Tuple
 
-from hvd_vgg.run.health import LOST_RANK
+from hvd_vgg.run.health import LOST_RANK, STOPPED, launched_rank
 
 # By how much a start, an evaluation or a save may be slower than an update.
 LONGER = 10
@@ -141,6 +141,19 @@ def fatal(code: int, error: str) -> None:
     """Writes why this rank, alone, is about to end the job with exit code `code`."""
     if _heart is not None:
         _append(_heart, "fatal", {"event": "fatal", "code": code, "error": error})
+
+
+def leave_when_asked() -> None:
+    """Until `listen`, SIGTERM and SIGUSR1 end this rank with 80: nothing is trained yet that it could save; main thread."""
+
+    def leave(number: int, frame: Any) -> None:
+        if not launched_rank():
+            with contextlib.suppress(OSError):  # written so, for the signal may have come amid a print
+                os.write(2, b"hvd-vgg: stopped on request, before the first update\n")
+        os._exit(STOPPED)
+
+    for each in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(each, leave)
 
 
 def listen() -> None:

@@ -95,6 +95,29 @@ def test_a_real_run_that_its_launcher_was_asked_to_stop_goes_on_as_the_undisturb
 
 
 @pytest.mark.fault("F12")
+def test_a_run_that_is_stopped_before_it_listens_ends_in_order(tmp_path, data):
+    """The ranks have just made RUN_DIR/faults and import TensorFlow, which takes seconds."""
+    train = ["train", f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY]
+    started = Started([*LAUNCH, "--ranks=2", *train], tmp_path, PYTHONPATH=str(ROOT))
+    wait_for(lambda: len(list((tmp_path / "run" / "faults").glob("stacks.*"))) == 2)
+    started.process.terminate()
+    ended = started.wait()
+    assert ended.code == 80, ended.err
+    assert "hvd-vgg: stopped on request, before the first update" in ended.err
+    assert "hvd-vgg launch: stopped on request; all ranks left in order" in ended.err
+    assert "killed" not in ended.err
+
+
+def test_a_program_that_does_not_know_of_requests_is_no_rank_that_was_killed(tmp_path):
+    started = Started([*LAUNCH, "--ranks=1", "--", "bash", "-c", "echo is here; sleep 300"], tmp_path, PYTHONPATH=str(ROOT))
+    wait_for(lambda: "\nis here" in started.out.read_text())
+    started.process.terminate()
+    ended = started.wait()
+    assert ended.code == 80, ended.err
+    assert "stopped on request; the ranks did not listen for SIGUSR1, which ended them" in ended.err
+
+
+@pytest.mark.fault("F12")
 @pytest.mark.parametrize(("grace", "signals"), [("1", 1), ("600", 2)])
 def test_ranks_that_do_not_stop_are_ended_after_the_grace_or_at_the_second_request(tmp_path, grace, signals):
     started = start_standin(tmp_path, "deaf", f"--grace_seconds={grace}")

@@ -3,7 +3,10 @@
 import os
 import resource
 import shlex
+import signal
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -143,6 +146,50 @@ def test_a_line_that_does_not_fit_on_the_disk_leaves_nothing_behind(tmp_path):
         assert path.read_bytes() == whole
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def flaky_agent(tmp_path, fails):
+    """Returns a remote shell that stays here, and fails so many times first."""
+    agent = tmp_path / "agent"
+    asked = f'echo >> {tmp_path}/asked; [ "$(wc -l < {tmp_path}/asked)" -gt {fails} ] || exit 255'
+    agent.write_text(f'#!/bin/bash\n{asked}\nshift\nexec bash -c "$*"\n')
+    agent.chmod(0o755)
+    return LaunchConfig(rsh_agent=str(agent))
+
+
+def asked_times(tmp_path):
+    """Returns how often a flaky agent was asked."""
+    return len((tmp_path / "asked").read_text())
+
+
+FAR, TOKEN, NO_LIMIT = [Host("b.invalid", 1)], "0123456789abcdef.here.1.2", mpirun.Limits(1.0, float("inf"))
+
+
+def test_a_restart_asks_again_while_no_host_answers_and_says_so_once(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(launch, "_ASK_AGAIN_SECONDS", 0.1)
+    with mpirun.Requests() as requests:
+        assert launch._answering(flaky_agent(tmp_path, 3), FAR, TOKEN, False, requests, NO_LIMIT) == FAR
+    assert asked_times(tmp_path) == 5  # the last: to connect back
+    assert capfd.readouterr().err.count("no host answers: b.invalid (exit code 255)") == 1
+
+
+@pytest.mark.parametrize(("first", "times"), [(True, 1), (False, 10)])
+def test_hosts_that_never_answer_are_given_up_at_once_or_after_some_minutes(tmp_path, monkeypatch, first, times):
+    monkeypatch.setattr(launch, "_ASK_AGAIN_SECONDS", 0.1)
+    with mpirun.Requests() as requests, pytest.raises(Failure, match="cannot use b.invalid") as raised:
+        launch._answering(flaky_agent(tmp_path, 99), FAR, TOKEN, first, requests, NO_LIMIT)
+    assert (raised.value.code, asked_times(tmp_path)) == (78, times)
+
+
+@pytest.mark.parametrize("how", ["request", "limit"])
+def test_who_asks_again_still_hears_a_request_and_the_time_limit(tmp_path, how):
+    limits = NO_LIMIT if how == "request" else mpirun.Limits(1.0, time.monotonic() + 1)
+    with mpirun.Requests() as requests:
+        if how == "request":
+            threading.Timer(1, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        assert launch._answering(flaky_agent(tmp_path, 99), FAR, TOKEN, False, requests, limits) == []
+        assert requests.count == (how == "request")
+    assert asked_times(tmp_path) == 1
 
 
 def noticed(signal_number):
