@@ -30,5 +30,5 @@ def not_written(path: Path, error: OSError) -> str:
     told = f"{path} cannot be written: {error.strerror or error}"
     if error.errno not in FULL:
         return told
-    free = shutil.disk_usage(path.parent).free
-    return f"{told} ({free / 1e6:.1f} MB are free in {path.parent}): make room, then start again"
+    place = next(parent for parent in path.resolve().parents if parent.exists())
+    return f"{told} ({shutil.disk_usage(place).free / 1e6:.1f} MB are free in {place}): make room, then start again"

@@ -16,10 +16,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from hvd_vgg.config import LaunchConfig
 from hvd_vgg.run import hosts, mpirun, network, output, reach
+from hvd_vgg.run.files import FULL, not_written
 from hvd_vgg.run.findings import FAILURE
 from hvd_vgg.run.health import CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure
 from hvd_vgg.run.hosts import Host
@@ -35,11 +36,15 @@ _ASKED_TIMES, _ASK_AGAIN_SECONDS = 10, 30.0
 
 
 class Job(NamedTuple):
-    """What to start: the command of each rank; the directory of a run that can go on, or None; ranks that it can use."""
+    """What to start: the command of each rank; the directory of a run that can go on, or None; ranks that it can use.
+
+    unwritten: lines of restarts.jsonl that a full disk had no room for.
+    """
 
     program: List[str]
     run_dir: Optional[Path] = None
     most_ranks: Optional[int] = None
+    unwritten: Sequence[bytes] = ()
 
 
 def launch(config: LaunchConfig, job: Job) -> int:
@@ -111,7 +116,7 @@ def _supervise(
         ranks = min(wanted, sum(host.slots for host in answering)) if listed else wanted
         command = mpirun.compose(config, ranks, answering, token, job.program)
         told = {"attempt": attempt, "ranks": ranks, "hosts": [f"{host.name}:{host.slots}" for host in answering]}
-        _note(job, "start", **told, command=command)
+        job = _note(job, "start", **told, command=command)
         output.say(f"+ {mpirun.shown(command)}", sys.stdout)
         watch = _FirstUpdate(job, ended_at)
         began = time.monotonic()
@@ -121,7 +126,9 @@ def _supervise(
         ended_at = time.time()
         _clear_leftovers(token)
         seconds = round(time.monotonic() - began, 1)
-        _note(job, "end", **told, code=ended.code, sentence=ended.sentence, seconds=seconds, lost_seconds=watch.lost_seconds)
+        job = _note(
+            job, "end", **told, code=ended.code, sentence=ended.sentence, seconds=seconds, lost_seconds=watch.lost_seconds
+        )
         at = _progress(job)
         again = _worth_another(config, job, ended, requests, limits)
         if again and attempt == config.max_restarts:
@@ -275,27 +282,34 @@ def _log_rows(data: bytes) -> List[Dict[str, Any]]:
     return rows
 
 
-def _note(job: Job, event: str, **data: Any) -> None:
-    """Appends a line to RUN_DIR/restarts.jsonl, on disk when this returns."""
+def _note(job: Job, event: str, **data: Any) -> Job:
+    """Appends a line to RUN_DIR/restarts.jsonl, on disk when this returns; on a full disk, with the next one.
+
+    Raises Failure(CONFIGURATION) where a start cannot be noted for another reason, or the first one for any.
+    """
     if job.run_dir is None:
-        return
+        return job
     now = time.time()
     when = datetime.datetime.fromtimestamp(now, datetime.timezone.utc).isoformat(timespec="milliseconds")
     path = job.run_dir / "restarts.jsonl"
+    line = json.dumps({"time": now, "at": when, "event": event, **data}).encode() + b"\n"
+    lines = b"".join([*job.unwritten, line])
     try:
         os.umask(os.umask(0o027) | 0o027)  # what a run writes is for its owner and group
         job.run_dir.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"time": now, "at": when, "event": event, **data}).encode() + b"\n"
         with open(path, "ab", buffering=0) as file:
             end = file.tell()
             try:
-                if file.write(line) < len(line):
+                if file.write(lines) < len(lines):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(file.fileno())
             except OSError:
                 file.truncate(end)  # or the next line would be glued to a half
                 raise
     except OSError as error:
-        if event == "start":
-            raise Failure(CONFIGURATION, f"{path} cannot be written: {error.strerror}") from error
-        say(f"{path} cannot be written: {error.strerror}")
+        first = not path.exists() or path.stat().st_size == 0
+        if event == "start" and (first or error.errno not in FULL):
+            raise Failure(CONFIGURATION, not_written(path, error)) from error
+        say(not_written(path, error))
+        return job._replace(unwritten=[*job.unwritten, line])
+    return job._replace(unwritten=())

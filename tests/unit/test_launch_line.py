@@ -1,5 +1,6 @@
 """The launcher's command line and its reading of mpirun's end, without starting anything."""
 
+import json
 import os
 import resource
 import shlex
@@ -135,17 +136,21 @@ def test_what_another_user_runs_is_passed_over(monkeypatch):
         process.wait()
 
 
-def test_a_line_that_does_not_fit_on_the_disk_leaves_nothing_behind(tmp_path):
+def test_a_line_that_does_not_fit_on_the_disk_leaves_nothing_behind_and_is_written_with_the_next(tmp_path):
     """A limit of the size of files cuts a write as a full disk does."""
     path, limits = tmp_path / "restarts.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
-    launch._note(launch.Job([], tmp_path), "start", attempt=0)
+    job = launch._note(launch.Job([], tmp_path), "start", attempt=0)
     whole = path.read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, limits[1]))
     try:
-        launch._note(launch.Job([], tmp_path), "end", attempt=0)
+        job = launch._note(job, "end", attempt=0)
+        job = launch._note(job, "start", attempt=1)
         assert path.read_bytes() == whole
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    launch._note(job, "end", attempt=1)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["event"], row["attempt"]) for row in rows] == [("start", 0), ("end", 0), ("start", 1), ("end", 1)]
 
 
 def flaky_agent(tmp_path, fails):
