@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple, Tuple
 
 ROOT = Path(__file__).resolve().parent.parent
-PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# This Python stands for the image's.
+PYTHON = Path(sys.base_prefix).resolve() / "bin" / "python3.11"
+PATH = f"{PYTHON.parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 NOBODY = [
     "setpriv",
     "--reuid=1000",
@@ -95,11 +97,9 @@ class Container:
         for name in ("passwd", "group"):
             lines = (self.root / "etc" / name).read_text().splitlines(keepends=True)
             (self.root / "etc" / name).write_text("".join(line for line in lines if ":1000:" not in line))
-        # This Python stands for the image's; everybody may use that.
-        python = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info[1]}"
-        (self.root / "usr/local/bin" / python.name).symlink_to(python)
-        for folder in python.resolve().parents:
-            inside = self.root / str(folder).lstrip("/")
+        # Everybody may use an image's Python.
+        for each in PYTHON.resolve().parents:
+            inside = self.root / str(each).lstrip("/")
             inside.chmod(inside.stat().st_mode | 0o011)
 
     def remove(self) -> None:
