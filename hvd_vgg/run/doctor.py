@@ -18,7 +18,7 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from hvd_vgg.config import DoctorConfig
 from hvd_vgg.model.layers import layers, parameters
-from hvd_vgg.run import advice, host, hosts, machine, mpi, network, reach
+from hvd_vgg.run import advice, host, hosts, machine, mpi, network, output, reach
 from hvd_vgg.run.findings import FAILURE, Finding, Told, as_json, counts, failure, lines, ok, put_together
 from hvd_vgg.run.health import (
     CONFIGURATION,
@@ -235,12 +235,11 @@ def _tell(report: _Report, told: Sequence[Told], names: Sequence[str]) -> None:
     """Prints and writes what was found."""
     seconds = time.monotonic() - report.began
     number = counts([each.finding for each in told])
-    print("\n".join(lines(told, names)))
-    print(
+    summary = (
         f"{count(len(names), 'rank')}, {count(len(set(names)), 'host')}: {number['ok']} ok, "
-        f"{count(number['warning'], 'warning')}, {count(number['failure'], 'failure')}, {seconds:.1f} s",
-        flush=True,
+        f"{count(number['warning'], 'warning')}, {count(number['failure'], 'failure')}, {seconds:.1f} s"
     )
+    output.say("\n".join([*lines(told, names), summary]), sys.stdout)
     if report.config.out:
         text = json.dumps(as_json(told, names, seconds=round(seconds, 1), time=time.time()), indent=1)
         try:
@@ -291,7 +290,7 @@ def _give_up(report: _Report, about: str, what: str) -> None:
         # One rank of a host is enough.
         if report.rank == 0 or os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0") == "0":
             message = _alone(report).message
-            print(f"hvd-vgg: rank {report.rank}: {message}", file=sys.stderr, flush=True)
+            output.say(f"hvd-vgg: rank {report.rank}: {message}", sys.stderr)
     finally:
         time.sleep(_OTHERS_SECONDS)
         os._exit(CONFIGURATION)

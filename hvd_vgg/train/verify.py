@@ -11,6 +11,7 @@ of other ranks.
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
@@ -27,7 +28,7 @@ from hvd_vgg.config import (
 )
 from hvd_vgg.data import order
 from hvd_vgg.model.layers import layers, training_flops
-from hvd_vgg.run import coverage, receipt
+from hvd_vgg.run import coverage, output, receipt
 from hvd_vgg.run.health import CONFIGURATION, DATA, DONE, STOPPED, Failure, launched_rank
 from hvd_vgg.run.log import count
 from hvd_vgg.run.receipt import Line
@@ -66,11 +67,13 @@ def verify_run(config: VerifyConfig) -> None:
         )
     if speaks:
         unknown = sum(claim.verdict == UNKNOWN for claim in claims)
-        print(f"{len(claims) - unknown} claims hold" + (f", {unknown} cannot be checked" if unknown else ""), flush=True)
+        output.say(
+            f"{len(claims) - unknown} claims hold" + (f", {unknown} cannot be checked" if unknown else ""), sys.stdout
+        )
 
 
 def _said(claim: Claim) -> Claim:
-    print(f"{claim.verdict:17s}  {claim.what}: {claim.why}", flush=True)
+    output.say(f"{claim.verdict:17s}  {claim.what}: {claim.why}", sys.stdout)
     return claim
 
 
