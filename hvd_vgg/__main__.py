@@ -148,7 +148,7 @@ COMMANDS: "dict[str, Tuple[Any, Callable[[Any], None], str]]" = {
 }
 
 
-LAUNCH_USAGE = """hvd-vgg launch [--flags] train|evaluate|replay|benchmark|make-demo-data [ITS FLAGS]
+LAUNCH_USAGE = """hvd-vgg launch [--flags] train|evaluate|replay|verify-run|benchmark|doctor|make-demo-data [ITS FLAGS]
 hvd-vgg launch [--flags] -- PROGRAM [ITS ARGUMENTS]
 
 Starts a command, or any program, on many ranks by Open MPI's mpirun, whose command line is printed. The command's flags

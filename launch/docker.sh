@@ -55,7 +55,7 @@ existing() {
   absolute "$1"
 }
 
-# Names of variables that change how training runs, as `hvd-vgg launch` passes them on; docker takes their values from the
+# Names of variables that change how training runs, without those that say which devices there are; docker takes their values from the
 # environment, so that none is on a command line.
 passed_variables() {
   compgen -e | grep -E '^(HOROVOD|TF|NCCL|UCX|GLOO)_' | grep -Eiv 'token|key|secret|pass|cred' || true
@@ -90,6 +90,7 @@ docker_run() {
       --ssh_dir=*) ssh_dir="${flag#*=}" ;;
       --worker) worker=true ;;
       --dry_run) dry_run=true ;;
+      --ranks=*) fail "--ranks: there is one for each device; give --devices=N or --cards=N" ;;
       --rsh_agent=* | --network=*) fail "${flag%%=*}: not in a container; hosts are reached through --ssh_dir, over the host's network" ;;
       *) rest+=("$flag") ;;
     esac

@@ -62,11 +62,8 @@ def of_devices(here: int, ranks: int, alone: bool, mask: Optional[str]) -> List[
     return [ok("ranks", f"{seen}, one a rank")]
 
 
-def of_mask(nodes: int, seen: int, mask: Optional[str], seen_by_rank: bool) -> List[Finding]:
-    """Compares the host's device nodes with the devices that TensorFlow sees.
-
-    seen_by_rank: that a launcher may show each rank its own device only.
-    """
+def of_mask(nodes: int, seen: int, mask: Optional[str]) -> List[Finding]:
+    """Compares the host's device nodes with the devices that TensorFlow sees; mask: CUDA_VISIBLE_DEVICES, if set."""
     if not nodes or seen == nodes:
         return []
     said = "CUDA_VISIBLE_DEVICES is not set" if mask is None else f"CUDA_VISIBLE_DEVICES={mask}"
@@ -77,8 +74,6 @@ def of_mask(nodes: int, seen: int, mask: Optional[str], seen_by_rank: bool) -> L
         return [failure("ranks", text, "see vendor and driver; TensorFlow without GPU support sees none either")]
     text = f"TensorFlow sees {seen} of {count(nodes, 'device')} of this host ({said})"
     todo = "unset CUDA_VISIBLE_DEVICES to use all" if mask else "the vendor's tool lists them; see driver"
-    if seen_by_rank and seen == 1:
-        todo = "right where the launcher gives each rank its own; else " + todo
     return [warning("ranks", text, todo)]
 
 

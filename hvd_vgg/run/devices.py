@@ -8,6 +8,7 @@ from typing import Any, Dict, List, Tuple
 import numpy as np
 import tensorflow as tf
 
+from hvd_vgg.parallel import comm
 from hvd_vgg.run.findings import Finding, failure, ok, warning
 
 # Relative error of a product of random matrices that each precision may have, against float64 of the same rounded inputs:
@@ -25,7 +26,9 @@ def check_devices(devices: List[Any], precision: str, gradient_bytes: int) -> Li
     """
     found = []
     for device in devices:
-        found += _check(device.name, device.device_type, precision, gradient_bytes)
+        # A rank has one; alone, one of several is told by its number.
+        number = f" {device.name.rsplit(':', 1)[1]}" if len(devices) > 1 else ""
+        found += _check(device.name, device.device_type, number, precision, gradient_bytes)
     return found
 
 
@@ -41,11 +44,16 @@ def errors(device: str) -> Tuple[Dict[str, float], Dict[str, str]]:
     image = random.standard_normal((2, _SIDE, _SIDE, _CHANNELS))
     kernel = random.standard_normal((3, 3, _CHANNELS, _CHANNELS))
     for dtype in BOUNDS:
-        rounded = [tf.constant(value, dtype) for value in (a, b, image, kernel)]
-        a64, b64, image64, kernel64 = (np.asarray(tf.cast(value, tf.float64)) for value in rounded)
+        # The reference is the CPU's alone: not every device knows float64, and the one that is tried may be broken.
+        with tf.device("/CPU:0"):
+            rounded = [tf.constant(value, dtype) for value in (a, b, image, kernel)]
+            a64, b64, image64, kernel64 = (np.asarray(tf.cast(value, tf.float64)) for value in rounded)
         _try(dtype, lambda r=rounded: _multiply(device, r[0], r[1]), a64 @ b64, found, failed)
         expected = convolve(image64, kernel64)
         for layout in ("NHWC", "NCHW"):
+            if "CPU" in device and not comm.cpu_convolves(dtype):  # to try it could end the process
+                failed[f"{dtype} {layout}"] = f"not on a CPU with TensorFlow {tf.__version__}"
+                continue
             _try(
                 f"{dtype} {layout}", lambda r=rounded, to=layout: _convolve(device, r[2], r[3], to), expected, found, failed
             )
@@ -87,8 +95,8 @@ def judge(name: str, kind: str, found: Dict[str, float], failed: Dict[str, str],
     return findings
 
 
-def _check(device: str, kind: str, precision: str, gradient_bytes: int) -> List[Finding]:
-    name = _called(device, kind)
+def _check(device: str, kind: str, number: str, precision: str, gradient_bytes: int) -> List[Finding]:
+    name = _called(device, kind) + number
     if kind == "GPU":
         try:
             with tf.device(device):

@@ -68,7 +68,8 @@ def doctor(config: DoctorConfig, here: Optional[host.Host] = None) -> None:
     seen = _before(here, len(listed), report)
     if listed:
         addresses = network.chosen(here.environ, network.interfaces())
-        report.found += reach.check_hosts(listed, config.rsh_agent, addresses)
+        others = [each for each in listed if not hosts.is_here(each.name)]
+        report.found += reach.check_hosts(others, config.rsh_agent, addresses) if others else []
     if any(finding.about == "interfaces" and finding.verdict == FAILURE for finding in report.found):
         raise _alone(report)  # the ranks would never meet
     _import(report)
@@ -148,7 +149,7 @@ def _devices(here: host.Host, seen: _Seen, report: _Report) -> Tuple[str, int]:
             for each in physical:
                 tf.config.experimental.set_memory_growth(each, True)
         else:
-            threads = comm.take_device(config.input_threads).input_threads
+            threads = comm.take_device(config.input_threads, config.precision).input_threads
         try:
             logical = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")[:1]
         except (RuntimeError, tf.errors.OpError) as error:
@@ -163,7 +164,7 @@ def _devices(here: host.Host, seen: _Seen, report: _Report) -> Tuple[str, int]:
     found += [
         *tried,
         *host.check_driver(here, seen.vendor, seen.said, computed),
-        *advice.of_mask(len(host.nodes(here, seen.vendor)), len(physical), mask, not alone),
+        *advice.of_mask(len(host.nodes(here, seen.vendor)), len(physical), mask),
         *advice.of_devices(len(physical), comm.local_size(), alone, mask),
         *advice.of_flags(config, comm.size(), len(physical)),
     ]
@@ -284,11 +285,18 @@ def _give_up(report: _Report, about: str, what: str) -> None:
     text += f"; mpirun's host is reached by {by}" if by else ""
     told = [f"{name}={os.environ[name]}" for name in network.INCLUDE if os.environ.get(name)]
     text += f"; told to use: {', '.join(told)}" if told else ""
-    todo = "a host is down or slow, a firewall, or a wrong interface: mpirun --mca btl_tcp_if_include NAME or NETWORK/BITS"
+    todo = {
+        "software": "a file system hangs, or the machine is very slow",
+        "devices": "driver and SDK must fit (see driver); leave this device out by CUDA_VISIBLE_DEVICES till then",
+        "data": "see whether `ls` of the data directory answers on each host",
+    }.get(
+        about,
+        "a host is down or slow, a firewall, or a wrong interface: mpirun --mca btl_tcp_if_include NAME or NETWORK/BITS",
+    )
     report.found.append(failure(about, text, todo))
     try:
-        # One rank of a host is enough.
-        if report.rank == 0 or os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0") == "0":
+        # Of what all wait for, one rank of a host is enough; a device is each rank's own.
+        if about == "devices" or report.rank == 0 or os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0") == "0":
             message = _alone(report).message
             output.say(f"hvd-vgg: rank {report.rank}: {message}", sys.stderr)
     finally:

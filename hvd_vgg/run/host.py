@@ -32,7 +32,7 @@ _NEEDED = {
         ("opencv-python-headless", "opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless"),
         'pip install --no-deps "opencv-python-headless<4.12"',
     ),
-    # Horovod's own, which a vendor's image may lack: the one public list of its packages has none of them.
+    # Horovod's own, which a vendor's image may lack in part: the one public list of its packages lacks cloudpickle.
     "cloudpickle": (("cloudpickle",), "pip install --no-deps cloudpickle: Horovod imports it"),
     "psutil": (("psutil",), "pip install --no-deps psutil: Horovod imports it"),
     "yaml": (("PyYAML",), "pip install --no-deps pyyaml: Horovod imports it"),

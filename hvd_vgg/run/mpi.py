@@ -47,6 +47,9 @@ def check_mpi(horovods: List[str], mpi4pys: Dict[str, Any], controller: str, bui
     controller: mpi or gloo, what the ranks use now; built: Horovod's version and what it was built with.
     """
     text = f"Horovod {built} by {controller}"
+    if "mpi" not in built:
+        todo = "start ranks by horovodrun --gloo; mpirun and `hvd-vgg launch` need a Horovod with MPI"
+        return [warning("mpi", f"{text}: it is built without MPI", todo)]
     if not mpi4pys:
         return [ok("mpi", text)]
     if "error" in mpi4pys:

@@ -45,7 +45,7 @@ def check_interfaces(environ: Mapping[str, str], there: Mapping[str, str], hosts
         if not environ.get(variable):
             continue
         told = f"{variable}={environ[variable]}"
-        chosen = _matching(environ[variable], there)
+        chosen = _matching(environ[variable], there, prefixes=variable.startswith("NCCL"))
         if not chosen:
             text = f"{told}: no such interface with an address; here are: {spoken(there)}"
             found.append(failure("interfaces", text, f"name one of them, or its network as {_example(there)}"))
@@ -98,20 +98,21 @@ def _source(address: str) -> Optional[str]:
             return None
 
 
-def _matching(text: str, there: Mapping[str, str]) -> List[str]:
-    """Returns the interfaces that a list of names, prefixes (NCCL's) and networks picks; ^ picks all others."""
-    parts = [part.strip().lstrip("=") for part in text.lstrip("^").split(",") if part.strip()]
-    picked = [name for name, address in there.items() if any(_is_meant(part, name, address) for part in parts)]
+def _matching(text: str, there: Mapping[str, str], prefixes: bool = False) -> List[str]:
+    """Returns the interfaces that a list of names (or, as NCCL has it, prefixes) and networks picks; ^ picks all others."""
+    parts = [part.strip() for part in text.lstrip("^").split(",") if part.strip()]
+    exact = text.startswith(("=", "^=")) or not prefixes
+    picked = [name for name, address in there.items() if any(_is_meant(p.lstrip("="), name, address, exact) for p in parts)]
     return [name for name in there if name not in picked] if text.startswith("^") else picked
 
 
-def _is_meant(part: str, name: str, address: str) -> bool:
+def _is_meant(part: str, name: str, address: str, exact: bool) -> bool:
     if "/" in part:
         try:
             return ipaddress.ip_address(address) in ipaddress.ip_network(part, strict=False)
         except ValueError:
             return False
-    return name.startswith(part)
+    return name == part if exact else name.startswith(part)
 
 
 def _loopback(address: str) -> bool:

@@ -17,12 +17,12 @@ def test_devices_without_a_rank_and_ranks_without_a_device():
 
 
 def test_devices_that_a_mask_hides():
-    (masked,) = advice.of_mask(8, 2, "0,1", False)
+    (masked,) = advice.of_mask(8, 2, "0,1")
     assert masked.verdict == WARNING
     assert "TensorFlow sees 2 of 8 devices of this host (CUDA_VISIBLE_DEVICES=0,1)" in masked.text
-    assert advice.of_mask(8, 0, None, False)[0].verdict == FAILURE
-    assert advice.of_mask(8, 0, "-1", False)[0].verdict == WARNING
-    assert advice.of_mask(8, 8, "", False) == advice.of_mask(0, 0, "", False) == []
+    assert advice.of_mask(8, 0, None)[0].verdict == FAILURE
+    assert advice.of_mask(8, 0, "-1")[0].verdict == WARNING
+    assert advice.of_mask(8, 8, "") == advice.of_mask(0, 0, "") == []
 
 
 @pytest.mark.parametrize(
