@@ -72,7 +72,7 @@ def doctor(config: DoctorConfig, here: Optional[host.Host] = None) -> None:
         report.found += reach.check_hosts(others, config.rsh_agent, addresses) if others else []
     if any(finding.about == "interfaces" and finding.verdict == FAILURE for finding in report.found):
         raise _alone(report)  # the ranks would never meet
-    _import(report)
+    _import(here, seen, report)
     _meet(report)
     device, threads = _devices(here, seen, report)
     _conclude(report, _together(here, device, threads, report))
@@ -103,14 +103,17 @@ def _before(here: host.Host, listed: int, report: _Report) -> _Seen:
     return _Seen(whose, said)
 
 
-def _import(report: _Report) -> None:
+def _import(here: host.Host, seen: _Seen, report: _Report) -> None:
     """Imports TensorFlow and Horovod; raises Failure where they are not there or broken."""
     with _within(_LONG_SECONDS, report, "software", f"TensorFlow and Horovod were not imported within {_LONG_SECONDS:g} s"):
         try:
             from hvd_vgg.parallel import comm  # noqa: F401
         except Exception as error:  # a broken installation may raise anything
             text = error.message if isinstance(error, Failure) else f"{type(error).__name__}: {error}"
-            report.found.append(failure("software", text, "see what is missing above"))
+            report.found.append(
+                failure("software", text, "install what is missing; a driver that does not fit may do this too")
+            )
+            report.found += host.check_driver(here, seen.vendor, seen.said, False)
             raise _alone(report) from error
 
 

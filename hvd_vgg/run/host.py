@@ -208,6 +208,9 @@ def check_devices(host: Host, whose: str, said: Optional[Listing]) -> List[Findi
         tool = {"Iluvatar": "ixsmi", "NVIDIA": "nvidia-smi"}[whose]
         todo = "driver and devices were not asked; it needs the vendor's libraries in LD_LIBRARY_PATH"
         return [*found, warning("devices", f"{len(there)} nodes; {tool} is missing or does not answer", todo)]
+    if whose == "Iluvatar" and numbers(said.driver) >= (4, 4) and not (host.root / "dev/itrctl").exists():
+        text = "/dev/itrctl is missing, which drivers from 4.4.0 on have"
+        found.append(warning("devices", text, "docker run --device /dev/itrctl"))
     names = {name: said.names.count(name) for name in said.names}
     text = ", ".join(f"{count} {name}" for name, count in names.items()) or "no device"
     boards = cards(said.names)
@@ -269,11 +272,6 @@ def _check_corex(host: Host, tensorflow: str, horovod: str, mend: str) -> List[F
     if in_wheel and around and numbers(in_wheel[1])[:2] != numbers(around)[:2]:
         text = f"TensorFlow is of SDK {in_wheel[1]}, /usr/local/corex of {around}"
         found.append(warning("vendor", text, "take both from one image"))
-    said = _COREX.search(tensorflow)
-    if said and numbers(said[1]) >= (4, 4) and nodes(host, "Iluvatar") and not (host.root / "dev/itrctl").exists():
-        found.append(
-            warning("vendor", "/dev/itrctl is missing, which drivers from 4.4.0 on have", "docker run --device /dev/itrctl")
-        )
     return found
 
 
