@@ -283,6 +283,7 @@ class DoctorConfig(Config):
         "", "Doctor", "Before mpirun, without it: does each host of this file answer, and can it connect back?", "path"
     )
     rsh_agent: str = flag(RSH_AGENT, "Doctor", "What reaches another host, as for `launch`.")
+    network: str = flag("", "Doctor", "With --hostfile: networks or interfaces that hosts speak over, as for `launch`.")
     join_seconds: float = flag(
         10.0, "Doctor", "How long a rank waits for all others to have started and be reached.", "seconds", above=0.0
     )

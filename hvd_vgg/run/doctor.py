@@ -67,7 +67,8 @@ def doctor(config: DoctorConfig, here: Optional[host.Host] = None) -> None:
     report = _Report(config, [], time.monotonic(), launched_rank() or 0, socket.gethostname())
     seen = _before(here, len(listed), report)
     if listed:
-        addresses = network.chosen(here.environ, network.interfaces())
+        told = {network.INCLUDE[0]: config.network} if config.network else here.environ
+        addresses = network.chosen(told, network.interfaces())
         others = [each for each in listed if not hosts.is_here(each.name)]
         report.found += reach.check_hosts(others, config.rsh_agent, addresses) if others else []
     if any(finding.about == "interfaces" and finding.verdict == FAILURE for finding in report.found):
