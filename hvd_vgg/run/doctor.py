@@ -98,6 +98,7 @@ def _before(here: host.Host, listed: int, report: _Report) -> _Seen:
         *machine.check_limits(),
         *machine.check_run_dir(Path(config.run_dir), kept, report.rank == 0),
         *machine.check_leftovers(here.root),
+        *mpi.check_mpirun(here.environ.get("PATH")),
         *network.check_interfaces(here.environ, network.interfaces(), max(listed, 2 if size > local else 1)),
         *advice.of_environment(here.environ),
     ]

@@ -171,13 +171,15 @@ def check_tensorflow(host: Host, whose: str) -> List[Finding]:
         for name, there in (("tensorflow", tensorflow), ("horovod", horovod))
         if not there
     ]
+    built = _built_for(host)
     for name, text, (low, high) in (("tensorflow", tensorflow, _TENSORFLOW), ("horovod", horovod, _HOROVOD)):
         if text and not low <= numbers(text)[:2] <= high:
             known = f"{'.'.join(map(str, low))} to {'.'.join(map(str, high))}"
             found.append(warning(name, f"{text} is not known to work", f"{known} is what this is made for"))
         elif text:
-            found.append(ok(name, text))
-    built = _built_for(host)
+            found.append(
+                ok(name, f"{text}, built for TensorFlow {built or 'of unknown version'}" if name == "horovod" else text)
+            )
     if tensorflow and built and numbers(built) != numbers(tensorflow):
         text = f"Horovod was built for TensorFlow {built}; here is {tensorflow}: it fails at import"
         todo = "build it again beside this TensorFlow: pip install --no-cache-dir --no-build-isolation horovod"

@@ -3,10 +3,11 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Mapping
+from typing import Any, Dict, List, Mapping, Optional
 
 from hvd_vgg.run.findings import Finding, failure, ok, warning
 
@@ -39,6 +40,15 @@ def ask_mpi4py(environ: Mapping[str, str]) -> Dict[str, Any]:
         said = "".join(ended.stderr.strip().splitlines()[-1:]) if "ended" in locals() else "no answer"
         return {"error": said or f"it ended with {ended.returncode}"}
     return {"mpi4py": told["mpi4py"], "mpi": told["mpi"], "libraries": _libraries(told["maps"])}
+
+
+def check_mpirun(path: Optional[str]) -> List[Finding]:
+    """Looks for mpirun on a PATH; the one that `hvd-vgg launch` would take."""
+    found = shutil.which("mpirun", path=path)
+    if found is None:
+        todo = "install Open MPI 4, or put its bin on PATH; horovodrun --gloo needs none"
+        return [warning("mpi", "mpirun is not on PATH: `hvd-vgg launch` cannot start ranks", todo)]
+    return [ok("mpi", f"mpirun is {found}")]
 
 
 def check_mpi(horovods: List[str], mpi4pys: Dict[str, Any], controller: str, built: str) -> List[Finding]:

@@ -84,8 +84,17 @@ def test_two_mpis_are_a_failure_and_one_is_right():
     assert mpi.check_mpi(["/a/libmpi.so.40"], same, "mpi", "0.28.1 (mpi)")[0].verdict == OK
     (found,) = mpi.check_mpi(["/b/libmpi.so.12"], same, "mpi", "0.28.1 (mpi)")
     assert (found.verdict, "--no-binary mpi4py" in found.todo) == (FAILURE, True)
-    assert mpi.check_mpi([], {"error": "no libmpi.so"}, "gloo", "0.28.1 (gloo)")[0].verdict == WARNING
-    assert mpi.check_mpi([], {}, "gloo", "0.28.1 (gloo)")[0].verdict == OK
+    assert mpi.check_mpi([], {"error": "no libmpi.so"}, "gloo", "0.28.1 (mpi, gloo)")[0].verdict == WARNING
+    assert mpi.check_mpi([], {}, "gloo", "0.28.1 (mpi, gloo)")[0].verdict == OK
+    (found,) = mpi.check_mpi([], {}, "gloo", "0.28.1 (gloo)")
+    assert (found.verdict, "built without MPI" in found.text, "--gloo" in found.todo) == (WARNING, True, True)
+
+
+def test_an_mpirun_that_is_not_on_path_is_told(tmp_path):
+    assert mpi.check_mpirun(str(tmp_path))[0].verdict == WARNING
+    (tmp_path / "mpirun").write_text("#!/bin/sh\n")
+    (tmp_path / "mpirun").chmod(0o755)
+    assert mpi.check_mpirun(str(tmp_path))[0].text == f"mpirun is {tmp_path}/mpirun"
 
 
 def test_mpi4py_is_asked_in_a_process_of_its_own(tmp_path):
