@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hvd_vgg.parallel import conformance
+from hvd_vgg.parallel import comm, conformance
 from hvd_vgg.run import devices
 from hvd_vgg.run.findings import FAILURE, OK, WARNING
 
@@ -16,9 +16,12 @@ def verdicts(kind, found, failed, precision="float32"):
 
 
 def test_this_cpu_is_right():
-    (found,) = devices.check_devices(tf.config.list_logical_devices("CPU")[:1], "bfloat16", 0)
+    *others, found = devices.check_devices(tf.config.list_logical_devices("CPU")[:1], "float32", 0)
     assert found.verdict == OK
     assert "multiplies right in float32, float16, bfloat16" in found.text
+    # What TensorFlow 2.6 cannot do on a CPU is told, and no failure for training in float32.
+    assert [other.text.split(":")[1] for other in others] == [" bfloat16 NHWC"] * (not comm.cpu_convolves("bfloat16"))
+    assert all(other.verdict == WARNING for other in others)
 
 
 def test_the_reference_is_the_convolution_that_tensorflow_defines():
