@@ -7,7 +7,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import pytest
 
@@ -109,6 +109,24 @@ def wait_for(condition: Callable[[], bool], limit_seconds: float = 90) -> None:
         if time.monotonic() > deadline:
             pytest.fail(f"not within {limit_seconds} s")
         time.sleep(0.05)
+
+
+def order_of_writes(monkeypatch: pytest.MonkeyPatch) -> List[Tuple[str, str]]:
+    """Returns a list that grows by ("fsync", name) and ("rename", new name) as this process puts files on disk."""
+    events: List[Tuple[str, str]] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noted_fsync(handle: int) -> None:
+        events.append(("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))))
+        fsync(handle)
+
+    def noted_replace(path: Path, target: Path) -> Path:
+        events.append(("rename", os.path.basename(target)))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    return events
 
 
 Launch = Callable[..., Ended]

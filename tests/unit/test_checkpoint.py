@@ -1,11 +1,11 @@
 import json
-import os
 import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from support import order_of_writes
 
 from hvd_vgg.run.health import CONFIGURATION, NOT_WRITTEN, Failure
 from hvd_vgg.train import checkpoint
@@ -169,19 +169,7 @@ def test_sigkill_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path):
 @pytest.mark.fault("F20")
 def test_bytes_are_on_disk_before_the_name_is(tmp_path, monkeypatch):
     """Write, flush to disk, rename, flush the directory; only then the pointer: the order that survives power loss."""
-    events = []
-    fsync, replace = os.fsync, checkpoint.Path.replace
-
-    def noted_fsync(handle):
-        events.append(("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))))
-        fsync(handle)
-
-    def noted_replace(path, target):
-        events.append(("rename", os.path.basename(target)))
-        return replace(path, target)
-
-    monkeypatch.setattr(os, "fsync", noted_fsync)
-    monkeypatch.setattr(checkpoint.Path, "replace", noted_replace)
+    events = order_of_writes(monkeypatch)
     save(tmp_path, 1, best=True)
     name = "step-00000001.safetensors"
     assert events == [

@@ -1,10 +1,7 @@
 """What is kept of a step that was not finite, without ranks; the rest is in tests/faults/test_nonfinite.py."""
 
-import os
-from pathlib import Path
-
 import numpy as np
-from support import TINY
+from support import TINY, order_of_writes
 
 from hvd_vgg.config import Config, parse
 from hvd_vgg.data import records
@@ -17,19 +14,7 @@ def test_the_report_is_on_disk_last_and_whole(tmp_path, data, monkeypatch):
     config = parse(Config, [f"--data_dir={data}", f"--run_dir={tmp_path}", *TINY])
     paths = records.find_shards(str(data), "train")
     index = records.join(paths, [records.scan_shard(path) for path in paths])
-    events = []
-    fsync, replace = os.fsync, Path.replace
-
-    def noted_fsync(handle):
-        events.append(("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))))
-        fsync(handle)
-
-    def noted_replace(path, target):
-        events.append(("rename", os.path.basename(target)))
-        return replace(path, target)
-
-    monkeypatch.setattr(os, "fsync", noted_fsync)
-    monkeypatch.setattr(Path, "replace", noted_replace)
+    events = order_of_writes(monkeypatch)
     folder = tmp_path / "nonfinite" / "step-00000005"
     told = nonfinite._keep(folder, {"step": 5}, state.initial(config), Data(index, index, 1), np.arange(4), config)
     assert told == ""
