@@ -68,11 +68,11 @@ def save(run_dir: Path, tensors: Tensors, meta: Dict[str, Any], keep: int, best:
             raise OSError(f"{odd[0]} is not finite")
         place.mkdir(parents=True, exist_ok=True, mode=0o750)
         if shutil.disk_usage(place).free < _bytes_of(tensors):
-            _prune(run_dir, 1, path)
+            prune(run_dir, 1, path)
         write(path, tensors, meta)
         if best:
             point_to_best(path)
-        _prune(run_dir, keep, path)
+        prune(run_dir, keep, path)
     except OSError as error:
         raise Failure(
             NOT_WRITTEN,
@@ -222,7 +222,8 @@ def _sync_directory(place: Path) -> None:
         os.close(handle)
 
 
-def _prune(run_dir: Path, keep: int, written: Path) -> None:
+def prune(run_dir: Path, keep: int, written: Path) -> None:
+    """Removes the checkpoints up to `written` beyond its newest `keep`, but never the one that `best` names."""
     spared = best(run_dir)
     # Any of a later step are of before a rewind, and will be written again.
     upto = [path for path in existing(run_dir) if path.name <= written.name]

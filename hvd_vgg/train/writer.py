@@ -67,7 +67,7 @@ def _make_room(run_dir: Path, step: int) -> bool:
     there = checkpoint.existing(run_dir)
     whole = next((path for path in there if checkpoint.step_of(path) <= step and _is_whole(path)), None)
     if whole is not None:
-        checkpoint._prune(run_dir, 1, whole)
+        checkpoint.prune(run_dir, 1, whole)
     return len(checkpoint.existing(run_dir)) < len(there)
 
 
