@@ -1,4 +1,4 @@
-"""Hosts on one machine: network namespaces on a bridge, each with a link and an address of its own; root, iproute2."""
+"""Hosts on one machine: network namespaces on a bridge, each with a link, an address, a name; needs root, iproute2."""
 
 import os
 import shutil
@@ -30,11 +30,15 @@ class Hosts:
         self.addresses = [f"{NETWORK}.{host}" for host in range(1, count + 1)]
         self.spaces = [f"{self.prefix}h{host}" for host in range(1, count + 1)]
         self.agent = folder / "agent.sh"
-        # The last number of an address is its namespace's.
+        names = folder / "names"
+        names.write_text("".join(f"{address} host{host}\n" for host, address in enumerate(self.addresses, start=1)))
+        # `ip netns exec` gives each command a mount namespace of its own; the last number of an address is its namespace's.
+        self.named = f'hostname "host$1" && mount --bind "{names}" /etc/hosts && shift && exec "$@"'
         self.agent.write_text(
-            f'#!/bin/bash\nhost="$1"; shift\nip -n "{self.prefix}h${{host##*.}}" link show eth0 up | grep -q "state UP" || '
-            f'{{ echo "ssh: connect to host $host port 22: No route to host" >&2; exit 255; }}\n'
-            f'exec ip netns exec "{self.prefix}h${{host##*.}}" bash -c "$*"\n'
+            f'#!/bin/bash\nhost="$1" number="${{1##*.}}"; shift\nspace="{self.prefix}h$number"\n'
+            'ip -n "$space" link show eth0 up | grep -q "state UP" || '
+            '{ echo "ssh: connect to host $host port 22: No route to host" >&2; exit 255; }\n'
+            f'exec ip netns exec "$space" unshare --uts sh -c \'{self.named}\' sh "$number" bash -c "$*"\n'
         )
         self.agent.chmod(0o755)
 
@@ -58,9 +62,7 @@ class Hosts:
             ip("-n", space, "link", "set", "lo", "up")
             ip("-n", space, "link", "set", "eth0", "up")
             if self.mbit:
-                shape = ["root", "tbf", "rate", f"{self.mbit}mbit", "burst", "1mb", "latency", "50ms"]
-                subprocess.run(["tc", "qdisc", "add", "dev", outside, *shape], check=True)
-                subprocess.run(["tc", "-n", space, "qdisc", "add", "dev", "eth0", *shape], check=True)
+                self.slow(host, self.mbit)
 
     def __exit__(self, *error):
         for host in range(1, self.count + 1):
@@ -82,7 +84,20 @@ class Hosts:
 
     def on(self, host, command):
         """Returns what starts `command` on host `host`, from 1."""
-        return ["ip", "netns", "exec", f"{self.prefix}h{host}", *command]
+        return [
+            "ip",
+            "netns",
+            "exec",
+            self.spaces[host - 1],
+            "unshare",
+            "--uts",
+            "sh",
+            "-c",
+            self.named,
+            "sh",
+            str(host),
+            *command,
+        ]
 
     def add_dead_end(self, name):
         """Gives each host an interface `name` of another network, the same on all, which leads to none of them."""
@@ -91,6 +106,12 @@ class Hosts:
             ip("-n", space, "addr", "add", f"{DEAD_END}.{number}/24", "dev", name)
             for end in (name, f"{name}x"):
                 ip("-n", space, "link", "set", end, "up")
+
+    def slow(self, host, mbit):
+        """Gives the link of host `host` a rate, both ways."""
+        shape = ["root", "tbf", "rate", f"{mbit}mbit", "burst", "1mb", "latency", "50ms"]
+        subprocess.run(["tc", "qdisc", "add", "dev", f"{self.prefix}v{host}", *shape], check=True)
+        subprocess.run(["tc", "-n", f"{self.prefix}h{host}", "qdisc", "add", "dev", "eth0", *shape], check=True)
 
     def cut(self, host):
         """Takes the link of host `host` down."""

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 import sys
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, TypeVar
 
@@ -18,7 +19,7 @@ import tensorflow as tf
 
 from hvd_vgg import __version__
 from hvd_vgg.data import images
-from hvd_vgg.run import output, receipt, watch
+from hvd_vgg.run import network, output, receipt, watch
 from hvd_vgg.run.health import CONFIGURATION, Failure, difference, launched_rank, launched_size
 
 try:
@@ -78,11 +79,18 @@ def start(
 def join(timeline: bool = False, subsets: Sequence[int] = (), hang_seconds: float = 0.0) -> None:
     """Joins the run as `start` does, without taking a device.
 
-    Raises Failure(CONFIGURATION) where Horovod finds other ranks than the launcher started.
+    Raises Failure(CONFIGURATION) where Horovod finds other ranks than the launcher started, or the host does not know its
+    own name.
     """
     if launched_rank() is None and hvd.gloo_built():
         # Without a launcher there is nothing for MPI to find, and Open MPI may fail to start a world of one.
         os.environ.update(HOROVOD_CONTROLLER="gloo", HOROVOD_CPU_OPERATIONS="gloo")
+        if not network.name_is_ours(socket.gethostname()):  # Gloo would abort the process
+            raise Failure(
+                CONFIGURATION,
+                f"this host's name, {socket.gethostname()}, leads to no address of it: add the line "
+                f"`127.0.1.1 {socket.gethostname()}` to /etc/hosts",
+            )
     if timeline:
         os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")
     # Horovod's own default is to wait for ever. Its inspector names the tensor and the ranks that are missing; the watchdog
@@ -256,6 +264,21 @@ def gather_numbers(values: Sequence[float]) -> np.ndarray:
     watch.collective("gather_numbers")
     with tf.device("/CPU:0"):
         return np.asarray(hvd.allgather(tf.constant([values], tf.float64), name="gather_numbers", process_set=_members))
+
+
+def swap(first: int, second: int, numbers: int) -> np.ndarray:
+    """Lets two ranks send each other `numbers` float32, each its own rank; returns what came, empty on other ranks.
+
+    All ranks call: it is Horovod's alltoall on the CPU, by MPI or Gloo, in which only two have something to say.
+    """
+    watch.collective("swap")
+    splits = np.zeros(size(), np.int32)
+    if rank() in (first, second):
+        splits[second if rank() == first else first] = numbers
+    with tf.device("/CPU:0"):
+        mine = tf.fill([int(splits.sum())], float(rank()))
+        received, _ = hvd.alltoall(mine, tf.constant(splits), name="swap", process_set=_members)
+    return np.asarray(received)
 
 
 def gather(data: bytes) -> List[bytes]:

@@ -4,8 +4,9 @@ What is sent are small whole numbers, whose sums are exact in every precision on
 NumPy's and must be equal. All functions are collective.
 """
 
+import functools
 import time
-from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import tensorflow as tf
@@ -18,10 +19,10 @@ from hvd_vgg.run.findings import Finding, failure, ok, warning
 
 # A prime: parts that change places, or are summed with their neighbours, do not look alike.
 _PERIOD = 251
-_LATENCIES, _REPEATS, _QUICK_BYTES = 30, 3, 16_000_000
+_LATENCIES, _REPEATS, _QUICK_BYTES, _PAIR_BYTES = 30, 3, 16_000_000, 4_000_000
 # Clocks of hosts this far apart make logs and checkpoints lie.
 _CLOCK_SECONDS = 1.0
-# How much slower than `plan` assumes is worth a warning.
+# How much slower than `plan` assumes, or than other links, is worth a warning.
 _SLOWER = 2.0
 STAGED = (
     "Horovod is built without NCCL: unless its MPI takes a device's memory, what ranks exchange is copied through the "
@@ -50,8 +51,11 @@ def check_clocks() -> List[Finding]:
     return [ok("clocks", "within a second of each other")]
 
 
-def check_link(device: str, path: str) -> List[Finding]:
-    """Sums a number and 16 MB over all ranks on this rank's device by `path` (NCCL, mpi, gloo): right, and how fast."""
+def check_link(device: str, path: str, gbit: Optional[float]) -> List[Finding]:
+    """Sums a number and 16 MB over all ranks on this rank's device by `path` (NCCL, mpi, gloo): right, and how fast.
+
+    gbit: Gbit/s of a host's link as `plan` is told, None where nobody said.
+    """
     found = []
     if "GPU" in device and path != "NCCL":
         found.append(
@@ -64,28 +68,65 @@ def check_link(device: str, path: str) -> List[Finding]:
         text = f"a sum of {_QUICK_BYTES // 1_000_000} MB over ranks by {path} is wrong"
         return [*found, failure("link", text, "--collectives tells which; compare hosts' software, NCCL_DEBUG=INFO")]
     text = f"by {path} a number is summed in {rates.latency_seconds * 1e3:.2g} ms, 16 MB at"
-    return [*found, ok("link", f"{text} {rates.bytes_per_second / 1e9:.2g} GB/s a rank")]
+    text += f" {rates.bytes_per_second / 1e9:.2g} GB/s a rank"
+    if gbit and comm.local_size() < comm.size() and rates.bytes_per_second * 8e-9 * _SLOWER < gbit:
+        text += f", {rates.bytes_per_second * 8e-9:.2g} Gbit/s where --gbit={gbit:g}"
+        return [*found, warning("link", text, "--collectives measures all of a gradient; see interfaces, NCCL_DEBUG=INFO")]
+    return [*found, ok("link", text)]
+
+
+def check_pairs(names: Sequence[str]) -> List[Finding]:
+    """Lets each host and the next swap 4 MB, one pair at a time, by MPI or Gloo; names: of each rank's host, by rank.
+
+    A host whose link is slow slows all ranks' sums alike; only pairs tell whose it is.
+    """
+    hosts = list(dict.fromkeys(names))
+    if len(hosts) == 1:
+        return []
+    pairs = list(zip(hosts, [*hosts[1:], hosts[0]]))[: 1 if len(hosts) == 2 else None]
+    rates = {}
+    for first, second in pairs:
+        swap = functools.partial(comm.swap, names.index(first), names.index(second), _PAIR_BYTES // 4)
+        rates[first, second] = _PAIR_BYTES * 8e-9 / min(_seconds(swap, _REPEATS))
+    return judge_pairs(rates)
+
+
+def judge_pairs(rates: Mapping[Tuple[str, str], float]) -> List[Finding]:
+    """Returns what the rates of pairs of hosts mean, Gbit/s each way."""
+    slowest, fastest = min(rates, key=rates.__getitem__), max(rates, key=rates.__getitem__)
+    text = f"between hosts each way {rates[fastest]:.2g} Gbit/s"
+    if len(rates) == 1:
+        return [ok("link", text)]
+    text += f" ({' and '.join(fastest)}) to {rates[slowest]:.2g} ({' and '.join(slowest)})"
+    slow = [pair for pair, rate in rates.items() if rate * _SLOWER < rates[fastest]]
+    if not slow:
+        return [ok("link", text)]
+    both = [host for host in slow[0] if len(slow) > 1 and all(host in pair for pair in slow)]
+    text += f"; less than half of the fastest: {', '.join(' and '.join(pair) for pair in slow)}"
+    return [
+        warning("link", text, f"see the link of {both[0] if both else 'these hosts'}: cable, port, its rate, other jobs")
+    ]
 
 
 def quick(device: str) -> Tuple[Rates, bool]:
-    """Returns the rates, and whether the large sum was right on this rank."""
-    small, large = (pattern(number, comm.rank()) for number in (1, _QUICK_BYTES // 4))
+    """Returns the rates, and whether the large sum was right on this rank.
+
+    What is sent lies on the device before, and what comes stays there: copies to and from the host are not in the times,
+    but for those that Horovod makes itself.
+    """
+    with tf.device(device):
+        small, large = (tf.constant(pattern(number, comm.rank())) for number in (1, _QUICK_BYTES // 4))
 
     @tf.function
     def summed(value: Any) -> Any:
         with tf.device(device):
-            return comm.sum_gradients([value], f"doctor_{value.shape[0]}")[0]
+            total = comm.sum_gradients([value], f"doctor_{value.shape[0]}")[0]
+            return total, total[-1]
 
-    latency = _median_seconds(lambda: summed(small).numpy(), _LATENCIES)
-    result = np.zeros(0)
-
-    def large_sum() -> None:
-        nonlocal result
-        result = summed(large).numpy()
-
-    seconds = _median_seconds(large_sum, _REPEATS)
-    right = np.array_equal(result, expected_sum(len(large), comm.size()))
-    sent = cost.allreduce_bytes(len(large), comm.size(), "float32")
+    latency = _median_seconds(lambda: summed(small)[1].numpy(), _LATENCIES)
+    seconds = _median_seconds(lambda: summed(large)[1].numpy(), _REPEATS)
+    right = np.array_equal(summed(large)[0].numpy(), expected_sum(_QUICK_BYTES // 4, comm.size()))
+    sent = cost.allreduce_bytes(_QUICK_BYTES // 4, comm.size(), "float32")
     return Rates(latency, sent / seconds), right
 
 
@@ -195,7 +236,11 @@ def expected_sum(numbers: int, ranks: int) -> np.ndarray:
 
 
 def _median_seconds(action: Callable[[], Any], repeats: int) -> float:
-    """Returns the median over repeats, all ranks beginning together, of the slowest rank; once before, to warm up.
+    return float(np.median(_seconds(action, repeats)))
+
+
+def _seconds(action: Callable[[], Any], repeats: int) -> List[float]:
+    """Returns the slowest rank's seconds of each repeat, all ranks beginning together; once before, to warm up.
 
     What takes long is not repeated as often: the ranks agree on that by what all know.
     """
@@ -205,7 +250,7 @@ def _median_seconds(action: Callable[[], Any], repeats: int) -> float:
         began = time.monotonic()
         action()
         seconds.append(float(comm.gather_numbers([time.monotonic() - began]).max()))
-    return float(np.median(seconds[1:] or seconds))
+    return seconds[1:] or seconds
 
 
 def _told(

@@ -5,7 +5,8 @@ nothing.
 """
 
 import os
-from typing import List, Mapping, Optional
+import re
+from typing import Dict, List, Mapping, Optional
 
 from hvd_vgg.config import Config
 from hvd_vgg.run.findings import Finding, failure, ok, warning
@@ -31,6 +32,10 @@ _VARIABLES = {
     "UMD_ENABLEPROFILE": "profiles, which costs time",
     "TF_CUDNN_DETERMINISTIC": "takes slower convolutions",
 }
+# Of the vendor's scripts; what they do is published nowhere.
+_UNKNOWN = re.compile(r"(UMD|CRT|DRT)_|NCCL_(FORCESYNC_DISABLE|USE_DIRECT|USE_HIGHPRIORITYWARP)$")
+# How devices and links are driven: what may differ between hosts, and seldom should.
+_LINKS = ("NCCL_", "UMD_", "CRT_", "DRT_", "UCX_")
 _OFF = {"TF_CUDNN_USE_AUTOTUNE": "keeps TensorFlow from trying which convolution is fastest"}
 
 
@@ -44,7 +49,16 @@ def of_environment(environ: Mapping[str, str]) -> List[Finding]:
     for name, what in _OFF.items():
         if environ.get(name) == "0":
             found.append(warning("environment", f"{name}=0 {what}", f"unset {name}"))
+    unknown = [f"{name}={environ[name]}" for name in sorted(environ) if _UNKNOWN.match(name) and name not in _VARIABLES]
+    if unknown:
+        text = f"{', '.join(unknown)}: of the vendor's own scripts; what they do is published nowhere"
+        found.append(ok("environment", text))
     return found
+
+
+def of_links(environ: Mapping[str, str]) -> Dict[str, str]:
+    """Returns the variables by which devices and links are driven, which training does not compare."""
+    return {name: value for name, value in environ.items() if name.startswith(_LINKS)}
 
 
 def of_devices(here: int, ranks: int, alone: bool, mask: Optional[str]) -> List[Finding]:

@@ -18,8 +18,8 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from hvd_vgg.config import DoctorConfig
 from hvd_vgg.model.layers import layers, parameters
-from hvd_vgg.run import advice, host, hosts, machine, mpi, network, output, reach
-from hvd_vgg.run.findings import FAILURE, Finding, Told, as_json, counts, failure, lines, ok, put_together
+from hvd_vgg.run import accelerators, advice, host, hosts, machine, mpi, network, output, reach
+from hvd_vgg.run.findings import FAILURE, Finding, Told, as_json, counts, failure, lines, ok, put_together, warning
 from hvd_vgg.run.health import (
     CONFIGURATION,
     NOT_WRITTEN,
@@ -52,7 +52,7 @@ class _Seen(NamedTuple):
     """The vendor of this host's devices, and what its tool says of them."""
 
     vendor: str
-    said: Optional[host.Listing]
+    said: Optional[accelerators.Listing]
 
 
 def doctor(config: DoctorConfig, here: Optional[host.Host] = None) -> None:
@@ -83,7 +83,7 @@ def _before(here: host.Host, listed: int, report: _Report) -> _Seen:
     """Looks at what needs neither TensorFlow nor other ranks; listed: hosts of the job to come, 0 where nobody said."""
     config = report.config
     whose, why = host.vendor(here)
-    said = host.listing(here, whose)
+    said = accelerators.listing(here, whose)
     size, local = launched_size() or 1, launched_local_size() or launched_size() or 1
     numbers = parameters(layers(config.model, config.width, config.image_size, config.num_classes))
     # Weights and momentum; beside those kept there are the best one, and the one that is being written.
@@ -92,7 +92,7 @@ def _before(here: host.Host, listed: int, report: _Report) -> _Seen:
         ok("vendor", f"{whose} ({', '.join(why)})"),
         *host.check_python(here),
         *host.check_tensorflow(here, whose),
-        *host.check_devices(here, whose, said),
+        *accelerators.check_devices(here, whose, said),
         *machine.check_memory(here.root, local, numbers),
         *machine.check_shared_memory(here.root, local),
         *machine.check_limits(),
@@ -115,7 +115,7 @@ def _import(here: host.Host, seen: _Seen, report: _Report) -> None:
             report.found.append(
                 failure("software", text, "install what is missing; a driver that does not fit may do this too")
             )
-            report.found += host.check_driver(here, seen.vendor, seen.said, False)
+            report.found += accelerators.check_driver(here, seen.vendor, seen.said, "", False)
             raise _alone(report) from error
 
 
@@ -146,6 +146,7 @@ def _devices(here: host.Host, seen: _Seen, report: _Report) -> Tuple[str, int]:
     from hvd_vgg.run import devices
 
     config, found = report.config, report.found
+    cuda = str(tf.sysconfig.get_build_info().get("cuda_version", ""))
     alone, mask = launched_size() is None, here.environ.get("CUDA_VISIBLE_DEVICES")
     with _within(_LONG_SECONDS, report, "devices", f"the devices did not answer within {_LONG_SECONDS:g} s"):
         physical = tf.config.list_physical_devices("GPU")
@@ -161,14 +162,14 @@ def _devices(here: host.Host, seen: _Seen, report: _Report) -> Tuple[str, int]:
             text = f"TensorFlow lists {count(len(physical), 'device')} and cannot begin to use them: {error}"
             todo = "driver and SDK must fit; leave a broken device out by CUDA_VISIBLE_DEVICES"
             # The driver is judged as one under which nothing computed; without a device nothing can be told to others.
-            found += [failure("devices", text, todo), *host.check_driver(here, seen.vendor, seen.said, False)]
+            found += [failure("devices", text, todo), *accelerators.check_driver(here, seen.vendor, seen.said, cuda, False)]
             raise _alone(report) from error
         numbers = parameters(layers(config.model, config.width, config.image_size, config.num_classes))
         tried = devices.check_devices(logical, config.precision, 4 * numbers)
     computed = bool(physical) and all(finding.verdict != FAILURE for finding in tried)
     found += [
         *tried,
-        *host.check_driver(here, seen.vendor, seen.said, computed),
+        *accelerators.check_driver(here, seen.vendor, seen.said, cuda, computed),
         *advice.of_mask(len(host.nodes(here, seen.vendor)), len(physical), mask),
         *advice.of_devices(len(physical), comm.local_size(), alone, mask),
         *advice.of_flags(config, comm.size(), len(physical)),
@@ -191,10 +192,12 @@ def _together(here: host.Host, device: str, threads: int, report: _Report) -> Li
     mpi4pys = mpi.ask_mpi4py(here.environ) if host.version(here, ("mpi4py",)) else {}
     found += mpi.check_mpi(mpi.loaded(), mpi4pys, about["controller"], about["horovod"])
     found += _same_software()
+    found += _same_run_dir(Path(config.run_dir))
     path = "NCCL" if "GPU" in device and "nccl" in about["horovod"] else about["controller"]
-    with _within(_LONG_SECONDS, report, "link", f"the ranks did not exchange 16 MB within {_LONG_SECONDS:g} s"):
+    with _within(_LONG_SECONDS, report, "link", f"the ranks did not exchange some MB within {_LONG_SECONDS:g} s"):
         found += conformance.check_clocks()
-        found += conformance.check_link(device, path)
+        found += conformance.check_link(device, path, config.gbit)
+        found += conformance.check_pairs(names)
     if config.collectives:
         text = f"--collectives took longer than {_COLLECTIVES_SECONDS:g} s"
         with _within(_COLLECTIVES_SECONDS, report, "collectives", text):
@@ -208,20 +211,40 @@ def _together(here: host.Host, device: str, threads: int, report: _Report) -> Li
 
 
 def _same_software() -> List[Finding]:
-    """Compares versions, code and variables with rank 0's, which training refuses to differ from."""
+    """Compares versions, code and variables with rank 0's: those that training refuses to differ in, and some others."""
     from hvd_vgg.parallel import comm
 
-    mine = {**comm.describe(), **comm.environment()}
-    theirs: Dict[str, str] = json.loads(comm.from_root(json.dumps(mine).encode()).decode())
-    differing = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
-    return [
-        failure(
-            "software",
-            f"{name} is {mine.get(name, 'not set')}; on rank 0 {theirs.get(name, 'not set')}",
-            "the same software and variables on all hosts",
-        )
-        for name in differing
-    ]
+    strict, free = {**comm.describe(), **comm.environment()}, advice.of_links(os.environ)
+    theirs: List[Dict[str, str]] = json.loads(comm.from_root(json.dumps([strict, free]).encode()).decode())
+    found = []
+    for say, mine, other, todo in (
+        (failure, strict, theirs[0], "the same software and variables on all hosts"),
+        (warning, free, theirs[1], "right where it names what hosts call differently; else the same on all hosts"),
+    ):
+        for name in sorted({*mine, *other}):
+            if mine.get(name) != other.get(name):
+                text = f"{name} is {mine.get(name, 'not set')}; on rank 0 {other.get(name, 'not set')}"
+                found.append(say("software", text, todo))
+    return found
+
+
+def _same_run_dir(run_dir: Path) -> List[Finding]:
+    """Looks whether this rank sees what rank 0 writes where the run will go."""
+    from hvd_vgg.parallel import comm
+
+    with contextlib.ExitStack() as stack:
+        name = ""
+        if comm.is_root():
+            with contextlib.suppress(OSError):  # told by machine.check_run_dir
+                name = stack.enter_context(machine.probe(machine.existing(run_dir))).name
+        name = comm.from_root(name.encode()).decode()
+        there = not name or Path(name).exists()
+        comm.gather(b"")  # it is there until all have looked
+    if there:
+        return []
+    text = f"what rank 0 writes to {Path(name).parent} is not seen here"
+    todo = "a directory that all hosts share: else a restart without rank 0's host finds no checkpoint"
+    return [warning("run_dir", text, todo)]
 
 
 def _conclude(report: _Report, names: Sequence[str]) -> None:

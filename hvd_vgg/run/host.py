@@ -1,4 +1,4 @@
-"""Whose devices a host has, and whether its software fits them, without importing any of it.
+"""Whose devices a host has, and whether its packages are there and fit them, without importing any of them.
 
 What is looked at hangs on a `Host`: a root directory, an environment and Python's path, so that the same questions can be
 asked of any directory tree. What is known of Iluvatar's hosts is from public sources and was tried on none: each rule
@@ -11,10 +11,9 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from hvd_vgg.run.findings import Finding, failure, ok, warning
 
@@ -47,7 +46,6 @@ _WISHED = {
     "tensorboard": (("tensorboard",), "events are written without it, but not shown"),
 }
 _COREX = re.compile(r"\+corex\.(\d+(?:\.\d+)*)")
-_PCI_VENDORS = {"0x1e3e": "Iluvatar", "0x10de": "NVIDIA"}
 
 
 class Host(NamedTuple):
@@ -56,14 +54,6 @@ class Host(NamedTuple):
     root: Path
     environ: Mapping[str, str]
     path: Sequence[str]
-
-
-class Listing(NamedTuple):
-    """What a vendor's tool says: driver and CUDA version as it writes them, names of the devices in order."""
-
-    driver: str
-    cuda: str
-    names: List[str]
 
 
 def this_host() -> Host:
@@ -94,11 +84,11 @@ def vendor(host: Host) -> Tuple[str, List[str]]:
     why = [f"TensorFlow {tensorflow}"] * bool(_COREX.search(tensorflow))
     why += ["/usr/local/corex"] * (corex.exists() or corex.is_symlink())
     why += [f"{len(nodes(host, 'Iluvatar'))} /dev/iluvatar*"] * bool(nodes(host, "Iluvatar"))
-    why += ["ixsmi"] * bool(_tool(host, "ixsmi"))
+    why += ["ixsmi"] * bool(tool(host, "ixsmi"))
     if why:
         return "Iluvatar", why
     why = [f"{len(nodes(host, 'NVIDIA'))} /dev/nvidia*"] * bool(nodes(host, "NVIDIA"))
-    why += ["nvidia-smi"] * bool(_tool(host, "nvidia-smi"))
+    why += ["nvidia-smi"] * bool(tool(host, "nvidia-smi"))
     return ("NVIDIA", why) if why else ("CPU", ["no device of NVIDIA or Iluvatar, nor software for one"])
 
 
@@ -107,39 +97,6 @@ def nodes(host: Host, whose: str) -> List[Path]:
     name = {"Iluvatar": "iluvatar", "NVIDIA": "nvidia"}.get(whose)
     found = (host.root / "dev").glob(f"{name}[0-9]*") if name else []
     return sorted(found, key=lambda path: numbers(path.name))
-
-
-def pci_functions(host: Host) -> Dict[str, int]:
-    """Returns how many PCI functions each vendor's accelerators are, by the kernel's list."""
-    counted: Dict[str, int] = {}
-    for place in sorted((host.root / "sys/bus/pci/devices").glob("*")):
-        try:
-            whose = _PCI_VENDORS.get((place / "vendor").read_text().strip())
-            kind = (place / "class").read_text().strip()
-        except OSError:
-            continue
-        if whose and kind[:4] in ("0x03", "0x12"):  # displays, processing accelerators; not audio, bridges
-            counted[whose] = counted.get(whose, 0) + 1
-    return counted
-
-
-def listing(host: Host, whose: str) -> Optional[Listing]:
-    """Returns what ixsmi or nvidia-smi says within 5 s; None where it is not there or fails."""
-    if whose == "NVIDIA":
-        told = _run(host, "nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
-        rows = [line.rsplit(", ", 1) for line in told.splitlines() if ", " in line]
-        return Listing(rows[0][1], "", [row[0] for row in rows]) if rows else None
-    # Its table is what all public transcripts show; --query-gpu is known for index and uuid alone.
-    told = _run(host, "ixsmi")
-    head = re.search(r"Driver Version:\s*(\S+)\s+CUDA Version:\s*(\S+)", told)
-    names = re.findall(r"^\|\s*\d+\s+(\S.*?)\s*\|\s*[0-9A-Fa-f]+:[0-9A-Fa-f]+:[0-9A-Fa-f.]+\s*\|", told, re.MULTILINE)
-    return Listing(head[1], head[2], names) if head else None
-
-
-def cards(names: Sequence[str]) -> int:
-    """Returns how many cards these devices are: a BI-V150 is two devices, a BI-V150S or any other one."""
-    halves = sum(bool(re.search(r"BI-?V?150(?!S)", name)) for name in names)
-    return len(names) - halves + -(-halves // 2)
 
 
 def check_python(host: Host) -> List[Finding]:
@@ -154,6 +111,12 @@ def check_python(host: Host) -> List[Finding]:
             continue
         say = failure if module in _NEEDED else warning
         found.append(say("packages", f"{names[0]} is not installed", todo))
+    for distribution in ("tensorflow", "horovod"):
+        asked = _not_there(host, _NEEDED[distribution][0])
+        if asked:
+            text = f"{distribution} asks for {', '.join(asked)}: not installed"
+            todo = f"pip install --no-deps {' '.join(asked)}, if its import (software) fails"
+            found.append(warning("packages", text, todo))
     versions = {names[0]: version(host, names) for names, _ in {**_NEEDED, **_WISHED}.values()}
     return [*found, ok("packages", ", ".join(f"{name} {text}" for name, text in versions.items() if text))]
 
@@ -187,67 +150,6 @@ def check_tensorflow(host: Host, whose: str) -> List[Finding]:
     return found + (_check_corex(host, tensorflow, horovod, mend) if whose == "Iluvatar" else [])
 
 
-def check_devices(host: Host, whose: str, said: Optional[Listing]) -> List[Finding]:
-    """Looks at device nodes, the vendor's tool and cards, before TensorFlow is asked."""
-    if whose == "CPU":
-        return []
-    there = nodes(host, whose)
-    if not there:
-        device = (
-            "--runtime iluvatar -e IX_VISIBLE_DEVICES=all, or --device /dev/iluvatar0 ..."
-            if whose == "Iluvatar"
-            else "--gpus all"
-        )
-        on_bus = pci_functions(host).get(whose, 0)
-        text = f"no device node of {whose} in /dev" + (f", though {on_bus} PCI functions of it are there" if on_bus else "")
-        return [failure("devices", text, f"load the driver on the host; in a container: docker run {device}")]
-    found = []
-    closed = [path.name for path in there if not os.access(path, os.R_OK | os.W_OK)]
-    if closed:
-        text = f"this user may not open {', '.join(closed)}"
-        found.append(failure("devices", text, "join the group that owns them (docker run --group-add)"))
-    if said is None:
-        tool = {"Iluvatar": "ixsmi", "NVIDIA": "nvidia-smi"}[whose]
-        todo = "driver and devices were not asked; it needs the vendor's libraries in LD_LIBRARY_PATH"
-        return [*found, warning("devices", f"{len(there)} nodes; {tool} is missing or does not answer", todo)]
-    if whose == "Iluvatar" and numbers(said.driver) >= (4, 4) and not (host.root / "dev/itrctl").exists():
-        text = "/dev/itrctl is missing, which drivers from 4.4.0 on have"
-        found.append(warning("devices", text, "docker run --device /dev/itrctl"))
-    names = {name: said.names.count(name) for name in said.names}
-    text = ", ".join(f"{count} {name}" for name, count in names.items()) or "no device"
-    boards = cards(said.names)
-    if boards != len(said.names):
-        text += f" on {boards} cards (a BI-V150 is two devices: a rank each, {len(said.names)} in all)"
-    if len(said.names) != len(there):
-        text += f"; but {len(there)} nodes in /dev"
-        todo = "start the container with all devices, or reset the missing ones; what TensorFlow sees counts, below"
-        return [*found, warning("devices", text, todo)]
-    return [*found, ok("devices", text)]
-
-
-def check_driver(host: Host, whose: str, said: Optional[Listing], computed: bool) -> List[Finding]:
-    """Looks whether driver and SDK fit; computed: every device tried has computed right, which decides in doubt.
-
-    Seen by others on Iluvatar's hosts: driver 3.2.3 under SDK 4.4 or 4.5 ends in error 803, driver 4.4 under SDK 4.5 lists
-    the devices and fails with 801 at the first allocation; ixsmi then writes CUDA Version: N/A. SDK 4.3.0 came with driver
-    4.3.8, so that the third number may differ.
-    """
-    if said is None or whose == "CPU":
-        return []
-    if whose == "NVIDIA":
-        return [ok("driver", f"NVIDIA {said.driver}")]
-    sdk = _sdk(host)
-    text = f"Iluvatar {said.driver}, SDK {sdk or 'unknown'}, CUDA {said.cuda}"
-    older = bool(sdk) and numbers(said.driver)[:2] < numbers(sdk)[:2]
-    if not older and said.cuda != "N/A":
-        return [ok("driver", text)]
-    why = "the driver is older than the SDK" if older else "ixsmi does not know the CUDA version"
-    todo = f"install the driver of SDK {sdk or 'that the image has'} on the host, or take the image of SDK {said.driver}"
-    if computed:
-        return [warning("driver", f"{text}: {why}; the devices computed right all the same", todo)]
-    return [failure("driver", f"{text}: {why}; devices are then listed but fail to allocate (errors 801, 803)", todo)]
-
-
 def _check_corex(host: Host, tensorflow: str, horovod: str, mend: str) -> List[Finding]:
     """Looks whether the vendor's stack is the one in use and whole."""
     found = []
@@ -277,7 +179,25 @@ def _check_corex(host: Host, tensorflow: str, horovod: str, mend: str) -> List[F
     return found
 
 
-def _sdk(host: Host) -> str:
+def _not_there(host: Host, names: Sequence[str]) -> List[str]:
+    """Returns what the first distribution of `names` asks for, by its own metadata, and is not installed."""
+    try:
+        from packaging.requirements import InvalidRequirement, Requirement
+    except ImportError:  # told as missing
+        return []
+    for name in names:
+        for found in importlib.metadata.distributions(name=name, path=list(host.path)):
+            try:
+                asked = [Requirement(line) for line in found.requires or []]
+            except InvalidRequirement:
+                return []
+            here = [each for each in asked if each.marker is None or each.marker.evaluate({"extra": ""})]
+            needed = {known.lower() for known_as, _ in _NEEDED.values() for known in known_as}
+            return sorted(each.name for each in here if each.name.lower() not in needed and not version(host, (each.name,)))
+    return []
+
+
+def sdk(host: Host) -> str:
     """Returns the SDK's version: that of TensorFlow's wheel, or of /usr/local/corex."""
     in_wheel = _COREX.search(version(host, _NEEDED["tensorflow"][0]))
     return in_wheel[1] if in_wheel else _prefix_version(host)
@@ -303,23 +223,7 @@ def _built_for(host: Host) -> str:
     return ""
 
 
-def _tool(host: Host, name: str) -> Optional[str]:
+def tool(host: Host, name: str) -> Optional[str]:
     """Returns the path of a vendor's tool: on PATH, or in its SDK."""
     places = f"{host.environ.get('PATH', '')}{os.pathsep}{host.root / 'usr/local/corex/bin'}"
     return shutil.which(name, path=places)
-
-
-def _run(host: Host, name: str, *arguments: str) -> str:
-    """Returns what a vendor's tool prints; nothing where it is missing, fails or takes longer than 5 s."""
-    tool = _tool(host, name)
-    if tool is None:
-        return ""
-    libraries = f"{host.environ.get('LD_LIBRARY_PATH', '')}{os.pathsep}{host.root / 'usr/local/corex/lib64'}"
-    environ = {**host.environ, "LD_LIBRARY_PATH": libraries}
-    try:
-        ended = subprocess.run(  # noqa: S603
-            [tool, *arguments], env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=5, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return ended.stdout if ended.returncode == 0 else ""

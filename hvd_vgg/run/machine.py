@@ -6,7 +6,7 @@ import shutil
 import socket
 import tempfile
 from pathlib import Path
-from typing import List, Optional
+from typing import IO, List, Optional
 
 from hvd_vgg.run.findings import Finding, failure, ok, warning
 
@@ -68,13 +68,11 @@ def check_run_dir(run_dir: Path, needed_bytes: float, is_root: bool) -> List[Fin
     needed_bytes: of the checkpoints that are kept. Creates nothing that stays. Only rank 0 writes checkpoints; the others
     need the directory for their last words alone.
     """
-    place = run_dir.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = existing(run_dir)
     say = failure if is_root else warning
     text = f"--run_dir={run_dir}" + ("" if place == run_dir.absolute() else f" (not there yet; {place} is)")
     try:
-        with tempfile.NamedTemporaryFile(dir=place, prefix=".hvd_vgg_doctor_") as file:
+        with probe(place) as file:
             file.write(b"x" * 4096)
             file.flush()
             os.fsync(file.fileno())
@@ -85,6 +83,19 @@ def check_run_dir(run_dir: Path, needed_bytes: float, is_root: bool) -> List[Fin
         told = f"{text} has {free / _GB:.1f} GB free; its checkpoints take {needed_bytes / _GB:.1f} GB"
         return [failure("run_dir", told, "make room, give another --run_dir, or lower --keep_checkpoints")]
     return [ok("run_dir", f"{text} can be written; {free / _GB:.0f} GB free")] if is_root else []
+
+
+def existing(path: Path) -> Path:
+    """Returns the path, absolute, or the nearest directory above it that is there."""
+    place = path.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return place
+
+
+def probe(directory: Path) -> IO[bytes]:
+    """Returns a new file of a name of its own there, which is gone when it is closed; raises OSError."""
+    return tempfile.NamedTemporaryFile(dir=directory, prefix=".hvd_vgg_doctor_")
 
 
 def check_leftovers(root: Path) -> List[Finding]:

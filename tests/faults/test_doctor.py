@@ -5,6 +5,7 @@ Emulated hosts are network namespaces of this machine with a link between them.
 
 import json
 import os
+import subprocess
 import sys
 
 import namespaces
@@ -210,6 +211,53 @@ def test_a_device_that_cannot_be_begun_with_ends_all_and_is_named(tmp_path, data
     assert "Traceback" not in text
 
 
+def test_a_device_that_hangs_on_one_rank_is_named_by_that_rank(tmp_path, data):
+    """Rank 1's does not answer; its limit is 120 s, here 4."""
+    program = (
+        "import sys, time\n"
+        "from hvd_vgg import __main__\n"
+        "from hvd_vgg.run import devices, doctor\n"
+        "from hvd_vgg.run.health import launched_rank\n"
+        "doctor._LONG_SECONDS = 4.0 if launched_rank() else 60.0\n"
+        "if launched_rank() == 1:\n"
+        "    doctor._import = lambda *rest: None  # alone may take longer\n"
+        "    devices.check_devices = lambda *rest: time.sleep(600)\n"
+        "sys.exit(__main__.run(sys.argv[1:]))\n"
+    )
+    ended = Started(command_line(2, ["-c", program, *flags(data, tmp_path)], [sys.executable]), tmp_path).wait()
+    assert ended.code == 78, ended.out + ended.err
+    assert "hvd-vgg: rank 1: doctor on " in ended.err
+    assert "the devices did not answer within 4 s" in ended.err
+
+
+def test_a_run_directory_that_hosts_do_not_share_is_a_warning(tmp_path, data):
+    """Rank 1 has another file system where rank 0's run directory will be."""
+    (tmp_path / "runs").mkdir()
+    arguments = [*flags(data, tmp_path), f"--run_dir={tmp_path / 'runs' / 'run'}"]
+    apart = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {tmp_path / "runs"} && exec "$@"', "sh"]
+    if subprocess.run([*apart, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("capability: mounting a tmpfs: root")
+    second = ["-np", "1", *apart, sys.executable, "-m", "hvd_vgg", *arguments]
+    ended = Started([*command_line(1, arguments), ":", *second], tmp_path).wait()
+    assert ended.code == 0, ended.out + ended.err
+    (told,) = [finding for finding in report(tmp_path)[1]["run_dir"] if finding["verdict"] == WARNING]
+    assert told["ranks"] == [1]
+    assert told["text"] == f"what rank 0 writes to {tmp_path / 'runs'} is not seen here"
+
+
+@pytest.mark.parametrize("command", ["train", "doctor"])
+def test_a_host_that_does_not_know_its_own_name_is_told(tmp_path, data, command):
+    """Without a launcher Gloo looks it up, and aborts."""
+    unnamed = ["unshare", "--uts", "sh", "-c", 'hostname nowhere.invalid && exec "$@"', "sh"]
+    if subprocess.run([*unnamed, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("capability: namespaces of host names: root")
+    arguments = flags(data, tmp_path) if command == "doctor" else ["train", f"--data_dir={data}", f"--run_dir={tmp_path}"]
+    ended = Started([*unnamed, sys.executable, "-m", "hvd_vgg", *arguments], tmp_path).wait()
+    assert ended.code == 78, ended.out + ended.err
+    assert "this host's name, nowhere.invalid, leads to no address of it" in ended.out + ended.err
+    assert "EnforceNotMet" not in ended.err
+
+
 def test_a_simulated_vendor_host(tmp_path, data):
     """SIMULATED (tests/simulated.py): a BI-V150 host whose TensorFlow sees no device, on this machine's CPU."""
     (tmp_path / "root").mkdir()
@@ -251,6 +299,18 @@ def test_hosts_that_reach_each_other(emulated_hosts, tmp_path, data):
     ended = Started(emulated_hosts.on(1, words), tmp_path, PYTHONPATH=str(ROOT)).wait()
     assert ended.code == 0, ended.out + ended.err
     assert f"{emulated_hosts.count} ranks" in ended.out
+
+
+@pytest.mark.parametrize("emulated_hosts", [3], indirect=True)
+@pytest.mark.fault(tier=3)
+def test_a_host_with_a_slow_link_is_named(emulated_hosts, tmp_path, data):
+    """The second one's carries 50 Mbit/s."""
+    emulated_hosts.slow(2, 50)
+    words = [sys.executable, "-m", "hvd_vgg", "launch", *emulated_hosts.flags, *flags(data, tmp_path)]
+    ended = Started(emulated_hosts.on(1, words), tmp_path, PYTHONPATH=str(ROOT)).wait()
+    assert ended.code == 0, ended.out + ended.err
+    (told,) = [finding for finding in report(tmp_path)[1]["link"] if finding["verdict"] == WARNING]
+    assert told["todo"].startswith("see the link of host2: "), told
 
 
 @pytest.mark.parametrize(

@@ -57,3 +57,17 @@ def test_variables_of_other_trainers_scripts():
     assert {finding.text.split("=")[0] for finding in found} == {*theirs, "TF_CUDNN_USE_AUTOTUNE"}
     assert all(finding.verdict == WARNING and finding.todo for finding in found)
     assert advice.of_environment({"TF_CUDNN_USE_AUTOTUNE": "1"}) == []
+
+
+def test_the_vendors_variables_of_unknown_effect_are_said_and_asked_of_all_hosts():
+    environ = {
+        "UMD_ENABLEMEMPOOL": "1",
+        "NCCL_USE_DIRECT": "1",
+        "NCCL_DEBUG": "INFO",
+        "UMD_WAITAFTERLAUNCH": "0",
+        "PATH": "/bin",
+    }
+    (said,) = advice.of_environment(environ)
+    assert said.verdict == OK
+    assert said.text.startswith("NCCL_USE_DIRECT=1, UMD_ENABLEMEMPOOL=1: of the vendor's own scripts")
+    assert advice.of_links(environ) == {name: value for name, value in environ.items() if name != "PATH"}

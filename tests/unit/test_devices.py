@@ -1,5 +1,8 @@
 """The numbers are of this machine's CPU; what a GPU that computes wrong would leave is made up here (no device is)."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -52,6 +55,33 @@ def test_what_training_needs_decides(kind, change, failed, precision, expected):
 
 def test_a_device_on_which_everything_fails_has_nothing_right():
     assert set(verdicts("GPU", {}, dict.fromkeys(RIGHT, "error 801"))) == {FAILURE, WARNING}
+
+
+def test_sixteen_devices_are_all_tried():
+    """Logical devices of this CPU: what TensorFlow computes on each is real, that they are 16 is not."""
+    program = (
+        "import tensorflow as tf\n"
+        "from hvd_vgg.run import devices\n"
+        "cpu = tf.config.list_physical_devices('CPU')[0]\n"
+        "tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 16)\n"
+        "found = devices.check_devices(tf.config.list_logical_devices('CPU'), 'float32', 0)\n"
+        "print(*(finding.text.split(' ', 2)[1] for finding in found if finding.verdict == 'ok'))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert ended.stdout.split() == [str(number) for number in range(16)], ended.stderr
+
+
+def test_a_host_whose_link_is_slow_is_named():
+    """Hosts in a ring: 2's link is slow, so that both its pairs are."""
+    rates = {("1", "2"): 1.0, ("2", "3"): 1.1, ("3", "4"): 9.0, ("4", "1"): 8.0}
+    (told,) = conformance.judge_pairs(rates)
+    assert told.verdict == WARNING
+    assert told.text.startswith("between hosts each way 9 Gbit/s (3 and 4) to 1 (1 and 2); less than half of the fastest: ")
+    assert told.todo.startswith("see the link of 2: ")
+    (told,) = conformance.judge_pairs({**rates, ("1", "2"): 7.0})
+    assert told.todo.startswith("see the link of these hosts: ")
+    assert conformance.judge_pairs(dict.fromkeys(rates, 5.0))[0].verdict == OK
+    assert conformance.judge_pairs({("1", "2"): 5.0})[0].text == "between hosts each way 5 Gbit/s"
 
 
 def test_patterns_differ_by_rank_and_place_and_their_sums_are_exact():

@@ -3,19 +3,19 @@
 import pytest
 import simulated
 
-from hvd_vgg.run import host
+from hvd_vgg.run import accelerators, host
 from hvd_vgg.run.findings import FAILURE, OK, WARNING, worst
 
 
-def findings(here, computed=False):
-    """Returns the vendor and everything that host.py finds, as doctor asks for it."""
+def findings(here, computed=False, cuda=""):
+    """Returns the vendor and everything that host.py and accelerators.py find, as doctor asks for it."""
     whose, why = host.vendor(here)
-    said = host.listing(here, whose)
+    said = accelerators.listing(here, whose)
     found = [
         *host.check_python(here),
         *host.check_tensorflow(here, whose),
-        *host.check_devices(here, whose, said),
-        *host.check_driver(here, whose, said, computed),
+        *accelerators.check_devices(here, whose, said),
+        *accelerators.check_driver(here, whose, said, cuda, computed),
     ]
     return whose, why, found
 
@@ -32,7 +32,7 @@ def test_a_right_bi_v150_host_is_all_right_and_its_devices_are_two_a_card(tmp_pa
     assert why == ["TensorFlow 2.16.2+corex.4.3.0", "/usr/local/corex", "16 /dev/iluvatar*", "ixsmi"]
     assert worst(found) == OK
     texts = [finding.text for finding in found]
-    assert "16 Iluvatar BI-V150 on 8 cards (a BI-V150 is two devices: a rank each, 16 in all)" in texts
+    assert "16 Iluvatar BI-V150 of 32768 MiB, on 8 cards (a BI-V150 is two devices: a rank each, 16 in all)" in texts
     assert "Iluvatar 4.3.8, SDK 4.3.0, CUDA 10.2" in texts
 
 
@@ -40,14 +40,14 @@ def test_a_right_bi_v100_host_with_the_old_sdk_is_all_right_too(tmp_path):
     corex = {"sdk": "3.1.0", "driver": "3.1.0", "tensorflow": "2.6.5+corex.3.1.0", "horovod": "0.27.0+corex.3.1.0"}
     _, _, found = findings(simulated.iluvatar(tmp_path, ["Iluvatar BI-V100"] * 8, built_for="2.6.5", **corex))
     assert worst(found) == OK
-    assert "8 Iluvatar BI-V100" in [finding.text for finding in found]
+    assert "8 Iluvatar BI-V100 of 32768 MiB" in [finding.text for finding in found]
 
 
 def test_cards_are_counted_by_name():
-    assert host.cards(["Iluvatar BI-V150"] * 16) == 8
-    assert host.cards(["Iluvatar BI-V150S"] * 8) == 8
-    assert host.cards(["Iluvatar BI-V150 OAM"] * 3) == 2
-    assert host.cards(["Iluvatar BI-V100", "Iluvatar BI-V150", "Iluvatar BI-V150"]) == 2
+    assert accelerators.cards(["Iluvatar BI-V150"] * 16) == 8
+    assert accelerators.cards(["Iluvatar BI-V150S"] * 8) == 8
+    assert accelerators.cards(["Iluvatar BI-V150 OAM"] * 3) == 2
+    assert accelerators.cards(["Iluvatar BI-V100", "Iluvatar BI-V150", "Iluvatar BI-V150"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -109,9 +109,10 @@ def test_devices_that_are_not_in_the_container_are_a_failure(tmp_path):
         place = tmp_path / f"sys/bus/pci/devices/0000:{number:02x}:00.0"
         place.mkdir(parents=True)
         (place / "vendor").write_text("0x1e3e\n")
+        (place / "device").write_text("0x0003\n")
         (place / "class").write_text("0x120000\n")
     bad = only(findings(here)[2], FAILURE)
-    assert "no device node of Iluvatar in /dev, though 8 PCI functions of it are there" in bad.text
+    assert "no device node of Iluvatar in /dev, though its PCI bus has 8 Iluvatar BI-V150" in bad.text
     assert "--device /dev/iluvatar0" in bad.todo
 
 
@@ -148,18 +149,52 @@ def test_lost_libraries_mixed_sdks_and_a_missing_control_node_are_warnings(tmp_p
     }
 
 
+def test_a_table_of_another_shape_leaves_what_the_list_says(tmp_path):
+    here = simulated.iluvatar(tmp_path)
+    simulated.tool(tmp_path / "usr/local/corex/bin/ixsmi", "a new table", L=simulated.listed(["Iluvatar BI-V150"] * 16))
+    _, _, found = findings(here)
+    assert "16 Iluvatar BI-V150, on 8 cards" in " ".join(finding.text for finding in found)
+    assert only(found, WARNING).text.startswith("Iluvatar unknown, SDK 4.3.0, CUDA unknown: ixsmi's table is of a shape")
+
+
+def test_what_tensorflow_itself_asks_for_and_is_not_there_is_a_warning(tmp_path):
+    """The one public list of a vendor's packages lacks some of these."""
+    asked = [
+        "gast!=0.5.0,>=0.2.1",
+        "h5py",
+        "numpy<2",
+        'tensorflow-intel; platform_system == "Windows"',
+        "nvidia; extra == 'x'",
+    ]
+    told = only(findings(simulated.iluvatar(tmp_path, requires=asked))[2], WARNING)
+    assert told.text == "tensorflow asks for gast, h5py: not installed"
+    assert told.todo == "pip install --no-deps gast h5py, if its import (software) fails"
+
+
 def test_an_nvidia_host_is_told_by_its_tool(tmp_path):
-    packages = simulated.site(tmp_path / "site", {"tensorflow": "2.16.2", "horovod": "0.28.1"}, built_for="2.16.2")
-    simulated.tool(tmp_path / "bin/nvidia-smi", "NVIDIA H200, 570.124.06\nNVIDIA H200, 570.124.06")
-    (tmp_path / "dev").mkdir()
-    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
-        (tmp_path / "dev" / name).touch()
-    here = host.Host(tmp_path, {"PATH": f"{tmp_path}/bin:/usr/bin:/bin"}, [packages])
-    whose, why, found = findings(here)
+    whose, why, found = findings(simulated.nvidia(tmp_path), cuda="12.3")
     assert (whose, why) == ("NVIDIA", ["2 /dev/nvidia*", "nvidia-smi"])
     assert worst(found) == OK
-    assert "2 NVIDIA H200" in [finding.text for finding in found]
-    assert "NVIDIA 570.124.06" in [finding.text for finding in found]
+    assert "2 NVIDIA H200 of 143771 MiB" in [finding.text for finding in found]
+    assert "NVIDIA 570.124.06, for CUDA to 12.8; TensorFlow is built with 12.3" in [finding.text for finding in found]
+
+
+@pytest.mark.parametrize(("driver", "built"), [("12.0", "12.5"), ("13.0", "12.5"), ("12.4", "")])
+def test_an_nvidia_driver_runs_what_was_built_with_its_major_version_or_an_older_one(tmp_path, driver, built):
+    assert worst(findings(simulated.nvidia(tmp_path, driver), cuda=built)[2]) == OK
+
+
+def test_an_nvidia_driver_that_is_older_is_a_failure_unless_devices_computed_right(tmp_path):
+    here = simulated.nvidia(tmp_path, cuda="11.4")
+    bad = only(findings(here, cuda="12.3")[2], FAILURE)
+    assert bad.text == "NVIDIA 570.124.06, for CUDA to 11.4; TensorFlow is built with 12.3: the driver is older"
+    assert bad.todo == "a driver for CUDA 12 on the host, or a TensorFlow built with CUDA 11"
+    assert worst(findings(here, computed=True, cuda="12.3")[2]) == WARNING
+
+
+def test_memory_that_others_hold_is_a_warning(tmp_path):
+    told = only(findings(simulated.nvidia(tmp_path, used=20_000), cuda="12.3")[2], WARNING)
+    assert told.text == "memory is in use: device 1: 20000 of 143771 MiB"
 
 
 def test_a_host_of_no_vendor_is_a_cpu(tmp_path):

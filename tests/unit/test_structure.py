@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"run.health", "run.output"},
     {"run.watch", "run.lock", "run.coverage", "run.receipt", "run.hosts", "run.files", "run.findings"},
-    {"run.host", "run.machine", "run.mpi", "run.network", "run.reach"},
+    {"run.host", "run.accelerators", "run.machine", "run.mpi", "run.network", "run.reach"},
     {"config", "model.layers", "data.order", "data.records", "run.log", "run.throughput", "run.advice", "train.schedule"},
     {"data.images", "data.pipeline", "data.index", "model.vgg", "parallel.comm", "parallel.exchange", "parallel.cost"},
     {"data.bad"},
@@ -51,6 +51,7 @@ NO_TENSORFLOW |= {"run.files", "run.output", "run.hosts", "run.mpirun", "run.lau
 NO_TENSORFLOW |= {
     "run.findings",
     "run.host",
+    "run.accelerators",
     "run.machine",
     "run.mpi",
     "run.network",
