@@ -324,7 +324,7 @@ class LaunchConfig:
         "Ranks",
         "Names of further environment variables for ranks on other hosts, separated by commas. They get PATH, "
         "LD_LIBRARY_PATH, PYTHONPATH, TMPDIR, TZ, LANG, LC_*, OMP_NUM_THREADS, XLA_FLAGS, HOROVOD_*, TF_*, NCCL_*, CUDA_*, "
-        "UCX_* and GLOO_*, but nothing called token, key, secret, pass or cred.",
+        "UCX_*, GLOO_* and Iluvatar's UMD_*, CRT_* and DRT_*, but nothing called token, key, secret, pass or cred.",
     )
     max_restarts: int = flag(
         3,

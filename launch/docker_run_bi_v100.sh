@@ -6,7 +6,7 @@
 #
 # --image=NAME      (default: hvd_vgg:corex)
 # --cards=N         the first N cards, or
-# --devices=N       the first N devices (default: all, by /dev/iluvatarN)
+# --devices=N       the first N devices (default: all, by /dev/iluvatarN; of CUDA_VISIBLE_DEVICES=2,3 if that is set)
 # --access=device   gives the container these devices and no privilege; runtime: through the vendor's docker runtime;
 #                   privileged: the vendor's documented way, with all of the host's devices and rights. Try them in this order.
 # --data_dir=DIR    TFRecords (default: DATA_DIR, else ./imagenet_tfrecord), mounted read-only

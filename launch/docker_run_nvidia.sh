@@ -5,7 +5,8 @@
 #   DATA_DIR=./imagenet_tfrecord BATCH_SIZE=32 bash launch/docker_run_nvidia.sh [--devices=N] [--dry_run] [--FLAG=VALUE ...]
 #
 # --image=NAME      (default: hvd_vgg:nvidia)
-# --devices=N       N of the GPUs (default: all, by nvidia-smi); docker needs NVIDIA's container toolkit
+# --devices=N       N of the GPUs (default: all, by nvidia-smi; of CUDA_VISIBLE_DEVICES=2,3 if that is set); docker needs NVIDIA's
+#                   container toolkit
 # --data_dir=DIR    TFRecords (default: DATA_DIR, else ./imagenet_tfrecord), mounted read-only
 # --run_dir=DIR     (default: ./runs/vgg16_imagenet)
 # --flagfile=FILE   a file of flags of this host

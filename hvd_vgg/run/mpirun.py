@@ -22,7 +22,7 @@ from hvd_vgg.run.hosts import JOB_PARAMETER, Host
 # What the ranks of other hosts get of this environment, and nothing else of it; those of this host have all of it.
 _PASSED = re.compile(
     r"PATH|LD_LIBRARY_PATH|PYTHONPATH|PYTHONDONTWRITEBYTECODE|OMP_NUM_THREADS|TMPDIR|TZ|LANG|LC_\w+|XLA_FLAGS"
-    r"|(HOROVOD|TF|NCCL|CUDA|UCX|GLOO)_\w+"
+    r"|(HOROVOD|TF|NCCL|CUDA|UCX|GLOO|UMD|CRT|DRT)_\w+"  # the last three: of Iluvatar's driver
 )
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CRED", re.I)
 

@@ -56,11 +56,20 @@ def test_several_hosts(count):
 
 
 def test_names_of_variables_are_passed_by_an_allow_list_and_values_never(monkeypatch):
-    for name in ("HVD_VGG_CANARY_SECRET", "HOROVOD_API_KEY", "TF_TOKEN", "AWS_REGION", "NCCL_DEBUG", "MY_OWN", "HOME"):
+    for name in (
+        "HVD_VGG_CANARY_SECRET",
+        "HOROVOD_API_KEY",
+        "TF_TOKEN",
+        "AWS_REGION",
+        "NCCL_DEBUG",
+        "MY_OWN",
+        "HOME",
+        "UMD_X",
+    ):
         monkeypatch.setenv(name, "canary")
     command = mpirun.compose(LaunchConfig(export_env="MY_OWN,NOT_SET"), 2, [Host("a", 2)], "token", PROGRAM)
     names = set(options(command, "-x"))
-    assert {"PATH", "NCCL_DEBUG", "MY_OWN"} <= names
+    assert {"PATH", "NCCL_DEBUG", "MY_OWN", "UMD_X"} <= names
     assert not {"HVD_VGG_CANARY_SECRET", "HOROVOD_API_KEY", "TF_TOKEN", "AWS_REGION", "NOT_SET", "HOME"} & names
     assert not any("=" in name for name in names)
     assert "canary" not in mpirun.shown(command)

@@ -1,5 +1,6 @@
 """The launch scripts without what they start: each prints the command that it would run, and nothing else happens."""
 
+import csv
 import os
 import shlex
 import signal
@@ -79,7 +80,11 @@ def test_docker_on_one_host(here, name, devices):
             DATA_DIR="./image net",
             BATCH_SIZE="64",
             NCCL_DEBUG="INFO",
+            UMD_WAITAFTERLAUNCH="1",
+            DRT_MEMCPYUSEKERNEL="20000000000",
+            CRT_STRICTCUDATIMINGMODE="0",
             TF_API_TOKEN="canary",  # noqa: S106 (no password)
+            UMD_KEY="canary",
         )
     )
     assert not (here / "runs").exists()  # only printed
@@ -103,8 +108,8 @@ def test_docker_on_one_host(here, name, devices):
     }
     # Variables go by name, so that no value is in `ps`; the secret one does not go at all.
     variables = given(docker, "env")
-    assert "NCCL_DEBUG" in variables
-    assert not any("TOKEN" in each or "canary" in each for each in words)
+    assert {"NCCL_DEBUG", "UMD_WAITAFTERLAUNCH", "DRT_MEMCPYUSEKERNEL", "CRT_STRICTCUDATIMINGMODE"} < set(variables)
+    assert not any("TOKEN" in each or "KEY" in each.split("=")[0] or "canary" in each for each in words)
     split = inside.index("train")
     assert inside[0] == "launch"
     launching = parse(LaunchConfig, inside[1:split])
@@ -187,6 +192,63 @@ def test_docker_refuses_what_would_fail_later(here, name, flags, told):
     assert ended.returncode == 78, ended.stdout
     assert told in ended.stderr
     assert "+ docker" not in ended.stdout
+
+
+@pytest.mark.parametrize(("flags", "taken"), [([], [5, 0, 12]), (["--devices=2"], [5, 0])])
+@pytest.mark.parametrize("name", DOCKER)
+def test_docker_takes_the_devices_that_the_host_leaves_it(here, name, flags, taken):
+    call_flags = ["--dry_run", "--data_dir=image net", *flags]
+    words = printed(call(f"docker_run_{name}.sh", *call_flags, cwd=here, CUDA_VISIBLE_DEVICES="5,0,12"))
+    if name == "nvidia":
+        # docker reads the value as a line of CSV.
+        (devices,) = csv.reader(given(words, "gpus"))
+        assert devices == ["device=" + ",".join(map(str, taken))]
+    else:
+        nodes = [node for node in given(words, "device") if node != "/dev/itrctl"]
+        assert nodes == [f"/dev/iluvatar{number}" for number in taken]
+    assert given(words, "ranks") == [str(len(taken))]
+    # Inside they are counted from 0.
+    assert not any("CUDA_VISIBLE_DEVICES" in each for each in given(words, "env"))
+
+
+@pytest.mark.parametrize(
+    ("access", "told"), [("runtime", "IX_VISIBLE_DEVICES=5,0"), ("privileged", "CUDA_VISIBLE_DEVICES=5,0")]
+)
+def test_the_vendors_other_ways_keep_to_what_the_host_leaves(here, access, told):
+    flags = ["--dry_run", "--data_dir=image net", f"--access={access}"]
+    words = printed(call("docker_run_bi_v150.sh", *flags, cwd=here, CUDA_VISIBLE_DEVICES="5,0"))
+    assert told in given(words, "env")
+    assert given(words, "ranks") == ["2"]
+    write_hosts(here, 2, 2)
+    several = ["--hostfile=the hosts", "--ssh_dir=the keys"]
+    ended = call("docker_run_bi_v150.sh", *flags, *several, cwd=here, CUDA_VISIBLE_DEVICES="5,0")
+    assert (ended.returncode == 78) == (access == "privileged")
+    assert ("cannot be kept with --access=privileged on several hosts" in ended.stderr) == (access == "privileged")
+
+
+@pytest.mark.parametrize(
+    ("mask", "flags", "told"),
+    [
+        ("0,1", ["--devices=8"], "8 devices asked for; CUDA_VISIBLE_DEVICES=0,1 leaves 2: ask for no more, or unset it"),
+        ("", [], "CUDA_VISIBLE_DEVICES=: expected numbers of devices"),
+        ("GPU-8932f937", [], "CUDA_VISIBLE_DEVICES=GPU-8932f937: expected numbers of devices"),
+        ("1,1", [], "CUDA_VISIBLE_DEVICES=1,1 names a device twice"),
+    ],
+)
+@pytest.mark.parametrize("name", DOCKER)
+def test_docker_refuses_devices_that_it_cannot_give(here, name, mask, flags, told):
+    ended = call(f"docker_run_{name}.sh", "--data_dir=image net", "--dry_run", *flags, cwd=here, CUDA_VISIBLE_DEVICES=mask)
+    assert ended.returncode == 78, ended.stdout
+    assert told in ended.stderr
+    assert "+ docker" not in ended.stdout
+
+
+def test_a_device_that_the_host_does_not_show_starts_nothing(here):
+    path = stand_ins(here, docker="touch called", **{"nvidia-smi": "for i in 0 1 2 3; do echo GPU $i: H; done"})
+    ended = call("docker_run_nvidia.sh", "--data_dir=image net", cwd=here, PATH=path, CUDA_VISIBLE_DEVICES="3,4")
+    assert ended.returncode == 78
+    assert "CUDA_VISIBLE_DEVICES=3,4: this host shows 4, counted from 0" in ended.stderr
+    assert not (here / "called").exists()
 
 
 @pytest.mark.parametrize("name", DOCKER)
