@@ -63,7 +63,7 @@ class Ended(NamedTuple):
 def compose(config: LaunchConfig, ranks: int, hosts: Sequence[Host], token: str, program: Sequence[str]) -> List[str]:
     """Returns the command that starts `program` on `ranks`, on this host where there are no `hosts`.
 
-    No value of the environment is in it. Raises Failure(CONFIGURATION) where there is no mpirun.
+    No value of the environment is in it. Raises Failure(CONFIGURATION) where there is no mpirun, or none that can be used.
     """
     found = shutil.which("mpirun")
     if found is None:
@@ -72,6 +72,9 @@ def compose(config: LaunchConfig, ranks: int, hosts: Sequence[Host], token: str,
     command = [found if hosts else "mpirun", "-np", str(ranks), "--bind-to", "none", "--map-by", "slot", "--oversubscribe"]
     settings: Dict[str, Any] = {JOB_PARAMETER: token}
     if hosts:
+        if re.search(r"\s", found):
+            text = f"{found}: Open MPI starts its daemon on other hosts by this path, and cuts it at spaces"
+            raise Failure(CONFIGURATION, f"{text}: put Open MPI, or HVD_VGG_VENV, where its path has none")
         command += ["--host", ",".join(f"{host.name}:{host.slots}" for host in hosts)]
         # All daemons are started from here: other hosts need no keys.
         settings.update(plm_rsh_agent=config.rsh_agent, plm_rsh_no_tree_spawn=1, **_KEEPALIVE)

@@ -3,6 +3,7 @@
 import csv
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -337,9 +338,38 @@ def test_slurm_by_mpirun(here, devices, hosts):
     assert shown[:2] == ["hvd-vgg", "launch"]
     started, named, train = of_mpirun(run)
     assert (started, named) == (min(devices * hosts, 256), [f"node{number}:{devices}" for number in range(hosts)])
-    assert run[run.index("plm_rsh_agent") + 1] == str(LAUNCH / "slurm_rsh.sh")
+    agent = run[run.index("plm_rsh_agent") + 1]
+    assert shlex.split(agent) == [agent]  # TMPDIR has a space in it
     assert {"--data_dir=./image net", "--run_dir=run 1"} < set(train)
-    assert list(here.glob("hvd_vgg-hosts.*")) == []
+    assert not Path(agent).parent.exists()
+
+
+@pytest.mark.parametrize("devices", [1, 8, 16, 32])
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_slurm_in_a_clone_whose_path_has_a_space(here, tmp_path, devices, hosts):
+    """What stands for the launcher calls the remote shell as mpirun does: cut at spaces, from the first node."""
+    cut = 'for word; do case "$word" in *=*) declare "${word//--/}" ;; esac; done'
+    launcher = f'{cut}; cat "$hostfile"; $rsh_agent node3 orted'
+    clone = here / "the clone"
+    shutil.copytree(LAUNCH, clone / "launch")
+    path = stand_ins(
+        here,
+        scontrol=SCONTROL,
+        srun='printf "%s\\n" "$@"',
+        **{"hvd-vgg": launcher},
+    )
+    environment = {**SLURM, "SLURM_SUBMIT_DIR": str(clone), "PATH": path, "COUNT": str(hosts), "TMPDIR": str(tmp_path)}
+    ended = call("slurm.sbatch", cwd=here, SLURM_NTASKS_PER_NODE=str(devices), **environment)
+    assert ended.returncode == 0, ended.stderr
+    shown, *lines = ended.stdout.splitlines()
+    words = shlex.split(shown)[1:]
+    assert f"--flagfile={clone}/configs/vgg16_imagenet.flags" in words
+    (agent,) = given(words, "rsh_agent")
+    assert Path(agent).parent.parent == tmp_path
+    assert not Path(agent).parent.exists()
+    assert lines[:hosts] == [f"node{number} slots={devices}" for number in range(hosts)]
+    assert "--nodelist=node3" in lines[hosts:]
+    assert lines[-1] == "orted"
 
 
 @pytest.mark.parametrize("devices", [1, 8, 16, 32])
