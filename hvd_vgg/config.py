@@ -317,7 +317,10 @@ class LaunchConfig:
         "What reaches another host, called as `AGENT HOST COMMAND`; cut at spaces. A host of unknown key is refused.",
     )
     network: str = flag(
-        "", "Ranks", "Networks or interfaces that hosts speak over, where they have several: 10.1.0.0/16 or eth1."
+        "",
+        "Ranks",
+        "Networks or interfaces that hosts speak over, where they have several: 10.1.0.0/16 or eth1. MPI keeps to them; "
+        "NCCL and Gloo too where all are names (NCCL_SOCKET_IFNAME, HOROVOD_GLOO_IFACE, unless set). They know no networks.",
     )
     export_env: str = flag(
         "",
