@@ -8,8 +8,8 @@
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-# choose_devices THERE: sets `numbers` to the devices to take, counted from 0 among those of the host, and `devices` to how many. They
-# are the first ones: of CUDA_VISIBLE_DEVICES where the host's user or scheduler has set it, else of all.
+# choose_devices THERE: sets `numbers` to the devices to take, counted from 0 among those of the host, and `devices` to how many.
+# They are the first ones: of CUDA_VISIBLE_DEVICES where the host's user or scheduler has set it, else of all.
 choose_devices() {
   local there="$1" told="CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-}" number
   if $masked; then
@@ -105,7 +105,8 @@ write_passwd() {
 docker_run() {
   local image="$1" devices_per_card="$2" find="$3"
   shift 3
-  local access=device cards="" devices="" numbers=() device_words=() masked=false dry_run=false hostfile="" ssh_dir="" worker=false
+  local access=device cards="" devices="" numbers=() device_words=() masked=false dry_run=false gloo=false
+  local hostfile="" ssh_dir="" worker=false
   local data="${DATA_DIR:-./imagenet_tfrecord}" run_dir=./runs/vgg16_imagenet shm_size=32g flag flagfiles=() rest=()
   for flag in "$@"; do
     case "$flag" in
@@ -124,13 +125,20 @@ docker_run() {
       --hostfile=*) hostfile="${flag#*=}" ;;
       --ssh_dir=*) ssh_dir="${flag#*=}" ;;
       --worker) worker=true ;;
+      --gloo) gloo=true ;;
       --dry_run) dry_run=true ;;
       --ranks=*) fail "--ranks: there is one for each device; give --devices=N or --cards=N" ;;
       --rsh_agent=* | --network=*) fail "${flag%%=*}: not in a container; hosts are reached through --ssh_dir, over the host's network" ;;
       *) rest+=("$flag") ;;
     esac
   done
+  local what launcher
   split_flags ${rest[@]+"${rest[@]}"}
+  if $gloo; then
+    if $worker || [ -n "$hostfile${launch_flags[*]-}" ]; then
+      fail "--gloo: horovodrun starts the ranks of one host, without the flags of hvd-vgg launch"
+    fi
+  fi
 
   if [ -n "$cards" ]; then
     [[ "$cards" =~ ^[1-9][0-9]*$ && -z "$devices" ]] || fail "--cards=$cards: expected a number of 1 or more, and no --devices"
@@ -139,7 +147,8 @@ docker_run() {
   [[ "$devices" =~ ^([1-9][0-9]*)?$ ]] || fail "--devices=$devices: expected a number of 1 or more"
   if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then masked=true; fi
   "$find"
-  echo "$devices device(s), one rank each; devices on a card: $devices_per_card$($masked && echo "; by CUDA_VISIBLE_DEVICES: $(list "${numbers[@]}")")"
+  echo "$devices device(s), one rank each; devices on a card: $devices_per_card"
+  if $masked; then echo "by CUDA_VISIBLE_DEVICES: $(list "${numbers[@]}") of this host"; fi
 
   local data_at run_at command train
   data_at="$(existing "$data")" || exit
@@ -167,6 +176,7 @@ docker_run() {
       "--mount=type=bind,source=$keys/passwd,target=/etc/passwd,readonly")
   fi
   if $worker; then
+    [ "$what" = train ] || fail "$what: only where --hostfile is given; a worker waits for doctor and training alike"
     # Another user's sshd needs no right at all; root's gives up its rights in a corner of its own.
     if [ "$(id -u)" = 0 ] && [ "$access" != privileged ]; then command+=(--cap-add=SETUID --cap-add=SETGID --cap-add=SYS_CHROOT); fi
     command+=(--entrypoint=/usr/sbin/sshd "$image" -D -e -f /etc/hvd-vgg/sshd_config)
@@ -179,15 +189,20 @@ docker_run() {
       train+=("--flagfile=/etc/hvd-vgg/flags.$number")
       number=$((number + 1))
     done
-    local start=(launch --max_restarts=20)
-    if [ -n "$hostfile" ]; then
-      path="$(existing "$hostfile")" || exit
-      command+=("--mount=type=bind,source=$path,target=/etc/hvd-vgg/hosts,readonly")
-      start+=(--hostfile=/etc/hvd-vgg/hosts --rsh_agent=hvd-vgg-ssh)
+    if $gloo; then
+      command+=(--entrypoint=horovodrun "$image" --gloo -np "$devices" hvd-vgg)
     else
-      start+=("--ranks=$devices")
+      if [ -n "$hostfile" ]; then
+        path="$(existing "$hostfile")" || exit
+        command+=("--mount=type=bind,source=$path,target=/etc/hvd-vgg/hosts,readonly")
+        launcher+=(--hostfile=/etc/hvd-vgg/hosts --rsh_agent=hvd-vgg-ssh)
+      else
+        launcher+=("--ranks=$devices")
+      fi
+      # The image's entry point is hvd-vgg.
+      command+=("$image" "${launcher[@]:1}" ${launch_flags[@]+"${launch_flags[@]}"})
     fi
-    command+=("$image" "${start[@]}" ${launch_flags[@]+"${launch_flags[@]}"} train "${train[@]}" ${train_flags[@]+"${train_flags[@]}"})
+    command+=("$what" "${train[@]}" ${train_flags[@]+"${train_flags[@]}"})
   fi
 
   show "${command[@]}"
