@@ -317,14 +317,17 @@ class LaunchConfig:
         "What reaches another host, called as `AGENT HOST COMMAND`; cut at spaces. A host of unknown key is refused.",
     )
     network: str = flag(
-        "", "Ranks", "Networks or interfaces that hosts speak over, where they have several: 10.1.0.0/16 or eth1."
+        "",
+        "Ranks",
+        "Networks or interfaces that hosts speak over, where they have several: 10.1.0.0/16 or eth1. MPI keeps to them; "
+        "NCCL and Gloo too where all are names (NCCL_SOCKET_IFNAME, HOROVOD_GLOO_IFACE, unless set). They know no networks.",
     )
     export_env: str = flag(
         "",
         "Ranks",
         "Names of further environment variables for ranks on other hosts, separated by commas. They get PATH, "
         "LD_LIBRARY_PATH, PYTHONPATH, TMPDIR, TZ, LANG, LC_*, OMP_NUM_THREADS, XLA_FLAGS, HOROVOD_*, TF_*, NCCL_*, CUDA_*, "
-        "UCX_* and GLOO_*, but nothing called token, key, secret, pass or cred.",
+        "UCX_*, GLOO_* and Iluvatar's UMD_*, CRT_* and DRT_*, but nothing called token, key, secret, pass or cred.",
     )
     max_restarts: int = flag(
         3,

@@ -25,17 +25,21 @@ consent_to_root() {
   fi
 }
 
-# split_flags FLAG...: those of `hvd-vgg launch` go to the array launch_flags, all others to train_flags.
+# split_flags WORD...: flags of `hvd-vgg launch` go to the array launch_flags, all others to train_flags. `what` is the command
+# that the ranks run: train, or doctor where that is among the words; `launcher` is what starts them.
 split_flags() {
-  launch_flags=() train_flags=()
+  launch_flags=() train_flags=() what=train
   local flag
   for flag in "$@"; do
     case "$flag" in
+      doctor) what=doctor ;;
       --ranks=* | --hostfile=* | --rsh_agent=* | --network=* | --export_env=* | --max_restarts=* | --grace_seconds=* | \
         --time_limit_seconds=* | --dry_run*) launch_flags+=("$flag") ;;
       *) train_flags+=("$flag") ;;
     esac
   done
+  launcher=(hvd-vgg launch)
+  if [ "$what" = train ]; then launcher+=(--max_restarts=20); fi # a later flag wins
 }
 
 # show WORD...: prints a command so that it can be pasted into a shell.

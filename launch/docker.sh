@@ -3,42 +3,77 @@
 #
 #   docker_run IMAGE DEVICES_ON_A_CARD FIND FLAG...
 #
-# FIND is one of the functions below: it reads access and devices, sets devices where it is empty, devices_found and device_words.
+# FIND is one of the functions below: it reads access and devices, sets devices where it is empty, and device_words.
 
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-# Iluvatar: a node /dev/iluvatarN for each device, and of drivers since 4.4.0 one to control them all.
-find_iluvatar() {
-  local nodes=() node number
-  for node in /dev/iluvatar[0-9]*; do
-    [ -e "$node" ] && nodes+=("$node")
+# choose_devices THERE: sets `numbers` to the devices to take, counted from 0 among those of the host, and `devices` to how many.
+# They are the first ones: of CUDA_VISIBLE_DEVICES where the host's user or scheduler has set it, else of all.
+choose_devices() {
+  local there="$1" told="CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-}" number
+  if $masked; then
+    [[ "$CUDA_VISIBLE_DEVICES" =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "$told: expected numbers of devices, such as 0,1; unset it to have all"
+    [ -z "$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | sort | uniq -d)" ] || fail "$told names a device twice"
+    IFS=, read -ra numbers <<<"$CUDA_VISIBLE_DEVICES"
+    devices="${devices:-${#numbers[@]}}"
+    [ "$devices" -le "${#numbers[@]}" ] ||
+      fail "$devices devices asked for; $told leaves ${#numbers[@]}: ask for no more, or unset it"
+    numbers=("${numbers[@]:0:devices}")
+  else
+    devices="${devices:-$there}"
+    for ((number = 0; number < devices; number++)); do numbers+=("$number"); done
+  fi
+  [ "$devices" -gt 0 ] || fail "this host shows no device: is the driver loaded? (--devices=N --dry_run prints the command for N)"
+  if $dry_run; then return; fi
+  [ "$devices" -le "$there" ] || fail "$devices devices asked for; this host shows $there"
+  for number in "${numbers[@]}"; do
+    [ "$number" -lt "$there" ] || fail "$told: this host shows $there, counted from 0"
   done
-  devices_found=${#nodes[@]}
-  devices="${devices:-$devices_found}"
+}
+
+list() { (IFS=, && printf '%s' "$*"); }
+
+# Iluvatar: a node /dev/iluvatarN for each device, and of drivers since 4.4.0 one to control them all. That devices are counted
+# as their nodes are is assumed.
+find_iluvatar() {
+  local nodes=() number
+  for number in /dev/iluvatar[0-9]*; do
+    [ -e "$number" ] && nodes+=("${number#/dev/iluvatar}")
+  done
+  if [ "${#nodes[@]}" -gt 0 ]; then mapfile -t nodes < <(printf '%s\n' "${nodes[@]}" | sort -n); fi
+  choose_devices "${#nodes[@]}"
   case "$access" in
     device)
-      for ((number = 0; number < devices; number++)); do
-        device_words+=("--device=/dev/iluvatar$number")
+      for number in "${numbers[@]}"; do
+        device_words+=("--device=/dev/iluvatar${nodes[number]:-$number}") # one that is not there is only printed
       done
       if [ -e /dev/itrctl ]; then device_words+=(--device=/dev/itrctl); fi
       ;;
     runtime)
-      device_words=(--runtime=iluvatar "--env=IX_VISIBLE_DEVICES=$(seq -s, 0 $((devices - 1)))")
+      device_words=(--runtime=iluvatar "--env=IX_VISIBLE_DEVICES=$(list "${numbers[@]}")")
       ;;
     privileged)
-      # All devices are there then: the ranks take the first ones.
+      # All devices are there then: the ranks take the first ones, or those that they are told of.
       device_words=(--privileged --cap-add=ALL --pid=host --volume=/usr/src:/usr/src --volume=/lib/modules:/lib/modules --volume=/dev:/dev)
+      if $masked; then
+        if [ -n "$hostfile" ] || $worker; then
+          fail "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES cannot be kept with --access=privileged on several hosts, whose ranks would all get it: unset it"
+        fi
+        device_words+=("--env=CUDA_VISIBLE_DEVICES=$(list "${numbers[@]}")")
+      fi
       ;;
     *) fail "--access=$access: expected device, runtime or privileged" ;;
   esac
 }
 
+# docker counts as nvidia-smi does; CUDA_VISIBLE_DEVICES does so where the GPUs are alike, or with CUDA_DEVICE_ORDER=PCI_BUS_ID.
 find_nvidia() {
-  devices_found="$( (nvidia-smi --list-gpus 2>/dev/null || true) | grep -c '^GPU' || true)"
-  devices="${devices:-$devices_found}"
   [ "$access" = device ] || fail "--access=$access: expected device"
+  choose_devices "$( (nvidia-smi --list-gpus 2>/dev/null || true) | grep -c '^GPU' || true)"
   device_words=("--gpus=$devices")
+  # docker takes this for a line of a table, hence quotation marks of its own.
+  if $masked; then device_words=("--gpus=\"device=$(list "${numbers[@]}")\""); fi
 }
 
 # absolute PATH: what docker mounts it by, links followed.
@@ -58,7 +93,7 @@ existing() {
 # Names of variables that change how training runs, without those that say which devices there are; docker takes their values from the
 # environment, so that none is on a command line.
 passed_variables() {
-  compgen -e | grep -E '^(HOROVOD|TF|NCCL|UCX|GLOO)_' | grep -Eiv 'token|key|secret|pass|cred' || true
+  compgen -e | grep -E '^(HOROVOD|TF|NCCL|UCX|GLOO|UMD|CRT|DRT)_' | grep -Eiv 'token|key|secret|pass|cred' || true
 }
 
 # sshd and ssh ask who the user is that a container runs as.
@@ -70,7 +105,8 @@ write_passwd() {
 docker_run() {
   local image="$1" devices_per_card="$2" find="$3"
   shift 3
-  local access=device cards="" devices="" devices_found=0 device_words=() dry_run=false hostfile="" ssh_dir="" worker=false
+  local access=device cards="" devices="" numbers=() device_words=() masked=false dry_run=false gloo=false
+  local hostfile="" ssh_dir="" worker=false
   local data="${DATA_DIR:-./imagenet_tfrecord}" run_dir=./runs/vgg16_imagenet shm_size=32g flag flagfiles=() rest=()
   for flag in "$@"; do
     case "$flag" in
@@ -89,23 +125,30 @@ docker_run() {
       --hostfile=*) hostfile="${flag#*=}" ;;
       --ssh_dir=*) ssh_dir="${flag#*=}" ;;
       --worker) worker=true ;;
+      --gloo) gloo=true ;;
       --dry_run) dry_run=true ;;
       --ranks=*) fail "--ranks: there is one for each device; give --devices=N or --cards=N" ;;
       --rsh_agent=* | --network=*) fail "${flag%%=*}: not in a container; hosts are reached through --ssh_dir, over the host's network" ;;
       *) rest+=("$flag") ;;
     esac
   done
+  local what launcher
   split_flags ${rest[@]+"${rest[@]}"}
+  if $gloo; then
+    if $worker || [ -n "$hostfile${launch_flags[*]-}" ]; then
+      fail "--gloo: horovodrun starts the ranks of one host, without the flags of hvd-vgg launch"
+    fi
+  fi
 
   if [ -n "$cards" ]; then
     [[ "$cards" =~ ^[1-9][0-9]*$ && -z "$devices" ]] || fail "--cards=$cards: expected a number of 1 or more, and no --devices"
     devices=$((cards * devices_per_card))
   fi
   [[ "$devices" =~ ^([1-9][0-9]*)?$ ]] || fail "--devices=$devices: expected a number of 1 or more"
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then masked=true; fi
   "$find"
-  [ "$devices" -gt 0 ] || fail "this host shows no device: is the driver loaded? (--devices=N --dry_run prints the command for N)"
-  $dry_run || [ "$devices" -le "$devices_found" ] || fail "$devices devices asked for; this host shows $devices_found"
   echo "$devices device(s), one rank each; devices on a card: $devices_per_card"
+  if $masked; then echo "by CUDA_VISIBLE_DEVICES: $(list "${numbers[@]}") of this host"; fi
 
   local data_at run_at command train
   data_at="$(existing "$data")" || exit
@@ -133,6 +176,7 @@ docker_run() {
       "--mount=type=bind,source=$keys/passwd,target=/etc/passwd,readonly")
   fi
   if $worker; then
+    [ "$what" = train ] || fail "$what: only where --hostfile is given; a worker waits for doctor and training alike"
     # Another user's sshd needs no right at all; root's gives up its rights in a corner of its own.
     if [ "$(id -u)" = 0 ] && [ "$access" != privileged ]; then command+=(--cap-add=SETUID --cap-add=SETGID --cap-add=SYS_CHROOT); fi
     command+=(--entrypoint=/usr/sbin/sshd "$image" -D -e -f /etc/hvd-vgg/sshd_config)
@@ -145,15 +189,20 @@ docker_run() {
       train+=("--flagfile=/etc/hvd-vgg/flags.$number")
       number=$((number + 1))
     done
-    local start=(launch --max_restarts=20)
-    if [ -n "$hostfile" ]; then
-      path="$(existing "$hostfile")" || exit
-      command+=("--mount=type=bind,source=$path,target=/etc/hvd-vgg/hosts,readonly")
-      start+=(--hostfile=/etc/hvd-vgg/hosts --rsh_agent=hvd-vgg-ssh)
+    if $gloo; then
+      command+=(--entrypoint=horovodrun "$image" --gloo -np "$devices" hvd-vgg)
     else
-      start+=("--ranks=$devices")
+      if [ -n "$hostfile" ]; then
+        path="$(existing "$hostfile")" || exit
+        command+=("--mount=type=bind,source=$path,target=/etc/hvd-vgg/hosts,readonly")
+        launcher+=(--hostfile=/etc/hvd-vgg/hosts --rsh_agent=hvd-vgg-ssh)
+      else
+        launcher+=("--ranks=$devices")
+      fi
+      # The image's entry point is hvd-vgg.
+      command+=("$image" "${launcher[@]:1}" ${launch_flags[@]+"${launch_flags[@]}"})
     fi
-    command+=("$image" "${start[@]}" ${launch_flags[@]+"${launch_flags[@]}"} train "${train[@]}" ${train_flags[@]+"${train_flags[@]}"})
+    command+=("$what" "${train[@]}" ${train_flags[@]+"${train_flags[@]}"})
   fi
 
   show "${command[@]}"

@@ -3,17 +3,21 @@
 # Prints one `docker run`, runs it, starts again what failed for no fault of its own.
 #
 #   DATA_DIR=./imagenet_tfrecord BATCH_SIZE=32 bash launch/docker_run_nvidia.sh [--devices=N] [--dry_run] [--FLAG=VALUE ...]
+#   bash launch/docker_run_nvidia.sh doctor ...     the same ranks with the same flags look whether they can train
 #
 # --image=NAME      (default: hvd_vgg:nvidia)
-# --devices=N       N of the GPUs (default: all, by nvidia-smi); docker needs NVIDIA's container toolkit
+# --devices=N       N of the GPUs (default: all, by nvidia-smi; of CUDA_VISIBLE_DEVICES=2,3 if that is set); docker needs NVIDIA's
+#                   container toolkit
 # --data_dir=DIR    TFRecords (default: DATA_DIR, else ./imagenet_tfrecord), mounted read-only
 # --run_dir=DIR     (default: ./runs/vgg16_imagenet)
 # --flagfile=FILE   a file of flags of this host
 # --shm_size=32g    limit of shared memory
 # --dry_run         only prints
+# --gloo            starts ranks by `horovodrun --gloo`, for a Horovod without MPI: starts nothing again, makes 1 of any exit code
 # --hostfile=FILE --ssh_dir=DIR   on several hosts: --worker --ssh_dir=DIR first on all but this one (launch/README.md)
 #
-# All other flags are those of `hvd-vgg launch --help` and `hvd-vgg train --help`. Not yet tried on a GPU.
+# All other flags are those of `hvd-vgg launch --help` and of `hvd-vgg train --help` or `hvd-vgg doctor --help`.
+# Not yet tried on a GPU.
 set -euo pipefail
 # shellcheck source=docker.sh
 source "$(dirname "${BASH_SOURCE[0]}")/docker.sh"

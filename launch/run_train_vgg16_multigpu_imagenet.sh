@@ -3,11 +3,13 @@
 # stands; deletes nothing; starts again what failed for no fault of its own.
 #
 #   DATA_DIR=./imagenet_tfrecord BATCH_SIZE=32 bash launch/run_train_vgg16_multigpu_imagenet.sh [--epochs=90] [--FLAG=VALUE ...]
+#   bash launch/run_train_vgg16_multigpu_imagenet.sh doctor ...      the same ranks with the same flags look whether they can train
 #
 # DATA_DIR    TFRecords (default: ./imagenet_tfrecord)
 # BATCH_SIZE  images a device holds at once (default: 32); the batch of an update is --global_batch and stays the same
 #
-# Flags are those of `hvd-vgg train --help` and `hvd-vgg launch --help`, such as --hostfile=hosts.txt, --ranks=8, --dry_run.
+# Flags are those of `hvd-vgg train --help` or `hvd-vgg doctor --help`, and of `hvd-vgg launch --help`, such as
+# --hostfile=hosts.txt, --ranks=8, --dry_run.
 set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -15,7 +17,7 @@ use_environment
 split_flags "$@"
 
 # The later flag wins: what is on the command line overrides what is here.
-exec hvd-vgg launch --max_restarts=20 ${launch_flags[@]+"${launch_flags[@]}"} \
-  train --flagfile="$clone/configs/vgg16_imagenet.flags" \
+exec "${launcher[@]}" ${launch_flags[@]+"${launch_flags[@]}"} \
+  "$what" --flagfile="$clone/configs/vgg16_imagenet.flags" \
   --data_dir="${DATA_DIR:-./imagenet_tfrecord}" --run_dir=./runs/vgg16_imagenet --device_batch="${BATCH_SIZE:-32}" \
   ${train_flags[@]+"${train_flags[@]}"}

@@ -25,7 +25,8 @@ echo "== lint and types"
 ruff check .
 ruff format --check .
 mypy
-shellcheck -x -P SCRIPTDIR launch/*.sh launch/*.sbatch launch/container/*.sh launch/container/hvd-vgg-ssh .ci/run
+shellcheck -x -P SCRIPTDIR launch/*.sh launch/*.sbatch launch/container/*.sh launch/kubernetes/*.sh \
+  launch/container/hvd-vgg-ssh .ci/run
 hadolint Dockerfile
 
 echo "== tests of one process, and those that start their own ranks"

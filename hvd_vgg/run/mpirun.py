@@ -22,7 +22,7 @@ from hvd_vgg.run.hosts import JOB_PARAMETER, Host
 # What the ranks of other hosts get of this environment, and nothing else of it; those of this host have all of it.
 _PASSED = re.compile(
     r"PATH|LD_LIBRARY_PATH|PYTHONPATH|PYTHONDONTWRITEBYTECODE|OMP_NUM_THREADS|TMPDIR|TZ|LANG|LC_\w+|XLA_FLAGS"
-    r"|(HOROVOD|TF|NCCL|CUDA|UCX|GLOO)_\w+"
+    r"|(HOROVOD|TF|NCCL|CUDA|UCX|GLOO|UMD|CRT|DRT)_\w+"  # the last three: of Iluvatar's driver
 )
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CRED", re.I)
 
@@ -63,7 +63,7 @@ class Ended(NamedTuple):
 def compose(config: LaunchConfig, ranks: int, hosts: Sequence[Host], token: str, program: Sequence[str]) -> List[str]:
     """Returns the command that starts `program` on `ranks`, on this host where there are no `hosts`.
 
-    No value of the environment is in it. Raises Failure(CONFIGURATION) where there is no mpirun.
+    No value of the environment is in it. Raises Failure(CONFIGURATION) where there is no mpirun, or none that can be used.
     """
     found = shutil.which("mpirun")
     if found is None:
@@ -72,6 +72,9 @@ def compose(config: LaunchConfig, ranks: int, hosts: Sequence[Host], token: str,
     command = [found if hosts else "mpirun", "-np", str(ranks), "--bind-to", "none", "--map-by", "slot", "--oversubscribe"]
     settings: Dict[str, Any] = {JOB_PARAMETER: token}
     if hosts:
+        if re.search(r"\s", found):
+            text = f"{found}: Open MPI starts its daemon on other hosts by this path, and cuts it at spaces"
+            raise Failure(CONFIGURATION, f"{text}: put Open MPI, or HVD_VGG_VENV, where its path has none")
         command += ["--host", ",".join(f"{host.name}:{host.slots}" for host in hosts)]
         # All daemons are started from here: other hosts need no keys.
         settings.update(plm_rsh_agent=config.rsh_agent, plm_rsh_no_tree_spawn=1, **_KEEPALIVE)
@@ -79,9 +82,24 @@ def compose(config: LaunchConfig, ranks: int, hosts: Sequence[Host], token: str,
             command += ["-x", name]
     if config.network:
         settings.update(oob_tcp_if_include=config.network, btl_tcp_if_include=config.network)
+        for name, value in interface_variables(config.network).items():
+            if name not in os.environ:
+                command += ["-x", f"{name}={value}"]
     for name, value in settings.items():
         command += ["--mca", name, str(value)]
     return [*command, *program]
+
+
+def interface_variables(network: str) -> Dict[str, str]:
+    """Returns what tells NCCL and Gloo to use the interfaces of --network, as it tells Open MPI.
+
+    They know names alone, and a network's may differ from host to host: nothing where one is in the list.
+    """
+    names = [part.strip() for part in network.split(",") if part.strip()]
+    if not names or any("/" in name for name in names):
+        return {}
+    # NCCL takes a list, and what begins with a name too unless it is told =; Gloo takes one.
+    return {"NCCL_SOCKET_IFNAME": "=" + ",".join(names), "HOROVOD_GLOO_IFACE": names[0]}
 
 
 def passed(environment: Any, config: LaunchConfig) -> List[str]:

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import threading
@@ -51,17 +52,49 @@ def test_several_hosts(count):
     told = settings(command)
     assert told["plm_rsh_agent"] == "ssh -p 2222 -o BatchMode=yes"
     assert told["oob_tcp_if_include"] == told["btl_tcp_if_include"] == "10.1.0.0/16"
+    assert not any("IFNAME" in word or "IFACE" in word for word in command)  # NCCL and Gloo know names alone
     assert "StrictHostKeyChecking=yes" in LaunchConfig().rsh_agent
     assert shlex.split(mpirun.shown(command)) == command
 
 
+@pytest.mark.parametrize("listed", [[], [Host("a", 2), Host("b", 2)]])
+def test_nccl_and_gloo_keep_to_interfaces_that_are_named(listed, monkeypatch):
+    for name in ("NCCL_SOCKET_IFNAME", "HOROVOD_GLOO_IFACE"):
+        monkeypatch.delenv(name, raising=False)
+    config = LaunchConfig(network="eth1,ib0")
+    command = mpirun.compose(config, 2, listed, "token", PROGRAM)
+    assert settings(command)["btl_tcp_if_include"] == "eth1,ib0"
+    assert {"NCCL_SOCKET_IFNAME==eth1,ib0", "HOROVOD_GLOO_IFACE=eth1"} <= set(options(command, "-x"))
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    command = mpirun.compose(config, 2, listed, "token", PROGRAM)
+    told = [value for value in options(command, "-x") if value.startswith("NCCL_SOCKET_IFNAME")]
+    assert told == (["NCCL_SOCKET_IFNAME"] if listed else [])  # the user's own value
+
+
+@pytest.mark.parametrize("network", ["", "10.1.0.0/16", "eth1,10.1.0.0/16"])
+def test_what_is_no_list_of_names_tells_nccl_and_gloo_nothing(network):
+    assert mpirun.interface_variables(network) == {}
+
+
+def test_an_open_mpi_whose_path_has_a_space_is_refused_on_several_hosts(tmp_path, monkeypatch):
+    folder = tmp_path / "my own" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "mpirun").symlink_to(shutil.which("mpirun"))
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    assert mpirun.compose(LaunchConfig(), 2, [], "token", PROGRAM)[0] == "mpirun"
+    with pytest.raises(Failure, match="cuts it at spaces") as raised:
+        mpirun.compose(LaunchConfig(), 2, [Host("a", 2)], "token", PROGRAM)
+    assert raised.value.code == 78
+
+
 def test_names_of_variables_are_passed_by_an_allow_list_and_values_never(monkeypatch):
-    for name in ("HVD_VGG_CANARY_SECRET", "HOROVOD_API_KEY", "TF_TOKEN", "AWS_REGION", "NCCL_DEBUG", "MY_OWN", "HOME"):
+    secret = "HVD_VGG_CANARY_SECRET", "HOROVOD_API_KEY", "TF_TOKEN"
+    for name in (*secret, "AWS_REGION", "NCCL_DEBUG", "MY_OWN", "HOME", "UMD_X"):
         monkeypatch.setenv(name, "canary")
     command = mpirun.compose(LaunchConfig(export_env="MY_OWN,NOT_SET"), 2, [Host("a", 2)], "token", PROGRAM)
     names = set(options(command, "-x"))
-    assert {"PATH", "NCCL_DEBUG", "MY_OWN"} <= names
-    assert not {"HVD_VGG_CANARY_SECRET", "HOROVOD_API_KEY", "TF_TOKEN", "AWS_REGION", "NOT_SET", "HOME"} & names
+    assert {"PATH", "NCCL_DEBUG", "MY_OWN", "UMD_X"} <= names
+    assert not {*secret, "AWS_REGION", "NOT_SET", "HOME"} & names
     assert not any("=" in name for name in names)
     assert "canary" not in mpirun.shown(command)
 

@@ -1,6 +1,7 @@
 """The Kubernetes manifests: against the published schema of the MPI operator, and what no schema knows."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import jsonschema
@@ -8,7 +9,7 @@ import pytest
 import yaml
 from support import ROOT
 
-from hvd_vgg.config import Config, LaunchConfig, parse
+from hvd_vgg.config import Config, DoctorConfig, LaunchConfig, parse
 from hvd_vgg.run import hosts
 from hvd_vgg.run.hosts import Host
 
@@ -140,3 +141,38 @@ def test_workers_listen_with_the_jobs_key_where_the_launcher_looks(name):
     assert f" -p {port} " in agent
     assert container["readinessProbe"]["tcpSocket"] == {"port": port}
     assert container["command"] + container["args"] == ["/usr/sbin/sshd", "-D", "-e", "-f", "/etc/hvd-vgg/sshd_config"]
+
+
+def doctor(path, *flags):
+    """Runs the script that makes a job of doctor of a job of training, and returns it, ended."""
+    script = FOLDER / "doctor.sh"
+    return subprocess.run(["bash", script, path, *flags], capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_doctor_looks_from_the_pods_that_would_train(name):
+    ended = doctor(FOLDER / f"{name}.yaml", "--collectives", "--out=/runs/it's here.json")
+    assert ended.returncode == 0, ended.stderr
+    made = yaml.safe_load(ended.stdout)
+    jsonschema.validate(made, strict(SCHEMA))
+    container, _ = container_of(made, "Launcher")
+    at = container["args"].index("doctor")
+    launching = parse(LaunchConfig, container["args"][1:at])
+    assert (launching.hostfile, launching.rsh_agent) == ("/etc/mpi/hostfile", "hvd-vgg-ssh")
+    looking = parse(DoctorConfig, [each.replace("/opt/hvd_vgg", str(ROOT)) for each in container["args"][at + 1 :]])
+    assert (looking.data_dir, looking.collectives, looking.out) == ("/data", True, "/runs/it's here.json")
+    # Once, and all else is as it was.
+    assert made["metadata"]["name"] == JOBS[name]["metadata"]["name"] + "-doctor"
+    assert made["spec"]["runPolicy"]["backoffLimit"] == 0
+    assert made["spec"]["mpiReplicaSpecs"]["Launcher"]["restartPolicy"] == "Never"
+    container["args"] = container_of(JOBS[name], "Launcher")[0]["args"]
+    made["metadata"]["name"] = JOBS[name]["metadata"]["name"]
+    made["spec"]["runPolicy"]["backoffLimit"] = JOBS[name]["spec"]["runPolicy"]["backoffLimit"]
+    made["spec"]["mpiReplicaSpecs"]["Launcher"]["restartPolicy"] = "OnFailure"
+    assert made == JOBS[name]
+
+
+def test_what_is_no_job_of_training_is_refused_before_anything_is_printed():
+    ended = doctor(FOLDER / "volumes.yaml")
+    assert (ended.returncode, ended.stdout) == (78, "")
+    assert "volumes.yaml: no line like `^    Launcher:$`" in ended.stderr

@@ -1,7 +1,9 @@
 """The launch scripts without what they start: each prints the command that it would run, and nothing else happens."""
 
+import csv
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -11,7 +13,7 @@ import pytest
 from dockerfile import stages
 from support import BIN, ROOT
 
-from hvd_vgg.config import Config, LaunchConfig, parse
+from hvd_vgg.config import Config, DoctorConfig, LaunchConfig, parse
 
 LAUNCH = ROOT / "launch"
 # name: image, devices on a card
@@ -79,7 +81,11 @@ def test_docker_on_one_host(here, name, devices):
             DATA_DIR="./image net",
             BATCH_SIZE="64",
             NCCL_DEBUG="INFO",
+            UMD_WAITAFTERLAUNCH="1",
+            DRT_MEMCPYUSEKERNEL="20000000000",
+            CRT_STRICTCUDATIMINGMODE="0",
             TF_API_TOKEN="canary",  # noqa: S106 (no password)
+            UMD_KEY="canary",
         )
     )
     assert not (here / "runs").exists()  # only printed
@@ -103,8 +109,8 @@ def test_docker_on_one_host(here, name, devices):
     }
     # Variables go by name, so that no value is in `ps`; the secret one does not go at all.
     variables = given(docker, "env")
-    assert "NCCL_DEBUG" in variables
-    assert not any("TOKEN" in each or "canary" in each for each in words)
+    assert {"NCCL_DEBUG", "UMD_WAITAFTERLAUNCH", "DRT_MEMCPYUSEKERNEL", "CRT_STRICTCUDATIMINGMODE"} < set(variables)
+    assert not any("TOKEN" in each or "KEY" in each.split("=")[0] or "canary" in each for each in words)
     split = inside.index("train")
     assert inside[0] == "launch"
     launching = parse(LaunchConfig, inside[1:split])
@@ -143,6 +149,42 @@ def test_docker_on_several_hosts(here, name, devices, hosts):
     assert worker[worker.index(image) + 1 :] == ["-D", "-e", "-f", "/etc/hvd-vgg/sshd_config"]
 
 
+def without_restarts(words):
+    """Returns the words of a command without what is for training alone."""
+    return [word for word in words if not word.startswith("--max_restarts=")]
+
+
+@pytest.mark.parametrize("devices", [1, 8, 16, 32])
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("name", DOCKER)
+def test_docker_runs_doctor_where_it_would_train(here, name, devices, hosts):
+    write_hosts(here, hosts, devices)
+    flags = [f"--devices={devices}", "--data_dir=image net", "--run_dir=run 1", "--lr=0.02", "--dry_run"]
+    flags += ["--hostfile=the hosts", "--ssh_dir=the keys"] if hosts > 1 else []
+    train = printed(call(f"docker_run_{name}.sh", *flags, cwd=here))
+    doctor = printed(call(f"docker_run_{name}.sh", "doctor", *flags, "--collectives", cwd=here))
+    at = train.index("train")
+    assert doctor == without_restarts([*train[:at], "doctor", *train[at + 1 :], "--collectives"])
+    assert "--max_restarts=20" in train
+    inside = [word.replace("/opt/hvd_vgg", str(ROOT)) for word in doctor[doctor.index("doctor") + 1 :]]
+    looking = parse(DoctorConfig, inside)
+    assert (looking.data_dir, looking.run_dir, looking.collectives, looking.lr) == ("/data", "/runs/run 1", True, 0.02)
+
+
+@pytest.mark.parametrize("devices", [1, 8, 16, 32])
+@pytest.mark.parametrize("what", ["train", "doctor"])
+@pytest.mark.parametrize("name", DOCKER)
+def test_docker_without_mpi(here, name, devices, what):
+    flags = ["--gloo", f"--devices={devices}", "--data_dir=image net", "--run_dir=run 1", "--dry_run"]
+    words = printed(call(f"docker_run_{name}.sh", *(["doctor"] if what == "doctor" else []), *flags, cwd=here))
+    image, _ = DOCKER[name]
+    at = words.index(image)
+    assert given(words[:at], "entrypoint") == ["horovodrun"]
+    assert words[at + 1 : at + 6] == ["--gloo", "-np", str(devices), "hvd-vgg", what]
+    inside = [word.replace("/opt/hvd_vgg", str(ROOT)) for word in words[at + 6 :]]
+    assert parse(DoctorConfig if what == "doctor" else Config, inside).run_dir == "/runs/run 1"
+
+
 @pytest.mark.parametrize(("name", "cards", "devices"), [("bi_v150", 8, 16), ("bi_v100", 8, 8), ("bi_v150", 1, 2)])
 def test_a_card_is_one_device_or_two(here, name, cards, devices):
     words = printed(call(f"docker_run_{name}.sh", "--dry_run", f"--cards={cards}", "--data_dir=image net", cwd=here))
@@ -177,6 +219,10 @@ def test_the_vendors_other_ways_to_the_devices(here, access):
         (["--devices=2", "--hostfile=the hosts"], "several hosts need --ssh_dir=DIR"),
         (["--devices=2", "--rsh_agent=ssh"], "--rsh_agent: not in a container"),
         (["--devices=2", "--flagfile=nothing.flags"], "nothing.flags: no such file"),
+        (["--devices=2", "--gloo", "--hostfile=the hosts", "--ssh_dir=the keys"], "--gloo: horovodrun starts"),
+        (["--devices=2", "--gloo", "--grace_seconds=5"], "--gloo: horovodrun starts"),
+        (["--devices=2", "--gloo", "--worker", "--ssh_dir=the keys"], "--gloo: horovodrun starts"),
+        (["doctor", "--devices=2", "--worker", "--ssh_dir=the keys"], "doctor: only where --hostfile is given"),
     ],
 )
 @pytest.mark.parametrize("name", DOCKER)
@@ -187,6 +233,63 @@ def test_docker_refuses_what_would_fail_later(here, name, flags, told):
     assert ended.returncode == 78, ended.stdout
     assert told in ended.stderr
     assert "+ docker" not in ended.stdout
+
+
+@pytest.mark.parametrize(("flags", "taken"), [([], [5, 0, 12]), (["--devices=2"], [5, 0])])
+@pytest.mark.parametrize("name", DOCKER)
+def test_docker_takes_the_devices_that_the_host_leaves_it(here, name, flags, taken):
+    call_flags = ["--dry_run", "--data_dir=image net", *flags]
+    words = printed(call(f"docker_run_{name}.sh", *call_flags, cwd=here, CUDA_VISIBLE_DEVICES="5,0,12"))
+    if name == "nvidia":
+        # docker reads the value as a line of CSV.
+        (devices,) = csv.reader(given(words, "gpus"))
+        assert devices == ["device=" + ",".join(map(str, taken))]
+    else:
+        nodes = [node for node in given(words, "device") if node != "/dev/itrctl"]
+        assert nodes == [f"/dev/iluvatar{number}" for number in taken]
+    assert given(words, "ranks") == [str(len(taken))]
+    # Inside they are counted from 0.
+    assert not any("CUDA_VISIBLE_DEVICES" in each for each in given(words, "env"))
+
+
+@pytest.mark.parametrize(
+    ("access", "told"), [("runtime", "IX_VISIBLE_DEVICES=5,0"), ("privileged", "CUDA_VISIBLE_DEVICES=5,0")]
+)
+def test_the_vendors_other_ways_keep_to_what_the_host_leaves(here, access, told):
+    flags = ["--dry_run", "--data_dir=image net", f"--access={access}"]
+    words = printed(call("docker_run_bi_v150.sh", *flags, cwd=here, CUDA_VISIBLE_DEVICES="5,0"))
+    assert told in given(words, "env")
+    assert given(words, "ranks") == ["2"]
+    write_hosts(here, 2, 2)
+    several = ["--hostfile=the hosts", "--ssh_dir=the keys"]
+    ended = call("docker_run_bi_v150.sh", *flags, *several, cwd=here, CUDA_VISIBLE_DEVICES="5,0")
+    assert (ended.returncode == 78) == (access == "privileged")
+    assert ("cannot be kept with --access=privileged on several hosts" in ended.stderr) == (access == "privileged")
+
+
+@pytest.mark.parametrize(
+    ("mask", "flags", "told"),
+    [
+        ("0,1", ["--devices=8"], "8 devices asked for; CUDA_VISIBLE_DEVICES=0,1 leaves 2: ask for no more, or unset it"),
+        ("", [], "CUDA_VISIBLE_DEVICES=: expected numbers of devices"),
+        ("GPU-8932f937", [], "CUDA_VISIBLE_DEVICES=GPU-8932f937: expected numbers of devices"),
+        ("1,1", [], "CUDA_VISIBLE_DEVICES=1,1 names a device twice"),
+    ],
+)
+@pytest.mark.parametrize("name", DOCKER)
+def test_docker_refuses_devices_that_it_cannot_give(here, name, mask, flags, told):
+    ended = call(f"docker_run_{name}.sh", "--data_dir=image net", "--dry_run", *flags, cwd=here, CUDA_VISIBLE_DEVICES=mask)
+    assert ended.returncode == 78, ended.stdout
+    assert told in ended.stderr
+    assert "+ docker" not in ended.stdout
+
+
+def test_a_device_that_the_host_does_not_show_starts_nothing(here):
+    path = stand_ins(here, docker="touch called", **{"nvidia-smi": "for i in 0 1 2 3; do echo GPU $i: H; done"})
+    ended = call("docker_run_nvidia.sh", "--data_dir=image net", cwd=here, PATH=path, CUDA_VISIBLE_DEVICES="3,4")
+    assert ended.returncode == 78
+    assert "CUDA_VISIBLE_DEVICES=3,4: this host shows 4, counted from 0" in ended.stderr
+    assert not (here / "called").exists()
 
 
 @pytest.mark.parametrize("name", DOCKER)
@@ -243,6 +346,33 @@ def test_the_multigpu_script(here, ranks, hosts):
     assert not (here / "run 1").exists()
 
 
+@pytest.mark.parametrize("ranks", [1, 8, 16, 32])
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_the_multigpu_script_runs_doctor_where_it_would_train(here, ranks, hosts):
+    write_hosts(here, hosts, ranks)
+    flags = ["--dry_run", "--run_dir=run 1", "--lr=0.02"]
+    flags += [f"--ranks={ranks}"] if hosts == 1 else ["--hostfile=the hosts"]
+    script, environment = "run_train_vgg16_multigpu_imagenet.sh", {"DATA_DIR": "./image net", "PYTHONPATH": str(ROOT)}
+    train = printed(call(script, *flags, cwd=here, **environment))
+    doctor = printed(call(script, "doctor", *flags, cwd=here, **environment))
+    assert no_tokens(doctor) == no_tokens(["doctor" if word == "train" else word for word in train])
+    looking = parse(DoctorConfig, doctor[doctor.index("doctor") + 1 :])
+    assert (looking.data_dir, looking.run_dir, looking.lr) == ("./image net", "run 1", 0.02)
+
+
+def no_tokens(words):
+    """Returns the words of an mpirun command without what differs from start to start, and from command to command."""
+    at = words.index("hvd_vgg_job")
+    return [word for word in [*words[:at], *words[at + 2 :]] if not word.startswith("--console=")]
+
+
+def test_the_script_for_one_device_runs_doctor(here):
+    ended = call("run_train_vgg16_imagenet.sh", "doctor", "--dry_run", cwd=here, PYTHONPATH=str(ROOT))
+    words = printed(ended)
+    assert words[words.index("-np") + 1] == "1"
+    assert words[words.index("hvd_vgg") + 1] == "doctor"
+
+
 def test_the_script_for_one_device(here):
     ended = call("run_train_vgg16_imagenet.sh", "--dry_run", cwd=here, DATA_DIR="./image net", PYTHONPATH=str(ROOT))
     started, named, train = of_mpirun(printed(ended))
@@ -275,9 +405,38 @@ def test_slurm_by_mpirun(here, devices, hosts):
     assert shown[:2] == ["hvd-vgg", "launch"]
     started, named, train = of_mpirun(run)
     assert (started, named) == (min(devices * hosts, 256), [f"node{number}:{devices}" for number in range(hosts)])
-    assert run[run.index("plm_rsh_agent") + 1] == str(LAUNCH / "slurm_rsh.sh")
+    agent = run[run.index("plm_rsh_agent") + 1]
+    assert shlex.split(agent) == [agent]  # TMPDIR has a space in it
     assert {"--data_dir=./image net", "--run_dir=run 1"} < set(train)
-    assert list(here.glob("hvd_vgg-hosts.*")) == []
+    assert not Path(agent).parent.exists()
+
+
+@pytest.mark.parametrize("devices", [1, 8, 16, 32])
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_slurm_in_a_clone_whose_path_has_a_space(here, tmp_path, devices, hosts):
+    """What stands for the launcher calls the remote shell as mpirun does: cut at spaces, from the first node."""
+    cut = 'for word; do case "$word" in *=*) declare "${word//--/}" ;; esac; done'
+    launcher = f'{cut}; cat "$hostfile"; $rsh_agent node3 orted'
+    clone = here / "the clone"
+    shutil.copytree(LAUNCH, clone / "launch")
+    path = stand_ins(
+        here,
+        scontrol=SCONTROL,
+        srun='printf "%s\\n" "$@"',
+        **{"hvd-vgg": launcher},
+    )
+    environment = {**SLURM, "SLURM_SUBMIT_DIR": str(clone), "PATH": path, "COUNT": str(hosts), "TMPDIR": str(tmp_path)}
+    ended = call("slurm.sbatch", cwd=here, SLURM_NTASKS_PER_NODE=str(devices), **environment)
+    assert ended.returncode == 0, ended.stderr
+    shown, *lines = ended.stdout.splitlines()
+    words = shlex.split(shown)[1:]
+    assert f"--flagfile={clone}/configs/vgg16_imagenet.flags" in words
+    (agent,) = given(words, "rsh_agent")
+    assert Path(agent).parent.parent == tmp_path
+    assert not Path(agent).parent.exists()
+    assert lines[:hosts] == [f"node{number} slots={devices}" for number in range(hosts)]
+    assert "--nodelist=node3" in lines[hosts:]
+    assert lines[-1] == "orted"
 
 
 @pytest.mark.parametrize("devices", [1, 8, 16, 32])
@@ -295,6 +454,35 @@ def test_slurm_by_srun(here, devices):
     ]
     training = parse(Config, words[at + 1 :])
     assert (training.data_dir, training.run_dir) == ("./image net", "run 1")
+
+
+@pytest.mark.parametrize("devices", [1, 8, 16, 32])
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("by", ["mpirun", "srun"])
+def test_slurm_runs_doctor_where_it_would_train(here, by, devices, hosts):
+    path = stand_ins(here, scontrol=SCONTROL)
+    environment = {**SLURM, "PATH": path, "SLURM_NTASKS_PER_NODE": str(devices), "COUNT": str(hosts)}
+    environment.update(HVD_VGG_LAUNCHER=by, DATA_DIR="./image net", TMPDIR=str(here))
+    ended = [
+        call("slurm.sbatch", *what, "--dry_run", "--run_dir=run 1", cwd=here, **environment) for what in ([], ["doctor"])
+    ]
+    assert [each.returncode for each in ended] == [0, 0], ended[1].stderr
+    train, doctor = [shlex.split(each.stdout.splitlines()[0])[1:] for each in ended]
+    fixed = [[word for word in words if not word.startswith(("--hostfile=", "--rsh_agent="))] for words in (train, doctor)]
+    assert fixed[1] == without_restarts(["doctor" if word == "train" else word for word in fixed[0]])
+    looking = parse(DoctorConfig, doctor[doctor.index("doctor") + 1 :])
+    assert (looking.data_dir, looking.run_dir) == ("./image net", "run 1")
+    if by == "mpirun":
+        composed = shlex.split(ended[1].stdout.splitlines()[1])[1:]
+        assert composed[composed.index("-np") + 1] == str(min(devices * hosts, 256))
+
+
+@pytest.mark.parametrize("code", [75, 78, 80, 137])
+def test_slurm_queues_no_doctor_again(here, code):
+    path = stand_ins(here, scontrol=SCONTROL, srun=f"exit {code}")
+    environment = {**SLURM, "PATH": path, "SLURM_NTASKS_PER_NODE": "2", "HVD_VGG_LAUNCHER": "srun"}
+    ended = call("slurm.sbatch", "doctor", cwd=here, **environment)
+    assert (ended.returncode, "requeued" in ended.stdout) == (code, False)
 
 
 @pytest.mark.parametrize(

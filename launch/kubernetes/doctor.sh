@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Prints the manifest of a training job as one of doctor, under a name of its own: the same workers, ranks and flags, once.
+#
+#   bash launch/kubernetes/doctor.sh launch/kubernetes/mpijob-bi-v150.yaml [--FLAG=VALUE ...] | kubectl create -f -
+#   kubectl logs -f job/vgg16-bi-v150-doctor-launcher
+#
+# Flags are those of `hvd-vgg doctor --help`, such as --collectives.
+set -euo pipefail
+# shellcheck source=../common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+manifest="${1:?expected a manifest, such as launch/kubernetes/mpijob-bi-v150.yaml}"
+shift
+for line in '^  name: ' '^    Launcher:$' '^      restartPolicy: ' '^    backoffLimit: ' '^ *- train$' '^ *- --run_dir='; do
+  grep -q -- "$line" "$manifest" || fail "$manifest: no line like \`$line\`, as the manifests of launch/kubernetes have it"
+done
+
+role=""
+while IFS= read -r line; do
+  case "$line" in
+    '#'*) continue ;;
+    '    Launcher:' | '    Worker:') role="$line" ;;
+    '  name: '*) line+=-doctor ;;
+    # A doctor that found something is not asked again, and its pod stays for its log.
+    '    backoffLimit: '*) line='    backoffLimit: 0' ;;
+    '      restartPolicy: '*) if [ "$role" = '    Launcher:' ]; then line='      restartPolicy: Never'; fi ;;
+    *'- --max_restarts='*) continue ;;
+    *'- train') line="${line%train}doctor" ;;
+  esac
+  printf '%s\n' "$line"
+  if [[ "$line" = *'- --run_dir='* ]]; then
+    for flag in "$@"; do printf "%s- '%s'\n" "${line%%-*}" "${flag//\'/\'\'}"; done
+  fi
+done <"$manifest"
