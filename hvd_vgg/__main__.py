@@ -165,6 +165,7 @@ PROGRAM = [sys.executable, "-m", "hvd_vgg"]
 
 def main() -> None:
     """Runs the command line and exits with the codes of hvd_vgg.run.health."""
+    output.reopen()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Where TensorBoard is not installed, TensorFlow before 2.16 warns of it on every rank; a run says it once itself.
     logging.getLogger().addFilter(lambda record: "missing TensorBoard" not in record.getMessage())

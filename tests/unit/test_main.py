@@ -1,5 +1,5 @@
 import pytest
-from support import ROOT, TINY
+from support import ROOT, TINY, Started, command_line
 
 from hvd_vgg.__main__ import COMMANDS, USAGE_TEXT
 
@@ -60,3 +60,23 @@ def test_more_ranks_than_images_is_a_usage_error(launch, data):
     ended = launch(2, "train", f"--data_dir={data}", *TINY, "--global_batch=1")
     assert ended.code == 64
     assert ended.err.count("leaves nothing to do for some of 2 ranks") == 1
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_run_whose_streams_were_closed_before_its_start_is_a_run(launch, tmp_path, data, closed):
+    words = command_line(0, ["launch", "--ranks=2", "train", f"--data_dir={data}", *TINY, "--epochs=1", "--run_dir=run"])
+    ended = Started(["bash", "-c", f'"$@" {closed}', "bash", *words], tmp_path).wait()
+    assert (ended.code, "Traceback" in ended.err) == (0, False), ended.err
+    verified = launch(0, "verify-run", "run")
+    assert verified.code == 0, verified.out
+
+
+def test_what_a_process_says_to_closed_streams_goes_into_no_file(tmp_path):
+    """Else a shard is opened as stdin, stdout or stderr, and gets what TensorFlow, told to say all, says."""
+    written = []
+    for place, closed in (("open", ""), ("closed", "<&- >&- 2>&-")):
+        flags = [f"--data_dir={place}", "--train_images=20", "--validation_images=10", "--shards=2"]
+        words = ["bash", "-c", f'"$@" {closed}', "bash", *command_line(0, ["make-demo-data", *flags])]
+        assert Started(words, tmp_path, TF_CPP_MIN_LOG_LEVEL="0").wait().code == 0
+        written.append({path.name: path.read_bytes() for path in (tmp_path / place).iterdir()})
+    assert written[0] == written[1]
