@@ -284,7 +284,6 @@ def _end(failure: Failure) -> int:
         watch.beat(phase="saving")  # rank 0 may have a checkpoint to write to its end
         comm.together(lambda: None)  # nobody leaves before rank 0 has spoken
         comm.leave()
-        watch.end()
         return failure.code
     rank = comm.rank_if_joined()
     where = "" if rank is None or comm.size() == 1 else f"rank {rank}: "

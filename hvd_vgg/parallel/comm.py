@@ -351,9 +351,11 @@ def agree(what: str, mine: Dict[str, Any]) -> None:
 
 
 def leave() -> None:
-    """Leaves the run in order; all ranks, when nothing more will be said."""
+    """Leaves the run in order; all ranks, when nothing more will be said. A process that then hangs is ended."""
+    watch.leaving()
     if hvd.is_initialized():
         hvd.shutdown()
+    watch.end()
 
 
 def abort(code: int) -> None:
