@@ -274,10 +274,10 @@ def _end(failure: Failure) -> int:
     """Ends a rank that may be among others."""
     if not failure.agreed and failure.code != LOST_RANK:
         watch.fatal(failure.code, failure.message)
-    if "hvd_vgg.parallel.comm" not in sys.modules:  # it failed before Horovod was there
+    comm = sys.modules.get("hvd_vgg.parallel.comm")
+    rank = comm.rank_if_joined() if comm else None
+    if not comm or rank is None:  # it failed before Horovod was there, or when it no longer was
         return _refuse(failure)
-    from hvd_vgg.parallel import comm
-
     if failure.agreed:
         if comm.is_root():
             output.say(f"hvd-vgg: {failure.message}", sys.stderr)
@@ -285,8 +285,7 @@ def _end(failure: Failure) -> int:
         comm.together(lambda: None)  # nobody leaves before rank 0 has spoken
         comm.leave()
         return failure.code
-    rank = comm.rank_if_joined()
-    where = "" if rank is None or comm.size() == 1 else f"rank {rank}: "
+    where = f"rank {rank}: " if comm.size() > 1 else ""
     output.say(f"hvd-vgg: {where}{failure.message}", sys.stderr)
     comm.abort(failure.code)
     return failure.code

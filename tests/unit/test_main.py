@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 from support import ROOT, TINY, Started, command_line
 
@@ -47,13 +49,28 @@ def test_worlds_of_one_rank_each_are_refused(launch, data):
     """Two processes that Horovod does not connect would both be rank 0 of the same run."""
     ended = launch(2, "train", f"--data_dir={data}", *TINY, HOROVOD_CONTROLLER="gloo", HOROVOD_CPU_OPERATIONS="gloo")
     assert ended.code == 78
-    assert "the launcher started 2 processes, but Horovod sees 1" in ended.err
+    assert ended.err.count("the launcher started 2 processes, but Horovod sees 1") == 1
 
 
 def test_two_ranks_say_it_once(launch):
     ended = launch(2, "train", "--lr=0")
     assert ended.code == 64
     assert ended.err.count("--lr=0: expected more than 0") == 1
+
+
+def test_a_precision_that_no_rank_can_compute_in_is_refused_once(tmp_path, data):
+    """As TensorFlow 2.6 does on CPUs."""
+    program = (
+        "import sys\n"
+        "from hvd_vgg import __main__\n"
+        "from hvd_vgg.parallel import comm\n"
+        "comm.cpu_convolves = lambda precision: precision != 'bfloat16'\n"
+        "sys.exit(__main__.run(sys.argv[1:]))\n"
+    )
+    words = ["-c", program, "train", f"--data_dir={data}", *TINY, "--precision=bfloat16"]
+    ended = Started(command_line(2, words, [sys.executable]), tmp_path, PYTHONPATH=str(ROOT)).wait()
+    assert ended.code == 78
+    assert ended.err.count("hvd-vgg: ") == ended.err.count("--precision=bfloat16: TensorFlow") == 1, ended.err
 
 
 def test_more_ranks_than_images_is_a_usage_error(launch, data):
