@@ -165,6 +165,7 @@ PROGRAM = [sys.executable, "-m", "hvd_vgg"]
 
 def main() -> None:
     """Runs the command line and exits with the codes of hvd_vgg.run.health."""
+    output.reopen()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Where TensorBoard is not installed, TensorFlow before 2.16 warns of it on every rank; a run says it once itself.
     logging.getLogger().addFilter(lambda record: "missing TensorBoard" not in record.getMessage())
@@ -273,20 +274,18 @@ def _end(failure: Failure) -> int:
     """Ends a rank that may be among others."""
     if not failure.agreed and failure.code != LOST_RANK:
         watch.fatal(failure.code, failure.message)
-    if "hvd_vgg.parallel.comm" not in sys.modules:  # it failed before Horovod was there
+    comm = sys.modules.get("hvd_vgg.parallel.comm")
+    rank = comm.rank_if_joined() if comm else None
+    if not comm or rank is None:  # it failed before Horovod was there, or when it no longer was
         return _refuse(failure)
-    from hvd_vgg.parallel import comm
-
     if failure.agreed:
         if comm.is_root():
             output.say(f"hvd-vgg: {failure.message}", sys.stderr)
         watch.beat(phase="saving")  # rank 0 may have a checkpoint to write to its end
         comm.together(lambda: None)  # nobody leaves before rank 0 has spoken
         comm.leave()
-        watch.end()
         return failure.code
-    rank = comm.rank_if_joined()
-    where = "" if rank is None or comm.size() == 1 else f"rank {rank}: "
+    where = f"rank {rank}: " if comm.size() > 1 else ""
     output.say(f"hvd-vgg: {where}{failure.message}", sys.stderr)
     comm.abort(failure.code)
     return failure.code

@@ -6,6 +6,7 @@ OUT_DIR/ids.rankN gets a line a step. A fault, one of _FAULTS, happens on one ra
 once. The package has no switch for any of this: it is wrapped from outside.
 """
 
+import atexit
 import ctypes
 import os
 import re
@@ -55,6 +56,11 @@ def fill_memory(seconds):
         taken.append(b"x" * 10_000_000)
 
 
+def linger(seconds):
+    """Makes Python take longer to end."""
+    atexit.register(time.sleep, seconds)
+
+
 def flip_a_byte(seconds):
     """Damages a file as the line `OFFSET PATH` of OUT_DIR/flip says."""
     offset, path = (out / "flip").read_text().split(maxsplit=1)
@@ -101,6 +107,7 @@ _FAULTS = {
     "sleep": time.sleep,
     "hold": hold_the_lock,
     "fill": fill_memory,
+    "linger": linger,
     "flip": flip_a_byte,
     "saveslowly": save_slowly,
     "preprocess": break_preprocessing,

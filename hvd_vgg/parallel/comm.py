@@ -70,10 +70,11 @@ def start(
     input_threads: 0 for as many as fit; timeline: that one may be asked for; subsets: the numbers of ranks that `among`
     may be asked for; hang_seconds: how long an update may take, 0 for the usual; precision: what will be computed in.
 
-    Raises Failure(CONFIGURATION) when there are more ranks on this host than devices, or these do not know the precision.
+    Raises an agreed Failure(CONFIGURATION) when there are more ranks on a host than devices, or these do not know the
+    precision; one that is not agreed where Horovod finds other ranks than the launcher started.
     """
     join(timeline, subsets, hang_seconds)
-    return take_device(input_threads, precision)
+    return together(lambda: take_device(input_threads, precision))
 
 
 def join(timeline: bool = False, subsets: Sequence[int] = (), hang_seconds: float = 0.0) -> None:
@@ -102,10 +103,11 @@ def join(timeline: bool = False, subsets: Sequence[int] = (), hang_seconds: floa
     hvd.init(process_sets=[_first_ranks(count) for count in subsets if count < (launched_size() or 1)])
     started = launched_size()
     if started is not None and started != size():
-        mine = describe()
+        mine, seen = describe(), size()
+        hvd.shutdown()  # each may be rank 0 here: who speaks for all is the launcher's to say
         raise Failure(
             CONFIGURATION,
-            f"the launcher started {started} processes, but Horovod sees {size()}: each would train alone and write over "
+            f"the launcher started {started} processes, but Horovod sees {seen}: each would train alone and write over "
             f"the others. Horovod is {mine['horovod']} and uses {mine['controller']}: start it with the launcher of the "
             f"MPI it was built with, or without MPI by horovodrun --gloo",
         )
@@ -131,9 +133,10 @@ def take_device(input_threads: int = 0, precision: str = "float32") -> Device:
             )
         return Device("CPU", "NHWC", threads, input_threads)
     if hvd.local_size() > len(devices):
+        tf.config.set_visible_devices([], "GPU")  # the ranks tell each other by the CPU
         raise Failure(
             CONFIGURATION,
-            f"rank {rank()}: {hvd.local_size()} ranks on this host, but TensorFlow sees {len(devices)} devices "
+            f"{hvd.local_size()} ranks on this host, but TensorFlow sees {len(devices)} devices "
             f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}): start one rank a device",
         )
     mine = devices[hvd.local_rank()]
@@ -374,9 +377,11 @@ def agree(what: str, mine: Dict[str, Any]) -> None:
 
 
 def leave() -> None:
-    """Leaves the run in order; all ranks, when nothing more will be said."""
+    """Leaves the run in order; all ranks, when nothing more will be said. A process that then hangs is ended."""
+    watch.leaving()
     if hvd.is_initialized():
         hvd.shutdown()
+    watch.end()
 
 
 def abort(code: int) -> None:

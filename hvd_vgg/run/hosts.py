@@ -1,15 +1,11 @@
-"""The hosts of a job: the host file, which hosts answer, and what an earlier job of the same run left on them."""
+"""The hosts of a job: the host file, and what an earlier job of the same run left on them."""
 
 import os
 import re
 import shlex
-import shutil
-import signal
 import socket
-import subprocess
-import time
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import Dict, List, NamedTuple, Optional
 
 from hvd_vgg.run.health import CONFIGURATION, Failure
 
@@ -17,7 +13,6 @@ from hvd_vgg.run.health import CONFIGURATION, Failure
 # their environment. So whatever a job has started can be told from all else, on every host.
 JOB_PARAMETER = "hvd_vgg_job"
 _MARK = re.compile(JOB_PARAMETER.encode() + rb"[=\0]([0-9a-f]{16}\.[\w-]+\.\d+\.\d+)")
-_ANSWER_SECONDS = 10.0
 _LINE = re.compile(r"^(\S+?)((?:\s+\w+\s*=\s*\d+)*)$")
 
 
@@ -26,14 +21,6 @@ class Host(NamedTuple):
 
     name: str
     slots: int
-
-
-class Found(NamedTuple):
-    """What `ask` learned: hosts that answer, why others do not, and processes (by host) that an earlier job left."""
-
-    answering: List[Host]
-    silent: Dict[str, str]
-    left: Dict[str, List[int]]
 
 
 def read(path: str) -> List[Host]:
@@ -81,46 +68,13 @@ def is_here(name: str) -> bool:
     return False
 
 
-def ask(hosts: Sequence[Host], agent: str, run_token: str) -> Found:
-    """Asks all hosts at once, through the remote shell `agent`, whether they answer and what is left there of the run.
-
-    Takes 10 seconds at most. This host needs no agent. Raises Failure(CONFIGURATION) where there is no such agent.
-    """
+def find_jobs(run_token: str) -> str:
+    """Returns a shell's command that prints a path in /proc of each process that jobs of the run have on its host."""
     # A process tells its own entries of the environment and of the command line, divided by NUL; this command's own
     # entries begin with a caret.
     pattern = rf"^OMPI_MCA_{JOB_PARAMETER}={run_token}\.", rf"^{run_token}\."
     greps = " ".join(f"-e {shlex.quote(each)}" for each in pattern)
-    command = f"echo hvd-vgg is here; grep -lzs {greps} /proc/[0-9]*/environ /proc/[0-9]*/cmdline || true"
-    others = [host for host in hosts if not is_here(host.name)]
-    if others and not shutil.which(shlex.split(agent)[0]):
-        raise Failure(CONFIGURATION, f"--rsh_agent={agent}: no such program")
-    asked = {}
-    for host in others:
-        asked[host.name] = subprocess.Popen(  # noqa: S603 (the agent is the user's)
-            [*shlex.split(agent), host.name, command],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-    deadline = time.monotonic() + _ANSWER_SECONDS
-    silent, left = {}, {}
-    for name, process in asked.items():
-        try:
-            out, err = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            silent[name] = f"no answer within {_ANSWER_SECONDS:.0f} s"
-            continue
-        if process.returncode or b"hvd-vgg is here" not in out:
-            said = err.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"]
-            silent[name] = said[-1].strip()
-            continue
-        pids = sorted({int(pid) for pid in re.findall(rb"/proc/(\d+)/", out)})
-        if pids:
-            left[name] = pids
-    return Found([host for host in hosts if host.name not in silent], silent, left)
+    return f"grep -lzs {greps} /proc/[0-9]*/environ /proc/[0-9]*/cmdline"
 
 
 def jobs_here(run_token: str) -> Dict[str, List[int]]:

@@ -164,9 +164,9 @@ def _answering(
     Before another start it asks again while there is none, for some minutes; none, too, once it was asked to stop.
     """
     for left in reversed(range(1 if first else _ASKED_TIMES)):
-        found = hosts.ask(listed, config.rsh_agent, token.split(".")[0])
-        silent = {**found.silent, **_cannot_connect_back(config, found.answering)}
-        answering = [host for host in found.answering if host.name not in silent]
+        asked = _ask(config, [host for host in listed if not hosts.is_here(host.name)], token, first)
+        silent = {name: f"{f.text}; {f.todo}" for name, (f, _) in asked.items() if f.verdict == FAILURE}
+        answering = [host for host in listed if host.name not in silent]
         why = "; ".join(f"{name} ({text})" for name, text in silent.items())
         if answering or not silent or not left:
             break
@@ -181,23 +181,23 @@ def _answering(
         raise Failure(CONFIGURATION, f"cannot use {why}. Asked by: {config.rsh_agent} HOST")
     if silent:
         say(f"going on without {why}")
-    for name, pids in found.left.items():
-        say(_left(name, pids))
+    for name, (_, pids) in asked.items():
+        if pids:
+            say(_left(name, pids))
     return answering
 
 
-def _cannot_connect_back(config: LaunchConfig, answering: List[Host]) -> Dict[str, str]:
-    """Returns by name the hosts whose daemons could not reach mpirun, which would wait for them for ever, and why."""
-    others = [host for host in answering if not hosts.is_here(host.name)]
+def _ask(config: LaunchConfig, others: List[Host], token: str, first: bool) -> Dict[str, reach.Asked]:
+    """Returns by name what other hosts tell: a daemon that could not reach mpirun would be waited for for ever."""
     if not others:
         return {}
     there = network.interfaces()
     addresses = network.chosen({network.INCLUDE[0]: config.network} if config.network else os.environ, there)
-    if not addresses:
+    if first and not addresses:
         text = f"--network={config.network}: no interface with an address is so called or in it"
         raise Failure(CONFIGURATION, f"{text if config.network else 'no network'}; here are: {network.spoken(there)}")
-    judged = reach.check_hosts(others, config.rsh_agent, addresses)
-    return {host.name: f"{each.text}; {each.todo}" for host, each in zip(others, judged) if each.verdict == FAILURE}
+    told = reach.ask(others, config.rsh_agent, addresses, hosts.find_jobs(token.split(".")[0]))
+    return {host.name: each for host, each in zip(others, told)}
 
 
 def _clear_leftovers(token: str) -> None:

@@ -2,14 +2,26 @@
 
 import contextlib
 import os
-from typing import Iterator, Optional, TextIO
+import sys
+from typing import Iterator, TextIO
 
 
-def say(text: str, stream: Optional[TextIO], end: str = "\n") -> None:
+def reopen() -> None:
+    """Opens /dev/null for each of stdin, stdout, stderr that was closed before the start; first thing in a process.
+
+    Else the next file opened would get its number, and whatever C code or another program prints.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, mode, encoding="utf-8"))  # noqa: SIM115 (it stays open)
+
+
+def say(text: str, stream: TextIO, end: str = "\n") -> None:
     """Prints `text` at once, or not at all where `stream` does not take it."""
-    if stream is not None:  # as Python has it when it was closed before the start
-        with forgiving(stream):
-            print(text, file=stream, end=end)
+    with forgiving(stream):
+        print(text, file=stream, end=end)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Whether other hosts answer and can connect back, before mpirun is asked: `hvd-vgg doctor --hostfile=...`, alone.
+"""Whether other hosts answer and can connect back, before mpirun is asked: `launch`, `doctor --hostfile=...` alone.
 
 mpirun starts a daemon on each host through ssh (or another agent), and the daemon connects back to mpirun. The same is done
 here with a line of Python. Where it fails mpirun would wait, or say little.
@@ -6,6 +6,7 @@ here with a line of Python. Where it fails mpirun would wait, or say little.
 
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -44,15 +45,33 @@ class Answer(NamedTuple):
     received: float
 
 
+class Asked(NamedTuple):
+    """What one host has told: whether it can be used, and its processes that `find` found."""
+
+    finding: Finding
+    processes: List[int]
+
+
 def check_hosts(hosts: Sequence[Host], agent: str, addresses: List[str], seconds: float = ANSWER_SECONDS) -> List[Finding]:
     """Asks all hosts at once, through `agent` (a command line), to connect back to one of `addresses`; a finding a host."""
+    return [asked.finding for asked in ask(hosts, agent, addresses, "true", seconds)]
+
+
+def ask(hosts: Sequence[Host], agent: str, addresses: List[str], find: str, seconds: float = ANSWER_SECONDS) -> List[Asked]:
+    """Asks as `check_hosts` does; in the same remote shells `find`, a command, prints paths in /proc before."""
     # Nobody accepts: the kernel completes connections, and none carries anything.
     with socket.create_server(("", 0), backlog=len(hosts)) as server:
         port = server.getsockname()[1]
-        remote = " ".join(map(shlex.quote, [sys.executable, "-c", _ANSWER, str(port), *addresses]))
+        remote = f"{find}; " + " ".join(map(shlex.quote, [sys.executable, "-c", _ANSWER, str(port), *addresses]))
         with ThreadPoolExecutor(len(hosts)) as pool:
             answers = list(pool.map(lambda host: _ask([*shlex.split(agent), host.name, remote], seconds), hosts))
-    return [_judge(host.name, answer, agent, addresses, seconds) for host, answer in zip(hosts, answers)]
+    return [
+        Asked(
+            _judge(host.name, answer, agent, addresses, seconds),
+            sorted({int(pid) for pid in re.findall(r"/proc/(\d+)/", answer.out)}),
+        )
+        for host, answer in zip(hosts, answers)
+    ]
 
 
 def _ask(command: List[str], seconds: float) -> Answer:

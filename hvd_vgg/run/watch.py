@@ -83,17 +83,28 @@ def begin(run_dir: Optional[Path], rank: int, hang_seconds: float) -> None:
     _heart.thread.start()
 
 
+def leaving() -> None:
+    """Says that this rank is about to leave the others; it is watched from here on if it was not before."""
+    if _heart is None:
+        begin(None, launched_rank() or 0, 0.0)
+    beat(phase="leaving")
+
+
 def end() -> None:
-    """Ends the watch; removes this rank's file of stacks if nothing was written to it, and `faults` if nothing is in it."""
+    """Ends the watch of a rank that has left the others: SIGALRM ends it should it not end as soon as it should have left.
+
+    Removes this rank's file of stacks if nothing was written to it, and `faults` if nothing is in it.
+    """
     global _heart
     heart, _heart = _heart, None
     if heart is None:
         return
     heart.ended = True
     heart.wake.set()
-    heart.thread.join()  # it would arm again what is disarmed here
-    _disarm()
+    heart.thread.join()  # it would arm again what is armed here
     faulthandler.disable()
+    faulthandler.cancel_dump_traceback_later()
+    signal.setitimer(signal.ITIMER_REAL, heart.limit_seconds("leaving"))  # Python's own end may hold its lock
     if heart.stacks and heart.folder:
         heart.stacks.close()
         with contextlib.suppress(OSError):
@@ -189,11 +200,6 @@ def _look(heart: _Heart) -> None:
         signal.setitimer(signal.ITIMER_REAL, limit - silent + LONGER * _OTHERS_SECONDS)
         heart.wake.wait(min(1.0, limit / 10))
         heart.wake.clear()
-
-
-def _disarm() -> None:
-    faulthandler.cancel_dump_traceback_later()
-    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _last_words(heart: _Heart, phase_now: str, step: Optional[int], silent: float, limit: float) -> None:

@@ -6,6 +6,7 @@ a file. Only rank 0 calls what is here.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from hvd_vgg.run.files import write_whole
+from hvd_vgg.run.files import FULL, write_whole
 from hvd_vgg.run.health import CONFIGURATION, NOT_WRITTEN, Failure
 
 _NAME = re.compile(r"^step-(\d{8})\.safetensors$")
@@ -58,38 +59,40 @@ def save(run_dir: Path, tensors: Tensors, meta: Dict[str, Any], keep: int, best:
     """Writes the checkpoint of `meta["step"]`, points to it if `best`, removes those beyond the newest `keep` and the best.
 
     Written under another name, put on disk, read back and compared, then renamed: a crash at any moment leaves the previous
-    ones whole. Raises Failure(NOT_WRITTEN), before anything is written where there is too little room.
+    ones whole. Where the disk or a quota is full, those older than the newest whole one are removed before. Raises
+    Failure(NOT_WRITTEN).
     """
-    place = folder(run_dir)
-    path = place / f"step-{meta['step']:08d}.safetensors"
+    path = folder(run_dir) / f"step-{meta['step']:08d}.safetensors"
     try:
         odd = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
         if odd:
             raise OSError(f"{odd[0]} is not finite")
-        place.mkdir(parents=True, exist_ok=True, mode=0o750)
-        if shutil.disk_usage(place).free < _bytes_of(tensors):
-            prune(run_dir, 1, path)
-        write(path, tensors, meta)
+        try:
+            write(path, tensors, meta)
+        except OSError as error:
+            if error.errno not in FULL or not _make_room(run_dir, path):
+                raise
+            write(path, tensors, meta)
         if best:
             point_to_best(path)
-        prune(run_dir, keep, path)
+        _prune(run_dir, keep, path)
     except OSError as error:
         raise Failure(
             NOT_WRITTEN,
-            f"the checkpoint {path} cannot be written: {error}. The previous ones are whole; make room, then start again "
-            f"to go on from the newest",
+            f"the checkpoint {path} cannot be written: {error.strerror or error}. The previous ones are whole; make room, "
+            f"then start again to go on from the newest",
         ) from error
     return path
 
 
 def write(path: Path, tensors: Tensors, meta: Dict[str, Any]) -> None:
-    """Writes one file for `load`, whole or not at all; raises OSError."""
+    """Writes one file for `load`, whole or not at all; raises OSError, before it writes where there is too little room."""
     temporary = path.with_suffix(".safetensors.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
-        needed, free = _bytes_of(tensors), shutil.disk_usage(path.parent).free
+        needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(path.parent).free
         if free < needed:
-            raise OSError(f"it takes {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
+            raise OSError(errno.ENOSPC, f"it takes {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
         digest = _digest(tensors.items())
         text = json.dumps({**meta, "sha256": digest})
         metadata = {_KEY: text, _CHECKSUM: _checksum(text)}
@@ -125,10 +128,6 @@ def _write(path: Path, tensors: Tensors, metadata: Dict[str, str]) -> None:
             file.write(_bytes(tensor))
         file.flush()
         os.fsync(file.fileno())
-
-
-def _bytes_of(tensors: Tensors) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _bytes(tensor: np.ndarray) -> memoryview:
@@ -222,7 +221,24 @@ def _sync_directory(place: Path) -> None:
         os.close(handle)
 
 
-def prune(run_dir: Path, keep: int, written: Path) -> None:
+def _make_room(run_dir: Path, path: Path) -> bool:
+    """Removes the checkpoints older than the newest whole one up to `path`, but the best; says whether it did."""
+    there = existing(run_dir)
+    whole = next((each for each in there if each.name <= path.name and _is_whole(each)), None)
+    if whole is not None:
+        _prune(run_dir, 1, whole)
+    return len(existing(run_dir)) < len(there)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        load(path)
+    except ValueError:
+        return False
+    return True
+
+
+def _prune(run_dir: Path, keep: int, written: Path) -> None:
     """Removes the checkpoints up to `written` beyond its newest `keep`, but never the one that `best` names."""
     spared = best(run_dir)
     # Any of a later step are of before a rewind, and will be written again.

@@ -317,7 +317,6 @@ def _end(job: Job, at: state.Position, result: Optional[evaluate.Evaluation]) ->
     seconds = time.monotonic() - job.began
     tell.summary(job.run_dir, result, measured, at.step, seconds, job.writer, job.log, job.console)
     comm.leave()
-    watch.end()
 
 
 def evaluate_run(config: EvaluateConfig) -> None:
@@ -345,7 +344,6 @@ def score(config: Config, checkpoints: Sequence[str]) -> List[Score]:
     index = open_split(config.data_dir, "validation", run_dir, console)
     scores = [_score(config, name, run_dir, index, device, console) for name in checkpoints]
     comm.leave()
-    watch.end()
     return scores
 
 

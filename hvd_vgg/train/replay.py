@@ -52,7 +52,6 @@ def replay(config: ReplayConfig) -> None:
         f"likely, or of the software on the rank named above"
     )
     comm.leave()
-    watch.end()
 
 
 def _blame(faults: "list[int]", batch: "list[dict]") -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Optional
 
 from hvd_vgg.run import receipt
-from hvd_vgg.run.files import FULL
 from hvd_vgg.run.health import NOT_WRITTEN, Failure
 from hvd_vgg.train import checkpoint
 
@@ -32,12 +31,7 @@ class Writer:
         began = time.monotonic()
         with contextlib.suppress(OSError):
             receipt.sync(self.run_dir / "dllogger.json")  # a checkpoint of updates that no log knows cannot be proved
-        try:
-            path = checkpoint.save(self.run_dir, tensors, meta, self.keep, best)
-        except Failure as failure:
-            if getattr(failure.__cause__, "errno", None) not in FULL or not _make_room(self.run_dir, meta["step"]):
-                raise
-            path = checkpoint.save(self.run_dir, tensors, meta, self.keep, best)
+        path = checkpoint.save(self.run_dir, tensors, meta, self.keep, best)
         try:
             row = receipt.checkpoint_row(path)
         except (OSError, ValueError) as error:
@@ -60,20 +54,3 @@ class Writer:
         if self.saving is not None:
             self.saving.exception()
         return self.failure()
-
-
-def _make_room(run_dir: Path, step: int) -> bool:
-    """Removes the checkpoints older than the newest whole one of `step` or before, but the best; says whether it did."""
-    there = checkpoint.existing(run_dir)
-    whole = next((path for path in there if checkpoint.step_of(path) <= step and _is_whole(path)), None)
-    if whole is not None:
-        checkpoint.prune(run_dir, 1, whole)
-    return len(checkpoint.existing(run_dir)) < len(there)
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        checkpoint.load(path)
-    except ValueError:
-        return False
-    return True

@@ -428,7 +428,7 @@ def test_a_secret_stays_in_the_environment(tmp_path):
     [
         ("echo 'Host key verification failed.' >&2; exit 255", "Host key verification failed."),
         ("echo 'ssh: connect to host b port 22: Connection refused' >&2; exit 255", "Connection refused"),
-        ("sleep 300", "no answer within 10 s"),
+        ("sleep 300", "did not answer"),
     ],
 )
 def test_a_host_that_does_not_answer_at_the_first_start_is_named(launch, tmp_path, agent, told):
@@ -441,7 +441,7 @@ def test_a_host_that_does_not_answer_at_the_first_start_is_named(launch, tmp_pat
     ended = launch(0, "launch", *flags, "train", f"--run_dir={tmp_path / 'run'}")
     assert time.monotonic() - began < 45
     assert ended.code == 78
-    assert f"cannot use b.invalid ({told.replace('Connection', 'ssh: connect to host b port 22: Connection')})" in ended.err
+    assert "cannot use b.invalid (b.invalid" in ended.err and told in ended.err
     assert "+ " not in ended.out and not (tmp_path / "run").exists()
 
 
@@ -517,4 +517,4 @@ def test_a_host_whose_link_is_down_is_named_at_the_first_start(tmp_path, data, e
     emulated_hosts.cut(2)
     ended = start_run(tmp_path / "out", data, *emulated_hosts.flags, ACROSS, prefix=emulated_hosts.on(1, [])).wait(60)
     assert ended.code == 78
-    assert f"cannot use {emulated_hosts.addresses[1]} (ssh: connect to host" in ended.err
+    assert f"cannot use {emulated_hosts.addresses[1]} (" in ended.err and "ssh: connect to host" in ended.err

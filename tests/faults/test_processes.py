@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from oracles import FLAGS, STEPS, assert_exact, assert_goes_on, blamed, events, newest, start
-from support import Started, command_line, wait_for
+from oracles import FLAGS, STEPS, assert_exact, assert_goes_on, assert_true, blamed, events, newest, start
+from support import ROOT, Started, command_line, wait_for
 
 
 def seconds_since(out, step):
@@ -139,6 +139,34 @@ def test_one_rank_that_holds_pythons_lock_for_ever_is_ended(tmp_path, data):
     ended = start(tmp_path, data, 0, "hold@0:3:600", "--hang_seconds=2").wait()
     assert ended.code == -signal.SIGALRM
     assert "hold_the_lock" in (tmp_path / "run" / "faults" / "stacks.rank0.txt").read_text()
+
+
+@pytest.mark.fault("F09")
+def test_a_rank_that_is_stuck_when_all_leave_is_waited_for_by_no_one_for_ever(tmp_path):
+    """F09 without a watch before, as in doctor: MPI's end waits for all ranks. How long it may is shortened here."""
+    program = (
+        "import os, signal\n"
+        "from hvd_vgg.parallel import comm\n"
+        "from hvd_vgg.run import watch\n"
+        "watch.LEAST_SECONDS = 0.3\n"
+        "comm.start(hang_seconds=60)\n"
+        "comm.gather(b'')\n"
+        "if comm.rank() == 1:\n"
+        "    os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "comm.leave()\n"
+    )
+    ended = Started(command_line(2, ["-c", program], [sys.executable]), tmp_path, PYTHONPATH=str(ROOT)).wait()
+    assert ended.code == 75, ended.out + ended.err
+    assert "no progress for 3 s after leaving" in ended.err and "in shutdown" in ended.err
+
+
+@pytest.mark.fault("F08")
+def test_a_rank_that_has_left_and_does_not_end_is_ended(tmp_path, data):
+    """F08 after the end of MPI: everything is written, but mpirun waits for the process."""
+    ended = start(tmp_path, data, 2, "linger@1:0:600", "--hang_seconds=3").wait()
+    assert ended.code == 128 + signal.SIGALRM, ended.out + ended.err
+    assert newest(tmp_path).meta["step"] == STEPS
+    assert_true(tmp_path / "run")
 
 
 @pytest.mark.fault("F08")

@@ -1,5 +1,7 @@
+import sys
+
 import pytest
-from support import ROOT, TINY
+from support import ROOT, TINY, Started, command_line
 
 from hvd_vgg.__main__ import COMMANDS, USAGE_TEXT
 
@@ -47,7 +49,7 @@ def test_worlds_of_one_rank_each_are_refused(launch, data):
     """Two processes that Horovod does not connect would both be rank 0 of the same run."""
     ended = launch(2, "train", f"--data_dir={data}", *TINY, HOROVOD_CONTROLLER="gloo", HOROVOD_CPU_OPERATIONS="gloo")
     assert ended.code == 78
-    assert "the launcher started 2 processes, but Horovod sees 1" in ended.err
+    assert ended.err.count("the launcher started 2 processes, but Horovod sees 1") == 1
 
 
 def test_two_ranks_say_it_once(launch):
@@ -56,7 +58,42 @@ def test_two_ranks_say_it_once(launch):
     assert ended.err.count("--lr=0: expected more than 0") == 1
 
 
+def test_a_precision_that_no_rank_can_compute_in_is_refused_once(tmp_path, data):
+    """As TensorFlow 2.6 does on CPUs."""
+    program = (
+        "import sys\n"
+        "from hvd_vgg import __main__\n"
+        "from hvd_vgg.parallel import comm\n"
+        "comm.cpu_convolves = lambda precision: precision != 'bfloat16'\n"
+        "sys.exit(__main__.run(sys.argv[1:]))\n"
+    )
+    words = ["-c", program, "train", f"--data_dir={data}", *TINY, "--precision=bfloat16"]
+    ended = Started(command_line(2, words, [sys.executable]), tmp_path, PYTHONPATH=str(ROOT)).wait()
+    assert ended.code == 78
+    assert ended.err.count("hvd-vgg: ") == ended.err.count("--precision=bfloat16: TensorFlow") == 1, ended.err
+
+
 def test_more_ranks_than_images_is_a_usage_error(launch, data):
     ended = launch(2, "train", f"--data_dir={data}", *TINY, "--global_batch=1")
     assert ended.code == 64
     assert ended.err.count("leaves nothing to do for some of 2 ranks") == 1
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_run_whose_streams_were_closed_before_its_start_is_a_run(launch, tmp_path, data, closed):
+    words = command_line(0, ["launch", "--ranks=2", "train", f"--data_dir={data}", *TINY, "--epochs=1", "--run_dir=run"])
+    ended = Started(["bash", "-c", f'"$@" {closed}', "bash", *words], tmp_path).wait()
+    assert (ended.code, "Traceback" in ended.err) == (0, False), ended.err
+    verified = launch(0, "verify-run", "run")
+    assert verified.code == 0, verified.out
+
+
+def test_what_a_process_says_to_closed_streams_goes_into_no_file(tmp_path):
+    """Else a shard is opened as stdin, stdout or stderr, and gets what TensorFlow, told to say all, says."""
+    written = []
+    for place, closed in (("open", ""), ("closed", "<&- >&- 2>&-")):
+        flags = [f"--data_dir={place}", "--train_images=20", "--validation_images=10", "--shards=2"]
+        words = ["bash", "-c", f'"$@" {closed}', "bash", *command_line(0, ["make-demo-data", *flags])]
+        assert Started(words, tmp_path, TF_CPP_MIN_LOG_LEVEL="0").wait().code == 0
+        written.append({path.name: path.read_bytes() for path in (tmp_path / place).iterdir()})
+    assert written[0] == written[1]

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -19,22 +20,31 @@ def steps(run_dir):
     return [checkpoint.step_of(path) for path in checkpoint.existing(run_dir)]
 
 
-@pytest.fixture
-def quota(monkeypatch):
-    """Lets no file be written where `quota["files"]` checkpoints are: what a quota does; disk_usage says nothing of it."""
-    limit, write = {"files": 100}, checkpoint._write
+@pytest.fixture(params=["disk", "quota"])
+def room(monkeypatch, request):
+    """Lets no file be written where `room["files"]` checkpoints are; of a quota disk_usage says nothing, the write does."""
+    limit, write, usage = {"files": 100, "told": "0 MB are free"}, checkpoint._write, shutil.disk_usage
+
+    def is_full(place):
+        return len(list(place.glob("step-*.safetensors"))) >= limit["files"]
 
     def limited(path, *more):
-        if len(list(path.parent.glob("step-*.safetensors"))) >= limit["files"]:
+        if is_full(path.parent):
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
         write(path, *more)
 
-    monkeypatch.setattr(checkpoint, "_write", limited)
+    if request.param == "quota":
+        limit["told"] = os.strerror(errno.EDQUOT)
+        monkeypatch.setattr(checkpoint, "_write", limited)
+    else:
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda place: usage(place)._replace(free=0) if is_full(place) else usage(place)
+        )
     return limit
 
 
 @pytest.mark.fault("F17")
-def test_under_a_quota_older_checkpoints_make_room_but_for_the_newest_whole_and_the_best(tmp_path, quota):
+def test_on_a_full_disk_older_checkpoints_make_room_but_for_the_newest_whole_and_the_best(tmp_path, room):
     events = []
     writer = Writer(tmp_path, 4, lambda name, **data: events.append((name, data["step"])))
     for step in (1, 2, 3, 4):
@@ -42,7 +52,7 @@ def test_under_a_quota_older_checkpoints_make_room_but_for_the_newest_whole_and_
         assert writer.wait() is None
     newest = checkpoint.existing(tmp_path)[0]
     newest.write_bytes(newest.read_bytes()[:-9])
-    quota["files"] = 4
+    room["files"] = 4
     begin(writer, 5)
     assert writer.wait() is None
     assert steps(tmp_path) == [5, 4, 3, 2]  # 4 is damaged, 3 the newest whole, 2 the best
@@ -51,14 +61,14 @@ def test_under_a_quota_older_checkpoints_make_room_but_for_the_newest_whole_and_
 
 
 @pytest.mark.fault("F17")
-def test_under_a_quota_that_nothing_may_be_removed_for_the_save_has_failed_and_the_last_stays(tmp_path, quota):
+def test_on_a_full_disk_that_nothing_may_be_removed_for_the_save_has_failed_and_the_last_stays(tmp_path, room):
     writer = Writer(tmp_path, 4, lambda name, **data: None)
     begin(writer, 1)
     assert writer.wait() is None
-    quota["files"] = 1
+    room["files"] = 1
     begin(writer, 2)
     failure = writer.wait()
-    assert (failure.code, os.strerror(errno.EDQUOT) in failure.message) == (NOT_WRITTEN, True)
+    assert (failure.code, room["told"] in failure.message) == (NOT_WRITTEN, True)
     assert steps(tmp_path) == [1]
 
 
