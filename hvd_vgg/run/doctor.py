@@ -155,7 +155,10 @@ def _devices(here: host.Host, seen: _Seen, report: _Report) -> Tuple[str, int]:
             for each in physical:
                 tf.config.experimental.set_memory_growth(each, True)
         else:
-            threads = comm.take_device(config.input_threads, config.precision).input_threads
+            try:
+                threads = comm.take_device(config.input_threads, config.precision).input_threads
+            except Failure:  # a precision that it does not compute in, which check_devices finds and tells
+                threads = 1
         try:
             logical = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")[:1]
         except (RuntimeError, tf.errors.OpError) as error:

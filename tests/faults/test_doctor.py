@@ -211,6 +211,23 @@ def test_a_device_that_cannot_be_begun_with_ends_all_and_is_named(tmp_path, data
     assert "Traceback" not in text
 
 
+def test_a_precision_that_the_cpu_lacks_is_a_finding(tmp_path, data):
+    """As bfloat16 under TensorFlow 2.6; said here of this one."""
+    program = (
+        "import sys\n"
+        "from hvd_vgg import __main__\n"
+        "from hvd_vgg.parallel import comm\n"
+        "comm.cpu_convolves = lambda precision: precision != 'bfloat16'\n"
+        "sys.exit(__main__.run(sys.argv[1:]))\n"
+    )
+    arguments = flags(data, tmp_path, "--precision=bfloat16")
+    ended = Started(command_line(2, ["-c", program, *arguments], [sys.executable]), tmp_path).wait()
+    assert ended.code == 78, ended.out + ended.err
+    (bad,) = [finding for finding in report(tmp_path)[1]["devices"] if finding["verdict"] == FAILURE]
+    assert bad["text"].startswith("CPU: bfloat16 NHWC: not on a CPU with TensorFlow")
+    assert bad["ranks"] == [0, 1]
+
+
 def test_a_device_that_hangs_on_one_rank_is_named_by_that_rank(tmp_path, data):
     """Rank 1's does not answer; its limit is 120 s, here 4."""
     program = (
