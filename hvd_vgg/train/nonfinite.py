@@ -226,7 +226,7 @@ def _keep(folder: Path, report: Dict[str, Any], run: state.State, data: Data, id
         write_whole(folder / "flags.txt", to_flag_file(config))
         write_whole(folder / "report.json", json.dumps(report, indent=1) + "\n")
     except OSError as error:
-        return f"It cannot be kept for a replay in {folder}: {error}"
+        return f"It cannot be kept for a replay in {folder}: {error.strerror or error}"
     except Failure as failure:
         return f"It cannot be kept for a replay: {failure.message}"
     return ""
