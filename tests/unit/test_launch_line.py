@@ -250,7 +250,12 @@ LOST = """ORTE has lost communication with a remote daemon.
         (137, noticed(9), 137, "rank 1 killed by signal 9 (out of memory?), on vm"),
         (139, noticed(11), 139, "rank 1 killed by signal 11 (segmentation fault), on vm"),
         (135, noticed(7), 135, "rank 1 killed by signal 7 (bus error: is /dev/shm full?), on vm"),
-        (142, noticed(14), 142, "rank 1 killed by signal 14 (hung, and Python's lock with it: see RUN_DIR/faults), on vm"),
+        (
+            142,
+            noticed(14),
+            142,
+            "rank 1 killed by signal 14 (hung, and Python's lock with it, or as it ended: see RUN_DIR/faults), on vm",
+        ),
         (140, noticed(12), 140, "rank 1 killed by signal 12, on vm"),
         (-9, "", 137, "mpirun killed by signal 9"),
         (1, "mpirun: Forwarding signal 10 to job\n", 75, "mpirun was ended from outside"),
