@@ -125,4 +125,4 @@ def _example(row: int, split: int, config: DemoConfig) -> bytes:
         "image/class/text": text(CLASSES[kind].encode()),
         "image/filename": text(f"{row:06d}.jpg".encode()),
     }
-    return bytes(tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString())
+    return bytes(tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString(deterministic=True))
