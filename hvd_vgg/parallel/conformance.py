@@ -56,11 +56,7 @@ def check_link(device: str, path: str, gbit: Optional[float]) -> List[Finding]:
 
     gbit: Gbit/s of a host's link as `plan` is told, None where nobody said.
     """
-    found = []
-    if "GPU" in device and path != "NCCL":
-        found.append(
-            warning("link", STAGED, "a Horovod with NCCL (HOROVOD_GPU_OPERATIONS=NCCL), or the vendor's newer wheel")
-        )
+    found = staged(device, path)
     if comm.size() == 1:
         return found
     rates, right = quick(device)
@@ -75,8 +71,15 @@ def check_link(device: str, path: str, gbit: Optional[float]) -> List[Finding]:
     return [*found, ok("link", text)]
 
 
-def check_pairs(names: Sequence[str]) -> List[Finding]:
-    """Lets each host and the next swap 4 MB, one pair at a time, by MPI or Gloo; names: of each rank's host, by rank.
+def staged(device: str, path: str) -> List[Finding]:
+    """Looks whether what ranks exchange is copied from a device to its host and back."""
+    if "GPU" not in device or path == "NCCL":
+        return []
+    return [warning("link", STAGED, "a Horovod with NCCL (HOROVOD_GPU_OPERATIONS=NCCL), or the vendor's newer wheel")]
+
+
+def check_pairs(names: Sequence[str], path: str) -> List[Finding]:
+    """Lets each host and the next swap 4 MB, one pair at a time; names: of each rank's host, by rank; path: mpi or gloo.
 
     A host whose link is slow slows all ranks' sums alike; only pairs tell whose it is.
     """
@@ -84,17 +87,22 @@ def check_pairs(names: Sequence[str]) -> List[Finding]:
     if len(hosts) == 1:
         return []
     pairs = list(zip(hosts, [*hosts[1:], hosts[0]]))[: 1 if len(hosts) == 2 else None]
-    rates = {}
-    for first, second in pairs:
-        swap = functools.partial(comm.swap, names.index(first), names.index(second), _PAIR_BYTES // 4)
-        rates[first, second] = _PAIR_BYTES * 8e-9 / min(_seconds(swap, _REPEATS))
-    return judge_pairs(rates)
+    rates, found = {}, []
+    for pair in pairs:
+        one, other = (names.index(host) for host in pair)
+        swap = functools.partial(comm.swap, one, other)
+        rates[pair] = _PAIR_BYTES * 8e-9 / min(_seconds(functools.partial(swap, _PAIR_BYTES // 4), _REPEATS))
+        sender = {one: [other], other: [one]}.get(comm.rank(), [])
+        if not np.array_equal(swap(_PERIOD), np.repeat(np.asarray(sender, np.float32), _PERIOD)):
+            text = f"what ranks {one} and {other} send each other by {path} comes wrong"
+            found.append(failure("link", text, "compare the hosts' software; leave one of them out"))
+    return [*found, *judge_pairs(rates, path)]
 
 
-def judge_pairs(rates: Mapping[Tuple[str, str], float]) -> List[Finding]:
-    """Returns what the rates of pairs of hosts mean, Gbit/s each way."""
+def judge_pairs(rates: Mapping[Tuple[str, str], float], path: str) -> List[Finding]:
+    """Returns what the rates of pairs of hosts mean, Gbit/s each way; path: what carries it."""
     slowest, fastest = min(rates, key=rates.__getitem__), max(rates, key=rates.__getitem__)
-    text = f"between hosts each way {rates[fastest]:.2g} Gbit/s"
+    text = f"between hosts by {path}, from memory of the CPU, each way {rates[fastest]:.2g} Gbit/s"
     if len(rates) == 1:
         return [ok("link", text)]
     text += f" ({' and '.join(fastest)}) to {rates[slowest]:.2g} ({' and '.join(slowest)})"

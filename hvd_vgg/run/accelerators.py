@@ -17,6 +17,8 @@ _PCI_VENDORS = {"0x1e3e": "Iluvatar", "0x10de": "NVIDIA"}
 _PCI_NAMES = {"0x0001": "BI-V100", "0x0002": "MR-V100", "0x0003": "BI-V150"}
 # More of a device's memory in use before a job begins than a driver itself takes.
 _IN_USE = 0.1
+# With a rank on each of 16 devices as many ask at once.
+_TOOL_SECONDS = 15
 
 
 class Listing(NamedTuple):
@@ -48,7 +50,7 @@ def pci_functions(host: Host, whose: str) -> Dict[str, int]:
 
 
 def listing(host: Host, whose: str) -> Optional[Listing]:
-    """Returns what ixsmi or nvidia-smi says within 5 s a question; None where it is not there or fails."""
+    """Returns what ixsmi or nvidia-smi says within 15 s a question; None where it is not there or fails."""
     if whose == "NVIDIA":
         # What it gives no column for is the newest CUDA that the driver can run.
         cuda = re.search(r"CUDA Version:\s*(\S+)", _run(host, "nvidia-smi"))
@@ -56,7 +58,8 @@ def listing(host: Host, whose: str) -> Optional[Listing]:
             host, "nvidia-smi", "--query-gpu=driver_version,memory.used,memory.total,name", "--format=csv,noheader,nounits"
         )
         rows = [row for row in (line.split(", ", 3) for line in told.splitlines()) if len(row) == 4]
-        mebibytes = [(int(used), int(total)) for _, used, total, _ in rows if used.isdigit() and total.isdigit()]
+        mebibytes = [(int(used), int(total)) for _, used, total, _ in rows if (used + total).isdigit()]
+        mebibytes = mebibytes if len(mebibytes) == len(rows) else []  # [N/A], as of parts of a device
         return Listing(rows[0][0], cuda[1] if cuda else "", [row[3] for row in rows], mebibytes) if rows else None
     # Its table is what all public transcripts show; --query-gpu is known for index and uuid alone.
     told = _run(host, "ixsmi")
@@ -87,23 +90,27 @@ def check_devices(host: Host, whose: str, said: Optional[Listing]) -> List[Findi
         )
         on_bus = ", ".join(f"{count} {name}" for name, count in pci_functions(host, whose).items())
         text = f"no device node of {whose} in /dev" + (f", though its PCI bus has {on_bus}" if on_bus else "")
-        return [failure("devices", text, f"load the driver on the host; in a container: docker run {device}")]
+        todo = f"load the driver on the host; in a container: docker run {device}"
+        # A tool without a device is how login nodes are; the vendor's software is in no image for nothing.
+        return [(failure if on_bus or whose == "Iluvatar" else warning)("devices", text, todo)]
     found = []
     closed = [path.name for path in there if not os.access(path, os.R_OK | os.W_OK)]
     if closed:
         text = f"this user may not open {', '.join(closed)}"
         found.append(failure("devices", text, "join the group that owns them (docker run --group-add)"))
     if said is None:
-        tool = {"Iluvatar": "ixsmi", "NVIDIA": "nvidia-smi"}[whose]
+        asked = {"Iluvatar": "ixsmi", "NVIDIA": "nvidia-smi"}[whose]
         todo = "driver and devices were not asked; it needs the vendor's libraries in LD_LIBRARY_PATH"
-        return [*found, warning("devices", f"{len(there)} nodes; {tool} is missing or does not answer", todo)]
+        return [*found, warning("devices", f"{len(there)} nodes; {asked} is missing or does not answer", todo)]
     if whose == "Iluvatar" and numbers(said.driver) >= (4, 4) and not (host.root / "dev/itrctl").exists():
         text = "/dev/itrctl is missing, which drivers from 4.4.0 on have"
         found.append(warning("devices", text, "docker run --device /dev/itrctl"))
+    mask = host.environ.get("CUDA_VISIBLE_DEVICES", "")
+    taken = {int(each) for each in mask.split(",")} if re.fullmatch(r"\d+(,\d+)*", mask) else None
     busy = [
         f"device {number}: {used} of {total} MiB"
         for number, (used, total) in enumerate(said.mebibytes)
-        if used > _IN_USE * total
+        if used > _IN_USE * total and (taken is None or number in taken)
     ]
     if busy:
         text = f"memory is in use: {', '.join(busy)}"
@@ -114,10 +121,10 @@ def check_devices(host: Host, whose: str, said: Optional[Listing]) -> List[Findi
     text += f" of {' and '.join(map(str, sizes))} MiB" if sizes else ""
     boards = cards(said.names)
     if boards != len(said.names):
-        text += f", on {boards} cards (a BI-V150 is two devices: a rank each, {len(said.names)} in all)"
+        text += f": {boards} cards if each shows as two devices, a rank each ({len(said.names)} in all)"
     if len(said.names) != len(there):
         text += f"; but {len(there)} nodes in /dev"
-        todo = "start the container with all devices, or reset the missing ones; what TensorFlow sees counts, below"
+        todo = "right where a scheduler gave you these; else start the container with all devices, or reset the missing ones"
         return [*found, warning("devices", text, todo)]
     return [*found, ok("devices", text)]
 
@@ -168,15 +175,24 @@ def _check_iluvatar(host: Host, said: Listing, computed: bool) -> List[Finding]:
 
 
 def _run(host: Host, name: str, *arguments: str) -> str:
-    """Returns what a vendor's tool prints; nothing where it is missing, fails or takes longer than 5 s."""
+    """Returns what a vendor's tool prints; nothing where it is missing, fails or takes longer."""
     path = tool(host, name)
     if path is None:
         return ""
-    libraries = f"{host.environ.get('LD_LIBRARY_PATH', '')}{os.pathsep}{host.root / 'usr/local/corex/lib64'}"
+    # An empty part would be the current directory.
+    libraries = os.pathsep.join(
+        filter(None, [host.environ.get("LD_LIBRARY_PATH"), str(host.root / "usr/local/corex/lib64")])
+    )
     environ = {**host.environ, "LD_LIBRARY_PATH": libraries}
     try:
         ended = subprocess.run(  # noqa: S603
-            [path, *arguments], env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=5, check=False
+            [path, *arguments],
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_TOOL_SECONDS,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

@@ -10,6 +10,7 @@ from typing import Dict, List, Mapping, Optional
 
 from hvd_vgg.config import Config
 from hvd_vgg.run.findings import Finding, failure, ok, warning
+from hvd_vgg.run.health import SECRET
 from hvd_vgg.run.log import count
 
 _BUILD_TIME = "is read when Horovod is built, never when it runs"
@@ -49,7 +50,9 @@ def of_environment(environ: Mapping[str, str]) -> List[Finding]:
     for name, what in _OFF.items():
         if environ.get(name) == "0":
             found.append(warning("environment", f"{name}=0 {what}", f"unset {name}"))
-    unknown = [f"{name}={environ[name]}" for name in sorted(environ) if _UNKNOWN.match(name) and name not in _VARIABLES]
+    unknown = [
+        f"{name}={environ[name]}" for name in sorted(of_links(environ)) if _UNKNOWN.match(name) and name not in _VARIABLES
+    ]
     if unknown:
         text = f"{', '.join(unknown)}: of the vendor's own scripts; what they do is published nowhere"
         found.append(ok("environment", text))
@@ -58,7 +61,7 @@ def of_environment(environ: Mapping[str, str]) -> List[Finding]:
 
 def of_links(environ: Mapping[str, str]) -> Dict[str, str]:
     """Returns the variables by which devices and links are driven, which training does not compare."""
-    return {name: value for name, value in environ.items() if name.startswith(_LINKS)}
+    return {name: value for name, value in environ.items() if name.startswith(_LINKS) and not SECRET.search(name)}
 
 
 def of_devices(here: int, ranks: int, alone: bool, mask: Optional[str]) -> List[Finding]:
@@ -87,7 +90,11 @@ def of_mask(nodes: int, seen: int, mask: Optional[str]) -> List[Finding]:
             return [warning("ranks", text, "right if it is to train on the CPU; else unset CUDA_VISIBLE_DEVICES")]
         return [failure("ranks", text, "see vendor and driver; TensorFlow without GPU support sees none either")]
     text = f"TensorFlow sees {seen} of {count(nodes, 'device')} of this host ({said})"
-    todo = "unset CUDA_VISIBLE_DEVICES to use all" if mask else "the vendor's tool lists them; see driver"
+    todo = (
+        "unset CUDA_VISIBLE_DEVICES to use all, unless a scheduler set it"
+        if mask
+        else "the vendor's tool lists them; see driver"
+    )
     return [warning("ranks", text, todo)]
 
 

@@ -105,7 +105,7 @@ def _check(device: str, kind: str, number: str, precision: str, gradient_bytes: 
         except tf.errors.OpError as error:
             text = f"{name} does not allocate {2 * gradient_bytes / 1e6:.0f} MB: {_first_line(error)}"
             return [failure("devices", text, "other processes hold its memory, or driver and SDK do not fit (see driver)")]
-        if abs(whole - 2.0) > 1e-3:
+        if not abs(whole - 2.0) <= 1e-3:  # NaN too
             text = f"{name} allocates, but what is written does not come back: {whole} instead of 2"
             return [failure("devices", text, "leave it out by CUDA_VISIBLE_DEVICES; driver and SDK must fit (see driver)")]
     return judge(name, kind, *errors(device), precision)

@@ -25,6 +25,7 @@ from hvd_vgg.run.health import (
     NOT_WRITTEN,
     USAGE,
     Failure,
+    launched_local_rank,
     launched_local_size,
     launched_rank,
     launched_size,
@@ -71,8 +72,9 @@ def doctor(config: DoctorConfig, here: Optional[host.Host] = None) -> None:
         addresses = network.chosen(told, network.interfaces())
         others = [each for each in listed if not hosts.is_here(each.name)]
         report.found += reach.check_hosts(others, config.rsh_agent, addresses) if others else []
-    if any(finding.about == "interfaces" and finding.verdict == FAILURE for finding in report.found):
+    if any(finding.about in ("interfaces", "hosts") and finding.verdict == FAILURE for finding in report.found):
         raise _alone(report)  # the ranks would never meet
+    _tell_early(here, seen, report)
     _import(here, seen, report)
     _meet(report)
     device, threads = _devices(here, seen, report)
@@ -99,10 +101,19 @@ def _before(here: host.Host, listed: int, report: _Report) -> _Seen:
         *machine.check_run_dir(Path(config.run_dir), kept, report.rank == 0),
         *machine.check_leftovers(here.root),
         *mpi.check_mpirun(here.environ.get("PATH")),
-        *network.check_interfaces(here.environ, network.interfaces(), max(listed, 2 if size > local else 1)),
+        *network.check_interfaces(here.environ, network.interfaces(), max(listed, 2 if size > local else 1), whose != "CPU"),
         *advice.of_environment(here.environ),
     ]
     return _Seen(whose, said)
+
+
+def _tell_early(here: host.Host, seen: _Seen, report: _Report) -> None:
+    """Says on stderr what is bad already: under a driver that does not fit, what comes next may end the process."""
+    found = [*report.found, *accelerators.check_driver(here, seen.vendor, seen.said, "", False)]
+    bad = [finding for finding in found if finding.verdict == FAILURE]
+    if bad and launched_local_rank() == 0:
+        text = "; ".join(f"{finding.about}: {finding.text}" for finding in bad)
+        output.say(f"hvd-vgg: doctor on {report.host}, before TensorFlow is tried: {text}", sys.stderr)
 
 
 def _import(here: host.Host, seen: _Seen, report: _Report) -> None:
@@ -147,9 +158,11 @@ def _devices(here: host.Host, seen: _Seen, report: _Report) -> Tuple[str, int]:
 
     config, found = report.config, report.found
     cuda = str(tf.sysconfig.get_build_info().get("cuda_version", ""))
-    alone, mask = launched_size() is None, here.environ.get("CUDA_VISIBLE_DEVICES")
-    with _within(_LONG_SECONDS, report, "devices", f"the devices did not answer within {_LONG_SECONDS:g} s"):
+    alone, mask = launched_rank() is None, here.environ.get("CUDA_VISIBLE_DEVICES")
+    with _within(_LONG_SECONDS, report, "devices", f"the devices were not listed within {_LONG_SECONDS:g} s"):
         physical = tf.config.list_physical_devices("GPU")
+    seconds = _LONG_SECONDS * (len(physical) if alone and physical else 1)
+    with _within(seconds, report, "devices", f"the devices did not answer within {seconds:g} s"):
         if physical and (alone or len(physical) < comm.local_size()):
             threads = os.cpu_count() or 1
             for each in physical:
@@ -200,7 +213,7 @@ def _together(here: host.Host, device: str, threads: int, report: _Report) -> Li
     with _within(_LONG_SECONDS, report, "link", f"the ranks did not exchange some MB within {_LONG_SECONDS:g} s"):
         found += conformance.check_clocks()
         found += conformance.check_link(device, path, config.gbit)
-        found += conformance.check_pairs(names)
+        found += conformance.check_pairs(names, about["controller"])
     if config.collectives:
         text = f"--collectives took longer than {_COLLECTIVES_SECONDS:g} s"
         with _within(_COLLECTIVES_SECONDS, report, "collectives", text):
@@ -241,7 +254,7 @@ def _same_run_dir(run_dir: Path) -> List[Finding]:
             with contextlib.suppress(OSError):  # told by machine.check_run_dir
                 name = stack.enter_context(machine.probe(machine.existing(run_dir))).name
         name = comm.from_root(name.encode()).decode()
-        there = not name or Path(name).exists()
+        there = not name or os.path.exists(name)  # noqa: PTH110 (Path.exists raises where it may not look)
         comm.gather(b"")  # it is there until all have looked
     if there:
         return []
@@ -322,12 +335,13 @@ def _give_up(report: _Report, about: str, what: str) -> None:
         "data": "see whether `ls` of the data directory answers on each host",
     }.get(
         about,
-        "a host is down or slow, a firewall, or a wrong interface: mpirun --mca btl_tcp_if_include NAME or NETWORK/BITS",
+        "a host is down, a firewall, or a wrong interface: mpirun --mca btl_tcp_if_include NAME or NETWORK/BITS; where "
+        "TensorFlow takes long to be imported on one: --join_seconds=60",
     )
     report.found.append(failure(about, text, todo))
     try:
         # Of what all wait for, one rank of a host is enough; a device is each rank's own.
-        if about == "devices" or report.rank == 0 or os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0") == "0":
+        if about == "devices" or report.rank == 0 or launched_local_rank() == 0:
             message = _alone(report).message
             output.say(f"hvd-vgg: rank {report.rank}: {message}", sys.stderr)
     finally:

@@ -1,6 +1,7 @@
 """How a run ends: exit codes, and the one exception whose text is for the user."""
 
 import os
+import re
 from typing import Dict, Optional, Sequence, Tuple
 
 DONE = 0
@@ -13,10 +14,14 @@ CONFIGURATION = 78  # installation, run directory or ranks do not fit together
 STOPPED = 80  # on request, with a checkpoint where anything was trained
 NOT_FINITE = 81  # a loss or gradient is NaN or Inf
 
+# Variables of such names are neither passed to other hosts nor printed.
+SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CRED", re.I)
 # What mpirun, horovodrun --gloo, and srun with either form of PMI set for each process they start.
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RANK")
-_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "PMI_SIZE")
-_LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "HOROVOD_LOCAL_SIZE")
+# srun with PMIx sets no size of PMIx's own.
+_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+_LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "HOROVOD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
+_LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "HOROVOD_LOCAL_RANK", "SLURM_LOCALID")
 
 
 class Failure(Exception):
@@ -39,13 +44,18 @@ def launched_rank() -> Optional[int]:
 
 
 def launched_size() -> Optional[int]:
-    """Returns how many processes the launcher says it started; None when it does not say."""
-    return _first_number(_SIZE_VARIABLES)
+    """Returns how many processes the launcher says it started; None without a launcher, or when it does not say."""
+    return None if launched_rank() is None else _first_number(_SIZE_VARIABLES)
 
 
 def launched_local_size() -> Optional[int]:
     """Returns how many of those are on this host; None when it does not say."""
-    return _first_number(_LOCAL_SIZE_VARIABLES)
+    return None if launched_rank() is None else _first_number(_LOCAL_SIZE_VARIABLES)
+
+
+def launched_local_rank() -> int:
+    """Returns this process's number on its host, from 0; 0 too where no launcher says it."""
+    return 0 if launched_rank() is None else _first_number(_LOCAL_RANK_VARIABLES) or 0
 
 
 def _first_number(names: Sequence[str]) -> Optional[int]:

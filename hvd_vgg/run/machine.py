@@ -88,7 +88,7 @@ def check_run_dir(run_dir: Path, needed_bytes: float, is_root: bool) -> List[Fin
 def existing(path: Path) -> Path:
     """Returns the path, absolute, or the nearest directory above it that is there."""
     place = path.absolute()
-    while not place.exists() and place != place.parent:
+    while not os.path.exists(place) and place != place.parent:  # noqa: PTH110 (Path.exists raises where it may not look)
         place = place.parent
     return place
 
@@ -108,6 +108,8 @@ def check_leftovers(root: Path) -> List[Finding]:
     for place in sorted((root / "proc").glob("[0-9]*"), key=lambda each: int(each.name)):
         try:
             name = (place / "comm").read_text().strip()
+            if (place / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                continue
             command = (place / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue

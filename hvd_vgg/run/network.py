@@ -54,20 +54,26 @@ def spoken(there: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {address}" for name, address in there.items()) or "none"
 
 
-def check_interfaces(environ: Mapping[str, str], there: Mapping[str, str], hosts: int) -> List[Finding]:
-    """Looks at what launchers were told, before anybody is met; hosts: 1, or more where the job has several."""
+def check_interfaces(environ: Mapping[str, str], there: Mapping[str, str], hosts: int, devices: bool) -> List[Finding]:
+    """Looks at what launchers were told, before anybody is met.
+
+    hosts: 1, or more where the job has several; devices: there are some, so that NCCL may carry something. What a variable
+    says of a library that is not used, or perhaps not, is a warning.
+    """
+    used = {INCLUDE[2]: "HOROVOD_GLOO_RENDEZVOUS_ADDR" in environ, INCLUDE[3]: devices}
     found = []
     for variable in INCLUDE:
         if not environ.get(variable):
             continue
         told = f"{variable}={environ[variable]}"
+        say = failure if used.get(variable, True) else warning
         chosen = _matching(environ[variable], there, prefixes=variable.startswith("NCCL"))
         if not chosen:
             text = f"{told}: no such interface with an address; here are: {spoken(there)}"
-            found.append(failure("interfaces", text, f"name one of them, or its network as {_example(there)}"))
+            found.append(say("interfaces", text, f"name one of them, or its network as {_example(there)}"))
         elif hosts > 1 and all(_loopback(there[name]) for name in chosen):
             text = f"{told} never leaves this host, and the job has several; here are: {spoken(there)}"
-            found.append(failure("interfaces", text, f"mpirun --mca btl_tcp_if_include {_example(there)}"))
+            found.append(say("interfaces", text, f"mpirun --mca btl_tcp_if_include {_example(there)}"))
     for variable in _EXCLUDE:
         if (
             environ.get(variable)

@@ -275,6 +275,60 @@ def test_a_host_that_does_not_know_its_own_name_is_told(tmp_path, data, command)
     assert "EnforceNotMet" not in ended.err
 
 
+def test_a_run_directory_that_may_not_be_looked_into_is_told(tmp_path, data):
+    """As somebody who is not root."""
+    for part in ("locked/runs", "home"):
+        (tmp_path / part).mkdir(parents=True)
+    (tmp_path / "locked").chmod(0)
+    plain = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    if subprocess.run([*plain, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("capability: another user: root and setpriv")
+    try:
+        for place in (tmp_path, *tmp_path.parents[:2]):
+            place.chmod(0o755)
+        arguments = [*flags(data, tmp_path)[:-1], f"--run_dir={tmp_path / 'locked' / 'runs' / 'run'}", "--out="]
+        words = [*plain, sys.executable, "-m", "hvd_vgg", *arguments]
+        ended = Started(words, tmp_path, HOME=str(tmp_path / "home")).wait()
+    finally:
+        (tmp_path / "locked").chmod(0o755)
+    assert ended.code == 78, ended.out + ended.err
+    assert "cannot be written: Permission denied" in ended.out
+    assert "Traceback" not in ended.err
+
+
+def test_ranks_of_srun_by_pmix_take_a_device_each(tmp_path, data):
+    """srun sets PMIX_RANK, and tells the number of ranks by a variable of Slurm's alone; mpirun stands in for it."""
+    program = (
+        "import os, sys\n"
+        "rank, size = (os.environ.pop('OMPI_COMM_WORLD_' + name) for name in ('RANK', 'SIZE'))\n"
+        "for name in ('LOCAL_RANK', 'LOCAL_SIZE'): os.environ.pop('OMPI_COMM_WORLD_' + name)\n"
+        "os.environ.update(PMIX_RANK=rank, SLURM_STEP_NUM_TASKS=size, SLURM_LOCALID=rank)\n"
+        "from hvd_vgg import __main__\n"
+        "from hvd_vgg.parallel import comm\n"
+        "from hvd_vgg.run.health import launched_size\n"
+        "taken = comm.take_device\n"
+        "def told(*rest):\n"
+        "    print('took a device of', launched_size())\n"
+        "    return taken(*rest)\n"
+        "comm.take_device = told\n"
+        "sys.exit(__main__.run(sys.argv[1:]))\n"
+    )
+    ended = Started(command_line(2, ["-c", program, *flags(data, tmp_path)], [sys.executable]), tmp_path).wait()
+    assert ended.code == 0, ended.out + ended.err
+    assert ended.out.count("took a device of 2") == 2
+    assert "2 ranks, 1 host: " in ended.out
+
+
+@pytest.mark.fault(tier=3)
+def test_ranks_of_horovodrun_by_gloo(tmp_path, data):
+    """The way that is left where Horovod is built without MPI."""
+    program = [sys.executable, "-m", "hvd_vgg", *flags(data, tmp_path)]
+    ended = Started(["horovodrun", "--gloo", "-np", "2", *program], tmp_path).wait()
+    assert ended.code == 0, ended.out + ended.err
+    assert "by gloo a number is summed in" in report(tmp_path)[1]["link"][0]["text"]
+    assert len(report(tmp_path)[0]["hosts"]) == 2
+
+
 def test_a_simulated_vendor_host(tmp_path, data):
     """SIMULATED (tests/simulated.py): a BI-V150 host whose TensorFlow sees no device, on this machine's CPU."""
     (tmp_path / "root").mkdir()

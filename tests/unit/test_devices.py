@@ -71,17 +71,24 @@ def test_sixteen_devices_are_all_tried():
     assert ended.stdout.split() == [str(number) for number in range(16)], ended.stderr
 
 
+def test_copies_through_the_host_are_told():
+    (told,) = conformance.staged("/device:GPU:0", "mpi")
+    assert (told.verdict, "copied through the host" in told.text) == (WARNING, True)
+    assert conformance.staged("/device:GPU:0", "NCCL") == conformance.staged("/device:CPU:0", "mpi") == []
+
+
 def test_a_host_whose_link_is_slow_is_named():
     """Hosts in a ring: 2's link is slow, so that both its pairs are."""
     rates = {("1", "2"): 1.0, ("2", "3"): 1.1, ("3", "4"): 9.0, ("4", "1"): 8.0}
-    (told,) = conformance.judge_pairs(rates)
+    (told,) = conformance.judge_pairs(rates, "mpi")
     assert told.verdict == WARNING
-    assert told.text.startswith("between hosts each way 9 Gbit/s (3 and 4) to 1 (1 and 2); less than half of the fastest: ")
+    assert told.text.startswith("between hosts by mpi, from memory of the CPU, each way 9 Gbit/s (3 and 4) to 1 (1 and 2); ")
+    assert told.text.endswith("less than half of the fastest: 1 and 2, 2 and 3")
     assert told.todo.startswith("see the link of 2: ")
-    (told,) = conformance.judge_pairs({**rates, ("1", "2"): 7.0})
+    (told,) = conformance.judge_pairs({**rates, ("1", "2"): 7.0}, "mpi")
     assert told.todo.startswith("see the link of these hosts: ")
-    assert conformance.judge_pairs(dict.fromkeys(rates, 5.0))[0].verdict == OK
-    assert conformance.judge_pairs({("1", "2"): 5.0})[0].text == "between hosts each way 5 Gbit/s"
+    assert conformance.judge_pairs(dict.fromkeys(rates, 5.0), "mpi")[0].verdict == OK
+    assert conformance.judge_pairs({("1", "2"): 5.0}, "mpi")[0].text.endswith("each way 5 Gbit/s")
 
 
 def test_patterns_differ_by_rank_and_place_and_their_sums_are_exact():

@@ -8,6 +8,7 @@ from hvd_vgg.run.findings import FAILURE, OK, WARNING
 from hvd_vgg.run.hosts import Host
 
 THERE = {"lo": "127.0.0.1", "eth0": "10.0.0.2", "docker0": "172.17.0.1"}
+GLOO = "HOROVOD_GLOO_RENDEZVOUS_ADDR"
 MPI = "OMPI_MCA_btl_tcp_if_include"
 
 
@@ -24,7 +25,8 @@ MPI = "OMPI_MCA_btl_tcp_if_include"
         ({MPI: "ib0"}, 1, FAILURE, "no such interface with an address; here are: lo 127.0.0.1, eth0 10.0.0.2"),
         ({MPI: "192.168.0.0/16"}, 1, FAILURE, "no such interface"),
         ({MPI: "300.1.2.3/8"}, 1, FAILURE, "no such interface"),
-        ({"HOROVOD_GLOO_IFACE": "eth7"}, 1, FAILURE, "HOROVOD_GLOO_IFACE=eth7"),
+        ({"HOROVOD_GLOO_IFACE": "eth7", GLOO: "10.0.0.1"}, 1, FAILURE, "HOROVOD_GLOO_IFACE=eth7"),
+        ({"HOROVOD_GLOO_IFACE": "eth7"}, 1, WARNING, "HOROVOD_GLOO_IFACE=eth7"),
         ({}, 2, WARNING, "Open MPI may try docker0"),
         ({}, 1, OK, "eth0"),
         ({"OMPI_MCA_btl_tcp_if_exclude": "docker0"}, 2, WARNING, "takes the place of the default"),
@@ -32,9 +34,15 @@ MPI = "OMPI_MCA_btl_tcp_if_include"
     ],
 )
 def test_interfaces_that_launchers_were_told(environ, hosts, verdict, told):
-    (found,) = network.check_interfaces(environ, THERE, hosts)
+    (found,) = network.check_interfaces(environ, THERE, hosts, True)
     assert found.verdict == verdict
     assert told in found.text
+
+
+def test_an_interface_of_nccl_matters_where_there_are_devices():
+    for devices, verdict in ((True, FAILURE), (False, WARNING)):
+        (found,) = network.check_interfaces({"NCCL_SOCKET_IFNAME": "ib0"}, THERE, 2, devices)[:1]
+        assert found.verdict == verdict
 
 
 def test_this_machine_has_a_loopback():
