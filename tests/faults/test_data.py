@@ -304,6 +304,7 @@ def bad_events(run_dir, split="train"):
     return [row for row in rows if f"/{split}-0" in row["where"]]
 
 
+@pytest.mark.fault(tier=3)
 def test_the_same_records_stand_in_for_bad_ones_on_any_ranks_and_after_a_restart(launch, tmp_path, spoilt):
     data, bad = spoilt
 

@@ -118,7 +118,8 @@ def test_ranks_micro_batches_and_exchange_make_the_same_run(launch, tmp_path, da
     assert_same_run(train(launch, tmp_path / "spy", data, ranks, *flags), one_rank)
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", pytest.param("float16", marks=pytest.mark.fault(tier=3))])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.fault(tier=3)
 def test_ranks_make_the_same_run_within_a_low_precisions_rounding(launch, tmp_path, data, one_rank, precision):
     """What ranks change is less than twice what the precision itself changes against float32."""
     flags = [f"--precision={precision}", "--drift_every_steps=3"]

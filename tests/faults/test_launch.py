@@ -80,7 +80,7 @@ def test_a_launcher_that_is_asked_to_stop_stops_all_ranks_and_never_starts_again
     assert [(line["event"], line.get("code")) for line in restarts(tmp_path)] == [("start", None), ("end", 80)]
 
 
-@pytest.mark.fault("F12")
+@pytest.mark.fault("F12", tier=3)
 def test_a_real_run_that_its_launcher_was_asked_to_stop_goes_on_as_the_undisturbed_one(tmp_path, data, undisturbed):
     started = start_run(tmp_path, data, "sleep@0:4:2")
     wait_for(lambda: "step 3/" in started.out.read_text())

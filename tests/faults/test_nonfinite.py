@@ -146,6 +146,7 @@ def test_a_replay_of_a_step_that_was_not_kept_is_refused(launch, tmp_path):
     assert (ended.code, "has kept no such step: it has kept 40; --step names one" in message(ended)) == (78, True)
 
 
+@pytest.mark.fault(tier=3)
 def test_a_rate_that_diverges_is_reproduced_on_other_ranks_and_blamed_on_the_weights(launch, tmp_path, data):
     ended = train(launch, data, tmp_path / "run", 2, "", "--lr=1e30")
     assert ended.code == 81, ended.out + ended.err

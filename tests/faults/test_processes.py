@@ -110,7 +110,10 @@ def last_words(out, rank):
     return json.loads(line)
 
 
-@pytest.mark.parametrize("fault", ["sleep", "stop", pytest.param("hold", marks=pytest.mark.fault(tier=3))])
+@pytest.mark.parametrize(
+    "fault",
+    ["stop", pytest.param("sleep", marks=pytest.mark.fault(tier=3)), pytest.param("hold", marks=pytest.mark.fault(tier=3))],
+)
 @pytest.mark.fault("F08", "F09", "F10")
 def test_a_stuck_rank_ends_all_with_last_words(tmp_path, data, undisturbed, fault):
     """F08 asleep in Python, F09 frozen, F10 holding Python's lock: 75, not before its time, and who it was can be read."""
