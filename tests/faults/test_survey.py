@@ -1,0 +1,25 @@
+"""The data set as `hvd-vgg doctor --full` reads it, on ranks of unequal speed."""
+
+import sys
+
+# Rank 1 needs 0.3 s for a record: more than Horovod's limit for all of its part, a fifth of it for a block.
+PROGRAM = """
+import sys, time
+from hvd_vgg import __main__
+from hvd_vgg.data import survey
+from hvd_vgg.run.health import launched_rank
+
+survey._BLOCK, decodes = 4, survey._decodes
+survey._decodes = lambda *what: (time.sleep(0.3 * launched_rank()), decodes(*what))[1]
+sys.exit(__main__.run(sys.argv[1:]))
+"""
+
+
+def test_a_slow_rank_is_no_stall(launch, data, tmp_path):
+    flags = ["--num_classes=10", "--model=vgg11", "--width=0.125", "--image_size=32", "--global_batch=32", "--full"]
+    flags += ["--input_threads=1", f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}"]
+    limits = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "1", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "6"}
+    ended = launch(2, "doctor", *flags, program=[sys.executable, "-c", PROGRAM], **limits)
+    assert ended.code == 0, ended.out + ended.err
+    for split in ("train", "validation"):
+        assert f"every record of {split} is read and decoded" in ended.out
