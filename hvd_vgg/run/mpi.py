@@ -11,7 +11,8 @@ from typing import Any, Dict, List, Mapping, Optional
 
 from hvd_vgg.run.findings import Finding, failure, ok, warning
 
-_LIBRARY = re.compile(r"(/\S*/libmpi(?:ch)?\.so\S*)")
+# A line of /proc/PID/maps has its first slash where the path begins.
+_LIBRARY = re.compile(r"^[^/\n]*(/.*/libmpi(?:ch)?\.so\S*)", re.MULTILINE)
 _REBUILD = "MPICC=/path/of/this/mpi/bin/mpicc pip install --no-cache-dir --no-deps --no-binary mpi4py mpi4py"
 # In a process of its own: two MPIs in one may crash it. Initialises nothing.
 _ASK = """

@@ -106,8 +106,3 @@ def test_mpi4py_is_asked_in_a_process_of_its_own(tmp_path):
     (tmp_path / "mpi4py.py").write_text("raise ImportError('libmpi.so.40: cannot open shared object file')\n")
     broken = mpi.ask_mpi4py({**os.environ, "PYTHONPATH": str(tmp_path)})
     assert "libmpi.so.40: cannot open" in broken["error"]
-
-
-@pytest.mark.parametrize("line", ["7f r-xp 0 0 1 /opt/x/libmpi.so.40.30.8\n", "7f r-xp 0 0 1 /opt/x/libmpich.so.12\n"])
-def test_the_library_of_mpi_is_found_among_those_loaded(line):
-    assert mpi._libraries(line + "7f r-xp 0 0 1 /opt/x/libmpi_cxx.so.40\n") == [line.split()[-1]]
