@@ -193,7 +193,7 @@ def _together(here: host.Host, device: str, threads: int, report: _Report) -> Li
     found.append(ok("ranks", f"{count(len(names), 'rank')} on " + ", ".join(f"{name} ({each[name]})" for name in each)))
     about = comm.describe()
     mpi4pys = mpi.ask_mpi4py(here.environ) if host.version(here, ("mpi4py",)) else {}
-    found += mpi.check_mpi(mpi.loaded(), mpi4pys, about["controller"], about["horovod"])
+    found += mpi.check_mpi(mpi.loaded(), mpi4pys, about["controller"], about["horovod"], about["mpi"])
     found += _same_software()
     found += _same_run_dir(Path(config.run_dir))
     path = "NCCL" if "GPU" in device and "nccl" in about["horovod"] else about["controller"]
