@@ -71,7 +71,7 @@ def doctor(config: DoctorConfig, here: Optional[host.Host] = None) -> None:
         addresses = network.chosen(told, network.interfaces())
         others = [each for each in listed if not hosts.is_here(each.name)]
         report.found += reach.check_hosts(others, config.rsh_agent, addresses) if others else []
-    if any(finding.about == "interfaces" and finding.verdict == FAILURE for finding in report.found):
+    if any(finding.about in ("interfaces", "environment") and finding.verdict == FAILURE for finding in report.found):
         raise _alone(report)  # the ranks would never meet
     _import(here, seen, report)
     _meet(report)

@@ -82,24 +82,22 @@ def compose(config: LaunchConfig, ranks: int, hosts: Sequence[Host], token: str,
             command += ["-x", name]
     if config.network:
         settings.update(oob_tcp_if_include=config.network, btl_tcp_if_include=config.network)
-        for name, value in interface_variables(config.network).items():
-            if name not in os.environ:
-                command += ["-x", f"{name}={value}"]
+        names = nccl_interfaces(config.network)
+        if names and "NCCL_SOCKET_IFNAME" not in os.environ:
+            command += ["-x", f"NCCL_SOCKET_IFNAME={names}"]
     for name, value in settings.items():
         command += ["--mca", name, str(value)]
     return [*command, *program]
 
 
-def interface_variables(network: str) -> Dict[str, str]:
-    """Returns what tells NCCL and Gloo to use the interfaces of --network, as it tells Open MPI.
+def nccl_interfaces(network: str) -> str:
+    """Returns what tells NCCL to use the interfaces of --network, as it tells Open MPI.
 
-    They know names alone, and a network's may differ from host to host: nothing where one is in the list.
+    It knows names alone, and a network's may differ from host to host: nothing where a network is in the list.
     """
     names = [part.strip() for part in network.split(",") if part.strip()]
-    if not names or any("/" in name for name in names):
-        return {}
-    # NCCL takes a list, and what begins with a name too unless it is told =; Gloo takes one.
-    return {"NCCL_SOCKET_IFNAME": "=" + ",".join(names), "HOROVOD_GLOO_IFACE": names[0]}
+    # It takes what begins with a name too unless it is told =.
+    return "=" + ",".join(names) if names and not any("/" in name for name in names) else ""
 
 
 def passed(environment: Any, config: LaunchConfig) -> List[str]:
