@@ -320,7 +320,7 @@ class LaunchConfig:
         "",
         "Ranks",
         "Networks or interfaces that hosts speak over, where they have several: 10.1.0.0/16 or eth1. MPI keeps to them; "
-        "NCCL and Gloo too where all are names (NCCL_SOCKET_IFNAME, HOROVOD_GLOO_IFACE, unless set). They know no networks.",
+        "NCCL too where all are names (NCCL_SOCKET_IFNAME, unless that is set): it knows no networks.",
     )
     export_env: str = flag(
         "",

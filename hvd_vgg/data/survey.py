@@ -15,7 +15,7 @@ from hvd_vgg.run.findings import Finding, failure, ok, warning
 from hvd_vgg.run.health import Failure
 from hvd_vgg.run.log import Console, count
 
-_BLOCK = 1024  # records that are handed to the threads at once
+_BLOCK = 1024  # records that are handed to the threads at once, and between which ranks wait for each other
 _NAMED = 20  # bad records that are named; the others are counted
 
 
@@ -143,16 +143,18 @@ def _decode(config: Config, split: str, one: Seen, full: bool, threads: int, con
     index = one.held
     if full:
         bounds = [index.records * part // comm.size() for part in (comm.rank(), comm.rank() + 1)]
-        ids = range(*bounds)
+        ids, most = range(*bounds), -(-index.records // comm.size())  # as many blocks on all ranks
     else:
-        ids = range(1)
+        ids, most = range(1), 1
     progress = console.progress(f"reading {split}", len(ids), "records")
     bad: List[str] = []
     with ThreadPoolExecutor(threads) as pool:
-        for done in range(0, len(ids), _BLOCK):
+        for done in range(0, most, _BLOCK):
             told = pool.map(lambda record: _decodes(index, record, config), ids[done : done + _BLOCK])
             bad += [wrong for wrong in told if wrong]
             progress.update(min(done + _BLOCK, len(ids)))
+            if full:  # a slow rank is waited for block by block: all at once Horovod would take it for hung
+                comm.gather(b"")
     found = [failure("data", text, "copy the shard again, or leave the record out of it") for text in bad[:_NAMED]]
     if len(bad) > _NAMED:
         found.append(failure("data", f"and {len(bad) - _NAMED} more records of {split}", "as above"))

@@ -10,7 +10,7 @@ from typing import Dict, List, Mapping, Optional
 
 from hvd_vgg.config import Config
 from hvd_vgg.run.findings import Finding, failure, ok, warning
-from hvd_vgg.run.health import SECRET
+from hvd_vgg.run.health import SECRET, launched_rank
 from hvd_vgg.run.log import count
 
 _BUILD_TIME = "is read when Horovod is built, never when it runs"
@@ -50,6 +50,13 @@ def of_environment(environ: Mapping[str, str]) -> List[Finding]:
     for name, what in _OFF.items():
         if environ.get(name) == "0":
             found.append(warning("environment", f"{name}=0 {what}", f"unset {name}"))
+    if (
+        environ.get("HOROVOD_CPU_OPERATIONS", "").lower() == "gloo"
+        and environ.get("HOROVOD_CONTROLLER", "").lower() != "gloo"
+    ):
+        text = "HOROVOD_CPU_OPERATIONS=gloo ends all ranks of mpirun by signal 11 in their first collective (Horovod 0.28.1)"
+        say = warning if launched_rank() is None else failure
+        found.append(say("environment", text, "unset HOROVOD_CPU_OPERATIONS; horovodrun --gloo sets what it needs"))
     unknown = [
         f"{name}={environ[name]}" for name in sorted(of_links(environ)) if _UNKNOWN.match(name) and name not in _VARIABLES
     ]

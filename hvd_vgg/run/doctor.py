@@ -72,7 +72,8 @@ def doctor(config: DoctorConfig, here: Optional[host.Host] = None) -> None:
         addresses = network.chosen(told, network.interfaces())
         others = [each for each in listed if not hosts.is_here(each.name)]
         report.found += reach.check_hosts(others, config.rsh_agent, addresses) if others else []
-    if any(finding.about in ("interfaces", "hosts") and finding.verdict == FAILURE for finding in report.found):
+    never = ("interfaces", "hosts", "environment")
+    if any(finding.about in never and finding.verdict == FAILURE for finding in report.found):
         raise _alone(report)  # the ranks would never meet
     _tell_early(here, seen, report)
     _import(here, seen, report)
@@ -206,7 +207,7 @@ def _together(here: host.Host, device: str, threads: int, report: _Report) -> Li
     found.append(ok("ranks", f"{count(len(names), 'rank')} on " + ", ".join(f"{name} ({each[name]})" for name in each)))
     about = comm.describe()
     mpi4pys = mpi.ask_mpi4py(here.environ) if host.version(here, ("mpi4py",)) else {}
-    found += mpi.check_mpi(mpi.loaded(), mpi4pys, about["controller"], about["horovod"])
+    found += mpi.check_mpi(mpi.loaded(), mpi4pys, about["controller"], about["horovod"], about["mpi"])
     found += _same_software()
     found += _same_run_dir(Path(config.run_dir))
     path = "NCCL" if "GPU" in device and "nccl" in about["horovod"] else about["controller"]

@@ -11,7 +11,8 @@ from typing import Any, Dict, List, Mapping, Optional
 
 from hvd_vgg.run.findings import Finding, failure, ok, warning
 
-_LIBRARY = re.compile(r"(/\S*/libmpi(?:ch)?\.so\S*)")
+# A line of /proc/PID/maps has its first slash where the path begins.
+_LIBRARY = re.compile(r"^[^/\n]*(/.*/libmpi(?:ch)?\.so\S*)", re.MULTILINE)
 _REBUILD = "MPICC=/path/of/this/mpi/bin/mpicc pip install --no-cache-dir --no-deps --no-binary mpi4py mpi4py"
 # In a process of its own: two MPIs in one may crash it. Initialises nothing.
 _ASK = """
@@ -43,20 +44,32 @@ def ask_mpi4py(environ: Mapping[str, str]) -> Dict[str, Any]:
 
 
 def check_mpirun(path: Optional[str]) -> List[Finding]:
-    """Looks for mpirun on a PATH; the one that `hvd-vgg launch` would take."""
+    """Looks for mpirun on a PATH, the one that `hvd-vgg launch` would take, and asks it for 5 s what it is."""
     found = shutil.which("mpirun", path=path)
+    todo = "install Open MPI 4, or put its bin on PATH; horovodrun --gloo needs none"
     if found is None:
-        todo = "install Open MPI 4, or put its bin on PATH; horovodrun --gloo needs none"
         return [warning("mpi", "mpirun is not on PATH: `hvd-vgg launch` cannot start ranks", todo)]
-    return [ok("mpi", f"mpirun is {found}")]
+    try:
+        ended = subprocess.run(  # noqa: S603
+            [found, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=5, check=False
+        )
+        said = (ended.stdout.strip() or ended.stderr.strip()).partition("\n")[0]
+    except (OSError, subprocess.TimeoutExpired):
+        said = "no answer"
+    version = re.match(r"mpirun \((Open MPI)\) (\S+)", said)
+    text = f"mpirun is {found}: {' '.join(version.groups()) if version else said}"
+    if version and version[2].startswith("4."):
+        return [ok("mpi", text)]
+    return [warning("mpi", text, f"`hvd-vgg launch` speaks to Open MPI 4: {todo}")]
 
 
-def check_mpi(horovods: List[str], mpi4pys: Dict[str, Any], controller: str, built: str) -> List[Finding]:
+def check_mpi(horovods: List[str], mpi4pys: Dict[str, Any], controller: str, built: str, calls: str) -> List[Finding]:
     """Compares Horovod's MPI with mpi4py's; mpi4pys: from `ask_mpi4py`, empty where it is not installed.
 
-    controller: mpi or gloo, what the ranks use now; built: Horovod's version and what it was built with.
+    controller: mpi or gloo, what the ranks use now; built: Horovod's version and what it was built with;
+    calls: what the MPI in use calls itself, "none" where none is (`comm.describe`).
     """
-    text = f"Horovod {built} by {controller}"
+    text = f"Horovod {built} by {controller}" + (f", {calls}" if calls != "none" else "")
     if "mpi" not in built:
         todo = "start ranks by horovodrun --gloo; mpirun and `hvd-vgg launch` need a Horovod with MPI"
         return [warning("mpi", f"{text}: it is built without MPI", todo)]

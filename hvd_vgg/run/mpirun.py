@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence
 
 from hvd_vgg.config import LaunchConfig
-from hvd_vgg.run.health import CONFIGURATION, DONE, LOST_RANK, STOPPED, Failure
+from hvd_vgg.run.health import CONFIGURATION, DONE, LOST_RANK, SECRET, STOPPED, Failure
 from hvd_vgg.run.hosts import JOB_PARAMETER, Host
 
 # What the ranks of other hosts get of this environment, and nothing else of it; those of this host have all of it.
@@ -24,7 +24,6 @@ _PASSED = re.compile(
     r"PATH|LD_LIBRARY_PATH|PYTHONPATH|PYTHONDONTWRITEBYTECODE|OMP_NUM_THREADS|TMPDIR|TZ|LANG|LC_\w+|XLA_FLAGS"
     r"|(HOROVOD|TF|NCCL|CUDA|UCX|GLOO|UMD|CRT|DRT)_\w+"  # the last three: of Iluvatar's driver
 )
-_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CRED", re.I)
 
 # Open MPI's own settings would notice a host that is gone after eight minutes; with these, after 20 seconds.
 _KEEPALIVE = {"oob_tcp_keepalive_time": 10, "oob_tcp_keepalive_intvl": 3, "oob_tcp_keepalive_probes": 3}
@@ -82,30 +81,28 @@ def compose(config: LaunchConfig, ranks: int, hosts: Sequence[Host], token: str,
             command += ["-x", name]
     if config.network:
         settings.update(oob_tcp_if_include=config.network, btl_tcp_if_include=config.network)
-        for name, value in interface_variables(config.network).items():
-            if name not in os.environ:
-                command += ["-x", f"{name}={value}"]
+        names = nccl_interfaces(config.network)
+        if names and "NCCL_SOCKET_IFNAME" not in os.environ:
+            command += ["-x", f"NCCL_SOCKET_IFNAME={names}"]
     for name, value in settings.items():
         command += ["--mca", name, str(value)]
     return [*command, *program]
 
 
-def interface_variables(network: str) -> Dict[str, str]:
-    """Returns what tells NCCL and Gloo to use the interfaces of --network, as it tells Open MPI.
+def nccl_interfaces(network: str) -> str:
+    """Returns what tells NCCL to use the interfaces of --network, as it tells Open MPI.
 
-    They know names alone, and a network's may differ from host to host: nothing where one is in the list.
+    It knows names alone, and a network's may differ from host to host: nothing where a network is in the list.
     """
     names = [part.strip() for part in network.split(",") if part.strip()]
-    if not names or any("/" in name for name in names):
-        return {}
-    # NCCL takes a list, and what begins with a name too unless it is told =; Gloo takes one.
-    return {"NCCL_SOCKET_IFNAME": "=" + ",".join(names), "HOROVOD_GLOO_IFACE": names[0]}
+    # It takes what begins with a name too unless it is told =.
+    return "=" + ",".join(names) if names and not any("/" in name for name in names) else ""
 
 
 def passed(environment: Any, config: LaunchConfig) -> List[str]:
     """Returns the names of what ranks on other hosts get of the environment."""
     asked = {name for name in config.export_env.split(",") if name}
-    allowed = {name for name in environment if _PASSED.fullmatch(name) and not _SECRET.search(name)}
+    allowed = {name for name in environment if _PASSED.fullmatch(name) and not SECRET.search(name)}
     return sorted(allowed | (asked & set(environment)))
 
 

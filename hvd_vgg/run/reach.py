@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import List, NamedTuple, Optional, Sequence
@@ -75,36 +76,37 @@ def ask(hosts: Sequence[Host], agent: str, addresses: List[str], find: str, seco
 
 
 def _ask(command: List[str], seconds: float) -> Answer:
+    """Runs an agent for `seconds` at most; what it leaves behind, as ssh its ControlPersist master, is not waited for."""
     sent = time.time()
-    try:
-        process = subprocess.Popen(  # noqa: S603
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-    except OSError as error:
-        return Answer(127, "", f"{command[0]}: {error.strerror}", sent, time.time())
-    try:
-        out, err = process.communicate(timeout=seconds)
-        return Answer(process.returncode, out, err, sent, time.time())
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return Answer(None, "", "", sent, time.time())
+    # Files, not pipes: a pipe ends with the last process that holds it, not with the agent.
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        try:
+            process = subprocess.Popen(  # noqa: S603
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+            )
+        except OSError as error:
+            return Answer(127, "", f"{command[0]}: {error.strerror}", sent, time.time())
+        code: Optional[int] = None
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        received = time.time()
+        for each in (out, err):
+            each.seek(0)
+        return Answer(code, out.read().decode(errors="replace"), err.read().decode(errors="replace"), sent, received)
 
 
 def _judge(host: str, answer: Answer, agent: str, addresses: List[str], seconds: float) -> Finding:
     by = agent.split()[0]
-    if answer.code is None:
-        text = f"{host} did not answer {by} within {seconds:g} s"
-        return failure("hosts", text, "is it up, its name right, the network between? Leave it out of the job till then")
     try:
         told = json.loads(answer.out.strip().splitlines()[-1])
         reached, clock = str(told["reached"]), float(told["time"])
     except (ValueError, IndexError, KeyError, TypeError):
+        if answer.code is None:
+            text = f"{host} did not answer {by} within {seconds:g} s"
+            return failure("hosts", text, "is it up, its name right, the network between? Leave it out of the job till then")
         said = " ".join(answer.err.split())[-200:] or "it said nothing"
         if "key verification failed" in answer.err.lower():
             todo = "get its key from who runs it and add it to ~/.ssh/known_hosts; nothing accepts unknown keys here"

@@ -59,6 +59,15 @@ def test_variables_of_other_trainers_scripts():
     assert advice.of_environment({"TF_CUDNN_USE_AUTOTUNE": "1"}) == []
 
 
+def test_gloo_in_place_of_mpi_is_a_failure_under_mpirun_alone(monkeypatch):
+    told = {"HOROVOD_CPU_OPERATIONS": "gloo"}
+    monkeypatch.delenv("OMPI_COMM_WORLD_RANK", raising=False)
+    assert advice.of_environment(told)[0].verdict == WARNING
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    assert advice.of_environment(told)[0].verdict == FAILURE
+    assert advice.of_environment({**told, "HOROVOD_CONTROLLER": "gloo"}) == []  # horovodrun --gloo sets both
+
+
 def test_the_vendors_variables_of_unknown_effect_are_said_and_asked_of_all_hosts():
     environ = {
         "UMD_ENABLEMEMPOOL": "1",

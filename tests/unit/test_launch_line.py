@@ -53,19 +53,19 @@ def test_several_hosts(count):
     told = settings(command)
     assert told["plm_rsh_agent"] == "ssh -p 2222 -o BatchMode=yes"
     assert told["oob_tcp_if_include"] == told["btl_tcp_if_include"] == "10.1.0.0/16"
-    assert not any("IFNAME" in word or "IFACE" in word for word in command)  # NCCL and Gloo know names alone
+    assert not any("IFNAME" in word for word in command)  # NCCL knows names alone
     assert "StrictHostKeyChecking=yes" in LaunchConfig().rsh_agent
     assert shlex.split(mpirun.shown(command)) == command
 
 
 @pytest.mark.parametrize("listed", [[], [Host("a", 2), Host("b", 2)]])
-def test_nccl_and_gloo_keep_to_interfaces_that_are_named(listed, monkeypatch):
-    for name in ("NCCL_SOCKET_IFNAME", "HOROVOD_GLOO_IFACE"):
-        monkeypatch.delenv(name, raising=False)
+def test_nccl_keeps_to_interfaces_that_are_named(listed, monkeypatch):
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
     config = LaunchConfig(network="eth1,ib0")
     command = mpirun.compose(config, 2, listed, "token", PROGRAM)
     assert settings(command)["btl_tcp_if_include"] == "eth1,ib0"
-    assert {"NCCL_SOCKET_IFNAME==eth1,ib0", "HOROVOD_GLOO_IFACE=eth1"} <= set(options(command, "-x"))
+    assert "NCCL_SOCKET_IFNAME==eth1,ib0" in options(command, "-x")
+    assert not any("IFACE" in word for word in command)  # under mpirun nothing goes by Gloo
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
     command = mpirun.compose(config, 2, listed, "token", PROGRAM)
     told = [value for value in options(command, "-x") if value.startswith("NCCL_SOCKET_IFNAME")]
@@ -73,8 +73,8 @@ def test_nccl_and_gloo_keep_to_interfaces_that_are_named(listed, monkeypatch):
 
 
 @pytest.mark.parametrize("network", ["", "10.1.0.0/16", "eth1,10.1.0.0/16"])
-def test_what_is_no_list_of_names_tells_nccl_and_gloo_nothing(network):
-    assert mpirun.interface_variables(network) == {}
+def test_what_is_no_list_of_names_tells_nccl_nothing(network):
+    assert mpirun.nccl_interfaces(network) == ""
 
 
 def test_an_open_mpi_whose_path_has_a_space_is_refused_on_several_hosts(tmp_path, monkeypatch):

@@ -1,11 +1,7 @@
 import os
 import resource
-import sys
-from pathlib import Path
 
-import pytest
-
-from hvd_vgg.run import machine, mpi
+from hvd_vgg.run import machine
 from hvd_vgg.run.findings import FAILURE, OK, WARNING
 
 
@@ -77,37 +73,3 @@ def test_what_other_jobs_left_is_found_and_our_own_daemon_is_not(tmp_path):
     process(tmp_path, 11, "vim", "vim", "train")
     (found,) = machine.check_leftovers(tmp_path)
     assert "orted (process 8), hvd-vgg train (process 10)" in found.text
-
-
-def test_two_mpis_are_a_failure_and_one_is_right():
-    same = {"mpi4py": "4.0", "mpi": "Open MPI v4.1.8, package: x", "libraries": ["/a/libmpi.so.40"]}
-    assert mpi.check_mpi(["/a/libmpi.so.40"], same, "mpi", "0.28.1 (mpi)")[0].verdict == OK
-    (found,) = mpi.check_mpi(["/b/libmpi.so.12"], same, "mpi", "0.28.1 (mpi)")
-    assert (found.verdict, "--no-binary mpi4py" in found.todo) == (FAILURE, True)
-    assert mpi.check_mpi([], {"error": "no libmpi.so"}, "gloo", "0.28.1 (mpi, gloo)")[0].verdict == WARNING
-    assert mpi.check_mpi([], {}, "gloo", "0.28.1 (mpi, gloo)")[0].verdict == OK
-    (found,) = mpi.check_mpi([], {}, "gloo", "0.28.1 (gloo)")
-    assert (found.verdict, "built without MPI" in found.text, "--gloo" in found.todo) == (WARNING, True, True)
-
-
-def test_an_mpirun_that_is_not_on_path_is_told(tmp_path):
-    assert mpi.check_mpirun(str(tmp_path))[0].verdict == WARNING
-    (tmp_path / "mpirun").write_text("#!/bin/sh\n")
-    (tmp_path / "mpirun").chmod(0o755)
-    assert mpi.check_mpirun(str(tmp_path))[0].text == f"mpirun is {tmp_path}/mpirun"
-
-
-def test_mpi4py_is_asked_in_a_process_of_its_own(tmp_path):
-    told = mpi.ask_mpi4py(os.environ)
-    assert told["mpi"].startswith("Open MPI")
-    assert all(Path(path).is_absolute() for path in told["libraries"])
-    assert told["libraries"]
-    assert "mpi4py" not in sys.modules
-    (tmp_path / "mpi4py.py").write_text("raise ImportError('libmpi.so.40: cannot open shared object file')\n")
-    broken = mpi.ask_mpi4py({**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert "libmpi.so.40: cannot open" in broken["error"]
-
-
-@pytest.mark.parametrize("line", ["7f r-xp 0 0 1 /opt/x/libmpi.so.40.30.8\n", "7f r-xp 0 0 1 /opt/x/libmpich.so.12\n"])
-def test_the_library_of_mpi_is_found_among_those_loaded(line):
-    assert mpi._libraries(line + "7f r-xp 0 0 1 /opt/x/libmpi_cxx.so.40\n") == [line.split()[-1]]

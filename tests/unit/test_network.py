@@ -1,4 +1,7 @@
+import os
+import signal
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -88,6 +91,26 @@ def test_hosts_that_answer_and_that_do_not(tmp_path, script, addresses, verdict,
         assert "known_hosts" in found.todo
     if "No such file" in script:
         assert "install the same environment at the same path on b" in found.todo
+
+
+@pytest.mark.parametrize(
+    ("script", "verdict"),
+    [
+        ('setsid sleep 40 & bash -c "$*"', OK),  # as an ssh that leaves a ControlPersist master
+        ("setsid sleep 40 & sleep 50", FAILURE),
+        ('bash -c "$*"; exec sleep 40', OK),  # it has answered
+    ],
+)
+def test_what_an_agent_leaves_behind_is_not_waited_for(tmp_path, script, verdict):
+    """The process left holds stdout and stderr; had it been waited for, it would run no more."""
+    left = tmp_path / "left"
+    script = script.replace("&", f"& echo $! > {left};", 1)
+    (found,) = reach.check_hosts([Host("b", 1)], agent(tmp_path, script), ["127.0.0.1"], 4)
+    assert found.verdict == verdict, found
+    if left.exists():
+        pid = int(left.read_text())
+        assert b"sleep" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_an_agent_that_is_not_there_is_named():
