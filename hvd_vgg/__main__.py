@@ -10,23 +10,28 @@ from pathlib import Path
 from typing import Any, Callable, List, Tuple
 
 from hvd_vgg import __version__
-from hvd_vgg.config import (
-    BenchmarkConfig,
-    Config,
-    DemoConfig,
-    DoctorConfig,
-    EvaluateConfig,
-    LaunchConfig,
-    PlanConfig,
-    ReplayConfig,
-    VerifyConfig,
-    describe,
-    find_flag_file,
-    nonfinite_folder,
-    parse,
-)
 from hvd_vgg.run import output, watch
 from hvd_vgg.run.health import BUG, CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure, launched_rank
+
+try:
+    from hvd_vgg.config import (
+        BenchmarkConfig,
+        Config,
+        DemoConfig,
+        DoctorConfig,
+        EvaluateConfig,
+        LaunchConfig,
+        PlanConfig,
+        ReplayConfig,
+        VerifyConfig,
+        describe,
+        find_flag_file,
+        nonfinite_folder,
+        parse,
+    )
+except ModuleNotFoundError as error:  # absl-py reads the flags, doctor's too
+    output.say(f"hvd-vgg: {error} ({sys.executable}): install it, or use launch/environment.sh", sys.stderr)
+    sys.exit(CONFIGURATION)
 
 USAGE_TEXT = f"""hvd-vgg {__version__}: trains VGG networks on ImageNet-style TFRecords with TensorFlow and Horovod.
 
@@ -166,6 +171,7 @@ PROGRAM = [sys.executable, "-m", "hvd_vgg"]
 def main() -> None:
     """Runs the command line and exits with the codes of hvd_vgg.run.health."""
     output.reopen()
+    sys.dont_write_bytecode = True  # TensorFlow would leave some in the temporary directory, of code that it makes up
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Where TensorBoard is not installed, TensorFlow before 2.16 warns of it on every rank; a run says it once itself.
     logging.getLogger().addFilter(lambda record: "missing TensorBoard" not in record.getMessage())
@@ -189,6 +195,8 @@ def run(argv: List[str]) -> int:
         config = parse(kind, _with_run_flags(argv))
     except Failure as failure:
         return _refuse(failure)
+    except ImportError as error:
+        return _refuse(_missing(error))
     except KeyboardInterrupt:
         return STOPPED
     try:
@@ -201,7 +209,7 @@ def run(argv: List[str]) -> int:
     except SystemExit as error:
         return _end(Failure(BUG, f"the program left early, with {error.code!r}: please report it with the run's flags.txt"))
     except ImportError as error:
-        return _end(Failure(CONFIGURATION, f"{error} ({sys.executable}): install it, or use launch/environment.sh"))
+        return _end(_missing(error))
     except Exception as error:
         if isinstance(error, BrokenPipeError) and "hvd_vgg.parallel.comm" not in sys.modules:
             # Whoever read the plan has enough; Python would complain again when it flushes at the end.
@@ -215,6 +223,10 @@ def run(argv: List[str]) -> int:
             return _end(Failure(LOST_RANK, told))
         output.say(traceback.format_exc(), sys.stderr, end="")
         return _end(Failure(BUG, "an error of the program, above: please report it with the run's flags.txt"))
+
+
+def _missing(error: ImportError) -> Failure:
+    return Failure(CONFIGURATION, f"{error} ({sys.executable}): install it, or use launch/environment.sh")
 
 
 def _launch(argv: List[str]) -> int:

@@ -68,10 +68,12 @@ def doctor(config: DoctorConfig, here: Optional[host.Host] = None) -> None:
     report = _Report(config, [], time.monotonic(), launched_rank() or 0, socket.gethostname())
     seen = _before(here, len(listed), report)
     if listed:
+        why = network.none_chosen(config.network, network.interfaces())
+        report.found += [failure("interfaces", why, "name one that leads to the other hosts")] if why else []
         told = {network.INCLUDE[0]: config.network} if config.network else here.environ
         addresses = network.chosen(told, network.interfaces())
         others = [each for each in listed if not hosts.is_here(each.name)]
-        report.found += reach.check_hosts(others, config.rsh_agent, addresses) if others else []
+        report.found += reach.check_hosts(others, config.rsh_agent, addresses) if others and not why else []
     never = ("interfaces", "hosts", "environment")
     if any(finding.about in never and finding.verdict == FAILURE for finding in report.found):
         raise _alone(report)  # the ranks would never meet
@@ -102,6 +104,7 @@ def _before(here: host.Host, listed: int, report: _Report) -> _Seen:
         *machine.check_run_dir(Path(config.run_dir), kept, report.rank == 0),
         *machine.check_leftovers(here.root),
         *mpi.check_mpirun(here.environ.get("PATH")),
+        *mpi.check_root(here.environ),
         *network.check_interfaces(here.environ, network.interfaces(), max(listed, 2 if size > local else 1), whose != "CPU"),
         *advice.of_environment(here.environ),
     ]
@@ -208,7 +211,7 @@ def _together(here: host.Host, device: str, threads: int, report: _Report) -> Li
     about = comm.describe()
     mpi4pys = mpi.ask_mpi4py(here.environ) if host.version(here, ("mpi4py",)) else {}
     found += mpi.check_mpi(mpi.loaded(), mpi4pys, about["controller"], about["horovod"], about["mpi"])
-    found += _same_software()
+    found += _same_as_root(config)
     found += _same_run_dir(Path(config.run_dir))
     path = "NCCL" if "GPU" in device and "nccl" in about["horovod"] else about["controller"]
     with _within(_LONG_SECONDS, report, "link", f"the ranks did not exchange some MB within {_LONG_SECONDS:g} s"):
@@ -227,15 +230,18 @@ def _together(here: host.Host, device: str, threads: int, report: _Report) -> Li
     return names
 
 
-def _same_software() -> List[Finding]:
-    """Compares versions, code and variables with rank 0's: those that training refuses to differ in, and some others."""
+def _same_as_root(config: DoctorConfig) -> List[Finding]:
+    """Compares flags, versions, code and variables with rank 0's: what training refuses to differ in, and some others."""
     from hvd_vgg.parallel import comm
 
-    strict, free = {**comm.describe(), **comm.environment()}, advice.of_links(os.environ)
+    # As in training, a host may keep its files elsewhere.
+    own = ("data_dir", "run_dir", "console", "out")
+    flags = {f"--{name}": str(value) for name, value in dataclasses.asdict(config).items() if name not in own}
+    strict, free = {**flags, **comm.describe(), **comm.environment()}, advice.of_links(os.environ)
     theirs: List[Dict[str, str]] = json.loads(comm.from_root(json.dumps([strict, free]).encode()).decode())
     found = []
     for say, mine, other, todo in (
-        (failure, strict, theirs[0], "the same software and variables on all hosts"),
+        (failure, strict, theirs[0], "the same flags, software and variables on all hosts"),
         (warning, free, theirs[1], "right where it names what hosts call differently; else the same on all hosts"),
     ):
         for name in sorted({*mine, *other}):
@@ -302,7 +308,8 @@ def _alone(report: _Report) -> Failure:
     bad = [finding for finding in report.found if finding.verdict == FAILURE]
     if report.rank == 0:
         _tell(report, put_together([report.found]), [report.host])
-        return Failure(CONFIGURATION, f"doctor: {count(len(bad), 'failure')}, see above; other ranks were not heard")
+        others = "" if launched_rank() is None else "; other ranks were not heard"
+        return Failure(CONFIGURATION, f"doctor: {count(len(bad), 'failure')}, see above{others}")
     text = "\n".join(f"{finding.about}: {finding.text}\n  do: {finding.todo}" for finding in bad)
     return Failure(CONFIGURATION, f"doctor on {report.host}: {text}")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from hvd_vgg.config import LaunchConfig
-from hvd_vgg.run import hosts, mpirun, network, output, reach
+from hvd_vgg.run import hosts, mpi, mpirun, network, output, reach
 from hvd_vgg.run.files import FULL, not_written
 from hvd_vgg.run.findings import FAILURE
 from hvd_vgg.run.health import CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure
@@ -28,7 +28,6 @@ from hvd_vgg.run.log import count
 from hvd_vgg.run.mpirun import Ended, say
 from hvd_vgg.train import checkpoint
 
-_CONSENT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
 # How long what a job has left may take to end by itself, before it is ended.
 _LEAVE_SECONDS = 5.0
 # Before a restart no host may answer for a while, as when a switch starts again: how often it asks, how far apart.
@@ -56,9 +55,9 @@ def launch(config: LaunchConfig, job: Job) -> int:
     if config.dry_run:
         print("+", mpirun.shown(mpirun.compose(config, wanted, listed, token, job.program)))
         return DONE
-    if os.getuid() == 0 and not all(os.environ.get(name) == "1" for name in _CONSENT):
-        text = f"Open MPI does not run as root unless told twice: in a container, export {'=1 '.join(_CONSENT)}=1"
-        raise Failure(CONFIGURATION, text)
+    refused = mpi.refuses_root(os.environ) or network.none_chosen(config.network, network.interfaces())
+    if refused:
+        raise Failure(CONFIGURATION, refused)
     limit = config.time_limit_seconds
     limits = mpirun.Limits(config.grace_seconds, time.monotonic() + limit if limit else math.inf)
     with mpirun.Requests() as requests:
@@ -194,8 +193,7 @@ def _ask(config: LaunchConfig, others: List[Host], token: str, first: bool) -> D
     there = network.interfaces()
     addresses = network.chosen({network.INCLUDE[0]: config.network} if config.network else os.environ, there)
     if first and not addresses:
-        text = f"--network={config.network}: no interface with an address is so called or in it"
-        raise Failure(CONFIGURATION, f"{text if config.network else 'no network'}; here are: {network.spoken(there)}")
+        raise Failure(CONFIGURATION, f"no network; here are: {network.spoken(there)}")
     told = reach.ask(others, config.rsh_agent, addresses, hosts.find_jobs(token.split(".")[0]))
     return {host.name: each for host, each in zip(others, told)}
 

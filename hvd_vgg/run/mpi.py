@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional
 
 from hvd_vgg.run.findings import Finding, failure, ok, warning
+from hvd_vgg.run.health import launched_rank
 
+_CONSENT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
 # A line of /proc/PID/maps has its first slash where the path begins.
 _LIBRARY = re.compile(r"^[^/\n]*(/.*/libmpi(?:ch)?\.so\S*)", re.MULTILINE)
 _REBUILD = "MPICC=/path/of/this/mpi/bin/mpicc pip install --no-cache-dir --no-deps --no-binary mpi4py mpi4py"
@@ -41,6 +43,19 @@ def ask_mpi4py(environ: Mapping[str, str]) -> Dict[str, Any]:
         said = "".join(ended.stderr.strip().splitlines()[-1:]) if "ended" in locals() else "no answer"
         return {"error": said or f"it ended with {ended.returncode}"}
     return {"mpi4py": told["mpi4py"], "mpi": told["mpi"], "libraries": _libraries(told["maps"])}
+
+
+def refuses_root(environ: Mapping[str, str]) -> str:
+    """Returns why Open MPI would start nothing for this user; nothing where it would."""
+    if os.getuid() != 0 or all(environ.get(name) == "1" for name in _CONSENT):
+        return ""
+    return f"Open MPI does not run as root unless told twice: in a container, export {'=1 '.join(_CONSENT)}=1"
+
+
+def check_root(environ: Mapping[str, str]) -> List[Finding]:
+    """Looks whether mpirun would start ranks for this user; what runs under a launcher has its answer."""
+    why = refuses_root(environ) if launched_rank() is None else ""
+    return [warning("mpi", why, "better: another user; `hvd-vgg launch` and mpirun start nothing till then")] if why else []
 
 
 def check_mpirun(path: Optional[str]) -> List[Finding]:

@@ -70,10 +70,10 @@ def check_interfaces(environ: Mapping[str, str], there: Mapping[str, str], hosts
         chosen = _matching(environ[variable], there, prefixes=variable.startswith("NCCL"))
         if not chosen:
             text = f"{told}: no such interface with an address; here are: {spoken(there)}"
-            found.append(say("interfaces", text, f"name one of them, or its network as {_example(there)}"))
+            found.append(say("interfaces", text, f"name one that leads to the other hosts: {variable}={_example(there)}"))
         elif hosts > 1 and all(_loopback(there[name]) for name in chosen):
             text = f"{told} never leaves this host, and the job has several; here are: {spoken(there)}"
-            found.append(say("interfaces", text, f"mpirun --mca btl_tcp_if_include {_example(there)}"))
+            found.append(say("interfaces", text, f"{variable}={_example(there)}"))
     for variable in _EXCLUDE:
         if (
             environ.get(variable)
@@ -95,6 +95,13 @@ def chosen(environ: Mapping[str, str], there: Mapping[str, str]) -> List[str]:
     told = environ.get(INCLUDE[0])
     names = _matching(told, there) if told else [n for n in there if not _loopback(there[n]) and not _BRIDGE.match(n)]
     return [there[name] for name in names]
+
+
+def none_chosen(told: str, there: Mapping[str, str]) -> str:
+    """Returns why --network, as `told`, can be no job's; nothing where there is an interface that it names."""
+    if not told or chosen({INCLUDE[0]: told}, there):
+        return ""
+    return f"--network={told}: no interface with an address is so called or in it; here are: {spoken(there)}"
 
 
 def toward_launcher(environ: Mapping[str, str], there: Mapping[str, str]) -> str:

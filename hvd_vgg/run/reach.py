@@ -20,7 +20,7 @@ from typing import List, NamedTuple, Optional, Sequence
 from hvd_vgg.run.findings import Finding, failure, ok, warning
 from hvd_vgg.run.hosts import Host
 
-_CLOCK_SECONDS, ANSWER_SECONDS = 1.0, 12.0
+_CLOCK_SECONDS, ANSWER_SECONDS, _SAID = 1.0, 12.0, 200
 # Runs on the other host: tries each address, tells which is the first that answers.
 _ANSWER = """
 import json, socket, sys, time
@@ -107,9 +107,11 @@ def _judge(host: str, answer: Answer, agent: str, addresses: List[str], seconds:
         if answer.code is None:
             text = f"{host} did not answer {by} within {seconds:g} s"
             return failure("hosts", text, "is it up, its name right, the network between? Leave it out of the job till then")
-        said = " ".join(answer.err.split())[-200:] or "it said nothing"
+        said = " ".join(answer.err.split()) or "it said nothing"
+        if len(said) > _SAID:
+            said = f"... {said[-_SAID:].partition(' ')[2]}"
         if "key verification failed" in answer.err.lower():
-            todo = "get its key from who runs it and add it to ~/.ssh/known_hosts; nothing accepts unknown keys here"
+            todo = f"get its key from who runs it, for {by} to know (ssh: ~/.ssh/known_hosts); nothing accepts unknown keys here"
         elif sys.executable in answer.err:
             todo = f"install the same environment at the same path on {host}"
         else:

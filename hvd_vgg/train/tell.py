@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import shlex
 import socket
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
@@ -350,7 +351,7 @@ def summary(
         )
     console.say(f"  run                {run_dir.resolve()}")
     console.say("  in it              result.json, dllogger.json, receipt.json, flags.txt, checkpoints/, tensorboard/")
-    console.say(f"  check it           hvd-vgg verify-run {run_dir.resolve()}")
+    console.say(f"  check it           hvd-vgg verify-run {shlex.quote(str(run_dir.resolve()))}")
     comm.together(lambda: log.close() if log else None)
     comm.together(lambda: receipt.write(run_dir) if log else None)
 

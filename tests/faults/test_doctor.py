@@ -136,7 +136,7 @@ def test_labels_beyond_the_classes_are_a_failure(launch, data, tmp_path):
 
 @pytest.mark.fault("F02", "F32")
 def test_one_ranks_failure_is_named_with_rank_and_host(tmp_path, data):
-    """Rank 1 has another variable; a copy of the data that lacks bytes."""
+    """Rank 1 has another variable and flag, and a copy of the data with more bytes."""
     (tmp_path / "other").mkdir()
     for path in data.iterdir():
         (tmp_path / "other" / path.name).write_bytes(path.read_bytes() + (b"x" if "train-00001" in path.name else b""))
@@ -149,12 +149,13 @@ def test_one_ranks_failure_is_named_with_rank_and_host(tmp_path, data):
         sys.executable,
         "-m",
         "hvd_vgg",
-        *flags(tmp_path / "other", tmp_path),
+        *flags(tmp_path / "other", tmp_path, "--lr=0.5"),
     ]
     ended = Started([*first, ":", *second], tmp_path).wait()
     assert ended.code == 78, ended.out + ended.err
     name = os.uname().nodename
     assert f"failure  software     rank 1 (host {name}): TF_XLA_FLAGS is --tf_xla_auto_jit=0; on rank 0 not set" in ended.out
+    assert f"failure  software     rank 1 (host {name}): --lr is 0.5; on rank 0 0.01" in ended.out
     assert f"failure  data         rank 1 (host {name}): " in ended.out
     assert "train shards are not those of rank 0: train-00001-of-00003" in ended.out
 

@@ -73,13 +73,31 @@ def test_a_precision_that_no_rank_can_compute_in_is_refused_once(tmp_path, data)
     assert ended.err.count("hvd-vgg: ") == ended.err.count("--precision=bfloat16: TensorFlow") == 1, ended.err
 
 
+@pytest.mark.parametrize(
+    ("module", "words"), [("absl", ["--help"]), ("absl", ["doctor"]), ("numpy", ["launch", "--ranks=2", "doctor"])]
+)
+def test_a_package_that_is_not_there_is_told_without_a_traceback(tmp_path, module, words):
+    program = f"import sys; sys.modules[{module!r}] = None; from hvd_vgg import __main__; __main__.main()"
+    ended = Started([sys.executable, "-c", program, *words], tmp_path, PYTHONPATH=str(ROOT)).wait()
+    assert (ended.code, "Traceback" in ended.err) == (78, False), ended.err
+    assert f"{module} " in ended.err and "install it, or use launch/environment.sh" in ended.err
+
+
+def test_an_interface_that_is_not_there_is_told_before_mpirun_is_asked(launch, tmp_path):
+    ended = launch(0, "launch", "--ranks=2", "--network=eth9", "doctor", f"--data_dir={tmp_path}")
+    assert ended.code == 78
+    assert "--network=eth9: no interface with an address is so called or in it; here are: lo 127.0.0.1" in ended.err
+
+
 def test_more_ranks_than_images_is_a_usage_error(launch, data):
     ended = launch(2, "train", f"--data_dir={data}", *TINY, "--global_batch=1")
     assert ended.code == 64
     assert ended.err.count("leaves nothing to do for some of 2 ranks") == 1
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    "closed", [*(pytest.param(each, marks=pytest.mark.fault(tier=3)) for each in (">&-", "2>&-")), "<&- >&- 2>&-"]
+)
 def test_a_run_whose_streams_were_closed_before_its_start_is_a_run(launch, tmp_path, data, closed):
     words = command_line(0, ["launch", "--ranks=2", "train", f"--data_dir={data}", *TINY, "--epochs=1", "--run_dir=run"])
     ended = Started(["bash", "-c", f'"$@" {closed}', "bash", *words], tmp_path).wait()

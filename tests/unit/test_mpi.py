@@ -10,6 +10,15 @@ from hvd_vgg.run import mpi
 from hvd_vgg.run.findings import FAILURE, OK, WARNING
 
 
+def test_root_without_consent_is_told_what_mpirun_would_say(monkeypatch):
+    monkeypatch.setattr(os, "getuid", lambda: 0)
+    (told,) = mpi.check_root({})
+    assert (told.verdict, "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1" in told.text) == (WARNING, True)
+    assert mpi.check_root({"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}) == []
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
+    assert mpi.check_root({}) == []
+
+
 def test_two_mpis_are_a_failure_and_one_is_right():
     same = {"mpi4py": "4.0", "mpi": "Open MPI v4.1.8, package: x", "libraries": ["/a/libmpi.so.40"]}
     assert mpi.check_mpi(["/a/libmpi.so.40"], same, "mpi", "0.28.1 (mpi)", "Open MPI v4.1.8")[0].verdict == OK
