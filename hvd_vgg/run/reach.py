@@ -111,7 +111,7 @@ def _judge(host: str, answer: Answer, agent: str, addresses: List[str], seconds:
         if len(said) > _SAID:
             said = f"... {said[-_SAID:].partition(' ')[2]}"
         if "key verification failed" in answer.err.lower():
-            todo = f"get its key from who runs it, for {by} to know (ssh: ~/.ssh/known_hosts); nothing accepts unknown keys here"
+            todo = f"get its key from who runs it, for {by} to know (~/.ssh/known_hosts): no unknown key is accepted"
         elif sys.executable in answer.err:
             todo = f"install the same environment at the same path on {host}"
         else:
