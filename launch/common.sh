@@ -9,6 +9,24 @@ fail() {
   exit 78
 }
 
+# refuse WHAT...: the words that a script was called with are at fault.
+refuse() {
+  printf '%s: %s\n' "$(basename "$0")" "$*" >&2
+  exit 64
+}
+
+# show_help WORD...: if one of them asks for help, prints the head of the script that was called, and ends.
+show_help() {
+  local word
+  for word in "$@"; do
+    case "$word" in -h | --help)
+      sed -n -E '1d; /^#( |$)/!q; s/^# ?//p' "$0"
+      exit 0
+      ;;
+    esac
+  done
+}
+
 # Puts the environment of launch/environment.sh first on PATH if it has been made; else the host's own python3 is used.
 use_environment() {
   local venv="${HVD_VGG_VENV:-$clone/.venv}"
