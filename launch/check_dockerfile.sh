@@ -20,5 +20,5 @@ TMPDIR="$scratch" PYTHONPATH="$clone/benchmarks" unshare --mount --propagation p
   "${PYTHON:-python3.11}" "$clone/tests/dockerfile.py" &
 check=$!
 # A background job does not hear Ctrl-C.
-trap 'kill "$check" 2>/dev/null; wait "$check"; exit 130' INT TERM
+trap 'kill "$check" 2>/dev/null; wait "$check" || exit 130' INT TERM
 wait "$check"

@@ -315,12 +315,67 @@ def test_what_is_printed_is_what_is_run(here):
     assert all(len(user) == 7 for user in users)
 
 
+@pytest.mark.parametrize("flags", [["--dry_run=true"], ["--dry_run=false", "--dry_run"]])
 @pytest.mark.parametrize("name", DOCKER)
-def test_help_is_the_head_of_the_script(here, name):
-    ended = call(f"docker_run_{name}.sh", "--help", cwd=here)
+def test_docker_is_not_started_by_a_dry_run(here, name, flags):
+    path = stand_ins(here, docker="touch called")
+    printed(call(f"docker_run_{name}.sh", "--data_dir=image net", "--devices=2", *flags, cwd=here, PATH=path))
+    assert not (here / "called").exists()
+
+
+def test_docker_is_started_by_what_is_no_dry_run(here):
+    path = stand_ins(here, docker="touch called", **{"nvidia-smi": "echo GPU 0: H"})
+    printed(call("docker_run_nvidia.sh", "--data_dir=image net", "--dry_run=false", cwd=here, PATH=path))
+    assert (here / "called").exists()
+
+
+# Scripts that train or run doctor, and how they say what they would start.
+TRAIN = [*(f"docker_run_{name}.sh" for name in DOCKER), "run_train_vgg16_imagenet.sh"]
+TRAIN += ["run_train_vgg16_multigpu_imagenet.sh", "slurm.sbatch"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--devices", "2"], "--devices 2: expected --devices=2"),
+        (["--ranks", "8"], "--ranks 8: expected --ranks=8"),
+        (["--epochs", "2"], "--epochs 2: expected --epochs=2"),
+        (["docter"], "docter: expected --FLAG=VALUE, or the word doctor"),
+        (["doctor", "--lr=0.1", "again"], "again: expected --FLAG=VALUE, or the word doctor"),
+        (["--dry_run=yes"], "--dry_run=yes: expected --dry_run, --dry_run=true or --dry_run=false"),
+    ],
+)
+@pytest.mark.parametrize("script", TRAIN)
+def test_words_that_are_no_flags_are_refused(here, script, flags, told):
+    path = stand_ins(here, **dict.fromkeys(["docker", "srun", "hvd-vgg"], "touch called"))
+    ended = call(script, "--data_dir=image net", *flags, cwd=here, **{**SLURM, "PATH": path, "SLURM_NTASKS_PER_NODE": "2"})
+    assert (ended.returncode, ended.stdout) == (64, ""), ended.stderr
+    assert ended.stderr == f"{script.replace('16_imagenet', '16_multigpu_imagenet')}: {told}\n"
+    assert not (here / "called").exists()
+
+
+@pytest.mark.parametrize("name", DOCKER)
+def test_docker_refuses_its_own_flags_without_a_value(here, name):
+    ended = call(f"docker_run_{name}.sh", "--data_dir=image net", "--dry_run", "--devices", cwd=here)
+    assert (ended.returncode, ended.stdout) == (64, "")
+    assert "--devices: expected --devices=VALUE" in ended.stderr
+
+
+@pytest.mark.parametrize("script", TRAIN)
+def test_help_is_the_head_of_the_script(here, script):
+    """Also where there is no environment yet, and outside Slurm."""
+    ended = call(script, "doctor", "--help", cwd=here, PATH="/usr/bin:/bin", HVD_VGG_VENV=str(here))
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout.startswith("VGG16 on ImageNet on the ")
-    assert "set -euo" not in ended.stdout
+    assert ended.stdout == head(LAUNCH / script)
+    assert "--dry_run" in ended.stdout
+    assert "DATA_DIR" in ended.stdout
+
+
+def head(path):
+    """Returns the comment that a script begins with, after the line that says what runs it."""
+    lines = path.read_text().splitlines()[1:]
+    end = next(at for at, line in enumerate(lines) if line != "#" and not line.startswith("# "))
+    return "".join(f"{line[2:]}\n" for line in lines[:end])
 
 
 def of_mpirun(words):
@@ -437,6 +492,31 @@ def test_slurm_in_a_clone_whose_path_has_a_space(here, tmp_path, devices, hosts)
     assert lines[:hosts] == [f"node{number} slots={devices}" for number in range(hosts)]
     assert "--nodelist=node3" in lines[hosts:]
     assert lines[-1] == "orted"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("SLURM_SUBMIT_DIR", "SLURM_SUBMIT_DIR is not set: this is for sbatch"),
+        ("SLURM_JOB_ID", "SLURM_JOB_ID is not set: this is for sbatch"),
+        ("SLURM_JOB_NODELIST", "SLURM_JOB_NODELIST is not set: this is for sbatch"),
+        ("SLURM_NTASKS_PER_NODE", "give sbatch --ntasks-per-node=N"),
+    ],
+)
+def test_what_is_no_job_of_slurm_is_told_so(here, name, told):
+    environment = {**SLURM, "SLURM_NTASKS_PER_NODE": "2", name: ""}
+    ended = call("slurm.sbatch", "--dry_run", cwd=here, **environment)
+    assert (ended.returncode, ended.stdout) == (78, "")
+    assert told in ended.stderr
+
+
+@pytest.mark.parametrize("value", ["true", "false"])
+@pytest.mark.parametrize("by", ["mpirun", "srun"])
+def test_slurm_starts_what_is_no_dry_run(here, by, value):
+    path = stand_ins(here, scontrol=SCONTROL, srun="touch called", **{"hvd-vgg": '[[ "$*" = *--dry_run* ]] || touch called'})
+    environment = {**SLURM, "PATH": path, "SLURM_NTASKS_PER_NODE": "2", "COUNT": "1", "HVD_VGG_LAUNCHER": by}
+    printed(call("slurm.sbatch", f"--dry_run={value}", cwd=here, **environment))
+    assert (here / "called").exists() == (value == "false")
 
 
 @pytest.mark.parametrize("devices", [1, 8, 16, 32])
