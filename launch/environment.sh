@@ -9,6 +9,13 @@
 # HVD_VGG_HOROVOD     another Horovod than 0.28.1
 set -euo pipefail
 
+# This script is copied into images alone, without common.sh.
+case " $* " in *' -h '* | *' --help '*)
+  sed -n -E '1d; /^#( |$)/!q; s/^# ?//p' "$0"
+  exit 0
+  ;;
+esac
+
 launch="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 clone="$(dirname "$launch")"
 venv="${HVD_VGG_VENV:-$clone/.venv}"

@@ -9,11 +9,7 @@ set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-case "${1:-}" in -h | --help)
-  sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
-  exit 0
-  ;;
-esac
+show_help "$@"
 bash "$launch/environment.sh"
 use_environment
 consent_to_root

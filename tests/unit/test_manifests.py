@@ -172,6 +172,17 @@ def test_doctor_looks_from_the_pods_that_would_train(name):
     assert made == JOBS[name]
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [([], "doctor.sh: expected a manifest, such as "), (["none.yaml"], "doctor.sh: none.yaml: no such file")],
+)
+def test_doctor_needs_a_manifest(words, told):
+    script = FOLDER / "doctor.sh"
+    ended = subprocess.run(["bash", script, *words], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (78, "")
+    assert ended.stderr.startswith(told)
+
+
 def test_what_is_no_job_of_training_is_refused_before_anything_is_printed():
     ended = doctor(FOLDER / "volumes.yaml")
     assert (ended.returncode, ended.stdout) == (78, "")

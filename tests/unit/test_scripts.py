@@ -371,6 +371,25 @@ def test_help_is_the_head_of_the_script(here, script):
     assert "DATA_DIR" in ended.stdout
 
 
+@pytest.mark.parametrize(
+    "script",
+    [
+        "check_dockerfile.sh",
+        "container/beside_vendor.sh",
+        "environment.sh",
+        "kubernetes/doctor.sh",
+        "quickstart.sh",
+        "test.sh",
+        "versions.sh",
+    ],
+)
+def test_help_of_the_scripts_that_train_nothing(here, script):
+    ended = call(script, "--help", cwd=here, PATH="/usr/bin:/bin", HVD_VGG_VENV=str(here))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == head(LAUNCH / script)
+    assert f"bash launch/{script}" in ended.stdout
+
+
 def head(path):
     """Returns the comment that a script begins with, after the line that says what runs it."""
     lines = path.read_text().splitlines()[1:]
