@@ -27,6 +27,12 @@ fail() {
   exit 78
 }
 
+# Horovod's build takes apart what mpicxx prints, in which spaces are not quoted.
+case "$(realpath -ms -- "$venv")" in *[[:space:]]*)
+  fail "$venv: Horovod cannot be built in a path with a space in it; set HVD_VGG_VENV to one without"
+  ;;
+esac
+
 # The first decides what Horovod is built against.
 requirements=("$launch/requirements.txt")
 oldest=9

@@ -667,6 +667,18 @@ def test_the_context_of_the_images_has_what_is_copied_and_no_more():
                 assert source == "." or Path(source).parts[0] in wanted, line
 
 
+@pytest.mark.parametrize("venv", ["/my own/venv", "venv"])
+def test_an_environment_is_not_begun_where_horovod_cannot_be_built(here, venv):
+    """A relative path is taken from here, whose own has a space in it."""
+    path = stand_ins(here, **{"python3.11": "touch called"})
+    ended = call("environment.sh", cwd=here, PATH=path, HVD_VGG_VENV=venv)
+    assert (ended.returncode, ended.stdout) == (78, "")
+    assert ended.stderr.startswith(
+        f"environment: {venv}: Horovod cannot be built in a path with a space in it; set HVD_VGG_VENV"
+    )
+    assert not (here / "called").exists()
+
+
 def test_what_is_beside_a_vendors_packages_needs_them_there(here):
     """A python3 without TensorFlow is told so, before anything is installed."""
     path = stand_ins(here, python3='case "$*" in *find_spec*) exit 1 ;; esac; exec /bin/false')
