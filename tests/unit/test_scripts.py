@@ -667,6 +667,43 @@ def test_the_context_of_the_images_has_what_is_copied_and_no_more():
                 assert source == "." or Path(source).parts[0] in wanted, line
 
 
+def quickstart(tmp_path, *flags):
+    """Runs the quickstart in an environment that has been made, with stand-ins; data are there."""
+    shutil.copytree(LAUNCH, tmp_path / "clone" / "launch")
+    (tmp_path / "clone" / "demo_data").mkdir()
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    shutil.copy(LAUNCH / "requirements.txt", venv / "hvd_vgg-requirements.txt")
+    trained = (
+        'for word; do case "$word" in --run_dir=*) at="${word#*=}" ;; esac; done; mkdir -p "$at"; touch "$at/flags.txt"'
+    )
+    for name, text in {"python": f"echo '{tmp_path / 'clone'}'", "hvd-vgg": trained}.items():
+        (venv / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (venv / "bin" / name).chmod(0o755)
+    script = tmp_path / "clone" / "launch" / "quickstart.sh"
+    return call(script, *flags, cwd=tmp_path / "clone", HVD_VGG_VENV=str(venv))
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [(["--run_dir=../first", "--lr=0.1", "--run_dir=../my run"], "../my run"), ([], "{clone}/runs/quickstart-")],
+)
+def test_the_quickstart_names_the_directory_that_it_trains_in(tmp_path, flags, told):
+    ended = quickstart(tmp_path, *flags)
+    assert ended.returncode == 0, ended.stderr
+    (line,) = [line for line in ended.stdout.splitlines() if line.startswith("Training on 2 ranks in ")]
+    at = line[len("Training on 2 ranks in ") :]
+    assert at.startswith(told.format(clone=tmp_path / "clone"))
+    assert (tmp_path / "clone" / at / "flags.txt").exists()
+    assert given(shlex.split(ended.stdout.splitlines()[-1]), "run_dir") == [f"{at}-one-rank"]
+
+
+def test_the_quickstart_refuses_a_directory_that_it_would_not_name(tmp_path):
+    ended = quickstart(tmp_path, "--run_dir", "../run")
+    assert (ended.returncode, ended.stdout) == (64, "")
+    assert "--run_dir: expected --run_dir=DIR" in ended.stderr
+
+
 @pytest.mark.parametrize("venv", ["/my own/venv", "venv"])
 def test_an_environment_is_not_begun_where_horovod_cannot_be_built(here, venv):
     """A relative path is taken from here, whose own has a space in it."""
