@@ -151,7 +151,8 @@ docker_run() {
   if $masked; then echo "by CUDA_VISIBLE_DEVICES: $(list "${numbers[@]}") of this host"; fi
 
   local data_at run_at command train
-  data_at="$(existing "$data")" || exit
+  [ -e "$data" ] || fail "$data: no such file or directory; give the TFRecords' by --data_dir=DIR or DATA_DIR"
+  data_at="$(absolute "$data")" || exit
   if ! $dry_run; then mkdir -p -- "$run_dir"; fi
   run_at="$(absolute "$run_dir")" || exit
   local inside

@@ -214,7 +214,10 @@ def test_the_vendors_other_ways_to_the_devices(here, access):
         (["--devices=all"], "--devices=all"),
         (["--cards=2", "--devices=4"], "--cards=2: expected a number of 1 or more, and no --devices"),
         (["--devices=2", "--access=root"], "--access=root: expected"),
-        (["--devices=2", "--data_dir=nowhere"], "nowhere: no such file"),
+        (
+            ["--devices=2", "--data_dir=nowhere"],
+            "nowhere: no such file or directory; give the TFRecords' by --data_dir=DIR or DATA_DIR",
+        ),
         (["--devices=2", "--data_dir=a,b"], "a,b: docker cannot mount"),
         (["--devices=2", "--hostfile=the hosts"], "several hosts need --ssh_dir=DIR"),
         (["--devices=2", "--rsh_agent=ssh"], "--rsh_agent: not in a container"),
