@@ -19,8 +19,8 @@ done
 
 role=""
 while IFS= read -r line; do
+  if [[ "$line" =~ ^\ *# ]]; then continue; fi # these tell of training
   case "$line" in
-    '#'*) continue ;;
     '    Launcher:' | '    Worker:') role="$line" ;;
     '  name: '*) line+=-doctor ;;
     # A doctor that found something is not asked again, and its pod stays for its log.

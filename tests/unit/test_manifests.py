@@ -153,6 +153,7 @@ def doctor(path, *flags):
 def test_doctor_looks_from_the_pods_that_would_train(name):
     ended = doctor(FOLDER / f"{name}.yaml", "--collectives", "--out=/runs/it's here.json")
     assert ended.returncode == 0, ended.stderr
+    assert not [line for line in ended.stdout.splitlines() if line.lstrip().startswith("#")]  # they tell of training
     made = yaml.safe_load(ended.stdout)
     jsonschema.validate(made, strict(SCHEMA))
     container, _ = container_of(made, "Launcher")
