@@ -9,5 +9,16 @@
 set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+show_help "$@"
+[ $# -eq 0 ] || refuse "$1: expected nothing"
 [ "$(id -u)" = 0 ] || fail "mounting needs root"
-PYTHONPATH="$clone/benchmarks" exec unshare --mount --propagation private "${PYTHON:-python3.11}" "$clone/tests/dockerfile.py"
+
+# Mounts are in the namespace of what is started here alone: seen from this one, the directory holds none, however that ended.
+scratch="$(mktemp -d)"
+trap 'rm -r --one-file-system -- "$scratch"' EXIT
+TMPDIR="$scratch" PYTHONPATH="$clone/benchmarks" unshare --mount --propagation private \
+  "${PYTHON:-python3.11}" "$clone/tests/dockerfile.py" &
+check=$!
+# A background job does not hear Ctrl-C.
+trap 'kill "$check" 2>/dev/null; wait "$check" || exit 130' INT TERM
+wait "$check"

@@ -9,6 +9,24 @@ fail() {
   exit 78
 }
 
+# refuse WHAT...: the words that a script was called with are at fault.
+refuse() {
+  printf '%s: %s\n' "$(basename "$0")" "$*" >&2
+  exit 64
+}
+
+# show_help WORD...: if one of them asks for help, prints the head of the script that was called, and ends.
+show_help() {
+  local word
+  for word in "$@"; do
+    case "$word" in -h | --help)
+      sed -n -E '1d; /^#( |$)/!q; s/^# ?//p' "$0"
+      exit 0
+      ;;
+    esac
+  done
+}
+
 # Puts the environment of launch/environment.sh first on PATH if it has been made; else the host's own python3 is used.
 use_environment() {
   local venv="${HVD_VGG_VENV:-$clone/.venv}"
@@ -25,16 +43,46 @@ consent_to_root() {
   fi
 }
 
-# split_flags WORD...: flags of `hvd-vgg launch` go to the array launch_flags, all others to train_flags. `what` is the command
-# that the ranks run: train, or doctor where that is among the words; `launcher` is what starts them.
+# check_words WORD...: refuses values that no = joins to their flag, and all words without -- but doctor.
+check_words() {
+  local word flag=""
+  for word in "$@"; do
+    case "$word" in
+      doctor) flag="" ;;
+      -*) flag="$word" ;;
+      *)
+        case "$flag" in
+          '' | *=*) refuse "$word: expected --FLAG=VALUE, or the word doctor" ;;
+          *) refuse "$flag $word: expected $flag=$word" ;;
+        esac
+        ;;
+    esac
+  done
+}
+
+# is_true FLAG: whether --FLAG, --FLAG=true or --FLAG=false is the first of these.
+is_true() {
+  case "${1#*=}" in
+    "$1" | true) return 0 ;;
+    false) return 1 ;;
+    *) refuse "$1: expected ${1%%=*}, ${1%%=*}=true or ${1%%=*}=false" ;;
+  esac
+}
+
+# split_flags WORD...: flags of `hvd-vgg launch` go to the array launch_flags, all others to train_flags; `dry_run` is true or
+# false, and in neither. `what` is the command that the ranks run: train, or doctor where that is among the words; `launcher`
+# is what starts them.
+# shellcheck disable=SC2034 # dry_run is for the scripts that source this
 split_flags() {
-  launch_flags=() train_flags=() what=train
+  launch_flags=() train_flags=() what=train dry_run=false
+  check_words "$@"
   local flag
   for flag in "$@"; do
     case "$flag" in
       doctor) what=doctor ;;
       --ranks=* | --hostfile=* | --rsh_agent=* | --network=* | --export_env=* | --max_restarts=* | --grace_seconds=* | \
-        --time_limit_seconds=* | --dry_run*) launch_flags+=("$flag") ;;
+        --time_limit_seconds=*) launch_flags+=("$flag") ;;
+      --dry_run | --dry_run=*) if is_true "$flag"; then dry_run=true; else dry_run=false; fi ;;
       *) train_flags+=("$flag") ;;
     esac
   done

@@ -105,15 +105,13 @@ write_passwd() {
 docker_run() {
   local image="$1" devices_per_card="$2" find="$3"
   shift 3
-  local access=device cards="" devices="" numbers=() device_words=() masked=false dry_run=false gloo=false
+  show_help "$@"
+  check_words "$@"
+  local access=device cards="" devices="" numbers=() device_words=() masked=false gloo=false
   local hostfile="" ssh_dir="" worker=false
   local data="${DATA_DIR:-./imagenet_tfrecord}" run_dir=./runs/vgg16_imagenet shm_size=32g flag flagfiles=() rest=()
   for flag in "$@"; do
     case "$flag" in
-      -h | --help)
-        sed -n '2,/^set /s/^# \{0,1\}//p' "$0" | sed '/^set /d'
-        exit 0
-        ;;
       --image=*) image="${flag#*=}" ;;
       --devices=*) devices="${flag#*=}" ;;
       --cards=*) cards="${flag#*=}" ;;
@@ -124,15 +122,17 @@ docker_run() {
       --flagfile=*) flagfiles+=("${flag#*=}") ;;
       --hostfile=*) hostfile="${flag#*=}" ;;
       --ssh_dir=*) ssh_dir="${flag#*=}" ;;
-      --worker) worker=true ;;
-      --gloo) gloo=true ;;
-      --dry_run) dry_run=true ;;
+      --worker | --worker=*) if is_true "$flag"; then worker=true; else worker=false; fi ;;
+      --gloo | --gloo=*) if is_true "$flag"; then gloo=true; else gloo=false; fi ;;
+      --image | --devices | --cards | --access | --shm_size | --data_dir | --run_dir | --flagfile | --hostfile | --ssh_dir)
+        refuse "$flag: expected $flag=VALUE"
+        ;;
       --ranks=*) fail "--ranks: there is one for each device; give --devices=N or --cards=N" ;;
       --rsh_agent=* | --network=*) fail "${flag%%=*}: not in a container; hosts are reached through --ssh_dir, over the host's network" ;;
       *) rest+=("$flag") ;;
     esac
   done
-  local what launcher
+  local what launcher dry_run
   split_flags ${rest[@]+"${rest[@]}"}
   if $gloo; then
     if $worker || [ -n "$hostfile${launch_flags[*]-}" ]; then
@@ -151,7 +151,8 @@ docker_run() {
   if $masked; then echo "by CUDA_VISIBLE_DEVICES: $(list "${numbers[@]}") of this host"; fi
 
   local data_at run_at command train
-  data_at="$(existing "$data")" || exit
+  [ -e "$data" ] || fail "$data: no such file or directory; give the TFRecords' by --data_dir=DIR or DATA_DIR"
+  data_at="$(absolute "$data")" || exit
   if ! $dry_run; then mkdir -p -- "$run_dir"; fi
   run_at="$(absolute "$run_dir")" || exit
   local inside

@@ -9,6 +9,13 @@
 # HVD_VGG_HOROVOD     another Horovod than 0.28.1
 set -euo pipefail
 
+# This script is copied into images alone, without common.sh.
+case " $* " in *' -h '* | *' --help '*)
+  sed -n -E '1d; /^#( |$)/!q; s/^# ?//p' "$0"
+  exit 0
+  ;;
+esac
+
 launch="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 clone="$(dirname "$launch")"
 venv="${HVD_VGG_VENV:-$clone/.venv}"
@@ -19,6 +26,12 @@ fail() {
   printf 'environment: %s\n' "$*" >&2
   exit 78
 }
+
+# Horovod's build takes apart what mpicxx prints, in which spaces are not quoted.
+case "$(realpath -ms -- "$venv")" in *[[:space:]]*)
+  fail "$venv: Horovod cannot be built in a path with a space in it; set HVD_VGG_VENV to one without"
+  ;;
+esac
 
 # The first decides what Horovod is built against.
 requirements=("$launch/requirements.txt")

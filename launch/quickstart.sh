@@ -9,11 +9,14 @@ set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-case "${1:-}" in -h | --help)
-  sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
-  exit 0
-  ;;
-esac
+show_help "$@"
+run_dir="$clone/runs/quickstart-$(date +%Y%m%d-%H%M%S)"
+for flag in "$@"; do
+  case "$flag" in
+    --run_dir=*) run_dir="${flag#*=}" ;;
+    --run_dir) refuse "$flag: expected $flag=DIR" ;;
+  esac
+done
 bash "$launch/environment.sh"
 use_environment
 consent_to_root
@@ -28,11 +31,10 @@ if [ -z "${DATA_DIR:-}" ] && [ ! -e "$data" ]; then
   mv "$drawn" "$data"
 fi
 
-run_dir="$clone/runs/quickstart-$(date +%Y%m%d-%H%M%S)"
 echo "Training on 2 ranks in $run_dir"
 hvd-vgg launch --ranks=2 train --flagfile="$clone/configs/quickstart.flags" --data_dir="$data" --run_dir="$run_dir" "$@"
 
-if [ -f "$run_dir/flags.txt" ]; then # not when --run_dir was among the flags given
+if [ -f "$run_dir/flags.txt" ]; then # not when a --flagfile named another
   echo "Next, the same run on one rank; it differs in the rounding of sums alone:"
   printf '  %q' "${HVD_VGG_VENV:-$clone/.venv}/bin/hvd-vgg" train
   printf ' %q' "--flagfile=$run_dir/flags.txt" "--run_dir=$run_dir-one-rank"

@@ -6,5 +6,10 @@
 #
 # DATA_DIR    TFRecords (default: ./imagenet_tfrecord)
 # BATCH_SIZE  images a device holds at once (default: 32); the batch of an update is --global_batch and stays the same
+#
+# Flags are those of `hvd-vgg train --help` or `hvd-vgg doctor --help`, and of `hvd-vgg launch --help`, such as --dry_run.
 set -euo pipefail
-exec bash "$(dirname "${BASH_SOURCE[0]}")/run_train_vgg16_multigpu_imagenet.sh" --ranks=1 "$@"
+# shellcheck source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+show_help "$@"
+exec bash "$launch/run_train_vgg16_multigpu_imagenet.sh" --ranks=1 "$@"

@@ -8,13 +8,15 @@
 # DATA_DIR    TFRecords (default: ./imagenet_tfrecord)
 # BATCH_SIZE  images a device holds at once (default: 32); the batch of an update is --global_batch and stays the same
 #
-# Flags are those of `hvd-vgg train --help` or `hvd-vgg doctor --help`, and of `hvd-vgg launch --help`, such as
+# All flags are --FLAG=VALUE: those of `hvd-vgg train --help` or `hvd-vgg doctor --help`, and of `hvd-vgg launch --help`, such as
 # --hostfile=hosts.txt, --ranks=8, --dry_run.
 set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-use_environment
+show_help "$@"
 split_flags "$@"
+use_environment
+if $dry_run; then launcher+=(--dry_run); fi
 
 # The later flag wins: what is on the command line overrides what is here.
 exec "${launcher[@]}" ${launch_flags[@]+"${launch_flags[@]}"} \

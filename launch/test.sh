@@ -8,6 +8,7 @@ set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+show_help "$@"
 all=()
 case "${1:-}" in
   --all) all=(--tier=3 --fault_table=tests/faults/README.md) ;;

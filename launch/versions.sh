@@ -13,11 +13,7 @@ set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-case "${1:-}" in -h | --help)
-  sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
-  exit 0
-  ;;
-esac
+show_help "$@"
 if [ $# -eq 0 ]; then
   set -- 2.6:python3.8:0.27.0 2.12:python3.8:0.28.1 2.15:python3.9:0.28.1 2.16:python3.10:0.28.1 2.18:python3.12:0.28.1
 fi

@@ -6,6 +6,14 @@
 #
 # MPICC  the compiler of the MPI that Horovod was built with, for mpi4py (default: /usr/local/openmpi/bin/mpicc, else mpicc)
 set -euo pipefail
+
+# This script is copied into images alone, without common.sh.
+case " $* " in *' -h '* | *' --help '*)
+  sed -n -E '1d; /^#( |$)/!q; s/^# ?//p' "$0"
+  exit 0
+  ;;
+esac
+
 clone="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 
 say() { printf 'beside_vendor: %s\n' "$*"; }

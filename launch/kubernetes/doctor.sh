@@ -8,16 +8,19 @@
 set -euo pipefail
 # shellcheck source=../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
-manifest="${1:?expected a manifest, such as launch/kubernetes/mpijob-bi-v150.yaml}"
+show_help "$@"
+[ $# -gt 0 ] || fail "expected a manifest, such as launch/kubernetes/mpijob-bi-v150.yaml"
+manifest="$1"
 shift
+[ -f "$manifest" ] || fail "$manifest: no such file"
 for line in '^  name: ' '^    Launcher:$' '^      restartPolicy: ' '^    backoffLimit: ' '^ *- train$' '^ *- --run_dir='; do
   grep -q -- "$line" "$manifest" || fail "$manifest: no line like \`$line\`, as the manifests of launch/kubernetes have it"
 done
 
 role=""
 while IFS= read -r line; do
+  if [[ "$line" =~ ^\ *# ]]; then continue; fi # these tell of training
   case "$line" in
-    '#'*) continue ;;
     '    Launcher:' | '    Worker:') role="$line" ;;
     '  name: '*) line+=-doctor ;;
     # A doctor that found something is not asked again, and its pod stays for its log.

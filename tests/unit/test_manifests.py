@@ -153,6 +153,7 @@ def doctor(path, *flags):
 def test_doctor_looks_from_the_pods_that_would_train(name):
     ended = doctor(FOLDER / f"{name}.yaml", "--collectives", "--out=/runs/it's here.json")
     assert ended.returncode == 0, ended.stderr
+    assert not [line for line in ended.stdout.splitlines() if line.lstrip().startswith("#")]  # they tell of training
     made = yaml.safe_load(ended.stdout)
     jsonschema.validate(made, strict(SCHEMA))
     container, _ = container_of(made, "Launcher")
@@ -170,6 +171,17 @@ def test_doctor_looks_from_the_pods_that_would_train(name):
     made["spec"]["runPolicy"]["backoffLimit"] = JOBS[name]["spec"]["runPolicy"]["backoffLimit"]
     made["spec"]["mpiReplicaSpecs"]["Launcher"]["restartPolicy"] = "OnFailure"
     assert made == JOBS[name]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [([], "doctor.sh: expected a manifest, such as "), (["none.yaml"], "doctor.sh: none.yaml: no such file")],
+)
+def test_doctor_needs_a_manifest(words, told):
+    script = FOLDER / "doctor.sh"
+    ended = subprocess.run(["bash", script, *words], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (78, "")
+    assert ended.stderr.startswith(told)
 
 
 def test_what_is_no_job_of_training_is_refused_before_anything_is_printed():

@@ -214,7 +214,10 @@ def test_the_vendors_other_ways_to_the_devices(here, access):
         (["--devices=all"], "--devices=all"),
         (["--cards=2", "--devices=4"], "--cards=2: expected a number of 1 or more, and no --devices"),
         (["--devices=2", "--access=root"], "--access=root: expected"),
-        (["--devices=2", "--data_dir=nowhere"], "nowhere: no such file"),
+        (
+            ["--devices=2", "--data_dir=nowhere"],
+            "nowhere: no such file or directory; give the TFRecords' by --data_dir=DIR or DATA_DIR",
+        ),
         (["--devices=2", "--data_dir=a,b"], "a,b: docker cannot mount"),
         (["--devices=2", "--hostfile=the hosts"], "several hosts need --ssh_dir=DIR"),
         (["--devices=2", "--rsh_agent=ssh"], "--rsh_agent: not in a container"),
@@ -315,12 +318,86 @@ def test_what_is_printed_is_what_is_run(here):
     assert all(len(user) == 7 for user in users)
 
 
+@pytest.mark.parametrize("flags", [["--dry_run=true"], ["--dry_run=false", "--dry_run"]])
 @pytest.mark.parametrize("name", DOCKER)
-def test_help_is_the_head_of_the_script(here, name):
-    ended = call(f"docker_run_{name}.sh", "--help", cwd=here)
+def test_docker_is_not_started_by_a_dry_run(here, name, flags):
+    path = stand_ins(here, docker="touch called")
+    printed(call(f"docker_run_{name}.sh", "--data_dir=image net", "--devices=2", *flags, cwd=here, PATH=path))
+    assert not (here / "called").exists()
+
+
+def test_docker_is_started_by_what_is_no_dry_run(here):
+    path = stand_ins(here, docker="touch called", **{"nvidia-smi": "echo GPU 0: H"})
+    printed(call("docker_run_nvidia.sh", "--data_dir=image net", "--dry_run=false", cwd=here, PATH=path))
+    assert (here / "called").exists()
+
+
+# Scripts that train or run doctor, and how they say what they would start.
+TRAIN = [*(f"docker_run_{name}.sh" for name in DOCKER), "run_train_vgg16_imagenet.sh"]
+TRAIN += ["run_train_vgg16_multigpu_imagenet.sh", "slurm.sbatch"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--devices", "2"], "--devices 2: expected --devices=2"),
+        (["--ranks", "8"], "--ranks 8: expected --ranks=8"),
+        (["--epochs", "2"], "--epochs 2: expected --epochs=2"),
+        (["docter"], "docter: expected --FLAG=VALUE, or the word doctor"),
+        (["doctor", "--lr=0.1", "again"], "again: expected --FLAG=VALUE, or the word doctor"),
+        (["--dry_run=yes"], "--dry_run=yes: expected --dry_run, --dry_run=true or --dry_run=false"),
+    ],
+)
+@pytest.mark.parametrize("script", TRAIN)
+def test_words_that_are_no_flags_are_refused(here, script, flags, told):
+    path = stand_ins(here, **dict.fromkeys(["docker", "srun", "hvd-vgg"], "touch called"))
+    ended = call(script, "--data_dir=image net", *flags, cwd=here, **{**SLURM, "PATH": path, "SLURM_NTASKS_PER_NODE": "2"})
+    assert (ended.returncode, ended.stdout) == (64, ""), ended.stderr
+    assert ended.stderr == f"{script.replace('16_imagenet', '16_multigpu_imagenet')}: {told}\n"
+    assert not (here / "called").exists()
+
+
+@pytest.mark.parametrize("name", DOCKER)
+def test_docker_refuses_its_own_flags_without_a_value(here, name):
+    ended = call(f"docker_run_{name}.sh", "--data_dir=image net", "--dry_run", "--devices", cwd=here)
+    assert (ended.returncode, ended.stdout) == (64, "")
+    assert "--devices: expected --devices=VALUE" in ended.stderr
+
+
+@pytest.mark.parametrize("script", TRAIN)
+def test_help_is_the_head_of_the_script(here, script):
+    """Also where there is no environment yet, and outside Slurm."""
+    ended = call(script, "doctor", "--help", cwd=here, PATH="/usr/bin:/bin", HVD_VGG_VENV=str(here))
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout.startswith("VGG16 on ImageNet on the ")
-    assert "set -euo" not in ended.stdout
+    assert ended.stdout == head(LAUNCH / script)
+    assert "--dry_run" in ended.stdout
+    assert "DATA_DIR" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "check_dockerfile.sh",
+        "container/beside_vendor.sh",
+        "environment.sh",
+        "kubernetes/doctor.sh",
+        "quickstart.sh",
+        "test.sh",
+        "versions.sh",
+    ],
+)
+def test_help_of_the_scripts_that_train_nothing(here, script):
+    ended = call(script, "--help", cwd=here, PATH="/usr/bin:/bin", HVD_VGG_VENV=str(here))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == head(LAUNCH / script)
+    assert f"bash launch/{script}" in ended.stdout
+
+
+def head(path):
+    """Returns the comment that a script begins with, after the line that says what runs it."""
+    lines = path.read_text().splitlines()[1:]
+    end = next(at for at, line in enumerate(lines) if line != "#" and not line.startswith("# "))
+    return "".join(f"{line[2:]}\n" for line in lines[:end])
 
 
 def of_mpirun(words):
@@ -437,6 +514,31 @@ def test_slurm_in_a_clone_whose_path_has_a_space(here, tmp_path, devices, hosts)
     assert lines[:hosts] == [f"node{number} slots={devices}" for number in range(hosts)]
     assert "--nodelist=node3" in lines[hosts:]
     assert lines[-1] == "orted"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("SLURM_SUBMIT_DIR", "SLURM_SUBMIT_DIR is not set: this is for sbatch"),
+        ("SLURM_JOB_ID", "SLURM_JOB_ID is not set: this is for sbatch"),
+        ("SLURM_JOB_NODELIST", "SLURM_JOB_NODELIST is not set: this is for sbatch"),
+        ("SLURM_NTASKS_PER_NODE", "give sbatch --ntasks-per-node=N"),
+    ],
+)
+def test_what_is_no_job_of_slurm_is_told_so(here, name, told):
+    environment = {**SLURM, "SLURM_NTASKS_PER_NODE": "2", name: ""}
+    ended = call("slurm.sbatch", "--dry_run", cwd=here, **environment)
+    assert (ended.returncode, ended.stdout) == (78, "")
+    assert told in ended.stderr
+
+
+@pytest.mark.parametrize("value", ["true", "false"])
+@pytest.mark.parametrize("by", ["mpirun", "srun"])
+def test_slurm_starts_what_is_no_dry_run(here, by, value):
+    path = stand_ins(here, scontrol=SCONTROL, srun="touch called", **{"hvd-vgg": '[[ "$*" = *--dry_run* ]] || touch called'})
+    environment = {**SLURM, "PATH": path, "SLURM_NTASKS_PER_NODE": "2", "COUNT": "1", "HVD_VGG_LAUNCHER": by}
+    printed(call("slurm.sbatch", f"--dry_run={value}", cwd=here, **environment))
+    assert (here / "called").exists() == (value == "false")
 
 
 @pytest.mark.parametrize("devices", [1, 8, 16, 32])
@@ -566,6 +668,55 @@ def test_the_context_of_the_images_has_what_is_copied_and_no_more():
         if line.startswith("COPY ") and "--from" not in line:
             for source in line.split()[1:-1]:
                 assert source == "." or Path(source).parts[0] in wanted, line
+
+
+def quickstart(tmp_path, *flags):
+    """Runs the quickstart in an environment that has been made, with stand-ins; data are there."""
+    shutil.copytree(LAUNCH, tmp_path / "clone" / "launch")
+    (tmp_path / "clone" / "demo_data").mkdir()
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    shutil.copy(LAUNCH / "requirements.txt", venv / "hvd_vgg-requirements.txt")
+    trained = (
+        'for word; do case "$word" in --run_dir=*) at="${word#*=}" ;; esac; done; mkdir -p "$at"; touch "$at/flags.txt"'
+    )
+    for name, text in {"python": f"echo '{tmp_path / 'clone'}'", "hvd-vgg": trained}.items():
+        (venv / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (venv / "bin" / name).chmod(0o755)
+    script = tmp_path / "clone" / "launch" / "quickstart.sh"
+    return call(script, *flags, cwd=tmp_path / "clone", HVD_VGG_VENV=str(venv))
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [(["--run_dir=../first", "--lr=0.1", "--run_dir=../my run"], "../my run"), ([], "{clone}/runs/quickstart-")],
+)
+def test_the_quickstart_names_the_directory_that_it_trains_in(tmp_path, flags, told):
+    ended = quickstart(tmp_path, *flags)
+    assert ended.returncode == 0, ended.stderr
+    (line,) = [line for line in ended.stdout.splitlines() if line.startswith("Training on 2 ranks in ")]
+    at = line[len("Training on 2 ranks in ") :]
+    assert at.startswith(told.format(clone=tmp_path / "clone"))
+    assert (tmp_path / "clone" / at / "flags.txt").exists()
+    assert given(shlex.split(ended.stdout.splitlines()[-1]), "run_dir") == [f"{at}-one-rank"]
+
+
+def test_the_quickstart_refuses_a_directory_that_it_would_not_name(tmp_path):
+    ended = quickstart(tmp_path, "--run_dir", "../run")
+    assert (ended.returncode, ended.stdout) == (64, "")
+    assert "--run_dir: expected --run_dir=DIR" in ended.stderr
+
+
+@pytest.mark.parametrize("venv", ["/my own/venv", "venv"])
+def test_an_environment_is_not_begun_where_horovod_cannot_be_built(here, venv):
+    """A relative path is taken from here, whose own has a space in it."""
+    path = stand_ins(here, **{"python3.11": "touch called"})
+    ended = call("environment.sh", cwd=here, PATH=path, HVD_VGG_VENV=venv)
+    assert (ended.returncode, ended.stdout) == (78, "")
+    assert ended.stderr.startswith(
+        f"environment: {venv}: Horovod cannot be built in a path with a space in it; set HVD_VGG_VENV"
+    )
+    assert not (here / "called").exists()
 
 
 def test_what_is_beside_a_vendors_packages_needs_them_there(here):
