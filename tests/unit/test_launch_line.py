@@ -254,7 +254,7 @@ LOST = """ORTE has lost communication with a remote daemon.
             142,
             noticed(14),
             142,
-            "rank 1 killed by signal 14 (hung, and Python's lock with it, or as it ended: see RUN_DIR/faults), on vm",
+            "rank 1 killed by signal 14 (hung with Python's lock: see RUN_DIR/faults; or as it ended: see above), on vm",
         ),
         (140, noticed(12), 140, "rank 1 killed by signal 12, on vm"),
         (-9, "", 137, "mpirun killed by signal 9"),
