@@ -6,6 +6,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -131,7 +132,9 @@ def test_a_wrong_host_file_is_named_with_its_line(tmp_path, text, told):
 
 
 def test_a_host_that_is_this_one_is_known():
-    assert hosts.is_here("localhost")
+    assert hosts.is_here("localhost") and hosts.leads_here("localhost")
+    assert hosts.is_here(socket.gethostname())  # whatever that leads to
+    assert not hosts.leads_here("nowhere.invalid")
     assert not hosts.is_here("192.0.2.1")  # RFC 5737: nobody's
 
 
