@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from hvd_vgg import __version__
 from hvd_vgg.data import images
-from hvd_vgg.run import network, output, receipt, watch
+from hvd_vgg.run import hosts, output, receipt, watch
 from hvd_vgg.run.health import CONFIGURATION, Failure, difference, launched_rank, launched_size
 
 try:
@@ -86,7 +86,7 @@ def join(timeline: bool = False, subsets: Sequence[int] = (), hang_seconds: floa
     if launched_rank() is None and hvd.gloo_built():
         # Without a launcher there is nothing for MPI to find, and Open MPI may fail to start a world of one.
         os.environ.update(HOROVOD_CONTROLLER="gloo", HOROVOD_CPU_OPERATIONS="gloo")
-        if not network.name_is_ours(socket.gethostname()):  # Gloo would abort the process
+        if not hosts.leads_here(socket.gethostname()):  # Gloo would abort the process
             raise Failure(
                 CONFIGURATION,
                 f"this host's name, {socket.gethostname()}, leads to no address of it: add the line "

@@ -53,15 +53,20 @@ def read(path: str) -> List[Host]:
 
 
 def is_here(name: str) -> bool:
-    """Says whether a host is the one that this runs on: a socket can be bound to its address."""
+    """Says whether a host is the one that this runs on."""
+    return name == socket.gethostname() or leads_here(name)
+
+
+def leads_here(name: str) -> bool:
+    """Says whether a name leads to an address of this host: one that a socket can be bound to."""
     try:
-        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)
     except OSError:
-        return name == socket.gethostname()
+        return False
     for family, kind, protocol, _, address in found:
         try:
             with socket.socket(family, kind, protocol) as end:
-                end.bind((address[0], 0))
+                end.bind(address)
             return True
         except OSError:
             continue

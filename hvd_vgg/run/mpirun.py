@@ -46,7 +46,7 @@ _HINTS = {
     7: "bus error: is /dev/shm full?",
     9: "out of memory?",
     11: "segmentation fault",
-    14: "hung, and Python's lock with it, or as it ended: see RUN_DIR/faults",
+    14: "hung with Python's lock: see RUN_DIR/faults; or as it ended: see above",
     15: "ended from outside",
 }
 _PR_SET_PDEATHSIG = 1

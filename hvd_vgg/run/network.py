@@ -33,22 +33,6 @@ def interfaces() -> Dict[str, str]:
     return found
 
 
-def name_is_ours(name: str) -> bool:
-    """Says whether a name leads to an address that this host can listen at."""
-    try:
-        answers = socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)
-    except OSError:
-        return False
-    for family, kind, _, _, address in answers:
-        try:
-            with socket.socket(family, kind) as one:
-                one.bind(address)
-        except OSError:
-            continue
-        return True
-    return False
-
-
 def spoken(there: Mapping[str, str]) -> str:
     """Returns `eth0 10.0.0.2, lo 127.0.0.1`."""
     return ", ".join(f"{name} {address}" for name, address in there.items()) or "none"

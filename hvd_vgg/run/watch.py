@@ -93,6 +93,7 @@ def leaving() -> None:
 def end() -> None:
     """Ends the watch of a rank that has left the others: SIGALRM ends it should it not end as soon as it should have left.
 
+    The stacks of all its threads then go to stderr first.
     Removes this rank's file of stacks if nothing was written to it, and `faults` if nothing is in it.
     """
     global _heart
@@ -103,8 +104,9 @@ def end() -> None:
     heart.wake.set()
     heart.thread.join()  # it would arm again what is armed here
     faulthandler.disable()
-    faulthandler.cancel_dump_traceback_later()
-    signal.setitimer(signal.ITIMER_REAL, heart.limit_seconds("leaving"))  # Python's own end may hold its lock
+    limit = heart.limit_seconds("leaving")
+    faulthandler.dump_traceback_later(limit, file=sys.stderr)
+    signal.setitimer(signal.ITIMER_REAL, limit + _OTHERS_SECONDS / 2)  # Python's own end may hold its lock
     if heart.stacks and heart.folder:
         heart.stacks.close()
         with contextlib.suppress(OSError):

@@ -437,9 +437,7 @@ def test_a_host_that_does_not_answer_at_the_first_start_is_named(launch, tmp_pat
     (tmp_path / "agent.sh").chmod(0o755)
     (tmp_path / "hosts").write_text("localhost slots=1\nb.invalid slots=1\n")
     flags = [f"--hostfile={tmp_path / 'hosts'}", f"--rsh_agent={tmp_path / 'agent.sh'}"]
-    began = time.monotonic()
     ended = launch(0, "launch", *flags, "train", f"--run_dir={tmp_path / 'run'}")
-    assert time.monotonic() - began < 45
     assert ended.code == 78
     assert "cannot use b.invalid (b.invalid" in ended.err and told in ended.err
     assert "+ " not in ended.out and not (tmp_path / "run").exists()

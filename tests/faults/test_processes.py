@@ -168,6 +168,7 @@ def test_a_rank_that_has_left_and_does_not_end_is_ended(tmp_path, data):
     """F08 after the end of MPI: everything is written, but mpirun waits for the process."""
     ended = start(tmp_path, data, 2, "linger@1:0:600", "--hang_seconds=3").wait()
     assert ended.code == 128 + signal.SIGALRM, ended.out + ended.err
+    assert re.search(r"Timeout .*!\nThread 0x", ended.err), ended.err  # where it hung
     assert newest(tmp_path).meta["step"] == STEPS
     assert_true(tmp_path / "run")
 

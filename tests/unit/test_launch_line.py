@@ -6,6 +6,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -131,7 +132,9 @@ def test_a_wrong_host_file_is_named_with_its_line(tmp_path, text, told):
 
 
 def test_a_host_that_is_this_one_is_known():
-    assert hosts.is_here("localhost")
+    assert hosts.is_here("localhost") and hosts.leads_here("localhost")
+    assert hosts.is_here(socket.gethostname())  # whatever that leads to
+    assert not hosts.leads_here("nowhere.invalid")
     assert not hosts.is_here("192.0.2.1")  # RFC 5737: nobody's
 
 
@@ -254,7 +257,7 @@ LOST = """ORTE has lost communication with a remote daemon.
             142,
             noticed(14),
             142,
-            "rank 1 killed by signal 14 (hung, and Python's lock with it, or as it ended: see RUN_DIR/faults), on vm",
+            "rank 1 killed by signal 14 (hung with Python's lock: see RUN_DIR/faults; or as it ended: see above), on vm",
         ),
         (140, noticed(12), 140, "rank 1 killed by signal 12, on vm"),
         (-9, "", 137, "mpirun killed by signal 9"),
