@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from hvd_vgg import __version__
 from hvd_vgg.data import images
-from hvd_vgg.run import hosts, output, receipt, watch
+from hvd_vgg.run import advice, hosts, output, receipt, watch
 from hvd_vgg.run.health import CONFIGURATION, Failure, difference, launched_rank, launched_size
 
 try:
@@ -80,8 +80,8 @@ def start(
 def join(timeline: bool = False, subsets: Sequence[int] = (), hang_seconds: float = 0.0) -> None:
     """Joins the run as `start` does, without taking a device.
 
-    Raises Failure(CONFIGURATION) where Horovod finds other ranks than the launcher started, or the host does not know its
-    own name.
+    Raises Failure(CONFIGURATION) where Horovod finds other ranks than the launcher started, could not exchange as it is
+    told to, or the host does not know its own name.
     """
     if launched_rank() is None and hvd.gloo_built():
         # Without a launcher there is nothing for MPI to find, and Open MPI may fail to start a world of one.
@@ -92,6 +92,8 @@ def join(timeline: bool = False, subsets: Sequence[int] = (), hang_seconds: floa
                 f"this host's name, {socket.gethostname()}, leads to no address of it: add the line "
                 f"`127.0.1.1 {socket.gethostname()}` to /etc/hosts",
             )
+    elif launched_rank() is not None and advice.gloo_under_mpi(os.environ):
+        raise Failure(CONFIGURATION, f"{advice.gloo_under_mpi(os.environ)}: {advice.UNSET_GLOO}")
     if timeline:
         os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")
     # Horovod's own default is to wait for ever. Its inspector names the tensor and the ranks that are missing; the watchdog

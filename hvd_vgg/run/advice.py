@@ -37,6 +37,7 @@ _VARIABLES = {
 _UNKNOWN = re.compile(r"(UMD|CRT|DRT)_|NCCL_(FORCESYNC_DISABLE|USE_DIRECT|USE_HIGHPRIORITYWARP)$")
 # How devices and links are driven: what may differ between hosts, and seldom should.
 _LINKS = ("NCCL_", "UMD_", "CRT_", "DRT_", "UCX_")
+UNSET_GLOO = "unset HOROVOD_CPU_OPERATIONS; horovodrun --gloo sets what it needs"
 _OFF = {"TF_CUDNN_USE_AUTOTUNE": "keeps TensorFlow from trying which convolution is fastest"}
 
 
@@ -50,13 +51,10 @@ def of_environment(environ: Mapping[str, str]) -> List[Finding]:
     for name, what in _OFF.items():
         if environ.get(name) == "0":
             found.append(warning("environment", f"{name}=0 {what}", f"unset {name}"))
-    if (
-        environ.get("HOROVOD_CPU_OPERATIONS", "").lower() == "gloo"
-        and environ.get("HOROVOD_CONTROLLER", "").lower() != "gloo"
-    ):
-        text = "HOROVOD_CPU_OPERATIONS=gloo ends all ranks of mpirun by signal 11 in their first collective (Horovod 0.28.1)"
+    ends = gloo_under_mpi(environ)
+    if ends:
         say = warning if launched_rank() is None else failure
-        found.append(say("environment", text, "unset HOROVOD_CPU_OPERATIONS; horovodrun --gloo sets what it needs"))
+        found.append(say("environment", ends, UNSET_GLOO))
     unknown = [
         f"{name}={environ[name]}" for name in sorted(of_links(environ)) if _UNKNOWN.match(name) and name not in _VARIABLES
     ]
@@ -64,6 +62,14 @@ def of_environment(environ: Mapping[str, str]) -> List[Finding]:
         text = f"{', '.join(unknown)}: of the vendor's own scripts; what they do is published nowhere"
         found.append(ok("environment", text))
     return found
+
+
+def gloo_under_mpi(environ: Mapping[str, str]) -> str:
+    """Returns what would come of Horovod's exchange by Gloo among ranks of MPI; nothing where that is not asked for."""
+    operations, controller = (environ.get(f"HOROVOD_{name}", "").lower() for name in ("CPU_OPERATIONS", "CONTROLLER"))
+    if operations != "gloo" or controller == "gloo":
+        return ""
+    return "HOROVOD_CPU_OPERATIONS=gloo ends all ranks of mpirun by signal 11 in their first collective (Horovod 0.28.1)"
 
 
 def of_links(environ: Mapping[str, str]) -> Dict[str, str]:
