@@ -644,6 +644,27 @@ def test_the_remote_shell_of_a_slurm_job_is_one_step_on_that_node(here):
     assert lines[-3:] == ["bash", "-c", "echo a b; orted --x 'y z'"]
 
 
+@pytest.mark.parametrize(("ends", "code"), [("exit 3", 3), ("trap 'touch ended; exit 143' TERM; wait_for_it", 130)])
+def test_a_check_of_the_dockerfile_that_fails_or_is_ended_leaves_nothing(here, ends, code):
+    wait = "wait_for_it() { touch started; while :; do sleep 0.05; done; }"
+    path = stand_ins(here, id="echo 0", unshare=f'mkdir "$TMPDIR/made"; {wait}; {ends}')
+    (here / "scratch").mkdir()
+    environment = {"PATH": path, "HOME": str(here), "TMPDIR": str(here / "scratch")}
+    script = subprocess.Popen(["bash", LAUNCH / "check_dockerfile.sh"], cwd=here, env=environment)
+    try:
+        deadline = time.monotonic() + 60
+        while script.poll() is None and not (here / "started").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        script.terminate()
+        script.wait(timeout=60)
+    finally:
+        script.kill()
+        script.wait()
+    assert script.returncode == code
+    assert (here / "ended").exists() == (code == 130)
+    assert list((here / "scratch").iterdir()) == []
+
+
 def test_every_image_runs_as_nobody_and_holds_no_compiler_of_its_own():
     made = {name: [" ".join(each) for each in stage.instructions] for name, stage in stages(ROOT / "Dockerfile").items()}
     assert list(made)[-1] == "cpu"  # what `docker build .` makes
