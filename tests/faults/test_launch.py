@@ -304,7 +304,7 @@ def test_mpirun_killed_leaves_nothing_and_the_run_goes_on(tmp_path, data, undist
     assert_exact(tmp_path, 2, undisturbed)
 
 
-@pytest.mark.fault("F11")
+@pytest.mark.fault("F11", tier=3)
 def test_the_launcher_killed_leaves_nothing_and_the_run_goes_on(tmp_path, data, undisturbed):
     started = start_run(tmp_path, data, "sleep@0:6:5")
     wait_for(lambda: "step 5/" in started.out.read_text())

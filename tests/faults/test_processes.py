@@ -163,7 +163,7 @@ def test_a_rank_that_is_stuck_when_all_leave_is_waited_for_by_no_one_for_ever(tm
     assert "no progress for 3 s after leaving" in ended.err and "in shutdown" in ended.err
 
 
-@pytest.mark.fault("F08")
+@pytest.mark.fault("F08", tier=3)
 def test_a_rank_that_has_left_and_does_not_end_is_ended(tmp_path, data):
     """F08 after the end of MPI: everything is written, but mpirun waits for the process."""
     ended = start(tmp_path, data, 2, "linger@1:0:600", "--hang_seconds=3").wait()
@@ -236,7 +236,7 @@ def test_a_request_during_an_evaluation_leaves_it_to_the_next_start(tmp_path, da
     assert_exact(out, 2, whole)
 
 
-@pytest.mark.fault("F13")
+@pytest.mark.fault("F13", tier=3)
 def test_a_request_during_the_last_evaluation_leaves_the_result_to_the_next_start(tmp_path, data):
     """Then no update is left, and the result is written all the same."""
     flags = ["--steps=6", "--device_batch=4"]

@@ -20,6 +20,7 @@ sys.exit(__main__.run(sys.argv[1:]))
 FLAGS = ["doctor", "--num_classes=10", "--model=vgg11", "--width=0.125", "--image_size=32", "--global_batch=32"]
 
 
+@pytest.mark.fault(tier=3)
 def test_a_slow_rank_is_no_stall(launch, data, tmp_path):
     flags = [*FLAGS, "--full", "--input_threads=1", f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}"]
     limits = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "1", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "6"}

@@ -128,6 +128,7 @@ def test_a_run_stops_at_the_accuracy_asked_for_and_keeps_the_best(launch, tmp_pa
     assert names == ["best", f"step-{result['steps']:08d}.safetensors"]
 
 
+@pytest.mark.fault(tier=3)
 def test_dlloggers_lines_on_stdout_when_asked_for(launch, tmp_path, data):
     ended = launch(
         2, "train", f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY, "--steps=2", "--console=dllogger"
@@ -226,6 +227,7 @@ def test_profiled_steps_that_pass_the_end_of_the_run_end_with_it(launch, tmp_pat
     assert not (tmp_path / "other" / "profile").exists()
 
 
+@pytest.mark.fault(tier=3)
 def test_the_benchmark_measures_each_input_on_the_ranks_asked_for(launch, tmp_path, data):
     flags = [*TINY, "--steps=6", f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", f"--out={tmp_path / 'out.json'}"]
     ended = launch(3, "benchmark", *flags, "--ranks=1,3")

@@ -73,7 +73,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_74_at_its_end(small_disk, data
     assert not list(checkpoint.folder(small_disk / "run").glob("*.tmp"))
 
 
-@pytest.mark.fault("F17")
+@pytest.mark.fault("F17", tier=3)
 def test_a_run_is_started_again_on_a_full_disk(small_disk, data):
     """F17: what an earlier start wrote does for now, also where the flags are others; there is room again before the end."""
     assert start(small_disk, data, 1, "term@0:4", "--keep_checkpoints=1").wait().code == 80
@@ -140,7 +140,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, data, undistur
     assert_exact(tmp_path, 2, undisturbed)
 
 
-@pytest.mark.fault("F23")
+@pytest.mark.fault("F23", tier=3)
 def test_only_rank_0_looks_at_checkpoints(tmp_path, data, undisturbed):
     """F23: another rank's directory has none (a disk of its own host): all start where rank 0 does."""
     from oracles import FLAGS, WORKER

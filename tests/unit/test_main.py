@@ -98,6 +98,7 @@ def test_more_ranks_than_images_is_a_usage_error(launch, data):
 @pytest.mark.parametrize(
     "closed", [*(pytest.param(each, marks=pytest.mark.fault(tier=3)) for each in (">&-", "2>&-")), "<&- >&- 2>&-"]
 )
+@pytest.mark.fault(tier=3)
 def test_a_run_whose_streams_were_closed_before_its_start_is_a_run(launch, tmp_path, data, closed):
     words = command_line(0, ["launch", "--ranks=2", "train", f"--data_dir={data}", *TINY, "--epochs=1", "--run_dir=run"])
     ended = Started(["bash", "-c", f'"$@" {closed}', "bash", *words], tmp_path).wait()
