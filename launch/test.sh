@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and every test, in the environment of launch/environment.sh with the test extras. About 20 minutes on 2 cores, 40 with --all.
+# Lint, types and every test, in the environment of launch/environment.sh with the test extras. About 25 minutes on 2 cores, 50 with --all.
 #
 #   bash launch/test.sh [--all]
 #
