@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import List, NamedTuple, Optional, Sequence
@@ -78,8 +77,8 @@ def ask(hosts: Sequence[Host], agent: str, addresses: List[str], find: str, seco
 def _ask(command: List[str], seconds: float) -> Answer:
     """Runs an agent for `seconds` at most; what it leaves behind, as ssh its ControlPersist master, is not waited for."""
     sent = time.time()
-    # Files, not pipes: a pipe ends with the last process that holds it, not with the agent.
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    # Files, not pipes: a pipe ends with the last process that holds it, not with the agent. In memory: the disk may be full.
+    with open(os.memfd_create("out"), "w+b") as out, open(os.memfd_create("err"), "w+b") as err:
         try:
             process = subprocess.Popen(  # noqa: S603
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
