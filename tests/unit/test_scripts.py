@@ -23,6 +23,8 @@ DOCKER = {"bi_v150": ("hvd_vgg:corex", 2), "bi_v100": ("hvd_vgg:corex", 1), "nvi
 def call(script, *flags, cwd, **environment):
     """Runs a script of launch/ and returns it, ended."""
     passed = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "HOME": str(cwd), **environment}
+    # An environment that the clone has would come before what a test puts on PATH.
+    passed.setdefault("HVD_VGG_VENV", f"{cwd}/no environment")
     return subprocess.run(
         ["bash", LAUNCH / script, *flags], cwd=cwd, env=passed, capture_output=True, text=True, timeout=60, check=False
     )
