@@ -397,6 +397,16 @@ class _Parser(flags.ArgumentParser):
             return _Illegal(argument, name)
 
 
+class _Switch(flags.BooleanParser):
+    """Parses true and false, and never raises."""
+
+    def parse(self, argument: Any) -> Any:
+        try:
+            return super().parse(argument)
+        except ValueError:
+            return _Illegal(argument, "true or false")
+
+
 def parse(kind: Any, argv: Sequence[str]) -> Any:
     """Returns `kind` (Config or a sibling) from the flags in `argv` (no program name), flag files included.
 
@@ -406,7 +416,9 @@ def parse(kind: Any, argv: Sequence[str]) -> Any:
     for field in dataclasses.fields(kind):
         if field.type is bool:
             default: Any = field.default
-            flags.DEFINE_boolean(field.name, default, field.metadata["text"], flag_values=values)
+            switch = flags.BooleanFlag(field.name, default, field.metadata["text"])
+            switch.parser = _Switch()
+            flags.DEFINE_flag(switch, values)
         else:
             flags.DEFINE(_Parser(field.type), field.name, field.default, field.metadata["text"], flag_values=values)
     _check_flag_files(argv)
@@ -468,6 +480,10 @@ def validate(config: Any) -> List[str]:
             errors.append(f"--export_env={config.export_env}: {name!r} is no name of a variable; values do not belong here")
     if isinstance(config, (LaunchConfig, DoctorConfig)) and not config.rsh_agent.strip():
         errors.append("--rsh_agent: expected a command, found nothing")
+    if isinstance(config, DoctorConfig) and not config.hostfile:
+        for name, value, none in (("network", config.network, ""), ("rsh_agent", config.rsh_agent, RSH_AGENT)):
+            if value != none:
+                errors.append(f"--{name}={value} needs --hostfile; ranks get it from hvd-vgg launch --{name}={value} doctor")
     if isinstance(config, DemoConfig) and config.shards > min(config.train_images, 2 * config.validation_images - 1):
         errors.append(f"--shards={config.shards}: expected at least one image for each shard of both splits")
     return errors

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import uuid
 from pathlib import Path
@@ -130,6 +131,12 @@ def order_of_writes(monkeypatch: pytest.MonkeyPatch) -> List[Tuple[str, str]]:
 
 
 Launch = Callable[..., Ended]
+
+
+def changed(change: str) -> List[str]:
+    """Returns the program `hvd-vgg` in whose process `change`, statements of Python, is done first."""
+    run = "import sys\nfrom hvd_vgg import __main__\nsys.exit(__main__.run(sys.argv[1:]))\n"
+    return [sys.executable, "-c", f"{textwrap.dedent(change)}\n{run}"]
 
 
 def command_line(ranks: int, arguments: Sequence[str], program: Optional[Sequence[str]] = None) -> List[str]:

@@ -99,13 +99,13 @@ def find_shards(data_dir: str, split: str) -> List[Path]:
     Raises Failure(DATA) when the directory, the set, or a member of it is missing.
     """
     folder = Path(data_dir)
-    if not folder.is_dir():
-        raise Failure(
-            DATA,
-            f"data: {folder} is not a directory (now in {Path.cwd()}); expected TFRecords {split}-?????-of-????? in "
-            f"it. Give another by --data_dir, or draw some to try: hvd-vgg make-demo-data",
-        )
     try:
+        if not folder.is_dir():
+            raise Failure(
+                DATA,
+                f"data: {folder} is not a directory (now in {Path.cwd()}); expected TFRecords {split}-?????-of-????? in "
+                f"it. Give another by --data_dir, or draw some to try: hvd-vgg make-demo-data",
+            )
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
         raise _unreadable(folder, error) from error

@@ -1,15 +1,16 @@
 """The data set as `hvd-vgg doctor` sees it: files, records, labels, and whether images decode. All ranks call together."""
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
 from hvd_vgg.config import Config
 from hvd_vgg.data import images, records
-from hvd_vgg.data.index import TURN_SECONDS, cache_places, cached_shards, open_split, scan_for
+from hvd_vgg.data.index import TURN_SECONDS, cache_places, cached_shards, open_split
 from hvd_vgg.parallel import comm
 from hvd_vgg.run.findings import Finding, failure, ok, warning
 from hvd_vgg.run.health import Failure
@@ -24,13 +25,19 @@ class Seen(NamedTuple):
 
     held: Optional[records.Index]
     shards: int
-    shards_looked_at: int
-    records: int  # by all ranks
+    shards_looked_at: int  # by all ranks, as what follows
+    shards_unreadable: int
+    records: int
     labels: np.ndarray  # int64, each that any rank has seen once, rising
 
+    @property
+    def whole(self) -> bool:
+        """Whether the counts are those of the split."""
+        return self.shards_looked_at == self.shards
 
-def survey(config: Config, full: bool, threads: int, console: Console) -> List[Finding]:
-    """Returns what this rank found of both splits; all ranks call.
+
+def survey(config: Config, full: bool, threads: int, console: Console) -> Tuple[List[Finding], int]:
+    """Returns what this rank found of both splits, and about how many records there are to train on; all ranks call.
 
     Without `full` shards that are not indexed yet are looked at for seconds only. With it every record's data is read,
     checked and decoded by `threads` threads of each rank, bad ones are collected, and the index is kept.
@@ -40,14 +47,13 @@ def survey(config: Config, full: bool, threads: int, console: Console) -> List[F
     for split in ("train", "validation"):
         paths = _same_everywhere(config.data_dir, split, found)
         if paths:
-            one = _index(config, split, paths, full, console, found)
-            if one is not None:
-                seen[split] = one
+            seen[split] = _index(config, split, paths, full, console, found)
     if len(seen) == 2:
         found += _labels(config, seen)
     for split, one in seen.items():
-        found += _decode(config, split, one, full, threads, console)
-    return found
+        found += _decode(config, split, one, full and one.whole, threads, console)
+    train = seen.get("train")
+    return found, train.records * train.shards // max(1, train.shards_looked_at) if train else 0
 
 
 def _same_everywhere(data_dir: str, split: str, found: List[Finding]) -> List[Path]:
@@ -75,35 +81,42 @@ def paths_of(mine: Dict[str, Any], theirs: Dict[str, Any]) -> List[str]:
     return sorted({*mine["sizes"], *theirs["sizes"]})
 
 
-def _index(
-    config: Config, split: str, paths: List[Path], full: bool, console: Console, found: List[Finding]
-) -> Optional[Seen]:
-    """Returns what is known of a split: all of it with `full` or from the cache, else what seconds show."""
-    run_dir = Path(config.run_dir)
+def _index(config: Config, split: str, paths: List[Path], full: bool, console: Console, found: List[Finding]) -> Seen:
+    """Returns what is known of a split: all of it with `full` or from the cache, else what seconds show.
+
+    A shard that cannot be read is a finding; with `full` all that cannot are.
+    """
+    run_dir, refused = Path(config.run_dir), ""
     if full:
         try:
             whole = open_split(config.data_dir, split, run_dir, console)
         except Failure as error:
-            found.append(failure("data", error.message, "as it says"))
-            return None
-        return Seen(whole, len(paths), len(paths), whole.records, np.unique(whole.labels))
+            refused = error.message
+        else:
+            return Seen(whole, len(paths), len(paths), 0, whole.records, np.unique(whole.labels))
     cached = cached_shards(cache_places(config.data_dir, split, run_dir), paths)
     known = {number: each.shard for number, each in cached.items() if each.unchanged}
     left = [number for number in range(comm.rank(), len(paths), comm.size()) if number not in known]
-    try:
-        fresh = scan_for(TURN_SECONDS, paths, left)
-    except Failure as error:
-        found.append(failure("data", error.message, "as it says"))
-        fresh = {}
     # A cache that all ranks have is told of once: by who would have scanned it.
     mine = {n: shard for n, shard in known.items() if n % comm.size() == comm.rank()}
-    mine.update(fresh)
+    began, unreadable = time.monotonic(), 0
+    for number in left:
+        try:
+            mine[number] = records.scan_shard(paths[number])
+        except Failure as error:
+            unreadable += 1
+            if unreadable <= _NAMED:
+                found.append(failure("data", error.message, "as it says"))
+        if not full and time.monotonic() - began > TURN_SECONDS:
+            break
     numbers = sorted(mine)
     index = records.join([paths[n] for n in numbers], [mine[n] for n in numbers]) if numbers else None
     labels = np.unique(index.labels).astype(np.int64) if index else np.zeros(0, np.int64)
     everyones = np.unique(np.concatenate([np.frombuffer(text, np.int64) for text in comm.gather(labels.tobytes())]))
-    totals = comm.gather_numbers([len(numbers), index.records if index else 0]).sum(axis=0)
-    return Seen(index, len(paths), int(totals[0]), int(totals[1]), everyones)
+    totals = comm.gather_numbers([len(numbers), unreadable, index.records if index else 0]).sum(axis=0)
+    if refused and not totals[1]:
+        found.append(failure("data", refused, "as it says"))
+    return Seen(index, len(paths), int(totals[0]), int(totals[1]), int(totals[2]), everyones)
 
 
 def _labels(config: Config, seen: Dict[str, Seen]) -> List[Finding]:
@@ -111,14 +124,18 @@ def _labels(config: Config, seen: Dict[str, Seen]) -> List[Finding]:
     found = []
     for split, one in seen.items():
         text = f"{split}: {one.records:,} records in {count(one.shards, 'shard')}"
-        if one.shards_looked_at < one.shards:
+        left = one.shards - one.shards_looked_at - one.shards_unreadable
+        if left:
             text += f" at least: {one.shards_looked_at} were looked at; training indexes the others once, or --full"
+        if one.shards_unreadable:
+            text += f", without {one.shards_unreadable} that cannot be read (see the failures)"
         if not one.records:
-            found.append(failure("data", f"{split}: no record in {count(one.shards, 'shard')}", "copy the files again"))
+            if not one.shards_unreadable:
+                found.append(failure("data", f"{split}: no record in {count(one.shards, 'shard')}", "copy the files again"))
             return found
         found.append(ok("data", text))
     labels = np.union1d(seen["train"].labels, seen["validation"].labels)
-    whole = all(one.shards_looked_at == one.shards for one in seen.values())
+    whole = all(one.whole for one in seen.values())
     base = records.find_label_base(labels, config.num_classes) if config.label_base == "auto" else int(config.label_base)
     text = f"labels {labels.min()}..{labels.max()}, {len(labels)} different; the first class is {base}"
     beyond = labels[(labels < base) | (labels >= base + config.num_classes)]

@@ -236,6 +236,23 @@ def describe() -> Dict[str, str]:
     }
 
 
+def carriers(device: str) -> Dict[str, str]:
+    """Returns what carries `sums` and `gathers` of tensors on TensorFlow's `device`: NCCL, mpi or gloo; all ranks call.
+
+    It is tried, for Horovod is built for devices one operation at a time (HOROVOD_GPU_ALLREDUCE, HOROVOD_GPU_ALLGATHER):
+    one that it is not built for TensorFlow runs on the CPU, copying there and back.
+    """
+    watch.collective("carriers")
+    with tf.device(device):
+        one = tf.ones([1])
+        tried = {
+            "sums": hvd.grouped_allreduce([one], op=hvd.Sum, name="carrier_sums", process_set=_members)[0],
+            "gathers": hvd.allgather(one, name="carrier_gathers", process_set=_members),
+        }
+    without = "mpi" if hvd.mpi_enabled() else "gloo"
+    return {kind: "NCCL" if "GPU" in result.device and hvd.nccl_built() else without for kind, result in tried.items()}
+
+
 def mpi_version() -> Optional[str]:
     """Returns what the MPI that Horovod uses calls itself, such as `Open MPI v4.1.8`; None where it uses none."""
     if not hvd.mpi_enabled():

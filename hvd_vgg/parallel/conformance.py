@@ -24,9 +24,13 @@ _LATENCIES, _REPEATS, _QUICK_BYTES, _PAIR_BYTES = 30, 3, 16_000_000, 4_000_000
 _CLOCK_SECONDS = 1.0
 # How much slower than `plan` assumes, or than other links, is worth a warning.
 _SLOWER = 2.0
+# Bytes/s a rank below which devices of one host do not exchange directly: PCI Express 3.0 carries twice this by 4 lanes.
+_DEVICE_RATE = 2e9
+# Shorter messages tell of latencies, not of a link's rate.
+_RATE_BYTES = 16_000_000
 STAGED = (
-    "Horovod is built without NCCL: unless its MPI takes a device's memory, what ranks exchange is copied through the "
-    "host (about 0.85 s an update of VGG16, scaled up from the one published record of such a build)"
+    "are not exchanged by NCCL, for which Horovod was not built: unless its MPI takes a device's memory, they are copied "
+    "through the host (sums: about 0.85 s an update of VGG16, scaled up from the one published record of such a build)"
 )
 
 
@@ -37,8 +41,19 @@ class Rates(NamedTuple):
     bytes_per_second: float
 
 
+class Exchanged(NamedTuple):
+    """One exchange: what by what, the bytes that each rank sent, its seconds, and those of its messages' latencies alone."""
+
+    what: str
+    sent_bytes: float
+    seconds: float
+    latency_seconds: float
+
+
 def check_clocks() -> List[Finding]:
-    """Compares this rank's clock with rank 0's, to within the time that a gather takes."""
+    """Compares this rank's clock with rank 0's, to within the time that a gather takes; nothing on one rank."""
+    if comm.size() == 1:
+        return []
     apart = []
     for _ in range(5):
         comm.gather_numbers([0.0])  # all leave it at nearly the same time
@@ -51,12 +66,13 @@ def check_clocks() -> List[Finding]:
     return [ok("clocks", "within a second of each other")]
 
 
-def check_link(device: str, path: str, gbit: Optional[float]) -> List[Finding]:
-    """Sums a number and 16 MB over all ranks on this rank's device by `path` (NCCL, mpi, gloo): right, and how fast.
+def check_link(device: str, gbit: Optional[float]) -> List[Finding]:
+    """Sums a number and 16 MB over all ranks on this rank's device: right, and how fast.
 
     gbit: Gbit/s of a host's link as `plan` is told, None where nobody said.
     """
-    found = staged(device, path)
+    carriers = comm.carriers(device)
+    found, path = staged(device, carriers), carriers["sums"]
     if comm.size() == 1:
         return found
     rates, right = quick(device)
@@ -71,11 +87,13 @@ def check_link(device: str, path: str, gbit: Optional[float]) -> List[Finding]:
     return [*found, ok("link", text)]
 
 
-def staged(device: str, path: str) -> List[Finding]:
-    """Looks whether what ranks exchange is copied from a device to its host and back."""
-    if "GPU" not in device or path == "NCCL":
+def staged(device: str, carriers: Mapping[str, str]) -> List[Finding]:
+    """Looks whether what ranks exchange is copied from a device to its host and back; carriers: `comm.carriers` of it."""
+    copied = [kind for kind, carrier in carriers.items() if "GPU" in device and carrier != "NCCL"]
+    if not copied:
         return []
-    return [warning("link", STAGED, "a Horovod with NCCL (HOROVOD_GPU_OPERATIONS=NCCL), or the vendor's newer wheel")]
+    todo = "a Horovod with NCCL (HOROVOD_GPU_OPERATIONS=NCCL), or the vendor's newer wheel"
+    return [warning("link", f"{' and '.join(copied)} of a device {STAGED}", todo)]
 
 
 def check_pairs(names: Sequence[str], path: str) -> List[Finding]:
@@ -138,22 +156,28 @@ def quick(device: str) -> Tuple[Rates, bool]:
     return Rates(latency, sent / seconds), right
 
 
-def check_collectives(config: DoctorConfig, device: str, path: str) -> List[Finding]:
-    """Sums gradients of the network's own shapes, and gathers the dense layers' rows, as training does: right, how fast.
-
-    path: what carries them (NCCL, mpi, gloo).
-    """
+def check_collectives(config: DoctorConfig, device: str) -> List[Finding]:
+    """Sums gradients of the network's own shapes, and gathers the dense layers' rows, as training does: right, how fast."""
     if comm.size() == 1:
-        return [ok("collectives", "one rank exchanges nothing: start all under mpirun")]
-    found: List[Finding] = []
+        return [warning("collectives", "one rank exchanges nothing: not looked at", "start all ranks of the job to come")]
     shapes = layers(config.model, config.width, config.image_size, config.num_classes)
+    dense = [layer for layer in shapes if layer.name in DENSE]
+    latency, carriers = quick(device)[0].latency_seconds, comm.carriers(device)
+    gbit = 0.0 if comm.local_size() == comm.size() else config.gbit or None
+
     seconds, wrong = sum_all(config, device)
     sent = sum(cost.allreduce_bytes(layer.parameters, comm.size(), config.wire_dtype) for layer in shapes)
-    found += _told("sums", f"gradients of {config.model}", wrong, sent, seconds, config, path)
+    # At the most: layers that share one are counted apart.
+    messages = sum(-(-layer.parameters * 4 // exchange.CHUNK_BYTES) for layer in shapes)
+    what = f"sums of gradients of {config.model} by {carriers['sums']}"
+    sums = Exchanged(what, sent, seconds, messages * latency)
+    found = [_wrong(what, wrong) if wrong else judge_exchange(sums, gbit, device)]
+
     seconds, wrong = gather_all(config, device)
     sent = sum(choice.factored_bytes or 0.0 for choice in cost.choose(config, comm.size()))
-    found += _told("gathers", "the rows of its dense layers", wrong, sent, seconds, config, path)
-    return found
+    what = f"gathers of the rows of its dense layers by {carriers['gathers']}"
+    gathers = Exchanged(what, sent, seconds, 2 * len(dense) * latency)
+    return [*found, _wrong(what, wrong) if wrong else judge_exchange(gathers, gbit, device)]
 
 
 def sum_all(config: DoctorConfig, device: str) -> Tuple[float, List[str]]:
@@ -261,22 +285,31 @@ def _seconds(action: Callable[[], Any], repeats: int) -> List[float]:
     return seconds[1:] or seconds
 
 
-def _told(
-    kind: str, what: str, wrong: List[str], sent: float, seconds: float, config: DoctorConfig, path: str
-) -> List[Finding]:
-    if wrong:
-        text = f"{kind} of {what} by {path}: wrong: {', '.join(wrong)}"
-        todo = "do not train so: try another path (NCCL_P2P_DISABLE=1, NCCL_SHM_DISABLE=1, MPI's own)"
-        return [failure("collectives", text, todo)]
-    rate = sent / seconds
-    text = f"{kind} of {what} by {path}: right; {sent / 1e6:.1f} MB a rank in {seconds:.3g} s, {rate / 1e9:.3g} GB/s"
-    if comm.local_size() == comm.size():
-        return [ok("collectives", f"{text}; `plan` takes what stays inside a host for nothing")]
-    if not config.gbit:
-        return [ok("collectives", f"{text}; for `plan`: --gbit={rate * 8 / 1e9:.3g}")]
-    assumed = sent * 8 / (config.gbit * 1e9)
-    text += f"; `plan` with --gbit={config.gbit:g} assumes {assumed:.3g} s"
-    if seconds > _SLOWER * assumed:
-        todo = f"plan with --gbit={rate * 8 / 1e9:.3g}, or find what is slow: interface, NCCL_NET, staging, processor"
-        return [warning("collectives", text, todo)]
-    return [ok("collectives", text)]
+def judge_exchange(one: Exchanged, gbit: Optional[float], device: str) -> Finding:
+    """Returns what a right exchange's time means.
+
+    gbit: of a host's link as `plan` is told, None where nobody said, 0 where all ranks are on one host. Latencies are
+    allowed for in full, though messages may overlap.
+    """
+    rate = one.sent_bytes / one.seconds
+    text = f"{one.what}: right; {one.sent_bytes / 1e6:.1f} MB a rank in {one.seconds:.3g} s, {rate / 1e9:.3g} GB/s"
+    telling = one.sent_bytes >= _RATE_BYTES
+    if gbit == 0:
+        text += "; `plan` takes what stays inside a host for nothing"
+        if "GPU" in device and telling and rate < _DEVICE_RATE:
+            todo = "see whether devices reach each other: the vendor's topology, NCCL_P2P_DISABLE, NCCL_SHM_DISABLE, staging"
+            return warning("collectives", f"{text}: less than half of what four lanes of PCI Express 3.0 carry", todo)
+        return ok("collectives", text)
+    if gbit is None:
+        return ok("collectives", f"{text}; for `plan`: --gbit={rate * 8 / 1e9:.3g}" if telling else text)
+    assumed = one.sent_bytes * 8 / (gbit * 1e9)
+    text += f"; `plan` with --gbit={gbit:g} assumes {assumed:.3g} s, and its messages wait up to {one.latency_seconds:.2g} s"
+    if one.seconds <= _SLOWER * assumed + one.latency_seconds:
+        return ok("collectives", text)
+    todo = "find what is slow: interface, NCCL_NET, staging, processor"
+    return warning("collectives", text, todo + (f"; or plan with --gbit={rate * 8 / 1e9:.3g}" if telling else ""))
+
+
+def _wrong(what: str, names: List[str]) -> Finding:
+    todo = "do not train so: try another path (NCCL_P2P_DISABLE=1, NCCL_SHM_DISABLE=1, MPI's own)"
+    return failure("collectives", f"{what}: wrong: {', '.join(names)}", todo)

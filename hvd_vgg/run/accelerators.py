@@ -73,8 +73,11 @@ def listing(host: Host, whose: str) -> Optional[Listing]:
 
 def cards(names: Sequence[str]) -> int:
     """Returns how many cards these devices are: a BI-V150 is two devices, a BI-V150S or any other one."""
-    halves = sum(bool(re.search(r"BI-?V?150(?!S)", name)) for name in names)
-    return len(names) - halves + -(-halves // 2)
+    return len(names) - _halves(names) + -(-_halves(names) // 2)
+
+
+def _halves(names: Sequence[str]) -> int:
+    return sum(bool(re.search(r"BI-?V?150(?!S)", name)) for name in names)
 
 
 def check_devices(host: Host, whose: str, said: Optional[Listing]) -> List[Finding]:
@@ -126,6 +129,10 @@ def check_devices(host: Host, whose: str, said: Optional[Listing]) -> List[Findi
         text += f"; but {len(there)} nodes in /dev"
         todo = "right where a scheduler gave you these; else start the container with all devices, or reset the missing ones"
         return [*found, warning("devices", text, todo)]
+    if _halves(said.names) % 2:
+        text += "; an odd number: one device of a card is not there"
+        todo = "right where a scheduler gave you these; else see dmesg and ixsmi on the host, and reset the card"
+        return [*found, warning("devices", text, todo)]
     return [*found, ok("devices", text)]
 
 
@@ -164,7 +171,8 @@ def _check_iluvatar(host: Host, said: Listing, computed: bool) -> List[Finding]:
         return [warning("driver", f"{text}: ixsmi's table is of a shape that is not known here", todo)]
     older = bool(with_sdk) and numbers(said.driver)[:2] < numbers(with_sdk)[:2]
     if not older and said.cuda != "N/A":
-        return [ok("driver", text)]
+        inexact = bool(with_sdk) and numbers(said.driver) != numbers(with_sdk)
+        return [ok("driver", f"{text}; the SDK's first two numbers are what it must have" if inexact else text)]
     why = "the driver is older than the SDK" if older else "ixsmi does not know the CUDA version"
     todo = (
         f"install the driver of SDK {with_sdk or 'that the image has'} on the host, or take the image of SDK {said.driver}"

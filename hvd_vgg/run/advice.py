@@ -119,25 +119,18 @@ def of_flags(config: Config, ranks: int, devices: int) -> List[Finding]:
         found.append(warning("flags", text, todo))
 
     default = Config()
-    if config.lr_schedule == "constant" and not config.steps:
-        text = (
-            f"--lr_schedule=constant keeps {config.lr:g} for {config.epochs:g} epochs: it stops short of a recipe's accuracy"
-        )
-        warn(text, "--lr_schedule=step or cosine")
     if config.steps and config.epochs != default.epochs:
         warn(f"--epochs={config.epochs:g} has no effect beside --steps={config.steps}", "give one of them")
     if config.lr_schedule != "step" and config.lr_step_epochs != default.lr_step_epochs:
         warn(f"--lr_step_epochs has no effect under --lr_schedule={config.lr_schedule}", "leave it out")
-    beyond = [step for step in config.lr_step_epochs if step >= config.epochs]
-    if config.lr_schedule == "step" and not config.steps and len(beyond) == len(config.lr_step_epochs):
-        text = f"all of --lr_step_epochs are at or after the end, --epochs={config.epochs:g}: the learning rate never falls"
-        warn(text, "smaller --lr_step_epochs")
     if config.global_batch < ranks:
         text = f"--global_batch={config.global_batch} is less than {ranks} ranks"
         found.append(failure("flags", text, "a larger --global_batch, or fewer ranks"))
     elif config.global_batch % ranks:
         text = f"--global_batch={config.global_batch} does not divide by {ranks} ranks: some wait for others at each update"
         warn(text, f"--global_batch={config.global_batch // ranks * ranks} (it changes what is learned), or other ranks")
+    if config.max_rewinds != default.max_rewinds and config.on_nonfinite != "rewind":
+        warn(f"--max_rewinds={config.max_rewinds} has no effect without --on_nonfinite=rewind", "leave it out")
     if config.xla and not devices:
         warn("--xla compiles for GPUs; here are none", "leave it out")
     if config.profile_ranks != default.profile_ranks and not config.profile_steps:
@@ -153,3 +146,15 @@ def of_flags(config: Config, ranks: int, devices: int) -> List[Finding]:
     return found or [
         ok("flags", f"{config.model}, {config.global_batch} images an update, lr {config.lr:g} by {config.lr_schedule}")
     ]
+
+
+def of_schedule(config: Config, records: int) -> List[Finding]:
+    """Looks whether the learning rate falls in the run to come; records: to train on, about; 0 where nobody knows."""
+    if config.lr_schedule == "constant":
+        text = f"--lr_schedule=constant keeps {config.lr:g} to the end: it stops short of a recipe's accuracy"
+        return [warning("flags", text, "--lr_schedule=step or cosine")]
+    epochs = config.steps * config.global_batch / records if config.steps and records else config.epochs
+    if config.lr_schedule != "step" or (config.steps and not records) or config.lr_step_epochs[0] < epochs:
+        return []
+    text = f"all of --lr_step_epochs are at or after the end, epoch {epochs:.3g}: the learning rate never falls"
+    return [warning("flags", text, "smaller --lr_step_epochs, or a longer run")]

@@ -90,8 +90,17 @@ def judge(name: str, kind: str, found: Dict[str, float], failed: Dict[str, str],
     right = [test for test in found if test not in wrong and test not in rough]
     if right:
         products = ", ".join(test for test in right if " " not in test)
-        layouts = ", ".join(sorted({test.split()[1] for test in right if " " in test}))
-        findings.append(ok("devices", f"{name} allocates, multiplies right in {products}, convolves right in {layouts}"))
+        convolutions = [test.split() for test in right if " " in test]
+        layouts = "; ".join(
+            f"in {each} in {', '.join(dtype for dtype, at in convolutions if at == each)}"
+            for each in sorted({at for _, at in convolutions})
+        )
+        findings.append(
+            ok(
+                "devices",
+                f"{name} allocates, multiplies right in {products or 'none'}, convolves right {layouts or 'in none'}",
+            )
+        )
     return findings
 
 

@@ -66,6 +66,11 @@ def doctor(config: DoctorConfig, here: Optional[host.Host] = None) -> None:
     if listed and (launched_size() or 1) > 1:
         raise Failure(USAGE, "--hostfile looks at hosts before mpirun is asked: start doctor alone, without a launcher")
     report = _Report(config, [], time.monotonic(), launched_rank() or 0, socket.gethostname())
+    if config.out and report.rank == 0:
+        try:
+            machine.probe(Path(config.out).absolute().parent).close()
+        except OSError as error:  # what is found would be lost, after minutes
+            raise _not_written(config, error) from error
     seen = _before(here, len(listed), report)
     if listed:
         why = network.none_chosen(config.network, network.interfaces())
@@ -74,6 +79,7 @@ def doctor(config: DoctorConfig, here: Optional[host.Host] = None) -> None:
         addresses = network.chosen(told, network.interfaces())
         others = [each for each in listed if not hosts.is_here(each.name)]
         report.found += reach.check_hosts(others, config.rsh_agent, addresses) if others and not why else []
+        report.found += [] if others else [ok("hosts", f"{config.hostfile} names this host alone")]
     never = ("interfaces", "hosts", "environment")
     if any(finding.about in never and finding.verdict == FAILURE for finding in report.found):
         raise _alone(report)  # the ranks would never meet
@@ -213,20 +219,20 @@ def _together(here: host.Host, device: str, threads: int, report: _Report) -> Li
     found += mpi.check_mpi(mpi.loaded(), mpi4pys, about["controller"], about["horovod"], about["mpi"])
     found += _same_as_root(config)
     found += _same_run_dir(Path(config.run_dir))
-    path = "NCCL" if "GPU" in device and "nccl" in about["horovod"] else about["controller"]
     with _within(_LONG_SECONDS, report, "link", f"the ranks did not exchange some MB within {_LONG_SECONDS:g} s"):
         found += conformance.check_clocks()
-        found += conformance.check_link(device, path, config.gbit)
+        found += conformance.check_link(device, config.gbit)
         found += conformance.check_pairs(names, about["controller"])
     if config.collectives:
         text = f"--collectives took longer than {_COLLECTIVES_SECONDS:g} s"
         with _within(_COLLECTIVES_SECONDS, report, "collectives", text):
-            found += conformance.check_collectives(config, device, path)
+            found += conformance.check_collectives(config, device)
     with contextlib.ExitStack() as stack:
         if not config.full:
             text = f"{config.data_dir} was not looked at within {_LONG_SECONDS:g} s: a file system or a rank hangs"
             stack.enter_context(_within(_LONG_SECONDS, report, "data", text))
-        found += survey.survey(config, config.full, threads, Console(config.console, comm.is_root()))
+        data, records = survey.survey(config, config.full, threads, Console(config.console, comm.is_root()))
+    found += [*data, *advice.of_schedule(config, records)]
     return names
 
 
@@ -297,7 +303,11 @@ def _tell(report: _Report, told: Sequence[Told], names: Sequence[str]) -> None:
         try:
             Path(report.config.out).write_text(text + "\n", encoding="utf-8")
         except OSError as error:
-            raise Failure(NOT_WRITTEN, f"--out={report.config.out} cannot be written: {error.strerror}") from error
+            raise _not_written(report.config, error) from error
+
+
+def _not_written(config: DoctorConfig, error: OSError) -> Failure:
+    return Failure(NOT_WRITTEN, f"--out={config.out} cannot be written: {error.strerror}")
 
 
 def _alone(report: _Report) -> Failure:

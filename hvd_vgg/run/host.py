@@ -39,11 +39,11 @@ _NEEDED = {
 }
 _WISHED = {
     "mpi4py": (("mpi4py",), "without it mpirun's exit code may be another rank's; build it with this MPI's mpicc"),
-    "dllogger": (
-        ("DLLogger",),
-        "the same log lines are written without it; pip install git+https://github.com/NVIDIA/dllogger#egg=dllogger",
-    ),
-    "tensorboard": (("tensorboard",), "events are written without it, but not shown"),
+}
+# Without these nothing of a run is lost.
+_OPTIONAL = {
+    "dllogger": (("DLLogger",), "the same log lines are written without it"),
+    "tensorboard": (("tensorboard",), "events are written without it; to look at them install it anywhere"),
 }
 _COREX = re.compile(r"\+corex\.(\d+(?:\.\d+)*)")
 
@@ -111,13 +111,16 @@ def check_python(host: Host) -> List[Finding]:
             continue
         say = failure if module in _NEEDED else warning
         found.append(say("packages", f"{names[0]} is not installed", todo))
+    for module, (names, instead) in _OPTIONAL.items():
+        if importlib.machinery.PathFinder.find_spec(module, list(host.path)) is None:
+            found.append(ok("packages", f"{names[0]} is not installed: {instead}"))
     for distribution in ("tensorflow", "horovod"):
         asked = _not_there(host, _NEEDED[distribution][0])
         if asked:
             text = f"{distribution} asks for {', '.join(asked)}: not installed"
             todo = f"pip install --no-deps {' '.join(asked)}, if its import (software) fails"
             found.append(warning("packages", text, todo))
-    versions = {names[0]: version(host, names) for names, _ in {**_NEEDED, **_WISHED}.values()}
+    versions = {names[0]: version(host, names) for names, _ in {**_NEEDED, **_WISHED, **_OPTIONAL}.values()}
     return [*found, ok("packages", ", ".join(f"{name} {text}" for name, text in versions.items() if text))]
 
 

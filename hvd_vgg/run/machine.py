@@ -125,18 +125,49 @@ def check_leftovers(root: Path) -> List[Finding]:
 
 
 def _memory(root: Path) -> "tuple[float, float]":
-    """Returns the bytes of memory there are and are free, of the host or of this process's control group if less."""
+    """Returns the bytes of memory there are and are free, of the host or of this process's control groups if less."""
     try:
         rows = (line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
         kilobytes = {name: int(rest.split()[0]) for name, rest in rows}
-        total, free = kilobytes["MemTotal"] * 1024.0, kilobytes["MemAvailable"] * 1024.0
+        host_total, free = kilobytes["MemTotal"] * 1024.0, kilobytes["MemAvailable"] * 1024.0
     except (OSError, ValueError, KeyError):
         return 0.0, 0.0
-    limit = _number(root / "sys/fs/cgroup/memory.max") or _number(root / "sys/fs/cgroup/memory/memory.limit_in_bytes")
-    if limit and limit < total:
-        used = _number(root / "sys/fs/cgroup/memory.current") or 0
-        return float(limit), min(free, limit - used)
+    total = host_total
+    for group in memory_groups(root):
+        limit = _number(group / "memory.max") or _number(group / "memory.limit_in_bytes")
+        if limit and limit < host_total:
+            used = _number(group / "memory.current") or _number(group / "memory.usage_in_bytes") or 0
+            # The kernel counts pages of files too, and takes these back.
+            used -= _statistic(group / "memory.stat", "total_inactive_file", "inactive_file")
+            total, free = min(total, float(limit)), min(free, float(limit - used))
     return total, free
+
+
+def memory_groups(root: Path) -> List[Path]:
+    """Returns the folders of the control groups that this process's memory counts in, the innermost first."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = ["0::/", "1:memory:/"]
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        place = top / path.lstrip("/")
+        # In a container the path may be the host's: what is not there is passed over.
+        found += [each for each in (place, *place.parents) if (each == top or top in each.parents) and each.is_dir()]
+    return found
+
+
+def _statistic(path: Path, *names: str) -> int:
+    """Returns the first of `names` that a file of `NAME NUMBER` lines has; 0 where it has none."""
+    try:
+        rows = dict(line.split() for line in path.read_text().splitlines())
+        return next((int(rows[name]) for name in names if name in rows), 0)
+    except (OSError, ValueError):
+        return 0
 
 
 def _number(path: Path) -> Optional[int]:

@@ -84,7 +84,8 @@ def check_mpi(horovods: List[str], mpi4pys: Dict[str, Any], controller: str, bui
     controller: mpi or gloo, what the ranks use now; built: Horovod's version and what it was built with;
     calls: what the MPI in use calls itself, "none" where none is (`comm.describe`).
     """
-    text = f"Horovod {built} by {controller}" + (f", {calls}" if calls != "none" else "")
+    alone = " (one process alone)" if launched_rank() is None and "mpi" in built and controller == "gloo" else ""
+    text = f"Horovod {built} by {controller}{alone}" + (f", {calls}" if calls != "none" else "")
     if "mpi" not in built:
         todo = "start ranks by horovodrun --gloo; mpirun and `hvd-vgg launch` need a Horovod with MPI"
         return [warning("mpi", f"{text}: it is built without MPI", todo)]

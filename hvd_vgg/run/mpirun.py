@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence
 
 from hvd_vgg.config import LaunchConfig
+from hvd_vgg.run import machine
 from hvd_vgg.run.health import CONFIGURATION, DONE, LOST_RANK, SECRET, STOPPED, Failure
 from hvd_vgg.run.hosts import JOB_PARAMETER, Host
 
@@ -351,22 +352,14 @@ def _read(path: str) -> bytes:
 def oom_kills() -> Dict[str, int]:
     """Returns the kernel's counters of processes that memory ran out for: this host's, this cgroup's."""
     files = [Path("/proc/vmstat")]
-    for line in _read("/proc/self/cgroup").decode().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "memory":
-            files += _tree(Path("/sys/fs/cgroup/memory") / path.lstrip("/"), "memory.oom_control")
-        elif not controllers:
-            files += _tree(Path("/sys/fs/cgroup") / path.lstrip("/"), "memory.events")
+    for group in machine.memory_groups(Path("/"))[:1]:
+        files += [folder / name for folder in (group, *group.glob("*/")) for name in ("memory.oom_control", "memory.events")]
     counts = {}
     for file in files:
         match = re.search(rb"^oom_kill (\d+)", _read(str(file)), re.M)
         if match:
             counts[str(file)] = int(match[1])
     return counts
-
-
-def _tree(folder: Path, name: str) -> List[Path]:
-    return [folder / name, *folder.glob(f"*/{name}")]
 
 
 def shown(command: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ import sys
 
 import namespaces
 import pytest
-from support import ROOT, Started, command_line, example, picture, write_shard
+from support import ROOT, Started, changed, command_line, example, picture, write_shard
 
 from hvd_vgg.run.findings import FAILURE, WARNING
 
@@ -40,7 +40,8 @@ def test_a_host_that_is_right(launch, data, tmp_path):
     assert {"vendor", "python", "packages", "tensorflow", "horovod", "mpi", "memory", "shm", "limits", "run_dir"} <= set(
         found
     )
-    assert {"interfaces", "devices", "clocks", "data", "flags", "ranks"} <= set(found)
+    assert {"interfaces", "devices", "data", "flags", "ranks"} <= set(found)
+    assert "clocks" not in found  # one rank has none to compare with
     texts = [finding["text"] for finding in found["data"]]
     assert texts[:3] == ["train: 75 records in 3 shards", "validation: 37 records in 2 shards", texts[2]]
     assert texts[2] == "labels 1..10, 10 different; the first class is 1"
@@ -55,7 +56,7 @@ def test_two_ranks_say_what_is_equal_once_and_exchange_right(launch, data, tmp_p
     told, found = report(tmp_path)
     assert ended.out.count(" python ") == 1
     assert all(finding["ranks"] == [0, 1] for finding in found["devices"] + found["flags"] + found["collectives"])
-    assert "lr_schedule=constant keeps" in found["flags"][0]["text"]
+    assert "lr_schedule=constant keeps" in found["flags"][-1]["text"]
     sums, gathers = (finding["text"] for finding in found["collectives"])
     assert "sums of gradients of vgg11 by mpi: right;" in sums
     assert "gathers of the rows of its dense layers by mpi: right;" in gathers
@@ -63,22 +64,18 @@ def test_two_ranks_say_what_is_equal_once_and_exchange_right(launch, data, tmp_p
     assert len(told["hosts"]) == 2
 
 
-def test_a_sum_that_is_wrong_is_found(tmp_path, data):
+def test_a_sum_that_is_wrong_is_found(launch, tmp_path, data):
     """Rank 1 sends one number that is off by one in the last kernel."""
-    program = (
-        "import sys\n"
-        "from hvd_vgg import __main__\n"
-        "from hvd_vgg.parallel import comm, conformance\n"
-        "right = conformance.pattern\n"
-        "def wrong(numbers, rank):\n"
-        "    values = right(numbers, rank)\n"
-        "    if numbers == 512 * 10 and comm.rank() == rank == 1: values[7] += 1\n"
-        "    return values\n"
-        "conformance.pattern = wrong\n"
-        "sys.exit(__main__.run(sys.argv[1:]))\n"
-    )
-    arguments = flags(data, tmp_path, "--collectives")
-    ended = Started(command_line(2, ["-c", program, *arguments], [sys.executable]), tmp_path).wait()
+    program = changed("""
+        from hvd_vgg.parallel import comm, conformance
+        right = conformance.pattern
+        def wrong(numbers, rank):
+            values = right(numbers, rank)
+            if numbers == 512 * 10 and comm.rank() == rank == 1: values[7] += 1
+            return values
+        conformance.pattern = wrong
+    """)
+    ended = launch(2, *flags(data, tmp_path, "--collectives"), program=program)
     assert ended.code == 78, ended.out + ended.err
     (bad,) = [finding for finding in report(tmp_path)[1]["collectives"] if finding["verdict"] == FAILURE]
     assert "sums of gradients of vgg11 by mpi: wrong: predictions/kernel" in bad["text"]
@@ -108,6 +105,29 @@ def test_every_bad_record_is_named_by_full(launch, tmp_path):
         ("validation-00000-of-00001, record 9,", [1]),
     ):
         assert [found for text, found in bad.items() if part in text] == [ranks], bad
+
+
+@pytest.mark.fault("F24")
+@pytest.mark.parametrize("full", ["--full", "--nofull"])
+def test_shards_that_cannot_be_read_are_named_and_the_others_judged(launch, tmp_path, full):
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(4):
+        rows = [example(picture(i, i % 10 + 1), i % 10 + 1) for i in range(10 * number, 10 * number + 10)]
+        write_shard(data / f"train-0000{number}-of-00004", rows)
+        write_shard(data / f"validation-0000{number}-of-00004", rows)
+    (data / "train-00001-of-00004").write_bytes((data / "train-00001-of-00004").read_bytes()[:-5])
+    (data / "train-00002-of-00004").write_bytes(b"no record, but as long as a header")
+    ended = launch(2, *flags(data, tmp_path, full))
+    assert ended.code == 78, ended.out + ended.err
+    told = report(tmp_path)[1]["data"]
+    bad = [finding["text"] for finding in told if finding["verdict"] == FAILURE]
+    assert len(bad) == 2, bad
+    assert all(any(f"train-0000{number}-of-00004" in text for text in bad) for number in (1, 2))
+    fine = [finding["text"] for finding in told if finding["verdict"] != FAILURE]
+    assert "train: 20 records in 4 shards, without 2 that cannot be read (see the failures)" in fine
+    assert "validation: 40 records in 4 shards" in fine
+    assert any(text.startswith("labels 1..10, 10 different") for text in fine)
 
 
 def test_everything_that_is_wrong_is_in_one_report(launch, data, tmp_path):
@@ -191,20 +211,17 @@ def test_ranks_that_do_not_meet_end_with_their_interfaces(tmp_path, data):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_device_that_cannot_be_begun_with_ends_all_and_is_named(tmp_path, data, rank):
+def test_a_device_that_cannot_be_begun_with_ends_all_and_is_named(launch, tmp_path, data, rank):
     """As errors 801 and 803 do; raised here in TensorFlow's place on one rank, while the other waits."""
-    program = (
-        "import sys\n"
-        "import tensorflow as tf\n"
-        "from hvd_vgg import __main__\n"
-        "from hvd_vgg.run.health import launched_rank\n"
-        "def broken(kind):\n"
-        "    raise tf.errors.InternalError(None, None, 'cudaSetDevice() on GPU:0 failed. Status: 803')\n"
-        f"if launched_rank() == {rank}:\n"
-        "    tf.config.list_logical_devices = broken\n"
-        "sys.exit(__main__.run(sys.argv[1:]))\n"
-    )
-    ended = Started(command_line(2, ["-c", program, *flags(data, tmp_path)], [sys.executable]), tmp_path).wait()
+    program = changed(f"""
+        import tensorflow as tf
+        from hvd_vgg.run.health import launched_rank
+        def broken(kind):
+            raise tf.errors.InternalError(None, None, 'cudaSetDevice() on GPU:0 failed. Status: 803')
+        if launched_rank() == {rank}:
+            tf.config.list_logical_devices = broken
+    """)
+    ended = launch(2, *flags(data, tmp_path), program=program)
     assert ended.code == 78, ended.out + ended.err
     text = ended.out + ended.err
     assert "cannot begin to use them: cudaSetDevice() on GPU:0 failed. Status: 803" in text
@@ -212,37 +229,31 @@ def test_a_device_that_cannot_be_begun_with_ends_all_and_is_named(tmp_path, data
     assert "Traceback" not in text
 
 
-def test_a_precision_that_the_cpu_lacks_is_a_finding(tmp_path, data):
+def test_a_precision_that_the_cpu_lacks_is_a_finding(launch, tmp_path, data):
     """As bfloat16 under TensorFlow 2.6; said here of this one."""
-    program = (
-        "import sys\n"
-        "from hvd_vgg import __main__\n"
-        "from hvd_vgg.parallel import comm\n"
-        "comm.cpu_convolves = lambda precision: precision != 'bfloat16'\n"
-        "sys.exit(__main__.run(sys.argv[1:]))\n"
-    )
-    arguments = flags(data, tmp_path, "--precision=bfloat16")
-    ended = Started(command_line(2, ["-c", program, *arguments], [sys.executable]), tmp_path).wait()
+    program = changed("""
+        from hvd_vgg.parallel import comm
+        comm.cpu_convolves = lambda precision: precision != 'bfloat16'
+    """)
+    ended = launch(2, *flags(data, tmp_path, "--precision=bfloat16"), program=program)
     assert ended.code == 78, ended.out + ended.err
     (bad,) = [finding for finding in report(tmp_path)[1]["devices"] if finding["verdict"] == FAILURE]
     assert bad["text"].startswith("CPU: bfloat16 NHWC: not on a CPU with TensorFlow")
     assert bad["ranks"] == [0, 1]
 
 
-def test_a_device_that_hangs_on_one_rank_is_named_by_that_rank(tmp_path, data):
+def test_a_device_that_hangs_on_one_rank_is_named_by_that_rank(launch, tmp_path, data):
     """Rank 1's does not answer; its limit is 120 s, here 4."""
-    program = (
-        "import sys, time\n"
-        "from hvd_vgg import __main__\n"
-        "from hvd_vgg.run import devices, doctor\n"
-        "from hvd_vgg.run.health import launched_rank\n"
-        "doctor._LONG_SECONDS = 4.0 if launched_rank() else 60.0\n"
-        "if launched_rank() == 1:\n"
-        "    doctor._import = lambda *rest: None  # alone may take longer\n"
-        "    devices.check_devices = lambda *rest: time.sleep(600)\n"
-        "sys.exit(__main__.run(sys.argv[1:]))\n"
-    )
-    ended = Started(command_line(2, ["-c", program, *flags(data, tmp_path)], [sys.executable]), tmp_path).wait()
+    program = changed("""
+        import time
+        from hvd_vgg.run import devices, doctor
+        from hvd_vgg.run.health import launched_rank
+        doctor._LONG_SECONDS = 4.0 if launched_rank() else 60.0
+        if launched_rank() == 1:
+            doctor._import = lambda *rest: None  # alone may take longer
+            devices.check_devices = lambda *rest: time.sleep(600)
+    """)
+    ended = launch(2, *flags(data, tmp_path), program=program)
     assert ended.code == 78, ended.out + ended.err
     assert "hvd-vgg: rank 1: doctor on " in ended.err
     assert "the devices did not answer within 4 s" in ended.err
@@ -276,7 +287,7 @@ def test_a_host_that_does_not_know_its_own_name_is_told(tmp_path, data, command)
     assert "EnforceNotMet" not in ended.err
 
 
-def test_a_run_directory_that_may_not_be_looked_into_is_told(tmp_path, data):
+def test_directories_that_may_not_be_looked_into_are_told(tmp_path):
     """As somebody who is not root."""
     for part in ("locked/runs", "home"):
         (tmp_path / part).mkdir(parents=True)
@@ -289,34 +300,34 @@ def test_a_run_directory_that_may_not_be_looked_into_is_told(tmp_path, data):
     try:
         for place in (tmp_path, *tmp_path.parents[:2]):
             place.chmod(0o755)
-        arguments = [*flags(data, tmp_path)[:-1], f"--run_dir={tmp_path / 'locked' / 'runs' / 'run'}", "--out="]
+        places = [f"--{name}_dir={tmp_path / 'locked' / 'runs' / name}" for name in ("run", "data")]
+        arguments = [*flags("nowhere", tmp_path), *places, "--out="]
         words = [*plain, sys.executable, "-m", "hvd_vgg", *arguments]
         ended = Started(words, tmp_path, HOME=str(tmp_path / "home")).wait()
     finally:
         (tmp_path / "locked").chmod(0o755)
     assert ended.code == 78, ended.out + ended.err
     assert "cannot be written: Permission denied" in ended.out
+    assert "runs/data cannot be read: Permission denied" in ended.out
     assert "Traceback" not in ended.err
 
 
-def test_ranks_of_srun_by_pmix_take_a_device_each(tmp_path, data):
+def test_ranks_of_srun_by_pmix_take_a_device_each(launch, tmp_path, data):
     """srun sets PMIX_RANK, and tells the number of ranks by a variable of Slurm's alone; mpirun stands in for it."""
-    program = (
-        "import os, sys\n"
-        "rank, size = (os.environ.pop('OMPI_COMM_WORLD_' + name) for name in ('RANK', 'SIZE'))\n"
-        "for name in ('LOCAL_RANK', 'LOCAL_SIZE'): os.environ.pop('OMPI_COMM_WORLD_' + name)\n"
-        "os.environ.update(PMIX_RANK=rank, SLURM_STEP_NUM_TASKS=size, SLURM_LOCALID=rank)\n"
-        "from hvd_vgg import __main__\n"
-        "from hvd_vgg.parallel import comm\n"
-        "from hvd_vgg.run.health import launched_size\n"
-        "taken = comm.take_device\n"
-        "def told(*rest):\n"
-        "    print('took a device of', launched_size())\n"
-        "    return taken(*rest)\n"
-        "comm.take_device = told\n"
-        "sys.exit(__main__.run(sys.argv[1:]))\n"
-    )
-    ended = Started(command_line(2, ["-c", program, *flags(data, tmp_path)], [sys.executable]), tmp_path).wait()
+    program = changed("""
+        import os
+        rank, size = (os.environ.pop('OMPI_COMM_WORLD_' + name) for name in ('RANK', 'SIZE'))
+        for name in ('LOCAL_RANK', 'LOCAL_SIZE'): os.environ.pop('OMPI_COMM_WORLD_' + name)
+        os.environ.update(PMIX_RANK=rank, SLURM_STEP_NUM_TASKS=size, SLURM_LOCALID=rank)
+        from hvd_vgg.parallel import comm
+        from hvd_vgg.run.health import launched_size
+        taken = comm.take_device
+        def told(*rest):
+            print('took a device of', launched_size())
+            return taken(*rest)
+        comm.take_device = told
+    """)
+    ended = launch(2, *flags(data, tmp_path), program=program)
     assert ended.code == 0, ended.out + ended.err
     assert ended.out.count("took a device of 2") == 2
     assert "2 ranks, 1 host: " in ended.out

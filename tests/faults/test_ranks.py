@@ -1,20 +1,17 @@
 """`hvd-vgg doctor` on ranks that are of unequal speed, and on ranks that were told what ends them."""
 
-import sys
-
 import pytest
+from support import changed
 
 # Rank 1 needs 0.3 s for a record: more than Horovod's limit for all of its part, a fifth of it for a block.
-PROGRAM = """
-import sys, time
-from hvd_vgg import __main__
+PROGRAM = changed("""
+import time
 from hvd_vgg.data import survey
 from hvd_vgg.run.health import launched_rank
 
 survey._BLOCK, decodes = 4, survey._decodes
 survey._decodes = lambda *what: (time.sleep(0.3 * launched_rank()), decodes(*what))[1]
-sys.exit(__main__.run(sys.argv[1:]))
-"""
+""")
 
 
 FLAGS = ["doctor", "--num_classes=10", "--model=vgg11", "--width=0.125", "--image_size=32", "--global_batch=32"]
@@ -24,7 +21,7 @@ FLAGS = ["doctor", "--num_classes=10", "--model=vgg11", "--width=0.125", "--imag
 def test_a_slow_rank_is_no_stall(launch, data, tmp_path):
     flags = [*FLAGS, "--full", "--input_threads=1", f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}"]
     limits = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "1", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "6"}
-    ended = launch(2, *flags, program=[sys.executable, "-c", PROGRAM], **limits)
+    ended = launch(2, *flags, program=PROGRAM, **limits)
     assert ended.code == 0, ended.out + ended.err
     for split in ("train", "validation"):
         assert f"every record of {split} is read and decoded" in ended.out

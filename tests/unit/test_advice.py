@@ -28,10 +28,9 @@ def test_devices_that_a_mask_hides():
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ({"lr_schedule": "constant"}, "--lr_schedule=constant keeps 0.01 for 90 epochs"),
+        ({"max_rewinds": 7}, "--max_rewinds=7 has no effect without"),
         ({"steps": 10, "epochs": 3.0}, "--epochs=3 has no effect beside --steps=10"),
         ({"lr_schedule": "cosine", "lr_step_epochs": (1.0,)}, "--lr_step_epochs has no effect under"),
-        ({"epochs": 30.0}, "the learning rate never falls"),
         ({"global_batch": 255}, "does not divide by 2 ranks"),
         ({"xla": True}, "--xla compiles for GPUs"),
         ({"profile_ranks": (1.0,)}, "--profile_ranks has no effect without --profile_steps"),
@@ -44,6 +43,25 @@ def test_flags_that_hardly_mean_what_they_do(flags, told):
     assert found.verdict == WARNING
     assert told in found.text
     assert found.todo
+
+
+@pytest.mark.parametrize(
+    ("flags", "records", "told"),
+    [
+        ({"lr_schedule": "constant"}, 0, "--lr_schedule=constant keeps 0.01 to the end"),
+        ({"lr_schedule": "constant", "steps": 450000}, 1281167, "--lr_schedule=constant keeps 0.01 to the end"),
+        ({"epochs": 30.0}, 0, "at or after the end, epoch 30: the learning rate never falls"),
+        ({"steps": 100}, 1281167, "at or after the end, epoch 0.02: the learning rate never falls"),
+        ({"steps": 100}, 512, ""),
+        ({"steps": 100}, 0, ""),
+        ({"lr_schedule": "cosine", "steps": 100}, 1281167, ""),
+        ({}, 1281167, ""),
+    ],
+)
+def test_a_learning_rate_that_never_falls_is_seen(flags, records, told):
+    found = advice.of_schedule(Config(**flags), records)
+    assert [finding.verdict for finding in found] == ([WARNING] if told else [])
+    assert all(told in finding.text for finding in found)
 
 
 def test_the_usual_flags_are_right_and_a_batch_smaller_than_the_ranks_is_not():

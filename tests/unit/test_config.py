@@ -92,6 +92,21 @@ def test_the_written_flag_file_is_complete_and_gives_the_same_config(tmp_path):
         assert f"--{field.name}=" in path.read_text()
 
 
+def test_a_switch_is_true_or_false():
+    with pytest.raises(Failure) as refused:
+        c.parse(c.DoctorConfig, ["--full=maybe", "--gbit=fast"])
+    assert "--full=maybe: expected true or false\n  --gbit=fast: expected a number" in refused.value.message
+    assert c.parse(c.DoctorConfig, ["--full=true", "--nocollectives"]) == c.DoctorConfig(full=True)
+
+
+@pytest.mark.parametrize("flag", ["--network=eth0", "--rsh_agent=rsh"])
+def test_doctor_refuses_what_it_would_not_use(flag):
+    with pytest.raises(Failure) as refused:
+        c.parse(c.DoctorConfig, [flag])
+    assert f"{flag} needs --hostfile; ranks get it from hvd-vgg launch {flag} doctor" in refused.value.message
+    assert c.parse(c.DoctorConfig, [flag, "--hostfile=hosts"]).hostfile == "hosts"
+
+
 def test_shards_without_images_are_refused():
     with pytest.raises(Failure) as raised:
         c.parse(c.DemoConfig, ["--shards=100", "--train_images=10"])

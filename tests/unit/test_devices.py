@@ -21,7 +21,8 @@ def verdicts(kind, found, failed, precision="float32"):
 def test_this_cpu_is_right():
     *others, found = devices.check_devices(tf.config.list_logical_devices("CPU")[:1], "float32", 0)
     assert found.verdict == OK
-    assert "multiplies right in float32, float16, bfloat16" in found.text
+    assert "multiplies right in float32, float16, bfloat16, convolves right in" in found.text
+    assert "in NHWC in float32" in found.text
     # What TensorFlow 2.6 cannot do on a CPU is told, and no failure for training in float32.
     assert [other.text.split(":")[1] for other in others] == [" bfloat16 NHWC"] * (not comm.cpu_convolves("bfloat16"))
     assert all(other.verdict == WARNING for other in others)
@@ -72,9 +73,35 @@ def test_sixteen_devices_are_all_tried():
 
 
 def test_copies_through_the_host_are_told():
-    (told,) = conformance.staged("/device:GPU:0", "mpi")
-    assert (told.verdict, "copied through the host" in told.text) == (WARNING, True)
-    assert conformance.staged("/device:GPU:0", "NCCL") == conformance.staged("/device:CPU:0", "mpi") == []
+    (told,) = conformance.staged("/device:GPU:0", {"sums": "mpi", "gathers": "mpi"})
+    assert (told.verdict, told.text.startswith("sums and gathers of a device are not exchanged by NCCL")) == (WARNING, True)
+    (told,) = conformance.staged("/device:GPU:0", {"sums": "NCCL", "gathers": "mpi"})
+    assert told.text.startswith("gathers of a device are not exchanged by NCCL")
+    assert conformance.staged("/device:GPU:0", {"sums": "NCCL", "gathers": "NCCL"}) == []
+    assert conformance.staged("/device:CPU:0", {"sums": "mpi", "gathers": "mpi"}) == []
+
+
+@pytest.mark.parametrize(
+    ("sent_mb", "seconds", "gbit", "device", "verdict", "told"),
+    [
+        (537.2, 0.7, 0.0, "/device:CPU:0", OK, "`plan` takes what stays inside a host for nothing"),
+        (537.2, 0.7, 0.0, "/device:GPU:0", WARNING, "less than half of what four lanes of PCI Express 3.0 carry"),
+        (968.0, 0.03, 0.0, "/device:GPU:0", OK, "for nothing"),
+        (0.1, 0.0017, 10.0, "/device:CPU:0", OK, "assumes 8e-05 s, and its messages wait up to 0.01 s"),
+        (0.1, 0.5, 10.0, "/device:CPU:0", WARNING, "assumes 8e-05 s"),
+        (537.2, 0.45, 10.0, "/device:CPU:0", OK, "assumes 0.43 s"),
+        (537.2, 2.0, 10.0, "/device:CPU:0", WARNING, "assumes 0.43 s"),
+        (537.2, 2.0, None, "/device:CPU:0", OK, "for `plan`: --gbit=2.15"),
+    ],
+)
+def test_the_time_of_an_exchange_is_judged(sent_mb, seconds, gbit, device, verdict, told):
+    one = conformance.Exchanged("sums by mpi", sent_mb * 1e6, seconds, 0.01)
+    found = conformance.judge_exchange(one, gbit, device)
+    assert (found.verdict, told in found.text) == (verdict, True), found
+    # Of messages that are too short nobody learns a link's rate.
+    assert ("--gbit=" in found.todo) == (verdict == WARNING and bool(gbit) and sent_mb > 16)
+    short = conformance.judge_exchange(one._replace(sent_bytes=1e5), None, device)
+    assert "--gbit" not in short.text
 
 
 def test_a_host_whose_link_is_slow_is_named():

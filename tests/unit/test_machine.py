@@ -1,6 +1,8 @@
 import os
 import resource
 
+import pytest
+
 from hvd_vgg.run import machine
 from hvd_vgg.run.findings import FAILURE, OK, WARNING
 
@@ -21,6 +23,30 @@ def test_memory_that_ranks_share(tmp_path):
     assert "8 GB in all, 7.0 GB free" in found.text
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
     assert machine.check_memory(tmp_path, 8, 138_000_000)[0].verdict == OK
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_memory_of_a_job_in_groups_of_its_scheduler(tmp_path, version):
+    """Slurm's: the limit is on the job, the processes are in steps below; most of what is used are pages of files."""
+    host_with(tmp_path, 512_000_000, 480_000_000)
+    (tmp_path / "proc/self").mkdir()
+    line, top = ("5:cpuset,memory:", "memory/") if version == 1 else ("0::", "")
+    (tmp_path / "proc/self/cgroup").write_text(f"7:devices:/elsewhere\n{line}/slurm/job_7/step_0\n")
+    job = tmp_path / f"sys/fs/cgroup/{top}slurm/job_7"
+    (job / "step_0").mkdir(parents=True)
+    limit, used, files = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        if version == 1
+        else ("memory.max", "memory.current", "inactive_file")
+    )
+    (job / limit).write_text("64000000000\n")
+    (job / used).write_text("62000000000\n")
+    (job / "step_0" / limit).write_text("9223372036854771712\n" if version == 1 else "max\n")
+    (found,) = machine.check_memory(tmp_path, 8, 138_000_000)
+    assert "64 GB in all, 2.0 GB free" in found.text
+    (job / "memory.stat").write_text(f"anon 5\n{files} 60000000000\n")
+    (found,) = machine.check_memory(tmp_path, 8, 138_000_000)
+    assert (found.verdict, found.text) == (OK, "64 GB")
 
 
 def test_shared_memory_that_is_missing_or_too_small(tmp_path):

@@ -1,7 +1,7 @@
 import sys
 
 import pytest
-from support import ROOT, TINY, Started, command_line
+from support import ROOT, TINY, Started, changed, command_line
 
 from hvd_vgg.__main__ import COMMANDS, USAGE_TEXT
 
@@ -58,17 +58,13 @@ def test_two_ranks_say_it_once(launch):
     assert ended.err.count("--lr=0: expected more than 0") == 1
 
 
-def test_a_precision_that_no_rank_can_compute_in_is_refused_once(tmp_path, data):
+def test_a_precision_that_no_rank_can_compute_in_is_refused_once(launch, data):
     """As TensorFlow 2.6 does on CPUs."""
-    program = (
-        "import sys\n"
-        "from hvd_vgg import __main__\n"
-        "from hvd_vgg.parallel import comm\n"
-        "comm.cpu_convolves = lambda precision: precision != 'bfloat16'\n"
-        "sys.exit(__main__.run(sys.argv[1:]))\n"
-    )
-    words = ["-c", program, "train", f"--data_dir={data}", *TINY, "--precision=bfloat16"]
-    ended = Started(command_line(2, words, [sys.executable]), tmp_path, PYTHONPATH=str(ROOT)).wait()
+    program = changed("""
+        from hvd_vgg.parallel import comm
+        comm.cpu_convolves = lambda precision: precision != 'bfloat16'
+    """)
+    ended = launch(2, "train", f"--data_dir={data}", *TINY, "--precision=bfloat16", program=program)
     assert ended.code == 78
     assert ended.err.count("hvd-vgg: ") == ended.err.count("--precision=bfloat16: TensorFlow") == 1, ended.err
 
