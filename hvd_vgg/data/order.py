@@ -8,7 +8,7 @@ the same run under every NumPy; `Generator.permutation` has no such promise.
 """
 
 import functools
-from typing import NamedTuple, Tuple
+from typing import Callable, NamedTuple, Tuple
 
 import numpy as np
 
@@ -41,14 +41,22 @@ def block_permutation(records: int, seed: int, epoch: int, block: int) -> np.nda
     Blocks of `block` consecutive ids (the last may be shorter) are laid end to end in random order. That is cut into windows
     of as many records as there are in WINDOW_RECORDS // block whole blocks, two at least, and each window is permuted.
     """
+    windows = np.arange(records) // window_records(block)
+    within = np.lexsort((_draws(records, seed, _ORDER, epoch), windows))
+    order = _blocks(records, seed, epoch, block)[within]
+    order.setflags(write=False)
+    return order
+
+
+@functools.lru_cache(maxsize=2)
+def _blocks(records: int, seed: int, epoch: int, block: int) -> np.ndarray:
+    """Returns the blocks of an epoch laid end to end, before windows are permuted, uint32 [records], read-only."""
     count = -(-records // block)
     blocks = np.argsort(_draws(count, seed, _BLOCKS, epoch), kind="stable")
     ids = (blocks[:, None] * block + np.arange(min(block, records))).ravel()
-    ids = ids[ids < records]
-    windows = np.arange(records) // window_records(block)
-    order = ids[np.lexsort((_draws(records, seed, _ORDER, epoch), windows))].astype(np.uint32)
-    order.setflags(write=False)
-    return order
+    ids = ids[ids < records].astype(np.uint32)
+    ids.setflags(write=False)
+    return ids
 
 
 def window_records(block: int) -> int:
@@ -73,12 +81,26 @@ def positions(start: int, stop: int, records: int, seed: int, block: int = 1) ->
 
     block: 1, or of how many consecutive records are the blocks that are permuted as wholes (`block_permutation`).
     """
+    if block > 1:
+        return _positions(start, stop, records, lambda epoch: block_permutation(records, seed, epoch, block))
+    return _positions(start, stop, records, lambda epoch: permutation(records, seed, epoch))
+
+
+def storage_order(start: int, stop: int, records: int, seed: int, block: int) -> np.ndarray:
+    """Returns the ids of as many records, int64 [stop - start], in the order in which storage best reads them.
+
+    They are those of whole blocks: at each start of a window (`block_permutation`) the records before it are the same as
+    those of `positions`.
+    """
+    return _positions(start, stop, records, lambda epoch: _blocks(records, seed, epoch, block)).ids
+
+
+def _positions(start: int, stop: int, records: int, order: Callable[[int], np.ndarray]) -> Positions:
     epochs, offsets = np.divmod(np.arange(start, stop, dtype=np.int64), records)
     ids = np.empty_like(offsets)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
-        whole = block_permutation(records, seed, int(epoch), block) if block > 1 else permutation(records, seed, int(epoch))
-        ids[chosen] = whole[offsets[chosen]]
+        ids[chosen] = order(int(epoch))[offsets[chosen]]
     return Positions(ids, epochs)
 
 

@@ -96,6 +96,17 @@ def test_a_window_reads_from_few_blocks_and_mixes_them(block):
     assert len(starts) < 3 or (np.diff([ids[start : start + window].mean() for start in starts]) < 0).any()
 
 
+@pytest.mark.parametrize("block", [2, 100, 8192])
+def test_storage_is_asked_for_the_records_of_a_window_block_by_block(block):
+    records, window = 40_000, order.window_records(block)
+    for start in (0, window, records, records + window):
+        stop = min(start + window, (start // records + 1) * records)
+        asked = order.storage_order(start, stop, records, 1, block)
+        assert sorted(asked.tolist()) == sorted(order.positions(start, stop, records, 1, block).ids.tolist())
+        # One stretch of the files for each block, but where two happen to follow each other or one is short.
+        assert np.count_nonzero(np.diff(asked) != 1) + 1 <= -(-(stop - start) // block) + 1
+
+
 def test_a_block_as_large_as_the_data_set_is_a_free_permutation():
     for block in (1000, 5000):
         ids = order.block_permutation(1000, 1, 0, block).astype(int)

@@ -92,6 +92,23 @@ def test_no_more_is_read_and_decoded_ahead_than_is_documented(train, monkeypatch
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("decode")]
 
 
+@pytest.mark.parametrize("begin", [0, 5])
+def test_with_blocks_storage_is_asked_for_all_of_a_window_before_it_begins(train, monkeypatch, begin):
+    """Windows of 12 records, batches of 5 on the second of two ranks, for two epochs; nothing is asked for twice."""
+    index, asked = train[0], []
+    monkeypatch.setattr(order, "WINDOW_RECORDS", 12)
+    monkeypatch.setattr(records, "read_ahead", lambda _, ids: asked.extend(ids.tolist()))
+    config = replace(CONFIG, global_batch=5, shuffle_block_records=4)
+    steps = range(begin, begin + 2 * index.records // 5)
+    first = begin * 5 // 12 * 12
+    for step, batch in zip(steps, pipeline.train_batches(index, config, 1, steps, 1, 2, 1)):
+        deadline = time.monotonic() + 60
+        while len(asked) < step * 5 + 17 - first and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert set(batch.ids.numpy().tolist()) <= set(asked)
+    assert asked == order.storage_order(first, steps.stop * 5 + 12, index.records, CONFIG.seed, 4).tolist()
+
+
 def test_a_bad_image_is_named_whoever_decodes_it_and_whatever_is_bad_behind_it(tmp_path):
     rows = [example(picture(0, n), 1) for n in range(40)]
     rows[17] = rows[29] = example(picture(0, 1)[:300], 1)

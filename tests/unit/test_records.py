@@ -38,6 +38,15 @@ def test_the_index_finds_what_tensorflow_reads(data):
         assert label == index.labels[i] == features["image/class/label"].int64_list.value[0]
 
 
+def test_records_that_follow_each_other_are_asked_for_as_one_stretch(data, monkeypatch):
+    index, asked = open_all(data), []  # 25 records in each of 3 shards
+    monkeypatch.setattr(os, "posix_fadvise", lambda handle, *stretch: asked.append(stretch))
+    records.read_ahead(index, np.array([30, 3, 2, 1, 24, 25, 26, 60]))
+    ends = index.offsets + index.lengths + records.FOOTER_BYTES
+    expected = [(1, 3), (24, 24), (25, 26), (30, 30), (60, 60)]
+    assert [stretch[:2] for stretch in asked] == [(index.offsets[a], ends[b] - index.offsets[a]) for a, b in expected]
+
+
 def test_an_index_entry_takes_16_bytes_so_that_imagenet_takes_21_megabytes(data):
     index = open_all(data)
     entry = sum(column.itemsize for column in (index.offsets, index.lengths, index.labels))
