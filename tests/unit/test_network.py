@@ -1,5 +1,9 @@
+import contextlib
+import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -152,6 +156,8 @@ def agent(tmp_path, text):
     [
         ('exec bash -c "$*"', ["127.0.0.1"], OK, "b answers and reaches 127.0.0.1"),
         ('exec bash -c "$*"', ["127.255.255.254:1", "x.invalid"], FAILURE, "b answers, but cannot connect to this host at"),
+        # More connections than hosts: one from each to each address.
+        ('for i in 1 2 3 4 5; do bash -c "$*"; done', ["127.0.0.1"] * 100, OK, "b answers and reaches 127.0.0.1"),
         ("sleep 60", ["127.0.0.1"], FAILURE, "b did not answer"),
         ("echo 'Host key verification failed.' >&2; exit 255", [], FAILURE, "ended with 255: Host key verification failed."),
         (f"echo 'bash: {sys.executable}: No such file' >&2; exit 127", [], FAILURE, "ended with 127"),
@@ -169,6 +175,22 @@ def test_hosts_that_answer_and_that_do_not(tmp_path, script, addresses, verdict,
         assert "known_hosts" in found.todo
     if "No such file" in script:
         assert "install the same environment at the same path on b" in found.todo
+
+
+def test_addresses_that_do_not_answer_are_not_waited_for_one_by_one():
+    """As behind a firewall that drops: ten sockets whose queues are full. One by one they take 20 s, and a host has 12."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.99", 0)))
+        port = server.getsockname()[1]
+        silent = [f"127.0.0.{number}" for number in range(2, 12)]
+        for address in silent:
+            stack.enter_context(socket.create_server((address, port), backlog=0))
+            with contextlib.suppress(TimeoutError, socket.timeout):  # one in the queue is as many as it holds
+                while True:
+                    stack.enter_context(socket.create_connection((address, port), 0.2))
+        asked = [sys.executable, "-c", reach._ANSWER, str(port), *silent, "127.0.0.99"]
+        ended = subprocess.run(asked, capture_output=True, text=True, timeout=reach.ANSWER_SECONDS, check=True)
+    assert json.loads(ended.stdout)["reached"] == "127.0.0.99"
 
 
 @pytest.mark.parametrize(
