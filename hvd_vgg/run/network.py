@@ -133,12 +133,11 @@ def _idle_bridges(environ: Mapping[str, str], there: Mapping[str, str], routed: 
 
     A host's only way out may be one, whatever it is called: where a network card is a port of it, the host's address and
     routes are the bridge's. So one that has the default route is none of these, nor one by which this host reaches
-    mpirun's and no other interface does; nor is any where there is nothing else but lo.
+    mpirun's and no other interface does; nor is any where nothing would be left but lo.
     """
     out = {line.split()[0] for line in routed.splitlines() if re.match(r"\S+\s+0{8}\s", line)} | {_toward(environ, there)}
-    if all(_BRIDGE.match(name) for name, address in there.items() if not _loopback(address)):
-        return []
-    return [name for name in there if _BRIDGE.match(name) and name not in out]
+    idle = [name for name in there if _BRIDGE.match(name) and name not in out]
+    return idle if any(name not in idle and not _loopback(address) for name, address in there.items()) else []
 
 
 def _told(environ: Mapping[str, str], there: Mapping[str, str]) -> List[str]:

@@ -89,6 +89,9 @@ def test_mpi_leaves_out_bridges_that_lead_nowhere(environ, more, texts, default,
 def test_a_bridge_that_is_all_there_is_stays():
     assert network.without_bridges({}, {"lo": "127.0.0.1", "docker0": "172.17.0.1"}, [], "") == {}
     assert network.without_bridges({}, {"lo": "127.0.0.1", "eth0": "10.0.0.2"}, [], "") == {}
+    two = {"lo": "127.0.0.1", "docker0": "172.17.0.1", DOCKERS: "10.1.0.2"}
+    assert network.without_bridges({}, two, [], "") == {}
+    assert network.without_bridges({}, two, [], DEFAULT.format(DOCKERS)) == {EXCLUDE: "127.0.0.0/8,docker0"}
     assert network.chosen({}, {"lo": "127.0.0.1", "docker0": "172.17.0.1"}) == ["172.17.0.1"]
 
 
