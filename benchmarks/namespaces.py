@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 
-NETWORK, DEAD_END = "10.213.77", "10.213.78"
+NETWORK, DEAD_END, BRIDGED = "10.213.77", "10.213.78", "172.17.0"
 
 
 def missing():
@@ -106,6 +106,13 @@ class Hosts:
             ip("-n", space, "addr", "add", f"{DEAD_END}.{number}/24", "dev", name)
             for end in (name, f"{name}x"):
                 ip("-n", space, "link", "set", end, "up")
+
+    def add_bridge(self, name):
+        """Gives each host an empty bridge `name` of the same address, as docker's docker0 is."""
+        for space in self.spaces:
+            ip("-n", space, "link", "add", name, "type", "bridge")
+            ip("-n", space, "addr", "add", f"{BRIDGED}.1/16", "dev", name)
+            ip("-n", space, "link", "set", name, "up")
 
     def slow(self, host, mbit):
         """Gives the link of host `host` a rate, both ways."""

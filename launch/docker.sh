@@ -35,7 +35,7 @@ choose_devices() {
 list() { (IFS=, && printf '%s' "$*"); }
 
 # Iluvatar: a node /dev/iluvatarN for each device, and of drivers since 4.4.0 one to control them all. That devices are counted
-# as their nodes are is assumed.
+# as their nodes are is assumed (bi_v.md, section 4, has a check).
 find_iluvatar() {
   local nodes=() number
   for number in /dev/iluvatar[0-9]*; do
@@ -108,9 +108,14 @@ docker_run() {
   show_help "$@"
   check_words "$@"
   local access=device cards="" devices="" numbers=() device_words=() masked=false gloo=false
-  local hostfile="" ssh_dir="" worker=false
-  local data="${DATA_DIR:-./imagenet_tfrecord}" run_dir=./runs/vgg16_imagenet shm_size=32g flag flagfiles=() rest=()
+  local hostfile="" ssh_dir="" network="" worker=false
+  local data="${DATA_DIR:-./imagenet_tfrecord}" run_dir=./runs/vgg16_imagenet shm_size=32g flag flagfiles=() options=() rest=()
   for flag in "$@"; do
+    case "${flag%%=*}" in
+      --image | --devices | --cards | --access | --shm_size | --data_dir | --run_dir | --flagfile | --hostfile | --ssh_dir | --network | --docker)
+        [[ "$flag" = *=?* ]] || refuse "$flag: expected ${flag%%=*}=VALUE"
+        ;;
+    esac
     case "$flag" in
       --image=*) image="${flag#*=}" ;;
       --devices=*) devices="${flag#*=}" ;;
@@ -124,14 +129,16 @@ docker_run() {
       --ssh_dir=*) ssh_dir="${flag#*=}" ;;
       --worker | --worker=*) if is_true "$flag"; then worker=true; else worker=false; fi ;;
       --gloo | --gloo=*) if is_true "$flag"; then gloo=true; else gloo=false; fi ;;
-      --image | --devices | --cards | --access | --shm_size | --data_dir | --run_dir | --flagfile | --hostfile | --ssh_dir)
-        refuse "$flag: expected $flag=VALUE"
-        ;;
+      --docker=*) options+=("${flag#*=}") ;;
       --ranks=*) fail "--ranks: there is one for each device; give --devices=N or --cards=N" ;;
-      --rsh_agent=* | --network=*) fail "${flag%%=*}: not in a container; hosts are reached through --ssh_dir, over the host's network" ;;
+      --rsh_agent=*) fail "--rsh_agent: not in a container; hosts are reached through --ssh_dir" ;;
+      --network=*) network="${flag#*=}" rest+=("$flag") ;;
       *) rest+=("$flag") ;;
     esac
   done
+  if [ -n "$network" ] && [ -z "$hostfile" ] && ! $worker; then
+    fail "--network=$network: between hosts, where --hostfile is given; on one host a container has a network of its own"
+  fi
   local what launcher dry_run
   split_flags ${rest[@]+"${rest[@]}"}
   if $gloo; then
@@ -176,6 +183,7 @@ docker_run() {
     command+=(--network=host "--mount=type=bind,source=$keys,target=/etc/hvd-vgg/ssh,readonly"
       "--mount=type=bind,source=$keys/passwd,target=/etc/passwd,readonly")
   fi
+  command+=(${options[@]+"${options[@]}"})
   if $worker; then
     [ "$what" = train ] || fail "$what: only where --hostfile is given; a worker waits for doctor and training alike"
     # Another user's sshd needs no right at all; root's gives up its rights in a corner of its own.

@@ -12,6 +12,7 @@
 # --run_dir=DIR     (default: ./runs/vgg16_imagenet)
 # --flagfile=FILE   a file of flags of this host
 # --shm_size=32g    limit of shared memory
+# --docker=OPTION   one more option of docker run, such as --docker=--volume=/on/host:/inside:ro; as often as there are any
 # --dry_run         only prints
 # --gloo            starts ranks by `horovodrun --gloo`, for a Horovod without MPI: starts nothing again, makes 1 of any exit code
 # --hostfile=FILE --ssh_dir=DIR   on several hosts: --worker --ssh_dir=DIR first on all but this one (launch/README.md)

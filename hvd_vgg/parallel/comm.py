@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from hvd_vgg import __version__
 from hvd_vgg.data import images
-from hvd_vgg.run import advice, hosts, output, receipt, watch
+from hvd_vgg.run import advice, hosts, network, output, receipt, watch
 from hvd_vgg.run.health import CONFIGURATION, Failure, difference, launched_rank, launched_size
 
 try:
@@ -102,6 +102,8 @@ def join(timeline: bool = False, subsets: Sequence[int] = (), hang_seconds: floa
     os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, round(min(60.0, longest / 2 / watch.LONGER)))))
     os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(max(2, round(longest))))
     os.environ.setdefault("OMPI_MCA_btl_tcp_rdma_pipeline_frag_size", str(_TCP_FRAGMENT_BYTES))
+    here, texts = network.interfaces(), network.mpi_texts(os.environ)
+    os.environ.update(network.without_bridges(os.environ, here, texts, network.routes()))
     hvd.init(process_sets=[_first_ranks(count) for count in subsets if count < (launched_size() or 1)])
     started = launched_size()
     if started is not None and started != size():

@@ -353,8 +353,8 @@ def _give_up(report: _Report, about: str, what: str) -> None:
         "data": "see whether `ls` of the data directory answers on each host",
     }.get(
         about,
-        "a host is down, a firewall, or a wrong interface: mpirun --mca btl_tcp_if_include NAME or NETWORK/BITS; where "
-        "TensorFlow takes long to be imported on one: --join_seconds=60",
+        "a host is down, a firewall, or a wrong interface: hvd-vgg launch --network=NAME or NETWORK/BITS, or mpirun --mca "
+        "btl_tcp_if_include with one; where TensorFlow takes long to be imported on one: --join_seconds=60",
     )
     report.found.append(failure(about, text, todo))
     try:

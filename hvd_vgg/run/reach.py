@@ -20,18 +20,19 @@ from hvd_vgg.run.findings import Finding, failure, ok, warning
 from hvd_vgg.run.hosts import Host
 
 _CLOCK_SECONDS, ANSWER_SECONDS, _SAID = 1.0, 12.0, 200
-# Runs on the other host: tries each address, tells which is the first that answers.
+# Runs on the other host: tries all addresses at once, tells which is the first of those that answer within 2 s.
 _ANSWER = """
 import json, socket, sys, time
-reached = ""
-for address in sys.argv[2:]:
+from concurrent.futures import ThreadPoolExecutor
+def answers(address):
     try:
         socket.create_connection((address, int(sys.argv[1])), 2).close()
-        reached = address
-        break
+        return address
     except OSError:
-        pass
-print(json.dumps({"reached": reached, "time": time.time()}))
+        return ""
+with ThreadPoolExecutor(len(sys.argv)) as pool:
+    reached = [address for address in pool.map(answers, sys.argv[2:]) if address]
+print(json.dumps({"reached": (reached or [""])[0], "time": time.time()}))
 """
 
 
@@ -59,12 +60,14 @@ def check_hosts(hosts: Sequence[Host], agent: str, addresses: List[str], seconds
 
 def ask(hosts: Sequence[Host], agent: str, addresses: List[str], find: str, seconds: float = ANSWER_SECONDS) -> List[Asked]:
     """Asks as `check_hosts` does; in the same remote shells `find`, a command, prints paths in /proc before."""
-    # Nobody accepts: the kernel completes connections, and none carries anything.
-    with socket.create_server(("", 0), backlog=len(hosts)) as server:
+    with socket.create_server(("", 0), backlog=128) as server, ThreadPoolExecutor(len(hosts) + 1) as pool:
+        pool.submit(_accept, server)
         port = server.getsockname()[1]
         remote = f"{find}; " + " ".join(map(shlex.quote, [sys.executable, "-c", _ANSWER, str(port), *addresses]))
-        with ThreadPoolExecutor(len(hosts)) as pool:
+        try:
             answers = list(pool.map(lambda host: _ask([*shlex.split(agent), host.name, remote], seconds), hosts))
+        finally:
+            server.shutdown(socket.SHUT_RDWR)  # ends `_accept`
     return [
         Asked(
             _judge(host.name, answer, agent, addresses, seconds),
@@ -72,6 +75,15 @@ def ask(hosts: Sequence[Host], agent: str, addresses: List[str], find: str, seco
         )
         for host, answer in zip(hosts, answers)
     ]
+
+
+def _accept(server: socket.socket) -> None:
+    """Takes connections until there is no server; none carries anything, but the kernel keeps few that nobody takes."""
+    while True:
+        try:
+            server.accept()[0].close()
+        except OSError:
+            return
 
 
 def _ask(command: List[str], seconds: float) -> Answer:

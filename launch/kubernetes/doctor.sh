@@ -4,7 +4,7 @@
 #   bash launch/kubernetes/doctor.sh launch/kubernetes/mpijob-bi-v150.yaml [--FLAG=VALUE ...] | kubectl create -f -
 #   kubectl logs -f job/vgg16-bi-v150-doctor-launcher
 #
-# Flags are those of `hvd-vgg doctor --help`, such as --collectives.
+# Flags are those of `hvd-vgg doctor --help`, such as --collectives, and of `hvd-vgg launch --help`, such as --network=eth0.
 set -euo pipefail
 # shellcheck source=../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
@@ -13,9 +13,16 @@ show_help "$@"
 manifest="$1"
 shift
 [ -f "$manifest" ] || fail "$manifest: no such file"
+split_flags "$@"
 for line in '^  name: ' '^    Launcher:$' '^      restartPolicy: ' '^    backoffLimit: ' '^ *- train$' '^ *- --run_dir='; do
   grep -q -- "$line" "$manifest" || fail "$manifest: no line like \`$line\`, as the manifests of launch/kubernetes have it"
 done
+
+# as_list INDENTATION WORD...: words as items of a list in YAML.
+as_list() {
+  local word
+  for word in "${@:2}"; do printf "%s- '%s'\n" "$1" "${word//\'/\'\'}"; done
+}
 
 role=""
 while IFS= read -r line; do
@@ -27,10 +34,11 @@ while IFS= read -r line; do
     '    backoffLimit: '*) line='    backoffLimit: 0' ;;
     '      restartPolicy: '*) if [ "$role" = '    Launcher:' ]; then line='      restartPolicy: Never'; fi ;;
     *'- --max_restarts='*) continue ;;
-    *'- train') line="${line%train}doctor" ;;
+    *'- train')
+      as_list "${line%%-*}" ${launch_flags[@]+"${launch_flags[@]}"}
+      line="${line%train}doctor"
+      ;;
   esac
   printf '%s\n' "$line"
-  if [[ "$line" = *'- --run_dir='* ]]; then
-    for flag in "$@"; do printf "%s- '%s'\n" "${line%%-*}" "${flag//\'/\'\'}"; done
-  fi
+  if [[ "$line" = *'- --run_dir='* ]]; then as_list "${line%%-*}" ${train_flags[@]+"${train_flags[@]}"}; fi
 done <"$manifest"

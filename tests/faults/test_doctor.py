@@ -427,6 +427,30 @@ def test_a_wrong_interface_is_named_before_the_night(emulated_hosts, tmp_path, d
     assert f"eth0 {emulated_hosts.addresses[0]}" in ended.out + ended.err
 
 
+@pytest.mark.parametrize("by", ["launch", "mpirun", "mpirun, told in a file", "mpirun, told wrong"])
+@pytest.mark.fault("F33")
+def test_hosts_with_docker_meet(emulated_hosts, tmp_path, data, by):
+    """Each has a docker0 of one address: Open MPI would connect to itself. Its user's own word is kept, right or wrong."""
+    emulated_hosts.add_bridge("docker0")
+    told = {"mpirun, told in a file": "btl_tcp_if_include = eth0\n", "mpirun, told wrong": "btl_tcp_if_exclude = lo\n"}
+    (tmp_path / ".openmpi").mkdir()
+    (tmp_path / ".openmpi" / "mca-params.conf").write_text(told.get(by, "# nothing\n"))
+    line = [sys.executable, "-m", "hvd_vgg", "launch", *emulated_hosts.flags]
+    if by != "launch":
+        line = ["mpirun", "-np", "2", "-H", ",".join(f"{address}:1" for address in emulated_hosts.addresses)]
+        line += ["--mca", "plm_rsh_agent", emulated_hosts.agent, "--mca", "plm_rsh_no_tree_spawn", "1", "--bind-to", "none"]
+        line += ["-x", "PATH", "-x", "PYTHONPATH", "-x", "HOME", sys.executable, "-m", "hvd_vgg"]
+    words = emulated_hosts.on(1, [*line, *flags(data, tmp_path)])
+    ended = Started(words, tmp_path, PYTHONPATH=str(ROOT), HOME=str(tmp_path)).wait(120)
+    if by == "mpirun, told wrong":
+        assert ended.code == 78, ended.out + ended.err
+        assert "the ranks have not met within 10 s" in ended.out + ended.err
+        return
+    assert ended.code == 0, ended.out + ended.err
+    told_of = report(tmp_path)[1]["interfaces"]
+    assert ("MPI leaves out docker0" in told_of[0]["text"]) == (by not in told), told_of
+
+
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.fault("F34")
 def test_hosts_are_asked_before_mpirun_is(emulated_hosts, tmp_path, data, cut):

@@ -491,6 +491,15 @@ def test_the_published_recipes_script_goes_on_without_a_host(tmp_path, data, emu
     assert_same_weights(found, wanted)
 
 
+@pytest.mark.fault("F33")
+def test_hosts_with_docker_train(tmp_path, data, emulated_hosts):
+    """F33: docker0 has one address on both, and Open MPI would take it for a way to the other."""
+    emulated_hosts.add_bridge("docker0")
+    ended = start_run(tmp_path / "out", data, *emulated_hosts.flags, prefix=emulated_hosts.on(1, [])).wait(180)
+    assert ended.code == 0, ended.out + ended.err
+    assert newest(tmp_path / "out").meta["step"] == STEPS
+
+
 @pytest.mark.parametrize(
     ("network", "told"),
     [

@@ -151,7 +151,8 @@ def doctor(path, *flags):
 
 @pytest.mark.parametrize("name", JOBS)
 def test_doctor_looks_from_the_pods_that_would_train(name):
-    ended = doctor(FOLDER / f"{name}.yaml", "--collectives", "--out=/runs/it's here.json")
+    flags = ["--network=eth0", "--collectives", "--out=/runs/it's here.json"]
+    ended = doctor(FOLDER / f"{name}.yaml", *flags)
     assert ended.returncode == 0, ended.stderr
     assert not [line for line in ended.stdout.splitlines() if line.lstrip().startswith("#")]  # they tell of training
     made = yaml.safe_load(ended.stdout)
@@ -160,6 +161,7 @@ def test_doctor_looks_from_the_pods_that_would_train(name):
     at = container["args"].index("doctor")
     launching = parse(LaunchConfig, container["args"][1:at])
     assert (launching.hostfile, launching.rsh_agent) == ("/etc/mpi/hostfile", "hvd-vgg-ssh")
+    assert launching.network == "eth0"
     looking = parse(DoctorConfig, [each.replace("/opt/hvd_vgg", str(ROOT)) for each in container["args"][at + 1 :]])
     assert (looking.data_dir, looking.collectives, looking.out) == ("/data", True, "/runs/it's here.json")
     # Once, and all else is as it was.
@@ -182,6 +184,18 @@ def test_doctor_needs_a_manifest(words, told):
     ended = subprocess.run(["bash", script, *words], capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stdout) == (78, "")
     assert ended.stderr.startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["bogus"], "doctor.sh: bogus: expected --FLAG=VALUE, or the word doctor\n"),
+        (["--network", "eth0"], "doctor.sh: --network eth0: expected --network=eth0\n"),
+    ],
+)
+def test_words_that_are_no_flags_of_doctor_are_refused(words, told):
+    ended = doctor(FOLDER / "mpijob-bi-v150.yaml", *words)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (64, "", told)
 
 
 def test_what_is_no_job_of_training_is_refused_before_anything_is_printed():

@@ -1,5 +1,9 @@
+import contextlib
+import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +16,7 @@ from hvd_vgg.run.hosts import Host
 
 THERE = {"lo": "127.0.0.1", "eth0": "10.0.0.2", "docker0": "172.17.0.1"}
 GLOO = "HOROVOD_GLOO_RENDEZVOUS_ADDR"
-MPI = "OMPI_MCA_btl_tcp_if_include"
+MPI, EXCLUDE = "OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_btl_tcp_if_exclude"
 
 
 @pytest.mark.parametrize(
@@ -30,10 +34,13 @@ MPI = "OMPI_MCA_btl_tcp_if_include"
         ({MPI: "300.1.2.3/8"}, 1, FAILURE, "no such interface"),
         ({"HOROVOD_GLOO_IFACE": "eth7", GLOO: "10.0.0.1"}, 1, FAILURE, "HOROVOD_GLOO_IFACE=eth7"),
         ({"HOROVOD_GLOO_IFACE": "eth7"}, 1, WARNING, "HOROVOD_GLOO_IFACE=eth7"),
-        ({}, 2, WARNING, "Open MPI may try docker0"),
+        ({}, 2, OK, "eth0; MPI leaves out docker0"),
+        ({MPI: "docker0"}, 2, WARNING, "as told, Open MPI may use docker0"),
+        ({MPI: "docker0"}, 1, OK, "eth0, docker0"),
+        ({EXCLUDE: "lo"}, 2, WARNING, "as told, Open MPI may use docker0"),
         ({}, 1, OK, "eth0"),
-        ({"OMPI_MCA_btl_tcp_if_exclude": "docker0"}, 2, WARNING, "takes the place of the default"),
-        ({"OMPI_MCA_btl_tcp_if_exclude": "docker0,lo"}, 2, OK, "eth0"),
+        ({EXCLUDE: "docker0"}, 2, WARNING, "takes the place of the default"),
+        ({EXCLUDE: "docker0,lo"}, 2, OK, "eth0"),
     ],
 )
 def test_interfaces_that_launchers_were_told(environ, hosts, verdict, told):
@@ -50,6 +57,84 @@ def test_an_interface_of_nccl_matters_where_there_are_devices():
 
 def test_this_machine_has_a_loopback():
     assert network.interfaces()["lo"] == "127.0.0.1"
+
+
+DEFAULT = "Iface\tDestination\tGateway\teth1\t00000000\n{}\t00000000\t0100000A\t0003\ndocker0\t000011AC\t00000000\t0001\n"
+DOCKERS = "br-0123456789ab"
+
+
+@pytest.mark.parametrize(
+    ("environ", "more", "texts", "default", "left_out"),
+    [
+        ({}, {}, [], "eth0", "127.0.0.0/8,docker0"),
+        ({}, {DOCKERS: "172.18.0.1", "virbr0": "192.168.122.1"}, [], "", f"127.0.0.0/8,docker0,{DOCKERS},virbr0"),
+        ({}, {"br0": "10.1.0.2", "br-lan": "10.2.0.2"}, [], "", "127.0.0.0/8,docker0"),  # may be what a host's card is in
+        # Somebody has told MPI; in a file or by a file of mpirun's too.
+        ({MPI: "docker0"}, {}, [], "eth0", ""),
+        ({EXCLUDE: "lo"}, {}, [], "eth0", ""),
+        ({}, {}, ["# nothing\n", "mpi_show = 1\n btl_tcp_if_include=eth0\n"], "eth0", ""),
+        ({}, {}, ["-mca btl_tcp_if_exclude lo"], "eth0", ""),
+        ({}, {}, ["# btl_tcp_if_include = eth0\noob_tcp_if_include = eth0\n"], "eth0", "127.0.0.0/8,docker0"),
+        # The way out is a bridge.
+        ({}, {DOCKERS: "10.1.0.2"}, [], DOCKERS, "127.0.0.0/8,docker0"),
+        ({}, {DOCKERS: "10.1.0.2"}, [], "docker0", f"127.0.0.0/8,{DOCKERS}"),
+        ({}, {}, [], "docker0", ""),
+    ],
+)
+def test_mpi_leaves_out_bridges_that_lead_nowhere(environ, more, texts, default, left_out):
+    found = network.without_bridges(environ, {**THERE, **more}, texts, DEFAULT.format(default))
+    assert found == ({EXCLUDE: left_out} if left_out else {})
+
+
+def test_a_bridge_that_is_all_there_is_stays():
+    assert network.without_bridges({}, {"lo": "127.0.0.1", "docker0": "172.17.0.1"}, [], "") == {}
+    assert network.without_bridges({}, {"lo": "127.0.0.1", "eth0": "10.0.0.2"}, [], "") == {}
+    two = {"lo": "127.0.0.1", "docker0": "172.17.0.1", DOCKERS: "10.1.0.2"}
+    assert network.without_bridges({}, two, [], "") == {}
+    assert network.without_bridges({}, two, [], DEFAULT.format(DOCKERS)) == {EXCLUDE: "127.0.0.0/8,docker0"}
+    assert network.chosen({}, {"lo": "127.0.0.1", "docker0": "172.17.0.1"}) == ["172.17.0.1"]
+
+
+def test_the_bridge_toward_mpirun_stays(monkeypatch):
+    """What sends to 10.1 leaves by the bridge, all else by eth0."""
+    there = {**THERE, DOCKERS: "10.1.0.2"}
+    monkeypatch.setattr(network, "_source", lambda address: "10.1.0.2" if address.startswith("10.1.") else "10.0.0.2")
+    uri = "OMPI_MCA_orte_hnp_uri"
+    by_bridge, both = {uri: "7.0;tcp://172.17.0.1,10.1.0.1:4071"}, {uri: "7.0;tcp://172.17.0.1,10.1.0.1,10.0.0.1:4071"}
+    assert network.toward_launcher(by_bridge, there) == f"{DOCKERS} (10.1.0.2)"
+    assert network.without_bridges(by_bridge, there, [], "") == {EXCLUDE: "127.0.0.0/8,docker0"}
+    assert network.toward_launcher(both, there) == "eth0 (10.0.0.2)"
+    assert network.without_bridges(both, there, [], "") == {EXCLUDE: f"127.0.0.0/8,docker0,{DOCKERS}"}
+    # This is mpirun's host, or has its docker0: that says nothing.
+    assert network.toward_launcher({uri: "7.0;tcp://172.17.0.1,10.0.0.2:4071"}, there) == ""
+
+
+def test_the_files_in_which_mpi_is_told(tmp_path):
+    """The user's, the installation's and what overrides both; those that a variable names, in place of the first two."""
+    texts = {
+        "home/.openmpi/mca-params.conf": "user",
+        "prefix/etc/openmpi-mca-params.conf": "installed",
+        "prefix/etc/openmpi-mca-params-override.conf": "overrides",
+        "named.conf": "named",
+        "tuned.conf": "tuned",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    environ = {"HOME": str(tmp_path / "home"), "OPAL_PREFIX": str(tmp_path / "prefix"), "PATH": "/nowhere"}
+    mine = set(texts.values())
+    assert mine & set(network.mpi_texts(environ)) == {"user", "installed", "overrides"}
+    environ["OMPI_MCA_mca_base_envar_file_prefix"] = str(tmp_path / "tuned.conf")
+    environ["OMPI_MCA_mca_base_param_files"] = f"{tmp_path}/named.conf,{tmp_path}/absent.conf"
+    assert mine & set(network.mpi_texts(environ)) == {"named", "overrides", "tuned"}
+
+
+def test_the_installation_is_where_mpirun_is(tmp_path):
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc" / "openmpi-mca-params.conf").write_text("of its own")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "mpirun").touch(0o755)
+    assert "of its own" in network.mpi_texts({"HOME": str(tmp_path), "PATH": str(tmp_path / "bin")})
 
 
 def test_addresses_to_be_reached_at_and_the_way_to_mpirun():
@@ -74,6 +159,8 @@ def agent(tmp_path, text):
     [
         ('exec bash -c "$*"', ["127.0.0.1"], OK, "b answers and reaches 127.0.0.1"),
         ('exec bash -c "$*"', ["127.255.255.254:1", "x.invalid"], FAILURE, "b answers, but cannot connect to this host at"),
+        # More connections than hosts: one from each to each address.
+        ('for i in 1 2 3 4 5; do bash -c "$*"; done', ["127.0.0.1"] * 100, OK, "b answers and reaches 127.0.0.1"),
         ("sleep 60", ["127.0.0.1"], FAILURE, "b did not answer"),
         ("echo 'Host key verification failed.' >&2; exit 255", [], FAILURE, "ended with 255: Host key verification failed."),
         (f"echo 'bash: {sys.executable}: No such file' >&2; exit 127", [], FAILURE, "ended with 127"),
@@ -91,6 +178,22 @@ def test_hosts_that_answer_and_that_do_not(tmp_path, script, addresses, verdict,
         assert "known_hosts" in found.todo
     if "No such file" in script:
         assert "install the same environment at the same path on b" in found.todo
+
+
+def test_addresses_that_do_not_answer_are_not_waited_for_one_by_one():
+    """As behind a firewall that drops: ten sockets whose queues are full. One by one they take 20 s, and a host has 12."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.99", 0)))
+        port = server.getsockname()[1]
+        silent = [f"127.0.0.{number}" for number in range(2, 12)]
+        for address in silent:
+            stack.enter_context(socket.create_server((address, port), backlog=0))
+            with contextlib.suppress(TimeoutError, socket.timeout):  # one in the queue is as many as it holds
+                while True:
+                    stack.enter_context(socket.create_connection((address, port), 0.2))
+        asked = [sys.executable, "-c", reach._ANSWER, str(port), *silent, "127.0.0.99"]
+        ended = subprocess.run(asked, capture_output=True, text=True, timeout=reach.ANSWER_SECONDS, check=True)
+    assert json.loads(ended.stdout)["reached"] == "127.0.0.99"
 
 
 @pytest.mark.parametrize(

@@ -359,11 +359,55 @@ def test_words_that_are_no_flags_are_refused(here, script, flags, told):
     assert not (here / "called").exists()
 
 
-@pytest.mark.parametrize("name", DOCKER)
-def test_docker_refuses_its_own_flags_without_a_value(here, name):
-    ended = call(f"docker_run_{name}.sh", "--data_dir=image net", "--dry_run", "--devices", cwd=here)
+VALUED = [
+    "image",
+    "devices",
+    "cards",
+    "access",
+    "shm_size",
+    "data_dir",
+    "run_dir",
+    "flagfile",
+    "hostfile",
+    "ssh_dir",
+    "network",
+]
+
+
+@pytest.mark.parametrize("flag", [*VALUED, "docker"])
+@pytest.mark.parametrize("equals", ["", "="])
+def test_docker_refuses_its_own_flags_without_a_value(here, flag, equals):
+    words = ["--data_dir=image net", "--devices=2", "--dry_run", f"--{flag}{equals}"]
+    ended = call("docker_run_bi_v150.sh", *words, cwd=here)
     assert (ended.returncode, ended.stdout) == (64, "")
-    assert "--devices: expected --devices=VALUE" in ended.stderr
+    assert ended.stderr == f"docker_run_bi_v150.sh: --{flag}{equals}: expected --{flag}=VALUE\n"
+
+
+@pytest.mark.parametrize("name", DOCKER)
+def test_docker_tells_the_launcher_which_network_hosts_speak_over(here, name):
+    """Containers of several hosts have their hosts' networks."""
+    write_hosts(here, 2, 2)
+    several = ["--data_dir=image net", "--devices=2", "--ssh_dir=the keys", "--network=eth1", "--dry_run"]
+    words = printed(call(f"docker_run_{name}.sh", "--hostfile=the hosts", *several, cwd=here))
+    at = words.index(DOCKER[name][0])
+    assert given(words[:at], "network") == ["host"]
+    assert parse(LaunchConfig, words[at + 2 : words.index("train", at)]).network == "eth1"
+    # A worker may have the same words; it starts nothing.
+    assert given(printed(call(f"docker_run_{name}.sh", "--worker", *several, cwd=here)), "network") == ["host"]
+    ended = call(f"docker_run_{name}.sh", *several, cwd=here)
+    assert (ended.returncode, ended.stdout) == (78, "")
+    assert "--network=eth1: between hosts, where --hostfile is given" in ended.stderr
+
+
+@pytest.mark.parametrize("more", [[], ["--gloo"], ["--worker", "--ssh_dir=the keys"]])
+@pytest.mark.parametrize("name", DOCKER)
+def test_docker_gets_further_options_before_the_image(here, name, more):
+    options = ["--volume=/opt/lib/a,b.so:/usr/lib/a b.so:ro", "--group-add", "video"]
+    words = ["--data_dir=image net", "--devices=2", "--dry_run", *more, *(f"--docker={option}" for option in options)]
+    found = printed(call(f"docker_run_{name}.sh", *words, cwd=here))
+    at = found.index(options[0])
+    assert found[at : at + 3] == options
+    assert at < found.index(DOCKER[name][0])
 
 
 @pytest.mark.parametrize("script", TRAIN)
