@@ -174,8 +174,8 @@ class Config:
     precision: str = flag(
         "float32",
         "Device",
-        "What the network is computed in. Weights, updates, sums and softmax are float32 always; float16 scales its loss "
-        "and skips an update whose gradient overflows (a loss that does ends the run).",
+        "What the network is computed in. Weights, updates, softmax and sums over micro-batches and ranks are float32 "
+        "always; float16 scales its loss and skips an update whose gradient overflows (a loss that does ends the run).",
         choices=("float32", "bfloat16", "float16"),
         learned=True,
     )

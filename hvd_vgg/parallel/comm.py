@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from hvd_vgg import __version__
 from hvd_vgg.data import images
-from hvd_vgg.run import advice, hosts, network, output, receipt, watch
+from hvd_vgg.run import advice, hosts, machine, network, output, receipt, watch
 from hvd_vgg.run.health import CONFIGURATION, Failure, difference, launched_rank, launched_size
 
 try:
@@ -122,7 +122,7 @@ def take_device(input_threads: int = 0, precision: str = "float32") -> Device:
 
     Raises Failure(CONFIGURATION) when there are more ranks on this host than devices, or these do not know the precision.
     """
-    threads = max(1, _cores() // hvd.local_size())
+    threads = machine.share_of_cores(hvd.local_size())
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     # Never fewer than 4, whatever TF_NUM_INTEROP_THREADS says: with 1 or 2 a run of Horovod can wait for ever for a
     # thread to issue a collective that the other ranks are already in.
@@ -180,10 +180,6 @@ def among(count: int) -> Iterator[bool]:
     finally:
         _members = hvd.global_process_set
     gather(b"")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def start_timeline(path: str) -> None:

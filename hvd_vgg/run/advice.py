@@ -131,11 +131,13 @@ def of_flags(config: Config, ranks: int, devices: int) -> List[Finding]:
         warn(text, f"--global_batch={config.global_batch // ranks * ranks} (it changes what is learned), or other ranks")
     if config.max_rewinds != default.max_rewinds and config.on_nonfinite != "rewind":
         warn(f"--max_rewinds={config.max_rewinds} has no effect without --on_nonfinite=rewind", "leave it out")
+    if config.precision == "float16" and not devices:
+        warn("--precision=float16 is slower than float32 on CPUs, which have no arithmetic for it", "bfloat16, or float32")
     if config.xla and not devices:
         warn("--xla compiles for GPUs; here are none", "leave it out")
     if config.profile_ranks != default.profile_ranks and not config.profile_steps:
         warn("--profile_ranks has no effect without --profile_steps", "leave it out")
-    if config.profile_steps and max(config.profile_ranks) >= ranks:
+    if config.profile_steps and max(config.profile_ranks, default=0) >= ranks:
         warn(f"--profile_ranks names rank {max(config.profile_ranks):.0f} of {count(ranks, 'rank')}", "0 is the first")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if config.input_threads > cores:

@@ -352,7 +352,7 @@ def _read(path: str) -> bytes:
 def oom_kills() -> Dict[str, int]:
     """Returns the kernel's counters of processes that memory ran out for: this host's, this cgroup's."""
     files = [Path("/proc/vmstat")]
-    for group in machine.memory_groups(Path("/"))[:1]:
+    for group in machine.control_groups(Path("/"), "memory")[:1]:
         files += [folder / name for folder in (group, *group.glob("*/")) for name in ("memory.oom_control", "memory.events")]
     counts = {}
     for file in files:

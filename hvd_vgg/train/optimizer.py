@@ -6,7 +6,7 @@ import tensorflow as tf
 
 Slots = Dict[str, Any]
 
-LOSS_SCALE, _GOOD_STEPS = "loss_scale", "loss_scale/good_steps"
+LOSS_SCALE, _GOOD_STEPS = SCALE_STATE = "loss_scale", "loss_scale/good_steps"
 # The dynamic scale of Micikevicius et al., "Mixed Precision Training" (2018), with the constants of torch.amp.GradScaler:
 # halved when a gradient overflows, doubled after so many updates without.
 _FIRST_SCALE, _GROWTH_STEPS = 65536.0, 2000

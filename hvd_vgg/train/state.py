@@ -177,17 +177,23 @@ def check_identical(names: List[str], checksums: np.ndarray, step: int) -> None:
 
 
 def assign(variables: Dict[str, Any], found: checkpoint.Checkpoint) -> None:
-    """Copies a checkpoint's tensors into the variables of the same names; Failure(CONFIGURATION) where they do not fit."""
+    """Copies a checkpoint's tensors into the variables of the same names; Failure(CONFIGURATION) where they do not fit.
+
+    The loss scale stays as it is where the run was of another precision till then and had none.
+    """
     misfit = _misfit(variables, found)
     if misfit:
         raise Failure(CONFIGURATION, f"{found.path}: {misfit}: it is of another network")
     for name, variable in variables.items():
-        variable.assign(found.tensors[name])
+        if name in found.tensors:
+            variable.assign(found.tensors[name])
 
 
 def _misfit(variables: Dict[str, Any], found: checkpoint.Checkpoint) -> str:
     """Returns the first of `variables` that a checkpoint has not, or has in another shape; "" where all fit."""
     for name, variable in variables.items():
+        if name in optimizer.SCALE_STATE and found.meta["run"].get("precision") != "float16":
+            continue
         tensor, shape = found.tensors.get(name), tuple(variable.shape)
         if tensor is None or tensor.shape != shape:
             return f"{name} is {tensor.shape if tensor is not None else 'not there'}, expected {shape}"

@@ -158,6 +158,15 @@ def test_a_float16_run_goes_on_with_its_loss_scale(launch, tmp_path, data):
         assert found[2].tensors[name] == wanted[2].tensors[name]
 
 
+@pytest.mark.fault(tier=3)
+def test_a_run_goes_on_in_another_precision_where_that_is_allowed(launch, tmp_path, data):
+    """The loss scale, which it had none of, begins at its first value."""
+    train(launch, tmp_path / "parts", data, 2, "--steps=4")
+    found = train(launch, tmp_path / "parts", data, 2, "--precision=float16", "--allow_config_change=precision")
+    assert found[2].tensors["loss_scale"] in (65536.0, 32768.0)
+    assert found[2].tensors["loss_scale/good_steps"] in (STEPS - 5, STEPS - 4)
+
+
 def test_another_seed_is_another_run(launch, tmp_path, data, one_rank):
     found = train(launch, tmp_path / "spy", data, 2, "--seed=2")
     with pytest.raises(AssertionError):

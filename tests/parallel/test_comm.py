@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -5,6 +8,7 @@ import tensorflow as tf
 from hvd_vgg.model import vgg
 from hvd_vgg.model.layers import layers
 from hvd_vgg.parallel import comm, exchange
+from hvd_vgg.run import machine
 from hvd_vgg.run.health import CONFIGURATION, DATA, Failure
 
 
@@ -74,3 +78,15 @@ def test_gradients_of_all_layers_are_summed_over_ranks():
 
 def test_one_core_is_left_to_horovod_where_there_are_more_than_two():
     assert [comm.threads_for_input(threads) for threads in (1, 2, 3, 8)] == [1, 2, 2, 7]
+
+
+def test_a_rank_that_is_bound_uses_the_cores_it_is_bound_to():
+    """mpirun itself is not."""
+    whole = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(whole)})
+        assert machine._launchers_cores(Path("/")) == len(whole)
+        assert machine.share_of_cores(comm.size()) == 1
+    finally:
+        os.sched_setaffinity(0, whole)
+    assert machine.share_of_cores(comm.size()) == max(1, len(whole) // comm.size())

@@ -33,6 +33,7 @@ def test_devices_that_a_mask_hides():
         ({"lr_schedule": "cosine", "lr_step_epochs": (1.0,)}, "--lr_step_epochs has no effect under"),
         ({"global_batch": 255}, "does not divide by 2 ranks"),
         ({"xla": True}, "--xla compiles for GPUs"),
+        ({"precision": "float16"}, "--precision=float16 is slower than float32 on CPUs"),
         ({"profile_ranks": (1.0,)}, "--profile_ranks has no effect without --profile_steps"),
         ({"profile_steps": "1:2", "profile_ranks": (2.0,)}, "--profile_ranks names rank 2 of 2 ranks"),
         ({"input_threads": 1000}, "--input_threads=1000 is more than this host's"),

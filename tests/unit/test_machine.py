@@ -49,6 +49,44 @@ def test_memory_of_a_job_in_groups_of_its_scheduler(tmp_path, version):
     assert (found.verdict, found.text) == (OK, "64 GB")
 
 
+@pytest.mark.parametrize(
+    ("own", "launchers", "quota", "ranks", "share"),
+    [
+        (64, None, None, 8, 8),  # alone, or of a launcher that is not known
+        (64, 64, None, 8, 8),  # not bound
+        (8, 64, None, 8, 8),  # bound to cores of its own
+        (32, 64, None, 8, 8),  # bound to one of two sockets, as three others are
+        (8, 8, None, 8, 1),  # taskset 0-7 mpirun
+        (64, 64, 16.0, 8, 2),  # docker run --cpus=16
+        (8, 64, 16.0, 8, 2),
+        (64, 64, None, 1, 64),
+        (2, 2, 0.5, 4, 1),
+        (7, 7, None, 2, 3),
+    ],
+)
+def test_cores_are_divided_once(own, launchers, quota, ranks, share):
+    assert machine.divided(own, launchers, quota, ranks) == share
+
+
+def test_a_quota_of_processor_time_is_found_in_both_versions_of_control_groups(tmp_path):
+    assert machine.cpu_quota(tmp_path) is None
+    first = tmp_path / "sys/fs/cgroup/cpu"
+    first.mkdir(parents=True)
+    (first / "cpu.cfs_quota_us").write_text("-1\n")
+    (first / "cpu.cfs_period_us").write_text("100000\n")
+    assert machine.cpu_quota(tmp_path) is None
+    (first / "cpu.cfs_quota_us").write_text("250000\n")
+    assert machine.cpu_quota(tmp_path) == 2.5
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/pod/container\n")
+    pod = tmp_path / "sys/fs/cgroup/pod"
+    (pod / "container").mkdir(parents=True)
+    (pod / "container/cpu.max").write_text("max 100000\n")
+    assert machine.cpu_quota(tmp_path) is None
+    (pod / "cpu.max").write_text("400000 100000\n")
+    assert machine.cpu_quota(tmp_path) == 4.0
+
+
 def test_shared_memory_that_is_missing_or_too_small(tmp_path):
     assert machine.check_shared_memory(tmp_path, 2)[0].verdict == WARNING
     (tmp_path / "dev/shm").mkdir(parents=True)
