@@ -402,7 +402,7 @@ def test_a_host_with_a_slow_link_is_named(emulated_hosts, tmp_path, data):
     ("interface", "told"),
     [
         ("lo", "OMPI_MCA_btl_tcp_if_include=lo never leaves this host, and the job has several; here are: "),
-        ("dum0", "the ranks have not met within 10 s (--join_seconds); interfaces here: "),
+        ("dum0", "the ranks have not met within 8 s (--join_seconds); interfaces here: "),
     ],
 )
 @pytest.mark.fault("F33")
@@ -444,7 +444,7 @@ def test_hosts_with_docker_meet(emulated_hosts, tmp_path, data, by):
     ended = Started(words, tmp_path, PYTHONPATH=str(ROOT), HOME=str(tmp_path)).wait(120)
     if by == "mpirun, told wrong":
         assert ended.code == 78, ended.out + ended.err
-        assert "the ranks have not met within 10 s" in ended.out + ended.err
+        assert "the ranks have not met within 8 s" in ended.out + ended.err
         return
     assert ended.code == 0, ended.out + ended.err
     told_of = report(tmp_path)[1]["interfaces"]
