@@ -1,6 +1,7 @@
 """The data set as `hvd-vgg doctor` sees it: files, records, labels, and whether images decode. All ranks call together."""
 
 import json
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -86,15 +87,21 @@ def _index(config: Config, split: str, paths: List[Path], full: bool, console: C
 
     A shard that cannot be read is a finding; with `full` all that cannot are.
     """
-    run_dir, refused = Path(config.run_dir), ""
-    if full:
-        try:
-            whole = open_split(config.data_dir, split, run_dir, console)
-        except Failure as error:
-            refused = error.message
-        else:
-            return Seen(whole, len(paths), len(paths), 0, whole.records, np.unique(whole.labels))
-    cached = cached_shards(cache_places(config.data_dir, split, run_dir), paths)
+    if not full:
+        return _look(config, split, paths, TURN_SECONDS, found)
+    try:
+        whole = open_split(config.data_dir, split, Path(config.run_dir), console)
+    except Failure as error:
+        one = _look(config, split, paths, math.inf, found)
+        if not one.shards_unreadable:  # else they are why
+            found.append(failure("data", error.message, "as it says"))
+        return one
+    return Seen(whole, len(paths), len(paths), 0, whole.records, np.unique(whole.labels))
+
+
+def _look(config: Config, split: str, paths: List[Path], seconds: float, found: List[Finding]) -> Seen:
+    """Returns what the cache knows of a split's shards, and what can be indexed of the others in `seconds`."""
+    cached = cached_shards(cache_places(config.data_dir, split, Path(config.run_dir)), paths)
     known = {number: each.shard for number, each in cached.items() if each.unchanged}
     left = [number for number in range(comm.rank(), len(paths), comm.size()) if number not in known]
     # A cache that all ranks have is told of once: by who would have scanned it.
@@ -107,15 +114,13 @@ def _index(config: Config, split: str, paths: List[Path], full: bool, console: C
             unreadable += 1
             if unreadable <= _NAMED:
                 found.append(failure("data", error.message, "as it says"))
-        if not full and time.monotonic() - began > TURN_SECONDS:
+        if time.monotonic() - began > seconds:
             break
     numbers = sorted(mine)
     index = records.join([paths[n] for n in numbers], [mine[n] for n in numbers]) if numbers else None
     labels = np.unique(index.labels).astype(np.int64) if index else np.zeros(0, np.int64)
     everyones = np.unique(np.concatenate([np.frombuffer(text, np.int64) for text in comm.gather(labels.tobytes())]))
     totals = comm.gather_numbers([len(numbers), unreadable, index.records if index else 0]).sum(axis=0)
-    if refused and not totals[1]:
-        found.append(failure("data", refused, "as it says"))
     return Seen(index, len(paths), int(totals[0]), int(totals[1]), int(totals[2]), everyones)
 
 
