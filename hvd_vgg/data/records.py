@@ -10,6 +10,7 @@ import functools
 import itertools
 import os
 import re
+import resource
 import stat
 import struct
 from pathlib import Path
@@ -298,7 +299,13 @@ class _OpenFile:
             os.close(self.handle)
 
 
-_open = functools.lru_cache(maxsize=256)(_OpenFile)  # Well below the usual limit of 1024; a set has up to 1024 shards.
+def _most_open() -> int:
+    """Returns how many shards may be open at once: half of the files that this process may have; ImageNet has 1024."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 4096 if files == resource.RLIM_INFINITY else max(64, min(files // 2, 4096))
+
+
+_open = functools.lru_cache(maxsize=_most_open())(_OpenFile)
 
 
 def read_ahead(index: Index, ids: np.ndarray) -> None:
