@@ -66,7 +66,7 @@ def _same_everywhere(data_dir: str, split: str, found: List[Finding]) -> List[Pa
         mine["sizes"] = records.shard_bytes(paths)
     except Failure as error:
         mine["error"] = error.message
-        found.append(failure("data", error.message, "as it says"))
+        found.append(_told(error))
     told = [json.loads(text.decode()) for text in comm.gather(json.dumps(mine, sort_keys=True).encode())]
     if not mine["error"] and not told[0]["error"] and mine["sizes"] != told[0]["sizes"]:
         differing = sorted(name for name in paths_of(mine, told[0]) if mine["sizes"].get(name) != told[0]["sizes"].get(name))
@@ -75,6 +75,12 @@ def _same_everywhere(data_dir: str, split: str, found: List[Finding]) -> List[Pa
         )
         found.append(failure("data", text, "copy the same files to every host"))
     return [] if any(each["error"] or each["sizes"] != told[0]["sizes"] for each in told) else paths
+
+
+def _told(error: Failure) -> Finding:
+    """Returns a failure of the data as a finding: the last sentence of these says what to do."""
+    text, _, todo = error.message.rpartition(". ")
+    return failure("data", text, todo) if text else failure("data", todo, "as it says")
 
 
 def paths_of(mine: Dict[str, Any], theirs: Dict[str, Any]) -> List[str]:
@@ -94,7 +100,7 @@ def _index(config: Config, split: str, paths: List[Path], full: bool, console: C
     except Failure as error:
         one = _look(config, split, paths, math.inf, found)
         if not one.shards_unreadable:  # else they are why
-            found.append(failure("data", error.message, "as it says"))
+            found.append(_told(error))
         return one
     return Seen(whole, len(paths), len(paths), 0, whole.records, np.unique(whole.labels))
 
@@ -113,7 +119,7 @@ def _look(config: Config, split: str, paths: List[Path], seconds: float, found: 
         except Failure as error:
             unreadable += 1
             if unreadable <= _NAMED:
-                found.append(failure("data", error.message, "as it says"))
+                found.append(_told(error))
         if time.monotonic() - began > seconds:
             break
     numbers = sorted(mine)
