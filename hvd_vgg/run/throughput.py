@@ -8,9 +8,10 @@ Of the wall time of an update, from the end of the one before to its own end, a 
     compute   the rest.
 
 Whoever comes last waits for nothing but the network: the least exchange of all ranks is called `network`, and what a rank
-waits beyond it is for `others`. Evaluation and saving are timed apart and are no part of any update. On a GPU these are the
-host's times, which runs ahead of the device by no more than an update of the weights where ranks exchange; alone it may run
-ahead further, and waiting for the device then shows wherever the host first needs a result.
+waits beyond it is for `others`. Evaluation, saving, profiling and rewinding are timed apart, to where all ranks meet again,
+and are no part of any rank's updates. On a GPU these are the host's times, which runs ahead of the device by no more than an
+update of the weights where ranks exchange; alone it may run ahead further, and waiting for the device then shows wherever
+the host first needs a result.
 
 Images per second ("fps") are the images of the steady updates over their wall time on rank 0. Where they begin is found in
 the times themselves (`steady_from`), and what was left out is told.
@@ -81,7 +82,10 @@ class Throughput:
 
     @contextlib.contextmanager
     def apart(self, what: str) -> Iterator[None]:
-        """Times what happens inside as one of `aside`, which is no part of any update."""
+        """Times what happens inside as one of `aside`, which is no part of any update.
+
+        Where it may take ranks unequally long they must meet inside, or the next update has what the others wait.
+        """
         began = time.perf_counter()
         yield
         seconds = time.perf_counter() - began

@@ -272,6 +272,7 @@ def _save(job: Job, at: state.Position, best: bool) -> None:
             tell.save_failed(job.writer.wait(), job.log, job.console)
         at = _settle(job, at)._replace(seconds=time.monotonic() - job.began)
         state.save(job.run, at, job.what, job.writer, best)
+        comm.gather(b"")  # else the others wait for rank 0's copy inside their next update
 
 
 def _listen_every(throughput: Throughput, done: int, window: int) -> int:

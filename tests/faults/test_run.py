@@ -199,6 +199,17 @@ def test_a_slow_rank_is_named_with_its_cause(launch, tmp_path, data, cause):
     assert re.search(rf"held back by       rank 1 on \S+: its {cause}\s", ended.out)
 
 
+def test_what_one_rank_saves_is_no_part_of_anothers_updates(launch, tmp_path, data):
+    flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY, "--steps=12", "--save_every_steps=1"]
+    program = [sys.executable, str(ROOT / "tests" / "slow.py"), "saving", "0"]
+    ended = launch(2, "train", *flags, program=program)
+    assert ended.code == 0, ended.err
+    writes, waits = json.loads((tmp_path / "run" / "result.json").read_text())["by_rank"]
+    assert waits["saving_seconds"] > 0.9 * writes["saving_seconds"] > 0
+    # Half a second of each save would be most of an update of some hundredths.
+    assert waits["others"] < 0.5
+
+
 @pytest.mark.fault(tier=3)
 def test_the_steps_asked_for_are_profiled_on_the_ranks_asked_for(launch, tmp_path, data):
     flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY, "--steps=8", "--profile_ranks=1"]
