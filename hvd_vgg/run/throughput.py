@@ -20,11 +20,18 @@ the times themselves (`steady_from`), and what was left out is told.
 import contextlib
 import statistics
 import time
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, TypeVar
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, TypeVar
 
 T = TypeVar("T")
 
 _SHARES = ("input", "compute", "network", "others")
+
+# Share of the time above which waiting for input means that input is the limit. The pipeline works ahead: where it is the
+# faster side a batch lies ready, and where anyone waits steadily nothing but faster input makes the job faster, however much
+# of the time computing takes. The handing over of a ready batch, and one that storage delayed, stay below.
+_INPUT_SHARE = 0.05
+# Share of the time by which a rank must be busy longer than the median rank to hold the others back.
+_SLOW_SHARE = 0.1
 
 
 class Split(NamedTuple):
@@ -46,10 +53,18 @@ class Split(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What holds a job back: `cause` is input, compute or network; `rank` is the one slower than the rest, if one is."""
+    """What holds a job back: `cause` is input, compute or network; `ranks`: those slower than the rest, the slowest first.
+
+    Where there are none it is what limits all of them.
+    """
 
     cause: str
-    rank: Optional[int]
+    ranks: Tuple[int, ...] = ()
+
+    @property
+    def rank(self) -> Optional[int]:
+        """The slowest of `ranks`."""
+        return self.ranks[0] if self.ranks else None
 
 
 class Throughput:
@@ -138,22 +153,33 @@ def steady_from(seconds: Sequence[float]) -> int:
 def judge(splits: Sequence[Split]) -> Verdict:
     """Returns what holds the job back, from each rank's seconds of the same updates.
 
-    One rank does if it is busy longer than the median of the others by a tenth of the whole: with input or with computing,
-    whichever exceeds theirs by more. Else it is what takes most of the time of all: input, compute, or the network.
+    Ranks do that are busy longer than the median rank (of two in the middle, the less busy) by a tenth of their time: with
+    input or with computing, whichever exceeds the other ranks' by more. Where there is none, all ranks are limited alike, by
+    what `limit` says of their mean shares. Of the network each rank sees but the sum: nobody can be told to have a slow one.
     """
-    slow = max(range(len(splits)), key=lambda rank: splits[rank].busy)
-    others = [split for rank, split in enumerate(splits) if rank != slow]
-    if others:
-        late_input = splits[slow].input - statistics.median(split.input for split in others)
-        late_compute = splits[slow].compute - statistics.median(split.compute for split in others)
-        if splits[slow].busy - statistics.median(split.busy for split in others) > 0.1 * splits[slow].total:
-            return Verdict("input" if late_input > late_compute else "compute", slow)
-    shares = {
-        "input": statistics.fmean(split.input for split in splits),
-        "compute": statistics.fmean(split.compute for split in splits),
-        "network": min(split.exchange for split in splits),
-    }
-    return Verdict(max(shares, key=lambda cause: shares[cause]), None)
+    usual = statistics.median_low([split.busy for split in splits])
+    slow = [rank for rank, split in enumerate(splits) if split.busy - usual > _SLOW_SHARE * split.total]
+    if slow:
+        late, others = [splits[rank] for rank in slow], [split for rank, split in enumerate(splits) if rank not in set(slow)]
+        late_input, late_compute = (
+            statistics.fmean(getattr(split, what) for split in late)
+            - statistics.median(getattr(split, what) for split in others)
+            for what in ("input", "compute")
+        )
+        cause = "input" if late_input > late_compute else "compute"
+        return Verdict(cause, tuple(sorted(slow, key=lambda rank: -splits[rank].busy)))
+    whole = sum(split.total for split in splits)
+    waiting, computing = sum(split.input for split in splits), sum(split.compute for split in splits)
+    network = min(split.exchange for split in splits) * len(splits)
+    return Verdict(limit({"input": waiting / whole, "compute": computing / whole, "network": network / whole}))
+
+
+def limit(shares: Mapping[str, Any]) -> str:
+    """Returns what limits whoever spends these shares of the time: input where it takes more than _INPUT_SHARE, else
+    compute or network, whichever takes more."""
+    if shares["input"] > _INPUT_SHARE:
+        return "input"
+    return "compute" if shares["compute"] >= shares["network"] else "network"
 
 
 def per_rank(splits: Sequence[Split], hosts: Sequence[str], images: Sequence[int]) -> List[Dict[str, Any]]:
@@ -175,6 +201,11 @@ def per_rank(splits: Sequence[Split], hosts: Sequence[str], images: Sequence[int
         }
         for rank, split in enumerate(splits)
     ]
+
+
+def slowest(rows: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
+    """Returns the row of `per_rank` with the fewest images/s were it alone."""
+    return min(rows, key=lambda row: row["fps_alone"])
 
 
 def per_host(rows: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:

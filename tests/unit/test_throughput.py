@@ -4,7 +4,7 @@ import pytest
 
 from hvd_vgg.model.layers import layers, training_flops
 from hvd_vgg.run import throughput
-from hvd_vgg.run.throughput import Split, Throughput, Verdict, judge, per_rank, steady_from
+from hvd_vgg.run.throughput import Split, Throughput, Verdict, judge, limit, per_rank, slowest, steady_from
 
 
 def test_images_are_counted_over_the_time_of_steady_updates_alone(monkeypatch):
@@ -56,19 +56,35 @@ def test_the_steady_state_is_found_in_the_times(seconds, first):
 
 
 @pytest.mark.parametrize(
-    ("splits", "verdict"),
+    ("splits", "cause", "ranks"),
     [
-        ([Split(10, 0.1, 0.0)], Verdict("compute", None)),
-        ([Split(10, 7.0, 0.0)], Verdict("input", None)),
-        ([Split(10, 0.1, 3.0), Split(10, 0.1, 3.0)], Verdict("compute", None)),
-        ([Split(10, 0.1, 6.0), Split(10, 0.1, 6.5)], Verdict("network", None)),
-        ([Split(10, 0.1, 6.0), Split(10, 5.0, 1.0), Split(10, 0.1, 6.1)], Verdict("input", 1)),
-        ([Split(10, 0.1, 6.0), Split(10, 0.1, 5.9), Split(10, 0.2, 1.0)], Verdict("compute", 2)),
-        ([Split(10, 0.1, 6.0), Split(10, 5.0, 1.0)], Verdict("input", 1)),
+        ([Split(10, 0.1, 0.0)], "compute", ()),
+        ([Split(10, 7.0, 0.0)], "input", ()),
+        ([Split(10, 0.4, 0.0)], "compute", ()),  # handing over
+        ([Split(10, 3.0, 0.0)], "input", ()),  # a pipeline that works ahead is waited for: faster computing gains nothing
+        ([Split(10, 4.5, 0.1), Split(10, 3.5, 0.6)], "input", ()),
+        ([Split(10, 0.9, 6.0), Split(10, 1.0, 6.5)], "input", ()),
+        ([Split(10, 0.1, 3.0), Split(10, 0.1, 3.0)], "compute", ()),
+        ([Split(10, 0.1, 6.0), Split(10, 0.1, 6.5)], "network", ()),
+        ([Split(10, 0.1, 6.0), Split(10, 5.0, 1.0), Split(10, 0.1, 6.1)], "input", (1,)),
+        ([Split(10, 0.1, 6.0), Split(10, 0.1, 5.9), Split(10, 0.2, 1.0)], "compute", (2,)),
+        ([Split(10, 0.1, 6.0), Split(10, 5.0, 1.0)], "input", (1,)),
+        ([Split(10, 0.1, 4.0), Split(10, 0.1, 3.1)], "compute", ()),  # busy longer by less than a tenth
+        ([Split(10, 0.1, 1.1), Split(10, 0.1, 1.0), Split(10, 0.1, 6.0), Split(10, 0.1, 6.1)], "compute", (1, 0)),
+        ([Split(10, 0.1, 1.0), Split(10, 0.1, 1.0), Split(10, 0.1, 6.0)], "compute", ()),  # most are slow: all are
     ],
 )
-def test_what_holds_back_is_named_with_its_rank(splits, verdict):
-    assert judge(splits) == verdict
+def test_what_holds_back_is_named_with_its_ranks(splits, cause, ranks):
+    assert judge(splits) == Verdict(cause, ranks)
+    assert judge(splits).rank == (ranks[0] if ranks else None)
+
+
+def test_the_slowest_rank_is_told_even_where_it_holds_nobody_back():
+    rows = per_rank([Split(10, 0.1, 6.0), Split(10, 0.1, 5.5), Split(10, 0.1, 5.9)], ["a"] * 3, [100] * 3)
+    assert judge([Split(10, 0.1, 6.0), Split(10, 0.1, 5.5), Split(10, 0.1, 5.9)]).rank is None
+    assert (slowest(rows)["rank"], limit(slowest(rows))) == (1, "network")
+    rows = per_rank([Split(10, 0.1, 1.0), Split(10, 0.8, 0.9)], ["a"] * 2, [100, 100])
+    assert [limit(row) for row in rows] == ["compute", "input"]
 
 
 def test_a_table_shows_every_rank_of_a_small_job_and_hosts_and_the_slowest_of_a_large_one():
