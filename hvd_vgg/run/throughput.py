@@ -14,7 +14,8 @@ update of the weights where ranks exchange; alone it may run ahead further, and 
 the host first needs a result.
 
 Images per second ("fps") are the images of the steady updates over their wall time on rank 0. Where they begin is found in
-the times themselves (`steady_from`), and what was left out is told.
+the times themselves, without the waits for input (`steady_from`): a run that was slow at first because its input was, as
+from cold storage, was slow, and that stays counted. What was left out is told.
 """
 
 import contextlib
@@ -25,6 +26,10 @@ from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Opt
 T = TypeVar("T")
 
 _SHARES = ("input", "compute", "network", "others")
+
+# Warm-up is tracing, first touch of memory, choice of convolutions, first connections: a matter of the first updates, of
+# which it is never more than these, nor more than a third of all.
+_WARM_UP_UPDATES, _WARM_UP_SHARE = 20, 1 / 3
 
 # Share of the time above which waiting for input means that input is the limit. The pipeline works ahead: where it is the
 # faster side a batch lies ready, and where anyone waits steadily nothing but faster input makes the job faster, however much
@@ -114,9 +119,10 @@ class Throughput:
     def summary(self, global_batch: int) -> Dict[str, Any]:
         """Returns `fps` of the steady updates with its spread, what was left out, and `fps_wall`, which leaves out nothing.
 
-        fps_jitter is 1.4826 times the median absolute deviation of the updates' own images/s, as tf_cnn_benchmarks has it.
+        steady: whether a steady state was found before as much was left out as may be. fps_jitter is 1.4826 times the
+        median absolute deviation of the updates' own images/s, as tf_cnn_benchmarks has it.
         """
-        first = steady_from(self.total)
+        first, found = steady_from([total - wait for total, wait in zip(self.total, self.input)])
         steady = self.total[first:]
         if not steady:
             return {"fps": None, "fps_updates": 0}
@@ -130,24 +136,29 @@ class Throughput:
             "fps_wall": global_batch * len(self.total) / (time.perf_counter() - self.began),
             "warm_up_updates": first,
             "warm_up_seconds": sum(self.total[:first]),
+            "steady": found,
         }
 
 
-def steady_from(seconds: Sequence[float]) -> int:
-    """Returns the number of the first steady update, given the seconds of each: warm-up is what comes before it.
+def steady_from(seconds: Sequence[float]) -> Tuple[int, bool]:
+    """Returns the number of the first steady update, and whether it was found; warm-up is what comes before it.
+
+    seconds: of each update, without its wait for input; the waits for other ranks, and so for their input, are in it.
 
     Steady is where three updates in a row (or all that are left) take no more than the later half usually does: its median
     plus three deviations (1.4826 times the median absolute deviation), a tenth of the median at the least. Slow updates
-    after that are part of the run and stay counted. Never more than half is warm-up; of less than two, all is.
+    after that are part of the run and stay counted. No more is warm-up than 20 updates or a third of all (one of two),
+    found or not; of less than two, all is.
     """
-    half = len(seconds) // 2
     if len(seconds) < 2:
-        return len(seconds)
-    later = seconds[half:]
+        return len(seconds), False
+    later = seconds[len(seconds) // 2 :]
     usual = statistics.median(later)
     deviation = 1.4826 * statistics.median(abs(one - usual) for one in later)
     limit = usual + max(3 * deviation, 0.1 * usual)
-    return next((at for at in range(half) if max(seconds[at : at + 3]) <= limit), half)
+    most = min(_WARM_UP_UPDATES, max(1, int(len(seconds) * _WARM_UP_SHARE)))
+    found = (at for at in range(most + 1) if max(seconds[at : at + 3]) <= limit)
+    return next(((at, True) for at in found), (most, False))
 
 
 def judge(splits: Sequence[Split]) -> Verdict:

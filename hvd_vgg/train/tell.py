@@ -181,6 +181,7 @@ def speed_of_window(
         "train.others_share": sum(split.exchange - network for split in splits) / whole,
         "train.slow_rank": -1 if verdict.rank is None else verdict.rank,
         "train.update_seconds": throughput.total[-len(window) :],
+        "train.input_seconds": throughput.input[-len(window) :],
     }, verdict
 
 
@@ -367,7 +368,8 @@ def _say_speed(measured: Dict[str, Any], console: Console) -> None:
     rows, slow = measured["by_rank"], measured["slow_ranks"]
     aside = {name[: -len("_seconds")]: value for name, value in rows[0].items() if name.endswith("_seconds")}
     happened = {what: seconds for what, seconds in aside.items() if seconds}
-    warm_up = f"{count(measured['warm_up_updates'], 'update')} of warm-up ({measured['warm_up_seconds']:.1f} s)"
+    most = "" if measured["steady"] else ", the most that may be: it was not steady by then"
+    warm_up = f"{count(measured['warm_up_updates'], 'update')} of warm-up ({measured['warm_up_seconds']:.1f} s{most})"
     console.say(
         f"  fps                {measured['fps']:.1f} images/s over {count(measured['fps_updates'], 'update')} (deviation "
         f"{measured['fps_standard_deviation']:.1f}, jitter {measured['fps_jitter']:.1f}); "

@@ -166,6 +166,10 @@ def _faults_of_window(line: Line, before: int, config: Config, records: int, ski
         yield f"epoch {line.step[0]}, but step {done} is in epoch {int(done * batch / records)}"
     if not all(one >= 0 for one in seconds) or not _close(data["train.fps"], batch * len(seconds) / sum(seconds)):
         yield f"train.fps {data['train.fps']:.6g}, but its updates make {batch * len(seconds) / sum(seconds):.6g}"
+    waits = [float(one) for one in data["train.input_seconds"]]
+    # A wait and the update around it are read from one clock, but summed otherwise.
+    if len(waits) != len(seconds) or not all(0 <= wait <= one + 1e-6 for wait, one in zip(waits, seconds)):
+        yield f"{len(waits)} waits for input that are no part of its {len(seconds)} updates"
     lr = schedule.learning_rate(done - 1, config, records)
     if not _close(data["train.lr"], lr):
         yield f"train.lr {data['train.lr']:.6g}, but the schedule has {lr:.6g} at step {done - 1}"
@@ -495,7 +499,7 @@ def _result_of(result: Dict[str, Any], step: int, start: Start, line: Line) -> I
 
 def _speed(what: str, told: Dict[str, Any], start: Start, until: Line) -> Claim:
     throughput = Throughput()
-    throughput.total = start.seconds(until)
+    throughput.total, throughput.input = start.seconds(until), start.seconds(until, "input")
     updates = count(len(throughput.total), "update")
     measured = throughput.summary(start.config.global_batch)
     if not measured["fps"]:

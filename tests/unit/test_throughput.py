@@ -27,7 +27,7 @@ def test_images_are_counted_over_the_time_of_steady_updates_alone(monkeypatch):
             clock[0] += 50.0
     measured.exchange.extend([0.05] * 12)
     summary = measured.summary(30)
-    assert (summary["fps_updates"], summary["warm_up_updates"]) == (10, 2)
+    assert (summary["fps_updates"], summary["warm_up_updates"], summary["steady"]) == (10, 2, True)
     assert summary["fps"] == pytest.approx(100)
     assert summary["warm_up_seconds"] == pytest.approx(15)
     assert summary["fps_standard_deviation"] == pytest.approx(0, abs=1e-6)
@@ -38,21 +38,32 @@ def test_images_are_counted_over_the_time_of_steady_updates_alone(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "first"),
+    ("seconds", "first", "found"),
     [
-        ([], 0),
-        ([5.0], 1),
-        ([5.0, 1.0], 1),
-        ([1.0] * 8, 0),
-        ([9.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 2),
-        ([9.0, 1.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0], 3),  # one quick update among slow ones is not yet steady
-        ([1.0, 1.0, 1.0, 1.0, 9.0, 1.0, 1.0, 1.0, 1.0, 1.0], 0),  # a hiccup is part of the run
-        ([9.0] + [1.0, 1.05, 0.95, 1.08] * 4, 1),
-        ([64.0, 32.0, 16.0, 8.0, 4.0, 2.0, 1.0, 0.5], 4),  # never steady: half is left out
+        ([], 0, False),
+        ([5.0], 1, False),
+        ([5.0, 1.0], 1, True),
+        ([1.0] * 8, 0, True),
+        ([9.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 2, True),
+        ([9.0, 1.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 3, True),  # one quick update among slow ones is not yet steady
+        ([1.0, 1.0, 1.0, 1.0, 9.0, 1.0, 1.0, 1.0, 1.0, 1.0], 0, True),  # a hiccup is part of the run
+        ([9.0] + [1.0, 1.05, 0.95, 1.08] * 4, 1, True),
+        ([64.0, 32.0, 16.0, 8.0, 4.0, 2.0, 1.0, 0.5], 2, False),  # never steady: a third is left out
+        ([3.0] * 40 + [1.0] * 60, 20, False),  # slow for long: that is no warm-up
+        ([3.0] * 20 + [1.0] * 60, 20, True),
     ],
 )
-def test_the_steady_state_is_found_in_the_times(seconds, first):
-    assert steady_from(seconds) == first
+def test_the_steady_state_is_found_in_the_times(seconds, first, found):
+    assert steady_from(seconds) == (first, found)
+
+
+def test_waiting_for_input_is_no_warm_up():
+    measured = Throughput()
+    measured.input = [0.2] + [0.3] * 49 + [0.0] * 50  # the first half comes from cold storage
+    measured.total = [5.2] + [0.4] * 49 + [0.1] * 50
+    summary = measured.summary(10)
+    assert (summary["warm_up_updates"], summary["steady"]) == (1, True)
+    assert summary["fps"] == pytest.approx(990 / (0.4 * 49 + 0.1 * 50))
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ class Simulated:
             found, _ = checkpoint.newest(run_dir)
             first, best = (found.meta["step"], found.meta["best_top1"]) if found else (0, -1)
             self.skipped.add(met[0])
-            told = {"from": met[0], "to": first, "skipped_steps": sorted(self.skipped), "update_seconds": met[1]}
+            told = {"from": met[0], "to": first, "skipped_steps": sorted(self.skipped), **met[1]}
             self.event("rewind", **told)
         if result is None:
             result = self.evaluate(STEPS)
@@ -147,13 +147,15 @@ class Simulated:
                 at.ids[[row for row, _ in bad]] = 5
                 self.coverage.add(step * 32, at.ids, bad)
             self.throughput.total.append((3.0 if not self.throughput.total else 0.1) + 0.001 * (step % 3))
+            self.throughput.input.append(0.01 * (step % 2))
             window, done = window + 1, step + 1
             due = done in evaluation_steps(config, RECORDS, STEPS)
             if done % 2 and not due:
                 continue
             met = (set(range(done - window, done)) & self.poisoned) - self.skipped
             if met:
-                return None, (min(met), self.throughput.total[-window:])
+                unlogged = {"update_seconds": self.throughput.total, "input_seconds": self.throughput.input}
+                return None, (min(met), {name: each[-window:] for name, each in unlogged.items()})
             if self.coverage.ended(done):
                 for proved in self.coverage.settle(done, lambda data: [data]):
                     self.covered(proved)
@@ -178,6 +180,7 @@ class Simulated:
         seconds = self.throughput.total[-window:]
         images = 32 * max(1, len(set(range(done - window, done)) - self.skipped))
         row = {"train.loss": 1.0, "train.acc@1": 3 / images, "train.acc@5": 5 / images, "train.update_seconds": seconds}
+        row["train.input_seconds"] = self.throughput.input[-window:]
         row["train.fps"] = 32 * window / sum(seconds)
         row["train.lr"] = schedule.learning_rate(done - 1, self.config, RECORDS)
         self.log.log((done * 32 // RECORDS, done), row)
