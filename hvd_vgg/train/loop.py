@@ -289,7 +289,8 @@ def _listen_every(throughput: Throughput, done: int, window: int) -> int:
 def _write_result(job: Job, at: state.Position, result: evaluate.Evaluation) -> Dict[str, Any]:
     with job.throughput.apart("saving"):
         seconds = time.monotonic() - job.began
-        return tell.write_result(job.config, job.run_dir, result, job.throughput, at.step, job.epoch(at.step), seconds)
+        epoch = job.epoch(at.step)
+        return tell.write_result(job.config, job.run_dir, result, job.throughput, at.step, epoch, seconds, job.log)
 
 
 def _stop(job: Job, at: state.Position, saved: bool = False) -> NoReturn:

@@ -290,8 +290,9 @@ def write_result(
     done: int,
     epoch: float,
     seconds: float,
+    log: Optional[RunLog],
 ) -> Dict[str, Any]:
-    """Writes result.json, the flags and the receipt, on rank 0, and returns `speed`; all ranks must call.
+    """Writes result.json, the flags and the receipt, on rank 0, and returns `speed`, which it logs; all ranks must call.
 
     Raises an agreed Failure(NOT_WRITTEN).
     """
@@ -299,8 +300,9 @@ def write_result(
 
     def write() -> None:
         # A start that trained nothing has measured nothing, and what stands may be of the start that did.
-        if not comm.is_root() or (not throughput.total and _has_result_of(run_dir, done)):
+        if not log or (not throughput.total and _has_result_of(run_dir, done)):
             return
+        log.event("throughput", step=done, **measured)
         content = {
             "acc@1": result.top1 / result.records,
             "acc@5": result.top5 / result.records,
@@ -342,7 +344,7 @@ def summary(
 ) -> None:
     """Prints and logs the end of a run; all ranks call. Raises an agreed Failure(NOT_WRITTEN) when the log cannot be.
 
-    measured: what `write_result` returned.
+    measured: what `write_result` returned, and has logged with its rows of ranks and hosts.
     """
     if log:
         log.log((), {**result.metrics(), **{name: value for name, value in measured.items() if not name.startswith("by_")}})
