@@ -1,6 +1,7 @@
-"""Runs hvd-vgg with one rank slowed on purpose: `slow.py input|compute RANK COMMAND FLAGS...`.
+"""Runs hvd-vgg with one rank slowed on purpose: `slow.py input|compute|saving RANK COMMAND FLAGS...`.
 
-input: each record that it reads takes 20 ms longer; compute: every forward pass also multiplies large matrices.
+input: each record that it reads takes 20 ms longer; compute: every forward pass also multiplies large matrices; saving: it
+takes half a second longer to begin a checkpoint.
 """
 
 import os
@@ -13,9 +14,10 @@ from hvd_vgg import __main__
 from hvd_vgg.data import records
 from hvd_vgg.model import vgg
 from hvd_vgg.run.health import launched_rank
+from hvd_vgg.train import state
 
 kind, slowed = sys.argv[1], launched_rank() == int(sys.argv[2])
-read, dense = records.read_record, vgg.dense
+read, dense, save = records.read_record, vgg.dense, state.save
 
 
 def read_slowly(*arguments):
@@ -36,8 +38,16 @@ def compute_again(weights, x, name):
     return dense(weights, x, name)
 
 
+def save_slowly(*arguments):
+    """Saves late."""
+    time.sleep(0.5)
+    return save(*arguments)
+
+
 if slowed and kind == "input":
     records.read_record = read_slowly
 if slowed and kind == "compute":
     vgg.dense = compute_again
+if slowed and kind == "saving":
+    state.save = save_slowly
 sys.exit(__main__.run(sys.argv[3:]))

@@ -37,6 +37,7 @@ METRICS: Dict[str, Dict[str, str]] = {
     "train.others_share": {"unit": "", "format": ":.4f"},
     "train.slow_rank": {"unit": "", "format": ":d"},
     "train.update_seconds": {"unit": "s, each update on rank 0"},
+    "train.input_seconds": {"unit": "s, of them waiting for input"},
     "eval.loss": {"unit": "nats", "format": ":.5f"},
     "eval.acc@1": {"unit": "", "format": ":.4f"},
     "eval.acc@5": {"unit": "", "format": ":.4f"},

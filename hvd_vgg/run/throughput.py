@@ -8,22 +8,35 @@ Of the wall time of an update, from the end of the one before to its own end, a 
     compute   the rest.
 
 Whoever comes last waits for nothing but the network: the least exchange of all ranks is called `network`, and what a rank
-waits beyond it is for `others`. Evaluation and saving are timed apart and are no part of any update. On a GPU these are the
-host's times, which runs ahead of the device by no more than an update of the weights where ranks exchange; alone it may run
-ahead further, and waiting for the device then shows wherever the host first needs a result.
+waits beyond it is for `others`. Evaluation, saving, profiling and rewinding are timed apart, to where all ranks meet again,
+and are no part of any rank's updates. On a GPU these are the host's times, which runs ahead of the device by no more than an
+update of the weights where ranks exchange; alone it may run ahead further, and waiting for the device then shows wherever
+the host first needs a result.
 
 Images per second ("fps") are the images of the steady updates over their wall time on rank 0. Where they begin is found in
-the times themselves (`steady_from`), and what was left out is told.
+the times themselves, without the waits for input (`steady_from`): a run that was slow at first because its input was, as
+from cold storage, was slow, and that stays counted. What was left out is told.
 """
 
 import contextlib
 import statistics
 import time
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, TypeVar
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, TypeVar
 
 T = TypeVar("T")
 
 _SHARES = ("input", "compute", "network", "others")
+
+# Warm-up is tracing, first touch of memory, choice of convolutions, first connections: a matter of the first updates, of
+# which it is never more than these, nor more than a third of all.
+_WARM_UP_UPDATES, _WARM_UP_SHARE = 20, 1 / 3
+
+# Share of the time above which waiting for input means that input is the limit. The pipeline works ahead: where it is the
+# faster side a batch lies ready, and where anyone waits steadily nothing but faster input makes the job faster, however much
+# of the time computing takes. The handing over of a ready batch, and one that storage delayed, stay below.
+_INPUT_SHARE = 0.05
+# Share of the time by which a rank must be busy longer than the median rank to hold the others back.
+_SLOW_SHARE = 0.1
 
 
 class Split(NamedTuple):
@@ -45,10 +58,18 @@ class Split(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What holds a job back: `cause` is input, compute or network; `rank` is the one slower than the rest, if one is."""
+    """What holds a job back: `cause` is input, compute or network; `ranks`: those slower than the rest, the slowest first.
+
+    Where there are none it is what limits all of them.
+    """
 
     cause: str
-    rank: Optional[int]
+    ranks: Tuple[int, ...] = ()
+
+    @property
+    def rank(self) -> Optional[int]:
+        """The slowest of `ranks`."""
+        return self.ranks[0] if self.ranks else None
 
 
 class Throughput:
@@ -81,7 +102,10 @@ class Throughput:
 
     @contextlib.contextmanager
     def apart(self, what: str) -> Iterator[None]:
-        """Times what happens inside as one of `aside`, which is no part of any update."""
+        """Times what happens inside as one of `aside`, which is no part of any update.
+
+        Where it may take ranks unequally long they must meet inside, or the next update has what the others wait.
+        """
         began = time.perf_counter()
         yield
         seconds = time.perf_counter() - began
@@ -95,9 +119,10 @@ class Throughput:
     def summary(self, global_batch: int) -> Dict[str, Any]:
         """Returns `fps` of the steady updates with its spread, what was left out, and `fps_wall`, which leaves out nothing.
 
-        fps_jitter is 1.4826 times the median absolute deviation of the updates' own images/s, as tf_cnn_benchmarks has it.
+        steady: whether a steady state was found before as much was left out as may be. fps_jitter is 1.4826 times the
+        median absolute deviation of the updates' own images/s, as tf_cnn_benchmarks has it.
         """
-        first = steady_from(self.total)
+        first, found = steady_from([total - wait for total, wait in zip(self.total, self.input)])
         steady = self.total[first:]
         if not steady:
             return {"fps": None, "fps_updates": 0}
@@ -111,45 +136,61 @@ class Throughput:
             "fps_wall": global_batch * len(self.total) / (time.perf_counter() - self.began),
             "warm_up_updates": first,
             "warm_up_seconds": sum(self.total[:first]),
+            "steady": found,
         }
 
 
-def steady_from(seconds: Sequence[float]) -> int:
-    """Returns the number of the first steady update, given the seconds of each: warm-up is what comes before it.
+def steady_from(seconds: Sequence[float]) -> Tuple[int, bool]:
+    """Returns the number of the first steady update, and whether it was found; warm-up is what comes before it.
+
+    seconds: of each update, without its wait for input; the waits for other ranks, and so for their input, are in it.
 
     Steady is where three updates in a row (or all that are left) take no more than the later half usually does: its median
     plus three deviations (1.4826 times the median absolute deviation), a tenth of the median at the least. Slow updates
-    after that are part of the run and stay counted. Never more than half is warm-up; of less than two, all is.
+    after that are part of the run and stay counted. No more is warm-up than 20 updates or a third of all (one of two),
+    found or not; of less than two, all is.
     """
-    half = len(seconds) // 2
     if len(seconds) < 2:
-        return len(seconds)
-    later = seconds[half:]
+        return len(seconds), False
+    later = seconds[len(seconds) // 2 :]
     usual = statistics.median(later)
     deviation = 1.4826 * statistics.median(abs(one - usual) for one in later)
     limit = usual + max(3 * deviation, 0.1 * usual)
-    return next((at for at in range(half) if max(seconds[at : at + 3]) <= limit), half)
+    most = min(_WARM_UP_UPDATES, max(1, int(len(seconds) * _WARM_UP_SHARE)))
+    found = (at for at in range(most + 1) if max(seconds[at : at + 3]) <= limit)
+    return next(((at, True) for at in found), (most, False))
 
 
 def judge(splits: Sequence[Split]) -> Verdict:
     """Returns what holds the job back, from each rank's seconds of the same updates.
 
-    One rank does if it is busy longer than the median of the others by a tenth of the whole: with input or with computing,
-    whichever exceeds theirs by more. Else it is what takes most of the time of all: input, compute, or the network.
+    Ranks do that are busy longer than the median rank (of two in the middle, the less busy) by a tenth of their time: with
+    input or with computing, whichever exceeds the other ranks' by more. Where there is none, all ranks are limited alike, by
+    what `limit` says of their mean shares. Of the network each rank sees but the sum: nobody can be told to have a slow one.
     """
-    slow = max(range(len(splits)), key=lambda rank: splits[rank].busy)
-    others = [split for rank, split in enumerate(splits) if rank != slow]
-    if others:
-        late_input = splits[slow].input - statistics.median(split.input for split in others)
-        late_compute = splits[slow].compute - statistics.median(split.compute for split in others)
-        if splits[slow].busy - statistics.median(split.busy for split in others) > 0.1 * splits[slow].total:
-            return Verdict("input" if late_input > late_compute else "compute", slow)
-    shares = {
-        "input": statistics.fmean(split.input for split in splits),
-        "compute": statistics.fmean(split.compute for split in splits),
-        "network": min(split.exchange for split in splits),
-    }
-    return Verdict(max(shares, key=lambda cause: shares[cause]), None)
+    usual = statistics.median_low([split.busy for split in splits])
+    slow = [rank for rank, split in enumerate(splits) if split.busy - usual > _SLOW_SHARE * split.total]
+    if slow:
+        late, others = [splits[rank] for rank in slow], [split for rank, split in enumerate(splits) if rank not in set(slow)]
+        late_input, late_compute = (
+            statistics.fmean(getattr(split, what) for split in late)
+            - statistics.median(getattr(split, what) for split in others)
+            for what in ("input", "compute")
+        )
+        cause = "input" if late_input > late_compute else "compute"
+        return Verdict(cause, tuple(sorted(slow, key=lambda rank: -splits[rank].busy)))
+    whole = sum(split.total for split in splits)
+    waiting, computing = sum(split.input for split in splits), sum(split.compute for split in splits)
+    network = min(split.exchange for split in splits) * len(splits)
+    return Verdict(limit({"input": waiting / whole, "compute": computing / whole, "network": network / whole}))
+
+
+def limit(shares: Mapping[str, Any]) -> str:
+    """Returns what limits whoever spends these shares of the time: input where it takes more than _INPUT_SHARE, else
+    compute or network, whichever takes more."""
+    if shares["input"] > _INPUT_SHARE:
+        return "input"
+    return "compute" if shares["compute"] >= shares["network"] else "network"
 
 
 def per_rank(splits: Sequence[Split], hosts: Sequence[str], images: Sequence[int]) -> List[Dict[str, Any]]:
@@ -171,6 +212,11 @@ def per_rank(splits: Sequence[Split], hosts: Sequence[str], images: Sequence[int
         }
         for rank, split in enumerate(splits)
     ]
+
+
+def slowest(rows: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
+    """Returns the row of `per_rank` with the fewest images/s were it alone."""
+    return min(rows, key=lambda row: row["fps_alone"])
 
 
 def per_host(rows: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:

@@ -86,11 +86,11 @@ class Start(NamedTuple):
         """The records of a split."""
         return int(self.line.data["data"][split]["records"])
 
-    def seconds(self, before: Optional[Line] = None) -> List[float]:
-        """The seconds of its updates, or of those logged before a line."""
+    def seconds(self, before: Optional[Line] = None, of: str = "update") -> List[float]:
+        """The seconds of its updates, or of those logged before a line; of: `update` in all, or `input` waited for."""
         lines = [line for line in self.lines if before is None or line.number < before.number]
         # Those of a window with a step that is not finite are told by the rewind.
-        each = [line.data["train.update_seconds" if trains(line) else "update_seconds"] for line in lines if timed(line)]
+        each = [line.data[f"train.{of}_seconds" if trains(line) else f"{of}_seconds"] for line in lines if timed(line)]
         return [float(one) for seconds in each for one in seconds]
 
 

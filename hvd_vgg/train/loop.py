@@ -194,8 +194,9 @@ def _make_train_step(config: Config, run: state.State, device: comm.Device) -> C
 def _rewind(job: Job, met: nonfinite.Met) -> Tuple[Job, state.Position]:
     """Returns the run as it goes on from its newest checkpoint without that step, or raises the Failure that ends it."""
     config, run, throughput = job.config, job.run, job.throughput
-    unlogged = throughput.total[len(throughput.exchange) :]
-    throughput.exchange.extend([0.0] * len(unlogged))  # nobody asked its updates
+    known = len(throughput.exchange)
+    unlogged = {"update_seconds": throughput.total[known:], "input_seconds": throughput.input[known:]}
+    throughput.exchange.extend([0.0] * len(unlogged["update_seconds"]))  # nobody asked its updates
     with throughput.apart("rewinding"), watch.phase("saving"):
         if job.writer:
             tell.save_failed(job.writer.wait(), job.log, job.console)
@@ -206,7 +207,7 @@ def _rewind(job: Job, met: nonfinite.Met) -> Tuple[Job, state.Position]:
         at = nonfinite.recall_skipped(at, job.run_dir)
     if job.log:
         told = {"from": met.seen.step, "to": at.step, "skipped_steps": at.skipped_steps, "records": ids}
-        job.log.event("rewind", **told, update_seconds=unlogged)
+        job.log.event("rewind", **told, **unlogged)
     watch.beat(phase="start")  # what follows is compiled again
     # A new one, since the other applies no update any more.
     covered = Coverage(job.data.train.records, config.global_batch, at.step, at.coverage)
@@ -272,6 +273,7 @@ def _save(job: Job, at: state.Position, best: bool) -> None:
             tell.save_failed(job.writer.wait(), job.log, job.console)
         at = _settle(job, at)._replace(seconds=time.monotonic() - job.began)
         state.save(job.run, at, job.what, job.writer, best)
+        comm.gather(b"")  # else the others wait for rank 0's copy inside their next update
 
 
 def _listen_every(throughput: Throughput, done: int, window: int) -> int:
@@ -287,7 +289,8 @@ def _listen_every(throughput: Throughput, done: int, window: int) -> int:
 def _write_result(job: Job, at: state.Position, result: evaluate.Evaluation) -> Dict[str, Any]:
     with job.throughput.apart("saving"):
         seconds = time.monotonic() - job.began
-        return tell.write_result(job.config, job.run_dir, result, job.throughput, at.step, job.epoch(at.step), seconds)
+        epoch = job.epoch(at.step)
+        return tell.write_result(job.config, job.run_dir, result, job.throughput, at.step, epoch, seconds, job.log)
 
 
 def _stop(job: Job, at: state.Position, saved: bool = False) -> NoReturn:

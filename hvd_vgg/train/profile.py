@@ -18,7 +18,7 @@ def profiled(batches: Iterable[T], steps: range, config: Config, throughput: Thr
     """Yields what `batches` does, one for each of `steps`, and profiles --profile_steps; for all ranks.
 
     Leaves in --run_dir/profile `rankR/` of each of --profile_ranks, and `horovod_timeline.json` of rank 0, which alone can
-    write one: it shows when each rank was ready to exchange. Raises Failure(NOT_WRITTEN).
+    write one: it shows when each rank was ready to exchange. Raises an agreed Failure(NOT_WRITTEN).
     """
     wanted = profiled_steps(config)
     chosen = range(max(steps.start, wanted.start), min(steps.stop, wanted.stop))
@@ -30,9 +30,10 @@ def profiled(batches: Iterable[T], steps: range, config: Config, throughput: Thr
                 running = False
                 with throughput.apart("profiling"), watch.phase("profiling"):
                     _end(traces)
+                    comm.gather(b"")  # else the others wait for the slowest inside their next update
             if chosen and now == chosen[0]:
                 with throughput.apart("profiling"), watch.phase("profiling"):
-                    _begin(folder, traces)
+                    comm.together(lambda: _begin(folder, traces))
                 running = True
             yield batch
     finally:

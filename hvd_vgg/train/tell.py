@@ -7,7 +7,7 @@ import json
 import shlex
 import socket
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import tensorflow as tf
 
@@ -20,7 +20,7 @@ from hvd_vgg.run import coverage, receipt
 from hvd_vgg.run.files import FULL, not_written, write_whole
 from hvd_vgg.run.health import NOT_WRITTEN, Failure
 from hvd_vgg.run.log import Console, Progress, RunLog, count, duration
-from hvd_vgg.run.throughput import Split, Throughput, Verdict, judge, per_host, per_rank, table
+from hvd_vgg.run.throughput import Split, Throughput, Verdict, judge, limit, per_host, per_rank, slowest, table
 from hvd_vgg.train import checkpoint, state
 from hvd_vgg.train.evaluate import Evaluation
 from hvd_vgg.train.step import Sums
@@ -181,6 +181,7 @@ def speed_of_window(
         "train.others_share": sum(split.exchange - network for split in splits) / whole,
         "train.slow_rank": -1 if verdict.rank is None else verdict.rank,
         "train.update_seconds": throughput.total[-len(window) :],
+        "train.input_seconds": throughput.input[-len(window) :],
     }, verdict
 
 
@@ -204,12 +205,18 @@ def training(
     )
     if comm.size() > 1:
         text += f"  network {row['train.network_share']:.1%}  others {row['train.others_share']:.1%}"
-    if verdict.rank is not None:
-        text += f"  slow: rank {verdict.rank} ({verdict.cause})"
+    if verdict.ranks:
+        text += f"  slow: {_ranks(verdict.ranks)} ({verdict.cause})"
     if console.bar:
         progress.update(done, text.split("  ", 1)[1])
     else:
         progress.say(f"{text}  left {duration(left)}" if left is not None else text)
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """Returns `rank 3` or `ranks 1, 3`; of many the first eight."""
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, sorted(ranks)[:8]))}{more}"
 
 
 def evaluation(result: Evaluation, done: int, epoch: float, log: Optional[RunLog], console: Console) -> None:
@@ -271,7 +278,8 @@ def speed(throughput: Throughput, config: Config) -> Dict[str, Any]:
     if config.device_tflops:
         found["share_of_peak"] = found["tflops_per_rank"] / config.device_tflops
     verdict = judge(splits)
-    return {**found, "held_back_by": verdict.cause, "slow_rank": verdict.rank, "by_host": per_host(rows), "by_rank": rows}
+    found.update(held_back_by=verdict.cause, slow_rank=verdict.rank, slow_ranks=list(verdict.ranks))
+    return {**found, "slowest_rank": slowest(rows)["rank"], "by_host": per_host(rows), "by_rank": rows}
 
 
 def write_result(
@@ -282,8 +290,9 @@ def write_result(
     done: int,
     epoch: float,
     seconds: float,
+    log: Optional[RunLog],
 ) -> Dict[str, Any]:
-    """Writes result.json, the flags and the receipt, on rank 0, and returns `speed`; all ranks must call.
+    """Writes result.json, the flags and the receipt, on rank 0, and returns `speed`, which it logs; all ranks must call.
 
     Raises an agreed Failure(NOT_WRITTEN).
     """
@@ -291,8 +300,9 @@ def write_result(
 
     def write() -> None:
         # A start that trained nothing has measured nothing, and what stands may be of the start that did.
-        if not comm.is_root() or (not throughput.total and _has_result_of(run_dir, done)):
+        if not log or (not throughput.total and _has_result_of(run_dir, done)):
             return
+        log.event("throughput", step=done, **measured)
         content = {
             "acc@1": result.top1 / result.records,
             "acc@5": result.top5 / result.records,
@@ -334,7 +344,7 @@ def summary(
 ) -> None:
     """Prints and logs the end of a run; all ranks call. Raises an agreed Failure(NOT_WRITTEN) when the log cannot be.
 
-    measured: what `write_result` returned.
+    measured: what `write_result` returned, and has logged with its rows of ranks and hosts.
     """
     if log:
         log.log((), {**result.metrics(), **{name: value for name, value in measured.items() if not name.startswith("by_")}})
@@ -357,17 +367,30 @@ def summary(
 
 
 def _say_speed(measured: Dict[str, Any], console: Console) -> None:
-    warm_up, rows, slow = count(measured["warm_up_updates"], "update"), measured["by_rank"], measured["slow_rank"]
+    rows, slow = measured["by_rank"], measured["slow_ranks"]
+    aside = {name[: -len("_seconds")]: value for name, value in rows[0].items() if name.endswith("_seconds")}
+    happened = {what: seconds for what, seconds in aside.items() if seconds}
+    most = "" if measured["steady"] else ", the most that may be: it was not steady by then"
+    warm_up = f"{count(measured['warm_up_updates'], 'update')} of warm-up ({measured['warm_up_seconds']:.1f} s{most})"
     console.say(
         f"  fps                {measured['fps']:.1f} images/s over {count(measured['fps_updates'], 'update')} (deviation "
-        f"{measured['fps_standard_deviation']:.1f}, jitter {measured['fps_jitter']:.1f}); left out: {warm_up} of warm-up "
-        f"({measured['warm_up_seconds']:.1f} s), evaluation, saving"
+        f"{measured['fps_standard_deviation']:.1f}, jitter {measured['fps_jitter']:.1f}); "
+        f"left out: {', '.join([warm_up, *happened])}"
     )
     console.say(f"  fps, wall clock    {measured['fps_wall']:.1f} images/s with everything since the first update began")
     share = f", {measured['share_of_peak']:.1%} of --device_tflops" if "share_of_peak" in measured else ""
     console.say(f"  computing          {measured['tflops_per_rank']:.3g} TFLOP/s a rank{share}")
-    who = f"rank {slow} on {rows[slow]['host']}: its " if slow is not None else ""
+    hosts = ", ".join(dict.fromkeys(rows[rank]["host"] for rank in sorted(slow)[:8]))
+    who = f"{_ranks(slow)} on {hosts}: {'its' if len(slow) == 1 else 'their'} " if slow else ""
     console.say(f"  held back by       {who}{measured['held_back_by']}")
+    if len(rows) > 1:
+        last = rows[measured["slowest_rank"]]
+        cause = measured["held_back_by"] if last["rank"] in slow else limit(last)
+        console.say(
+            f"  slowest rank       rank {last['rank']} on {last['host']}: {last['fps_alone']:.1f} images/s alone, "
+            f"limited by its {cause} ({last[cause]:.1%} of its time)"
+        )
     console.say(table(rows))
-    seconds = [rows[0][f"{what}_seconds"] for what in ("evaluation", "saving")]
-    console.say(f"  aside, on rank 0   evaluation {seconds[0]:.1f} s, copying for checkpoints {seconds[1]:.2f} s")
+    if happened:
+        told = ", ".join(f"{what} {seconds:.2f} s" for what, seconds in happened.items())
+        console.say(f"  aside, on rank 0   {told}")

@@ -4,8 +4,8 @@ Whatever the raw lines of the log allow is computed again: images/s from the sec
 coverage from the ids 0 .. N-1, learning rates and epochs from the configuration, the order of starts, lines and checkpoints
 by a state machine. Digests (`run.receipt`) hold the rest together. With the data the checkpoints are evaluated again.
 
-A claim that cannot be checked is no fault: a run that was killed has lines newer than its receipt, and nobody logs the times
-of other ranks.
+A claim that cannot be checked is no fault: a run that was killed has lines newer than its receipt. Of other ranks than 0
+the log has no times of single updates: what result.json says of them is held against what was logged with it.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from hvd_vgg.run import coverage, output, receipt
 from hvd_vgg.run.health import CONFIGURATION, DATA, DONE, STOPPED, Failure, launched_rank
 from hvd_vgg.run.log import count
 from hvd_vgg.run.receipt import Line
-from hvd_vgg.run.throughput import Throughput
+from hvd_vgg.run.throughput import Throughput, per_host
 from hvd_vgg.train import checkpoint, schedule
 from hvd_vgg.train.history import Pass, Start, ends, evaluates, read_starts, skipped_steps, trains
 
@@ -166,6 +166,10 @@ def _faults_of_window(line: Line, before: int, config: Config, records: int, ski
         yield f"epoch {line.step[0]}, but step {done} is in epoch {int(done * batch / records)}"
     if not all(one >= 0 for one in seconds) or not _close(data["train.fps"], batch * len(seconds) / sum(seconds)):
         yield f"train.fps {data['train.fps']:.6g}, but its updates make {batch * len(seconds) / sum(seconds):.6g}"
+    waits = [float(one) for one in data["train.input_seconds"]]
+    # A wait and the update around it are read from one clock, but summed otherwise.
+    if len(waits) != len(seconds) or not all(0 <= wait <= one + 1e-6 for wait, one in zip(waits, seconds)):
+        yield f"{len(waits)} waits for input that are no part of its {len(seconds)} updates"
     lr = schedule.learning_rate(done - 1, config, records)
     if not _close(data["train.lr"], lr):
         yield f"train.lr {data['train.lr']:.6g}, but the schedule has {lr:.6g} at step {done - 1}"
@@ -471,8 +475,7 @@ def _result(run_dir: Path, starts: List[Start]) -> Iterator[Claim]:
         return
     claims = [list(_result_of(result, step, start, line)) for start, line in found]
     yield from next((each for each in claims if all(claim.verdict != FAILS for claim in each)), claims[0])
-    why = "other ranks' times and the wall's are in no log; the receipt has them"
-    yield Claim(UNKNOWN, "result.json, by_rank, by_host, seconds", why)
+    yield Claim(UNKNOWN, "result.json, seconds", "the wall's time is in no log; the receipt has it")
     for start in starts:
         if start.end:
             yield _speed(f"fps at the end of start {start.number}", start.end.data, start, start.end)
@@ -491,11 +494,29 @@ def _result_of(result: Dict[str, Any], step: int, start: Start, line: Line) -> I
     text = f"acc@1 {expected['acc@1']:.4f}, acc@5 {expected['acc@5']:.4f} at step {step}, as line {line.number} has them"
     yield _compared("result.json, accuracy", result, expected, text)
     yield _speed("result.json, fps", result, start, line)
+    yield _by_rank(result, step, start, line)
+
+
+def _by_rank(result: Dict[str, Any], step: int, start: Start, line: Line) -> Claim:
+    """Holds what was measured of all ranks against the line that was logged of it after the evaluation at `line`."""
+    what = "result.json, by_rank, by_host"
+    later = (each for each in start.lines if each.number > line.number and each.event == "throughput")
+    logged = next((each for each in later if int(each.data["step"]) == step), None)
+    if logged is None:
+        return Claim(FAILS, what, f"the log has no line of the throughput at step {step}")
+    measured = {name: value for name, value in logged.data.items() if name not in ("event", "step")}
+    rows = measured.get("by_rank", [])
+    if len(rows) != (int(start.line.data["ranks"]) if measured["fps"] else 0):
+        return Claim(FAILS, what, f"line {logged.number} has {count(len(rows), 'rank')} of {start.line.data['ranks']}")
+    if measured.get("by_host", []) != per_host(rows):
+        return Claim(FAILS, what, f"by_host of line {logged.number} is not the sum of its by_rank")
+    unlogged = {name: None for name in ("by_rank", "by_host") if name not in measured}
+    return _compared(what, result, {**measured, **unlogged}, f"{count(len(rows), 'rank')}, as line {logged.number} has them")
 
 
 def _speed(what: str, told: Dict[str, Any], start: Start, until: Line) -> Claim:
     throughput = Throughput()
-    throughput.total = start.seconds(until)
+    throughput.total, throughput.input = start.seconds(until), start.seconds(until, "input")
     updates = count(len(throughput.total), "update")
     measured = throughput.summary(start.config.global_batch)
     if not measured["fps"]:

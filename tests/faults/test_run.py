@@ -192,11 +192,24 @@ def test_a_slow_rank_is_named_with_its_cause(launch, tmp_path, data, cause):
     ended = launch(2, "train", *flags, program=program)
     assert ended.code == 0, ended.err
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert (result["held_back_by"], result["slow_rank"]) == (cause, 1)
+    assert (result["held_back_by"], result["slow_rank"], result["slow_ranks"]) == (cause, 1, [1])
+    assert result["slowest_rank"] == 1
     fast, slow = result["by_rank"]
     assert slow[cause] > fast[cause] and fast["others"] > slow["others"]
     assert f"slow: rank 1 ({cause})" in ended.out
     assert re.search(rf"held back by       rank 1 on \S+: its {cause}\s", ended.out)
+    assert re.search(rf"slowest rank       rank 1 on \S+: \d+\.\d images/s alone, limited by its {cause} \(", ended.out)
+
+
+def test_what_one_rank_saves_is_no_part_of_anothers_updates(launch, tmp_path, data):
+    flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY, "--steps=12", "--save_every_steps=1"]
+    program = [sys.executable, str(ROOT / "tests" / "slow.py"), "saving", "0"]
+    ended = launch(2, "train", *flags, program=program)
+    assert ended.code == 0, ended.err
+    writes, waits = json.loads((tmp_path / "run" / "result.json").read_text())["by_rank"]
+    assert waits["saving_seconds"] > 0.9 * writes["saving_seconds"] > 0
+    # Half a second of each save would be most of an update of some hundredths.
+    assert waits["others"] < 0.5
 
 
 @pytest.mark.fault(tier=3)

@@ -4,7 +4,7 @@ import pytest
 
 from hvd_vgg.model.layers import layers, training_flops
 from hvd_vgg.run import throughput
-from hvd_vgg.run.throughput import Split, Throughput, Verdict, judge, per_rank, steady_from
+from hvd_vgg.run.throughput import Split, Throughput, Verdict, judge, limit, per_rank, slowest, steady_from
 
 
 def test_images_are_counted_over_the_time_of_steady_updates_alone(monkeypatch):
@@ -27,7 +27,7 @@ def test_images_are_counted_over_the_time_of_steady_updates_alone(monkeypatch):
             clock[0] += 50.0
     measured.exchange.extend([0.05] * 12)
     summary = measured.summary(30)
-    assert (summary["fps_updates"], summary["warm_up_updates"]) == (10, 2)
+    assert (summary["fps_updates"], summary["warm_up_updates"], summary["steady"]) == (10, 2, True)
     assert summary["fps"] == pytest.approx(100)
     assert summary["warm_up_seconds"] == pytest.approx(15)
     assert summary["fps_standard_deviation"] == pytest.approx(0, abs=1e-6)
@@ -38,37 +38,64 @@ def test_images_are_counted_over_the_time_of_steady_updates_alone(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "first"),
+    ("seconds", "first", "found"),
     [
-        ([], 0),
-        ([5.0], 1),
-        ([5.0, 1.0], 1),
-        ([1.0] * 8, 0),
-        ([9.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 2),
-        ([9.0, 1.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0], 3),  # one quick update among slow ones is not yet steady
-        ([1.0, 1.0, 1.0, 1.0, 9.0, 1.0, 1.0, 1.0, 1.0, 1.0], 0),  # a hiccup is part of the run
-        ([9.0] + [1.0, 1.05, 0.95, 1.08] * 4, 1),
-        ([64.0, 32.0, 16.0, 8.0, 4.0, 2.0, 1.0, 0.5], 4),  # never steady: half is left out
+        ([], 0, False),
+        ([5.0], 1, False),
+        ([5.0, 1.0], 1, True),
+        ([1.0] * 8, 0, True),
+        ([9.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 2, True),
+        ([9.0, 1.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 3, True),  # one quick update among slow ones is not yet steady
+        ([1.0, 1.0, 1.0, 1.0, 9.0, 1.0, 1.0, 1.0, 1.0, 1.0], 0, True),  # a hiccup is part of the run
+        ([9.0] + [1.0, 1.05, 0.95, 1.08] * 4, 1, True),
+        ([64.0, 32.0, 16.0, 8.0, 4.0, 2.0, 1.0, 0.5], 2, False),  # never steady: a third is left out
+        ([3.0] * 40 + [1.0] * 60, 20, False),  # slow for long: that is no warm-up
+        ([3.0] * 20 + [1.0] * 60, 20, True),
     ],
 )
-def test_the_steady_state_is_found_in_the_times(seconds, first):
-    assert steady_from(seconds) == first
+def test_the_steady_state_is_found_in_the_times(seconds, first, found):
+    assert steady_from(seconds) == (first, found)
+
+
+def test_waiting_for_input_is_no_warm_up():
+    measured = Throughput()
+    measured.input = [0.2] + [0.3] * 49 + [0.0] * 50  # the first half comes from cold storage
+    measured.total = [5.2] + [0.4] * 49 + [0.1] * 50
+    summary = measured.summary(10)
+    assert (summary["warm_up_updates"], summary["steady"]) == (1, True)
+    assert summary["fps"] == pytest.approx(990 / (0.4 * 49 + 0.1 * 50))
 
 
 @pytest.mark.parametrize(
-    ("splits", "verdict"),
+    ("splits", "cause", "ranks"),
     [
-        ([Split(10, 0.1, 0.0)], Verdict("compute", None)),
-        ([Split(10, 7.0, 0.0)], Verdict("input", None)),
-        ([Split(10, 0.1, 3.0), Split(10, 0.1, 3.0)], Verdict("compute", None)),
-        ([Split(10, 0.1, 6.0), Split(10, 0.1, 6.5)], Verdict("network", None)),
-        ([Split(10, 0.1, 6.0), Split(10, 5.0, 1.0), Split(10, 0.1, 6.1)], Verdict("input", 1)),
-        ([Split(10, 0.1, 6.0), Split(10, 0.1, 5.9), Split(10, 0.2, 1.0)], Verdict("compute", 2)),
-        ([Split(10, 0.1, 6.0), Split(10, 5.0, 1.0)], Verdict("input", 1)),
+        ([Split(10, 0.1, 0.0)], "compute", ()),
+        ([Split(10, 7.0, 0.0)], "input", ()),
+        ([Split(10, 0.4, 0.0)], "compute", ()),  # handing over
+        ([Split(10, 3.0, 0.0)], "input", ()),  # a pipeline that works ahead is waited for: faster computing gains nothing
+        ([Split(10, 4.5, 0.1), Split(10, 3.5, 0.6)], "input", ()),
+        ([Split(10, 0.9, 6.0), Split(10, 1.0, 6.5)], "input", ()),
+        ([Split(10, 0.1, 3.0), Split(10, 0.1, 3.0)], "compute", ()),
+        ([Split(10, 0.1, 6.0), Split(10, 0.1, 6.5)], "network", ()),
+        ([Split(10, 0.1, 6.0), Split(10, 5.0, 1.0), Split(10, 0.1, 6.1)], "input", (1,)),
+        ([Split(10, 0.1, 6.0), Split(10, 0.1, 5.9), Split(10, 0.2, 1.0)], "compute", (2,)),
+        ([Split(10, 0.1, 6.0), Split(10, 5.0, 1.0)], "input", (1,)),
+        ([Split(10, 0.1, 4.0), Split(10, 0.1, 3.1)], "compute", ()),  # busy longer by less than a tenth
+        ([Split(10, 0.1, 1.1), Split(10, 0.1, 1.0), Split(10, 0.1, 6.0), Split(10, 0.1, 6.1)], "compute", (1, 0)),
+        ([Split(10, 0.1, 1.0), Split(10, 0.1, 1.0), Split(10, 0.1, 6.0)], "compute", ()),  # most are slow: all are
     ],
 )
-def test_what_holds_back_is_named_with_its_rank(splits, verdict):
-    assert judge(splits) == verdict
+def test_what_holds_back_is_named_with_its_ranks(splits, cause, ranks):
+    assert judge(splits) == Verdict(cause, ranks)
+    assert judge(splits).rank == (ranks[0] if ranks else None)
+
+
+def test_the_slowest_rank_is_told_even_where_it_holds_nobody_back():
+    rows = per_rank([Split(10, 0.1, 6.0), Split(10, 0.1, 5.5), Split(10, 0.1, 5.9)], ["a"] * 3, [100] * 3)
+    assert judge([Split(10, 0.1, 6.0), Split(10, 0.1, 5.5), Split(10, 0.1, 5.9)]).rank is None
+    assert (slowest(rows)["rank"], limit(slowest(rows))) == (1, "network")
+    rows = per_rank([Split(10, 0.1, 1.0), Split(10, 0.8, 0.9)], ["a"] * 2, [100, 100])
+    assert [limit(row) for row in rows] == ["compute", "input"]
 
 
 def test_a_table_shows_every_rank_of_a_small_job_and_hosts_and_the_slowest_of_a_large_one():

@@ -14,7 +14,7 @@ from hvd_vgg.data import order
 from hvd_vgg.run import receipt
 from hvd_vgg.run.coverage import Coverage, in_words
 from hvd_vgg.run.log import RunLog
-from hvd_vgg.run.throughput import Throughput
+from hvd_vgg.run.throughput import Throughput, per_host, per_rank
 from hvd_vgg.train import checkpoint, history, schedule, verify
 
 RECORDS, VALIDATION, STEPS = 75, 37, 12
@@ -125,12 +125,12 @@ class Simulated:
             found, _ = checkpoint.newest(run_dir)
             first, best = (found.meta["step"], found.meta["best_top1"]) if found else (0, -1)
             self.skipped.add(met[0])
-            told = {"from": met[0], "to": first, "skipped_steps": sorted(self.skipped), "update_seconds": met[1]}
+            told = {"from": met[0], "to": first, "skipped_steps": sorted(self.skipped), **met[1]}
             self.event("rewind", **told)
         if result is None:
             result = self.evaluate(STEPS)
             self.result(STEPS, result)
-        self.log.log((), {**result, **self.measured()})
+        self.log.log((), {**result, **{name: each for name, each in self.measured().items() if not name.startswith("by_")}})
         self.wrote()
         receipt.write(run_dir)
         self.wrote()
@@ -147,13 +147,16 @@ class Simulated:
                 at.ids[[row for row, _ in bad]] = 5
                 self.coverage.add(step * 32, at.ids, bad)
             self.throughput.total.append((3.0 if not self.throughput.total else 0.1) + 0.001 * (step % 3))
+            self.throughput.input.append(0.01 * (step % 2))
+            self.throughput.exchange.append(0.02)
             window, done = window + 1, step + 1
             due = done in evaluation_steps(config, RECORDS, STEPS)
             if done % 2 and not due:
                 continue
             met = (set(range(done - window, done)) & self.poisoned) - self.skipped
             if met:
-                return None, (min(met), self.throughput.total[-window:])
+                unlogged = {"update_seconds": self.throughput.total, "input_seconds": self.throughput.input}
+                return None, (min(met), {name: each[-window:] for name, each in unlogged.items()})
             if self.coverage.ended(done):
                 for proved in self.coverage.settle(done, lambda data: [data]):
                     self.covered(proved)
@@ -178,6 +181,7 @@ class Simulated:
         seconds = self.throughput.total[-window:]
         images = 32 * max(1, len(set(range(done - window, done)) - self.skipped))
         row = {"train.loss": 1.0, "train.acc@1": 3 / images, "train.acc@5": 5 / images, "train.update_seconds": seconds}
+        row["train.input_seconds"] = self.throughput.input[-window:]
         row["train.fps"] = 32 * window / sum(seconds)
         row["train.lr"] = schedule.learning_rate(done - 1, self.config, RECORDS)
         self.log.log((done * 32 // RECORDS, done), row)
@@ -201,15 +205,20 @@ class Simulated:
                 fps_wall=32 * len(self.throughput.total) / (sum(self.throughput.total) + 1),
                 tflops_per_rank=flops * summary["fps"] / 2 / 1e12,
             )
+            last = self.throughput.last(summary["fps_updates"])
+            rows = per_rank([last, last], ["a", "b"], [16 * summary["fps_updates"]] * 2)
+            summary.update(by_rank=rows, by_host=per_host(rows))
         return summary
 
     def result(self, done, evaluated):
         names = {"acc@1": "eval.acc@1", "acc@5": "eval.acc@5", "top1_hits": "eval.top1_hits", "top5_hits": "eval.top5_hits"}
         content = {name: evaluated[there] for name, there in names.items()}
         content.update(records_evaluated=VALIDATION, steps=done, epochs=done * 32 / RECORDS, ranks=2, global_batch=32)
-        content.update(precision="float32", **self.measured())
+        measured = self.measured()
+        content.update(precision="float32", **measured)
         path = self.run_dir / "result.json"
         if self.throughput.total or not path.exists() or json.loads(path.read_text())["steps"] != done:
+            self.event("throughput", step=done, **measured)
             (self.run_dir / "result.json").write_text(json.dumps(content))
             self.wrote()
         receipt.write(self.run_dir)
