@@ -1,6 +1,7 @@
 """The `benchmark` command: images/s of training with no input, with input from the host, and with the real pipeline."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -14,18 +15,22 @@ from hvd_vgg.config import BenchmarkConfig, Config
 from hvd_vgg.data import order, pipeline
 from hvd_vgg.data.index import Data, open_data
 from hvd_vgg.parallel import comm, cost
-from hvd_vgg.run.health import CONFIGURATION, NOT_WRITTEN, USAGE, Failure
+from hvd_vgg.run.health import CONFIGURATION, NOT_FINITE, NOT_WRITTEN, USAGE, Failure
 from hvd_vgg.run.log import Console, count
 from hvd_vgg.run.throughput import Throughput
 from hvd_vgg.train import state, step, tell
 
 _UPDATES = 30
+# Weights that hardly move stay as they were drawn, however long a row is; the time of an update does not depend on them.
+_LR_SHARE = 1e-3
+# Ranks that only wait for a row are told this often that it goes on. It is seen in no update, and 1 ms or two.
+_TELL_SECONDS = 2.0
 
 
 def benchmark(config: BenchmarkConfig) -> None:
     """Measures each kind of input on each number of --ranks, prints a table and writes --out; all ranks call."""
     wanted = sorted({int(number) for number in config.ranks})
-    device = comm.start(config.input_threads, subsets=wanted, precision=config.precision)
+    device = comm.start(config.input_threads, subsets=wanted, hang_seconds=config.hang_seconds, precision=config.precision)
     console = Console(config.console, comm.is_root())
     started = comm.size()
     comm.agree("the flags", {**dataclasses.asdict(config), "data_dir": "", "run_dir": "", "console": ""})
@@ -47,40 +52,59 @@ def benchmark(config: BenchmarkConfig) -> None:
     )
     found: List[Dict[str, Any]] = []
     for number in wanted or [started]:
-        with comm.among(number) as member:
-            if member:
-                found += _measure(dataclasses.replace(config, global_batch=per_rank * number), device, data, found, console)
+        own = dataclasses.replace(config, global_batch=per_rank * number)
+        comm.among(number, functools.partial(_measure, own, device, data, found, console))
     _write(config, device, found)
     comm.leave()
 
 
 def _measure(
-    config: BenchmarkConfig, device: comm.Device, data: Optional[Data], before: List[Dict[str, Any]], console: Console
-) -> List[Dict[str, Any]]:
-    """Returns a row for each kind of input, measured on the ranks there are; `before`: rows of fewer ranks."""
+    config: BenchmarkConfig, device: comm.Device, data: Optional[Data], found: List[Dict[str, Any]], console: Console
+) -> None:
+    """Adds a row to `found` for each kind of input, measured on the ranks there are; in it are those of fewer ranks.
+
+    Raises an agreed Failure(NOT_FINITE) where an update is not applied: it would take less time than one that is.
+    """
     run = state.initial(config)
     factored = [choice.layer for choice in cost.choose(config, comm.size()) if choice.way == "factored"]
     train_step = step.make_train_step(run.weights, run.slots, config, device.data_format, factored)
-    rows = []
     for kind in ("device", "host", "real"):
         if kind == "real" and data is None:
             continue
-        throughput = Throughput()
+        throughput, tell_at = Throughput(), 0
+        throughput.aside["telling"] = 0.0
         for now, batch in enumerate(throughput.waiting(_batches(kind, config, device, data))):
             low, _ = order.slice_bounds(config.global_batch, comm.rank(), comm.size())
-            sums = train_step(*batch[:2], *step.arguments(config, now, low, config.lr * 1e-3))
+            sums = train_step(*batch[:2], *step.arguments(config, now, low, config.lr * _LR_SHARE))
             throughput.exchange.append(float(sums.exchange_seconds))
             throughput.end_update()
+            if not sums.sound:  # the same on all ranks
+                raise Failure(
+                    NOT_FINITE,
+                    f"update {now + 1} on {count(comm.size(), 'rank')}, input {kind}: the loss or gradient is not finite, "
+                    f"and updates that are not applied measure nothing: lower --lr={config.lr:g}, of which "
+                    f"{_LR_SHARE:g} is used here, or try --precision=float32",
+                    agreed=True,
+                )
+            if now >= tell_at:
+                with throughput.apart("telling"):
+                    tell_at = now + _get_on(throughput)
         row = {"ranks": comm.size(), "input": kind, **tell.speed(throughput, config)}
-        first = next((old for old in before if old["input"] == kind), row)
+        first = next((old for old in found if old["input"] == kind), row)
         row["efficiency"] = row["fps"] / row["ranks"] / (first["fps"] / first["ranks"])
-        rows.append(row)
+        found.append(row)
         console.say(
             f"{row['ranks']:5d}  {kind:12s} {row['fps']:9.1f} {row['fps_standard_deviation']:9.1f} "
             f"{row['fps'] / row['ranks']:9.1f} {row['efficiency']:10.1%}  {row['held_back_by']}"
             + (f" of rank {row['slow_rank']}" if row["slow_rank"] is not None else "")
         )
-    return rows
+
+
+def _get_on(throughput: Throughput) -> int:
+    """Tells the ranks that wait that these get on; returns after how many updates they are to hear it again."""
+    comm.still_among()
+    slowest = float(comm.gather_numbers([throughput.total[-1]]).max())
+    return max(1, round(_TELL_SECONDS / slowest))
 
 
 def _batches(kind: str, config: Config, device: comm.Device, data: Optional[Data]) -> Iterable[Any]:

@@ -255,3 +255,24 @@ def test_a_benchmark_that_could_not_write_its_result_measures_nothing(launch, tm
     ended = launch(2, "benchmark", *TINY, "--steps=4", f"--data_dir={tmp_path / 'none'}", f"--out={out}")
     assert (ended.code, ended.out) == (78, "")
     assert ended.err.count(f"--out={out} cannot be written: Not a directory") == 1
+
+
+@pytest.mark.fault(tier=3)
+def test_ranks_that_wait_for_a_row_of_the_benchmark_are_not_taken_for_lost(launch, tmp_path, data):
+    """A row of 60 updates of 16 records, each read 20 ms late: 19 s at the least, of which Horovod allows 10."""
+    program = [sys.executable, str(ROOT / "tests" / "slow.py"), "input", "0"]
+    flags = [*TINY, "--steps=60", f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", "--ranks=1", "--input_threads=1"]
+    limits = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "3", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "10"}
+    ended = launch(2, "benchmark", *flags, program=program, **limits)
+    assert ended.code == 0, ended.err
+    assert re.search(r"^ +1  real +\d+\.\d .*input$", ended.out, re.M)
+
+
+def test_a_benchmark_of_updates_that_are_not_applied_ends_with_81(launch, tmp_path):
+    ended = launch(
+        2, "benchmark", *TINY, "--lr=1e9", f"--data_dir={tmp_path / 'none'}", "--ranks=1", f"--out={tmp_path / 'o'}"
+    )
+    assert ended.code == 81
+    told = [line for line in ended.err.splitlines() if line.startswith("hvd-vgg: ")]
+    assert len(told) == 1 and "on 1 rank, input device: the loss or gradient is not finite" in told[0]
+    assert "--lr=1e+09" in told[0] and "Traceback" not in ended.err
