@@ -117,6 +117,7 @@ class Coverage:
     def add(self, position: int, ids: np.ndarray, bad: Sequence[Tuple[int, int]] = ()) -> None:
         """Counts records that this rank has trained on: `ids` int64 [n], at `position` of the stream and onward.
 
+        The ids are counted later and must stay as they are.
         bad: (row, id due there) of the rows whose record is bad and had another take its place. The id due counts as
         replaced, and the one in its place not at all: its own turn is elsewhere.
         """
