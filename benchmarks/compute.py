@@ -3,7 +3,8 @@
     python benchmarks/compute.py [--batch=8] [--rounds=3] [--precisions=float32,bfloat16] [--tf_cnn_benchmarks=DIR]
         [--horovod_examples=DIR] [--legacy_python=PATH] [--torch_python=PATH] [--results=FILE]
 
-    ours     the train step of hvd-vgg: float32 weights and updates, computing in each of --precisions
+    ours     the train step of hvd-vgg: float32 weights and updates, computing in each of --precisions. A CPU takes more
+             than fifty times as long in float16 as in float32: give --ways=ours --batch=1 --warmup=1 --updates=1 for it
     keras    `fit` of keras.applications.VGG16, SGD with momentum: float32, and the policy mixed_bfloat16
     tf_cnn   tf_cnn_benchmarks.py --model=vgg16, from the directory it lies in, by --legacy_python
     horovod  tensorflow2_synthetic_benchmark.py --model VGG16 of Horovod's examples/tensorflow2, by --legacy_python
@@ -53,7 +54,15 @@ def parse():
     parser.add_argument("--calm", type=float, default=0.3, help="most of the CPU that others may take in a counted turn")
     parser.add_argument("--results", type=Path, help="file that keeps the turns")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    for name, known in (("ways", list(WAYS)), ("precisions", ["float32", "bfloat16", "float16"])):
+        unknown = sorted(set((getattr(options, name) or known[0]).split(",")) - set(known))
+        if unknown:
+            parser.error(f"--{name}: {', '.join(unknown)}: expected some of {', '.join(known)}")
+    for name in ("batch", "warmup", "updates", "rounds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}={getattr(options, name)}: expected at least 1")
+    return options
 
 
 def timed(update, options):

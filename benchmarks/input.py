@@ -1,10 +1,11 @@
 """Images a second that one core decodes: this package's pipelines beside others, on any directory of ImageNet's TFRecords.
 
     python benchmarks/input.py --data_dir=DIR [--tf_cnn_benchmarks=DIR [--peer_python=FILE]] [--rounds=9] [--images=512]
+        [--size=224] [--core=0] [--ways=decode,train,...]
 
-Each way runs in a process of its own, pinned to one core with one thread to decode. The ways take turns, round by round, so
-that whatever else the machine does meets all of them. A ratio is of one round's times per image, to decode-and-crop alone of
-the same images with the same windows in that round.
+Each way runs in a process of its own, pinned to one core (or to those of --core) with one thread to decode. The ways take
+turns, round by round, so that whatever else the machine does meets all of them. A ratio is of one round's times per image,
+to decode-and-crop alone of the same images with the same windows in that round.
 
     decode        tf.io.decode_and_crop_jpeg alone: encoded images and windows lie in memory as tensors
     train         hvd_vgg's pipeline for augment=crop: read, checked, decoded, cropped, resized, flipped, batched, as uint8
@@ -15,6 +16,8 @@ the same images with the same windows in that round.
     tf_data       a plain tf.data pipeline as in TensorFlow's ImageNet examples
     pillow        a PyTorch-style loader: Pillow decodes, crops (RandomResizedCrop), resizes and flips; torch's DataLoader
                   without workers if torch can be imported, else a plain loop
+    trainer       only if --ways names it: `hvd-vgg train` on the same images, of a network too small to matter (VGG11 at
+                  width 0.02), started anew each round; images/s are those of its result.json, beside those of `train`
 
 Beside wall time stands the processor time of all threads of the process, which other load on the core disturbs less.
 The pipelines of this package are timed from their start to their end over a stretch of the stream, nothing made before. The
@@ -22,15 +25,18 @@ others are timed in the middle of theirs, after as many batches as they may have
 """
 
 import argparse
+import json
+import math
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Set, Tuple
 
-BATCH, SIZE, SEED = 32, 224, 1
+BATCH, SEED = 32, 1
 DRAINED = 8  # batches taken untimed before a round from a pipeline that has worked ahead in the meantime
 IDLE_SECONDS = 0.5  # for a pipeline to make what it makes ahead, before it is the turn of the next
 BASES = {"decode": "decode", "decode_eval": "decode_eval", "evaluate": "decode_eval"}  # of the rest: decode
@@ -74,7 +80,7 @@ def our_config(options: argparse.Namespace) -> Any:
     from hvd_vgg.config import Config
 
     return Config(
-        data_dir=options.data_dir, global_batch=BATCH, device_batch=BATCH, image_size=SIZE, augment="crop", seed=SEED
+        data_dir=options.data_dir, global_batch=BATCH, device_batch=BATCH, image_size=options.size, augment="crop", seed=SEED
     )
 
 
@@ -161,7 +167,7 @@ def tf_cnn(options: argparse.Namespace) -> Round:
 
     maker = preprocessing.RecordInputImagePreprocessor(
         BATCH,
-        [[BATCH, SIZE, SIZE, 3], [BATCH]],
+        [[BATCH, options.size, options.size, 3], [BATCH]],
         num_splits=1,
         dtype=tf.float32,
         train=True,
@@ -196,7 +202,7 @@ def tf_data(options: argparse.Namespace) -> Round:
         )
         window = tf.stack([begin[0], begin[1], size[0], size[1]])
         image = tf.io.decode_and_crop_jpeg(encoded, window, channels=3)
-        image = tf.image.resize(image, [SIZE, SIZE])
+        image = tf.image.resize(image, [options.size, options.size])
         image = tf.image.random_flip_left_right(image)
         return image - tf.constant([123.68, 116.78, 103.94]), tf.cast(parsed["image/class/label"], tf.int32)
 
@@ -229,7 +235,7 @@ def pillow(options: argparse.Namespace) -> Round:
             image = Image.open(io.BytesIO(encoded)).convert("RGB")
             window = images.random_window(image.height, image.width, [draw.random() for _ in range(30)])
             top, left, height, width = window
-            image = image.crop((left, top, left + width, top + height)).resize((SIZE, SIZE), Image.BILINEAR)
+            image = image.crop((left, top, left + width, top + height)).resize((options.size, options.size), Image.BILINEAR)
             if draw.random() < 0.5:
                 image = image.transpose(Image.FLIP_LEFT_RIGHT)
             return np.asarray(image), label
@@ -254,6 +260,33 @@ def pillow(options: argparse.Namespace) -> Round:
     return in_the_middle(with_torch() if torch else plain(), options)
 
 
+def trainer(options: argparse.Namespace) -> Round:
+    """Returns the rounds of a whole training of --images images; no processor time, for it also starts and evaluates."""
+
+    def once() -> Seconds:
+        with tempfile.TemporaryDirectory() as folder:
+            flags = {
+                "data_dir": options.data_dir,
+                "run_dir": folder,
+                "model": "vgg11",
+                "width": 0.02,
+                "image_size": options.size,
+                "augment": "crop",
+                "global_batch": BATCH,
+                "device_batch": BATCH,
+                "steps": options.images // BATCH,
+                "eval_every_epochs": 0,
+                "save_every_steps": 0,
+                "lr": 0.001,
+                "input_threads": 1,
+            }
+            command = [sys.executable, "-m", "hvd_vgg", "train", *(f"--{name}={value}" for name, value in flags.items())]
+            subprocess.run(command, check=True, stdout=sys.stderr)
+            return 1 / json.loads((Path(folder) / "result.json").read_text())["fps"], math.nan
+
+    return once
+
+
 WAYS: Dict[str, Callable[[argparse.Namespace], Round]] = {
     "decode": lambda options: decode_alone(options, "train"),
     "train": lambda options: ours(options, "train"),
@@ -262,6 +295,7 @@ WAYS: Dict[str, Callable[[argparse.Namespace], Round]] = {
     "tf_cnn": tf_cnn,
     "tf_data": tf_data,
     "pillow": pillow,
+    "trainer": trainer,
 }
 
 
@@ -269,9 +303,11 @@ def work(options: argparse.Namespace) -> None:
     """One way: makes a round for each line of stdin and answers with its seconds."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a peer prints
-    os.sched_setaffinity(0, {options.core})
+    os.sched_setaffinity(0, cores(options.core))
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    if options.worker != "pillow":
+    if options.worker == "trainer":
+        version = "as train"
+    elif options.worker != "pillow":
         import tensorflow as tf
 
         tf.config.threading.set_intra_op_parallelism_threads(1)
@@ -282,7 +318,8 @@ def work(options: argparse.Namespace) -> None:
 
         version = f"Pillow {PIL.__version__}"
     once = WAYS[options.worker](options)
-    once()  # the first touches files, memory and code
+    if options.worker != "trainer":
+        once()  # the first touches files, memory and code
     print(f"{version}, Python {sys.version.split()[0]}", file=answers)
     for _ in sys.stdin:
         print(*once(), file=answers)
@@ -296,7 +333,9 @@ def main() -> None:
     parser.add_argument("--peer_python", default=sys.executable, help="a Python whose TensorFlow tf_cnn_benchmarks runs on")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--images", type=int, default=512, help=f"a round, of each way; a multiple of {BATCH}")
-    parser.add_argument("--core", type=int, default=min(os.sched_getaffinity(0)), help="the core all ways are pinned to")
+    parser.add_argument("--core", default=str(min(os.sched_getaffinity(0))), help="what all ways are pinned to, such as 0,1")
+    parser.add_argument("--size", type=int, default=224, help="pixels of the images made")
+    parser.add_argument("--ways", default="", help="only these, such as decode,train; without it all but trainer")
     parser.add_argument("--worker", default="", choices=("", *WAYS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.images % BATCH or options.images <= 0:
@@ -304,8 +343,10 @@ def main() -> None:
     if options.worker:
         work(options)
         return
-    ways = [way for way in WAYS if way != "tf_cnn" or options.tf_cnn_benchmarks]
-    if not options.tf_cnn_benchmarks:
+    check(parser, options)
+    ways = options.ways.split(",") if options.ways else [way for way in WAYS if way != "trainer"]
+    if "tf_cnn" in ways and not options.tf_cnn_benchmarks:
+        ways.remove("tf_cnn")
         print("tf_cnn is left out: --tf_cnn_benchmarks was not given")
     workers = {}
     for way in ways:
@@ -318,6 +359,8 @@ def main() -> None:
             print(f"{way}: {version}", flush=True)
         else:
             print(f"{way} is left out: it could not be started", flush=True)
+    if not workers:
+        sys.exit("nothing could be started")
     times: Dict[str, List[Seconds]] = {way: [] for way in workers}
     for _ in range(options.rounds):
         for way, worker in workers.items():
@@ -328,20 +371,53 @@ def main() -> None:
     for worker in workers.values():
         worker.stdin.close()  # type: ignore[union-attr]
         worker.wait()
-    print(f"\n{options.rounds} rounds of {options.images} images, core {options.core}; median (smallest to largest)")
-    print("| way | images/s a core | of wall time, relative to decode-and-crop alone | ms of processor time | relative |")
+    print(
+        f"\n{options.rounds} rounds of {options.images} images, 1 thread, core {options.core}; median (smallest to largest)"
+    )
+    print("| way | images/s | of wall time, relative to decode-and-crop alone | ms of processor time | relative |")
     print("|---|---|---|---|---|")
     for way, own in times.items():
-        base = times[BASES.get(way, "decode")]
+        base = times.get(BASES.get(way, "decode"), [(math.nan, math.nan)] * options.rounds)
         wall, processor = ([mine[kind] / other[kind] for mine, other in zip(own, base)] for kind in (0, 1))
         print(
             f"| {way} | {spread([1 / each for each, _ in own], '.0f')} | {spread(wall, '.2f')} "
             f"| {spread([1000 * each for _, each in own], '.3f')} | {spread(processor, '.2f')} |"
         )
+    if {"trainer", "train"} <= set(times):
+        ratios = [alone / whole for (alone, _), (whole, _) in zip(times["train"], times["trainer"])]
+        print(f"\nimages/s of the trainer, relative to its pipeline alone: {spread(ratios, '.3f')}")
+
+
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends the script where an option cannot be used."""
+    from hvd_vgg.data import records
+    from hvd_vgg.run.health import Failure
+
+    if options.rounds < 1:
+        parser.error(f"--rounds={options.rounds}: expected at least 1")
+    unknown = set(options.ways.split(",")) - set(WAYS)
+    if options.ways and unknown:
+        parser.error(f"--ways: {', '.join(unknown)}: expected some of {', '.join(WAYS)}")
+    try:
+        if not cores(options.core) <= os.sched_getaffinity(0):
+            raise ValueError
+    except ValueError:
+        parser.error(f"--core={options.core}: expected some of {','.join(map(str, sorted(os.sched_getaffinity(0))))}")
+    try:
+        records.find_shards(options.data_dir, "train")
+    except Failure as failure:
+        parser.error(f"--data_dir: {failure.message}")
+
+
+def cores(text: str) -> Set[int]:
+    """Returns the numbers in `0,1`; raises ValueError."""
+    return {int(number) for number in text.split(",")}
 
 
 def spread(values: List[float], form: str) -> str:
-    """Returns median (smallest to largest) of `values`."""
+    """Returns median (smallest to largest) of `values`; `-` of what is not known."""
+    if any(math.isnan(value) for value in values):
+        return "-"
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 

@@ -39,7 +39,7 @@ USAGE_TEXT = f"""hvd-vgg {__version__}: trains VGG networks on ImageNet-style TF
   hvd-vgg evaluate --run_dir=DIR [--flags]            score a checkpoint of a run on the validation records
   hvd-vgg replay RUN_DIR [--step=N] [--flags]         repeat a step of a run that was not finite
   hvd-vgg verify-run RUN_DIR [--data_dir=DIR]         hold what a run claims against what it left behind
-  hvd-vgg benchmark [--ranks=1,2,4] [--flags]         measure throughput without input, with it, and on fewer ranks
+  hvd-vgg benchmark [--flags]                         measure throughput without input, with it, and on fewer ranks
   hvd-vgg plan --ranks=N --gbit=X [--flags]           predict what exchanging gradients costs on a cluster
   hvd-vgg doctor [--flagfile=FILE] [--flags]          say whether this host, or these ranks, can train, and what to do
   hvd-vgg make-demo-data --data_dir=DIR [--flags]     draw a small data set to try things with
@@ -133,7 +133,8 @@ COMMANDS: "dict[str, Tuple[Any, Callable[[Any], None], str]]" = {
     "benchmark": (
         BenchmarkConfig,
         _benchmark,
-        "hvd-vgg benchmark [--ranks=1,2,4] [--out=FILE] [--flagfile=FILE] [--flags]: images/s of training on images that "
+        "hvd-vgg benchmark [--out=FILE] [--flagfile=FILE] [--flags], or on many ranks and fewer of them:\n"
+        "hvd-vgg launch --ranks=4 benchmark --ranks=1,2,4 [--flags]: images/s of training on images that "
         "lie on the device, that come from the host, and of --data_dir if it is there, so that you see which part limits. "
         "Each rank keeps its images, --global_batch / ranks started, on any number of --ranks.",
     ),

@@ -4,7 +4,6 @@ Every function that communicates must be called by all ranks in the same order. 
 goes through Horovod too, and by the CPU: under `horovodrun --gloo` mpi4py sees a world of one rank.
 """
 
-import contextlib
 import ctypes
 import hashlib
 import json
@@ -12,7 +11,7 @@ import os
 import re
 import socket
 import sys
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, TypeVar
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, TypeVar
 
 import numpy as np
 import tensorflow as tf
@@ -56,6 +55,7 @@ class Device(NamedTuple):
 # The ranks that speak to each other: all of them, but for `among`.
 _members: Any = hvd.global_process_set
 _subsets: Dict[int, Any] = {}
+_BUSY = b"busy"  # what ranks inside `among` tell those that wait
 
 
 def start(
@@ -166,20 +166,44 @@ def _first_ranks(count: int) -> Any:
     return _subsets.setdefault(count, hvd.ProcessSet(range(count)))
 
 
-@contextlib.contextmanager
-def among(count: int) -> Iterator[bool]:
-    """Lets the first `count` ranks be all there are, inside; says whether this rank is one of them. All ranks must call.
+def among(count: int, action: Callable[[], None]) -> None:
+    """Runs `action` on the first `count` ranks, which are all there are inside; all ranks must call.
 
-    The others wait at the end.
+    The others wait for as long as it takes, if `action` says `still_among` now and then: Horovod takes a rank for lost that
+    waits longer than HOROVOD_STALL_SHUTDOWN_TIME_SECONDS. An agreed Failure of `action` is raised on all ranks.
     """
     global _members
-    if count < size():
-        _members = _first_ranks(count)
+    failed: Optional[Failure] = None
+    if int(hvd.rank()) < count:
+        _members = _first_ranks(count) if count < size() else hvd.global_process_set
+        try:
+            action()
+        except Failure as failure:
+            if not failure.agreed:
+                raise
+            failed = failure
+        finally:
+            _members = hvd.global_process_set
+        told = gather(json.dumps([[failed.code, failed.message]] if failed else []).encode())[0]
+    else:
+        told = _BUSY
+        while told == _BUSY:
+            told = gather(b"")[0]
+    for code, message in json.loads(told.decode()):
+        raise failed or Failure(code, message, agreed=True)
+
+
+def still_among() -> None:
+    """Tells the ranks that wait for those of `among` that these get on; all inside must call, between the same updates."""
+    global _members
+    inside = _members
+    if inside is hvd.global_process_set:
+        return
+    _members = hvd.global_process_set
     try:
-        yield int(hvd.rank()) < count
+        gather(_BUSY)
     finally:
-        _members = hvd.global_process_set
-    gather(b"")
+        _members = inside
 
 
 def start_timeline(path: str) -> None:

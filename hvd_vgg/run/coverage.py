@@ -22,6 +22,7 @@ from hvd_vgg.run.health import BUG, Failure
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _WORDS = 3  # of a digest
+_AT_ONCE = 64  # updates whose records are hashed together: between updates a few take nearly as long as many
 
 
 def digest(ids: np.ndarray) -> np.ndarray:
@@ -111,17 +112,32 @@ class Coverage:
         self.epoch, begun = divmod(step * global_batch, records)  # the one in progress
         self.total = None if begun and not state else tally(state)
         self.mine: Dict[int, Tally] = {}
+        self.added: List[Tuple[int, np.ndarray, Sequence[Tuple[int, int]]]] = []  # not yet in `mine`
 
     def add(self, position: int, ids: np.ndarray, bad: Sequence[Tuple[int, int]] = ()) -> None:
         """Counts records that this rank has trained on: `ids` int64 [n], at `position` of the stream and onward.
 
+        The ids are counted later and must stay as they are.
         bad: (row, id due there) of the rows whose record is bad and had another take its place. The id due counts as
         replaced, and the one in its place not at all: its own turn is elsewhere.
         """
-        for epoch, part in self._epochs(position, len(ids)):
-            rows = [(row, due) for row, due in bad if part.start <= row < part.stop]
-            seen = digest(ids[part]) - digest(ids[[row for row, _ in rows]]) if rows else digest(ids[part])
-            self._count(epoch, Tally(seen, np.zeros(_WORDS, np.int64), np.array([due for _, due in rows], np.int64)))
+        self.added.append((position, ids, bad))
+        if len(self.added) == _AT_ONCE:
+            self._count_added()
+
+    def _count_added(self) -> None:
+        seen: Dict[int, List[np.ndarray]] = {}
+        replaced: Dict[int, List[int]] = {}
+        for position, ids, bad in self.added:
+            at_fault = np.zeros(len(ids), bool)
+            at_fault[[row for row, _ in bad]] = True
+            for epoch, part in self._epochs(position, len(ids)):
+                seen.setdefault(epoch, []).append(ids[part][~at_fault[part]])
+                replaced.setdefault(epoch, []).extend(due for row, due in bad if part.start <= row < part.stop)
+        self.added.clear()
+        for epoch, parts in seen.items():
+            due = np.array(replaced[epoch], np.int64)
+            self._count(epoch, Tally(digest(np.concatenate(parts)), np.zeros(_WORDS, np.int64), due))
 
     def skip(self, position: int, ids: np.ndarray) -> None:
         """Counts records, due at `position` and onward, that this rank leaves out on purpose (--on_nonfinite=rewind)."""
@@ -147,6 +163,7 @@ class Coverage:
         All ranks must call, before a checkpoint and when an epoch has `ended`; gather: `parallel.comm.gather`. Raises an
         agreed Failure(BUG) when a record of a complete epoch was missed or seen twice.
         """
+        self._count_added()
         epochs = range(self.epoch, step * self.global_batch // self.records + 1)
         totals = [self.total] + [tally([]) for _ in epochs[1:]]
         for told in gather(json.dumps([self.mine.pop(epoch, tally([])).numbers() for epoch in epochs]).encode()):

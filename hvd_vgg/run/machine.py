@@ -101,6 +101,15 @@ def probe(directory: Path) -> IO[bytes]:
     return tempfile.NamedTemporaryFile(dir=directory, prefix=".hvd_vgg_doctor_")
 
 
+def processor(root: Path) -> str:
+    """Returns what the host's first processor calls itself; "" where the kernel does not say."""
+    try:
+        lines = (root / "proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name") and ":" in line), "")
+
+
 def check_leftovers(root: Path) -> List[Finding]:
     """Looks for what other jobs left: daemons of Open MPI and ranks of this package that no launcher of ours started.
 

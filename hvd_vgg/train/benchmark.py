@@ -1,9 +1,13 @@
 """The `benchmark` command: images/s of training with no input, with input from the host, and with the real pipeline."""
 
 import dataclasses
+import errno
+import functools
 import itertools
 import json
 import os
+import socket
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional
 
@@ -14,23 +18,32 @@ from hvd_vgg.config import BenchmarkConfig, Config
 from hvd_vgg.data import order, pipeline
 from hvd_vgg.data.index import Data, open_data
 from hvd_vgg.parallel import comm, cost
-from hvd_vgg.run.health import CONFIGURATION, NOT_WRITTEN, USAGE, Failure
+from hvd_vgg.run import accelerators, host, machine
+from hvd_vgg.run.files import not_written, write_whole
+from hvd_vgg.run.health import CONFIGURATION, NOT_FINITE, NOT_WRITTEN, USAGE, Failure
 from hvd_vgg.run.log import Console, count
 from hvd_vgg.run.throughput import Throughput
 from hvd_vgg.train import state, step, tell
 
 _UPDATES = 30
+# Weights that hardly move stay as they were drawn, however long a row is; the time of an update does not depend on them.
+_LR_SHARE = 1e-3
+# Ranks that only wait for a row are told this often that it goes on. It is seen in no update, and 1 ms or two.
+_TELL_SECONDS = 2.0
 
 
 def benchmark(config: BenchmarkConfig) -> None:
     """Measures each kind of input on each number of --ranks, prints a table and writes --out; all ranks call."""
     wanted = sorted({int(number) for number in config.ranks})
-    device = comm.start(config.input_threads, subsets=wanted, precision=config.precision)
+    here = _hardware()
+    device = comm.start(config.input_threads, subsets=wanted, hang_seconds=config.hang_seconds, precision=config.precision)
     console = Console(config.console, comm.is_root())
     started = comm.size()
     comm.agree("the flags", {**dataclasses.asdict(config), "data_dir": "", "run_dir": "", "console": ""})
     if wanted and wanted[-1] > started:
-        raise Failure(USAGE, f"--ranks={wanted[-1]}: expected at most the {count(started, 'rank')} started", agreed=True)
+        todo = f"hvd-vgg launch --ranks={wanted[-1]} benchmark --ranks={','.join(map(str, wanted))} ..."
+        text = f"--ranks={wanted[-1]}: expected at most the {count(started, 'rank')} started: {todo}"
+        raise Failure(USAGE, text, agreed=True)
     comm.together(lambda: _check_out(config))
     per_rank = max(1, config.global_batch // started)
     data = None
@@ -38,49 +51,78 @@ def benchmark(config: BenchmarkConfig) -> None:
         data = open_data(config, Path(config.run_dir), console)
     else:
         console.say(f"no real data: --data_dir={config.data_dir} is not there")
+    hosts = _all_hardware(here, device)
+    name = hosts[0]["gpu"] or hosts[0]["cpu"] or "unknown"
+    updates = config.steps or _UPDATES
     console.say(
         f"{config.model} at width {config.width:g}, {config.image_size} pixels, {per_rank} images a rank and update, "
-        f"{config.precision}, on {device.kind}; {config.steps or _UPDATES} updates a row"
+        f"{config.precision}, on {device.kind} ({name}); {updates} updates a row, "
+        f"{count(updates * per_rank, 'image')} a rank"
     )
+    peak = f" {'of peak':>8s}" if config.device_tflops else ""
     console.say(
-        f"{'ranks':>5s}  {'input':12s} {'images/s':>9s} {'deviation':>9s} {'a rank':>9s} {'efficiency':>10s}  held back by"
+        f"{'ranks':>5s}  {'input':12s} {'images/s':>9s} {'deviation':>9s} {'a rank':>9s} {'efficiency':>10s} "
+        f"{'TFLOP/s a rank':>14s}{peak}  held back by"
     )
     found: List[Dict[str, Any]] = []
     for number in wanted or [started]:
-        with comm.among(number) as member:
-            if member:
-                found += _measure(dataclasses.replace(config, global_batch=per_rank * number), device, data, found, console)
-    _write(config, device, found)
+        own = dataclasses.replace(config, global_batch=per_rank * number)
+        comm.among(number, functools.partial(_measure, own, device, data, found, console))
+    _write(config, device, hosts, found)
     comm.leave()
 
 
 def _measure(
-    config: BenchmarkConfig, device: comm.Device, data: Optional[Data], before: List[Dict[str, Any]], console: Console
-) -> List[Dict[str, Any]]:
-    """Returns a row for each kind of input, measured on the ranks there are; `before`: rows of fewer ranks."""
+    config: BenchmarkConfig, device: comm.Device, data: Optional[Data], found: List[Dict[str, Any]], console: Console
+) -> None:
+    """Adds a row to `found` for each kind of input, measured on the ranks there are; in it are those of fewer ranks.
+
+    Raises an agreed Failure(NOT_FINITE) where an update is not applied: it would take less time than one that is.
+    """
     run = state.initial(config)
     factored = [choice.layer for choice in cost.choose(config, comm.size()) if choice.way == "factored"]
     train_step = step.make_train_step(run.weights, run.slots, config, device.data_format, factored)
-    rows = []
     for kind in ("device", "host", "real"):
         if kind == "real" and data is None:
             continue
-        throughput = Throughput()
+        throughput, tell_at = Throughput(), 0
+        throughput.aside["telling"] = 0.0
+        progress = console.progress(f"{count(comm.size(), 'rank')}, {kind}", config.steps or _UPDATES, "updates")
         for now, batch in enumerate(throughput.waiting(_batches(kind, config, device, data))):
             low, _ = order.slice_bounds(config.global_batch, comm.rank(), comm.size())
-            sums = train_step(*batch[:2], *step.arguments(config, now, low, config.lr * 1e-3))
+            sums = train_step(*batch[:2], *step.arguments(config, now, low, config.lr * _LR_SHARE))
             throughput.exchange.append(float(sums.exchange_seconds))
             throughput.end_update()
+            progress.update(now + 1)
+            if not sums.sound:  # the same on all ranks
+                raise Failure(
+                    NOT_FINITE,
+                    f"update {now + 1} on {count(comm.size(), 'rank')}, input {kind}: the loss or gradient is not finite, "
+                    f"and updates that are not applied measure nothing: lower --lr={config.lr:g}, of which "
+                    f"{_LR_SHARE:g} is used here, or try --precision=float32",
+                    agreed=True,
+                )
+            if now >= tell_at:
+                with throughput.apart("telling"):
+                    tell_at = now + _get_on(throughput)
         row = {"ranks": comm.size(), "input": kind, **tell.speed(throughput, config)}
-        first = next((old for old in before if old["input"] == kind), row)
+        first = next((old for old in found if old["input"] == kind), row)
         row["efficiency"] = row["fps"] / row["ranks"] / (first["fps"] / first["ranks"])
-        rows.append(row)
+        found.append(row)
+        peak = f" {row['share_of_peak']:8.1%}" if config.device_tflops else ""
         console.say(
             f"{row['ranks']:5d}  {kind:12s} {row['fps']:9.1f} {row['fps_standard_deviation']:9.1f} "
-            f"{row['fps'] / row['ranks']:9.1f} {row['efficiency']:10.1%}  {row['held_back_by']}"
+            f"{row['fps'] / row['ranks']:9.1f} {row['efficiency']:10.1%} "
+            f"{row['tflops_per_rank']:14.3g}{peak}  {row['held_back_by']}"
             + (f" of rank {row['slow_rank']}" if row["slow_rank"] is not None else "")
         )
-    return rows
+
+
+def _get_on(throughput: Throughput) -> int:
+    """Tells the ranks that wait that these get on; returns after how many updates they are to hear it again."""
+    comm.still_among()
+    slowest = float(comm.gather_numbers([throughput.total[-1]]).max())
+    return max(1, round(_TELL_SECONDS / slowest))
 
 
 def _batches(kind: str, config: Config, device: comm.Device, data: Optional[Data]) -> Iterable[Any]:
@@ -104,28 +146,59 @@ def _copied(images: np.ndarray, labels: np.ndarray, times: int) -> Iterator[Any]
         yield tf.constant(images), tf.constant(labels)
 
 
+def _hardware() -> Dict[str, Any]:
+    """Returns this host's name, processor and driver; before MPI begins, for the vendor's tool is a process of its own."""
+    here = host.this_host()
+    said = accelerators.listing(here, host.vendor(here)[0])
+    return {
+        "host": socket.gethostname(),
+        "cpu": machine.processor(here.root),
+        "cores": os.cpu_count(),
+        "driver": said.driver if said else "",
+    }
+
+
+def _all_hardware(here: Dict[str, Any], device: comm.Device) -> List[Dict[str, Any]]:
+    """Returns `here` of each host with the name of the device that its first rank computes on; all ranks call."""
+    gpus = tf.config.get_visible_devices("GPU") if device.kind == "GPU" else []
+    details = tf.config.experimental.get_device_details(gpus[0]) if gpus else {}
+    mine = {**here, "gpu": str(details.get("device_name", "GPU")) if gpus else ""}
+    hosts: Dict[str, Dict[str, Any]] = {}
+    for told in comm.gather(json.dumps(mine).encode()):
+        one = json.loads(told.decode())
+        hosts.setdefault(one["host"], one)
+    return list(hosts.values())
+
+
 def _check_out(config: BenchmarkConfig) -> None:
-    """Makes sure, on rank 0, that --out can be written: minutes of measuring should not end in a wrong path."""
+    """Makes sure, on rank 0, that --out can be written: hours of measuring should not end in a wrong path."""
     if not config.out or not comm.is_root():
         return
+    out = Path(config.out).absolute()
     try:
-        with open(config.out, "a", encoding="utf-8"):
-            pass
+        if out.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        machine.probe(out.parent).close()
     except OSError as error:
         raise Failure(CONFIGURATION, f"--out={config.out} cannot be written: {error.strerror}") from error
 
 
-def _write(config: BenchmarkConfig, device: comm.Device, found: List[Dict[str, Any]]) -> None:
+def _write(config: BenchmarkConfig, device: comm.Device, hosts: List[Dict[str, Any]], found: List[Dict[str, Any]]) -> None:
     """Writes --out, if asked for, on rank 0; all ranks must call."""
 
     def write() -> None:
         if not config.out or not comm.is_root():
             return
-        machine = {**device._asdict(), "cores": os.cpu_count()}
-        content = {"flags": dataclasses.asdict(config), "software": comm.describe(), "machine": machine, "rows": found}
+        content = {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "flags": dataclasses.asdict(config),
+            "software": comm.describe(),
+            "machine": {**device._asdict(), "hosts": hosts},
+            "rows": found,
+        }
         try:
-            Path(config.out).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            write_whole(Path(config.out).absolute(), json.dumps(content, indent=2) + "\n")
         except OSError as error:
-            raise Failure(NOT_WRITTEN, f"--out={config.out} cannot be written: {error.strerror}") from error
+            raise Failure(NOT_WRITTEN, not_written(Path(config.out), error)) from error
 
     comm.together(write)

@@ -1,13 +1,18 @@
 """What a run leaves behind and says, as its users read it."""
 
 import json
+import os
 import re
+import socket
 import sys
+from datetime import datetime
+from pathlib import Path
 
 import pytest
 import tensorflow as tf
 from support import ROOT, TINY
 
+from hvd_vgg.run import machine
 from hvd_vgg.run.log import METRICS
 
 
@@ -243,20 +248,28 @@ def test_profiled_steps_that_pass_the_end_of_the_run_end_with_it(launch, tmp_pat
 @pytest.mark.fault(tier=3)
 def test_the_benchmark_measures_each_input_on_the_ranks_asked_for(launch, tmp_path, data):
     flags = [*TINY, "--steps=6", f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", f"--out={tmp_path / 'out.json'}"]
-    ended = launch(3, "benchmark", *flags, "--ranks=1,3")
+    ended = launch(3, "benchmark", *flags, "--ranks=1,3", "--device_tflops=0.5")
     assert ended.code == 0, ended.err
-    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert {"tensorflow", "horovod", "mpi"} <= set(told["software"]) and datetime.fromisoformat(told["date"])
+    (host,) = told["machine"]["hosts"]
+    assert (host["host"], host["cores"]) == (socket.gethostname(), os.cpu_count())
+    assert host["cpu"] == machine.processor(Path("/"))
+    rows = told["rows"]
     kinds = [(ranks, kind) for ranks in (1, 3) for kind in ("device", "host", "real")]
     assert [(row["ranks"], row["input"]) for row in rows] == kinds
     for row in rows:
         assert row["fps"] > 0 and len(row["by_rank"]) == row["ranks"]
         first = next(other for other in rows if other["input"] == row["input"])
         assert row["efficiency"] == pytest.approx(row["fps"] / row["ranks"] / first["fps"])
-    assert len(re.findall(r"^ +[13]  (?:device|host|real) +\d+\.\d ", ended.out, re.M)) == 6
+        assert row["share_of_peak"] == pytest.approx(row["tflops_per_rank"] / 0.5)
+    printed = re.findall(r"^ +[13]  (?:device|host|real) +\d+\.\d .*% +\S+ +(\d+\.\d%)  [a-z]+", ended.out, re.M)
+    assert printed == [f"{row['share_of_peak']:.1%}" for row in rows]
+    assert "10 images a rank and update" in ended.out and "6 updates a row, 60 images a rank" in ended.out
 
     ended = launch(2, "benchmark", *TINY, "--steps=2", f"--data_dir={tmp_path / 'none'}", "--ranks=4")
     assert (ended.code, ended.out) == (64, "")
-    assert "--ranks=4: expected at most the 2 ranks started" in ended.err
+    assert "--ranks=4: expected at most the 2 ranks started: hvd-vgg launch --ranks=4 benchmark --ranks=4 ..." in ended.err
     ended = launch(0, "benchmark", *TINY, "--steps=4", f"--data_dir={tmp_path / 'none'}")
     assert ended.code == 0, ended.err
     assert f"no real data: --data_dir={tmp_path / 'none'} is not there" in ended.out
@@ -268,3 +281,26 @@ def test_a_benchmark_that_could_not_write_its_result_measures_nothing(launch, tm
     ended = launch(2, "benchmark", *TINY, "--steps=4", f"--data_dir={tmp_path / 'none'}", f"--out={out}")
     assert (ended.code, ended.out) == (78, "")
     assert ended.err.count(f"--out={out} cannot be written: Not a directory") == 1
+
+
+@pytest.mark.fault(tier=3)
+def test_ranks_that_wait_for_a_row_of_the_benchmark_are_not_taken_for_lost(launch, tmp_path, data):
+    """A row of 60 updates of 16 records, each read 20 ms late: 19 s at the least, of which Horovod allows 10."""
+    program = [sys.executable, str(ROOT / "tests" / "slow.py"), "input", "0"]
+    flags = [*TINY, "--steps=60", f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", "--ranks=1", "--input_threads=1"]
+    limits = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "3", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "10"}
+    ended = launch(2, "benchmark", *flags, program=program, **limits)
+    assert ended.code == 0, ended.err
+    assert re.search(r"^ +1  real +\d+\.\d .*input$", ended.out, re.M)
+
+
+def test_a_benchmark_of_updates_that_are_not_applied_ends_with_81(launch, tmp_path):
+    (tmp_path / "o").write_text("of another day")
+    ended = launch(
+        2, "benchmark", *TINY, "--lr=1e9", f"--data_dir={tmp_path / 'none'}", "--ranks=1", f"--out={tmp_path / 'o'}"
+    )
+    assert ended.code == 81
+    told = [line for line in ended.err.splitlines() if line.startswith("hvd-vgg: ")]
+    assert len(told) == 1 and "on 1 rank, input device: the loss or gradient is not finite" in told[0]
+    assert "--lr=1e+09" in told[0] and "Traceback" not in ended.err
+    assert (tmp_path / "o").read_text() == "of another day"

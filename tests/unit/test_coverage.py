@@ -122,6 +122,15 @@ def test_a_batch_larger_than_the_data_set_completes_several_epochs_at_once():
     assert each[0].state()[0] == 2
 
 
+def test_an_epoch_of_more_updates_than_are_counted_at_once_is_proved():
+    records = (2 * coverage._AT_ONCE + 7) * BATCH - 5
+    each = ranks(2, 0, [], records)
+    train(each, range(2 * coverage._AT_ONCE + 7), records)
+    (proved,) = settle(each, 2 * coverage._AT_ONCE + 7)
+    assert proved.tally.text(records) == f"{records} of {records} records, each once"
+    assert each[0].state()[0] == 5
+
+
 def test_replaced_and_skipped_records_are_told_apart():
     each = ranks(2, 0, [])
     for step in range(3):

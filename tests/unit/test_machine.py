@@ -137,3 +137,10 @@ def test_what_other_jobs_left_is_found_and_our_own_daemon_is_not(tmp_path):
     process(tmp_path, 11, "vim", "vim", "train")
     (found,) = machine.check_leftovers(tmp_path)
     assert "orted (process 8), hvd-vgg train (process 10)" in found.text
+
+
+def test_a_processor_is_called_what_the_kernel_calls_it(tmp_path):
+    assert machine.processor(tmp_path) == ""
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text("processor\t: 0\nmodel name\t: A: 64 cores\n\nmodel name\t: another\n")
+    assert machine.processor(tmp_path) == "A: 64 cores"
