@@ -4,7 +4,7 @@
         [--horovod_examples=DIR] [--legacy_python=PATH] [--torch_python=PATH] [--results=FILE]
 
     ours     the train step of hvd-vgg: float32 weights and updates, computing in each of --precisions. A CPU takes more
-             than fifty times as long in float16 as in float32: give --ways=ours --batch=1 --warmup=1 --updates=1 for it
+             than fifty times as long in float16 as in float32, minutes an update
     keras    `fit` of keras.applications.VGG16, SGD with momentum: float32, and the policy mixed_bfloat16
     tf_cnn   tf_cnn_benchmarks.py --model=vgg16, from the directory it lies in, by --legacy_python
     horovod  tensorflow2_synthetic_benchmark.py --model VGG16 of Horovod's examples/tensorflow2, by --legacy_python
