@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Tuple
 
 import tensorflow as tf
 
-from hvd_vgg.model.layers import DENSE
+from hvd_vgg.models.architecture import DENSE
 from hvd_vgg.parallel import comm
 
 # A larger gradient is sent in parts: messages are sent one at a time, and a convolution's gradient that becomes ready

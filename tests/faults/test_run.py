@@ -12,8 +12,8 @@ import pytest
 import tensorflow as tf
 from support import ROOT, TINY
 
-from hvd_vgg.run import machine
-from hvd_vgg.run.log import METRICS
+from hvd_vgg.doctor.system import processor_name
+from hvd_vgg.reporting.log import METRICS
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +254,7 @@ def test_the_benchmark_measures_each_input_on_the_ranks_asked_for(launch, tmp_pa
     assert {"tensorflow", "horovod", "mpi"} <= set(told["software"]) and datetime.fromisoformat(told["date"])
     (host,) = told["machine"]["hosts"]
     assert (host["host"], host["cores"]) == (socket.gethostname(), os.cpu_count())
-    assert host["cpu"] == machine.processor(Path("/"))
+    assert host["cpu"] == processor_name(Path("/"))
     rows = told["rows"]
     kinds = [(ranks, kind) for ranks in (1, 3) for kind in ("device", "host", "real")]
     assert [(row["ranks"], row["input"]) for row in rows] == kinds

@@ -1,7 +1,7 @@
 """What the training loop agrees on between log lines."""
 
 from hvd_vgg.parallel import comm
-from hvd_vgg.run.throughput import Throughput
+from hvd_vgg.reporting.throughput import Throughput
 from hvd_vgg.train import loop
 
 
