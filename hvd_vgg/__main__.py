@@ -237,7 +237,9 @@ def _parse_command(argv: List[str]) -> Any:
     name, given = argv[0], argv[1:]
     if name in ("replay", "verify-run") and given and not given[0].startswith("-"):
         given = [f"--run_dir={given[0]}", *given[1:]]
-    config = parse_flags(COMMANDS[name].config, given)
+    kind = COMMANDS[name].config
+    shared = configs.TrainConfig if issubclass(kind, configs.NetworkConfig) else None
+    config = parse_flags(kind, given, shared=shared)
     if name not in ("evaluate", "replay"):
         return config
     run_dir = RunDir(config.run_dir)
@@ -246,9 +248,7 @@ def _parse_command(argv: List[str]) -> Any:
         return config
     # Where the run is now, and where this prints to, is not what the run was told.
     own = read_flag_file(configs.TrainConfig, path)
-    return parse_flags(
-        COMMANDS[name].config, given, dataclasses.replace(own, run_dir=config.run_dir, console=config.console)
-    )
+    return parse_flags(kind, given, dataclasses.replace(own, run_dir=config.run_dir, console=config.console), shared)
 
 
 def _refuse(failure: Failure) -> int:
