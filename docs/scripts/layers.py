@@ -87,7 +87,7 @@ def layers_of(graph: Graph) -> Dict[str, int]:
     below = {box: reachable(graph, box) for box in graph}
     circle = {box: frozenset({box} | {other for other in below[box] if box in below[other]}) for box in graph}
     layers: Dict[str, int] = {}
-    for box in sorted(graph, key=lambda each: (len(below[each]), each)):  # what is below a box comes before it
+    for box in sorted(graph, key=lambda each: (len(below[each] | {each}), each)):  # what is below a box comes before it
         layers[box] = 1 + max((layers.get(other, -1) for other in below[box] - circle[box]), default=-1)
     return {box: max(layers[other] for other in circle[box]) for box in graph}
 
