@@ -80,23 +80,27 @@ def ours(precision, options):
     import numpy as np
     import tensorflow as tf
 
-    from hvd_vgg.config import Config
-    from hvd_vgg.model import vgg
-    from hvd_vgg.model.layers import layers
-    from hvd_vgg.parallel import comm, cost
-    from hvd_vgg.train import optimizer, step
+    from hvd_vgg.config import TrainConfig
+    from hvd_vgg.models import vgg
+    from hvd_vgg.models.architecture import vgg_layers
+    from hvd_vgg.parallel import cost
+    from hvd_vgg.parallel.init import start
+    from hvd_vgg.train.optimizer import make_slots
+    from hvd_vgg.train.train_step import make_train_step, step_inputs
 
-    device = comm.start()
-    config = Config(global_batch=options.batch, device_batch=options.batch, weight_decay=WEIGHT_DECAY, precision=precision)
+    device = start()
+    config = TrainConfig(
+        global_batch=options.batch, device_batch=options.batch, weight_decay=WEIGHT_DECAY, precision=precision
+    )
     factored = [choice.layer for choice in cost.choose(config, 1) if choice.way == "factored"]
-    weights = vgg.initial_weights(layers("vgg16", 1.0, SIZE, CLASSES), 1)
-    slots = optimizer.make_slots(weights, precision)
-    run = step.make_train_step(weights, slots, config, device.data_format, factored)
+    weights = vgg.initial_weights(vgg_layers("vgg16", 1.0, SIZE, CLASSES), 1)
+    slots = make_slots(weights, precision)
+    run = make_train_step(weights, slots, config, device.data_format, factored)
     random = np.random.default_rng(0)
     arguments = (
         tf.constant(random.integers(0, 256, (options.batch, SIZE, SIZE, 3)), tf.uint8),
         tf.constant(random.integers(0, CLASSES, options.batch), tf.int32),
-        *step.arguments(config, 0, 0, RATE),
+        *step_inputs(config, 0, 0, RATE),
     )
     return timed(lambda: float(run(*arguments).gradient_norm), options)
 
@@ -284,9 +288,9 @@ def versions():
 
 def gflop_per_image():
     """Returns the floating-point operations of an update for one image, in 1e9."""
-    from hvd_vgg.model.layers import layers, training_flops
+    from hvd_vgg.models.architecture import training_flops, vgg_layers
 
-    return training_flops(layers("vgg16", 1.0, SIZE, CLASSES), SIZE) / 1e9
+    return training_flops(vgg_layers("vgg16", 1.0, SIZE, CLASSES), SIZE) / 1e9
 
 
 def report(turns, options):

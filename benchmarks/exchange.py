@@ -123,17 +123,18 @@ def make_steps(config, options):
     import horovod.tensorflow as hvd
     import tensorflow as tf
 
-    from hvd_vgg.model import vgg
-    from hvd_vgg.model.layers import DENSE, layers
+    from hvd_vgg.models import vgg
+    from hvd_vgg.models.architecture import DENSE, vgg_layers
     from hvd_vgg.parallel import comm, exchange
-    from hvd_vgg.train import optimizer, step
+    from hvd_vgg.train.optimizer import apply_update, make_slots
+    from hvd_vgg.train.train_step import StepMetrics, apply_dropout, dropout_mask, make_train_step, top_k_correct
 
-    weights = vgg.initial_weights(layers("vgg16", 1.0, 224, 1000), 1)
-    slots = optimizer.make_slots(weights)
+    weights = vgg.initial_weights(vgg_layers("vgg16", 1.0, 224, 1000), 1)
+    slots = make_slots(weights)
 
     def ours(factored, wire_dtype):
         chosen = dataclasses.replace(config, wire_dtype=wire_dtype)
-        return step.make_train_step(weights, slots, chosen, "NHWC", factored)
+        return make_train_step(weights, slots, chosen, "NHWC", factored)
 
     def local(*arguments):
         # Traced while the ranks do not speak: the same graph without its messages.
@@ -148,17 +149,17 @@ def make_steps(config, options):
     @tf.function
     def horovod(images, labels, position, keys, lr):
         def dropout(x, layer):
-            kept = step.keep(tf.shape(x)[0], x.shape[1], config.dropout, keys[layer], position)
-            return step.drop(x, kept, config.dropout)
+            kept = dropout_mask(tf.shape(x)[0], x.shape[1], config.dropout, keys[layer], position)
+            return apply_dropout(x, kept, config.dropout)
 
         with tf.GradientTape() as tape:
             logits = vgg.logits(weights, "vgg16", vgg.normalized(images), "NHWC", dropout)
             loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
         gradients = hvd.DistributedGradientTape(tape).gradient(loss, list(weights.values()))
         norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(gradient) for gradient in gradients]))
-        optimizer.update(weights, slots, dict(zip(weights, gradients)), lr, "momentum", 0.9, config.weight_decay)
-        hits = [step.hits(logits, labels, k) for k in (1, 5)]
-        return step.Sums(loss, *hits, norm, tf.constant(1.0), tf.constant(0.0))
+        apply_update(weights, slots, dict(zip(weights, gradients)), lr, "momentum", 0.9, config.weight_decay)
+        hits = [top_k_correct(logits, labels, k) for k in (1, 5)]
+        return StepMetrics(loss, *hits, norm, tf.constant(1.0), tf.constant(0.0))
 
     without = ours([], "float32")
     steps = {
@@ -177,20 +178,22 @@ def work(options):
     import numpy as np
     import tensorflow as tf
 
-    from hvd_vgg.config import Config
-    from hvd_vgg.data import order
+    from hvd_vgg.config import TrainConfig
+    from hvd_vgg.data.sampler import slice_bounds
     from hvd_vgg.parallel import comm
+    from hvd_vgg.parallel.init import start
+    from hvd_vgg.seeds import dropout_keys
 
-    comm.start()
+    start()
     tf.config.threading.set_intra_op_parallelism_threads(max(1, (os.cpu_count() or 1) // options.hosts))
-    config = Config(global_batch=options.images * options.hosts, device_batch=options.device_batch)
+    config = TrainConfig(global_batch=options.images * options.hosts, device_batch=options.device_batch)
     random = np.random.default_rng(comm.rank())
-    low, _ = order.slice_bounds(config.global_batch, comm.rank(), comm.size())
+    low, _ = slice_bounds(config.global_batch, comm.rank(), comm.size())
     arguments = (
         tf.constant(random.integers(0, 256, (options.images, 224, 224, 3)), tf.uint8),
         tf.constant(random.integers(0, 1000, options.images), tf.int32),
         tf.constant(low, tf.int64),
-        tf.constant(order.dropout_keys(1, 0, 2)),
+        tf.constant(dropout_keys(1, 0, 2)),
         tf.constant(1e-4),
     )
     counter = Path("/sys/class/net/eth0/statistics/tx_bytes")
@@ -203,20 +206,20 @@ def work(options):
     steps = make_steps(config, options)
     for turn in range(-1, options.rounds):  # the first traces and is not counted
         for way, run in steps.items():
-            comm.gather(b"ready")
+            comm.barrier()
             sent, began = bytes_sent(), time.perf_counter()
             for _ in range(options.steps):
                 float(run(*arguments).gradient_norm)
-            comm.gather(b"done")
+            comm.barrier()
             seconds, sent = (time.perf_counter() - began) / options.steps, bytes_sent() - sent
-            most = max(int(text) for text in comm.gather(str(sent).encode()))
+            most = max(int(text) for text in comm.gather_bytes(str(sent).encode()))
             if comm.is_root():
                 print(f"round {turn}: {way:10s} {seconds:7.2f} s  {most / options.steps / 1e6:8.1f} MB", flush=True)
                 if turn >= 0:
                     turns.setdefault(way, []).append([seconds, most / options.steps])
     if comm.is_root():
         Path(os.environ["EXCHANGE_RESULT"]).write_text(json.dumps({"turns": turns, "mbit": mbit}))
-    comm.leave()
+    comm.shutdown()
 
 
 def measure_link(options):
@@ -226,16 +229,16 @@ def measure_link(options):
     data = bytes(int(options.mbit / 8 * 1e6))  # one second's worth at the nominal rate
     rates = []
     for _ in range(4):
-        comm.gather(b"ready")
+        comm.barrier()
         began = time.perf_counter()
-        comm.gather(data)
+        comm.gather_bytes(data)
         rates.append((options.hosts - 1) * len(data) * 8 / 1e6 / (time.perf_counter() - began))
     return sorted(rates[1:])[1]
 
 
 def report(turns, mbit, options):
     """Prints the table of medians with their spread and what the plan says."""
-    from hvd_vgg.config import Config
+    from hvd_vgg.config import TrainConfig
     from hvd_vgg.parallel import cost
 
     local = statistics.median(seconds for seconds, _ in turns["local"])
@@ -249,7 +252,7 @@ def report(turns, mbit, options):
         seconds, sent = [row[0] for row in rows], statistics.median(row[1] for row in rows)
         flags = {"exchange": "factored" if way.startswith("factored") else "allreduce"}
         flags["wire_dtype"] = "float16" if way.endswith("16") else "float32"
-        config = Config(global_batch=options.images * options.hosts, **flags)
+        config = TrainConfig(global_batch=options.images * options.hosts, **flags)
         middle, share, bracket = statistics.median(seconds), "", ""
         if mbit and way != "local":
             found = cost.predict(config, cost.Link(options.hosts, 1, mbit / 1000, options.images / local))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import crc32c
 
-from hvd_vgg.data import records
+from hvd_vgg.data.index import join, scan_shard
 
 GOAL_PER_SECOND = 200_000
 IMAGENET_RECORDS = 1_281_167
@@ -70,12 +70,12 @@ def main() -> None:
         paths = [Path(folder) / f"train-{number:05d}-of-00008" for number in range(8)]
         for path in paths:
             write_sparse_shard(path, options.records // len(paths), options.bytes)
-        index = records.join(paths, [records.scan_shard(path) for path in paths])  # fills the page cache
+        index = join(paths, [scan_shard(path) for path in paths])  # fills the page cache
         rates = []
         for _ in range(9):
             began = time.perf_counter()
             for path in paths:
-                records.scan_shard(path)
+                scan_shard(path)
             rates.append(index.records / (time.perf_counter() - began))
         median = statistics.median(rates)
         print(

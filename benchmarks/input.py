@@ -56,18 +56,18 @@ def load(options: argparse.Namespace) -> Any:
     """Returns the index of the first records of the train split, at most --images of them."""
     import numpy as np
 
-    from hvd_vgg.data import records
+    from hvd_vgg.data.index import Index, find_shards, join, scan_shard
 
     paths, shards = [], []
-    for path in records.find_shards(options.data_dir, "train"):
+    for path in find_shards(options.data_dir, "train"):
         paths.append(path)
-        shards.append(records.scan_shard(path))
+        shards.append(scan_shard(path))
         if sum(len(shard.offsets) for shard in shards) >= options.images:
             break
-    whole = records.join(paths, shards)
+    whole = join(paths, shards)
     count = min(whole.records, options.images)
     starts = np.minimum(whole.starts, count)
-    return records.Index(whole.paths, starts, whole.offsets[:count], whole.lengths[:count], whole.labels[:count])
+    return Index(whole.paths, starts, whole.offsets[:count], whole.lengths[:count], whole.labels[:count])
 
 
 def passes(options: argparse.Namespace, index: Any) -> int:
@@ -77,25 +77,25 @@ def passes(options: argparse.Namespace, index: Any) -> int:
 
 def our_config(options: argparse.Namespace) -> Any:
     """Returns a Config of batches of BATCH images with crops."""
-    from hvd_vgg.config import Config
+    from hvd_vgg.config import TrainConfig
 
-    return Config(
+    return TrainConfig(
         data_dir=options.data_dir, global_batch=BATCH, device_batch=BATCH, image_size=options.size, augment="crop", seed=SEED
     )
 
 
 def ours(options: argparse.Namespace, split: str) -> Round:
     """Returns the rounds of this package's pipeline for training or evaluation."""
-    from hvd_vgg.data import pipeline
+    from hvd_vgg.data.loader import PADDING, eval_batches, train_batches
 
     index, config = load(options), our_config(options)
 
     def make() -> int:
         if split == "train":
-            batches = pipeline.train_batches(index, config, 0, range(options.images // BATCH), 0, 1, 1)
+            batches = train_batches(index, config, 0, range(options.images // BATCH), 0, 1, 1)
             return sum(len(batch.ids) for batch in batches)
-        splits = (pipeline.eval_batches(index, config, 0, 0, 1, 1) for _ in range(passes(options, index)))
-        return sum(int((batch.labels.numpy() != pipeline.PADDING).sum()) for batches in splits for batch in batches)
+        splits = (eval_batches(index, config, 0, 0, 1, 1) for _ in range(passes(options, index)))
+        return sum(int((batch.labels.numpy() != PADDING).sum()) for batches in splits for batch in batches)
 
     return lambda: timed(make)
 
@@ -104,19 +104,19 @@ def decode_alone(options: argparse.Namespace, split: str) -> Round:
     """Returns the rounds of TensorFlow's decode-and-crop on the images and windows of `ours`."""
     import tensorflow as tf
 
-    from hvd_vgg.data import images, order, records
+    from hvd_vgg.data.reader import parse_example, read_record
+    from hvd_vgg.data.sampler import positions, sample_seeds
+    from hvd_vgg.data.transforms import augmentation_params, central_window, image_shape, random_window
 
     index, windows, encoded = load(options), [], []
-    at = order.positions(0, options.images, index.records, SEED)
-    draws = images.image_draws(order.sample_seeds(SEED, at))
+    at = positions(0, options.images, index.records, SEED)
+    draws = augmentation_params(sample_seeds(SEED, at))
     ids = at.ids.tolist() if split == "train" else list(range(index.records)) * passes(options, index)
     for n, record in enumerate(ids):
-        data, _ = records.parse_example(index, record, records.read_record(index, record))
+        data, _ = parse_example(index, record, read_record(index, record))
         encoded.append(tf.constant(data))
-        height, width = images.image_shape(data)
-        window = (
-            images.random_window(height, width, draws[n][3:]) if split == "train" else images.central_window(height, width)
-        )
+        height, width = image_shape(data)
+        window = random_window(height, width, draws[n][3:]) if split == "train" else central_window(height, width)
         windows.append(tf.constant(window))
 
     def make() -> int:
@@ -220,7 +220,8 @@ def pillow(options: argparse.Namespace) -> Round:
     import numpy as np
     from PIL import Image
 
-    from hvd_vgg.data import images, records
+    from hvd_vgg.data.reader import parse_example, read_record
+    from hvd_vgg.data.transforms import random_window
 
     index, draw = load(options), random.Random(SEED)  # noqa: S311
 
@@ -231,9 +232,9 @@ def pillow(options: argparse.Namespace) -> Round:
             return int(index.records)
 
         def __getitem__(self, record: int) -> Any:
-            encoded, label = records.parse_example(index, record, records.read_record(index, record))
+            encoded, label = parse_example(index, record, read_record(index, record))
             image = Image.open(io.BytesIO(encoded)).convert("RGB")
-            window = images.random_window(image.height, image.width, [draw.random() for _ in range(30)])
+            window = random_window(image.height, image.width, [draw.random() for _ in range(30)])
             top, left, height, width = window
             image = image.crop((left, top, left + width, top + height)).resize((options.size, options.size), Image.BILINEAR)
             if draw.random() < 0.5:
@@ -390,8 +391,8 @@ def main() -> None:
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Ends the script where an option cannot be used."""
-    from hvd_vgg.data import records
-    from hvd_vgg.run.health import Failure
+    from hvd_vgg.data.index import find_shards
+    from hvd_vgg.errors import Failure
 
     if options.rounds < 1:
         parser.error(f"--rounds={options.rounds}: expected at least 1")
@@ -404,7 +405,7 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     except ValueError:
         parser.error(f"--core={options.core}: expected some of {','.join(map(str, sorted(os.sched_getaffinity(0))))}")
     try:
-        records.find_shards(options.data_dir, "train")
+        find_shards(options.data_dir, "train")
     except Failure as failure:
         parser.error(f"--data_dir: {failure.message}")
 

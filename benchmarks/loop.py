@@ -69,15 +69,18 @@ class Turns:
 
 def work(rounds: int, size: int, flags: List[str]) -> None:
     """One size: trains, with a bare loop between the trainer's turns, and prints what was found."""
-    from hvd_vgg.config import Config, parse
+    from hvd_vgg.config import TrainConfig
+    from hvd_vgg.flags import parse_flags
     from hvd_vgg.parallel import comm
-    from hvd_vgg.train import loop, step
+    from hvd_vgg.train import loop
+    from hvd_vgg.train.loop import train
+    from hvd_vgg.train.train_step import step_inputs
 
     turns = Turns(size)
     make_step, batches_of = loop._make_train_step, loop._batches
 
     def bare(job, batches):
-        arguments = step.arguments(job.config, 0, 0, job.config.lr)
+        arguments = step_inputs(job.config, 0, 0, job.config.lr)
         for batch in turns.some(batches):
             job.train_step(*batch[:2], *arguments)
         return ()
@@ -93,9 +96,9 @@ def work(rounds: int, size: int, flags: List[str]) -> None:
     loop._make_train_step = lambda *arguments: turns.step(make_step(*arguments))
     loop._batches = in_turn
     try:
-        loop.train(parse(Config, [*flags, f"--steps={(rounds + 2) * size}"]))
+        train(parse_flags(TrainConfig, [*flags, f"--steps={(rounds + 2) * size}"]))
     except Through:
-        comm.leave()
+        comm.shutdown()
     report({way: found[1:] for way, found in turns.found.items()})
 
 

@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from hvd_vgg.config import Config
-from hvd_vgg.data import order
-from hvd_vgg.model.layers import DENSE
-from hvd_vgg.parallel import comm
-from hvd_vgg.train import state, step
-from hvd_vgg.train.writer import Writer
+from hvd_vgg.config import TrainConfig
+from hvd_vgg.models.architecture import DENSE
+from hvd_vgg.parallel.init import start
+from hvd_vgg.seeds import dropout_keys
+from hvd_vgg.train.checkpoint_writer import CheckpointWriter
+from hvd_vgg.train.state import TrainProgress, initial_state, save_state
+from hvd_vgg.train.train_step import make_train_step
 
 
 def parse():
@@ -42,13 +43,13 @@ def told(name, values, unit="s"):
 def main():
     """Runs the rounds and prints the table."""
     options = parse()
-    device = comm.start()
-    config = Config(width=options.width, global_batch=options.images, device_batch=options.images)
-    run = state.initial(config)
-    train_step = step.make_train_step(run.weights, run.slots, config, device.data_format, [])
+    device = start()
+    config = TrainConfig(width=options.width, global_batch=options.images, device_batch=options.images)
+    run = initial_state(config)
+    train_step = make_train_step(run.weights, run.slots, config, device.data_format, [])
     images = tf.constant(np.random.default_rng(1).integers(0, 256, (options.images, 224, 224, 3)).astype(np.uint8))
     batch = [images, tf.zeros([options.images], tf.int32), tf.constant(0, tf.int64)]
-    keys = tf.constant(order.dropout_keys(1, 0, len(DENSE) - 1))
+    keys = tf.constant(dropout_keys(1, 0, len(DENSE) - 1))
 
     def update():
         began = time.perf_counter()
@@ -59,12 +60,12 @@ def main():
         update()
     rows = {name: [] for name in ("alone", "pause", "behind", "slower", "foreground", "lost")}
     with tempfile.TemporaryDirectory(dir=options.out) as folder:
-        writer = Writer(Path(folder), 1, lambda *_, **__: None)
-        position = state.Position()
+        writer = CheckpointWriter(Path(folder), 1, lambda *_, **__: None)
+        position = TrainProgress()
         for number in range(options.rounds):
             alone = statistics.median(update() for _ in range(4))
             began = time.perf_counter()
-            state.save(run, position._replace(step=2 * number), {}, writer, False)
+            save_state(run, position._replace(step=2 * number), {}, writer, False)
             pause, during = time.perf_counter() - began, []
             while not writer.saving.done():
                 during.append(update())
@@ -72,7 +73,7 @@ def main():
             if writer.wait():
                 raise SystemExit("a save failed")
             began = time.perf_counter()
-            state.save(run, position._replace(step=2 * number + 1), {}, writer, False)
+            save_state(run, position._replace(step=2 * number + 1), {}, writer, False)
             writer.wait()
             foreground = time.perf_counter() - began
             lost = pause + sum(during) - alone * len(during)

@@ -23,8 +23,9 @@ from typing import Any, Dict, List
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from hvd_vgg.config import Config
-from hvd_vgg.data import pipeline, records
+from hvd_vgg.config import TrainConfig
+from hvd_vgg.data.index import find_shards, join, scan_shard
+from hvd_vgg.data.loader import train_batches
 
 BATCH, SIZE, SEED = 256, 224, 1
 
@@ -40,7 +41,7 @@ def forget(index: Any) -> None:
 
 def once(index: Any, options: argparse.Namespace, block: int) -> float:
     """Returns images/s over --images from the start of a stream."""
-    config = Config(
+    config = TrainConfig(
         data_dir=options.data_dir,
         global_batch=BATCH,
         device_batch=BATCH,
@@ -51,7 +52,7 @@ def once(index: Any, options: argparse.Namespace, block: int) -> float:
     )
     forget(index)
     began, made = time.perf_counter(), 0
-    for batch in pipeline.train_batches(index, config, 0, range(options.images // BATCH), 0, 1, options.threads):
+    for batch in train_batches(index, config, 0, range(options.images // BATCH), 0, 1, options.threads):
         made += len(batch.ids)
     return made / (time.perf_counter() - began)
 
@@ -69,8 +70,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.images % BATCH or options.images <= 0 or options.rounds < 1:
         parser.error(f"--images={options.images} --rounds={options.rounds}: expected a multiple of {BATCH}, and 1 or more")
-    paths = records.find_shards(options.data_dir, "train")
-    index = records.join(paths, [records.scan_shard(path) for path in paths])
+    paths = find_shards(options.data_dir, "train")
+    index = join(paths, [scan_shard(path) for path in paths])
     print(f"{index.records} records in {len(paths)} shards, {sum(path.stat().st_size for path in paths) / 1e9:.2f} GB")
     blocks = [int(block) for block in options.blocks.split(",")]
     rates: Dict[int, List[float]] = {block: [] for block in blocks}

@@ -8,21 +8,22 @@
 import numpy as np
 import tensorflow as tf
 
-from hvd_vgg.data import order
+from hvd_vgg.data.sampler import slice_bounds
 from hvd_vgg.parallel import comm, exchange
+from hvd_vgg.parallel.init import start
 
 ROWS, INPUTS, OUTPUTS = 256, 4096, 1000
 
 
 def main() -> None:
     """Prints the table on rank 0."""
-    comm.start()
+    start()
     random = np.random.default_rng(0)
     dropped = 2 * (random.random((ROWS, INPUTS)) < 0.5)
     x = (np.maximum(random.normal(size=(ROWS, INPUTS)), 0) * dropped).astype(np.float32)
     d = (random.normal(size=(ROWS, OUTPUTS)) * 1e-2 / ROWS).astype(np.float32)
     exact = x.astype(np.float64).T @ d.astype(np.float64)
-    low, high = order.slice_bounds(ROWS, comm.rank(), comm.size())
+    low, high = slice_bounds(ROWS, comm.rank(), comm.size())
     for wire_dtype in ("float32", "float16"):
 
         @tf.function
@@ -35,7 +36,7 @@ def main() -> None:
         errors = [np.linalg.norm(kernel.numpy() - exact) / np.linalg.norm(exact) for kernel in found]
         if comm.is_root():
             print(f"{comm.size()} ranks, {wire_dtype}: factored {errors[0]:.1e}, allreduce {errors[1]:.1e}")
-    comm.leave()
+    comm.shutdown()
 
 
 if __name__ == "__main__":

@@ -10,29 +10,28 @@ from pathlib import Path
 from typing import Any, Callable, List, Tuple
 
 from hvd_vgg import __version__
-from hvd_vgg.run import output, watch
-from hvd_vgg.run.health import BUG, CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure, launched_rank
+from hvd_vgg.environment import launched_rank
+from hvd_vgg.errors import BUG, CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure
+from hvd_vgg.streams import ensure_std_streams, write_line
+from hvd_vgg.watchdog import watchdog
 
 try:
     from hvd_vgg.config import (
         BenchmarkConfig,
-        Config,
         DemoConfig,
         DoctorConfig,
         EvaluateConfig,
         LaunchConfig,
         PlanConfig,
         ReplayConfig,
+        TrainConfig,
         VerifyConfig,
-        describe,
-        find_flag_file,
-        nonfinite_folder,
-        parse,
     )
+    from hvd_vgg.flags import describe_flags, parse_flags
+    from hvd_vgg.run_dir import find_flag_file, nonfinite_folder
 except ModuleNotFoundError as error:  # absl-py reads the flags, doctor's too
-    output.say(f"hvd-vgg: {error} ({sys.executable}): install it, or use launch/environment.sh", sys.stderr)
+    write_line(f"hvd-vgg: {error} ({sys.executable}): install it, or use launch/environment.sh", sys.stderr)
     sys.exit(CONFIGURATION)
-
 USAGE_TEXT = f"""hvd-vgg {__version__}: trains VGG networks on ImageNet-style TFRecords with TensorFlow and Horovod.
 
   hvd-vgg train [--flagfile=FILE] [--flags]           train and evaluate; leaves everything in --run_dir
@@ -57,61 +56,61 @@ hvd-vgg COMMAND --help lists a command's flags. Exit codes: 0 done, 64 usage, 65
 
 
 def _train(config: Any) -> None:
-    watch.leave_when_asked()
-    watch.begin(Path(config.run_dir), launched_rank() or 0, config.hang_seconds)
-    from hvd_vgg.train import loop
+    watchdog.exit_when_asked()
+    watchdog.start(Path(config.run_dir), launched_rank() or 0, config.hang_seconds)
+    from hvd_vgg.train.loop import train
 
-    loop.train(config)
+    train(config)
 
 
 def _evaluate(config: Any) -> None:
-    watch.begin(None, launched_rank() or 0, config.hang_seconds)
-    from hvd_vgg.train import loop
+    watchdog.start(None, launched_rank() or 0, config.hang_seconds)
+    from hvd_vgg.train.loop import evaluate_run
 
-    loop.evaluate_run(config)
+    evaluate_run(config)
 
 
 def _replay(config: Any) -> None:
-    from hvd_vgg.train import replay
+    from hvd_vgg.commands.replay import replay
 
-    replay.replay(config)
+    replay(config)
 
 
 def _benchmark(config: Any) -> None:
-    from hvd_vgg.train import benchmark
+    from hvd_vgg.commands.benchmark import benchmark
 
-    benchmark.benchmark(config)
+    benchmark(config)
 
 
 def _verify(config: Any) -> None:
-    from hvd_vgg.train import verify
+    from hvd_vgg.commands.verify import verify_run
 
     if config.data_dir:
-        watch.begin(None, launched_rank() or 0, 0.0)
-    verify.verify_run(config)
+        watchdog.start(None, launched_rank() or 0, 0.0)
+    verify_run(config)
 
 
 def _make_demo_data(config: Any) -> None:
-    from hvd_vgg.data import demo
+    from hvd_vgg.commands.demo_data import make_demo_data
 
-    demo.make(config)
+    make_demo_data(config)
 
 
 def _doctor(config: Any) -> None:
-    from hvd_vgg.run import doctor
+    from hvd_vgg.doctor.runner import doctor
 
-    doctor.doctor(config)
+    doctor(config)
 
 
 def _plan(config: Any) -> None:
-    from hvd_vgg.parallel import plan
+    from hvd_vgg.commands.plan import plan
 
-    plan.plan(config)
+    plan(config)
 
 
 # What is imported above the commands must be quick: --help and a wrong flag answer at once.
 COMMANDS: "dict[str, Tuple[Any, Callable[[Any], None], str]]" = {
-    "train": (Config, _train, "hvd-vgg train [--flagfile=FILE] [--flags]: train and evaluate on all ranks."),
+    "train": (TrainConfig, _train, "hvd-vgg train [--flagfile=FILE] [--flags]: train and evaluate on all ranks."),
     "evaluate": (
         EvaluateConfig,
         _evaluate,
@@ -152,8 +151,6 @@ COMMANDS: "dict[str, Tuple[Any, Callable[[Any], None], str]]" = {
     ),
     "make-demo-data": (DemoConfig, _make_demo_data, "hvd-vgg make-demo-data [--flags]: draw a data set."),
 }
-
-
 LAUNCH_USAGE = """hvd-vgg launch [--flags] train|evaluate|replay|verify-run|benchmark|doctor|make-demo-data [ITS FLAGS]
 hvd-vgg launch [--flags] -- PROGRAM [ITS ARGUMENTS]
 
@@ -171,7 +168,7 @@ PROGRAM = [sys.executable, "-m", "hvd_vgg"]
 
 def main() -> None:
     """Runs the command line and exits with the codes of hvd_vgg.run.health."""
-    output.reopen()
+    ensure_std_streams()
     sys.dont_write_bytecode = True  # TensorFlow would leave some in the temporary directory, of code that it makes up
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Where TensorBoard is not installed, TensorFlow before 2.16 warns of it on every rank; a run says it once itself.
@@ -191,9 +188,9 @@ def run(argv: List[str]) -> int:
             raise Failure(USAGE, f"{argv[0]}: no such command; expected one of {', '.join(COMMANDS)}, launch")
         kind, command, usage = COMMANDS[argv[0]]
         if {"-h", "--help"} & set(argv[1:]):
-            print(describe(kind, usage), end="")
+            print(describe_flags(kind, usage), end="")
             return DONE
-        config = parse(kind, _with_run_flags(argv))
+        config = parse_flags(kind, _with_run_flags(argv))
     except Failure as failure:
         return _refuse(failure)
     except ImportError as error:
@@ -222,7 +219,7 @@ def run(argv: List[str]) -> int:
             first = str(error).strip().split("\n")[0][:200]
             told = f"another rank has gone ({first}); the same command goes on from the newest checkpoint"
             return _end(Failure(LOST_RANK, told))
-        output.say(traceback.format_exc(), sys.stderr, end="")
+        write_line(traceback.format_exc(), sys.stderr, end="")
         return _end(Failure(BUG, "an error of the program, above: please report it with the run's flags.txt"))
 
 
@@ -232,27 +229,27 @@ def _missing(error: ImportError) -> Failure:
 
 def _launch(argv: List[str]) -> int:
     """Runs `hvd-vgg launch`; wrong flags of the command to start are found before anything is."""
-    from hvd_vgg.run import launch
+    from hvd_vgg.launcher.supervisor import LaunchSpec, launch
 
     startable = [name for name in COMMANDS if name != "plan"]
     cut = next((at for at, word in enumerate(argv) if word in (*startable, "--")), len(argv))
     own, inner = argv[:cut], argv[cut:]
     if {"-h", "--help"} & set(own):
-        print(describe(LaunchConfig, LAUNCH_USAGE), end="")
+        print(describe_flags(LaunchConfig, LAUNCH_USAGE), end="")
         return DONE
     if len(inner) < 1 + (inner[:1] == ["--"]):
         raise Failure(USAGE, f"nothing to launch: expected {', '.join(startable)}, or -- PROGRAM, after launch's own flags")
-    config = parse(LaunchConfig, own)
+    config = parse_flags(LaunchConfig, own)
     if inner[0] == "--":
-        return launch.launch(config, launch.Job(inner[1:]))
+        return launch(config, LaunchSpec(inner[1:]))
     if {"-h", "--help"} & set(inner):
         return run(inner)
-    started = parse(COMMANDS[inner[0]][0], _with_run_flags(inner))
+    started = parse_flags(COMMANDS[inner[0]][0], _with_run_flags(inner))
     # Under mpirun a process cannot tell a terminal from a file; here one can.
     console = ["--console=bar" if sys.stdout.isatty() else "--console=lines"] * (getattr(started, "console", "") == "auto")
     program = [*PROGRAM, *inner, *console]
     run_dir = Path(started.run_dir) if inner[0] == "train" else None
-    return launch.launch(config, launch.Job(program, run_dir, getattr(started, "global_batch", None)))
+    return launch(config, LaunchSpec(program, run_dir, getattr(started, "global_batch", None)))
 
 
 def _with_run_flags(argv: List[str]) -> List[str]:
@@ -261,10 +258,10 @@ def _with_run_flags(argv: List[str]) -> List[str]:
     if command in ("replay", "verify-run") and given and not given[0].startswith("-"):
         given = [f"--run_dir={given[0]}", *given[1:]]
     if command == "replay":
-        config = parse(ReplayConfig, given)
+        config = parse_flags(ReplayConfig, given)
         found = find_flag_file(nonfinite_folder(Path(config.run_dir), config.step))
     elif command == "evaluate":
-        found = find_flag_file(Path(parse(EvaluateConfig, given).run_dir))
+        found = find_flag_file(Path(parse_flags(EvaluateConfig, given).run_dir))
     else:
         return given
     # Where the run printed to is not where this prints to.
@@ -274,32 +271,32 @@ def _with_run_flags(argv: List[str]) -> List[str]:
 def _refuse(failure: Failure) -> int:
     """Ends a rank before it joined the others: all ranks find the same, so rank 0 speaks for them."""
     if not launched_rank():
-        output.say(f"hvd-vgg: {failure.message}", sys.stderr)
+        write_line(f"hvd-vgg: {failure.message}", sys.stderr)
     else:
         # The launcher ends all ranks when the first one leaves, which must not be before rank 0 has spoken. Where rank 0
         # found nothing wrong (another host, another file), this one speaks after all.
         time.sleep(3)
-        output.say(f"hvd-vgg: rank {launched_rank()}: {failure.message}", sys.stderr)
+        write_line(f"hvd-vgg: rank {launched_rank()}: {failure.message}", sys.stderr)
     return failure.code
 
 
 def _end(failure: Failure) -> int:
     """Ends a rank that may be among others."""
-    if not failure.agreed and failure.code != LOST_RANK:
-        watch.fatal(failure.code, failure.message)
+    if not failure.collective and failure.code != LOST_RANK:
+        watchdog.record_fatal(failure.code, failure.message)
     comm = sys.modules.get("hvd_vgg.parallel.comm")
     rank = comm.rank_if_joined() if comm else None
     if not comm or rank is None:  # it failed before Horovod was there, or when it no longer was
         return _refuse(failure)
-    if failure.agreed:
+    if failure.collective:
         if comm.is_root():
-            output.say(f"hvd-vgg: {failure.message}", sys.stderr)
-        watch.beat(phase="saving")  # rank 0 may have a checkpoint to write to its end
+            write_line(f"hvd-vgg: {failure.message}", sys.stderr)
+        watchdog.heartbeat(phase="saving")  # rank 0 may have a checkpoint to write to its end
         comm.together(lambda: None)  # nobody leaves before rank 0 has spoken
         comm.leave()
         return failure.code
     where = f"rank {rank}: " if comm.size() > 1 else ""
-    output.say(f"hvd-vgg: {where}{failure.message}", sys.stderr)
+    write_line(f"hvd-vgg: {where}{failure.message}", sys.stderr)
     comm.abort(failure.code)
     return failure.code
 

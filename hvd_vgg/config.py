@@ -1,82 +1,212 @@
-"""Every flag, once: its default, unit, range and meaning; and the frozen Config that a run is made of."""
+"""Every flag, once: its default, unit, range and meaning, in sections. A command's configuration is the sections it uses.
+
+Sections are dataclasses that are combined by inheritance: a function asks for the section it needs, and may be given any
+configuration that has it. What takes a NetworkConfig takes a TrainConfig too, but cannot read its learning rate.
+"""
 
 import dataclasses
-import difflib
 import math
-import re
-import textwrap
 from pathlib import Path
-from typing import Any, Dict, FrozenSet, List, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, Iterator, List, Set, Tuple
 
-from absl import flags
-
-from hvd_vgg.run.health import USAGE, Failure
-
-
-def flag(default: Any, group: str, text: str, unit: str = "", **limits: Any) -> Any:
-    """Declares one field of Config, which is one flag.
-
-    `limits`: `choices`, `at_least`, `above`, `at_most`, `below`; and `learned=True` where the value decides what is
-    learned (a checkpoint goes on only under the same one).
-    """
-    return dataclasses.field(default=default, metadata={"group": group, "text": text, "unit": unit, **limits})
+from hvd_vgg.flags import flag, format_value, same_flag
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """What a run is: with the data, everything that decides its result. One field, one flag."""
+class NetworkConfig:
+    """The network: what decides the shapes of its weights, and the images it takes."""
 
-    data_dir: str = flag(
-        "./imagenet_tfrecord", "Data", "Directory (or link to one) with train-?????-of-????? and validation-*.", "path"
+    num_classes: int = flag(1000, "Data", "Classes; a label outside them is an error.", at_least=2, hyperparameter=True)
+    image_size: int = flag(
+        224, "Data", "Height and width of the network's input.", "pixels", at_least=32, hyperparameter=True
     )
-    num_classes: int = flag(1000, "Data", "Classes; labels outside them are an error.", at_least=2, learned=True)
-    label_base: str = flag(
+    model: str = flag("vgg16", "Model", "The network.", choices=("vgg11", "vgg13", "vgg16", "vgg19"), hyperparameter=True)
+    width: float = flag(1.0, "Model", "Multiplier on the width of every layer.", above=0.0, at_most=4.0, hyperparameter=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExchangeConfig(NetworkConfig):
+    """The global batch of a network, and how its gradients are exchanged."""
+
+    global_batch: int = flag(
+        256,
+        "Recipe",
+        "Images per update, over all ranks; it does not change with the number of ranks.",
+        "images",
+        at_least=1,
+        hyperparameter=True,
+    )
+    exchange: str = flag(
         "auto",
-        "Data",
-        "The label of the first class: 1 (ImageNet's own files, 0 is background), 0, or auto: found in the data.",
-        choices=("auto", "0", "1"),
+        "Device",
+        "How the gradients of dense layers are exchanged: allreduce sums them; factored gathers their factors; auto "
+        "takes, layer by layer, whichever sends fewer bytes. The results are equal to rounding.",
+        choices=("auto", "allreduce", "factored"),
     )
-    image_size: int = flag(224, "Data", "Height and width the network sees.", "pixels", at_least=32, learned=True)
+    wire_dtype: str = flag(
+        "float32",
+        "Device",
+        "Type of the numbers sent. float16 halves the bytes and rounds; its sums depend on the number of ranks.",
+        choices=("float32", "float16"),
+        hyperparameter=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateConfig:
+    """One update of the weights, from its gradients."""
+
+    dropout: float = flag(
+        0.5,
+        "Model",
+        "Fraction of the outputs of each hidden dense layer that is dropped.",
+        at_least=0.0,
+        below=1.0,
+        hyperparameter=True,
+    )
+    optimizer: str = flag("momentum", "Recipe", "SGD with momentum.", choices=("momentum", "nesterov"), hyperparameter=True)
+    momentum: float = flag(0.9, "Recipe", "Momentum.", at_least=0.0, below=1.0, hyperparameter=True)
+    weight_decay: float = flag(
+        1e-4,
+        "Recipe",
+        "L2 penalty on all weights and biases, added to the gradient.",
+        at_least=0.0,
+        hyperparameter=True,
+    )
+    seed: int = flag(
+        1,
+        "Recipe",
+        "Initial weights, order of records, augmentation and dropout are functions of it.",
+        at_least=0,
+        hyperparameter=True,
+    )
+    xla: bool = flag(False, "Device", "Compile each rank's forward and backward pass with XLA; for GPUs.")
+
+    def conflicts(self) -> Iterator[str]:
+        """Yields the combinations that cannot run."""
+        if self.optimizer == "nesterov" and self.momentum == 0:
+            yield "--optimizer=nesterov needs --momentum above 0"
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig(NetworkConfig):
+    """What every command needs that runs a network on images."""
+
     augment: str = flag(
         "crop",
         "Data",
         "none; flip; shift: pad by an eighth, random crop, flip; crop: random-resized crop of area 0.08 to 1, flip.",
         choices=("none", "flip", "shift", "crop"),
-        learned=True,
+        hyperparameter=True,
     )
-    shuffle_block_records: int = flag(
-        1,
-        "Data",
-        "Where random reads are slow: blocks of so many consecutive records are permuted as wholes, then the records within "
-        "windows of 16384 // this many blocks, two at least. Storage is asked for whole blocks, a window ahead, on each "
-        "host; two windows of ImageNet are 3.6 GB of its page cache. 1: all records, freely.",
-        "records",
+    run_dir: str = flag("./run", "Run", "Directory for checkpoints, logs and results; created if missing.", "path")
+    console: str = flag(
+        "auto",
+        "Run",
+        "What rank 0 prints: bar (for a terminal); lines (for a log file); dllogger: DLLogger's lines; auto: bar or lines.",
+        choices=("auto", "bar", "lines", "dllogger"),
+    )
+    hang_seconds: float = flag(
+        0.0,
+        "Run",
+        "A rank whose update takes longer is considered hung: it writes a hang report and ends the job with 75. 0: 20 "
+        "times the median update, at least 60. Starting, evaluating and saving may take 10 times as long.",
+        "seconds",
+        at_least=0.0,
+    )
+    device_batch: int = flag(
+        32,
+        "Device",
+        "Images in a micro-batch: a rank with a larger share of the global batch computes several in turn.",
+        "images",
         at_least=1,
-        at_most=2**31,
-        learned=True,
+    )
+    precision: str = flag(
+        "float32",
+        "Device",
+        "Type the network is computed in. Weights, updates, softmax and sums over micro-batches and ranks are always "
+        "float32; float16 scales its loss and skips an update whose gradient overflows (a loss that overflows ends the "
+        "run).",
+        choices=("float32", "bfloat16", "float16"),
+        hyperparameter=True,
+    )
+    input_threads: int = flag(
+        0,
+        "Device",
+        "Threads per rank that read and decode images; 0: the rank's share of the host's cores, less one for Horovod if "
+        "it has more than two. At most A = 2 + ceil(8 threads / images per rank) batches are decoded ahead; 4 more are "
+        "read ahead into the page cache. Images do not depend on it.",
+        "threads",
+        at_least=0,
+        at_most=1024,
     )
 
+    def conflicts(self) -> Iterator[str]:
+        """Yields the combinations that cannot run."""
+        if not self.run_dir:
+            yield "--run_dir: expected a path, found nothing"
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig(ExchangeConfig, UpdateConfig, ComputeConfig):
+    """Everything that the compiled train step depends on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The records, and what to do about bad ones."""
+
+    data_dir: str = flag(
+        "./imagenet_tfrecord",
+        "Data",
+        "Directory (or a link to one) with train-?????-of-????? and validation-?????-of-?????.",
+        "path",
+    )
+    label_base: str = flag(
+        "auto",
+        "Data",
+        "Label of the first class: 1 (ImageNet's own files, where 0 is background), 0, or auto: found from the data.",
+        choices=("auto", "0", "1"),
+    )
     bad_records_allowed: int = flag(
         0,
         "Data",
-        "Bad records (checksum, features, label or image) that a run may go on without, of each split: in training another "
-        "takes the place of each, the same on any ranks; in evaluation each counts as a miss. More, and so by default the "
-        "first, end the run. A run may be started again with another number.",
+        "Bad records (checksum, features, label or image) that a run may continue without, per split: in training each is "
+        "replaced by another record, the same on any number of ranks; in evaluation each counts as a miss. One more ends "
+        "the run. A run may be continued with another number.",
         "records",
         at_least=0,
     )
 
-    model: str = flag("vgg16", "Model", "The network.", choices=("vgg11", "vgg13", "vgg16", "vgg19"), learned=True)
-    width: float = flag(1.0, "Model", "Factor on the width of every layer.", above=0.0, at_most=4.0, learned=True)
-    dropout: float = flag(
-        0.5, "Model", "Share of each hidden dense layer's outputs dropped.", at_least=0.0, below=1.0, learned=True
+    def conflicts(self) -> Iterator[str]:
+        """Yields the combinations that cannot run."""
+        if not self.data_dir:
+            yield "--data_dir: expected a path, found nothing"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainDataConfig(DataConfig):
+    """The records to train on, and the order they are read in."""
+
+    shuffle_block_records: int = flag(
+        1,
+        "Data",
+        "For storage where random reads are slow: blocks of this many consecutive records are permuted as a whole, then "
+        "the records within windows of 16384 // this many blocks, at least two. Each host reads whole blocks one window "
+        "ahead; two windows of ImageNet take 3.6 GB of its page cache. 1: all records are permuted freely.",
+        "records",
+        at_least=1,
+        at_most=2**31,
+        hyperparameter=True,
     )
 
-    global_batch: int = flag(
-        256, "Recipe", "Images an update, over all ranks: more ranks never change it.", "images", at_least=1, learned=True
-    )
+
+@dataclasses.dataclass(frozen=True)
+class RecipeConfig:
+    """The length of a run and its learning rate."""
+
     epochs: float = flag(
-        90.0, "Recipe", "Length of the run, when --steps is 0.", "epochs", above=0.0, at_most=1e5, learned=True
+        90.0, "Recipe", "Length of the run, when --steps is 0.", "epochs", above=0.0, at_most=1e5, hyperparameter=True
     )
     steps: int = flag(
         0,
@@ -85,187 +215,192 @@ class Config:
         "updates",
         at_least=0,
         at_most=99_999_999,
-        learned=True,
+        hyperparameter=True,
     )
-    optimizer: str = flag("momentum", "Recipe", "SGD with momentum.", choices=("momentum", "nesterov"), learned=True)
-    lr: float = flag(0.01, "Recipe", "Learning rate after warm-up, for the mean gradient.", above=0.0, learned=True)
+    lr: float = flag(0.01, "Recipe", "Learning rate after warm-up, for the mean gradient.", above=0.0, hyperparameter=True)
     lr_schedule: str = flag(
         "step",
         "Recipe",
         "constant; step: divided by 10 at each of --lr_step_epochs; cosine: to 0 at the end.",
         choices=("constant", "step", "cosine"),
-        learned=True,
+        hyperparameter=True,
     )
     lr_step_epochs: Tuple[float, ...] = flag(
-        (30.0, 60.0), "Recipe", "When `step` divides, separated by commas.", "epochs", learned=True
+        (30.0, 60.0), "Recipe", "When `step` divides, separated by commas.", "epochs", hyperparameter=True
     )
     warmup_epochs: float = flag(
-        0.0, "Recipe", "The learning rate rises linearly over these.", "epochs", at_least=0.0, learned=True
+        0.0, "Recipe", "The learning rate rises linearly over these.", "epochs", at_least=0.0, hyperparameter=True
     )
-    momentum: float = flag(0.9, "Recipe", "Momentum.", at_least=0.0, below=1.0, learned=True)
-    weight_decay: float = flag(
-        1e-4, "Recipe", "L2 penalty of all weights and biases, added to the gradient.", at_least=0.0, learned=True
-    )
-    seed: int = flag(1, "Recipe", "Initial weights, order, crops and dropout are functions of it.", at_least=0, learned=True)
 
-    run_dir: str = flag("./run", "Run", "Where checkpoints, logs and results go; made if absent.", "path")
+    def conflicts(self) -> Iterator[str]:
+        """Yields the combinations that cannot run."""
+        boundaries = self.lr_step_epochs
+        if any(later <= earlier for earlier, later in zip((0.0,) + boundaries, boundaries)):
+            yield f"--lr_step_epochs={format_value(boundaries)}: expected rising numbers above 0"
+        if self.lr_schedule == "step" and not boundaries:
+            yield "--lr_schedule=step needs --lr_step_epochs"
+        if not self.steps and self.warmup_epochs >= self.epochs:
+            warmup, epochs = format_value(self.warmup_epochs), format_value(self.epochs)
+            yield f"--warmup_epochs={warmup}: expected less than --epochs={epochs}"
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig(DataConfig, ComputeConfig):
+    """Everything that an evaluation depends on, beside the weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig(TrainDataConfig, StepConfig):
+    """Everything that one rank's updates depend on, beside the learning rate."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(RecipeConfig, BatchConfig, EvaluationConfig):
+    """What a run is: with the data, everything that decides its result."""
+
     resume: str = flag(
         "auto",
         "Run",
-        "auto: go on from the newest checkpoint in --run_dir, if any; required: there must be one; never: there must "
+        "auto: continue from the newest checkpoint in --run_dir, if any; required: there must be one; never: there must "
         "be none.",
         choices=("auto", "required", "never"),
     )
     allow_config_change: str = flag(
         "",
         "Run",
-        "Flags that may differ from those of the checkpoint to go on from, separated by commas: lr,weight_decay.",
-    )
-    hang_seconds: float = flag(
-        0.0,
-        "Run",
-        "A rank that takes longer for an update is taken for hung: it writes its last words and ends the job with 75. 0: 20 "
-        "times the median update, 60 at least. The start, evaluating and saving may take 10 times as long.",
-        "seconds",
-        at_least=0.0,
+        "Flags that may differ from those of the checkpoint to continue from, separated by commas: lr,weight_decay.",
     )
     eval_every_epochs: float = flag(
-        1.0, "Run", "Evaluate this often, and at the end; 0: at the end only.", "epochs", at_least=0.0
+        1.0, "Run", "Evaluate this often, and at the end; 0: only at the end.", "epochs", at_least=0.0
     )
     save_every_steps: int = flag(
         1000,
         "Run",
-        "Checkpoint this often too; always at the end and at an evaluation better than all before.",
+        "Checkpoint this often; also at the end and at every evaluation better than all before.",
         "updates",
         at_least=0,
     )
-    keep_checkpoints: int = flag(3, "Run", "Newest checkpoints kept; the best is kept beside them.", at_least=1)
-    log_every_steps: int = flag(20, "Run", "One log line for this many.", "updates", at_least=1)
+    keep_checkpoints: int = flag(3, "Run", "Newest checkpoints to keep; the best one is kept besides.", at_least=1)
+    log_every_steps: int = flag(20, "Run", "One log line per this many.", "updates", at_least=1)
     stop_at_top1: float = flag(
         0.0, "Run", "End when an evaluation reaches this acc@1; 0: never.", "fraction", at_least=0.0, at_most=1.0
     )
     on_nonfinite: str = flag(
         "stop",
         "Run",
-        "When a loss or gradient is not finite, which is never applied: stop: end with 81; rewind: go back to the newest "
-        "checkpoint and skip that step's records. Either way the step is kept for `hvd-vgg replay`.",
+        "When a loss or gradient is not finite (such an update is never applied): stop: end with 81; rewind: return to "
+        "the newest checkpoint and skip that step's records. Either way the step is kept for `hvd-vgg replay`.",
         choices=("stop", "rewind"),
     )
-    max_rewinds: int = flag(2, "Run", "Steps that --on_nonfinite=rewind skips at most, over all starts.", at_least=1)
+    max_rewinds: int = flag(2, "Run", "Most steps that --on_nonfinite=rewind skips, over all starts.", at_least=1)
     profile_steps: str = flag(
         "",
         "Run",
-        "FIRST:LAST, such as 100:110: profile these updates (TensorFlow's profile of --profile_ranks, Horovod's timeline as "
-        "rank 0 sees all) into --run_dir/profile.",
+        "FIRST:LAST, such as 100:110: profile these updates into --run_dir/profile (TensorFlow's profile of "
+        "--profile_ranks, Horovod's timeline of all ranks as rank 0 sees them).",
         "updates",
     )
     profile_ranks: Tuple[float, ...] = flag(
         (0.0,), "Run", "Ranks whose TensorFlow is profiled, separated by commas.", at_least=0
     )
-    console: str = flag(
-        "auto",
-        "Run",
-        "What rank 0 prints: bar (a terminal); lines (a log file); dllogger: DLLogger's lines; auto: bar or lines.",
-        choices=("auto", "bar", "lines", "dllogger"),
-    )
-
-    device_batch: int = flag(
-        32, "Device", "Images a device holds at once; a rank's larger part is worked through in turn.", "images", at_least=1
-    )
-    precision: str = flag(
-        "float32",
-        "Device",
-        "What the network is computed in. Weights, updates, softmax and sums over micro-batches and ranks are float32 "
-        "always; float16 scales its loss and skips an update whose gradient overflows (a loss that does ends the run).",
-        choices=("float32", "bfloat16", "float16"),
-        learned=True,
-    )
-    xla: bool = flag(False, "Device", "Compile a rank's forward and backward pass by XLA; for GPUs.")
     device_tflops: float = flag(
-        0.0, "Device", "A device's peak, to print what share of it training reaches; 0: not known.", "TFLOP/s", at_least=0.0
-    )
-    input_threads: int = flag(
-        0,
+        0.0,
         "Device",
-        "Threads of a rank that read and decode images; 0: its part of the host's cores, one of them left to Horovod if "
-        "there are more than two. They decode at most A = 2 + ceil(8 threads / images a rank) batches ahead; 4 more are "
-        "read ahead into the page cache. Images are the same for any number.",
-        "threads",
-        at_least=0,
-        at_most=1024,
-    )
-    exchange: str = flag(
-        "auto",
-        "Device",
-        "How dense layers' gradients cross the network: allreduce sums products, factored gathers rows, auto takes what is "
-        "fewer bytes for each layer. The result is the same to rounding.",
-        choices=("auto", "allreduce", "factored"),
-    )
-    wire_dtype: str = flag(
-        "float32",
-        "Device",
-        "What crosses it; float16 halves the bytes and rounds, by sums that depend on the number of ranks.",
-        choices=("float32", "float16"),
-        learned=True,
+        "Peak of one device, to print what fraction of it training reaches; 0: unknown.",
+        "TFLOP/s",
+        at_least=0.0,
     )
     drift_every_steps: int = flag(
-        500, "Device", "Compare all ranks' weights this often, exactly; 0: never.", "updates", at_least=0
+        500, "Device", "Compare the weights of all ranks this often, exactly; 0: never.", "updates", at_least=0
     )
+
+    def conflicts(self) -> Iterator[str]:
+        """Yields the combinations that cannot run."""
+        if self.profile_steps and not profiled_steps(self.profile_steps):
+            yield f"--profile_steps={self.profile_steps}: expected FIRST:LAST, two integers, the first not larger"
+        yield from _not_integers("profile_ranks", self.profile_ranks)
+        for name in sorted(allowed_changes(self) - set(hyperparameters())):
+            allowed = ", ".join(hyperparameters())
+            yield f"--allow_config_change={self.allow_config_change}: {name} is not among {allowed}"
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateConfig(Config):
-    """A run's Config, taken from its directory, and which of its checkpoints to evaluate."""
+class EvaluateConfig(EvaluationConfig):
+    """Which checkpoint of a run to evaluate, and on what; the defaults are the run's own flags."""
 
     checkpoint: str = flag("best", "Evaluate", "best, newest, or the path of a .safetensors file of this package.")
 
 
 @dataclasses.dataclass(frozen=True)
-class ReplayConfig(Config):
-    """The Config of a run as it was at a step that was not finite, and which step that is."""
+class ReplayConfig(StepConfig):
+    """Which non-finite step to repeat; the defaults are the flags it was kept with."""
 
     step: int = flag(-1, "Replay", "The step to repeat; -1: the latest that was not finite.", at_least=-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class VerifyConfig:
-    """What `verify-run` holds against what."""
+    """What `verify-run` checks."""
 
     run_dir: str = flag("./run", "Verify", "The run's directory.", "path")
     data_dir: str = flag(
-        "", "Verify", "The run's data: its newest and its best checkpoint are evaluated again; none: they are not.", "path"
+        "",
+        "Verify",
+        "The run's data: its newest and its best checkpoint are evaluated again. Empty: they are not.",
+        "path",
     )
     hits_tolerance: int = flag(
         0,
         "Verify",
-        "Hits by which an evaluation here may differ from the run's: on unlike processors rounding alone moves a few.",
+        "Hits by which an evaluation here may differ from the run's: on other processors rounding alone moves a few.",
         "records",
         at_least=0,
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class PlanConfig(Config):
-    """A run's Config and the cluster it is planned for."""
+class PlanConfig(ExchangeConfig):
+    """The network to train, and the cluster it is planned for."""
 
     ranks: int = flag(8, "Plan", "Ranks of the job.", "ranks", at_least=1)
     ranks_per_host: int = flag(1, "Plan", "Ranks that share a host and its link.", "ranks", at_least=1)
-    gbit: float = flag(25.0, "Plan", "Rate of a host's link.", "Gbit/s", above=0.0)
-    fps_per_rank: float = flag(150.0, "Plan", "What a rank trains alone, without exchange.", "images/s", above=0.0)
+    gbit: float = flag(25.0, "Plan", "Bandwidth of a host's link.", "Gbit/s", above=0.0)
+    fps_per_rank: float = flag(150.0, "Plan", "Throughput of one rank alone, without exchange.", "images/s", above=0.0)
     sweep_ranks: Tuple[float, ...] = flag(
-        (), "Plan", "Also efficiency at these numbers of ranks, with the images of a rank held fixed.", "ranks", at_least=1
+        (), "Plan", "Also predict efficiency on these numbers of ranks, at the same images per rank.", "ranks", at_least=1
     )
-    out: str = flag("", "Plan", "Draw the sweep into this file (.png, .svg, .pdf; needs matplotlib).", "path")
+    out: str = flag("", "Plan", "Plot the sweep into this file (.png, .svg, .pdf; needs matplotlib).", "path")
+
+    def conflicts(self) -> Iterator[str]:
+        """Yields the combinations that cannot run."""
+        yield from _not_integers("sweep_ranks", self.sweep_ranks)
+        if self.global_batch < self.ranks:
+            yield f"--global_batch={self.global_batch}: expected at least one image for each of --ranks={self.ranks}"
+        if self.out and Path(self.out).suffix not in (".png", ".svg", ".pdf"):
+            yield f"--out={self.out}: expected a name that ends in .png, .svg or .pdf"
+        if self.out and not self.sweep_ranks:
+            yield "--out needs --sweep_ranks"
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchmarkConfig(Config):
-    """A run's Config, and how to measure it; --steps is the updates measured for each row."""
+class BenchmarkConfig(BatchConfig):
+    """What to train, and how to measure it."""
 
+    lr: float = same_flag(RecipeConfig, "lr")
+    device_tflops: float = same_flag(TrainConfig, "device_tflops")
+    steps: int = flag(0, "Benchmark", "Updates measured per row; 0: 30.", "updates", at_least=0, at_most=99_999_999)
     ranks: Tuple[float, ...] = flag(
-        (), "Benchmark", "Measure on these numbers of the ranks started; none: on all.", "ranks", at_least=1
+        (), "Benchmark", "Measure on these numbers of the ranks started; empty: on all.", "ranks", at_least=1
     )
-    out: str = flag("", "Benchmark", "Write what was measured into this file, as JSON.", "path")
+    out: str = flag("", "Benchmark", "Write the measurements into this file, as JSON.", "path")
+
+    def conflicts(self) -> Iterator[str]:
+        """Yields the combinations that cannot run."""
+        yield from _not_integers("ranks", self.ranks)
+        if self.steps == 1:
+            yield "--steps=1: expected at least 2 updates to measure, or 0 for the usual number"
+        if self.console == "dllogger":
+            yield "--console=dllogger is for train; --out writes the measurements"
 
 
 # Unknown keys are refused, never learned: who adds a host's key must have it from its administrator.
@@ -273,29 +408,41 @@ RSH_AGENT = "ssh -o BatchMode=yes -o ConnectTimeout=5 -o StrictHostKeyChecking=y
 
 
 @dataclasses.dataclass(frozen=True)
-class DoctorConfig(Config):
-    """The Config of the run to come, and what else to look at."""
+class DoctorConfig(TrainConfig):
+    """The configuration of the run to come, and what else to check."""
 
     full: bool = flag(False, "Doctor", "Read, check and decode every record; keeps the index for the run.")
     collectives: bool = flag(
-        False, "Doctor", "Sum and gather gradients of the network's own shapes: right, how fast, and as `plan` assumes?"
+        False, "Doctor", "Sum and gather gradients of the network's own shapes: correct, how fast, and as `plan` assumes?"
     )
     hostfile: str = flag(
-        "", "Doctor", "Before mpirun, without it: does each host of this file answer, and can it connect back?", "path"
+        "",
+        "Doctor",
+        "Without mpirun, before it is used: does each host in this file answer, and can it connect back?",
+        "path",
     )
-    rsh_agent: str = flag(RSH_AGENT, "Doctor", "What reaches another host, as for `launch`.")
-    network: str = flag("", "Doctor", "With --hostfile: networks or interfaces that hosts speak over, as for `launch`.")
+    rsh_agent: str = flag(RSH_AGENT, "Doctor", "Remote shell to other hosts, as for `launch`.")
+    network: str = flag("", "Doctor", "With --hostfile: networks or interfaces between hosts, as for `launch`.")
     join_seconds: float = flag(
-        8.0, "Doctor", "How long a rank waits for all others to have started and be reached.", "seconds", above=0.0
+        8.0, "Doctor", "How long a rank waits for all others to start and be reached.", "seconds", above=0.0
     )
     gbit: float = flag(
         0.0,
         "Doctor",
-        "Rate of a host's link, as given to `plan`; 0: not known, nothing is compared.",
+        "Bandwidth of a host's link, as given to `plan`; 0: unknown, nothing is compared.",
         "Gbit/s",
         at_least=0.0,
     )
-    out: str = flag("", "Doctor", "Write what was found into this file, as JSON.", "path")
+    out: str = flag("", "Doctor", "Write the findings into this file, as JSON.", "path")
+
+    def conflicts(self) -> Iterator[str]:
+        """Yields the combinations that cannot run."""
+        if not self.rsh_agent.strip():
+            yield "--rsh_agent: expected a command, found nothing"
+        if not self.hostfile:
+            for name, value, default in (("network", self.network, ""), ("rsh_agent", self.rsh_agent, RSH_AGENT)):
+                if value != default:
+                    yield f"--{name}={value} needs --hostfile; ranks get it from hvd-vgg launch --{name}={value} doctor"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,350 +450,118 @@ class LaunchConfig:
     """How a command is started on many ranks."""
 
     ranks: int = flag(
-        0, "Ranks", "How many; 0: one for each slot of --hostfile, or for each device that TensorFlow sees here.", at_least=0
+        0,
+        "Ranks",
+        "Number of ranks; 0: one for each slot of --hostfile, or each device that TensorFlow sees here.",
+        at_least=0,
     )
     hostfile: str = flag(
         "",
         "Ranks",
-        "Hosts, one a line: `name slots=N` for N ranks on it. Each must have this Python, the data and the run directory "
-        "under the same paths. None: all ranks are on this host.",
+        "Hosts, one per line: `name slots=N` for N ranks on it. Each must have this Python, the data and the run "
+        "directory under the same paths. Empty: all ranks are on this host.",
         "path",
     )
     rsh_agent: str = flag(
         RSH_AGENT,
         "Ranks",
-        "What reaches another host, called as `AGENT HOST COMMAND`; cut at spaces. A host of unknown key is refused.",
+        "Remote shell to other hosts, called as `AGENT HOST COMMAND`; split at spaces. A host with an unknown key is "
+        "refused.",
     )
     network: str = flag(
         "",
         "Ranks",
-        "Networks or interfaces that hosts speak over, where they have several: 10.1.0.0/16 or eth1. MPI keeps to them; "
-        "NCCL too where all are names (NCCL_SOCKET_IFNAME, unless that is set): it knows no networks.",
+        "Networks or interfaces between hosts, where they have several: 10.1.0.0/16 or eth1. MPI keeps to them; so does "
+        "NCCL if all are names (NCCL_SOCKET_IFNAME, unless it is set): it does not accept networks.",
     )
     export_env: str = flag(
         "",
         "Ranks",
-        "Names of further environment variables for ranks on other hosts, separated by commas. They get PATH, "
-        "LD_LIBRARY_PATH, PYTHONPATH, TMPDIR, TZ, LANG, LC_*, OMP_NUM_THREADS, XLA_FLAGS, HOROVOD_*, TF_*, NCCL_*, CUDA_*, "
-        "UCX_*, GLOO_* and Iluvatar's UMD_*, CRT_* and DRT_*, but nothing called token, key, secret, pass or cred.",
+        "Names of more environment variables for ranks on other hosts, separated by commas. They always get PATH, "
+        "LD_LIBRARY_PATH, PYTHONPATH, TMPDIR, TZ, LANG, LC_*, OMP_NUM_THREADS, XLA_FLAGS, HOROVOD_*, TF_*, NCCL_*, "
+        "CUDA_*, UCX_*, GLOO_* and Iluvatar's UMD_*, CRT_* and DRT_*, but nothing named token, key, secret, pass or cred.",
     )
     max_restarts: int = flag(
         3,
         "Supervision",
-        "How often `train` is started again that hung (75), was preempted (80) or was killed by a signal (128 and its "
-        "number), on the hosts that still answer. Two ends at the same step with no new checkpoint are the last.",
+        "How often `train` is restarted after it hung (75), was preempted (80) or was killed by a signal (128 plus its "
+        "number), on the hosts that still answer. Two failures at the same step without a new checkpoint end it.",
         at_least=0,
     )
     grace_seconds: float = flag(
         60.0,
         "Supervision",
-        "On SIGTERM, SIGINT, SIGHUP or SIGUSR1 to the launcher all ranks save and leave; after so long they are ended.",
+        "On SIGTERM, SIGINT, SIGHUP or SIGUSR1 to the launcher all ranks save and exit; after this long they are killed.",
         "seconds",
         above=0.0,
     )
     time_limit_seconds: float = flag(
         0.0,
         "Supervision",
-        "After so long, restarts included, all ranks save and leave, and the exit code is 75; 0: never.",
+        "After this long, restarts included, all ranks save and exit, and the exit code is 75; 0: never.",
         "seconds",
         at_least=0.0,
     )
-    dry_run: bool = flag(False, "Supervision", "Print the command, start nothing.")
+    dry_run: bool = flag(False, "Supervision", "Print the command; start nothing.")
+
+    def conflicts(self) -> Iterator[str]:
+        """Yields the combinations that cannot run."""
+        for name in self.export_env.split(","):
+            if name and not name.isidentifier():
+                yield f"--export_env={self.export_env}: {name!r} is not a variable's name; values do not belong here"
+        if not self.rsh_agent.strip():
+            yield "--rsh_agent: expected a command, found nothing"
 
 
 @dataclasses.dataclass(frozen=True)
 class DemoConfig:
     """What `make-demo-data` draws."""
 
-    data_dir: str = flag("./demo_data", "Data", "Directory to write the shards into; made if absent.", "path")
+    data_dir: str = flag("./demo_data", "Data", "Directory to write the shards into; created if missing.", "path")
     train_images: int = flag(4000, "Data", "Images to train on.", "images", at_least=10)
     validation_images: int = flag(1000, "Data", "Images to evaluate on.", "images", at_least=10)
     shards: int = flag(4, "Data", "Files of the train split; the validation split has half as many.", at_least=1)
     image_size: int = flag(80, "Data", "Mean height and width; drawn from 0.75 to 1.25 of it.", "pixels", at_least=32)
-    seed: int = flag(1, "Data", "The pictures are a function of it.", at_least=0)
+    seed: int = flag(1, "Data", "The images are a function of it.", at_least=0)
     console: str = flag("auto", "Run", "Progress as a bar or as lines.", choices=("auto", "bar", "lines"))
 
-
-@dataclasses.dataclass(frozen=True)
-class _Illegal:
-    """The text of a flag that its type cannot hold, kept so that all such flags are reported together."""
-
-    text: str
-    expected: str
+    def conflicts(self) -> Iterator[str]:
+        """Yields the combinations that cannot run."""
+        if self.shards > min(self.train_images, 2 * self.validation_images - 1):
+            yield f"--shards={self.shards}: expected at least one image for each shard of both splits"
 
 
-class _Parser(flags.ArgumentParser):
-    """Parses by a field's type and never raises."""
-
-    def __init__(self, kind: Any) -> None:
-        super().__init__()
-        self.kind = kind
-
-    def parse(self, argument: Any) -> Any:
-        if not isinstance(argument, str):
-            return argument
-        try:
-            if self.kind is int:
-                return int(argument)
-            if self.kind is float:
-                return float(argument)
-            if self.kind is str:
-                return argument
-            return tuple(float(part) for part in argument.split(",") if part.strip())
-        except ValueError:
-            name = {int: "a whole number", float: "a number"}.get(self.kind, "numbers separated by commas")
-            return _Illegal(argument, name)
+def _not_integers(name: str, values: Tuple[float, ...]) -> Iterator[str]:
+    if any(number != int(number) for number in values if math.isfinite(number)):
+        yield f"--{name}={format_value(values)}: expected integers"
 
 
-class _Switch(flags.BooleanParser):
-    """Parses true and false, and never raises."""
-
-    def parse(self, argument: Any) -> Any:
-        try:
-            return super().parse(argument)
-        except ValueError:
-            return _Illegal(argument, "true or false")
+def hyperparameters() -> List[str]:
+    """Returns the names of the flags that decide what is learned; --allow_config_change may name them."""
+    return [field.name for field in dataclasses.fields(TrainConfig) if field.metadata.get("hyperparameter")]
 
 
-def parse(kind: Any, argv: Sequence[str]) -> Any:
-    """Returns `kind` (Config or a sibling) from the flags in `argv` (no program name), flag files included.
-
-    Raises Failure(USAGE) with every illegal flag, value and combination in one message.
-    """
-    values = flags.FlagValues()
-    for field in dataclasses.fields(kind):
-        if field.type is bool:
-            default: Any = field.default
-            switch = flags.BooleanFlag(field.name, default, field.metadata["text"])
-            switch.parser = _Switch()
-            flags.DEFINE_flag(switch, values)
-        else:
-            flags.DEFINE(_Parser(field.type), field.name, field.default, field.metadata["text"], flag_values=values)
-    _check_flag_files(argv)
-    try:
-        left = values([""] + list(argv), known_only=True)[1:]
-    except flags.Error as error:
-        raise Failure(USAGE, f"flags: {error}") from error
-    names = [field.name for field in dataclasses.fields(kind)]
-    errors = [_unknown(argument, names) for argument in left]
-    chosen = {name: values[name].value for name in names}
-    for name, value in chosen.items():
-        if isinstance(value, _Illegal):
-            errors.append(f"--{name}={value.text}: expected {value.expected}")
-    legal = {name: value for name, value in chosen.items() if not isinstance(value, _Illegal)}
-    config = kind(**legal)
-    errors.extend(validate(config))
-    if errors:
-        raise Failure(USAGE, f"{len(errors)} illegal flag(s):\n" + "\n".join(f"  {error}" for error in errors))
-    return config
-
-
-def _check_flag_files(argv: Sequence[str]) -> None:
-    """Raises Failure(USAGE) for a flag file that reads another: whoever sends one would choose what else is read here."""
-    for at, word in enumerate(argv):
-        name, equals, path = word.partition("=")
-        if name.lstrip("-") != "flagfile" or not name.startswith("-"):
-            continue
-        path = path if equals else "".join(argv[at + 1 : at + 2])
-        try:
-            lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise Failure(USAGE, f"--flagfile={path} cannot be read: {error}") from error
-        for number, line in enumerate(lines, start=1):
-            if re.match(r"\s*--?flagfile\b", line):
-                text = f"--flagfile={path}, line {number}: a flag file reads no other; give each its own --flagfile"
-                raise Failure(USAGE, text)
-
-
-def _unknown(argument: str, names: Sequence[str]) -> str:
-    name = argument.lstrip("-").split("=")[0]
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean --{close[0]}?" if close else "; --help lists the flags"
-    return f"{argument}: no such flag{hint}"
-
-
-def validate(config: Any) -> List[str]:
-    """Returns every illegal value and combination of `config`, one line each; empty when it can run."""
-    errors = []
-    for field in dataclasses.fields(config):
-        value, limits = getattr(config, field.name), field.metadata
-        for number in value if isinstance(value, tuple) else (value,):
-            expected = _violated(number, limits)
-            if expected:
-                errors.append(f"--{field.name}={_text(value)}: expected {expected}")
-    if isinstance(config, Config):
-        errors.extend(_conflicts(config))
-    for name in getattr(config, "export_env", "").split(","):
-        if name and not name.isidentifier():
-            errors.append(f"--export_env={config.export_env}: {name!r} is no name of a variable; values do not belong here")
-    if isinstance(config, (LaunchConfig, DoctorConfig)) and not config.rsh_agent.strip():
-        errors.append("--rsh_agent: expected a command, found nothing")
-    if isinstance(config, DoctorConfig) and not config.hostfile:
-        for name, value, none in (("network", config.network, ""), ("rsh_agent", config.rsh_agent, RSH_AGENT)):
-            if value != none:
-                errors.append(f"--{name}={value} needs --hostfile; ranks get it from hvd-vgg launch --{name}={value} doctor")
-    if isinstance(config, DemoConfig) and config.shards > min(config.train_images, 2 * config.validation_images - 1):
-        errors.append(f"--shards={config.shards}: expected at least one image for each shard of both splits")
-    return errors
-
-
-def _violated(value: Any, limits: Any) -> str:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "a finite number"
-    if "choices" in limits and value not in limits["choices"]:
-        return "one of " + ", ".join(limits["choices"])
-    if "at_least" in limits and value < limits["at_least"]:
-        return f"at least {limits['at_least']}"
-    if "above" in limits and value <= limits["above"]:
-        return f"more than {limits['above']}"
-    if "at_most" in limits and value > limits["at_most"]:
-        return f"at most {limits['at_most']}"
-    if "below" in limits and value >= limits["below"]:
-        return f"less than {limits['below']}"
-    return ""
-
-
-def _conflicts(config: Config) -> List[str]:
-    errors = []
-    steps = config.lr_step_epochs
-    if any(later <= earlier for earlier, later in zip((0.0,) + steps, steps)):
-        errors.append(f"--lr_step_epochs={_text(steps)}: expected rising numbers above 0")
-    if config.lr_schedule == "step" and not steps:
-        errors.append("--lr_schedule=step needs --lr_step_epochs")
-    if config.optimizer == "nesterov" and config.momentum == 0:
-        errors.append("--optimizer=nesterov needs --momentum above 0")
-    if not config.steps and config.warmup_epochs >= config.epochs:
-        errors.append(f"--warmup_epochs={_text(config.warmup_epochs)}: expected less than --epochs={_text(config.epochs)}")
-    for name in ("profile_ranks", "sweep_ranks", "ranks"):
-        value = getattr(config, name, ())
-        if isinstance(value, tuple) and any(number != int(number) for number in value if math.isfinite(number)):
-            errors.append(f"--{name}={_text(value)}: expected whole numbers")
-    if isinstance(config, BenchmarkConfig):
-        if config.steps == 1:
-            errors.append("--steps=1: expected at least 2 updates to measure, or 0 for the usual number")
-        if config.profile_steps:
-            errors.append("--profile_steps is for train")
-        if config.console == "dllogger":
-            errors.append("--console=dllogger is for train; --out writes what was measured")
-    if isinstance(config, PlanConfig):
-        if config.global_batch < config.ranks:
-            errors.append(
-                f"--global_batch={config.global_batch}: expected at least one image for each of --ranks={config.ranks}"
-            )
-        if config.out and Path(config.out).suffix not in (".png", ".svg", ".pdf"):
-            errors.append(f"--out={config.out}: expected a name that ends in .png, .svg or .pdf")
-        if config.out and not config.sweep_ranks:
-            errors.append("--out needs --sweep_ranks")
-    if config.profile_steps and not profiled_steps(config):
-        errors.append(
-            f"--profile_steps={config.profile_steps}: expected FIRST:LAST, two whole numbers, the first not larger"
-        )
-    for name in allowed_changes(config) - set(learned()):
-        errors.append(f"--allow_config_change={config.allow_config_change}: {name} is not among {', '.join(learned())}")
-    for name in ("data_dir", "run_dir"):
-        if not getattr(config, name):
-            errors.append(f"--{name}: expected a path, found nothing")
-    return errors
-
-
-def total_steps(config: Config, records: int) -> int:
-    """Returns the updates of the run over a data set of `records`: ceil(epochs * records / global_batch)."""
-    return config.steps or max(1, math.ceil(config.epochs * records / config.global_batch - 1e-9))
-
-
-def learned() -> List[str]:
-    """Returns the names of the flags that decide what is learned, which --allow_config_change may name."""
-    return [field.name for field in dataclasses.fields(Config) if field.metadata.get("learned")]
-
-
-def allowed_changes(config: Config) -> Set[str]:
+def allowed_changes(config: TrainConfig) -> Set[str]:
     """Returns the names in --allow_config_change."""
     return {name.strip() for name in config.allow_config_change.split(",") if name.strip()}
 
 
-def profiled_steps(config: Config) -> range:
-    """Returns the updates to profile, first and last included; empty for none, or where the text means none."""
-    first, _, last = config.profile_steps.partition(":")
+def profiled_steps(text: str) -> range:
+    """Returns the updates that --profile_steps names, first and last included; empty for none, or where `text` is "
+    "invalid."""
+    first, _, last = text.partition(":")
     return range(int(first), int(last) + 1) if first.isdecimal() and last.isdecimal() else range(0)
 
 
-def epochs_to_steps(epochs: float, config: Config, records: int) -> int:
-    """Returns the first step whose batch begins at or after `epochs` of the stream."""
-    return math.ceil(epochs * records / config.global_batch - 1e-9)
+def fingerprint(config: TrainConfig) -> Dict[str, Any]:
+    """Returns the values that decide what is learned, as JSON can hold them; a checkpoint is continued only under equal ones.
 
-
-def evaluation_steps(config: Config, records: int, total: int) -> FrozenSet[int]:
-    """Returns the numbers of updates after which to evaluate; the last is the end of the run."""
-    if not config.eval_every_epochs:
-        return frozenset([total])
-    count = int(total * config.global_batch / (records * config.eval_every_epochs)) + 1
-    each = (epochs_to_steps(n * config.eval_every_epochs, config, records) for n in range(1, count + 1))
-    return frozenset({done for done in each if 0 < done < total} | {total})
-
-
-def identity(config: Config) -> Dict[str, Any]:
-    """Returns the fields that decide what is learned; a checkpoint goes on only under equal ones.
-
-    The length of the run is one of them only under `cosine`: with the other schedules a longer run begins as the
-    shorter one did, and may continue it.
+    The length of the run is one of them only under `cosine`: with the other schedules a longer run begins as the shorter one
+    did, and may continue it.
     """
-    chosen = {name: getattr(config, name) for name in learned()}
+    chosen = {name: getattr(config, name) for name in hyperparameters()}
     if config.lr_schedule != "cosine":
         del chosen["epochs"], chosen["steps"]
     if config.lr_schedule != "step":
         del chosen["lr_step_epochs"]
     return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
-
-
-def to_flag_file(config: Any) -> str:
-    """Returns `config` as a flag file with every flag, grouped; parsing it gives `config` again."""
-    lines = []
-    for group, fields in _groups(type(config)):
-        lines.append(f"# {group}")
-        lines.extend(f"--{field.name}={_text(getattr(config, field.name))}" for field in fields)
-    return "\n".join(lines) + "\n"
-
-
-def describe(kind: Any, usage: str) -> str:
-    """Returns the text of --help: `usage`, then every flag by group with its default, unit and meaning."""
-    lines = [usage.rstrip(), "", "Flags (--flagfile=FILE reads more of them from a file; a later one wins):"]
-    for group, fields in _groups(kind):
-        lines += ["", f"{group}:"]
-        for field in fields:
-            unit = f"  [{field.metadata['unit']}]" if field.metadata["unit"] else ""
-            choices = f"  ({'|'.join(field.metadata['choices'])})" if "choices" in field.metadata else ""
-            lines.append(f"  --{field.name}={_text(field.default)}{unit}{choices}")
-            lines.extend(textwrap.wrap(field.metadata["text"], 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
-    return "\n".join(lines) + "\n"
-
-
-def _groups(kind: Any) -> List[Tuple[str, List[Any]]]:
-    groups: Dict[str, List[Any]] = {}
-    for field in dataclasses.fields(kind):
-        groups.setdefault(field.metadata["group"], []).append(field)
-    return list(groups.items())
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(_text(part) for part in value)
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        text = repr(value)
-        return text[:-2] if text.endswith(".0") else text
-    return str(value)
-
-
-def find_flag_file(folder: Path) -> Optional[Path]:
-    """Returns the flag file in what a run left, or None."""
-    path = folder / "flags.txt"
-    return path if path.is_file() else None
-
-
-def nonfinite_folder(run_dir: Path, step: int) -> Path:
-    """Returns where a run keeps a step that was not finite; step -1: the latest that there is, or else no folder's name."""
-    place = run_dir / "nonfinite"
-    if step >= 0:
-        return place / f"step-{step:08d}"
-    return max(place.glob("step-????????"), default=place / "step-none")

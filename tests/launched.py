@@ -6,10 +6,11 @@ A fault among PROGRAM's words (FAULT@RANK:STEP, tests/worker.py) is for the firs
 import sys
 
 from hvd_vgg import __main__
-from hvd_vgg.run import mpirun
+from hvd_vgg.__main__ import run
+from hvd_vgg.launcher import mpirun
 
 cut = sys.argv.index("--")
-compose, starts = mpirun.compose, []
+compose, starts = mpirun.compose_mpirun, []
 
 
 def compose_with_faults_once(config, ranks, hosts, token, program):
@@ -20,5 +21,5 @@ def compose_with_faults_once(config, ranks, hosts, token, program):
 
 
 __main__.PROGRAM = sys.argv[1:cut]
-mpirun.compose = compose_with_faults_once
-sys.exit(__main__.run(["launch", *sys.argv[cut + 1 :]]))
+mpirun.compose_mpirun = compose_with_faults_once
+sys.exit(run(["launch", *sys.argv[cut + 1 :]]))

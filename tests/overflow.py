@@ -7,8 +7,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import tensorflow as tf
 
-from hvd_vgg import __main__
-from hvd_vgg.model import vgg
+from hvd_vgg.__main__ import run
+from hvd_vgg.models import vgg
 
 dense = vgg.dense
 
@@ -25,4 +25,4 @@ def dense_on_steep(weights, x, name):
 
 
 vgg.dense = dense_on_steep
-sys.exit(__main__.run(sys.argv[1:]))
+sys.exit(run(sys.argv[1:]))

@@ -13,10 +13,10 @@ import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from hvd_vgg import __main__
-from hvd_vgg.data import pipeline
-from hvd_vgg.model import vgg
-from hvd_vgg.run.health import launched_rank
+from hvd_vgg.__main__ import run
+from hvd_vgg.data import loader
+from hvd_vgg.environment import launched_rank
+from hvd_vgg.models import vgg
 from hvd_vgg.train import state
 
 mine, times = {}, {}
@@ -24,7 +24,7 @@ for text in sys.argv[1].split(","):
     kind, rank, step, first, last = re.fullmatch(r"(\w+)@(\d+):(\d+)(?:x(\d+)-(\d+))?", text).groups()
     if int(rank) == (launched_rank() or 0):
         mine[kind, int(step)] = [int(first or 1), int(last or first or 1)]
-batches, dense, initial = pipeline.train_batches, vgg.dense, state.initial
+batches, dense, initial = loader.train_batches, vgg.dense, state.initial_state
 made = {}
 
 
@@ -66,5 +66,5 @@ def kept(config):
     return made["run"]
 
 
-pipeline.train_batches, vgg.dense, state.initial = harmed, poisoned, kept
-sys.exit(__main__.run(sys.argv[2:]))
+loader.train_batches, vgg.dense, state.initial_state = harmed, poisoned, kept
+sys.exit(run(sys.argv[2:]))

@@ -12,22 +12,23 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from hvd_vgg.config import Config
-from hvd_vgg.data import pipeline, records
-from hvd_vgg.run.health import Failure
+from hvd_vgg.config import TrainConfig
+from hvd_vgg.data.index import check_labels, join, scan_shard, shard_bytes
+from hvd_vgg.data.loader import eval_batches, train_batches
+from hvd_vgg.errors import Failure
 
-CONFIG = Config(global_batch=1, device_batch=1, image_size=64, augment="crop")
+CONFIG = TrainConfig(global_batch=1, device_batch=1, image_size=64, augment="crop")
 
 
 def read(path):
     """Returns the message of the failure, or None."""
     try:
-        records.shard_bytes([path])
-        index = records.join([path], [records.scan_shard(path)])
-        records.check_labels(index, 1, 1000)
+        shard_bytes([path])
+        index = join([path], [scan_shard(path)])
+        check_labels(index, 1, 1000)
         for batches in (
-            pipeline.train_batches(index, CONFIG, 1, range(index.records), 0, 1, 1),
-            pipeline.eval_batches(index, CONFIG, 1, 0, 1, 1),
+            train_batches(index, CONFIG, 1, range(index.records), 0, 1, 1),
+            eval_batches(index, CONFIG, 1, 0, 1, 1),
         ):
             assert sum(len(batch.ids) for batch in batches) == index.records
     except Failure as failure:

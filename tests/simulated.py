@@ -5,7 +5,7 @@ No device, driver or SDK is behind them; the package knows nothing of this. What
 
 from pathlib import Path
 
-from hvd_vgg.run.host import Host
+from hvd_vgg.doctor.packages import Host
 
 MODULES = {
     "tensorflow": "tensorflow",

@@ -10,14 +10,14 @@ import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from hvd_vgg import __main__
-from hvd_vgg.data import records
-from hvd_vgg.model import vgg
-from hvd_vgg.run.health import launched_rank
+from hvd_vgg.__main__ import run
+from hvd_vgg.data import reader
+from hvd_vgg.environment import launched_rank
+from hvd_vgg.models import vgg
 from hvd_vgg.train import state
 
 kind, slowed = sys.argv[1], launched_rank() == int(sys.argv[2])
-read, dense, save = records.read_record, vgg.dense, state.save
+read, dense, save = reader.read_record, vgg.dense, state.save_state
 
 
 def read_slowly(*arguments):
@@ -45,9 +45,9 @@ def save_slowly(*arguments):
 
 
 if slowed and kind == "input":
-    records.read_record = read_slowly
+    reader.read_record = read_slowly
 if slowed and kind == "compute":
     vgg.dense = compute_again
 if slowed and kind == "saving":
-    state.save = save_slowly
-sys.exit(__main__.run(sys.argv[3:]))
+    state.save_state = save_slowly
+sys.exit(run(sys.argv[3:]))

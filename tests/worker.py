@@ -17,18 +17,18 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from hvd_vgg import __main__
-from hvd_vgg.data import images, pipeline
-from hvd_vgg.parallel import comm
-from hvd_vgg.run import watch
-from hvd_vgg.run.health import launched_rank
+from hvd_vgg.__main__ import run
+from hvd_vgg.data import loader, transforms
+from hvd_vgg.environment import launched_rank
+from hvd_vgg.parallel import init
 from hvd_vgg.train import checkpoint
+from hvd_vgg.watchdog import watchdog
 
 out = Path(sys.argv[1])
 faults = [re.fullmatch(r"(\w+)@(\d+):(\d+)(?::([\d.]+))?", argument) for argument in sys.argv[2:]]
 faults = faults[: faults.index(None)]
 mine = [fault for fault in faults if int(fault[2]) == (launched_rank() or 0)]
-train_batches, beat, save = pipeline.train_batches, watch.beat, checkpoint.save
+train_batches, beat, save = loader.train_batches, watchdog.heartbeat, checkpoint.save
 
 
 def noted(index, config, label_base, steps, rank, size, threads):
@@ -87,13 +87,13 @@ def break_preprocessing(seconds):
     def broken(*arguments):
         raise RuntimeError("a fault of the test")
 
-    images.train_image = broken
+    transforms.train_image = broken
 
 
 def another_version(seconds):
     """Makes this rank say that its TensorFlow is another."""
-    describe = comm.describe
-    comm.describe = lambda: {**describe(), "tensorflow": "2.15.1"}
+    describe = init.describe_software
+    init.describe_software = lambda: {**describe(), "tensorflow": "2.15.1"}
 
 
 _FAULTS = {
@@ -126,6 +126,6 @@ def beat_and_fail(step=None, phase="update"):
 for fault in mine:
     if int(fault[3]) == 0:  # before anything is done
         _FAULTS[fault[1]](float(fault[4] or 0))
-pipeline.train_batches = noted
-watch.beat = beat_and_fail
-sys.exit(__main__.run(sys.argv[2 + len(faults) :]))
+loader.train_batches = noted
+watchdog.heartbeat = beat_and_fail
+sys.exit(run(sys.argv[2 + len(faults) :]))

@@ -8,8 +8,8 @@ while G < 2 K N / (K + N), whatever P.
 
 from typing import Dict, List, NamedTuple, Optional
 
-from hvd_vgg.config import Config
-from hvd_vgg.model.layers import DENSE, layers, multiplications
+from hvd_vgg.config import ExchangeConfig
+from hvd_vgg.models.architecture import DENSE, macs_per_image, vgg_layers
 
 BYTES = {"float32": 4, "float16": 2}
 _MB = 1e6
@@ -63,10 +63,10 @@ def factored_bytes(inputs: int, outputs: int, global_batch: int, ranks: int, wir
     return (ranks - 1) / ranks * global_batch * (inputs + outputs) * BYTES[wire_dtype]
 
 
-def choose(config: Config, ranks: int) -> List[Choice]:
+def choose(config: ExchangeConfig, ranks: int) -> List[Choice]:
     """Returns the choice for every layer of the network, in order, for --exchange, --global_batch and --wire_dtype."""
     choices = []
-    for layer in layers(config.model, config.width, config.image_size, config.num_classes):
+    for layer in vgg_layers(config.model, config.width, config.image_size, config.num_classes):
         summed = allreduce_bytes(layer.parameters, ranks, config.wire_dtype)
         if layer.name not in DENSE:
             choices.append(Choice(layer.name, "allreduce", summed, None))
@@ -104,7 +104,7 @@ def as_log(choices: List[Choice]) -> Dict[str, str]:
     return {f"exchange.{choice.layer}": f"{choice.way}, {choice.sent / _MB:.3f} MB" for choice in dense}
 
 
-def predict(config: Config, link: Link) -> Prediction:
+def predict(config: ExchangeConfig, link: Link) -> Prediction:
     """Returns the time of an update by a model of two lines: computing takes images / rate, sending takes bytes / rate.
 
     The ring visits the ranks of a host in turn, so that a host's link carries in each direction what one rank sends.
@@ -119,9 +119,9 @@ def predict(config: Config, link: Link) -> Prediction:
     return Prediction(apart, overlapped, own / apart, own / overlapped)
 
 
-def _extra_compute(config: Config, choices: List[Choice]) -> float:
+def _extra_compute(config: ExchangeConfig, choices: List[Choice]) -> float:
     """Returns what part of an update's work each other rank adds where gradients are formed from all ranks' rows."""
-    of = layers(config.model, config.width, config.image_size, config.num_classes)
+    of = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
     factored = {choice.layer for choice in choices if choice.way == "factored"}
-    again = sum(multiplications(layer, config.image_size) for layer in of if layer.name in factored)
-    return again / (3 * sum(multiplications(layer, config.image_size) for layer in of))
+    again = sum(macs_per_image(layer, config.image_size) for layer in of if layer.name in factored)
+    return again / (3 * sum(macs_per_image(layer, config.image_size) for layer in of))

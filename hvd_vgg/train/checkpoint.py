@@ -19,13 +19,12 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from hvd_vgg.run.files import FULL, write_whole
-from hvd_vgg.run.health import CONFIGURATION, NOT_WRITTEN, Failure
+from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
+from hvd_vgg.run_dir import DISK_FULL, atomic_write_text
 
 _NAME = re.compile(r"^step-(\d{8})\.safetensors$")
 _KEY, _CHECKSUM = "hvd_vgg", "hvd_vgg_sha256"
 _TYPES = {"float32": "F32", "int32": "I32"}
-
 Tensors = Dict[str, np.ndarray]
 
 
@@ -70,7 +69,7 @@ def save(run_dir: Path, tensors: Tensors, meta: Dict[str, Any], keep: int, best:
         try:
             write(path, tensors, meta)
         except OSError as error:
-            if error.errno not in FULL or not _make_room(run_dir, path):
+            if error.errno not in DISK_FULL or not _make_room(run_dir, path):
                 raise
             write(path, tensors, meta)
         if best:
@@ -185,7 +184,7 @@ def best(run_dir: Path) -> Optional[Path]:
 
 def point_to_best(path: Path) -> None:
     """Lets `best` name the checkpoint `path`, on disk when this returns."""
-    write_whole(path.with_name("best"), path.name + "\n")
+    atomic_write_text(path.with_name("best"), path.name + "\n")
     _sync_directory(path.parent)
 
 

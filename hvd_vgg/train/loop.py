@@ -1,7 +1,6 @@
 """The training loop, and the evaluation of a run afterwards."""
 
 import dataclasses
-import json
 import math
 import os
 import time
@@ -10,18 +9,54 @@ from typing import IO, Any, Callable, Dict, FrozenSet, Iterator, List, NamedTupl
 
 import numpy as np
 
-from hvd_vgg.config import Config, EvaluateConfig, evaluation_steps, total_steps
-from hvd_vgg.data import bad, order, pipeline, records
-from hvd_vgg.data.index import Data, open_data, open_split
+from hvd_vgg.config import EvaluateConfig, TrainConfig
+from hvd_vgg.data.coverage import Coverage
+from hvd_vgg.data.index import Index, check_labels
+from hvd_vgg.data.loader import BadRow, Batch, train_batches
+from hvd_vgg.data.sampler import slice_bounds
+from hvd_vgg.data.transforms import IMAGE_LIBRARY
+from hvd_vgg.errors import CONFIGURATION, STOPPED, USAGE, Failure
 from hvd_vgg.parallel import comm, cost
-from hvd_vgg.run import lock, watch
-from hvd_vgg.run.coverage import Coverage
-from hvd_vgg.run.health import CONFIGURATION, STOPPED, USAGE, Failure
-from hvd_vgg.run.log import Console, RunLog, count
-from hvd_vgg.run.throughput import Throughput
-from hvd_vgg.train import checkpoint, evaluate, nonfinite, schedule, state, step, tell
+from hvd_vgg.parallel.consensus import check_replicas, require_equal, run_on_all_ranks
+from hvd_vgg.parallel.init import Device, compared_environment, describe_software, start
+from hvd_vgg.reporting.console import Console
+from hvd_vgg.reporting.log import RunLog
+from hvd_vgg.reporting.throughput import Throughput
+from hvd_vgg.run_dir import lock_run_dir
+from hvd_vgg.text import plural
+from hvd_vgg.train import checkpoint, reporter
+from hvd_vgg.train.bad_records import count_bad_records
+from hvd_vgg.train.checkpoint_writer import CheckpointWriter
+from hvd_vgg.train.dataset import Splits, open_data, open_split
+from hvd_vgg.train.evaluate import Evaluation, evaluate
+from hvd_vgg.train.nonfinite import NonFinite, NonFiniteStep, stop_or_rewind, with_skipped_steps
 from hvd_vgg.train.profile import profiled
-from hvd_vgg.train.writer import Writer
+from hvd_vgg.train.reporter import (
+    evaluation,
+    introduce,
+    open_log,
+    save_failed,
+    speed_of_window,
+    stopped,
+    summary,
+    training,
+    write_result,
+)
+from hvd_vgg.train.schedule import evaluation_steps, learning_rate, total_steps
+from hvd_vgg.train.state import (
+    State,
+    TrainProgress,
+    assign_variables,
+    data_digest,
+    finish_save,
+    initial_state,
+    reset_state,
+    restore_state,
+    run_fingerprint,
+    save_state,
+)
+from hvd_vgg.train.train_step import SKIPPED_STEP, StepMetrics, make_checksums, make_eval_step, make_train_step, step_inputs
+from hvd_vgg.watchdog import StopRequested, watchdog
 
 # A window of log lines ends early once: the user sees that it works, and the estimate leaves out what was compiled.
 _FIRST_LOOK = 2
@@ -29,26 +64,26 @@ _FIRST_LOOK = 2
 _LISTEN_SECONDS = 5.0
 
 
-class Job(NamedTuple):
+class Trainer(NamedTuple):
     """What a run is made of on this rank; `log`, `writer` and `lock` are rank 0's."""
 
-    config: Config
+    config: TrainConfig
     run_dir: Path
     console: Console
-    data: Data
+    data: Splits
     total: int
     eval_at: FrozenSet[int]
     what: Dict[str, Any]
-    run: state.State
-    train_step: Callable[..., step.Sums]
+    run: State
+    train_step: Callable[..., StepMetrics]
     eval_step: Callable[..., Any]
     checksums: Callable[[], Any]
-    device: comm.Device
+    device: Device
     throughput: Throughput
     coverage: Coverage
     began: float  # time.monotonic() less the seconds of earlier starts
     log: Optional[RunLog]
-    writer: Optional[Writer]
+    writer: Optional[CheckpointWriter]
     lock: Optional[IO[str]]
 
     def epoch(self, done: int) -> float:
@@ -56,7 +91,7 @@ class Job(NamedTuple):
         return done * self.config.global_batch / self.data.train.records
 
 
-def train(config: Config) -> None:
+def train(config: TrainConfig) -> None:
     """Trains, evaluates and leaves everything in --run_dir; all ranks call."""
     job, at = _begin(config)
     try:
@@ -65,12 +100,12 @@ def train(config: Config) -> None:
             job, at = _rewind(job, met)
             met = _train(job, at)
     except Failure as failure:
-        if failure.agreed and job.writer:
+        if failure.collective and job.writer:
             job.writer.wait()  # all ranks will leave, and the launcher ends whoever is still writing then
         raise
 
 
-def _train(job: Job, at: state.Position) -> Optional[nonfinite.Met]:
+def _train(job: Trainer, at: TrainProgress) -> Optional[NonFiniteStep]:
     """Trains from `at` to the end and ends the run, or returns the step that was not finite."""
     config = job.config
     throughput, result, begun_at, listen_every = job.throughput, None, at.step, config.log_every_steps
@@ -79,13 +114,13 @@ def _train(job: Job, at: state.Position) -> Optional[nonfinite.Met]:
         _save(job, at, improved)
     steps = range(at.step, at.step if _reached(job, at) else job.total)
     progress = job.console.progress("training", job.total, "steps", at.step)
-    window: List[Tuple[int, step.Sums]] = []
-    bad_rows: List[Tuple[int, pipeline.BadRow]] = []
-    for now, batch in zip(steps, profiled(throughput.waiting(_batches(job, steps)), steps, config, throughput)):
+    window: List[Tuple[int, StepMetrics]] = []
+    bad_rows: List[Tuple[int, BadRow]] = []
+    for now, batch in zip(steps, profiled(throughput.timed(_batches(job, steps)), steps, config, throughput)):
         window.append((now, (_skip if now in at.skipped_steps else _update)(job, now, batch)))
         bad_rows += [(now, row) for row in batch.bad if now not in at.skipped_steps]
         at = at._replace(step=now + 1)
-        watch.beat(at.step)
+        watchdog.heartbeat(at.step)
         if job.log and now == begun_at:
             job.log.event("first_update", step=now)
         evaluates = at.step in job.eval_at
@@ -94,7 +129,7 @@ def _train(job: Job, at: state.Position) -> Optional[nonfinite.Met]:
         compares = config.drift_every_steps > 0 and (at.step % config.drift_every_steps == 0 or saves or evaluates)
         first_look = at.step - begun_at == _FIRST_LOOK
         due = first_look or at.step % config.log_every_steps == 0 or saves or compares or evaluates
-        asked = (due or at.step % listen_every == 0) and comm.any_rank(watch.asked())
+        asked = (due or at.step % listen_every == 0) and comm.any_rank(watchdog.stop_requested())
         if not (due or asked):
             throughput.end_update()
             progress.update(at.step)
@@ -103,20 +138,20 @@ def _train(job: Job, at: state.Position) -> Optional[nonfinite.Met]:
         row, seen = _close_window(window, config)
         throughput.end_update()
         if seen:
-            return nonfinite.Met(seen, at.skipped_steps)
+            return NonFiniteStep(seen, at.skipped_steps)
         at = _account(job, at, bad_rows)
-        row["train.lr"] = schedule.learning_rate(now, config, job.data.train.records)
-        row, verdict = tell.speed_of_window(row, window, throughput, config)
+        row["train.lr"] = learning_rate(now, config, job.data.train.records)
+        row, verdict = speed_of_window(row, window, throughput, config)
         listen_every = _listen_every(throughput, at.step - begun_at, len(window)) or listen_every
         window.clear()
         if job.coverage.ended(at.step):
             at = _settle(job, at)
         if compares:
-            state.check_identical(list(job.run.weights), job.checksums().numpy(), now)
+            check_replicas(list(job.run.weights), job.checksums().numpy(), now)
         if first_look:
             progress.restart(at.step)
-        tell.training(row, verdict, at.step, job.total, job.epoch(at.step), job.log, job.console, progress)
-        tell.save_failed(job.writer.failure() if job.writer else None, job.log, job.console)
+        training(row, verdict, at.step, job.total, job.epoch(at.step), job.log, job.console, progress)
+        save_failed(job.writer.failure() if job.writer else None, job.log, job.console)
         improved = False
         if evaluates:
             at, result, improved = _evaluate(job, at)
@@ -132,39 +167,39 @@ def _train(job: Job, at: state.Position) -> Optional[nonfinite.Met]:
             try:
                 _write_result(job, at, result)
             except Failure as failure:  # agreed; only the last must be written
-                tell.save_failed(failure, job.log, job.console)
+                save_failed(failure, job.log, job.console)
         if asked:
             _stop(job, at, saved=saves or improved)
     _end(job, at, result)
     return None
 
 
-def _begin(config: Config) -> Tuple[Job, state.Position]:
+def _begin(config: TrainConfig) -> Tuple[Trainer, TrainProgress]:
     """Returns what the run is made of, and where it stands: at the start, or at a checkpoint."""
     # ---- who and where we are
     run_dir = Path(config.run_dir)
-    device = comm.start(
+    device = start(
         config.input_threads,
         bool(config.profile_steps),
         hang_seconds=config.hang_seconds,
         precision=config.precision,
     )
-    watch.listen()
+    watchdog.save_when_asked()
     console = Console(config.console, comm.is_root())
     _check_ranks(config)
-    lock = comm.together(lambda: _check_start(config, run_dir))
-    log = tell.open_log(config, run_dir, console)
+    lock = run_on_all_ranks(lambda: _check_start(config, run_dir))
+    log = open_log(config, run_dir, console)
 
     # ---- the data
     data = open_data(config, run_dir, console)
     total = total_steps(config, data.train.records)
 
     # ---- the model, from the start or from a checkpoint
-    run = state.initial(config)
-    what = state.what_run(config, data.train, data.label_base)
-    at = nonfinite.recall_skipped(state.restore(run, config, run_dir, what, log, console), run_dir)
-    tell.introduce(config, run_dir, data, device, cost.choose(config, comm.size()), total, at, log, console)
-    return Job(
+    run = initial_state(config)
+    what = run_fingerprint(config, data.train, data.label_base)
+    at = with_skipped_steps(restore_state(run, config, run_dir, what, log, console), run_dir)
+    introduce(config, run_dir, data, device, cost.choose(config, comm.size()), total, at, log, console)
+    return Trainer(
         config,
         run_dir,
         console,
@@ -174,106 +209,104 @@ def _begin(config: Config) -> Tuple[Job, state.Position]:
         what,
         run,
         _make_train_step(config, run, device),
-        step.make_eval_step(run.weights, config, device.data_format),
-        step.make_checksums(run.weights),
+        make_eval_step(run.weights, config, device.data_format),
+        make_checksums(run.weights),
         device,
         Throughput(),
         Coverage(data.train.records, config.global_batch, at.step, at.coverage),
         time.monotonic() - at.seconds,
         log,
-        Writer(run_dir, config.keep_checkpoints, log.event) if log else None,
+        CheckpointWriter(run_dir, config.keep_checkpoints, log.event) if log else None,
         lock,
     ), at
 
 
-def _make_train_step(config: Config, run: state.State, device: comm.Device) -> Callable[..., step.Sums]:
+def _make_train_step(config: TrainConfig, run: State, device: Device) -> Callable[..., StepMetrics]:
     factored = [choice.layer for choice in cost.choose(config, comm.size()) if choice.way == "factored"]
-    return step.make_train_step(run.weights, run.slots, config, device.data_format, factored)
+    return make_train_step(run.weights, run.slots, config, device.data_format, factored)
 
 
-def _rewind(job: Job, met: nonfinite.Met) -> Tuple[Job, state.Position]:
+def _rewind(job: Trainer, met: NonFiniteStep) -> Tuple[Trainer, TrainProgress]:
     """Returns the run as it goes on from its newest checkpoint without that step, or raises the Failure that ends it."""
     config, run, throughput = job.config, job.run, job.throughput
-    known = len(throughput.exchange)
-    unlogged = {"update_seconds": throughput.total[known:], "input_seconds": throughput.input[known:]}
-    throughput.exchange.extend([0.0] * len(unlogged["update_seconds"]))  # nobody asked its updates
-    with throughput.apart("rewinding"), watch.phase("saving"):
+    known = len(throughput.exchange_seconds)
+    unlogged = {"update_seconds": throughput.total_seconds[known:], "input_seconds": throughput.input_seconds[known:]}
+    throughput.exchange_seconds.extend([0.0] * len(unlogged["update_seconds"]))  # nobody asked its updates
+    with throughput.exclude("rewinding"), watchdog.phase("saving"):
         if job.writer:
-            tell.save_failed(job.writer.wait(), job.log, job.console)
-        ids = nonfinite.stop_or_rewind(met, run, job.train_step, job.data, config, job.device, job.log, job.console)
-        state.reset(run, config)
+            save_failed(job.writer.wait(), job.log, job.console)
+        ids = stop_or_rewind(met, run, job.train_step, job.data, config, job.device, job.log, job.console)
+        reset_state(run, config)
         again = dataclasses.replace(config, resume="auto")
-        at = state.restore(run, again, job.run_dir, job.what, job.log, job.console)
-        at = nonfinite.recall_skipped(at, job.run_dir)
+        at = restore_state(run, again, job.run_dir, job.what, job.log, job.console)
+        at = with_skipped_steps(at, job.run_dir)
     if job.log:
         told = {"from": met.seen.step, "to": at.step, "skipped_steps": at.skipped_steps, "records": ids}
         job.log.event("rewind", **told, **unlogged)
-    watch.beat(phase="start")  # what follows is compiled again
+    watchdog.heartbeat(phase="start")  # what follows is compiled again
     # A new one, since the other applies no update any more.
     covered = Coverage(job.data.train.records, config.global_batch, at.step, at.coverage)
     return job._replace(train_step=_make_train_step(config, run, job.device), coverage=covered), at
 
 
-def _batches(job: Job, steps: range) -> Iterator[pipeline.Batch]:
+def _batches(job: Trainer, steps: range) -> Iterator[Batch]:
     data, threads = job.data, job.device.input_threads
-    return pipeline.train_batches(data.train, job.config, data.label_base, steps, comm.rank(), comm.size(), threads)
+    return train_batches(data.train, job.config, data.label_base, steps, comm.rank(), comm.size(), threads)
 
 
-def _update(job: Job, now: int, batch: pipeline.Batch) -> step.Sums:
-    low, _ = order.slice_bounds(job.config.global_batch, comm.rank(), comm.size())
-    lr = schedule.learning_rate(now, job.config, job.data.train.records)
-    sums = job.train_step(*batch[:2], *step.arguments(job.config, now, low, lr))
+def _update(job: Trainer, now: int, batch: Batch) -> StepMetrics:
+    low, _ = slice_bounds(job.config.global_batch, comm.rank(), comm.size())
+    lr = learning_rate(now, job.config, job.data.train.records)
+    sums = job.train_step(*batch[:2], *step_inputs(job.config, now, low, lr))
     job.coverage.add(now * job.config.global_batch + low, batch.ids.numpy(), [(row.row, row.record) for row in batch.bad])
     return sums
 
 
-def _skip(job: Job, now: int, batch: pipeline.Batch) -> step.Sums:
+def _skip(job: Trainer, now: int, batch: Batch) -> StepMetrics:
     """Leaves a step out: its records are told as skipped, those that are bad too."""
-    low, _ = order.slice_bounds(job.config.global_batch, comm.rank(), comm.size())
+    low, _ = slice_bounds(job.config.global_batch, comm.rank(), comm.size())
     due = batch.ids.numpy()
     for row in batch.bad:
         due[row.row] = row.record
     job.coverage.skip(now * job.config.global_batch + low, due)
-    return step.SKIPPED
+    return SKIPPED_STEP
 
 
-def _account(job: Job, at: state.Position, met: List[Tuple[int, pipeline.BadRow]]) -> state.Position:
+def _account(job: Trainer, at: TrainProgress, met: List[Tuple[int, BadRow]]) -> TrainProgress:
     """Returns where the run stands when the bad records `met`, of (step, row), are counted; they are no longer in `met`."""
     allowed, index = job.config.bad_records_allowed, job.data.train
-    found = bad.account(met, at.bad_records, allowed, index, job.log, job.console)
+    found = count_bad_records(met, at.bad_records, allowed, index, job.log, job.console)
     met.clear()
     return at._replace(bad_records=found)
 
 
-def _settle(job: Job, at: state.Position) -> state.Position:
+def _settle(job: Trainer, at: TrainProgress) -> TrainProgress:
     """Returns where the run stands with what was trained on summed over ranks; tells the epochs that are complete."""
-    for proved in job.coverage.settle(at.step, comm.gather):
-        tell.covered(proved, job.data.train.records, job.log, job.console)
+    for proved in job.coverage.settle(at.step, comm.gather_json):
+        reporter.covered(proved, job.data.train.records, job.log, job.console)
     return at._replace(coverage=job.coverage.state())
 
 
-def _evaluate(job: Job, at: state.Position) -> Tuple[state.Position, evaluate.Evaluation, bool]:
+def _evaluate(job: Trainer, at: TrainProgress) -> Tuple[TrainProgress, Evaluation, bool]:
     """Returns where the run stands then, the evaluation, and whether it is better than all before."""
-    with job.throughput.apart("evaluation"), watch.phase("evaluation"):
+    with job.throughput.exclude("evaluation"), watchdog.phase("evaluation"):
         try:
             data, threads = job.data, job.device.input_threads
-            result = evaluate.evaluate(
-                job.eval_step, data.validation, job.config, data.label_base, threads, job.console, job.log
-            )
-        except watch.Stopped:
+            result = evaluate(job.eval_step, data.validation, job.config, data.label_base, threads, job.console, job.log)
+        except StopRequested:
             _stop(job, at)
-        tell.evaluation(result, at.step, job.epoch(at.step), job.log, job.console)
+        evaluation(result, at.step, job.epoch(at.step), job.log, job.console)
     improved = result.top1 > at.best_top1
     return at._replace(best_top1=max(at.best_top1, result.top1), evaluated=at.step), result, improved
 
 
-def _save(job: Job, at: state.Position, best: bool) -> None:
-    with job.throughput.apart("saving"), watch.phase("saving"):
+def _save(job: Trainer, at: TrainProgress, best: bool) -> None:
+    with job.throughput.exclude("saving"), watchdog.phase("saving"):
         if job.writer:
-            tell.save_failed(job.writer.wait(), job.log, job.console)
+            save_failed(job.writer.wait(), job.log, job.console)
         at = _settle(job, at)._replace(seconds=time.monotonic() - job.began)
-        state.save(job.run, at, job.what, job.writer, best)
-        comm.gather(b"")  # else the others wait for rank 0's copy inside their next update
+        save_state(job.run, at, job.what, job.writer, best)
+        comm.barrier()  # else the others wait for rank 0's copy inside their next update
 
 
 def _listen_every(throughput: Throughput, done: int, window: int) -> int:
@@ -286,40 +319,40 @@ def _listen_every(throughput: Throughput, done: int, window: int) -> int:
     return max(1, round(_LISTEN_SECONDS * updates / seconds)) if updates else 0
 
 
-def _write_result(job: Job, at: state.Position, result: evaluate.Evaluation) -> Dict[str, Any]:
-    with job.throughput.apart("saving"):
+def _write_result(job: Trainer, at: TrainProgress, result: Evaluation) -> Dict[str, Any]:
+    with job.throughput.exclude("saving"):
         seconds = time.monotonic() - job.began
         epoch = job.epoch(at.step)
-        return tell.write_result(job.config, job.run_dir, result, job.throughput, at.step, epoch, seconds, job.log)
+        return write_result(job.config, job.run_dir, result, job.throughput, at.step, epoch, seconds, job.log)
 
 
-def _stop(job: Job, at: state.Position, saved: bool = False) -> NoReturn:
+def _stop(job: Trainer, at: TrainProgress, saved: bool = False) -> NoReturn:
     """Ends a run that was asked to stop, with a checkpoint, if it is not `saved` yet; all ranks call at the same step."""
     if not saved:
         _save(job, at, False)
-    with watch.phase("saving"):
-        state.finish(job.writer)
-    tell.stopped(job.config, at.step, job.run_dir, job.log)
+    with watchdog.phase("saving"):
+        finish_save(job.writer)
+    stopped(job.config, at.step, job.run_dir, job.log)
     raise Failure(
         STOPPED,
         f"stopped on request after step {at.step} of {job.total}: the same command goes on from there",
-        agreed=True,
+        collective=True,
     )
 
 
-def _end(job: Job, at: state.Position, result: Optional[evaluate.Evaluation]) -> None:
+def _end(job: Trainer, at: TrainProgress, result: Optional[Evaluation]) -> None:
     """Ends a run that is through, with the evaluation and the checkpoint it must have."""
     if result is None or at.evaluated < at.step:  # nothing was left to train
         scored = at.evaluated == at.step
         at, result, improved = _evaluate(job, at)
         if not scored:
             _save(job, at, improved)
-    with watch.phase("saving"):
-        state.finish(job.writer)
+    with watchdog.phase("saving"):
+        finish_save(job.writer)
     measured = _write_result(job, at, result)
     seconds = time.monotonic() - job.began
-    tell.summary(job.run_dir, result, measured, at.step, seconds, job.writer, job.log, job.console)
-    comm.leave()
+    summary(job.run_dir, result, measured, at.step, seconds, job.writer, job.log, job.console)
+    comm.shutdown()
 
 
 def evaluate_run(config: EvaluateConfig) -> None:
@@ -331,59 +364,59 @@ class Score(NamedTuple):
     """What a checkpoint of `step` updates has scored, and the digest of the data."""
 
     step: int
-    result: evaluate.Evaluation
+    result: Evaluation
     data_sha256: str
 
 
-def score(config: Config, checkpoints: Sequence[str]) -> List[Score]:
+def score(config: TrainConfig, checkpoints: Sequence[str]) -> List[Score]:
     """Evaluates checkpoints of the run in --run_dir on the validation split, and prints each; all ranks call.
 
     checkpoints: `best`, `newest`, or paths.
     """
-    device = comm.start(config.input_threads, hang_seconds=config.hang_seconds, precision=config.precision)
+    device = start(config.input_threads, hang_seconds=config.hang_seconds, precision=config.precision)
     console = Console(config.console, comm.is_root())
     _check_ranks(config)
     run_dir = Path(config.run_dir)
     index = open_split(config.data_dir, "validation", run_dir, console)
     scores = [_score(config, name, run_dir, index, device, console) for name in checkpoints]
-    comm.leave()
+    comm.shutdown()
     return scores
 
 
-def _score(config: Config, name: str, run_dir: Path, index: records.Index, device: comm.Device, console: Console) -> Score:
-    found = comm.together(lambda: _load_for_evaluation(name, run_dir) if comm.is_root() else None)
-    meta = json.loads(comm.from_root(json.dumps(found.meta if found else None).encode()).decode())
+def _score(config: TrainConfig, name: str, run_dir: Path, index: Index, device: Device, console: Console) -> Score:
+    found = run_on_all_ranks(lambda: _load_for_evaluation(name, run_dir) if comm.is_root() else None)
+    meta = comm.broadcast_json(found.meta if found else None)
     label_base = meta["run"]["label_base"] if config.label_base == "auto" else int(config.label_base)
-    comm.together(lambda: records.check_labels(index, label_base, config.num_classes))
-    run = state.initial(config)
-    comm.together(lambda: state.assign(run.weights, found) if found else None)
+    run_on_all_ranks(lambda: check_labels(index, label_base, config.num_classes))
+    run = initial_state(config)
+    run_on_all_ranks(lambda: assign_variables(run.weights, found) if found else None)
     comm.broadcast_variables(list(run.weights.values()))
-    eval_step = step.make_eval_step(run.weights, config, device.data_format)
-    result = evaluate.evaluate(eval_step, index, config, label_base, device.input_threads, console)
+    eval_step = make_eval_step(run.weights, config, device.data_format)
+    result = evaluate(eval_step, index, config, label_base, device.input_threads, console)
     console.say(
         f"step {meta['step']}: {result.accuracy()}  "
-        f"({result.top1} and {result.top5} of {result.records} records, each once, on {count(comm.size(), 'rank')})"
+        f"({result.top1} and {result.top5} of {result.records} records, each once, on {plural(comm.size(), 'rank')})"
     )
-    return Score(meta["step"], result, state.data_digest(index))
+    return Score(meta["step"], result, data_digest(index))
 
 
-def _reached(job: Job, at: state.Position) -> bool:
+def _reached(job: Trainer, at: TrainProgress) -> bool:
     target = job.config.stop_at_top1
     return target > 0 and at.best_top1 >= target * job.data.validation.records
 
 
-def _check_ranks(config: Config) -> None:
+def _check_ranks(config: TrainConfig) -> None:
     flags = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in dataclasses.asdict(config).items()
         if name not in ("data_dir", "run_dir", "console")  # a host may keep them elsewhere
     }
-    comm.agree("the flags", flags)
-    comm.agree("the software", comm.describe())
-    comm.agree("the environment", comm.environment())
+    require_equal("the flags", flags)
+    require_equal("the software", describe_software(IMAGE_LIBRARY))
+    require_equal("the environment", compared_environment())
 
 
-def _check_start(config: Config, run_dir: Path) -> Optional[IO[str]]:
+def _check_start(config: TrainConfig, run_dir: Path) -> Optional[IO[str]]:
     """Returns the run directory's lock, on rank 0."""
     if config.global_batch < comm.size():
         raise Failure(
@@ -399,19 +432,21 @@ def _check_start(config: Config, run_dir: Path) -> Optional[IO[str]]:
             raise PermissionError(13, "no permission to write")
     except OSError as error:
         raise Failure(CONFIGURATION, f"--run_dir={run_dir} cannot be made or written: {error.strerror}") from error
-    return lock.acquire(run_dir)
+    return lock_run_dir(run_dir)
 
 
-def _close_window(window: List[Tuple[int, step.Sums]], config: Config) -> Tuple[Dict[str, float], Optional[nonfinite.Seen]]:
+def _close_window(
+    window: List[Tuple[int, StepMetrics]], config: TrainConfig
+) -> Tuple[Dict[str, float], Optional[NonFinite]]:
     """Returns the means of the window's steps over all ranks; the one place where the loop waits for all ranks.
 
     Beside them is the first step that was not finite, if there is one: neither its update nor any after it was applied.
     """
-    trained = [(now, sums) for now, sums in window if sums is not step.SKIPPED]
+    trained = [(now, sums) for now, sums in window if sums is not SKIPPED_STEP]
     local = np.array([[float(sums.loss), float(sums.gradient_norm), not sums.sound] for _, sums in trained]).reshape(-1, 3)
     # The norm is every rank's already; summing it too makes what follows from it the same everywhere, to the last bit.
     losses, norms, unsound = (comm.sum_over_ranks(local) / [config.global_batch, comm.size(), 1]).T
-    seen = [nonfinite.Seen(now, *numbers) for (now, _), *numbers in zip(trained, losses.tolist(), norms.tolist())]
+    seen = [NonFinite(now, *numbers) for (now, _), *numbers in zip(trained, losses.tolist(), norms.tolist())]
     local_hits = np.array([[int(sums.top1), int(sums.top5)] for _, sums in trained], np.int64).reshape(-1, 2)
     top1, top5 = (comm.sum_over_ranks(local_hits).sum(axis=0) / (max(1, len(trained)) * config.global_batch)).tolist()
     loss = float(losses.mean()) if trained else math.nan  # of a window that was all skipped

@@ -15,18 +15,29 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 import numpy as np
 import tensorflow as tf
 
-from hvd_vgg.config import Config, nonfinite_folder, to_flag_file
-from hvd_vgg.data import order, pipeline, records
-from hvd_vgg.data.index import Data
-from hvd_vgg.model.layers import DENSE
+from hvd_vgg.config import StepConfig, TrainConfig
+from hvd_vgg.data.loader import train_batches
+from hvd_vgg.data.reader import write_records
+from hvd_vgg.data.sampler import positions, slice_bounds
+from hvd_vgg.errors import CONFIGURATION, NOT_FINITE, NOT_WRITTEN, Failure
+from hvd_vgg.flags import to_flag_file
+from hvd_vgg.models.architecture import DENSE
 from hvd_vgg.parallel import comm
-from hvd_vgg.run.files import write_whole
-from hvd_vgg.run.health import CONFIGURATION, NOT_FINITE, NOT_WRITTEN, Failure
-from hvd_vgg.run.log import Console, RunLog, count
-from hvd_vgg.train import checkpoint, schedule, state, step
+from hvd_vgg.parallel.consensus import run_on_all_ranks
+from hvd_vgg.parallel.init import Device
+from hvd_vgg.reporting.console import Console
+from hvd_vgg.reporting.log import RunLog
+from hvd_vgg.run_dir import atomic_write_text, nonfinite_folder
+from hvd_vgg.seeds import dropout_keys
+from hvd_vgg.text import plural
+from hvd_vgg.train import checkpoint
+from hvd_vgg.train.dataset import Splits
+from hvd_vgg.train.schedule import learning_rate
+from hvd_vgg.train.state import State, TrainProgress
+from hvd_vgg.train.train_step import FiniteReport, StepMetrics, make_finite_check
 
 
-class Seen(NamedTuple):
+class NonFinite(NamedTuple):
     """A step that was not finite, as training saw it: the mean loss and the gradient's norm over all ranks."""
 
     step: int
@@ -37,14 +48,14 @@ class Seen(NamedTuple):
         return f"step {self.step}: loss {self.loss:g}, gradient norm {self.gradient_norm:g}"
 
 
-class Met(NamedTuple):
+class NonFiniteStep(NamedTuple):
     """A step that was not finite in a run that has skipped others before."""
 
-    seen: Seen
+    seen: NonFinite
     skipped_steps: List[int]
 
 
-class Examined(NamedTuple):
+class Diagnosis(NamedTuple):
     """A step computed again on all ranks, from the same weights, without applying it; the same on all ranks.
 
     seen: the numbers of all ranks; sound: they are finite; ranks: for each, its `host`, its `slice` of the global batch,
@@ -52,7 +63,7 @@ class Examined(NamedTuple):
     alone (`at_fault`, places in the global batch).
     """
 
-    seen: Seen
+    seen: NonFinite
     sound: bool
     ranks: List[Dict[str, Any]]
 
@@ -76,44 +87,52 @@ class Examined(NamedTuple):
         low, high = found["slice"]
         where = f"rank {self.rank} on {found['host']}" if len(self.ranks) > 1 else "the one rank"
         spread = "" if len(self.ranks) == 1 else f"; of {len(self.ranks)} ranks {len(others)} met anything"
-        return f"First {found['first']} on {where}, in {len(found['at_fault'])} of its {count(high - low, 'record')}{spread}"
+        return (
+            f"First {found['first']} on {where}, in {len(found['at_fault'])} of its {plural(high - low, 'record')}{spread}"
+        )
 
 
-def examine(
+def diagnose(
     now: int,
-    run: state.State,
-    train_step: Callable[..., step.Sums],
+    run: State,
+    train_step: Callable[..., StepMetrics],
     images: Any,
     labels: Any,
     lr: float,
-    config: Config,
+    config: StepConfig,
     data_format: str,
-) -> Examined:
+) -> Diagnosis:
     """Returns step `now` computed again; all ranks call, each with the images and labels of its part.
 
     A sound update is applied, unless `train_step` has met one that was not.
     """
-    low, high = order.slice_bounds(config.global_batch, comm.rank(), comm.size())
-    keys = tf.constant(order.dropout_keys(config.seed, now, len(DENSE) - 1))
-    look = step.make_look(run.weights, run.slots, config, data_format)
-    place, rows = _first(look, list(run.weights), images, labels, low, keys, config)
+    low, high = slice_bounds(config.global_batch, comm.rank(), comm.size())
+    keys = tf.constant(dropout_keys(config.seed, now, len(DENSE) - 1))
+    look = make_finite_check(run.weights, run.slots, config, data_format)
+    place, rows = _first_nonfinite(look, list(run.weights), images, labels, low, keys, config)
     mine = {"host": socket.gethostname(), "slice": [low, high], "first": place and place[1], "order": place and place[0]}
     mine["at_fault"] = [low + row for row in rows]
     sums = train_step(images, labels, tf.constant(low, tf.int64), keys, tf.constant(lr, tf.float32))
     numbers = comm.gather_numbers([float(sums.loss), float(sums.gradient_norm), float(sums.sound)])
-    seen = Seen(now, float(numbers[:, 0].sum() / config.global_batch), float(numbers[:, 1].max()))
-    ranks = [json.loads(text.decode()) for text in comm.gather(json.dumps(mine).encode())]
-    return Examined(seen, bool(numbers[:, 2].all()), ranks)
+    seen = NonFinite(now, float(numbers[:, 0].sum() / config.global_batch), float(numbers[:, 1].max()))
+    ranks = comm.gather_json(mine)
+    return Diagnosis(seen, bool(numbers[:, 2].all()), ranks)
 
 
-def _first(
-    look: Callable[..., step.Finite], names: List[str], images: Any, labels: Any, position: int, keys: Any, config: Config
+def _first_nonfinite(
+    look: Callable[..., FiniteReport],
+    names: List[str],
+    images: Any,
+    labels: Any,
+    position: int,
+    keys: Any,
+    config: TrainConfig,
 ) -> Tuple[Optional[Tuple[int, str]], List[int]]:
     """Returns (order and name of what is not finite first in this rank's part, or None; the rows that are so alone)."""
 
-    def part(low: int, high: int) -> step.Finite:
+    def part(low: int, high: int) -> FiniteReport:
         found = look(images[low:high], labels[low:high], tf.constant(position + low, tf.int64), keys)
-        return step.Finite(*(np.asarray(each) for each in found))
+        return FiniteReport(*(np.asarray(each) for each in found))
 
     rows, held = len(labels), config.device_batch
     parts = [part(low, min(low + held, rows)) for low in range(0, rows, held)]
@@ -134,12 +153,12 @@ def _first(
 
 
 def stop_or_rewind(
-    met: Met,
-    run: state.State,
-    train_step: Callable[..., step.Sums],
-    data: Data,
-    config: Config,
-    device: comm.Device,
+    met: NonFiniteStep,
+    run: State,
+    train_step: Callable[..., StepMetrics],
+    data: Splits,
+    config: TrainConfig,
+    device: Device,
     log: Optional[RunLog],
     console: Console,
 ) -> List[int]:
@@ -149,18 +168,18 @@ def stop_or_rewind(
     Failure(NOT_FINITE) when it is to end.
     """
     (seen, skipped), run_dir, size = met, Path(config.run_dir), comm.size()
-    batches = pipeline.train_batches(
+    batches = train_batches(
         data.train, config, data.label_base, range(seen.step, seen.step + 1), comm.rank(), size, device.input_threads
     )
     batch = next(batches)
-    lr = schedule.learning_rate(seen.step, config, data.train.records)
-    examined = examine(seen.step, run, train_step, *batch[:2], lr, config, device.data_format)
+    lr = learning_rate(seen.step, config, data.train.records)
+    examined = diagnose(seen.step, run, train_step, *batch[:2], lr, config, device.data_format)
     ids = np.concatenate(
-        [np.frombuffer(part, np.int64) for part in comm.gather(batch.ids.numpy().astype(np.int64).tobytes())]
+        [np.frombuffer(part, np.int64) for part in comm.gather_bytes(batch.ids.numpy().astype(np.int64).tobytes())]
     )
     report = _report(seen, examined, ids, data, config, lr)
     folder = nonfinite_folder(run_dir, seen.step)
-    kept = comm.from_root(_keep(folder, report, run, data, ids, config).encode() if comm.is_root() else None).decode()
+    kept = comm.broadcast_json(_save_step(folder, report, run, data, ids, config) if comm.is_root() else "")
     kept = kept or f"Repeat it on any number of ranks: hvd-vgg replay {run_dir} --step={seen.step}"
     if log:
         log.event("nonfinite", **{name: value for name, value in report.items() if name not in ("batch", "ranks")})
@@ -170,7 +189,7 @@ def stop_or_rewind(
             NOT_FINITE,
             f"{told}\nThe newest checkpoint is from before: try a lower --lr or a longer --warmup_epochs in another "
             f"--run_dir, or --on_nonfinite=rewind to skip these records",
-            agreed=True,
+            collective=True,
         )
     if len(skipped) >= config.max_rewinds:
         steps = ", ".join(map(str, skipped))
@@ -178,22 +197,24 @@ def stop_or_rewind(
             NOT_FINITE,
             f"{told}\nNo more than --max_rewinds={config.max_rewinds} steps are skipped, and steps {steps} were already: "
             f"try a lower --lr or a longer --warmup_epochs in another --run_dir",
-            agreed=True,
+            collective=True,
         )
-    comm.together(lambda: _write_skipped(run_dir, sorted({*skipped, seen.step})) if comm.is_root() else None)
-    console.say(f"{told}\nrewinding: its {count(len(ids), 'record')} will be skipped")
+    run_on_all_ranks(lambda: _write_skipped(run_dir, sorted({*skipped, seen.step})) if comm.is_root() else None)
+    console.say(f"{told}\nrewinding: its {plural(len(ids), 'record')} will be skipped")
     return list(ids.tolist())
 
 
-def _report(seen: Seen, examined: Examined, ids: np.ndarray, data: Data, config: Config, lr: float) -> Dict[str, Any]:
+def _report(
+    seen: NonFinite, examined: Diagnosis, ids: np.ndarray, data: Splits, config: TrainConfig, lr: float
+) -> Dict[str, Any]:
     start = seen.step * config.global_batch
-    at = order.positions(start, start + len(ids), data.train.records, config.seed, config.shuffle_block_records)
+    at = positions(start, start + len(ids), data.train.records, config.seed, config.shuffle_block_records)
     return {
         "step": seen.step,
-        "loss": _number(seen.loss),
-        "gradient_norm": _number(seen.gradient_norm),
-        "loss_again": _number(examined.seen.loss),
-        "gradient_norm_again": _number(examined.seen.gradient_norm),
+        "loss": _json_number(seen.loss),
+        "gradient_norm": _json_number(seen.gradient_norm),
+        "loss_again": _json_number(examined.seen.loss),
+        "gradient_norm_again": _json_number(examined.seen.gradient_norm),
         "not_finite_again": examined.repeated,
         "rank": examined.rank,
         "first": None if examined.rank is None else examined.ranks[examined.rank]["first"],
@@ -210,21 +231,21 @@ def _report(seen: Seen, examined: Examined, ids: np.ndarray, data: Data, config:
     }
 
 
-def _number(value: float) -> Any:
+def _json_number(value: float) -> Any:
     """Returns a number as JSON can hold it."""
     return value if math.isfinite(value) else str(value)
 
 
-def _keep(folder: Path, report: Dict[str, Any], run: state.State, data: Data, ids: np.ndarray, config: Config) -> str:
+def _save_step(folder: Path, report: Dict[str, Any], run: State, data: Splits, ids: np.ndarray, config: TrainConfig) -> str:
     """Writes what is kept of a step, on rank 0; returns why it cannot, or nothing: the step is what matters."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.json").unlink(missing_ok=True)
-        records.write_records(folder / "records-00000-of-00001", data.train, ids.tolist())
+        write_records(folder / "records-00000-of-00001", data.train, ids.tolist())
         tensors = {name: np.asarray(variable) for name, variable in run.variables().items()}
         checkpoint.write(folder / "state.safetensors", tensors, {"step": report["step"]})
-        write_whole(folder / "flags.txt", to_flag_file(config))
-        write_whole(folder / "report.json", json.dumps(report, indent=1) + "\n")
+        atomic_write_text(folder / "flags.txt", to_flag_file(config))
+        atomic_write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
     except OSError as error:
         return f"It cannot be kept for a replay in {folder}: {error.strerror or error}"
     except Failure as failure:
@@ -264,13 +285,13 @@ def load_report(folder: Path) -> Dict[str, Any]:
     return dict(report)
 
 
-def recall_skipped(position: state.Position, run_dir: Path) -> state.Position:
+def with_skipped_steps(position: TrainProgress, run_dir: Path) -> TrainProgress:
     """Returns `position` with the steps that the run in `run_dir` was rewound to skip; all ranks call.
 
     A checkpoint knows those from before it; what it was itself rewound to is kept beside it.
     """
-    found = comm.together(lambda: _read_skipped(run_dir) if comm.is_root() else [])
-    told = json.loads(comm.from_root(json.dumps(found).encode()).decode())
+    found = run_on_all_ranks(lambda: _read_skipped(run_dir) if comm.is_root() else [])
+    told = comm.broadcast_json(found)
     return position._replace(skipped_steps=sorted({*position.skipped_steps, *told}))
 
 
@@ -291,6 +312,6 @@ def _write_skipped(run_dir: Path, steps: List[int]) -> None:
     path = run_dir / "nonfinite" / "skipped.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(steps) + "\n")
+        atomic_write_text(path, json.dumps(steps) + "\n")
     except OSError as error:
         raise Failure(NOT_WRITTEN, f"{path} cannot be written ({error.strerror}), so the run cannot be rewound") from error

@@ -5,7 +5,6 @@ from typing import Any, Dict, Tuple
 import tensorflow as tf
 
 Slots = Dict[str, Any]
-
 LOSS_SCALE, _GOOD_STEPS = SCALE_STATE = "loss_scale", "loss_scale/good_steps"
 # The dynamic scale of Micikevicius et al., "Mixed Precision Training" (2018), with the constants of torch.amp.GradScaler:
 # halved when a gradient overflows, doubled after so many updates without.
@@ -35,7 +34,7 @@ def set_loss_scale(slots: Slots, scale: Any, good_steps: Any) -> None:
     slots[_GOOD_STEPS].assign(good_steps)
 
 
-def update(
+def apply_update(
     weights: Dict[str, Any], slots: Slots, gradients: Dict[str, Any], lr: Any, kind: str, momentum: float, decay: float
 ) -> None:
     """Applies one update to `weights` and `slots` in place; for use inside a tf.function.

@@ -5,22 +5,23 @@ from typing import Iterable, Iterator, TypeVar
 
 import tensorflow as tf
 
-from hvd_vgg.config import Config, profiled_steps
+from hvd_vgg.config import TrainConfig, profiled_steps
+from hvd_vgg.errors import NOT_WRITTEN, Failure
 from hvd_vgg.parallel import comm
-from hvd_vgg.run import watch
-from hvd_vgg.run.health import NOT_WRITTEN, Failure
-from hvd_vgg.run.throughput import Throughput
+from hvd_vgg.parallel.consensus import run_on_all_ranks
+from hvd_vgg.reporting.throughput import Throughput
+from hvd_vgg.watchdog import watchdog
 
 T = TypeVar("T")
 
 
-def profiled(batches: Iterable[T], steps: range, config: Config, throughput: Throughput) -> Iterator[T]:
+def profiled(batches: Iterable[T], steps: range, config: TrainConfig, throughput: Throughput) -> Iterator[T]:
     """Yields what `batches` does, one for each of `steps`, and profiles --profile_steps; for all ranks.
 
     Leaves in --run_dir/profile `rankR/` of each of --profile_ranks, and `horovod_timeline.json` of rank 0, which alone can
-    write one: it shows when each rank was ready to exchange. Raises an agreed Failure(NOT_WRITTEN).
+    write one: it shows when each rank was ready to exchange. Raises a collective Failure(NOT_WRITTEN).
     """
-    wanted = profiled_steps(config)
+    wanted = profiled_steps(config.profile_steps)
     chosen = range(max(steps.start, wanted.start), min(steps.stop, wanted.stop))
     folder = Path(config.run_dir) / "profile"
     traces, running = comm.rank() in config.profile_ranks, False
@@ -28,12 +29,12 @@ def profiled(batches: Iterable[T], steps: range, config: Config, throughput: Thr
         for now, batch in zip(steps, batches):
             if running and now == chosen[-1] + 1:
                 running = False
-                with throughput.apart("profiling"), watch.phase("profiling"):
+                with throughput.exclude("profiling"), watchdog.phase("profiling"):
                     _end(traces)
-                    comm.gather(b"")  # else the others wait for the slowest inside their next update
+                    comm.barrier()  # else the others wait for the slowest inside their next update
             if chosen and now == chosen[0]:
-                with throughput.apart("profiling"), watch.phase("profiling"):
-                    comm.together(lambda: _begin(folder, traces))
+                with throughput.exclude("profiling"), watchdog.phase("profiling"):
+                    run_on_all_ranks(lambda: _begin(folder, traces))
                 running = True
             yield batch
     finally:

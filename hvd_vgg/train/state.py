@@ -1,218 +1,134 @@
-"""The state of a run: weights, momentum, and how far it is; made, restored and saved by all ranks as one."""
+"""The state of a run: weights, momentum, and its progress. It is equal on all ranks and knows nothing of them."""
 
-import contextlib
+import dataclasses
 import hashlib
-import json
-from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, NoReturn, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import numpy as np
+import tensorflow as tf
 
-from hvd_vgg.config import Config, allowed_changes, identity, learned
-from hvd_vgg.data import records
-from hvd_vgg.model import vgg
-from hvd_vgg.model.layers import layers
-from hvd_vgg.parallel import comm
-from hvd_vgg.run import receipt
-from hvd_vgg.run.health import CONFIGURATION, NOT_FINITE, Failure, difference
-from hvd_vgg.run.log import Console, RunLog
-from hvd_vgg.train import checkpoint, optimizer
-from hvd_vgg.train.writer import Writer
-
-# Flags that decide which record is due when: of an epoch in which one has changed nothing can be proved.
-_ORDER = {"global_batch", "seed", "shuffle_block_records"}
+from hvd_vgg.config import NetworkConfig, StepConfig, TrainConfig, fingerprint
+from hvd_vgg.data.index import Index
+from hvd_vgg.errors import CONFIGURATION, Failure
+from hvd_vgg.models import vgg
+from hvd_vgg.models.architecture import vgg_layers
+from hvd_vgg.parallel.consensus import run_on_all_ranks
+from hvd_vgg.train.checkpoint import Checkpoint
+from hvd_vgg.train.checkpoint_writer import CheckpointWriter
+from hvd_vgg.train.optimizer import SCALE_STATE, Slots, make_slots
 
 
 class State(NamedTuple):
     """The variables of a run by name, on this rank."""
 
     weights: vgg.Weights
-    slots: optimizer.Slots
+    slots: Slots
 
     def variables(self) -> Dict[str, Any]:
         """Returns all variables by name."""
         return {**self.weights, **self.slots}
 
 
-class Position(NamedTuple):
-    """How far a run is, as its checkpoints keep it."""
+@dataclasses.dataclass
+class TrainProgress:
+    """How far a run is, as its checkpoints keep it.
 
-    step: int = 0  # updates made
-    seconds: float = 0.0  # that they took over all starts
-    best_top1: int = -1  # most hits of an evaluation so far
-    evaluated: int = 0  # the step of the newest evaluation
-    coverage: List[int] = []  # noqa: RUF012 (never changed in place)
-    bad_records: List[int] = []  # noqa: RUF012
-    skipped_steps: List[int] = []  # noqa: RUF012
+    step: updates made; seconds: that they took, over all starts; best_top1: most hits of an evaluation so far, -1 before the
+    first; evaluated: the step of the newest evaluation; coverage: `Coverage.state()`; bad_records: ids; skipped_steps: by
+    --on_nonfinite=rewind.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    best_top1: int = -1
+    evaluated: int = 0
+    coverage: List[int] = dataclasses.field(default_factory=list)
+    bad_records: List[int] = dataclasses.field(default_factory=list)
+    skipped_steps: List[int] = dataclasses.field(default_factory=list)
 
 
-def initial(config: Config) -> State:
-    """Returns the state before the first update: a function of the configuration, the same on every rank."""
-    of = layers(config.model, config.width, config.image_size, config.num_classes)
-    weights = vgg.initial_weights(of, config.seed)
-    return State(weights, optimizer.make_slots(weights, config.precision))
+def initial_weights(config: NetworkConfig, seed: int) -> vgg.Weights:
+    """Returns the weights before the first update, as variables: a function of the network and the seed."""
+    return vgg.initial_weights(vgg_layers(config.model, config.width, config.image_size, config.num_classes), seed)
 
 
-def reset(state: State, config: Config) -> None:
-    """Brings `state` back to before the first update."""
-    for variable, value in zip(state.variables().values(), initial(config).variables().values()):
+def initial_state(config: StepConfig) -> State:
+    """Returns the state before the first update: a function of the configuration, equal on every rank."""
+    weights = initial_weights(config, config.seed)
+    return State(weights, make_slots(weights, config.precision))
+
+
+def reset_state(state: State, config: StepConfig) -> None:
+    """Returns `state` to before the first update."""
+    for variable, value in zip(state.variables().values(), initial_state(config).variables().values()):
         variable.assign(value)
 
 
-def data_digest(index: records.Index) -> str:
-    """Returns a SHA-256 over the lengths and labels of a split's records; contents are checked whenever they are read."""
-    return hashlib.sha256(index.lengths.tobytes() + index.labels.tobytes()).hexdigest()
-
-
-def what_run(config: Config, train_index: records.Index, label_base: int) -> Dict[str, Any]:
-    """Returns what must be equal for a checkpoint to go on: configuration and data, as JSON can hold it."""
-    digest = data_digest(train_index)
-    data = {"train_records": train_index.records, "train_data_sha256": digest, "label_base": label_base}
-    return {**identity(config), **data}
-
-
-def restore(
-    state: State, config: Config, run_dir: Path, expected: Dict[str, Any], log: Optional[RunLog], console: Console
-) -> Position:
-    """Brings `state` of all ranks to where the run in `run_dir` stands, or to rank 0's initial weights; all ranks call.
-
-    Damaged checkpoints newer than the one it goes on from are set aside. Raises an agreed Failure(CONFIGURATION) as --resume
-    says, when no checkpoint is whole, or when the run is another.
-    """
-
-    def find() -> Position:
-        if log is None:  # not rank 0
-            return Position()
-        checkpoint.clean(run_dir)
-        _require(config.resume, run_dir)
-        found, faults = checkpoint.newest(run_dir)
-        if found is None:
-            _check_none_was_saved(run_dir)
-            return Position()
-        changed = [key for key in {**found.meta["run"], **expected} if found.meta["run"].get(key) != expected.get(key)]
-        refused = [key for key in changed if key not in allowed_changes(config)]
-        if refused:
-            _refuse_changes(refused, _misfit(state.variables(), found), found, expected, run_dir)
-        assign(state.variables(), found)
-        if found.meta.get("best"):  # killed before it could be pointed to
-            with contextlib.suppress(OSError):
-                checkpoint.point_to_best(found.path)
-        for path, reason in faults.items():
-            aside = checkpoint.set_aside(path)
-            console.say(f"{path.name} is damaged ({reason}): set aside as {aside.name}")
-            log.event("checkpoint_damaged", file=path.name, reason=reason, renamed=aside.name)
-        for key in changed:
-            console.say(f"--{key} was {found.meta['run'].get(key)}, is {expected.get(key)} from here on")
-            log.event("config_changed", flag=key, before=found.meta["run"].get(key), after=expected.get(key))
-        console.say(f"going on from step {found.meta['step']}: {found.path}")
-        log.event("resume", **{"from": found.meta["step"]}, checkpoint=found.path.name)
-        position = Position(**{field: found.meta[field] for field in Position._fields if field in found.meta})
-        return position._replace(coverage=[]) if _ORDER & set(changed) else position
-
-    position = comm.together(find)
-    comm.broadcast_variables(list(state.variables().values()))
-    return Position(*json.loads(comm.from_root(json.dumps(position).encode()).decode()))
-
-
-def _check_none_was_saved(run_dir: Path) -> None:
-    """Raises Failure(CONFIGURATION) where the log knows of checkpoints that are gone: a run never starts over in silence."""
-    saved = [line.data["file"] for line in receipt.read_log(run_dir / "dllogger.json") if line.event == "checkpoint"]
-    if saved:
-        raise Failure(
-            CONFIGURATION,
-            f"{checkpoint.folder(run_dir)} holds no checkpoint, but by the log {saved[-1]} had been saved: restore it from "
-            f"a copy, or begin anew in another --run_dir",
-        )
-
-
-def _refuse_changes(
-    keys: List[str], misfit: str, found: checkpoint.Checkpoint, expected: Dict[str, Any], run_dir: Path
-) -> NoReturn:
-    """Raises Failure(CONFIGURATION) with what differs, and what of it --allow_config_change may admit."""
-    run, own = found.meta["run"], f"the run's own flags (--flagfile={run_dir}/flags.txt)"
-    table = difference({k: run.get(k) for k in keys}, {k: expected.get(k) for k in keys}, ("checkpoint", "command"))
-    if "train_data_sha256" in keys:
-        todo = "Another data set is another run: give another --run_dir, or the data that this run began with"
-    elif misfit:
-        todo = f"Another network is another run: give another --run_dir, or use {own}"
-    elif set(keys) <= set(learned()):
-        todo = f"Use {own}, another --run_dir, or allow a flag's change by name: --allow_config_change={','.join(keys)}"
-    else:  # --label_base, or what another version of hvd_vgg has written
-        todo = f"Use {own}, or another --run_dir"
-    raise Failure(CONFIGURATION, f"{found.path} is of another run:\n{table}\n{todo}")
-
-
-def _require(resume: str, run_dir: Path) -> None:
-    found = checkpoint.existing(run_dir)
-    if resume == "required" and not found:
-        raise Failure(CONFIGURATION, f"--resume=required, but {checkpoint.folder(run_dir)} holds no checkpoint")
-    if resume == "never" and found:
-        raise Failure(
-            CONFIGURATION,
-            f"--resume=never, but {checkpoint.folder(run_dir)} holds {len(found)} checkpoints, which are never "
-            f"overwritten: give another --run_dir",
-        )
-
-
-def check_identical(names: List[str], checksums: np.ndarray, step: int) -> None:
-    """Raises an agreed Failure(NOT_FINITE) naming the first weight that is not the same on all ranks; all ranks call.
-
-    checksums: int64 [names], this rank's. Named are the ranks that differ from most, all of them where there is no most.
-    """
-    told = np.stack([np.frombuffer(each, np.int64) for each in comm.gather(checksums.tobytes())])
-    differs = (told != told[0]).any(axis=0)
-    if differs.any():
-        first = int(np.argmax(differs))
-        values, counts = np.unique(told[:, first], return_counts=True)
-        most = values[counts == counts.max()]
-        usual = most[0] if len(most) == 1 else None  # on a tie nobody can say who is right
-        odd = [rank for rank, value in enumerate(told[:, first]) if value != usual]
-        raise Failure(
-            NOT_FINITE,
-            f"step {step}: {names[first]} ({int(differs.sum())} of {len(names)} weights) is not the same on all ranks: "
-            f"{', '.join(f'rank {rank}' for rank in odd)} differ(s). Replicas that drift apart no longer train one network "
-            f"(unlike processors, or a fault of memory?): go on from a checkpoint of before, or use --exchange=allreduce",
-            agreed=True,
-        )
-
-
-def assign(variables: Dict[str, Any], found: checkpoint.Checkpoint) -> None:
+def assign_variables(variables: Dict[str, Any], found: Checkpoint) -> None:
     """Copies a checkpoint's tensors into the variables of the same names; Failure(CONFIGURATION) where they do not fit.
 
-    The loss scale stays as it is where the run was of another precision till then and had none.
+    The loss scale stays as it is where the run had another precision until then, and so no loss scale.
     """
-    misfit = _misfit(variables, found)
-    if misfit:
-        raise Failure(CONFIGURATION, f"{found.path}: {misfit}: it is of another network")
+    mismatch = find_mismatch(variables, found)
+    if mismatch:
+        raise Failure(CONFIGURATION, f"{found.path}: {mismatch}: it is of another network")
     for name, variable in variables.items():
         if name in found.tensors:
             variable.assign(found.tensors[name])
 
 
-def _misfit(variables: Dict[str, Any], found: checkpoint.Checkpoint) -> str:
-    """Returns the first of `variables` that a checkpoint has not, or has in another shape; "" where all fit."""
+def find_mismatch(variables: Dict[str, Any], found: Checkpoint) -> str:
+    """Returns the first of `variables` that a checkpoint lacks, or has in another shape; "" where all fit."""
     for name, variable in variables.items():
-        if name in optimizer.SCALE_STATE and found.meta["run"].get("precision") != "float16":
+        if name in SCALE_STATE and found.meta["run"].get("precision") != "float16":
             continue
         tensor, shape = found.tensors.get(name), tuple(variable.shape)
         if tensor is None or tensor.shape != shape:
-            return f"{name} is {tensor.shape if tensor is not None else 'not there'}, expected {shape}"
+            return f"{name} is {tensor.shape if tensor is not None else 'missing'}, expected {shape}"
     return ""
 
 
-def save(state: State, position: Position, what: Dict[str, Any], writer: Optional[Writer], best: bool) -> None:
-    """Begins to write a checkpoint, on rank 0, which alone has a writer; waits for the copy of the variables only."""
+def save_state(
+    state: State, progress: TrainProgress, run: Dict[str, Any], writer: Optional[CheckpointWriter], best: bool
+) -> None:
+    """Starts writing a checkpoint, on rank 0, which alone has a writer; waits only for the copy of the variables."""
     if writer:
         tensors = {name: np.asarray(variable) for name, variable in state.variables().items()}
-        writer.begin(tensors, {**position._asdict(), "run": what, "best": best}, best)
+        writer.begin(tensors, {**dataclasses.asdict(progress), "run": run, "best": best}, best)
 
 
-def finish(writer: Optional[Writer]) -> None:
-    """Waits for the checkpoint begun last; all ranks must call. Raises an agreed Failure(NOT_WRITTEN)."""
+def finish_save(writer: Optional[CheckpointWriter]) -> None:
+    """Waits for the checkpoint started last. Collective; raises a collective Failure(NOT_WRITTEN)."""
 
     def wait() -> None:
         failure = writer.wait() if writer else None
         if failure:
             raise failure
 
-    comm.together(wait)
+    run_on_all_ranks(wait)
+
+
+def data_digest(index: Index) -> str:
+    """Returns a SHA-256 over the lengths and labels of a split's records; contents are checked whenever they are read."""
+    return hashlib.sha256(index.lengths.tobytes() + index.labels.tobytes()).hexdigest()
+
+
+def run_fingerprint(config: TrainConfig, train_index: Index, label_base: int) -> Dict[str, Any]:
+    """Returns what must be equal for a checkpoint to be continued: configuration and data, as JSON can hold it."""
+    digest = data_digest(train_index)
+    data = {"train_records": train_index.records, "train_data_sha256": digest, "label_base": label_base}
+    return {**fingerprint(config), **data}
+
+
+def make_checksums(weights: vgg.Weights) -> Callable[[], Any]:
+    """Returns the function () -> int64 [weights]: of each weight, in order, the sum of its bits as integers.
+
+    Exact, whatever the order of summing: equal weights have equal sums, and any one number that differs changes its sum.
+    """
+
+    @tf.function(jit_compile=False)
+    def checksums() -> Any:
+        bits = [tf.cast(tf.bitcast(weight, tf.int32), tf.int64) for weight in weights.values()]
+        return tf.stack([tf.reduce_sum(each) for each in bits])
+
+    return checksums

@@ -6,8 +6,9 @@ from collections import Counter
 
 from support import ROOT, TINY, Started, command_line
 
-from hvd_vgg.data import order
-from hvd_vgg.train import checkpoint, verify
+from hvd_vgg.commands.verify import FAIL, check
+from hvd_vgg.data.sampler import positions
+from hvd_vgg.train import checkpoint
 
 STEPS, RECORDS, SEED = 12, 75, 1
 FLAGS = [
@@ -53,7 +54,7 @@ def newest(out):
 
 def assert_true(run_dir):
     """LOG: all that a run claims of itself and that can be computed again from its lines holds, a start after another."""
-    failed = [f"{claim.what}: {claim.why}" for claim in verify.check(run_dir) if claim.verdict == verify.FAILS]
+    failed = [f"{claim.what}: {claim.why}" for claim in check(run_dir) if claim.verdict == FAIL]
     assert not failed
 
 
@@ -74,7 +75,7 @@ def assert_exact(out, ranks, undisturbed):
             at, *ids = map(int, line.split())
             seen.setdefault(rank, {})[at] = ids
     stream = [record for at in range(STEPS) for rank in range(ranks) for record in seen[rank][at]]
-    assert Counter(stream) == Counter(order.positions(0, 32 * STEPS, RECORDS, SEED).ids.tolist())
+    assert Counter(stream) == Counter(positions(0, 32 * STEPS, RECORDS, SEED).ids.tolist())
 
 
 def assert_goes_on(out, data, undisturbed, step=None):

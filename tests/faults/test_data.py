@@ -20,7 +20,9 @@ from PIL import Image
 from support import ROOT, TINY, example, picture, write_data, write_shard
 from test_equality import assert_same_weights, ids_by_step, log_rows, train
 
-from hvd_vgg.data import order, records
+from hvd_vgg.data.index import find_shards, join, save_cache, scan_shard
+from hvd_vgg.data.sampler import positions, replacement_record
+from hvd_vgg.data.tfrecord import masked_crc
 from hvd_vgg.train import checkpoint
 
 FLAGS = [*TINY, "--steps=4", "--global_batch=8"]
@@ -29,7 +31,7 @@ SHARD = "train-00001-of-00003"
 
 def rows_of(path):
     """Returns the records of a shard."""
-    offsets, lengths, _ = records.scan_shard(path)
+    offsets, lengths, _ = scan_shard(path)
     whole = path.read_bytes()
     return [whole[o : o + n] for o, n in zip(offsets.tolist(), lengths.tolist())]
 
@@ -43,7 +45,7 @@ def rewrite(path, change, record=2):
 
 def flip_byte(path, record, into):
     """Damages one byte of a record; `into` is an offset into its data, negative for its header."""
-    offsets, _, _ = records.scan_shard(path)
+    offsets, _, _ = scan_shard(path)
     data = bytearray(path.read_bytes())
     data[int(offsets[record]) + into] ^= 1
     path.write_bytes(bytes(data))
@@ -51,19 +53,19 @@ def flip_byte(path, record, into):
 
 def cut(path, record, more):
     """Ends a shard so many bytes behind where a record's header begins."""
-    offsets, _, _ = records.scan_shard(path)
+    offsets, _, _ = scan_shard(path)
     os.truncate(path, int(offsets[record]) - 12 + more)
 
 
 def index_of(folder, split="train"):
-    paths = records.find_shards(str(folder), split)
-    return records.join(paths, [records.scan_shard(path) for path in paths])
+    paths = find_shards(str(folder), split)
+    return join(paths, [scan_shard(path) for path in paths])
 
 
 def keep_index(folder, split="train"):
     """Leaves the index beside the data as a run does, and returns it."""
     index = index_of(folder, split)
-    records.save_cache(folder / f".hvd_vgg_index_{split}.npz", index)
+    save_cache(folder / f".hvd_vgg_index_{split}.npz", index)
     return index
 
 
@@ -275,7 +277,7 @@ def spoilt(tmp_path_factory):
     The first two are in the first two batches of 32, the last is not.
     """
     data = write_data(tmp_path_factory.mktemp("spoilt") / "data")
-    stream = order.positions(0, 75, 75, SEED).ids.tolist()
+    stream = positions(0, 75, 75, SEED).ids.tolist()
     bad = [stream[5], stream[40], stream[70]]
     index = keep_index(data)
 
@@ -289,7 +291,7 @@ def spoilt(tmp_path_factory):
     flip_byte(path, number, 300)
     index = keep_index(data)
     index.labels[bad[2]] = index.labels[bad[2]] % 10 + 1  # what the index says, not the record
-    records.save_cache(data / ".hvd_vgg_index_train.npz", index)
+    save_cache(data / ".hvd_vgg_index_train.npz", index)
     flip_byte(data / "validation-00000-of-00002", 3, 300)
     rewrite(data / "validation-00001-of-00002", lambda _: example(b"some text", 1))
     return data, bad
@@ -305,11 +307,11 @@ def test_the_same_records_stand_in_for_bad_ones_on_any_ranks_and_after_a_restart
     data, bad = spoilt
 
     def stand_in(record, epoch):
-        tries = (order.stand_in(75, SEED, epoch, record, attempt) for attempt in range(8))
+        tries = (replacement_record(75, SEED, epoch, record, attempt) for attempt in range(8))
         return next(by for by in tries if by not in bad)
 
     one = train(launch, tmp_path / "one", data, 1, *BAD_RUN)
-    at = order.positions(0, 32 * STEPS, 75, SEED)
+    at = positions(0, 32 * STEPS, 75, SEED)
     wanted = [stand_in(i, e) if i in bad else i for i, e in zip(at.ids.tolist(), at.epochs.tolist())]
     assert [record for step in one[0] for record in one[0][step]] == wanted
     events = bad_events(tmp_path / "one" / "run")
@@ -427,9 +429,7 @@ def test_images_that_are_bad_or_unusual(tmp_path):
 def framed(data, length=None):
     """Returns a record of a TFRecord file whose checksums hold, though its length may be another."""
     header = struct.pack("<Q", len(data) if length is None else length)
-    return b"".join(
-        [header, struct.pack("<I", records._masked_crc(header)), data, struct.pack("<I", records._masked_crc(data))]
-    )
+    return b"".join([header, struct.pack("<I", masked_crc(header)), data, struct.pack("<I", masked_crc(data))])
 
 
 def mutated(draw, encoded):

@@ -12,7 +12,7 @@ import namespaces
 import pytest
 from support import ROOT, Started, changed, command_line, example, picture, write_shard
 
-from hvd_vgg.run.findings import FAILURE, WARNING
+from hvd_vgg.reporting.findings import FAILURE, WARNING
 
 SMALL = ["--num_classes=10", "--model=vgg11", "--width=0.125", "--image_size=32", "--global_batch=32"]
 
@@ -144,7 +144,7 @@ def test_everything_that_is_wrong_is_in_one_report(launch, data, tmp_path):
         "IX_NUM_CUDA_VISIBLE_DEVICES",
     }
     assert "--epochs=2 has no effect beside --steps=5" in found["flags"][0]["text"]
-    assert all(finding["todo"] for finding in told["findings"] if finding["verdict"] in (FAILURE, WARNING))
+    assert all(finding["fix"] for finding in told["findings"] if finding["verdict"] in (FAILURE, WARNING))
     assert "hvd-vgg: doctor: 3 failures, see above" in ended.err
 
 
@@ -395,7 +395,7 @@ def test_a_host_with_a_slow_link_is_named(emulated_hosts, tmp_path, data):
     ended = Started(emulated_hosts.on(1, words), tmp_path, PYTHONPATH=str(ROOT)).wait()
     assert ended.code == 0, ended.out + ended.err
     (told,) = [finding for finding in report(tmp_path)[1]["link"] if finding["verdict"] == WARNING]
-    assert told["todo"].startswith("see the link of host2: "), told
+    assert told["fix"].startswith("see the link of host2: "), told
 
 
 @pytest.mark.parametrize(

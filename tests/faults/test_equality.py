@@ -88,9 +88,9 @@ def one_rank(tmp_path_factory, data):
 
 def test_the_reference_learns_something_and_reads_what_the_order_says(one_rank, data):
     ids, loss, found = one_rank
-    from hvd_vgg.data import order
+    from hvd_vgg.data.sampler import positions
 
-    assert ids == {s: order.positions(32 * s, 32 * s + 32, 75, SEED).ids.tolist() for s in range(STEPS)}
+    assert ids == {s: positions(32 * s, 32 * s + 32, 75, SEED).ids.tolist() for s in range(STEPS)}
     assert len(loss) == STEPS
     moved = [np.linalg.norm(value) for name, value in found.tensors.items() if name.endswith("momentum")]
     assert min(moved) > 0
@@ -142,9 +142,9 @@ def test_ranks_make_the_same_run_within_a_low_precisions_rounding(launch, tmp_pa
 def test_blocks_and_input_threads_make_the_same_run_on_one_rank_and_two(launch, tmp_path, data):
     wanted = train(launch, tmp_path / "one", data, 1, "--shuffle_block_records=8", "--input_threads=1")
     assert_same_run(train(launch, tmp_path / "two", data, 2, "--shuffle_block_records=8", "--input_threads=3"), wanted)
-    from hvd_vgg.data import order
+    from hvd_vgg.data.sampler import positions
 
-    assert wanted[0] == {s: order.positions(32 * s, 32 * s + 32, 75, SEED, 8).ids.tolist() for s in range(STEPS)}
+    assert wanted[0] == {s: positions(32 * s, 32 * s + 32, 75, SEED, 8).ids.tolist() for s in range(STEPS)}
 
 
 @pytest.mark.fault(tier=3)

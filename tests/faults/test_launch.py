@@ -18,7 +18,8 @@ from oracles import FLAGS, STEPS, WORKER, assert_exact, newest
 from support import ROOT, TINY, Started, wait_for
 from test_equality import assert_same_weights
 
-from hvd_vgg.run import mpirun
+from hvd_vgg.launcher import mpirun
+from hvd_vgg.launcher.mpirun import Limits, Requests
 from hvd_vgg.train import checkpoint
 
 STANDIN = [sys.executable, str(ROOT / "tests" / "standin.py")]
@@ -142,9 +143,9 @@ def test_the_time_limit_ends_a_job_with_75(tmp_path, how, end):
 def test_an_mpirun_that_lingers_without_ranks_is_ended(monkeypatch):
     """As when the link to another host is cut: a process in mpirun's place, whose rank leaves and which stays."""
     monkeypatch.setattr(mpirun, "_LINGER_SECONDS", 1.0)
-    with mpirun.Requests() as requests:
+    with Requests() as requests:
         command = ["bash", "-c", "OMPI_COMM_WORLD_RANK=0 sleep 2; sleep 300 & wait"]
-        ended = mpirun.run(command, requests, mpirun.Limits(60.0, float("inf")), lambda: None)
+        ended = mpirun.run(command, requests, Limits(60.0, float("inf")), lambda: None)
     assert ended.code == 75
     assert "mpirun waited" in ended.sentence
 
@@ -152,8 +153,8 @@ def test_an_mpirun_that_lingers_without_ranks_is_ended(monkeypatch):
 def test_an_mpirun_that_begins_no_rank_is_ended(monkeypatch):
     """As when its daemons do not answer: a process in mpirun's place that only waits."""
     monkeypatch.setattr(mpirun, "_BEGIN_SECONDS", 2.0)
-    with mpirun.Requests() as requests:
-        ended = mpirun.run(["sleep", "300"], requests, mpirun.Limits(60.0, float("inf")), lambda: None)
+    with Requests() as requests:
+        ended = mpirun.run(["sleep", "300"], requests, Limits(60.0, float("inf")), lambda: None)
     assert ended.code == 75
     assert "begun no rank" in ended.sentence
 

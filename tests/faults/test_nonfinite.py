@@ -14,8 +14,12 @@ from oracles import assert_true
 from support import ROOT, TINY
 from test_equality import assert_same_weights
 
-from hvd_vgg.config import Config, parse
-from hvd_vgg.data import order, pipeline, records
+from hvd_vgg.config import TrainConfig
+from hvd_vgg.data.index import find_shards, join, scan_shard
+from hvd_vgg.data.loader import load_records, train_batches
+from hvd_vgg.data.reader import read_record
+from hvd_vgg.data.sampler import Positions, positions, sample_seeds
+from hvd_vgg.flags import parse_flags
 from hvd_vgg.train import checkpoint
 
 # Steps 4 to 7 are one window: what happens at 5 is noticed when 8 are done.
@@ -85,23 +89,23 @@ def test_the_kept_step_is_its_records_as_they_lie_and_the_state_before_it(stoppe
     _, run_dir = stopped
     folder = run_dir / "nonfinite" / f"step-{BAD:08d}"
     report = json.loads((folder / "report.json").read_text())
-    ids = order.positions(32 * BAD, 32 * BAD + 32, 75, 1).ids.tolist()
+    ids = positions(32 * BAD, 32 * BAD + 32, 75, 1).ids.tolist()
     assert [row["record"] for row in report["batch"]] == ids
     assert [rank["slice"] for rank in report["ranks"]] == [[0, 16], [16, 32]]
     assert [rank["at_fault"] for rank in report["ranks"]] == [[], list(range(16, 32))]
 
     def contents(index, chosen):
-        return [records.read_record(index, record) for record in chosen]
+        return [read_record(index, record) for record in chosen]
 
-    paths, kept = records.find_shards(str(data), "train"), folder / "records-00000-of-00001"
-    whole = records.join(paths, [records.scan_shard(path) for path in paths])
-    alone = records.join([kept], [records.scan_shard(kept)])
+    paths, kept = find_shards(str(data), "train"), folder / "records-00000-of-00001"
+    whole = join(paths, [scan_shard(path) for path in paths])
+    alone = join([kept], [scan_shard(kept)])
     assert contents(alone, range(32)) == contents(whole, ids)
-    config = parse(Config, [f"--flagfile={folder / 'flags.txt'}"])
-    trained = next(pipeline.train_batches(whole, config, 1, range(BAD, BAD + 1), 0, 1, 2))
+    config = parse_flags(TrainConfig, [f"--flagfile={folder / 'flags.txt'}"])
+    trained = next(train_batches(whole, config, 1, range(BAD, BAD + 1), 0, 1, 2))
     drawn_as, epochs = (np.array([row[name] for row in report["batch"]]) for name in ("drawn_as", "epoch"))
-    seeds = order.sample_seeds(config.seed, order.Positions(drawn_as, epochs))
-    again = pipeline.batch_of(alone, config, 1, np.arange(32), seeds, 2)
+    seeds = sample_seeds(config.seed, Positions(drawn_as, epochs))
+    again = load_records(alone, config, 1, np.arange(32), seeds, 2)
     assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(trained[:2], again[:2]))
 
     ended = train(launch, data, tmp_path / "run", 2, "", f"--steps={BAD}")
@@ -188,7 +192,7 @@ def test_a_rewound_run_is_the_run_that_skipped_the_step(launch, tmp_path, data, 
     assert_same_weights(found, skipping)
     (event,) = events(run_dir, "rewind")
     assert (event["from"], event["to"], event["skipped_steps"]) == (BAD, save_every_steps, [BAD])
-    assert event["records"] == order.positions(32 * BAD, 32 * BAD + 32, 75, 1).ids.tolist()
+    assert event["records"] == positions(32 * BAD, 32 * BAD + 32, 75, 1).ids.tolist()
     assert "a passing fault" in events(run_dir, "nonfinite")[0]["told"]  # it happened once only
     assert_true(run_dir)
 

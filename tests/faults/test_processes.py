@@ -106,7 +106,7 @@ def test_ranks_with_different_software_are_told_apart(tmp_path, data):
 
 def last_words(out, rank):
     """Returns what a stalled rank left."""
-    (line,) = (out / "run" / "faults" / f"last_words.rank{rank}.jsonl").read_text().splitlines()
+    (line,) = (out / "run" / "faults" / f"hang.rank{rank}.jsonl").read_text().splitlines()
     return json.loads(line)
 
 
@@ -153,7 +153,7 @@ def test_a_rank_that_is_stuck_when_all_leave_is_waited_for_by_no_one_for_ever(tm
         "from hvd_vgg.run import watch\n"
         "watch.LEAST_SECONDS = 0.3\n"
         "comm.start(hang_seconds=60)\n"
-        "comm.gather(b'')\n"
+        "comm.barrier()\n"
         "if comm.rank() == 1:\n"
         "    os.kill(os.getpid(), signal.SIGSTOP)\n"
         "comm.leave()\n"

@@ -13,8 +13,9 @@ import pytest
 from oracles import SEED, STEPS, assert_true, start
 from support import ROOT
 
-from hvd_vgg.run import receipt
-from hvd_vgg.train import checkpoint, verify
+from hvd_vgg.commands.verify import FAIL, PASS, check
+from hvd_vgg.reporting import receipt
+from hvd_vgg.train import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def run_dir(honest, tmp_path):
 
 def failed(run_dir):
     """Returns the claims that do not hold, as text."""
-    return [f"{claim.what}: {claim.why}" for claim in verify.check(run_dir) if claim.verdict == verify.FAILS]
+    return [f"{claim.what}: {claim.why}" for claim in check(run_dir) if claim.verdict == FAIL]
 
 
 def change(run_dir, alter):
@@ -65,7 +66,7 @@ def test_the_honest_run_is_accepted_and_evaluates_the_same_again(honest, launch,
     ended = launch(0, "verify-run", str(honest))
     assert (ended.code, ended.err) == (0, "")
     lines = ended.out.splitlines()
-    assert not [line for line in lines if line.startswith(verify.FAILS)]
+    assert not [line for line in lines if line.startswith(FAIL)]
     for part in (
         "log: ",
         "start 1: from step 0 on 2 ranks",
@@ -78,7 +79,7 @@ def test_the_honest_run_is_accepted_and_evaluates_the_same_again(honest, launch,
         "receipt.json, log: ",
         "flags.txt: ",
     ):
-        assert any(line.startswith(verify.HOLDS) and part in line for line in lines), part
+        assert any(line.startswith(PASS) and part in line for line in lines), part
     ended = launch(2, "verify-run", f"--run_dir={honest}", f"--data_dir={data}")
     assert ended.code == 0, ended.out + ended.err
     assert ended.out.count("evaluated again, newest: ") == 1
@@ -197,7 +198,7 @@ def test_a_line_removed_is_missed(run_dir, what):
     assert (run_dir / "dllogger.json").read_bytes().count(b"\n") == before.count(b"\n") - 1
     assert any("dllogger.json are not what they were" in claim for claim in failed(run_dir))
     seal(run_dir)
-    told = [claim for claim in verify.check(run_dir) if claim.verdict != verify.HOLDS]
+    told = [claim for claim in check(run_dir) if claim.verdict != PASS]
     if what == "checkpoint":  # the file is whole, but nothing says any more what was in it when it was saved
         assert any("step-00000010.safetensors" in claim.what for claim in told)
     else:
@@ -307,13 +308,13 @@ def test_a_result_edited_is_noticed(run_dir, name):
     assert bool(failed(run_dir)) == (name != "seconds")  # the wall's time is in no log: the receipt alone has it
 
 
-@pytest.mark.parametrize("name", ["by_rank", "by_host", "held_back_by", "fps_wall"])
+@pytest.mark.parametrize("name", ["by_rank", "by_host", "bottleneck", "fps_wall"])
 def test_what_a_result_says_of_all_ranks_is_held_against_the_log(run_dir, name):
     result = json.loads((run_dir / "result.json").read_text())
     if name.startswith("by_"):
         result[name][0]["fps"] *= 0.99
     else:
-        result[name] = "network" if name == "held_back_by" else 0.99 * result[name]
+        result[name] = "network" if name == "bottleneck" else 0.99 * result[name]
     (run_dir / "result.json").write_text(json.dumps(result))
     seal(run_dir)
     assert [claim.split(f": {name} ")[0] for claim in failed(run_dir)] == ["result.json, by_rank, by_host"]

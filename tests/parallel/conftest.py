@@ -5,6 +5,7 @@ import faulthandler
 import pytest
 
 from hvd_vgg.parallel import comm
+from hvd_vgg.parallel.init import start
 
 FAILED = pytest.StashKey[int]()
 
@@ -13,7 +14,7 @@ faulthandler.dump_traceback_later(240, exit=True)
 
 
 def pytest_sessionstart():
-    comm.start()
+    start()
     if comm.size() == 1:
         pytest.exit("tests/parallel needs ranks: mpirun -np 2 python -m pytest tests/parallel", returncode=78)
 
@@ -25,5 +26,5 @@ def pytest_sessionfinish(session, exitstatus):
 def pytest_unconfigure(config):
     if config.stash.get(FAILED, 0):
         comm.abort(config.stash[FAILED])
-    comm.leave()
+    comm.shutdown()
     faulthandler.cancel_dump_traceback_later()

@@ -5,18 +5,20 @@ import json
 import pytest
 from support import write_data
 
-from hvd_vgg.data import bad, records
-from hvd_vgg.data.pipeline import BadRow
+from hvd_vgg.data.index import find_shards, join, scan_shard
+from hvd_vgg.data.loader import BadRow
+from hvd_vgg.errors import DATA, Failure
 from hvd_vgg.parallel import comm
-from hvd_vgg.run.health import DATA, Failure
-from hvd_vgg.run.log import Console, RunLog
+from hvd_vgg.reporting.console import Console
+from hvd_vgg.reporting.log import RunLog
+from hvd_vgg.train.bad_records import count_bad_records
 
 
 @pytest.fixture
 def index(tmp_path):
     write_data(tmp_path / "data")
-    paths = records.find_shards(str(tmp_path / "data"), "train")
-    return records.join(paths, [records.scan_shard(path) for path in paths])
+    paths = find_shards(str(tmp_path / "data"), "train")
+    return join(paths, [scan_shard(path) for path in paths])
 
 
 def met(*more):
@@ -27,10 +29,10 @@ def met(*more):
 def test_bad_records_are_counted_once_in_order_and_told_on_rank_0(index, tmp_path, capsys):
     log = RunLog(tmp_path, False, None) if comm.is_root() else None
     console, size = Console("lines", comm.is_root()), comm.size()
-    found = bad.account(met((4, BadRow(3, 70, 21, "cut"))), [3], 2 + size, index, log, console)
+    found = count_bad_records(met((4, BadRow(3, 70, 21, "cut"))), [3], 2 + size, index, log, console)
     assert found == [3, 70, *range(10, 10 + size)]
-    assert bad.account(met(), found, 2 + size, index, log, console) == found  # an epoch later
-    assert bad.account([], found, 2 + size, index, log, console) == found
+    assert count_bad_records(met(), found, 2 + size, index, log, console) == found  # an epoch later
+    assert count_bad_records([], found, 2 + size, index, log, console) == found
     if log:
         rows = [json.loads(line[5:]) for line in (tmp_path / "dllogger.json").read_text().splitlines()]
         told = [row["data"] for row in rows if row["type"] == "LOG" and row["step"] == "EVENT"]
@@ -48,13 +50,13 @@ def test_bad_records_are_counted_once_in_order_and_told_on_rank_0(index, tmp_pat
 
 def test_more_than_allowed_is_an_agreed_failure_that_lists_them(index):
     with pytest.raises(Failure) as raised:
-        bad.account(met(), [3], comm.size(), index, None, Console("lines", False))
-    assert (raised.value.code, raised.value.agreed) == (DATA, True)
+        count_bad_records(met(), [3], comm.size(), index, None, Console("lines", False))
+    assert (raised.value.code, raised.value.collective) == (DATA, True)
     for record in (3, *range(10, 10 + comm.size())):
         assert index.where(record) in raised.value.message
 
 
 def test_nothing_is_said_between_ranks_where_none_is_allowed(index):
     if comm.is_root():  # alone: it would wait for the others
-        assert bad.account([], [3], 0, index, None, Console("lines", False)) == [3]
-    comm.gather(b"all here")
+        assert count_bad_records([], [3], 0, index, None, Console("lines", False)) == [3]
+    comm.barrier()

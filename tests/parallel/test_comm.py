@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hvd_vgg.model import vgg
-from hvd_vgg.model.layers import layers
-from hvd_vgg.parallel import comm, exchange
-from hvd_vgg.run import machine
-from hvd_vgg.run.health import CONFIGURATION, DATA, Failure
+from hvd_vgg.errors import CONFIGURATION, DATA, Failure
+from hvd_vgg.models import vgg
+from hvd_vgg.models.architecture import vgg_layers
+from hvd_vgg.parallel import comm, cores, exchange
+from hvd_vgg.parallel.consensus import require_equal, run_on_all_ranks
+from hvd_vgg.parallel.cores import share_of_cores
+from hvd_vgg.parallel.init import threads_for_input
 
 
 def test_sums_of_integers_are_exact_beyond_what_floats_hold():
@@ -20,9 +22,9 @@ def test_sums_of_integers_are_exact_beyond_what_floats_hold():
 
 
 def test_gather_keeps_order_and_lengths_even_of_nothing():
-    assert comm.gather(b"x" * comm.rank()) == [b"x" * rank for rank in range(comm.size())]
-    assert comm.gather(b"") == [b""] * comm.size()
-    assert comm.from_root(b"root" if comm.is_root() else b"other") == b"root"
+    assert comm.gather_bytes(b"x" * comm.rank()) == [b"x" * rank for rank in range(comm.size())]
+    assert comm.gather_bytes(b"") == [b""] * comm.size()
+    assert comm.broadcast_bytes(b"root" if comm.is_root() else b"other") == b"root"
 
 
 def test_variables_become_rank_0s():
@@ -40,9 +42,9 @@ def test_a_failure_on_one_rank_is_raised_on_all_with_its_rank():
         return 1
 
     with pytest.raises(Failure) as raised:
-        comm.together(fail_on_last)
-    assert (raised.value.code, raised.value.message, raised.value.agreed) == (DATA, f"rank {last}: broken", True)
-    assert comm.together(comm.rank) == comm.rank()
+        run_on_all_ranks(fail_on_last)
+    assert (raised.value.code, raised.value.message, raised.value.collective) == (DATA, f"rank {last}: broken", True)
+    assert run_on_all_ranks(comm.rank) == comm.rank()
 
 
 def test_a_failure_on_all_ranks_is_told_once():
@@ -50,14 +52,14 @@ def test_a_failure_on_all_ranks_is_told_once():
         raise Failure(DATA, "the same")
 
     with pytest.raises(Failure) as raised:
-        comm.together(fail)
+        run_on_all_ranks(fail)
     assert raised.value.message == "the same"
 
 
 def test_disagreement_is_raised_on_all_with_both_values():
-    comm.agree("x", {"a": 1})
+    require_equal("x", {"a": 1})
     with pytest.raises(Failure) as raised:
-        comm.agree("the flags", {"lr": 0.1 * (1 + min(comm.rank(), 1)), "same": 3})
+        require_equal("the flags", {"lr": 0.1 * (1 + min(comm.rank(), 1)), "same": 3})
     assert raised.value.code == CONFIGURATION
     assert raised.value.message.split("\n")[1].split() == ["rank", "0", "rank", "1"]
     assert raised.value.message.split("\n")[2].split() == ["lr", "0.1", "0.2"]
@@ -65,7 +67,7 @@ def test_disagreement_is_raised_on_all_with_both_values():
 
 
 def test_gradients_of_all_layers_are_summed_over_ranks():
-    weights = vgg.initial_weights(layers("vgg11", 0.125, 32, 10), 1)
+    weights = vgg.initial_weights(vgg_layers("vgg11", 0.125, 32, 10), 1)
 
     @tf.function
     def summed(factor):
@@ -77,7 +79,7 @@ def test_gradients_of_all_layers_are_summed_over_ranks():
 
 
 def test_one_core_is_left_to_horovod_where_there_are_more_than_two():
-    assert [comm.threads_for_input(threads) for threads in (1, 2, 3, 8)] == [1, 2, 2, 7]
+    assert [threads_for_input(threads) for threads in (1, 2, 3, 8)] == [1, 2, 2, 7]
 
 
 def test_a_rank_that_is_bound_uses_the_cores_it_is_bound_to():
@@ -85,8 +87,8 @@ def test_a_rank_that_is_bound_uses_the_cores_it_is_bound_to():
     whole = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(whole)})
-        assert machine._launchers_cores(Path("/")) == len(whole)
-        assert machine.share_of_cores(comm.size()) == 1
+        assert cores._launcher_cores(Path("/")) == len(whole)
+        assert share_of_cores(comm.size()) == 1
     finally:
         os.sched_setaffinity(0, whole)
-    assert machine.share_of_cores(comm.size()) == max(1, len(whole) // comm.size())
+    assert share_of_cores(comm.size()) == max(1, len(whole) // comm.size())

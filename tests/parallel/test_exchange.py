@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hvd_vgg.data import order
-from hvd_vgg.model import vgg
-from hvd_vgg.model.layers import layers
+from hvd_vgg.data.sampler import slice_bounds
+from hvd_vgg.errors import NOT_FINITE, Failure
+from hvd_vgg.models import vgg
+from hvd_vgg.models.architecture import vgg_layers
 from hvd_vgg.parallel import comm, exchange
-from hvd_vgg.run.health import NOT_FINITE, Failure
-from hvd_vgg.train import state, step
+from hvd_vgg.train.state import check_replicas
+from hvd_vgg.train.train_step import make_checksums
 
 ROWS, INPUTS, OUTPUTS = 29, 96, 40
 
@@ -19,7 +20,7 @@ def factors():
     random = np.random.default_rng(1)
     x = np.maximum(random.normal(size=(ROWS, INPUTS)), 0).astype(np.float32)
     d = (random.normal(size=(ROWS, OUTPUTS)) * 1e-3 / ROWS).astype(np.float32)
-    low, high = order.slice_bounds(ROWS, comm.rank(), comm.size())
+    low, high = slice_bounds(ROWS, comm.rank(), comm.size())
     return x, d, slice(low, high)
 
 
@@ -51,7 +52,7 @@ def test_the_gradient_is_that_of_the_whole_batch(way, wire_dtype, bound):
 
 def test_every_rank_holds_the_same_gradient():
     for way in ("factored", "allreduce"):
-        told = comm.gather(exchanged(way, "float32")["fc1/kernel"].numpy().tobytes())
+        told = comm.gather_bytes(exchanged(way, "float32")["fc1/kernel"].numpy().tobytes())
         assert len(set(told)) == 1
 
 
@@ -67,16 +68,16 @@ def test_a_large_kernel_crosses_in_parts(monkeypatch):
 
 
 def test_replicas_that_drift_apart_are_told_by_layer_and_rank():
-    weights = vgg.initial_weights(layers("vgg11", 0.125, 32, 10), 1)
-    checksums = step.make_checksums(weights)
-    state.check_identical(list(weights), checksums().numpy(), 7)
+    weights = vgg.initial_weights(vgg_layers("vgg11", 0.125, 32, 10), 1)
+    checksums = make_checksums(weights)
+    check_replicas(list(weights), checksums().numpy(), 7)
     last = comm.size() - 1
     if comm.rank() == last:
         kernel = weights["block3_conv1/kernel"].numpy()
         kernel.flat[5] = np.nextafter(kernel.flat[5], np.float32(1))
         weights["block3_conv1/kernel"].assign(kernel)
     with pytest.raises(Failure) as raised:
-        state.check_identical(list(weights), checksums().numpy(), 7)
-    assert (raised.value.code, raised.value.agreed) == (NOT_FINITE, True)
+        check_replicas(list(weights), checksums().numpy(), 7)
+    assert (raised.value.code, raised.value.collective) == (NOT_FINITE, True)
     assert "step 7: block3_conv1/kernel (1 of 22 weights)" in raised.value.message
     assert (f": rank {last} differ(s)" if comm.size() > 2 else "rank 0, rank 1 differ(s)") in raised.value.message

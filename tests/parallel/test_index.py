@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from support import example, picture, write_data, write_shard
 
-from hvd_vgg.data import index, records
+from hvd_vgg.data.index import find_shards, join, scan_shard
+from hvd_vgg.errors import DATA, Failure
 from hvd_vgg.parallel import comm
-from hvd_vgg.run.health import DATA, Failure
-from hvd_vgg.run.log import Console
+from hvd_vgg.reporting.console import Console
+from hvd_vgg.train.dataset import open_split
 
 QUIET = Console("lines", False)
 
@@ -17,23 +18,23 @@ QUIET = Console("lines", False)
 def shared(tmp_path_factory):
     """One directory that all ranks see, with data written by rank 0."""
     mine = tmp_path_factory.mktemp("shared")
-    folder = Path(comm.from_root(os.fsencode(mine)).decode())
+    folder = Path(comm.broadcast_bytes(os.fsencode(mine)).decode())
     if comm.is_root():
         write_data(folder / "data", shards=5)
         (folder / "run").mkdir()
-    comm.gather(b"written")
+    comm.barrier()
     return folder
 
 
 def open_train(folder, console=QUIET):
-    found = index.open_split(str(folder / "data"), "train", folder / "run", console)
-    comm.gather(b"kept")  # rank 0 keeps the index while others go on
+    found = open_split(str(folder / "data"), "train", folder / "run", console)
+    comm.barrier()  # rank 0 keeps the index while others go on
     return found
 
 
 def expected(folder):
-    paths = records.find_shards(str(folder / "data"), "train")
-    return records.join(paths, [records.scan_shard(path) for path in paths])
+    paths = find_shards(str(folder / "data"), "train")
+    return join(paths, [scan_shard(path) for path in paths])
 
 
 def assert_equal(found, wanted):
@@ -51,10 +52,10 @@ def test_all_ranks_hold_the_whole_index_made_by_all_and_read_from_the_cache(shar
 
 def test_a_changed_shard_is_read_again_and_its_old_and_new_count_are_told(shared, capsys):
     first = open_train(shared)
-    comm.gather(b"opened")
+    comm.barrier()
     if comm.is_root():
         write_shard(first.paths[3], [example(picture(i, 2), 2) for i in range(4)])
-    comm.gather(b"changed")
+    comm.barrier()
     found = open_train(shared, Console("lines", comm.is_root()))
     assert_equal(found, expected(shared))
     told = "train: the shards that changed held 14 records when they were indexed and hold 4 now"
@@ -67,17 +68,17 @@ def test_a_shard_cut_between_two_records_is_refused_each_time_until_the_index_is
     if comm.is_root():
         with open(first.paths[3], "rb+") as file:
             file.truncate(int(first.offsets[first.starts[3] + 9]) - 12)
-    comm.gather(b"cut")
+    comm.barrier()
     for _ in range(2):
         with pytest.raises(Failure) as raised:
             open_train(shared)
-        assert (raised.value.code, raised.value.agreed) == (DATA, True)
+        assert (raised.value.code, raised.value.collective) == (DATA, True)
         assert f"{first.paths[3]}: expected 14 records in " in raised.value.message
         assert "found the first 9 of them in " in raised.value.message
-    comm.gather(b"refused")
+    comm.barrier()
     if comm.is_root():
         (shared / "data" / ".hvd_vgg_index_train.npz").unlink()
-    comm.gather(b"removed")
+    comm.barrier()
     assert open_train(shared).records == first.records - 5
 
 
@@ -85,10 +86,10 @@ def test_a_bad_shard_is_told_to_all_ranks_by_whoever_met_it(shared):
     path = shared / "data" / "train-00004-of-00005"
     if comm.is_root():
         path.write_bytes(path.read_bytes()[:-5])
-    comm.gather(b"cut")
+    comm.barrier()
     with pytest.raises(Failure) as raised:
         open_train(shared)
-    assert (raised.value.code, raised.value.agreed) == (DATA, True)
+    assert (raised.value.code, raised.value.collective) == (DATA, True)
     assert str(path) in raised.value.message
 
 
@@ -96,7 +97,7 @@ def test_where_the_data_cannot_be_written_the_index_is_kept_under_the_run(shared
     """A directory of the cache's name stands in for a read-only file system: root may write anywhere else."""
     if comm.is_root():
         (shared / "data" / ".hvd_vgg_index_train.npz").mkdir()
-    comm.gather(b"made")
+    comm.barrier()
     assert_equal(open_train(shared), expected(shared))
     assert (shared / "run" / ".hvd_vgg_index_train.npz").is_file()
     assert_equal(open_train(shared), expected(shared))

@@ -7,25 +7,30 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hvd_vgg.config import Config
-from hvd_vgg.data import order
-from hvd_vgg.model import vgg
-from hvd_vgg.model.layers import layers
+from hvd_vgg.config import TrainConfig
+from hvd_vgg.data.sampler import slice_bounds
+from hvd_vgg.models import vgg
+from hvd_vgg.models.architecture import vgg_layers
 from hvd_vgg.parallel import comm
-from hvd_vgg.train import nonfinite, optimizer, state, step
+from hvd_vgg.parallel.init import cpu_convolves
+from hvd_vgg.seeds import dropout_keys
+from hvd_vgg.train.nonfinite import diagnose
+from hvd_vgg.train.optimizer import LOSS_SCALE, make_slots
+from hvd_vgg.train.state import initial_state
+from hvd_vgg.train.train_step import make_train_step
 
 
 def skip_unless_computed(precision):
-    if not comm.cpu_convolves(precision):
+    if not cpu_convolves(precision):
         pytest.skip(f"capability: convolutions in {precision} need a newer TensorFlow")
 
 
 @pytest.mark.parametrize("factored", [[], ["fc1", "fc2", "predictions"], ["fc2"]])
 def test_an_update_is_that_of_the_mean_loss_over_the_whole_batch(factored):
-    config = Config(
+    config = TrainConfig(
         model="vgg11", width=0.125, image_size=32, num_classes=10, global_batch=13, device_batch=3, dropout=0.0, lr=0.1
     )
-    weights = vgg.initial_weights(layers("vgg11", 0.125, 32, 10), 1)
+    weights = vgg.initial_weights(vgg_layers("vgg11", 0.125, 32, 10), 1)
     before = {name: tf.identity(value) for name, value in weights.items()}
     random = np.random.default_rng(3)
     images = random.integers(0, 256, (13, 32, 32, 3), np.uint8)
@@ -39,9 +44,9 @@ def test_an_update_is_that_of_the_mean_loss_over_the_whole_batch(factored):
     gradients = dict(zip(before, tape.gradient(mean, list(before.values()))))
     top1 = int((logits.numpy().argmax(axis=1) == labels).sum())
 
-    low, high = order.slice_bounds(13, comm.rank(), comm.size())
-    train_step = step.make_train_step(weights, optimizer.make_slots(weights), config, "NHWC", factored)
-    keys = tf.constant(order.dropout_keys(1, 0, 2))
+    low, high = slice_bounds(13, comm.rank(), comm.size())
+    train_step = make_train_step(weights, make_slots(weights), config, "NHWC", factored)
+    keys = tf.constant(dropout_keys(1, 0, 2))
     sums = train_step(
         tf.constant(images[low:high]), tf.constant(labels[low:high]), tf.constant(low, tf.int64), keys, tf.constant(0.1)
     )
@@ -58,24 +63,24 @@ def test_an_update_is_that_of_the_mean_loss_over_the_whole_batch(factored):
 
 @pytest.mark.parametrize("factored", [[], ["fc1", "fc2", "predictions"]])
 def test_an_update_that_overflows_in_float16_is_skipped_and_the_next_ones_train(factored):
-    config = Config(model="vgg11", width=0.125, image_size=32, num_classes=10, global_batch=8, precision="float16")
-    weights = vgg.initial_weights(layers("vgg11", 0.125, 32, 10), 1)
-    slots = optimizer.make_slots(weights, config.precision)
-    train_step = step.make_train_step(weights, slots, config, "NHWC", factored)
-    keys, random = tf.constant(order.dropout_keys(1, 0, 2)), np.random.default_rng(3)
+    config = TrainConfig(model="vgg11", width=0.125, image_size=32, num_classes=10, global_batch=8, precision="float16")
+    weights = vgg.initial_weights(vgg_layers("vgg11", 0.125, 32, 10), 1)
+    slots = make_slots(weights, config.precision)
+    train_step = make_train_step(weights, slots, config, "NHWC", factored)
+    keys, random = tf.constant(dropout_keys(1, 0, 2)), np.random.default_rng(3)
     images = random.integers(0, 256, (8, 32, 32, 3), np.uint8)
-    low, high = order.slice_bounds(8, comm.rank(), comm.size())
+    low, high = slice_bounds(8, comm.rank(), comm.size())
     arguments = [tf.constant(images[low:high]), tf.range(low, high), tf.constant(low, tf.int64), keys]
 
-    slots[optimizer.LOSS_SCALE].assign(2.0**40 if comm.rank() == 0 else 2.0**10)  # it overflows on one rank only
+    slots[LOSS_SCALE].assign(2.0**40 if comm.rank() == 0 else 2.0**10)  # it overflows on one rank only
     before = {name: value.numpy() for name, value in {**weights, **slots}.items()}
     sums = train_step(*arguments, tf.constant(0.01))
     assert math.isfinite(float(sums.loss)) and not math.isfinite(float(sums.gradient_norm))
     assert float(sums.loss_scale) == (2.0**39 if comm.rank() == 0 else 2.0**9)
     for name, value in {**weights, **slots}.items():
-        assert name == optimizer.LOSS_SCALE or (value.numpy() == before[name]).all()
+        assert name == LOSS_SCALE or (value.numpy() == before[name]).all()
 
-    slots[optimizer.LOSS_SCALE].assign(2.0**10)
+    slots[LOSS_SCALE].assign(2.0**10)
     assert math.isfinite(float(train_step(*arguments, tf.constant(0.01)).gradient_norm))
     assert (weights["fc1/kernel"].numpy() != before["fc1/kernel"]).any()
 
@@ -85,16 +90,16 @@ def test_an_update_that_overflows_in_float16_is_skipped_and_the_next_ones_train(
 )
 def test_xla_and_low_precision_compute_the_same_update_to_rounding(kind, within):
     skip_unless_computed(kind.get("precision", "float32"))
-    config = Config(model="vgg11", width=0.0625, image_size=32, num_classes=10, global_batch=11, device_batch=3, lr=0.1)
+    config = TrainConfig(model="vgg11", width=0.0625, image_size=32, num_classes=10, global_batch=11, device_batch=3, lr=0.1)
     random = np.random.default_rng(3)
     images, labels = random.integers(0, 256, (11, 32, 32, 3), np.uint8), random.integers(0, 10, 11).astype(np.int32)
-    low, high = order.slice_bounds(11, comm.rank(), comm.size())
+    low, high = slice_bounds(11, comm.rank(), comm.size())
     found = []
     for chosen in (config, dataclasses.replace(config, **kind)):
-        weights = vgg.initial_weights(layers("vgg11", 0.0625, 32, 10), 1)
+        weights = vgg.initial_weights(vgg_layers("vgg11", 0.0625, 32, 10), 1)
         before = {name: value.numpy() for name, value in weights.items()}
-        train_step = step.make_train_step(weights, optimizer.make_slots(weights), chosen, "NHWC", ["fc1"])
-        keys, mine = tf.constant(order.dropout_keys(1, 0, 2)), (tf.constant(images[low:high]), tf.constant(labels[low:high]))
+        train_step = make_train_step(weights, make_slots(weights), chosen, "NHWC", ["fc1"])
+        keys, mine = tf.constant(dropout_keys(1, 0, 2)), (tf.constant(images[low:high]), tf.constant(labels[low:high]))
         train_step(*mine, tf.constant(low, tf.int64), keys, tf.constant(config.lr))
         assert {value.dtype for value in weights.values()} == {tf.float32}
         found.append({name: value.numpy() - before[name] for name, value in weights.items()})
@@ -103,14 +108,14 @@ def test_xla_and_low_precision_compute_the_same_update_to_rounding(kind, within)
 
 
 def test_an_infinite_loss_on_one_rank_stops_the_updates_of_all_though_its_gradient_is_finite():
-    config = Config(model="vgg11", width=0.0625, image_size=32, num_classes=10, global_batch=8, dropout=0.0)
-    weights = vgg.initial_weights(layers("vgg11", 0.0625, 32, 10), 1)
-    slots = optimizer.make_slots(weights)
-    train_step = step.make_train_step(weights, slots, config, "NHWC", ["fc1"])
-    low, high = order.slice_bounds(8, comm.rank(), comm.size())
+    config = TrainConfig(model="vgg11", width=0.0625, image_size=32, num_classes=10, global_batch=8, dropout=0.0)
+    weights = vgg.initial_weights(vgg_layers("vgg11", 0.0625, 32, 10), 1)
+    slots = make_slots(weights)
+    train_step = make_train_step(weights, slots, config, "NHWC", ["fc1"])
+    low, high = slice_bounds(8, comm.rank(), comm.size())
     images = np.random.default_rng(3).integers(0, 256, (8, 32, 32, 3), np.uint8)[low:high]
     labels = np.full(high - low, 0 if comm.rank() == 1 else 1, np.int32)
-    rest = tf.constant(low, tf.int64), tf.constant(order.dropout_keys(1, 0, 2)), tf.constant(0.01)
+    rest = tf.constant(low, tf.int64), tf.constant(dropout_keys(1, 0, 2)), tf.constant(0.01)
     bias = weights["predictions/bias"]
     bias.assign([-3e38] + [3e38] * 9)  # whose difference is no float32
     before = {name: value.numpy() for name, value in {**weights, **slots}.items()}
@@ -129,19 +134,19 @@ def test_an_infinite_loss_on_one_rank_stops_the_updates_of_all_though_its_gradie
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_the_rank_the_layer_and_the_records_that_are_not_finite_are_found(precision):
     skip_unless_computed(precision)
-    config = Config(
+    config = TrainConfig(
         model="vgg11", width=0.0625, image_size=32, num_classes=10, global_batch=9, device_batch=2, precision=precision
     )
-    run = state.initial(config)
+    run = initial_state(config)
     before = {name: value.numpy() for name, value in run.variables().items()}
     # Black images make block1_conv1 negative, and so 0 behind its ReLU; white ones make it overflow.
     run.weights["block1_conv1/kernel"].assign(tf.fill([3, 3, 3, 4], 3e38 if precision != "float16" else 6e4))
-    low, high = order.slice_bounds(9, comm.rank(), comm.size())
+    low, high = slice_bounds(9, comm.rank(), comm.size())
     images = np.zeros((9, 32, 32, 3), np.uint8)
     images[[4, 7]] = 255
     mine = tf.constant(images[low:high]), tf.zeros([high - low], tf.int32)
-    train_step = step.make_train_step(run.weights, run.slots, config, "NHWC", [])
-    found = nonfinite.examine(0, run, train_step, *mine, 0.01, config, "NHWC")
+    train_step = make_train_step(run.weights, run.slots, config, "NHWC", [])
+    found = diagnose(0, run, train_step, *mine, 0.01, config, "NHWC")
     assert found.repeated and "First the outputs of block1_conv1 on rank " in str(found)
     assert sorted(row for rank in found.ranks for row in rank["at_fault"]) == [4, 7]
     low, high = found.ranks[found.rank]["slice"]

@@ -2,27 +2,34 @@
 
 import pytest
 
-from hvd_vgg.config import Config
-from hvd_vgg.run import advice
-from hvd_vgg.run.findings import FAILURE, OK, WARNING
+from hvd_vgg.config import TrainConfig
+from hvd_vgg.doctor.settings import (
+    check_environment,
+    check_flags,
+    check_rank_count,
+    check_schedule,
+    check_visible_devices,
+    link_variables,
+)
+from hvd_vgg.reporting.findings import FAILURE, OK, WARNING
 
 
 def test_devices_without_a_rank_and_ranks_without_a_device():
-    (two_of_eight,) = advice.of_devices(8, 2, False, "")
+    (two_of_eight,) = check_rank_count(8, 2, False, "")
     assert (two_of_eight.verdict, "6 would idle" in two_of_eight.text) == (WARNING, True)
-    assert advice.of_devices(8, 9, False, "0,1,2,3,4,5,6,7")[0].verdict == FAILURE
-    assert advice.of_devices(16, 16, False, "")[0].verdict == OK
-    assert "mpirun -np 16" in advice.of_devices(16, 1, True, "")[0].text
-    assert advice.of_devices(0, 4, False, "") == []
+    assert check_rank_count(8, 9, False, "0,1,2,3,4,5,6,7")[0].verdict == FAILURE
+    assert check_rank_count(16, 16, False, "")[0].verdict == OK
+    assert "mpirun -np 16" in check_rank_count(16, 1, True, "")[0].text
+    assert check_rank_count(0, 4, False, "") == []
 
 
 def test_devices_that_a_mask_hides():
-    (masked,) = advice.of_mask(8, 2, "0,1")
+    (masked,) = check_visible_devices(8, 2, "0,1")
     assert masked.verdict == WARNING
     assert "TensorFlow sees 2 of 8 devices of this host (CUDA_VISIBLE_DEVICES=0,1)" in masked.text
-    assert advice.of_mask(8, 0, None)[0].verdict == FAILURE
-    assert advice.of_mask(8, 0, "-1")[0].verdict == WARNING
-    assert advice.of_mask(8, 8, "") == advice.of_mask(0, 0, "") == []
+    assert check_visible_devices(8, 0, None)[0].verdict == FAILURE
+    assert check_visible_devices(8, 0, "-1")[0].verdict == WARNING
+    assert check_visible_devices(8, 8, "") == check_visible_devices(0, 0, "") == []
 
 
 @pytest.mark.parametrize(
@@ -40,10 +47,10 @@ def test_devices_that_a_mask_hides():
     ],
 )
 def test_flags_that_hardly_mean_what_they_do(flags, told):
-    (found,) = advice.of_flags(Config(**flags), 2, 0)
+    (found,) = check_flags(TrainConfig(**flags), 2, 0)
     assert found.verdict == WARNING
     assert told in found.text
-    assert found.todo
+    assert found.fix
 
 
 @pytest.mark.parametrize(
@@ -60,31 +67,31 @@ def test_flags_that_hardly_mean_what_they_do(flags, told):
     ],
 )
 def test_a_learning_rate_that_never_falls_is_seen(flags, records, told):
-    found = advice.of_schedule(Config(**flags), records)
+    found = check_schedule(TrainConfig(**flags), records)
     assert [finding.verdict for finding in found] == ([WARNING] if told else [])
     assert all(told in finding.text for finding in found)
 
 
 def test_the_usual_flags_are_right_and_a_batch_smaller_than_the_ranks_is_not():
-    assert advice.of_flags(Config(), 8, 8)[0].verdict == OK
-    assert advice.of_flags(Config(global_batch=4), 8, 8)[0].verdict == FAILURE
+    assert check_flags(TrainConfig(), 8, 8)[0].verdict == OK
+    assert check_flags(TrainConfig(global_batch=4), 8, 8)[0].verdict == FAILURE
 
 
 def test_variables_of_other_trainers_scripts():
     theirs = {"IX_NUM_CUDA_VISIBLE_DEVICES": "2", "UMD_WAITAFTERLAUNCH": "1", "HOROVOD_GPU_ALLREDUCE": "NCCL"}
-    found = advice.of_environment({**theirs, "TF_CUDNN_USE_AUTOTUNE": "0", "UMD_ENABLEPROFILE": "0", "HOME": "/"})
+    found = check_environment({**theirs, "TF_CUDNN_USE_AUTOTUNE": "0", "UMD_ENABLEPROFILE": "0", "HOME": "/"})
     assert {finding.text.split("=")[0] for finding in found} == {*theirs, "TF_CUDNN_USE_AUTOTUNE"}
-    assert all(finding.verdict == WARNING and finding.todo for finding in found)
-    assert advice.of_environment({"TF_CUDNN_USE_AUTOTUNE": "1"}) == []
+    assert all(finding.verdict == WARNING and finding.fix for finding in found)
+    assert check_environment({"TF_CUDNN_USE_AUTOTUNE": "1"}) == []
 
 
 def test_gloo_in_place_of_mpi_is_a_failure_under_mpirun_alone(monkeypatch):
     told = {"HOROVOD_CPU_OPERATIONS": "gloo"}
     monkeypatch.delenv("OMPI_COMM_WORLD_RANK", raising=False)
-    assert advice.of_environment(told)[0].verdict == WARNING
+    assert check_environment(told)[0].verdict == WARNING
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
-    assert advice.of_environment(told)[0].verdict == FAILURE
-    assert advice.of_environment({**told, "HOROVOD_CONTROLLER": "gloo"}) == []  # horovodrun --gloo sets both
+    assert check_environment(told)[0].verdict == FAILURE
+    assert check_environment({**told, "HOROVOD_CONTROLLER": "gloo"}) == []  # horovodrun --gloo sets both
 
 
 def test_the_vendors_variables_of_unknown_effect_are_said_and_asked_of_all_hosts():
@@ -95,7 +102,7 @@ def test_the_vendors_variables_of_unknown_effect_are_said_and_asked_of_all_hosts
         "UMD_WAITAFTERLAUNCH": "0",
         "PATH": "/bin",
     }
-    (said,) = advice.of_environment(environ)
+    (said,) = check_environment(environ)
     assert said.verdict == OK
     assert said.text.startswith("NCCL_USE_DIRECT=1, UMD_ENABLEMEMPOOL=1: of the vendor's own scripts")
-    assert advice.of_links(environ) == {name: value for name, value in environ.items() if name != "PATH"}
+    assert link_variables(environ) == {name: value for name, value in environ.items() if name != "PATH"}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support import order_of_writes
 
-from hvd_vgg.run.health import CONFIGURATION, NOT_WRITTEN, Failure
+from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
 from hvd_vgg.train import checkpoint
 
 

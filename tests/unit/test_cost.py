@@ -3,11 +3,11 @@ import dataclasses
 import pytest
 from support import ROOT
 
-from hvd_vgg.config import Config
-from hvd_vgg.model.layers import layers
+from hvd_vgg.config import TrainConfig
+from hvd_vgg.models.architecture import vgg_layers
 from hvd_vgg.parallel import cost
 
-VGG16 = Config()
+VGG16 = TrainConfig()
 
 
 def megabytes(ranks, per_rank, **flags):
@@ -78,7 +78,7 @@ def test_the_table_has_each_dense_layer_and_the_sum():
     text = cost.table(choices)
     assert [line.split()[0] for line in text.splitlines()] == ["layer", "convolutions", "fc1", "fc2", "predictions", "all"]
     assert len(cost.as_log(choices)) == 3
-    assert sum(layer.parameters for layer in layers("vgg16", 1.0, 224, 1000)) == 138_357_544
+    assert sum(layer.parameters for layer in vgg_layers("vgg16", 1.0, 224, 1000)) == 138_357_544
 
 
 def test_plan_needs_no_tensorflow_and_draws(launch, tmp_path):

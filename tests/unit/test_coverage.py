@@ -4,9 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from hvd_vgg.data import order
-from hvd_vgg.run import coverage
-from hvd_vgg.run.health import BUG, Failure
+from hvd_vgg.data import coverage
+from hvd_vgg.data.coverage import Coverage, digest_of_all, to_hex
+from hvd_vgg.data.sampler import positions, slice_bounds
+from hvd_vgg.errors import BUG, Failure
 
 RECORDS, BATCH = 75, 32
 
@@ -42,7 +43,7 @@ def test_the_hashes_are_the_published_ones():
 
 def test_order_and_division_do_not_matter_and_every_other_change_does():
     ids = np.random.default_rng(1).permutation(5000)
-    whole = coverage.digest_of_all(5000)
+    whole = digest_of_all(5000)
     assert (coverage.digest(ids) == whole).all()
     assert (sum((coverage.digest(part) for part in np.array_split(ids, 7)), np.zeros(3, np.int64)) == whole).all()
     for change in (0, 1, 2499, 4999):
@@ -51,25 +52,25 @@ def test_order_and_division_do_not_matter_and_every_other_change_does():
         assert (coverage.digest(other)[1:] != whole[1:]).all()
     swapped = np.where(np.isin(ids, [3, 9]), 6, ids)  # the sum and the count of ids stay the same
     assert swapped.sum() == ids.sum() and (coverage.digest(swapped)[1:] != whole[1:]).all()
-    assert coverage.in_words(whole) == [f"{word:016x}" for word in words(whole)[1:]]
+    assert to_hex(whole) == [f"{word:016x}" for word in words(whole)[1:]]
 
 
 def test_all_ids_are_summed_in_pieces():
     records = (1 << 20) + 3
-    assert (coverage.digest_of_all(records) == coverage.digest(np.arange(records))).all()
+    assert (digest_of_all(records) == coverage.digest(np.arange(records))).all()
 
 
 def ranks(size, step, state, records=RECORDS):
     """Every rank's accumulator, each begun from the same checkpoint."""
-    return [coverage.Coverage(records, BATCH, step, state) for _ in range(size)]
+    return [Coverage(records, BATCH, step, state) for _ in range(size)]
 
 
 def train(each, steps, records=RECORDS):
     """Lets all ranks train on the order's own records."""
     for step in steps:
         for rank, one in enumerate(each):
-            low, high = order.slice_bounds(BATCH, rank, len(each))
-            at = order.positions(step * BATCH + low, step * BATCH + high, records, 1)
+            low, high = slice_bounds(BATCH, rank, len(each))
+            at = positions(step * BATCH + low, step * BATCH + high, records, 1)
             one.add(step * BATCH + low, at.ids)
 
 
@@ -135,8 +136,8 @@ def test_replaced_and_skipped_records_are_told_apart():
     each = ranks(2, 0, [])
     for step in range(3):
         for rank, one in enumerate(each):
-            low, high = order.slice_bounds(BATCH, rank, 2)
-            due = order.positions(step * BATCH + low, step * BATCH + high, RECORDS, 1).ids
+            low, high = slice_bounds(BATCH, rank, 2)
+            due = positions(step * BATCH + low, step * BATCH + high, RECORDS, 1).ids
             if step == 1:
                 one.skip(step * BATCH + low, due)
             else:
@@ -152,12 +153,12 @@ def test_replaced_and_skipped_records_are_told_apart():
 def test_a_record_in_anothers_place_ends_the_run_on_all_ranks(size):
     each = ranks(size, 0, [])
     train(each, range(2))
-    ids = order.positions(2 * BATCH, 3 * BATCH, RECORDS, 1).ids
+    ids = positions(2 * BATCH, 3 * BATCH, RECORDS, 1).ids
     ids[0] = ids[1]
     each[0].add(2 * BATCH, ids)
     with pytest.raises(Failure) as raised:
         settle(each, 3)
-    assert (raised.value.code, raised.value.agreed) == (BUG, True)
+    assert (raised.value.code, raised.value.collective) == (BUG, True)
     assert "epoch 0, complete with update 3: 75 records were trained on, 0 replaced, 0 skipped" in raised.value.message
 
 

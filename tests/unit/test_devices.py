@@ -7,31 +7,32 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hvd_vgg.parallel import comm, conformance
-from hvd_vgg.run import devices
-from hvd_vgg.run.findings import FAILURE, OK, WARNING
+from hvd_vgg.doctor.collectives import Exchanged, assess_exchange, assess_pairs, check_transports, expected_sum, pattern
+from hvd_vgg.doctor.device_test import BOUNDS, assess_errors, check_devices, convolve
+from hvd_vgg.parallel.init import cpu_convolves
+from hvd_vgg.reporting.findings import FAILURE, OK, WARNING
 
-RIGHT = {f"{dtype}{layout}": 1e-7 for dtype in devices.BOUNDS for layout in ("", " NHWC", " NCHW")}
+RIGHT = {f"{dtype}{layout}": 1e-7 for dtype in BOUNDS for layout in ("", " NHWC", " NCHW")}
 
 
 def verdicts(kind, found, failed, precision="float32"):
-    return [finding.verdict for finding in devices.judge("it", kind, found, failed, precision)]
+    return [finding.verdict for finding in assess_errors("it", kind, found, failed, precision)]
 
 
 def test_this_cpu_is_right():
-    *others, found = devices.check_devices(tf.config.list_logical_devices("CPU")[:1], "float32", 0)
+    *others, found = check_devices(tf.config.list_logical_devices("CPU")[:1], "float32", 0)
     assert found.verdict == OK
     assert "multiplies right in float32, float16, bfloat16, convolves right in" in found.text
     assert "in NHWC in float32" in found.text
     # What TensorFlow 2.6 cannot do on a CPU is told, and no failure for training in float32.
-    assert [other.text.split(":")[1] for other in others] == [" bfloat16 NHWC"] * (not comm.cpu_convolves("bfloat16"))
+    assert [other.text.split(":")[1] for other in others] == [" bfloat16 NHWC"] * (not cpu_convolves("bfloat16"))
     assert all(other.verdict == WARNING for other in others)
 
 
 def test_the_reference_is_the_convolution_that_tensorflow_defines():
     random = np.random.default_rng(2)
     image, kernel = random.standard_normal((2, 5, 7, 3)), random.standard_normal((3, 3, 3, 4))
-    assert np.allclose(devices.convolve(image, kernel), tf.nn.conv2d(image, kernel, 1, "SAME"), atol=1e-12)
+    assert np.allclose(convolve(image, kernel), tf.nn.conv2d(image, kernel, 1, "SAME"), atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -73,12 +74,12 @@ def test_sixteen_devices_are_all_tried():
 
 
 def test_copies_through_the_host_are_told():
-    (told,) = conformance.staged("/device:GPU:0", {"sums": "mpi", "gathers": "mpi"})
+    (told,) = check_transports("/device:GPU:0", {"sums": "mpi", "gathers": "mpi"})
     assert (told.verdict, told.text.startswith("sums and gathers of a device are not exchanged by NCCL")) == (WARNING, True)
-    (told,) = conformance.staged("/device:GPU:0", {"sums": "NCCL", "gathers": "mpi"})
+    (told,) = check_transports("/device:GPU:0", {"sums": "NCCL", "gathers": "mpi"})
     assert told.text.startswith("gathers of a device are not exchanged by NCCL")
-    assert conformance.staged("/device:GPU:0", {"sums": "NCCL", "gathers": "NCCL"}) == []
-    assert conformance.staged("/device:CPU:0", {"sums": "mpi", "gathers": "mpi"}) == []
+    assert check_transports("/device:GPU:0", {"sums": "NCCL", "gathers": "NCCL"}) == []
+    assert check_transports("/device:CPU:0", {"sums": "mpi", "gathers": "mpi"}) == []
 
 
 @pytest.mark.parametrize(
@@ -95,33 +96,33 @@ def test_copies_through_the_host_are_told():
     ],
 )
 def test_the_time_of_an_exchange_is_judged(sent_mb, seconds, gbit, device, verdict, told):
-    one = conformance.Exchanged("sums by mpi", sent_mb * 1e6, seconds, 0.01)
-    found = conformance.judge_exchange(one, gbit, device)
+    one = Exchanged("sums by mpi", sent_mb * 1e6, seconds, 0.01)
+    found = assess_exchange(one, gbit, device)
     assert (found.verdict, told in found.text) == (verdict, True), found
     # Of messages that are too short nobody learns a link's rate.
-    assert ("--gbit=" in found.todo) == (verdict == WARNING and bool(gbit) and sent_mb > 16)
-    short = conformance.judge_exchange(one._replace(sent_bytes=1e5), None, device)
+    assert ("--gbit=" in found.fix) == (verdict == WARNING and bool(gbit) and sent_mb > 16)
+    short = assess_exchange(one._replace(sent_bytes=1e5), None, device)
     assert "--gbit" not in short.text
 
 
 def test_a_host_whose_link_is_slow_is_named():
     """Hosts in a ring: 2's link is slow, so that both its pairs are."""
     rates = {("1", "2"): 1.0, ("2", "3"): 1.1, ("3", "4"): 9.0, ("4", "1"): 8.0}
-    (told,) = conformance.judge_pairs(rates, "mpi")
+    (told,) = assess_pairs(rates, "mpi")
     assert told.verdict == WARNING
     assert told.text.startswith("between hosts by mpi, from memory of the CPU, each way 9 Gbit/s (3 and 4) to 1 (1 and 2); ")
     assert told.text.endswith("less than half of the fastest: 1 and 2, 2 and 3")
-    assert told.todo.startswith("see the link of 2: ")
-    (told,) = conformance.judge_pairs({**rates, ("1", "2"): 7.0}, "mpi")
-    assert told.todo.startswith("see the link of these hosts: ")
-    assert conformance.judge_pairs(dict.fromkeys(rates, 5.0), "mpi")[0].verdict == OK
-    assert conformance.judge_pairs({("1", "2"): 5.0}, "mpi")[0].text.endswith("each way 5 Gbit/s")
+    assert told.fix.startswith("see the link of 2: ")
+    (told,) = assess_pairs({**rates, ("1", "2"): 7.0}, "mpi")
+    assert told.fix.startswith("see the link of these hosts: ")
+    assert assess_pairs(dict.fromkeys(rates, 5.0), "mpi")[0].verdict == OK
+    assert assess_pairs({("1", "2"): 5.0}, "mpi")[0].text.endswith("each way 5 Gbit/s")
 
 
 def test_patterns_differ_by_rank_and_place_and_their_sums_are_exact():
-    one, two = conformance.pattern(1000, 0), conformance.pattern(1000, 1)
+    one, two = pattern(1000, 0), pattern(1000, 1)
     assert not np.array_equal(one, two)
     assert not np.array_equal(one[:-1], one[1:])
-    assert np.array_equal(conformance.expected_sum(1000, 2), one + two)
-    assert np.abs(conformance.expected_sum(1000, 400)).max() <= 2048
+    assert np.array_equal(expected_sum(1000, 2), one + two)
+    assert np.abs(expected_sum(1000, 400)).max() <= 2048
     assert np.array_equal(one, np.round(one))

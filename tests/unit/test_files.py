@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from hvd_vgg.run import files, lock
-from hvd_vgg.run.health import Failure
+from hvd_vgg.errors import Failure
+from hvd_vgg.run_dir import atomic_write_text, lock_run_dir, write_error
 
 
 def refuse(*arguments):
@@ -16,21 +16,21 @@ def refuse(*arguments):
 @pytest.mark.fault("F17")
 def test_what_cannot_be_written_whole_leaves_the_old_file_and_no_half_of_a_new_one(tmp_path, monkeypatch):
     path = tmp_path / "flags.txt"
-    files.write_whole(path, "old")
+    atomic_write_text(path, "old")
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(OSError, match="No space left") as raised:
-        files.write_whole(path, "new")
+        atomic_write_text(path, "new")
     assert [each.name for each in tmp_path.iterdir()] == ["flags.txt"]
     assert path.read_text() == "old"
-    told = files.not_written(path, raised.value)
+    told = write_error(path, raised.value)
     assert told.startswith(f"{path} cannot be written: No space left on device (")
     assert told.endswith(f" MB are free in {tmp_path}): make room, then start again")
 
 
 @pytest.mark.fault("F17")
 def test_a_full_disk_does_not_keep_a_run_from_being_locked(tmp_path, monkeypatch):
-    with lock.acquire(tmp_path):
+    with lock_run_dir(tmp_path):
         pass
     monkeypatch.setattr(os, "write", refuse)
-    with lock.acquire(tmp_path), pytest.raises(Failure, match="is in use by another job"):
-        lock.acquire(tmp_path)
+    with lock_run_dir(tmp_path), pytest.raises(Failure, match="is in use by another job"):
+        lock_run_dir(tmp_path)

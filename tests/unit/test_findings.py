@@ -1,4 +1,4 @@
-from hvd_vgg.run.findings import as_json, failure, lines, ok, put_together, warning, who, worst
+from hvd_vgg.reporting.findings import as_json, failure, format_findings, format_ranks, merge, ok, warning, worst
 
 
 def test_what_all_ranks_found_is_said_once_and_the_rest_with_rank_and_host():
@@ -7,8 +7,8 @@ def test_what_all_ranks_found_is_said_once_and_the_rest_with_rank_and_host():
         failure("devices", "does not allocate", "leave it out"),
         warning("shm", "small", "more"),
     )
-    told = put_together([[same], [same, bad], [odd, same], [same, odd]])
-    assert lines(told, ["a", "a", "b", "b"]) == [
+    told = merge([[same], [same, bad], [odd, same], [same, odd]])
+    assert format_findings(told, ["a", "a", "b", "b"]) == [
         "ok       python       3.11",
         "failure  devices      rank 1 (host a): does not allocate",
         "                      do: leave it out",
@@ -22,11 +22,11 @@ def test_what_all_ranks_found_is_said_once_and_the_rest_with_rank_and_host():
 
 
 def test_findings_about_the_same_stand_together():
-    told = put_together([[ok("a", "1"), ok("b", "1")], [ok("a", "2"), ok("b", "1")]])
+    told = merge([[ok("a", "1"), ok("b", "1")], [ok("a", "2"), ok("b", "1")]])
     assert [each.finding.about for each in told] == ["a", "a", "b"]
 
 
 def test_names_of_ranks_by_host():
-    assert who([0, 2], ["a", "a", "b"]) == "ranks 0 (host a), 2 (host b)"
-    assert who([0, 1, 2], ["a", "a", "b"]) == ""
+    assert format_ranks([0, 2], ["a", "a", "b"]) == "ranks 0 (host a), 2 (host b)"
+    assert format_ranks([0, 1, 2], ["a", "a", "b"]) == ""
     assert worst([]) == "ok"

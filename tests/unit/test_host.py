@@ -3,19 +3,20 @@
 import pytest
 import simulated
 
-from hvd_vgg.run import accelerators, host
-from hvd_vgg.run.findings import FAILURE, OK, WARNING, worst
+from hvd_vgg.doctor.driver import cards, check_devices, check_driver, listing
+from hvd_vgg.doctor.packages import Host, check_python, check_tensorflow, vendor
+from hvd_vgg.reporting.findings import FAILURE, OK, WARNING, worst
 
 
 def findings(here, computed=False, cuda=""):
     """Returns the vendor and everything that host.py and accelerators.py find, as doctor asks for it."""
-    whose, why = host.vendor(here)
-    said = accelerators.listing(here, whose)
+    whose, why = vendor(here)
+    said = listing(here, whose)
     found = [
-        *host.check_python(here),
-        *host.check_tensorflow(here, whose),
-        *accelerators.check_devices(here, whose, said),
-        *accelerators.check_driver(here, whose, said, cuda, computed),
+        *check_python(here),
+        *check_tensorflow(here, whose),
+        *check_devices(here, whose, said),
+        *check_driver(here, whose, said, cuda, computed),
     ]
     return whose, why, found
 
@@ -46,17 +47,17 @@ def test_a_right_bi_v100_host_with_the_old_sdk_is_all_right_too(tmp_path):
 def test_half_a_card_is_a_warning(tmp_path):
     """SIMULATED: 15 devices of eight cards, of which each shows as two."""
     here = simulated.iluvatar(tmp_path, names=("Iluvatar BI-V150",) * 15)
-    (found,) = accelerators.check_devices(here, "Iluvatar", accelerators.listing(here, "Iluvatar"))
+    (found,) = check_devices(here, "Iluvatar", listing(here, "Iluvatar"))
     assert found.verdict == WARNING
     assert "8 cards if each shows as two devices" in found.text
     assert found.text.endswith("an odd number: one device of a card is not there")
 
 
 def test_cards_are_counted_by_name():
-    assert accelerators.cards(["Iluvatar BI-V150"] * 16) == 8
-    assert accelerators.cards(["Iluvatar BI-V150S"] * 8) == 8
-    assert accelerators.cards(["Iluvatar BI-V150 OAM"] * 3) == 2
-    assert accelerators.cards(["Iluvatar BI-V100", "Iluvatar BI-V150", "Iluvatar BI-V150"]) == 2
+    assert cards(["Iluvatar BI-V150"] * 16) == 8
+    assert cards(["Iluvatar BI-V150S"] * 8) == 8
+    assert cards(["Iluvatar BI-V150 OAM"] * 3) == 2
+    assert cards(["Iluvatar BI-V100", "Iluvatar BI-V150", "Iluvatar BI-V150"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_a_driver_that_does_not_fit_is_a_failure_unless_devices_computed_right(t
     bad = only(findings(here)[2], FAILURE)
     assert bad.about == "driver"
     assert told in bad.text
-    assert f"the driver of SDK {sdk}" in bad.todo
+    assert f"the driver of SDK {sdk}" in bad.fix
     found = findings(here, computed=True)[2]
     assert worst(found) == WARNING
     assert only(found, WARNING).about == "driver"
@@ -88,15 +89,15 @@ def test_a_tensorflow_that_is_not_the_vendors_is_a_failure_that_tells_where_that
     assert whose == "Iluvatar"
     bad = only(found, FAILURE)
     assert "TensorFlow 2.16.2 is not the vendor's" in bad.text
-    assert "mpirun -x PYTHONPATH" in bad.todo
+    assert "mpirun -x PYTHONPATH" in bad.fix
 
 
 def test_missing_packages_are_failures_or_warnings_with_what_to_do(tmp_path):
     missing = ("cloudpickle", "mpi4py", "dllogger", "tensorflow")
     _, _, found = findings(simulated.iluvatar(tmp_path, missing=missing))
     bad = {finding.text: finding for finding in found if finding.verdict == FAILURE}
-    assert "pip install --no-deps cloudpickle" in bad["cloudpickle is not installed"].todo
-    assert "pip must install neither" in bad["is not installed, or not where this Python looks"].todo
+    assert "pip install --no-deps cloudpickle" in bad["cloudpickle is not installed"].fix
+    assert "pip must install neither" in bad["is not installed, or not where this Python looks"].fix
     assert {f.text for f in found if f.verdict == WARNING} == {"mpi4py is not installed"}
     assert any(f.verdict == OK and f.text.startswith("DLLogger is not installed: the same log lines") for f in found)
 
@@ -125,7 +126,7 @@ def test_devices_that_are_not_in_the_container_are_a_failure(tmp_path):
         (place / "class").write_text("0x120000\n")
     bad = only(findings(here)[2], FAILURE)
     assert "no device node of Iluvatar in /dev, though its PCI bus has 8 Iluvatar BI-V150" in bad.text
-    assert "--device /dev/iluvatar0" in bad.todo
+    assert "--device /dev/iluvatar0" in bad.fix
 
 
 def test_fewer_nodes_than_the_tool_lists_are_a_warning(tmp_path):
@@ -180,7 +181,7 @@ def test_what_tensorflow_itself_asks_for_and_is_not_there_is_a_warning(tmp_path)
     ]
     told = only(findings(simulated.iluvatar(tmp_path, requires=asked))[2], WARNING)
     assert told.text == "tensorflow asks for gast, h5py: not installed"
-    assert told.todo == "pip install --no-deps gast h5py, if its import (software) fails"
+    assert told.fix == "pip install --no-deps gast h5py, if its import (software) fails"
 
 
 def test_an_nvidia_host_is_told_by_its_tool(tmp_path):
@@ -200,7 +201,7 @@ def test_an_nvidia_driver_that_is_older_is_a_failure_unless_devices_computed_rig
     here = simulated.nvidia(tmp_path, cuda="11.4")
     bad = only(findings(here, cuda="12.3")[2], FAILURE)
     assert bad.text == "NVIDIA 570.124.06, for CUDA to 11.4; TensorFlow is built with 12.3: the driver is older"
-    assert bad.todo == "a driver for CUDA 12 on the host, or a TensorFlow built with CUDA 11"
+    assert bad.fix == "a driver for CUDA 12 on the host, or a TensorFlow built with CUDA 11"
     assert worst(findings(here, computed=True, cuda="12.3")[2]) == WARNING
 
 
@@ -222,6 +223,6 @@ def test_a_login_node_without_devices_can_still_train_on_its_processors(tmp_path
 
 def test_a_host_of_no_vendor_is_a_cpu(tmp_path):
     packages = simulated.site(tmp_path, {"tensorflow": "2.16.2", "horovod": "0.28.1"})
-    whose, _, found = findings(host.Host(tmp_path, {"PATH": ""}, [packages]))
+    whose, _, found = findings(Host(tmp_path, {"PATH": ""}, [packages]))
     assert whose == "CPU"
     assert worst(found) == OK

@@ -7,7 +7,8 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from hvd_vgg.data import images
+from hvd_vgg.data import transforms
+from hvd_vgg.data.transforms import augmentation_params, image_shape, random_window
 
 
 def natural(height=60, width=80, channels=3):
@@ -32,18 +33,18 @@ def encoded(mode, kind="JPEG"):
 
 def draws_of(n):
     """The draws of one image."""
-    return images.image_draws(np.array([[123, n]], np.int64))[0]
+    return augmentation_params(np.array([[123, n]], np.int64))[0]
 
 
 def train_image(data, draws, augment, size):
     out = np.zeros([size, size, 3], np.uint8)
-    images.train_image(data, draws, augment, out)
+    transforms.train_image(data, draws, augment, out)
     return out
 
 
 def eval_image(data, augment, size):
     out = np.zeros([size, size, 3], np.uint8)
-    images.eval_image(data, augment, out)
+    transforms.eval_image(data, augment, out)
     return out
 
 
@@ -111,7 +112,7 @@ def test_a_training_crop_is_its_window_resized_by_the_reference(height, width, s
     data, differences = file.getvalue(), []
     for n in range(8):
         draws = draws_of(n)
-        wanted = reference(data, size, images.random_window(height, width, draws[3:]))
+        wanted = reference(data, size, random_window(height, width, draws[3:]))
         found = train_image(data, draws_of(n), "crop", size)
         differences.append(np.abs(found - (wanted[:, ::-1] if draws[0] < 0.5 else wanted)))
     whole = np.abs(train_image(data, draws_of(0), "none", size) - reference(data, size))
@@ -128,14 +129,14 @@ def test_draws_never_change():
 
 def test_draws_are_uniform_and_differ_by_either_seed():
     seeds = np.stack(np.meshgrid(np.arange(-50, 50), np.arange(100)), -1).reshape([-1, 2]).astype(np.int64)
-    draws = np.array(images.image_draws(seeds))
+    draws = np.array(augmentation_params(seeds))
     assert draws.shape == (10_000, 33) and (draws >= 0).all() and (draws < 1).all()
     assert len(np.unique(draws)) == draws.size
     for column in draws.T:  # 20 classes of 500: chi-squared has mean 19 and deviation 6.2
         counts = np.histogram(column, 20, (0, 1))[0]
         assert ((counts - 500) ** 2 / 500).sum() < 60
     assert np.abs(np.corrcoef(draws.T) - np.eye(33)).max() < 0.05
-    one = np.array(images.image_draws(seeds[77:78]))
+    one = np.array(augmentation_params(seeds[77:78]))
     assert (one == draws[77]).all()
 
 
@@ -163,7 +164,7 @@ def test_a_shift_moves_the_picture_by_an_eighth_at_most():
 
 def test_random_windows_have_the_area_and_ratio_of_the_recipe_and_lie_inside():
     height, width = 375, 500
-    boxes = np.array([images.random_window(height, width, row) for row in np.random.default_rng(3).random([500, 30])])
+    boxes = np.array([random_window(height, width, row) for row in np.random.default_rng(3).random([500, 30])])
     top, left, tall, wide = boxes.T
     assert (top >= 0).all() and (left >= 0).all()
     assert (top + tall <= height).all() and (left + wide <= width).all()
@@ -177,7 +178,7 @@ def test_random_windows_have_the_area_and_ratio_of_the_recipe_and_lie_inside():
 
 
 def test_a_strip_that_no_try_fits_gives_its_largest_central_window():
-    assert images.random_window(10, 1000, [0.9] * 30) == (0, (1000 - 13 + 1) // 2, 10, 13)
+    assert random_window(10, 1000, [0.9] * 30) == (0, (1000 - 13 + 1) // 2, 10, 13)
 
 
 def saved(**options):
@@ -203,7 +204,7 @@ THUMBNAIL = encoded("L")  # a whole JPEG of another size, within a segment
     ids=["plain", "progressive", "segments", "restarts", "fill", "garbage", "bare"],
 )
 def test_the_shape_of_a_jpeg_is_what_tensorflow_finds(data):
-    assert images.image_shape(data) == tuple(tf.io.extract_jpeg_shape(data).numpy()[:2]) == (50, 70)
+    assert image_shape(data) == tuple(tf.io.extract_jpeg_shape(data).numpy()[:2]) == (50, 70)
 
 
 def tall_header(height, width):
@@ -268,6 +269,6 @@ def test_a_png_whose_size_is_not_in_its_first_chunk_is_refused(claimed):
     body = struct.pack(">II", *claimed) + b"\x08\x02\0\0\0"
     fake = struct.pack(">I", len(body)) + b"abCd" + body + struct.pack(">I", zlib.crc32(b"abCd" + body))
     out = np.empty((32, 32, 3), np.uint8)
-    images.eval_image(whole, "crop", out)
+    transforms.eval_image(whole, "crop", out)
     with pytest.raises(ValueError, match="neither a JPEG nor a PNG"):
-        images.eval_image(whole[:8] + fake + whole[8:], "crop", out)
+        transforms.eval_image(whole[:8] + fake + whole[8:], "crop", out)

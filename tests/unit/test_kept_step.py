@@ -3,20 +3,22 @@
 import numpy as np
 from support import TINY, order_of_writes
 
-from hvd_vgg.config import Config, parse
-from hvd_vgg.data import records
-from hvd_vgg.data.index import Data
-from hvd_vgg.train import nonfinite, state
+from hvd_vgg.config import TrainConfig
+from hvd_vgg.data.index import find_shards, join, scan_shard
+from hvd_vgg.flags import parse_flags
+from hvd_vgg.train import nonfinite
+from hvd_vgg.train.dataset import Splits
+from hvd_vgg.train.state import initial_state
 
 
 def test_the_report_is_on_disk_last_and_whole(tmp_path, data, monkeypatch):
     """What a power cut leaves is either no report or one whose records, state and flags are there."""
-    config = parse(Config, [f"--data_dir={data}", f"--run_dir={tmp_path}", *TINY])
-    paths = records.find_shards(str(data), "train")
-    index = records.join(paths, [records.scan_shard(path) for path in paths])
+    config = parse_flags(TrainConfig, [f"--data_dir={data}", f"--run_dir={tmp_path}", *TINY])
+    paths = find_shards(str(data), "train")
+    index = join(paths, [scan_shard(path) for path in paths])
     events = order_of_writes(monkeypatch)
     folder = tmp_path / "nonfinite" / "step-00000005"
-    told = nonfinite._keep(folder, {"step": 5}, state.initial(config), Data(index, index, 1), np.arange(4), config)
+    told = nonfinite._save_step(folder, {"step": 5}, initial_state(config), Splits(index, index, 1), np.arange(4), config)
     assert told == ""
     assert [name for what, name in events if what == "rename"] == ["state.safetensors", "flags.txt", "report.json"]
     assert ("fsync", "records-00000-of-00001") in events

@@ -6,7 +6,10 @@ import sys
 
 from support import ROOT
 
-from hvd_vgg.run import log, output
+from hvd_vgg.reporting.console import Console
+from hvd_vgg.reporting.log import METRICS, RunLog, time
+from hvd_vgg.streams import write_line
+from hvd_vgg.text import format_duration
 
 
 def lines_of(run_dir):
@@ -16,11 +19,11 @@ def lines_of(run_dir):
 
 
 def test_json_lines_are_dlloggers(tmp_path):
-    run = log.RunLog(tmp_path, False, None)
+    run = RunLog(tmp_path, False, None)
     run.log("PARAMETER", {"seed": 1})
     run.log((0, 5), {"train.loss": 8.56})
     metadata, (parameter, row) = lines_of(tmp_path)[:-2], lines_of(tmp_path)[-2:]
-    assert {line["metric"]: line["metadata"] for line in metadata} == log.METRICS
+    assert {line["metric"]: line["metadata"] for line in metadata} == METRICS
     assert all(line["type"] == "METADATA" for line in metadata)
     assert (parameter["type"], parameter["step"], parameter["data"]) == ("LOG", "PARAMETER", {"seed": 1})
     assert (row["type"], row["step"], row["data"]) == ("LOG", [0, 5], {"train.loss": 8.56})
@@ -31,7 +34,7 @@ def test_json_lines_are_dlloggers(tmp_path):
 
 
 def test_stdout_lines_are_dlloggers(tmp_path, capsys):
-    run = log.RunLog(tmp_path, True, None)
+    run = RunLog(tmp_path, True, None)
     run.log((0, 5), {"train.loss": 8.56, "train.fps": 12.345})
     (line,) = capsys.readouterr().out.splitlines()
     assert re.fullmatch(
@@ -40,10 +43,10 @@ def test_stdout_lines_are_dlloggers(tmp_path, capsys):
 
 
 def test_a_log_is_appended_to_even_after_a_torn_line_and_each_line_is_written_at_once(tmp_path):
-    log.RunLog(tmp_path, False, None).log((0, 1), {"train.loss": 1.0})
+    RunLog(tmp_path, False, None).log((0, 1), {"train.loss": 1.0})
     with open(tmp_path / "dllogger.json", "a") as file:
         file.write('DLLL {"torn')
-    second = log.RunLog(tmp_path, False, None)
+    second = RunLog(tmp_path, False, None)
     second.log((0, 2), {"train.loss": 2.0})
     text = (tmp_path / "dllogger.json").read_text()
     rows = [json.loads(line[5:]) for line in text.splitlines() if "torn" not in line]
@@ -51,7 +54,7 @@ def test_a_log_is_appended_to_even_after_a_torn_line_and_each_line_is_written_at
 
 
 def test_what_is_no_number_is_valid_json_and_can_be_printed(tmp_path, capsys):
-    log.RunLog(tmp_path, True, None).log((0, 1), {"train.loss": float("nan"), "train.gradient_norm": float("inf")})
+    RunLog(tmp_path, True, None).log((0, 1), {"train.loss": float("nan"), "train.gradient_norm": float("inf")})
 
     def refuse(name):
         raise AssertionError(name)
@@ -63,15 +66,15 @@ def test_what_is_no_number_is_valid_json_and_can_be_printed(tmp_path, capsys):
 
 def test_metrics_go_to_tensorboard_by_group_and_step(tmp_path):
     seen = []
-    log.RunLog(tmp_path, False, lambda *row: seen.append(row)).log((1, 7), {"train.loss": 2.0, "eval.records": 5})
+    RunLog(tmp_path, False, lambda *row: seen.append(row)).log((1, 7), {"train.loss": 2.0, "eval.records": 5})
     assert seen == [("train/loss", 2.0, 7), ("eval/records", 5.0, 7)]
 
 
 def test_a_terminal_gets_a_bar_and_a_file_gets_lines(capsys, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     for mode in ("bar", "lines"):
-        progress = log.Console(mode, True).progress("training", 100, "steps")
+        progress = Console(mode, True).progress("training", 100, "steps")
         for done in (10, 50):
             clock[0] += 30
             progress.update(done, "note")
@@ -81,13 +84,19 @@ def test_a_terminal_gets_a_bar_and_a_file_gets_lines(capsys, monkeypatch):
 
 
 def test_only_rank_0_speaks_and_not_beside_dlloggers_lines(capsys):
-    log.Console("lines", False).say("x")
-    log.Console("dllogger", True).say("x")
+    Console("lines", False).say("x")
+    Console("dllogger", True).say("x")
     assert capsys.readouterr().out == ""
 
 
 def test_durations_are_as_people_say_them():
-    assert [log.duration(s) for s in (0.4, 59, 60, 185, 7620)] == ["0 s", "59 s", "1 min 00 s", "3 min 05 s", "2 h 07 min"]
+    assert [format_duration(s) for s in (0.4, 59, 60, 185, 7620)] == [
+        "0 s",
+        "59 s",
+        "1 min 00 s",
+        "3 min 05 s",
+        "2 h 07 min",
+    ]
 
 
 def written_to(stream, run_dir, lines=2000):
@@ -126,9 +135,9 @@ def test_a_stdout_that_takes_lines_again_gets_them(tmp_path, capfd):
     kept, full = os.dup(1), os.open("/dev/full", os.O_WRONLY)
     with open(1, "w", closefd=False) as stream:
         os.dup2(full, 1)
-        output.say("lost", stream)
+        write_line("lost", stream)
         os.dup2(kept, 1)
-        output.say("told", stream)
+        write_line("told", stream)
     os.close(kept)
     os.close(full)
     assert capfd.readouterr().out == "told\n"

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from support import ROOT
 
-from hvd_vgg.config import Config, DoctorConfig, LaunchConfig, parse
-from hvd_vgg.run import hosts
-from hvd_vgg.run.hosts import Host
+from hvd_vgg.config import DoctorConfig, LaunchConfig, TrainConfig
+from hvd_vgg.flags import parse_flags
+from hvd_vgg.launcher.hostfile import Host, read_hostfile
 
 FOLDER = ROOT / "launch" / "kubernetes"
 SCHEMA = json.loads((Path(__file__).parent / "mpijob_v2beta1.schema.json").read_text())
@@ -116,16 +116,16 @@ def test_the_launcher_starts_a_rank_in_every_slot(name, tmp_path):
     container, _ = container_of(JOBS[name], "Launcher")
     assert (container["command"], container["args"][0]) == (["hvd-vgg"], "launch")
     at = container["args"].index("train")
-    launching = parse(LaunchConfig, container["args"][1:at])
+    launching = parse_flags(LaunchConfig, container["args"][1:at])
     assert (launching.hostfile, launching.rsh_agent, launching.ranks) == ("/etc/mpi/hostfile", "hvd-vgg-ssh", 0)
     flags = [each.replace("/opt/hvd_vgg", str(ROOT)) for each in container["args"][at + 1 :]]
-    training = parse(Config, flags)
+    training = parse_flags(TrainConfig, flags)
     assert (training.data_dir, training.run_dir) == ("/data", "/runs/vgg16_imagenet")
     # What the operator writes for these workers.
     names = [f"{name}-worker-{number}.{name}.default.svc" for number in range(spec["mpiReplicaSpecs"]["Worker"]["replicas"])]
     path = tmp_path / "hostfile"
     path.write_text("".join(f"{each} slots={spec['slotsPerWorker']}\n" for each in names))
-    assert hosts.read(str(path)) == [Host(each, spec["slotsPerWorker"]) for each in names]
+    assert read_hostfile(str(path)) == [Host(each, spec["slotsPerWorker"]) for each in names]
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -159,10 +159,10 @@ def test_doctor_looks_from_the_pods_that_would_train(name):
     jsonschema.validate(made, strict(SCHEMA))
     container, _ = container_of(made, "Launcher")
     at = container["args"].index("doctor")
-    launching = parse(LaunchConfig, container["args"][1:at])
+    launching = parse_flags(LaunchConfig, container["args"][1:at])
     assert (launching.hostfile, launching.rsh_agent) == ("/etc/mpi/hostfile", "hvd-vgg-ssh")
     assert launching.network == "eth0"
-    looking = parse(DoctorConfig, [each.replace("/opt/hvd_vgg", str(ROOT)) for each in container["args"][at + 1 :]])
+    looking = parse_flags(DoctorConfig, [each.replace("/opt/hvd_vgg", str(ROOT)) for each in container["args"][at + 1 :]])
     assert (looking.data_dir, looking.collectives, looking.out) == ("/data", True, "/runs/it's here.json")
     # Once, and all else is as it was.
     assert made["metadata"]["name"] == JOBS[name]["metadata"]["name"] + "-doctor"

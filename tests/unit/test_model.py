@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hvd_vgg.model import vgg
-from hvd_vgg.model.layers import BLOCKS, layers, parameters
-from hvd_vgg.parallel import comm
+from hvd_vgg.models import vgg
+from hvd_vgg.models.architecture import BLOCKS, count_parameters, vgg_layers
+from hvd_vgg.parallel.init import cpu_convolves
 
 
 @pytest.mark.parametrize(
@@ -12,12 +12,12 @@ from hvd_vgg.parallel import comm
     [("vgg11", 132_863_336), ("vgg13", 133_047_848), ("vgg16", 138_357_544), ("vgg19", 143_667_240)],
 )
 def test_parameters_are_those_published(model, count):
-    assert parameters(layers(model, 1.0, 224, 1000)) == count
+    assert count_parameters(vgg_layers(model, 1.0, 224, 1000)) == count
 
 
 def test_the_same_weights_give_keras_vgg16s_logits_and_names_and_shapes():
     keras = tf.keras.applications.VGG16(weights=None, classifier_activation=None)
-    of = layers("vgg16", 1.0, 224, 1000)
+    of = vgg_layers("vgg16", 1.0, 224, 1000)
     weights = vgg.initial_weights(of, 3)
     theirs = {layer.name: layer for layer in keras.layers if layer.weights}
     assert [layer.name for layer in of] == list(theirs)
@@ -35,7 +35,7 @@ def test_the_same_weights_give_keras_vgg16s_logits_and_names_and_shapes():
 @pytest.mark.parametrize("model", list(BLOCKS))
 def test_channels_first_gives_the_same_logits_where_the_device_can(model):
     """This TensorFlow computes NCHW on CPU through oneDNN; fc1's rows must keep their order."""
-    weights = vgg.initial_weights(layers(model, 0.125, 64, 10), 1)
+    weights = vgg.initial_weights(vgg_layers(model, 0.125, 64, 10), 1)
     images = tf.random.stateless_normal([3, 64, 64, 3], [5, 6])
     try:
         first = tf.function(lambda x: vgg.logits(weights, model, x, "NCHW"))(images)
@@ -48,14 +48,14 @@ def test_channels_first_gives_the_same_logits_where_the_device_can(model):
 def test_what_is_said_of_bfloat16_on_a_cpu_is_so():
     images, kernel = tf.ones([1, 4, 4, 3], "bfloat16"), tf.ones([3, 3, 3, 2], "bfloat16")
     right = tf.nn.conv2d(images, kernel, 1, "SAME").dtype == "bfloat16"
-    assert right == comm.cpu_convolves("bfloat16") and comm.cpu_convolves("float32") and comm.cpu_convolves("float16")
+    assert right == cpu_convolves("bfloat16") and cpu_convolves("float32") and cpu_convolves("float16")
 
 
 def test_initial_weights_are_a_function_of_the_seed_with_the_recipes_deviations():
-    of = layers("vgg16", 1.0, 224, 1000)
+    of = vgg_layers("vgg16", 1.0, 224, 1000)
     assert [layer.deviation for layer in of[-3:]] == [0.01, 0.01, 0.01]
     assert of[0].deviation == (2 / (9 * 64)) ** 0.5
-    small = layers("vgg11", 0.25, 32, 10)
+    small = vgg_layers("vgg11", 0.25, 32, 10)
     a, b, other = (vgg.initial_weights(small, seed) for seed in (1, 1, 2))
     for layer in small:
         kernel = a[f"{layer.name}/kernel"].numpy()
@@ -69,7 +69,7 @@ def test_initial_weights_are_a_function_of_the_seed_with_the_recipes_deviations(
 def test_hidden_outputs_vary_as_much_in_a_narrow_network_as_in_a_full_one():
     deviations = []
     for width, size in ((1.0, 224), (0.125, 64)):
-        fc1 = next(layer for layer in layers("vgg16", width, size, 10) if layer.name == "fc1")
+        fc1 = next(layer for layer in vgg_layers("vgg16", width, size, 10) if layer.name == "fc1")
         deviations.append(fc1.deviation * fc1.kernel[0] ** 0.5)
     assert deviations[0] == pytest.approx(deviations[1])
 

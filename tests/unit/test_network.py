@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from hvd_vgg.config import RSH_AGENT
-from hvd_vgg.run import network, reach
-from hvd_vgg.run.findings import FAILURE, OK, WARNING
-from hvd_vgg.run.hosts import Host
+from hvd_vgg.doctor.network import check_interfaces
+from hvd_vgg.launcher import ssh
+from hvd_vgg.launcher.hostfile import Host
+from hvd_vgg.launcher.ssh import ANSWER_SECONDS, check_hosts
+from hvd_vgg.parallel import network
+from hvd_vgg.reporting.findings import FAILURE, OK, WARNING
 
 THERE = {"lo": "127.0.0.1", "eth0": "10.0.0.2", "docker0": "172.17.0.1"}
 GLOO = "HOROVOD_GLOO_RENDEZVOUS_ADDR"
@@ -44,14 +47,14 @@ MPI, EXCLUDE = "OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_btl_tcp_if_exclude"
     ],
 )
 def test_interfaces_that_launchers_were_told(environ, hosts, verdict, told):
-    (found,) = network.check_interfaces(environ, THERE, hosts, True)
+    (found,) = check_interfaces(environ, THERE, hosts, True)
     assert found.verdict == verdict
     assert told in found.text
 
 
 def test_an_interface_of_nccl_matters_where_there_are_devices():
     for devices, verdict in ((True, FAILURE), (False, WARNING)):
-        (found,) = network.check_interfaces({"NCCL_SOCKET_IFNAME": "ib0"}, THERE, 2, devices)[:1]
+        (found,) = check_interfaces({"NCCL_SOCKET_IFNAME": "ib0"}, THERE, 2, devices)[:1]
         assert found.verdict == verdict
 
 
@@ -82,17 +85,17 @@ DOCKERS = "br-0123456789ab"
     ],
 )
 def test_mpi_leaves_out_bridges_that_lead_nowhere(environ, more, texts, default, left_out):
-    found = network.without_bridges(environ, {**THERE, **more}, texts, DEFAULT.format(default))
+    found = network.exclude_bridges(environ, {**THERE, **more}, texts, DEFAULT.format(default))
     assert found == ({EXCLUDE: left_out} if left_out else {})
 
 
 def test_a_bridge_that_is_all_there_is_stays():
-    assert network.without_bridges({}, {"lo": "127.0.0.1", "docker0": "172.17.0.1"}, [], "") == {}
-    assert network.without_bridges({}, {"lo": "127.0.0.1", "eth0": "10.0.0.2"}, [], "") == {}
+    assert network.exclude_bridges({}, {"lo": "127.0.0.1", "docker0": "172.17.0.1"}, [], "") == {}
+    assert network.exclude_bridges({}, {"lo": "127.0.0.1", "eth0": "10.0.0.2"}, [], "") == {}
     two = {"lo": "127.0.0.1", "docker0": "172.17.0.1", DOCKERS: "10.1.0.2"}
-    assert network.without_bridges({}, two, [], "") == {}
-    assert network.without_bridges({}, two, [], DEFAULT.format(DOCKERS)) == {EXCLUDE: "127.0.0.0/8,docker0"}
-    assert network.chosen({}, {"lo": "127.0.0.1", "docker0": "172.17.0.1"}) == ["172.17.0.1"]
+    assert network.exclude_bridges({}, two, [], "") == {}
+    assert network.exclude_bridges({}, two, [], DEFAULT.format(DOCKERS)) == {EXCLUDE: "127.0.0.0/8,docker0"}
+    assert network.chosen_addresses({}, {"lo": "127.0.0.1", "docker0": "172.17.0.1"}) == ["172.17.0.1"]
 
 
 def test_the_bridge_toward_mpirun_stays(monkeypatch):
@@ -102,9 +105,9 @@ def test_the_bridge_toward_mpirun_stays(monkeypatch):
     uri = "OMPI_MCA_orte_hnp_uri"
     by_bridge, both = {uri: "7.0;tcp://172.17.0.1,10.1.0.1:4071"}, {uri: "7.0;tcp://172.17.0.1,10.1.0.1,10.0.0.1:4071"}
     assert network.toward_launcher(by_bridge, there) == f"{DOCKERS} (10.1.0.2)"
-    assert network.without_bridges(by_bridge, there, [], "") == {EXCLUDE: "127.0.0.0/8,docker0"}
+    assert network.exclude_bridges(by_bridge, there, [], "") == {EXCLUDE: "127.0.0.0/8,docker0"}
     assert network.toward_launcher(both, there) == "eth0 (10.0.0.2)"
-    assert network.without_bridges(both, there, [], "") == {EXCLUDE: f"127.0.0.0/8,docker0,{DOCKERS}"}
+    assert network.exclude_bridges(both, there, [], "") == {EXCLUDE: f"127.0.0.0/8,docker0,{DOCKERS}"}
     # This is mpirun's host, or has its docker0: that says nothing.
     assert network.toward_launcher({uri: "7.0;tcp://172.17.0.1,10.0.0.2:4071"}, there) == ""
 
@@ -123,10 +126,10 @@ def test_the_files_in_which_mpi_is_told(tmp_path):
         (tmp_path / name).write_text(text)
     environ = {"HOME": str(tmp_path / "home"), "OPAL_PREFIX": str(tmp_path / "prefix"), "PATH": "/nowhere"}
     mine = set(texts.values())
-    assert mine & set(network.mpi_texts(environ)) == {"user", "installed", "overrides"}
+    assert mine & set(network.mpi_parameter_files(environ)) == {"user", "installed", "overrides"}
     environ["OMPI_MCA_mca_base_envar_file_prefix"] = str(tmp_path / "tuned.conf")
     environ["OMPI_MCA_mca_base_param_files"] = f"{tmp_path}/named.conf,{tmp_path}/absent.conf"
-    assert mine & set(network.mpi_texts(environ)) == {"named", "overrides", "tuned"}
+    assert mine & set(network.mpi_parameter_files(environ)) == {"named", "overrides", "tuned"}
 
 
 def test_the_installation_is_where_mpirun_is(tmp_path):
@@ -134,12 +137,12 @@ def test_the_installation_is_where_mpirun_is(tmp_path):
     (tmp_path / "etc" / "openmpi-mca-params.conf").write_text("of its own")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "mpirun").touch(0o755)
-    assert "of its own" in network.mpi_texts({"HOME": str(tmp_path), "PATH": str(tmp_path / "bin")})
+    assert "of its own" in network.mpi_parameter_files({"HOME": str(tmp_path), "PATH": str(tmp_path / "bin")})
 
 
 def test_addresses_to_be_reached_at_and_the_way_to_mpirun():
-    assert network.chosen({}, THERE) == ["10.0.0.2"]
-    assert network.chosen({MPI: "docker0"}, THERE) == ["172.17.0.1"]
+    assert network.chosen_addresses({}, THERE) == ["10.0.0.2"]
+    assert network.chosen_addresses({MPI: "docker0"}, THERE) == ["172.17.0.1"]
     assert network.toward_launcher({}, THERE) == ""
     uri = {"OMPI_MCA_orte_hnp_uri": "1534132224.0;tcp://127.0.0.1,127.0.0.2:40791;tcp6://[fd00::2]:48419"}
     assert network.toward_launcher(uri, {"lo": "127.0.0.1"}) == ""  # a loopback leads nowhere
@@ -171,13 +174,13 @@ def agent(tmp_path, text):
 def test_hosts_that_answer_and_that_do_not(tmp_path, script, addresses, verdict, told):
     """An agent in place of ssh; what it starts is the real line that connects back."""
     limit = 2 if "sleep" in script else 60
-    (found,) = reach.check_hosts([Host("b", 1)], agent(tmp_path, script), addresses, limit)
+    (found,) = check_hosts([Host("b", 1)], agent(tmp_path, script), addresses, limit)
     assert found.verdict == verdict, found
     assert told in found.text
     if "key" in script:
-        assert "known_hosts" in found.todo
+        assert "known_hosts" in found.fix
     if "No such file" in script:
-        assert "install the same environment at the same path on b" in found.todo
+        assert "install the same environment at the same path on b" in found.fix
 
 
 def test_addresses_that_do_not_answer_are_not_waited_for_one_by_one():
@@ -191,8 +194,8 @@ def test_addresses_that_do_not_answer_are_not_waited_for_one_by_one():
             with contextlib.suppress(TimeoutError, socket.timeout):  # one in the queue is as many as it holds
                 while True:
                     stack.enter_context(socket.create_connection((address, port), 0.2))
-        asked = [sys.executable, "-c", reach._ANSWER, str(port), *silent, "127.0.0.99"]
-        ended = subprocess.run(asked, capture_output=True, text=True, timeout=reach.ANSWER_SECONDS, check=True)
+        asked = [sys.executable, "-c", ssh._ANSWER, str(port), *silent, "127.0.0.99"]
+        ended = subprocess.run(asked, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=True)
     assert json.loads(ended.stdout)["reached"] == "127.0.0.99"
 
 
@@ -208,7 +211,7 @@ def test_what_an_agent_leaves_behind_is_not_waited_for(tmp_path, script, verdict
     """The process left holds stdout and stderr; had it been waited for, it would run no more."""
     left = tmp_path / "left"
     script = script.replace("&", f"& echo $! > {left};", 1)
-    (found,) = reach.check_hosts([Host("b", 1)], agent(tmp_path, script), ["127.0.0.1"], 4)
+    (found,) = check_hosts([Host("b", 1)], agent(tmp_path, script), ["127.0.0.1"], 4)
     assert found.verdict == verdict, found
     if left.exists():
         pid = int(left.read_text())
@@ -217,7 +220,7 @@ def test_what_an_agent_leaves_behind_is_not_waited_for(tmp_path, script, verdict
 
 
 def test_an_agent_that_is_not_there_is_named():
-    (found,) = reach.check_hosts([Host("b", 1)], "/nowhere/ssh", ["127.0.0.1"], 5)
+    (found,) = check_hosts([Host("b", 1)], "/nowhere/ssh", ["127.0.0.1"], 5)
     assert "/nowhere/ssh" in found.text
 
 

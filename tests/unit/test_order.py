@@ -1,21 +1,31 @@
 import numpy as np
 import pytest
 
-from hvd_vgg.data import order
+from hvd_vgg.data.sampler import (
+    block_permutation,
+    permutation,
+    positions,
+    replacement_record,
+    sample_seeds,
+    slice_bounds,
+    storage_order,
+    window_records,
+)
+from hvd_vgg.seeds import dropout_keys
 
 
 def test_an_epoch_is_a_permutation_and_a_function_of_seed_and_epoch():
-    first = order.permutation(1000, 1, 0)
+    first = permutation(1000, 1, 0)
     assert sorted(first.tolist()) == list(range(1000))
-    assert (first == order.permutation(1000, 1, 0)).all()
-    assert (first != order.permutation(1000, 1, 1)).any()
-    assert (first != order.permutation(1000, 2, 0)).any()
+    assert (first == permutation(1000, 1, 0)).all()
+    assert (first != permutation(1000, 1, 1)).any()
+    assert (first != permutation(1000, 2, 0)).any()
 
 
 def test_the_order_never_changes_between_versions():
     """Literal orders: a change here means that no old run can be continued or repeated."""
-    assert order.permutation(10, 1, 0).tolist() == [2, 0, 1, 4, 5, 6, 7, 8, 3, 9]
-    assert order.positions(8, 14, 10, 1).ids.tolist()[:2] == [3, 9]
+    assert permutation(10, 1, 0).tolist() == [2, 0, 1, 4, 5, 6, 7, 8, 3, 9]
+    assert positions(8, 14, 10, 1).ids.tolist()[:2] == [3, 9]
 
 
 @pytest.mark.parametrize("records", [1, 7, 32, 33, 100])
@@ -23,7 +33,7 @@ def test_the_order_never_changes_between_versions():
 def test_every_record_of_every_epoch_is_read_exactly_once(records, global_batch):
     epochs = 5
     steps = -(-epochs * records // global_batch)
-    parts = [order.positions(s * global_batch, (s + 1) * global_batch, records, 3) for s in range(steps)]
+    parts = [positions(s * global_batch, (s + 1) * global_batch, records, 3) for s in range(steps)]
     ids = np.concatenate([part.ids for part in parts])
     assert all(len(part.ids) == global_batch for part in parts)
     for epoch in range(epochs):
@@ -34,7 +44,7 @@ def test_every_record_of_every_epoch_is_read_exactly_once(records, global_batch)
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("global_batch", [8, 32, 33])
 def test_slices_tile_the_batch_and_differ_by_one_at_most(global_batch, size):
-    bounds = [order.slice_bounds(global_batch, rank, size) for rank in range(size)]
+    bounds = [slice_bounds(global_batch, rank, size) for rank in range(size)]
     assert bounds[0][0] == 0
     assert bounds[-1][1] == global_batch
     assert all(a[1] == b[0] for a, b in zip(bounds, bounds[1:]))
@@ -42,25 +52,25 @@ def test_slices_tile_the_batch_and_differ_by_one_at_most(global_batch, size):
 
 
 def test_three_ranks_take_11_11_10():
-    assert [b - a for a, b in (order.slice_bounds(32, rank, 3) for rank in range(3))] == [11, 11, 10]
+    assert [b - a for a, b in (slice_bounds(32, rank, 3) for rank in range(3))] == [11, 11, 10]
 
 
 def test_any_part_of_the_stream_can_be_had_without_what_is_before_it():
-    whole = order.positions(0, 300, 70, 1)
-    part = order.positions(123, 250, 70, 1)
+    whole = positions(0, 300, 70, 1)
+    part = positions(123, 250, 70, 1)
     assert (whole.ids[123:250] == part.ids).all()
-    assert (order.sample_seeds(1, whole)[123:250] == order.sample_seeds(1, part)).all()
+    assert (sample_seeds(1, whole)[123:250] == sample_seeds(1, part)).all()
 
 
 def test_seeds_differ_by_record_epoch_and_seed_and_not_by_place():
-    at = order.positions(0, 140, 70, 1)
-    seeds = order.sample_seeds(1, at)
+    at = positions(0, 140, 70, 1)
+    seeds = sample_seeds(1, at)
     assert len({tuple(row) for row in seeds.tolist()}) == 140
-    assert (order.sample_seeds(2, at)[:, 0] != seeds[:, 0]).all()
+    assert (sample_seeds(2, at)[:, 0] != seeds[:, 0]).all()
 
 
 def test_dropout_keys_differ_by_step_layer_and_seed():
-    keys = [key for seed in (1, 2) for step in (0, 1) for key in order.dropout_keys(seed, step, 2).tolist()]
+    keys = [key for seed in (1, 2) for step in (0, 1) for key in dropout_keys(seed, step, 2).tolist()]
     assert len(set(keys)) == 8
 
 
@@ -69,23 +79,23 @@ BLOCKS = [(1, 2), (7, 3), (1000, 7), (1000, 64), (1000, 1000), (1000, 5000), (50
 
 @pytest.mark.parametrize(("records", "block"), BLOCKS)
 def test_blocks_are_read_exactly_once_and_are_a_function_of_seed_and_epoch(records, block):
-    first = order.block_permutation(records, 1, 0, block)
+    first = block_permutation(records, 1, 0, block)
     assert (np.sort(first) == np.arange(records)).all()
-    order.block_permutation.cache_clear()
-    assert (first == order.block_permutation(records, 1, 0, block)).all()
+    block_permutation.cache_clear()
+    assert (first == block_permutation(records, 1, 0, block)).all()
     if records > 7:
-        assert (first != order.block_permutation(records, 1, 1, block)).any()
-        assert (first != order.block_permutation(records, 2, 0, block)).any()
+        assert (first != block_permutation(records, 1, 1, block)).any()
+        assert (first != block_permutation(records, 2, 0, block)).any()
 
 
 def test_the_order_by_blocks_never_changes_between_versions():
-    assert order.block_permutation(10, 1, 0, 3).tolist() == [5, 3, 4, 1, 2, 6, 7, 8, 0, 9]
+    assert block_permutation(10, 1, 0, 3).tolist() == [5, 3, 4, 1, 2, 6, 7, 8, 0, 9]
 
 
 @pytest.mark.parametrize("block", [64, 100, 4096, 20_000])
 def test_a_window_reads_from_few_blocks_and_mixes_them(block):
     records = 100_001
-    ids, window = order.block_permutation(records, 1, 0, block).astype(int), order.window_records(block)
+    ids, window = block_permutation(records, 1, 0, block).astype(int), window_records(block)
     starts = range(0, records, window)
     for start in starts:
         part = ids[start : start + window]
@@ -98,18 +108,18 @@ def test_a_window_reads_from_few_blocks_and_mixes_them(block):
 
 @pytest.mark.parametrize("block", [2, 100, 8192])
 def test_storage_is_asked_for_the_records_of_a_window_block_by_block(block):
-    records, window = 40_000, order.window_records(block)
+    records, window = 40_000, window_records(block)
     for start in (0, window, records, records + window):
         stop = min(start + window, (start // records + 1) * records)
-        asked = order.storage_order(start, stop, records, 1, block)
-        assert sorted(asked.tolist()) == sorted(order.positions(start, stop, records, 1, block).ids.tolist())
+        asked = storage_order(start, stop, records, 1, block)
+        assert sorted(asked.tolist()) == sorted(positions(start, stop, records, 1, block).ids.tolist())
         # One stretch of the files for each block, but where two happen to follow each other or one is short.
         assert np.count_nonzero(np.diff(asked) != 1) + 1 <= -(-(stop - start) // block) + 1
 
 
 def test_a_block_as_large_as_the_data_set_is_a_free_permutation():
     for block in (1000, 5000):
-        ids = order.block_permutation(1000, 1, 0, block).astype(int)
+        ids = block_permutation(1000, 1, 0, block).astype(int)
         assert abs(np.corrcoef(ids, np.arange(1000))[0, 1]) < 0.2
 
 
@@ -117,12 +127,12 @@ def test_a_block_as_large_as_the_data_set_is_a_free_permutation():
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_the_ranks_slices_make_the_stream_whatever_the_block(block, size):
     records, batch, steps = 75, 32, 12
-    whole = order.positions(0, batch * steps, records, 1, block)
+    whole = positions(0, batch * steps, records, 1, block)
     parts = []
     for step in range(steps):
         for rank in range(size):
-            low, high = order.slice_bounds(batch, rank, size)
-            parts.append(order.positions(step * batch + low, step * batch + high, records, 1, block))
+            low, high = slice_bounds(batch, rank, size)
+            parts.append(positions(step * batch + low, step * batch + high, records, 1, block))
     assert (np.concatenate([part.ids for part in parts]) == whole.ids).all()
     assert (np.concatenate([part.epochs for part in parts]) == whole.epochs).all()
     for epoch in range(batch * steps // records):
@@ -130,17 +140,17 @@ def test_the_ranks_slices_make_the_stream_whatever_the_block(block, size):
 
 
 def test_one_record_a_block_is_the_free_permutation():
-    assert (order.positions(0, 150, 75, 1, 1).ids == order.positions(0, 150, 75, 1).ids).all()
-    assert (order.positions(0, 75, 75, 1).ids == order.permutation(75, 1, 0)).all()
+    assert (positions(0, 150, 75, 1, 1).ids == positions(0, 150, 75, 1).ids).all()
+    assert (positions(0, 75, 75, 1).ids == permutation(75, 1, 0)).all()
 
 
 def test_stand_ins_never_change():
     """Literal numbers: a change here means that a run with bad records cannot be continued or repeated."""
-    assert [order.stand_in(75, 1, 0, 17, attempt) for attempt in range(5)] == [43, 40, 33, 12, 4]
+    assert [replacement_record(75, 1, 0, 17, attempt) for attempt in range(5)] == [43, 40, 33, 12, 4]
 
 
 def test_stand_ins_are_any_record_and_differ_by_epoch_record_and_attempt():
-    drawn = [order.stand_in(10, 3, e, r, a) for e in range(10) for r in range(10) for a in range(10)]
+    drawn = [replacement_record(10, 3, e, r, a) for e in range(10) for r in range(10) for a in range(10)]
     assert set(drawn) == set(range(10))
     counts = np.bincount(drawn)
     assert ((counts - 100) ** 2 / 100).sum() < 30  # chi-squared of 9 degrees: mean 9, deviation 4.2

@@ -13,7 +13,8 @@ import pytest
 from dockerfile import stages
 from support import BIN, ROOT
 
-from hvd_vgg.config import Config, DoctorConfig, LaunchConfig, parse
+from hvd_vgg.config import DoctorConfig, LaunchConfig, TrainConfig
+from hvd_vgg.flags import parse_flags
 
 LAUNCH = ROOT / "launch"
 # name: image, devices on a card
@@ -115,13 +116,13 @@ def test_docker_on_one_host(here, name, devices):
     assert not any("TOKEN" in each or "KEY" in each.split("=")[0] or "canary" in each for each in words)
     split = inside.index("train")
     assert inside[0] == "launch"
-    launching = parse(LaunchConfig, inside[1:split])
+    launching = parse_flags(LaunchConfig, inside[1:split])
     assert (launching.ranks, launching.hostfile, launching.max_restarts) == (devices, "", 7)
     flags = [
         word.replace("/opt/hvd_vgg", str(ROOT)).replace("/etc/hvd-vgg/flags.0", str(here / "more.flags"))
         for word in inside[split + 1 :]
     ]
-    training = parse(Config, flags)
+    training = parse_flags(TrainConfig, flags)
     assert (training.data_dir, training.run_dir) == ("/data", "/runs/run 1")
     assert (training.device_batch, training.epochs, training.lr, training.model) == (64, 2, 0.02, "vgg16")
 
@@ -145,7 +146,7 @@ def test_docker_on_several_hosts(here, name, devices, hosts):
     assert seen["/etc/hvd-vgg/hosts"] == (str(here / "the hosts"), "readonly")
     assert seen["/etc/hvd-vgg/ssh"] == (str(here / "the keys"), "readonly")
     assert seen["/etc/passwd"] == (str(here / "the keys" / "passwd"), "readonly")
-    launching = parse(LaunchConfig, words[at + 2 : words.index("train", at)])
+    launching = parse_flags(LaunchConfig, words[at + 2 : words.index("train", at)])
     assert (launching.hostfile, launching.rsh_agent, launching.ranks) == ("/etc/hvd-vgg/hosts", "hvd-vgg-ssh", 0)
     assert given(worker, "entrypoint") == ["/usr/sbin/sshd"]
     assert worker[worker.index(image) + 1 :] == ["-D", "-e", "-f", "/etc/hvd-vgg/sshd_config"]
@@ -169,7 +170,7 @@ def test_docker_runs_doctor_where_it_would_train(here, name, devices, hosts):
     assert doctor == without_restarts([*train[:at], "doctor", *train[at + 1 :], "--collectives"])
     assert "--max_restarts=20" in train
     inside = [word.replace("/opt/hvd_vgg", str(ROOT)) for word in doctor[doctor.index("doctor") + 1 :]]
-    looking = parse(DoctorConfig, inside)
+    looking = parse_flags(DoctorConfig, inside)
     assert (looking.data_dir, looking.run_dir, looking.collectives, looking.lr) == ("/data", "/runs/run 1", True, 0.02)
 
 
@@ -184,7 +185,7 @@ def test_docker_without_mpi(here, name, devices, what):
     assert given(words[:at], "entrypoint") == ["horovodrun"]
     assert words[at + 1 : at + 6] == ["--gloo", "-np", str(devices), "hvd-vgg", what]
     inside = [word.replace("/opt/hvd_vgg", str(ROOT)) for word in words[at + 6 :]]
-    assert parse(DoctorConfig if what == "doctor" else Config, inside).run_dir == "/runs/run 1"
+    assert parse_flags(DoctorConfig if what == "doctor" else TrainConfig, inside).run_dir == "/runs/run 1"
 
 
 @pytest.mark.parametrize(("name", "cards", "devices"), [("bi_v150", 8, 16), ("bi_v100", 8, 8), ("bi_v150", 1, 2)])
@@ -391,7 +392,7 @@ def test_docker_tells_the_launcher_which_network_hosts_speak_over(here, name):
     words = printed(call(f"docker_run_{name}.sh", "--hostfile=the hosts", *several, cwd=here))
     at = words.index(DOCKER[name][0])
     assert given(words[:at], "network") == ["host"]
-    assert parse(LaunchConfig, words[at + 2 : words.index("train", at)]).network == "eth1"
+    assert parse_flags(LaunchConfig, words[at + 2 : words.index("train", at)]).network == "eth1"
     # A worker may have the same words; it starts nothing.
     assert given(printed(call(f"docker_run_{name}.sh", "--worker", *several, cwd=here)), "network") == ["host"]
     ended = call(f"docker_run_{name}.sh", *several, cwd=here)
@@ -464,7 +465,7 @@ def test_the_multigpu_script(here, ranks, hosts):
     started, named, train = of_mpirun(printed(ended))
     assert started == min(ranks * hosts, 256)  # the global batch
     assert named == ([f"node{number}:{ranks}" for number in range(hosts)] if hosts > 1 else [])
-    training = parse(Config, train)
+    training = parse_flags(TrainConfig, train)
     assert (training.data_dir, training.run_dir, training.lr, training.device_batch) == ("./image net", "run 1", 0.02, 64)
     assert not (here / "run 1").exists()
 
@@ -479,7 +480,7 @@ def test_the_multigpu_script_runs_doctor_where_it_would_train(here, ranks, hosts
     train = printed(call(script, *flags, cwd=here, **environment))
     doctor = printed(call(script, "doctor", *flags, cwd=here, **environment))
     assert no_tokens(doctor) == no_tokens(["doctor" if word == "train" else word for word in train])
-    looking = parse(DoctorConfig, doctor[doctor.index("doctor") + 1 :])
+    looking = parse_flags(DoctorConfig, doctor[doctor.index("doctor") + 1 :])
     assert (looking.data_dir, looking.run_dir, looking.lr) == ("./image net", "run 1", 0.02)
 
 
@@ -600,7 +601,7 @@ def test_slurm_by_srun(here, devices):
         "--gpu-bind=none",
         "hvd-vgg",
     ]
-    training = parse(Config, words[at + 1 :])
+    training = parse_flags(TrainConfig, words[at + 1 :])
     assert (training.data_dir, training.run_dir) == ("./image net", "run 1")
 
 
@@ -618,7 +619,7 @@ def test_slurm_runs_doctor_where_it_would_train(here, by, devices, hosts):
     train, doctor = [shlex.split(each.stdout.splitlines()[0])[1:] for each in ended]
     fixed = [[word for word in words if not word.startswith(("--hostfile=", "--rsh_agent="))] for words in (train, doctor)]
     assert fixed[1] == without_restarts(["doctor" if word == "train" else word for word in fixed[0]])
-    looking = parse(DoctorConfig, doctor[doctor.index("doctor") + 1 :])
+    looking = parse_flags(DoctorConfig, doctor[doctor.index("doctor") + 1 :])
     assert (looking.data_dir, looking.run_dir) == ("./image net", "run 1")
     if by == "mpirun":
         composed = shlex.split(ended[1].stdout.splitlines()[1])[1:]

@@ -2,14 +2,25 @@ import itertools
 
 import pytest
 
-from hvd_vgg.model.layers import layers, training_flops
-from hvd_vgg.run import throughput
-from hvd_vgg.run.throughput import Split, Throughput, Verdict, judge, limit, per_rank, slowest, steady_from
+from hvd_vgg.models.architecture import training_flops, vgg_layers
+from hvd_vgg.reporting.throughput import (
+    Bottleneck,
+    StepTime,
+    Throughput,
+    find_bottleneck,
+    format_table,
+    limiting_part,
+    per_host,
+    per_rank,
+    slowest,
+    steady_from,
+    time,
+)
 
 
 def test_images_are_counted_over_the_time_of_steady_updates_alone(monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     measured = Throughput()
     assert measured.summary(30)["fps"] is None
     spent = itertools.chain([(1.0, 9.0), (1.0, 4.0)], itertools.repeat((0.1, 0.2)))
@@ -19,22 +30,27 @@ def test_images_are_counted_over_the_time_of_steady_updates_alone(monkeypatch):
             clock[0] += wait
             yield wait
 
-    for number, wait in enumerate(measured.waiting(batches())):
+    for number, wait in enumerate(measured.timed(batches())):
         clock[0] += {0: 9.0, 1: 4.0}.get(number, 0.2)
-        assert measured.input[-1] == pytest.approx(wait)
+        assert measured.input_seconds[-1] == pytest.approx(wait)
         measured.end_update()
-        with measured.apart("evaluation" if number % 2 else "saving"):
+        with measured.exclude("evaluation" if number % 2 else "saving"):
             clock[0] += 50.0
-    measured.exchange.extend([0.05] * 12)
+    measured.exchange_seconds.extend([0.05] * 12)
     summary = measured.summary(30)
     assert (summary["fps_updates"], summary["warm_up_updates"], summary["steady"]) == (10, 2, True)
     assert summary["fps"] == pytest.approx(100)
     assert summary["warm_up_seconds"] == pytest.approx(15)
     assert summary["fps_standard_deviation"] == pytest.approx(0, abs=1e-6)
     assert summary["fps_wall"] == pytest.approx(12 * 30 / (15 + 3 + 600))
-    assert measured.aside == {"evaluation": pytest.approx(300), "saving": pytest.approx(300), "profiling": 0, "rewinding": 0}
+    assert measured.excluded_seconds == {
+        "evaluation": pytest.approx(300),
+        "saving": pytest.approx(300),
+        "profiling": 0,
+        "rewinding": 0,
+    }
     assert measured.last(10) == pytest.approx((3.0, 1.0, 0.5))
-    assert Split(*measured.last(10)).compute == pytest.approx(1.5)
+    assert StepTime(*measured.last(10)).compute == pytest.approx(1.5)
 
 
 @pytest.mark.parametrize(
@@ -59,8 +75,8 @@ def test_the_steady_state_is_found_in_the_times(seconds, first, found):
 
 def test_waiting_for_input_is_no_warm_up():
     measured = Throughput()
-    measured.input = [0.2] + [0.3] * 49 + [0.0] * 50  # the first half comes from cold storage
-    measured.total = [5.2] + [0.4] * 49 + [0.1] * 50
+    measured.input_seconds = [0.2] + [0.3] * 49 + [0.0] * 50  # the first half comes from cold storage
+    measured.total_seconds = [5.2] + [0.4] * 49 + [0.1] * 50
     summary = measured.summary(10)
     assert (summary["warm_up_updates"], summary["steady"]) == (1, True)
     assert summary["fps"] == pytest.approx(990 / (0.4 * 49 + 0.1 * 50))
@@ -69,51 +85,55 @@ def test_waiting_for_input_is_no_warm_up():
 @pytest.mark.parametrize(
     ("splits", "cause", "ranks"),
     [
-        ([Split(10, 0.1, 0.0)], "compute", ()),
-        ([Split(10, 7.0, 0.0)], "input", ()),
-        ([Split(10, 0.4, 0.0)], "compute", ()),  # handing over
-        ([Split(10, 3.0, 0.0)], "input", ()),  # a pipeline that works ahead is waited for: faster computing gains nothing
-        ([Split(10, 4.5, 0.1), Split(10, 3.5, 0.6)], "input", ()),
-        ([Split(10, 0.9, 6.0), Split(10, 1.0, 6.5)], "input", ()),
-        ([Split(10, 0.1, 3.0), Split(10, 0.1, 3.0)], "compute", ()),
-        ([Split(10, 0.1, 6.0), Split(10, 0.1, 6.5)], "network", ()),
-        ([Split(10, 0.1, 6.0), Split(10, 5.0, 1.0), Split(10, 0.1, 6.1)], "input", (1,)),
-        ([Split(10, 0.1, 6.0), Split(10, 0.1, 5.9), Split(10, 0.2, 1.0)], "compute", (2,)),
-        ([Split(10, 0.1, 6.0), Split(10, 5.0, 1.0)], "input", (1,)),
-        ([Split(10, 0.1, 4.0), Split(10, 0.1, 3.1)], "compute", ()),  # busy longer by less than a tenth
-        ([Split(10, 0.1, 1.1), Split(10, 0.1, 1.0), Split(10, 0.1, 6.0), Split(10, 0.1, 6.1)], "compute", (1, 0)),
-        ([Split(10, 0.1, 1.0), Split(10, 0.1, 1.0), Split(10, 0.1, 6.0)], "compute", ()),  # most are slow: all are
+        ([StepTime(10, 0.1, 0.0)], "compute", ()),
+        ([StepTime(10, 7.0, 0.0)], "input", ()),
+        ([StepTime(10, 0.4, 0.0)], "compute", ()),  # handing over
+        ([StepTime(10, 3.0, 0.0)], "input", ()),  # a pipeline that works ahead is waited for: faster computing gains nothing
+        ([StepTime(10, 4.5, 0.1), StepTime(10, 3.5, 0.6)], "input", ()),
+        ([StepTime(10, 0.9, 6.0), StepTime(10, 1.0, 6.5)], "input", ()),
+        ([StepTime(10, 0.1, 3.0), StepTime(10, 0.1, 3.0)], "compute", ()),
+        ([StepTime(10, 0.1, 6.0), StepTime(10, 0.1, 6.5)], "network", ()),
+        ([StepTime(10, 0.1, 6.0), StepTime(10, 5.0, 1.0), StepTime(10, 0.1, 6.1)], "input", (1,)),
+        ([StepTime(10, 0.1, 6.0), StepTime(10, 0.1, 5.9), StepTime(10, 0.2, 1.0)], "compute", (2,)),
+        ([StepTime(10, 0.1, 6.0), StepTime(10, 5.0, 1.0)], "input", (1,)),
+        ([StepTime(10, 0.1, 4.0), StepTime(10, 0.1, 3.1)], "compute", ()),  # busy longer by less than a tenth
+        (
+            [StepTime(10, 0.1, 1.1), StepTime(10, 0.1, 1.0), StepTime(10, 0.1, 6.0), StepTime(10, 0.1, 6.1)],
+            "compute",
+            (1, 0),
+        ),
+        ([StepTime(10, 0.1, 1.0), StepTime(10, 0.1, 1.0), StepTime(10, 0.1, 6.0)], "compute", ()),  # most are slow: all are
     ],
 )
 def test_what_holds_back_is_named_with_its_ranks(splits, cause, ranks):
-    assert judge(splits) == Verdict(cause, ranks)
-    assert judge(splits).rank == (ranks[0] if ranks else None)
+    assert find_bottleneck(splits) == Bottleneck(cause, ranks)
+    assert find_bottleneck(splits).rank == (ranks[0] if ranks else None)
 
 
 def test_the_slowest_rank_is_told_even_where_it_holds_nobody_back():
-    rows = per_rank([Split(10, 0.1, 6.0), Split(10, 0.1, 5.5), Split(10, 0.1, 5.9)], ["a"] * 3, [100] * 3)
-    assert judge([Split(10, 0.1, 6.0), Split(10, 0.1, 5.5), Split(10, 0.1, 5.9)]).rank is None
-    assert (slowest(rows)["rank"], limit(slowest(rows))) == (1, "network")
-    rows = per_rank([Split(10, 0.1, 1.0), Split(10, 0.8, 0.9)], ["a"] * 2, [100, 100])
-    assert [limit(row) for row in rows] == ["compute", "input"]
+    rows = per_rank([StepTime(10, 0.1, 6.0), StepTime(10, 0.1, 5.5), StepTime(10, 0.1, 5.9)], ["a"] * 3, [100] * 3)
+    assert find_bottleneck([StepTime(10, 0.1, 6.0), StepTime(10, 0.1, 5.5), StepTime(10, 0.1, 5.9)]).rank is None
+    assert (slowest(rows)["rank"], limiting_part(slowest(rows))) == (1, "network")
+    rows = per_rank([StepTime(10, 0.1, 1.0), StepTime(10, 0.8, 0.9)], ["a"] * 2, [100, 100])
+    assert [limiting_part(row) for row in rows] == ["compute", "input"]
 
 
 def test_a_table_shows_every_rank_of_a_small_job_and_hosts_and_the_slowest_of_a_large_one():
-    splits = [Split(10, 1.0, 3.0), Split(10, 4.0, 1.0)]
+    splits = [StepTime(10, 1.0, 3.0), StepTime(10, 4.0, 1.0)]
     rows = per_rank(splits, ["a", "b"], [100, 90])
     assert [(row["fps"], row["fps_alone"]) for row in rows] == [(10, pytest.approx(100 / 7)), (9, 10)]
-    assert [(row["input"], row["compute"], row["network"], row["others"]) for row in rows] == [
+    assert [(row["input"], row["compute"], row["network"], row["straggler_wait"]) for row in rows] == [
         (0.1, 0.6, 0.1, 0.2),
         (0.4, 0.5, 0.1, 0.0),
     ]
-    assert [(row["host"], row["ranks"], row["fps"]) for row in throughput.per_host(rows)] == [("a", 1, 10), ("b", 1, 9)]
-    assert len(throughput.table(rows).splitlines()) == 1 + 2 + 2
+    assert [(row["host"], row["ranks"], row["fps"]) for row in per_host(rows)] == [("a", 1, 10), ("b", 1, 9)]
+    assert len(format_table(rows).splitlines()) == 1 + 2 + 2
     many = per_rank([*splits] * 16, [f"host{rank // 8}" for rank in range(32)], [100] * 32)
-    lines = throughput.table(many).splitlines()
+    lines = format_table(many).splitlines()
     assert len(lines) == 1 + 4 + 3
     assert lines[1].split()[:4] == ["all", "8", "host0", "80.0"]
     assert [line.split()[0] for line in lines[5:]] == ["1", "3", "5"]
 
 
 def test_training_vgg16_costs_what_was_counted_by_hand():
-    assert training_flops(layers("vgg16", 1.0, 224, 1000), 224) == pytest.approx(92.65e9, rel=1e-3)
+    assert training_flops(vgg_layers("vgg16", 1.0, 224, 1000), 224) == pytest.approx(92.65e9, rel=1e-3)

@@ -9,16 +9,22 @@ import os
 import numpy as np
 import pytest
 
-from hvd_vgg.config import Config, evaluation_steps, identity, to_flag_file
-from hvd_vgg.data import order
-from hvd_vgg.run import receipt
-from hvd_vgg.run.coverage import Coverage, in_words
-from hvd_vgg.run.log import RunLog
-from hvd_vgg.run.throughput import Throughput, per_host, per_rank
-from hvd_vgg.train import checkpoint, history, schedule, verify
+from hvd_vgg import provenance
+from hvd_vgg.commands.history import read_attempts, skipped_steps
+from hvd_vgg.commands.verify import FAIL, PASS, UNKNOWN, check
+from hvd_vgg.config import TrainConfig, fingerprint
+from hvd_vgg.data.coverage import Coverage, to_hex
+from hvd_vgg.data.sampler import positions
+from hvd_vgg.flags import to_flag_file
+from hvd_vgg.provenance import describe_process
+from hvd_vgg.reporting import receipt
+from hvd_vgg.reporting.log import RunLog
+from hvd_vgg.reporting.throughput import Throughput, per_host, per_rank
+from hvd_vgg.train import checkpoint
+from hvd_vgg.train.schedule import evaluation_steps, learning_rate
 
 RECORDS, VALIDATION, STEPS = 75, 37, 12
-CONFIG = Config(
+CONFIG = TrainConfig(
     num_classes=10,
     image_size=32,
     model="vgg11",
@@ -58,7 +64,7 @@ class Simulated:
         for proved in self.coverage.settle(done, lambda data: [data]):
             self.covered(proved)
         rows = {"w": np.full((3, 4), done, np.float32)}
-        run = {**identity(self.config), "train_data_sha256": "t" * 64}
+        run = {**fingerprint(self.config), "train_data_sha256": "t" * 64}
         meta = {"step": done, "best_top1": hits, "evaluated": self.evaluated, "coverage": self.coverage.state(), "run": run}
         path = checkpoint.save(self.run_dir, rows, meta, 3, best)
         self.wrote()
@@ -73,9 +79,9 @@ class Simulated:
             records=RECORDS,
             known=True,
             seen=int(seen[0]),
-            seen_digest=in_words(seen),
+            seen_digest=to_hex(seen),
             skipped=int(skipped[0]),
-            skipped_digest=in_words(skipped),
+            skipped_digest=to_hex(skipped),
             replaced=sorted(proved.tally.replaced.tolist()),
         )
 
@@ -95,7 +101,7 @@ class Simulated:
         self.wrote()
         data = {"train": {"records": RECORDS, "sha256": "t" * 64}, "validation": {"records": VALIDATION, "sha256": "v" * 64}}
         row = receipt.checkpoint_row(found.path) if found else None
-        started = {**receipt.describe_start(), "launched": self.launched}
+        started = {**describe_process(), "launched": self.launched}
         self.event(
             "start",
             step=first,
@@ -139,23 +145,23 @@ class Simulated:
         """Returns the last evaluation; and None, "stopped", or a step that was not finite with the seconds of its window."""
         config, window = self.config, 0
         for step in range(first, STEPS):
-            at = order.positions(step * 32, step * 32 + 32, RECORDS, config.seed)
+            at = positions(step * 32, step * 32 + 32, RECORDS, config.seed)
             if step in self.skipped:
                 self.coverage.skip(step * 32, at.ids)
             else:
                 bad = [(row, int(at.ids[row])) for row in range(32) if at.ids[row] in self.bad]
                 at.ids[[row for row, _ in bad]] = 5
                 self.coverage.add(step * 32, at.ids, bad)
-            self.throughput.total.append((3.0 if not self.throughput.total else 0.1) + 0.001 * (step % 3))
-            self.throughput.input.append(0.01 * (step % 2))
-            self.throughput.exchange.append(0.02)
+            self.throughput.total_seconds.append((3.0 if not self.throughput.total_seconds else 0.1) + 0.001 * (step % 3))
+            self.throughput.input_seconds.append(0.01 * (step % 2))
+            self.throughput.exchange_seconds.append(0.02)
             window, done = window + 1, step + 1
             due = done in evaluation_steps(config, RECORDS, STEPS)
             if done % 2 and not due:
                 continue
             met = (set(range(done - window, done)) & self.poisoned) - self.skipped
             if met:
-                unlogged = {"update_seconds": self.throughput.total, "input_seconds": self.throughput.input}
+                unlogged = {"update_seconds": self.throughput.total_seconds, "input_seconds": self.throughput.input_seconds}
                 return None, (min(met), {name: each[-window:] for name, each in unlogged.items()})
             if self.coverage.ended(done):
                 for proved in self.coverage.settle(done, lambda data: [data]):
@@ -178,12 +184,12 @@ class Simulated:
         return result, None
 
     def line(self, done, window):
-        seconds = self.throughput.total[-window:]
+        seconds = self.throughput.total_seconds[-window:]
         images = 32 * max(1, len(set(range(done - window, done)) - self.skipped))
         row = {"train.loss": 1.0, "train.acc@1": 3 / images, "train.acc@5": 5 / images, "train.update_seconds": seconds}
-        row["train.input_seconds"] = self.throughput.input[-window:]
+        row["train.input_seconds"] = self.throughput.input_seconds[-window:]
         row["train.fps"] = 32 * window / sum(seconds)
-        row["train.lr"] = schedule.learning_rate(done - 1, self.config, RECORDS)
+        row["train.lr"] = learning_rate(done - 1, self.config, RECORDS)
         self.log.log((done * 32 // RECORDS, done), row)
         self.wrote()
 
@@ -198,11 +204,11 @@ class Simulated:
     def measured(self):
         summary = self.throughput.summary(32)
         if summary["fps"]:
-            from hvd_vgg.model.layers import layers, training_flops
+            from hvd_vgg.models.architecture import training_flops, vgg_layers
 
-            flops = training_flops(layers("vgg11", 0.125, 32, 10), 32)
+            flops = training_flops(vgg_layers("vgg11", 0.125, 32, 10), 32)
             summary.update(
-                fps_wall=32 * len(self.throughput.total) / (sum(self.throughput.total) + 1),
+                fps_wall=32 * len(self.throughput.total_seconds) / (sum(self.throughput.total_seconds) + 1),
                 tflops_per_rank=flops * summary["fps"] / 2 / 1e12,
             )
             last = self.throughput.last(summary["fps_updates"])
@@ -217,7 +223,7 @@ class Simulated:
         measured = self.measured()
         content.update(precision="float32", **measured)
         path = self.run_dir / "result.json"
-        if self.throughput.total or not path.exists() or json.loads(path.read_text())["steps"] != done:
+        if self.throughput.total_seconds or not path.exists() or json.loads(path.read_text())["steps"] != done:
             self.event("throughput", step=done, **measured)
             (self.run_dir / "result.json").write_text(json.dumps(content))
             self.wrote()
@@ -225,15 +231,15 @@ class Simulated:
         self.wrote()
 
 
-def verdicts(run_dir, verdict=verify.FAILS):
-    return [f"{claim.what}: {claim.why}" for claim in verify.check(run_dir) if claim.verdict == verdict]
+def verdicts(run_dir, verdict=FAIL):
+    return [f"{claim.what}: {claim.why}" for claim in check(run_dir) if claim.verdict == verdict]
 
 
 def test_a_run_that_nothing_happened_to_is_accepted(tmp_path):
     run = Simulated(tmp_path / "run")
     run.run()
     assert verdicts(run.run_dir) == []
-    assert len(verdicts(run.run_dir, verify.UNKNOWN)) == 1
+    assert len(verdicts(run.run_dir, UNKNOWN)) == 1
     Simulated(run.run_dir).run()  # once more, with nothing left to train
     assert verdicts(run.run_dir) == []
 
@@ -249,7 +255,7 @@ def test_a_run_killed_at_any_moment_is_accepted_and_so_is_it_when_it_went_on(tmp
         with pytest.raises(Killed):
             Simulated(run_dir, kill_at=moment, poisoned=poisoned).run()
         assert verdicts(run_dir) == [], moment
-        skipped = history.skipped_steps(history.read_starts(receipt.read_log(run_dir / "dllogger.json"))[0])
+        skipped = skipped_steps(read_attempts(receipt.read_log(run_dir / "dllogger.json"))[0])
         Simulated(run_dir, poisoned=poisoned, skipped=skipped).run()
         assert verdicts(run_dir) == [], moment
 
@@ -304,7 +310,7 @@ def test_replaced_and_skipped_records_are_held_against_the_order(tmp_path):
     run = Simulated(tmp_path / "run", skipped=[4], bad=[2, 17])
     run.run()
     assert verdicts(run.run_dir) == []
-    (told,) = [claim for claim in verdicts(run.run_dir, verify.HOLDS) if claim.startswith("epochs: ")]
+    (told,) = [claim for claim in verdicts(run.run_dir, PASS) if claim.startswith("epochs: ")]
     assert "epoch 0: 2 replaced [2, 17]" in told and "epoch 1: 22 skipped" in told and "epoch 2: 10 skipped" in told
     path = run.run_dir / "dllogger.json"
     text = path.read_text()
@@ -381,7 +387,7 @@ def test_starts_and_attempts_must_match(tmp_path):
     write_rows(run_dir, rows)
     receipt.write(run_dir)
     assert verdicts(run_dir) == []
-    assert any(claim.startswith("restarts.jsonl: 3 attempts, 2 starts") for claim in verdicts(run_dir, verify.HOLDS))
+    assert any(claim.startswith("restarts.jsonl: 3 attempts, 2 starts") for claim in verdicts(run_dir, PASS))
     for gone in range(len(rows) - 1):
         write_rows(run_dir, rows[:gone] + rows[gone + 1 :])
         assert any(claim.startswith("restarts.jsonl: ") for claim in verdicts(run_dir)), gone
@@ -466,29 +472,29 @@ def test_any_byte_of_the_log_changed_is_noticed(tmp_path):
 def test_the_commit_is_read_from_a_clone_a_worktree_and_packed_references(tmp_path):
     git, commit = tmp_path / ".git", "a" * 40
     git.mkdir()
-    assert receipt._commit(git) is None
+    assert provenance._git_commit(git) is None
     (git / "HEAD").write_text("ref: refs/heads/main\n")
     (git / "packed-refs").write_text(f"# pack-refs\n{'b' * 40} refs/heads/main2\n{commit} refs/heads/main\n")
-    assert receipt._commit(git) == commit
+    assert provenance._git_commit(git) == commit
     (git / "refs" / "heads").mkdir(parents=True)
     (git / "refs" / "heads" / "main").write_text("c" * 40 + "\n")
-    assert receipt._commit(git) == "c" * 40
+    assert provenance._git_commit(git) == "c" * 40
     tree = git / "worktrees" / "x"
     tree.mkdir(parents=True)
     (tree / "commondir").write_text("../..\n")
     (tree / "HEAD").write_text("ref: refs/heads/main\n")
     (tmp_path / "file").write_text(f"gitdir: {tree}\n")
-    assert receipt._commit(tmp_path / "file") == "c" * 40
+    assert provenance._git_commit(tmp_path / "file") == "c" * 40
     (git / "HEAD").write_text(commit + "\n")
-    assert receipt._commit(git) == commit
+    assert provenance._git_commit(git) == commit
 
 
 def test_only_the_environment_that_is_listed_is_told(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("SECRET_TOKEN", "x")
-    assert receipt.describe_start()["environment"].items() <= os.environ.items()
-    assert "SECRET_TOKEN" not in receipt.describe_start()["environment"]
-    assert receipt.describe_start()["environment"]["OMP_NUM_THREADS"] == "3"
+    assert describe_process()["environment"].items() <= os.environ.items()
+    assert "SECRET_TOKEN" not in describe_process()["environment"]
+    assert describe_process()["environment"]["OMP_NUM_THREADS"] == "3"
 
 
 def test_a_receipt_is_written_whole_and_for_few_to_read(tmp_path):

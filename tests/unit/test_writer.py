@@ -7,9 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
-from hvd_vgg.run.health import NOT_WRITTEN
+from hvd_vgg.errors import NOT_WRITTEN
 from hvd_vgg.train import checkpoint
-from hvd_vgg.train.writer import Writer
+from hvd_vgg.train.checkpoint_writer import CheckpointWriter
 
 
 def begin(writer, step, best=False):
@@ -46,7 +46,7 @@ def room(monkeypatch, request):
 @pytest.mark.fault("F17")
 def test_on_a_full_disk_older_checkpoints_make_room_but_for_the_newest_whole_and_the_best(tmp_path, room):
     events = []
-    writer = Writer(tmp_path, 4, lambda name, **data: events.append((name, data["step"])))
+    writer = CheckpointWriter(tmp_path, 4, lambda name, **data: events.append((name, data["step"])))
     for step in (1, 2, 3, 4):
         begin(writer, step, best=step == 2)
         assert writer.wait() is None
@@ -62,7 +62,7 @@ def test_on_a_full_disk_older_checkpoints_make_room_but_for_the_newest_whole_and
 
 @pytest.mark.fault("F17")
 def test_on_a_full_disk_that_nothing_may_be_removed_for_the_save_has_failed_and_the_last_stays(tmp_path, room):
-    writer = Writer(tmp_path, 4, lambda name, **data: None)
+    writer = CheckpointWriter(tmp_path, 4, lambda name, **data: None)
     begin(writer, 1)
     assert writer.wait() is None
     room["files"] = 1
@@ -81,7 +81,7 @@ def test_a_checkpoint_that_cannot_be_read_once_written_is_a_save_that_failed(tmp
         return path
 
     monkeypatch.setattr(checkpoint, "save", save_and_lose)
-    writer = Writer(tmp_path, 3, lambda name, **data: None)
+    writer = CheckpointWriter(tmp_path, 3, lambda name, **data: None)
     begin(writer, 1)
     failure = writer.wait()
     assert (failure.code, "was written but cannot be read" in failure.message) == (NOT_WRITTEN, True)

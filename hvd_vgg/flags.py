@@ -1,0 +1,204 @@
+"""Flags from dataclasses: one field is one flag. Parsing, flag files and --help; all errors are reported in one message.
+
+A dataclass of flags may inherit from others (the sections of `hvd_vgg.config`), and each may define `conflicts(self)`, which
+yields one line for every combination of its values that cannot run.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+import textwrap
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from absl import flags
+
+from hvd_vgg.errors import USAGE, Failure
+
+# The order of groups in --help and in flag files; others follow.
+_GROUPS = ("Data", "Model", "Recipe", "Run", "Device")
+
+
+def flag(default: Any, group: str, text: str, unit: str = "", **limits: Any) -> Any:
+    """Declares a dataclass field that is a flag.
+
+    `limits`: `choices`, `at_least`, `above`, `at_most`, `below`; and `hyperparameter=True` where the value decides what is
+    learned (a checkpoint is continued only under the same value).
+    """
+    return dataclasses.field(default=default, metadata={"group": group, "text": text, "unit": unit, **limits})
+
+
+def same_flag(section: Any, name: str) -> Any:
+    """Declares the flag `name` of another section, for a command that needs that flag but not the section."""
+    field = section.__dataclass_fields__[name]
+    return dataclasses.field(default=field.default, metadata=field.metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Invalid:
+    """The text of a value that its flag's type cannot hold; kept, so that all such flags are reported together."""
+
+    text: str
+    expected: str
+
+
+class _Parser(flags.ArgumentParser):
+    """Parses by a field's type and never raises."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def parse(self, argument: Any) -> Any:
+        if not isinstance(argument, str):
+            return argument
+        try:
+            if self.kind in (int, float, str):
+                return self.kind(argument)
+            return tuple(float(part) for part in argument.split(",") if part.strip())
+        except ValueError:
+            return _Invalid(argument, {int: "an integer", float: "a number"}.get(self.kind, "numbers separated by commas"))
+
+
+class _BooleanParser(flags.BooleanParser):
+    """Parses true and false, and never raises."""
+
+    def parse(self, argument: Any) -> Any:
+        try:
+            return super().parse(argument)
+        except ValueError:
+            return _Invalid(argument, "true or false")
+
+
+def parse_flags(kind: Any, argv: Sequence[str], defaults: Any = None) -> Any:
+    """Returns a `kind` (a dataclass of flags) from `argv`, which has no program name and may name flag files.
+
+    defaults: an instance of any dataclass of flags, whose values take the place of the defaults of the flags of that name.
+    Raises Failure(USAGE) that lists every unknown flag, invalid value and conflict.
+    """
+    values = flags.FlagValues()
+    for field in dataclasses.fields(kind):
+        default: Any = getattr(defaults, field.name, field.default)
+        text = field.metadata["text"]
+        if field.type is bool:
+            switch: Any = flags.BooleanFlag(field.name, default, text)
+            switch.parser = _BooleanParser()
+            flags.DEFINE_flag(switch, values)
+        else:
+            flags.DEFINE(_Parser(field.type), field.name, default, text, flag_values=values)
+    _refuse_nested_flag_files(argv)
+    try:
+        unknown = values([""] + list(argv), known_only=True)[1:]
+    except flags.Error as error:
+        raise Failure(USAGE, f"flags: {error}") from error
+    chosen = {field.name: values[field.name].value for field in dataclasses.fields(kind)}
+    invalid = {name: value for name, value in chosen.items() if isinstance(value, _Invalid)}
+    config = kind(**{name: value for name, value in chosen.items() if name not in invalid})
+    errors = [_unknown_flag(word, list(chosen)) for word in unknown]
+    errors += [f"--{name}={value.text}: expected {value.expected}" for name, value in invalid.items()]
+    errors += validate(config)
+    if errors:
+        raise Failure(USAGE, f"{len(errors)} illegal flag(s):\n" + "\n".join(f"  {error}" for error in errors))
+    return config
+
+
+def _refuse_nested_flag_files(argv: Sequence[str]) -> None:
+    """Raises Failure(USAGE) for a flag file that names another: whoever sends one would choose what else is read here."""
+    for position, word in enumerate(argv):
+        name, equals, path = word.partition("=")
+        if name.lstrip("-") != "flagfile" or not name.startswith("-"):
+            continue
+        path = path if equals else "".join(argv[position + 1 : position + 2])
+        try:
+            lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise Failure(USAGE, f"--flagfile={path} cannot be read: {error}") from error
+        for number, line in enumerate(lines, start=1):
+            if re.match(r"\s*--?flagfile\b", line):
+                text = (
+                    f"--flagfile={path}, line {number}: a flag file cannot name another; pass each with its own --flagfile"
+                )
+                raise Failure(USAGE, text)
+
+
+def _unknown_flag(word: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word.lstrip("-").split("=")[0], names, n=1)
+    hint = f"did you mean --{close[0]}?" if close else "--help lists the flags"
+    return f"{word}: no such flag of this command; {hint}"
+
+
+def validate(config: Any) -> List[str]:
+    """Returns one line for every value out of range and every conflict; empty when `config` can run."""
+    errors = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            expected = _range_error(number, field.metadata)
+            if expected:
+                errors.append(f"--{field.name}={format_value(value)}: expected {expected}")
+    for section in reversed(type(config).__mro__):
+        errors += vars(section).get("conflicts", lambda _: [])(config)
+    return errors
+
+
+def _range_error(value: Any, limits: Any) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
+    if "choices" in limits and value not in limits["choices"]:
+        return "one of " + ", ".join(limits["choices"])
+    if "at_least" in limits and value < limits["at_least"]:
+        return f"at least {limits['at_least']}"
+    if "above" in limits and value <= limits["above"]:
+        return f"more than {limits['above']}"
+    if "at_most" in limits and value > limits["at_most"]:
+        return f"at most {limits['at_most']}"
+    if "below" in limits and value >= limits["below"]:
+        return f"less than {limits['below']}"
+    return ""
+
+
+def to_flag_file(config: Any) -> str:
+    """Returns `config` as the text of a flag file with every flag, by group; parsing it gives `config` again."""
+    lines = []
+    for group, fields in _groups(type(config)):
+        lines.append(f"# {group}")
+        lines.extend(f"--{field.name}={format_value(getattr(config, field.name))}" for field in fields)
+    return "\n".join(lines) + "\n"
+
+
+def describe_flags(kind: Any, usage: str) -> str:
+    """Returns the text of --help: `usage`, then every flag by group with its default, unit and meaning."""
+    lines = [usage.rstrip(), "", "Flags (--flagfile=FILE reads more of them from a file; a later one wins):"]
+    for group, fields in _groups(kind):
+        lines += ["", f"{group}:"]
+        for field in fields:
+            unit = f"  [{field.metadata['unit']}]" if field.metadata["unit"] else ""
+            choices = f"  ({'|'.join(field.metadata['choices'])})" if "choices" in field.metadata else ""
+            lines.append(f"  --{field.name}={format_value(field.default)}{unit}{choices}")
+            lines.extend(textwrap.wrap(field.metadata["text"], 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    return "\n".join(lines) + "\n"
+
+
+def _groups(kind: Any) -> List[Tuple[str, List[Any]]]:
+    groups: Dict[str, List[Any]] = {name: [] for name in _GROUPS}
+    for field in dataclasses.fields(kind):
+        groups.setdefault(field.metadata["group"], []).append(field)
+    return [(name, fields) for name, fields in groups.items() if fields]
+
+
+def format_value(value: Any) -> str:
+    """Returns a flag's value as a command line has it."""
+    if isinstance(value, tuple):
+        return ",".join(format_value(part) for part in value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        text = repr(value)
+        return text[:-2] if text.endswith(".0") else text
+    return str(value)
+
+
+def read_flag_file(kind: Any, path: Optional[Path]) -> Any:
+    """Returns the `kind` in a flag file, or None where there is no file; raises Failure(USAGE) like `parse_flags`."""
+    return parse_flags(kind, [f"--flagfile={path}"]) if path else None

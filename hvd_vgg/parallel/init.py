@@ -1,0 +1,203 @@
+"""Joining the run: Horovod, this rank's device, and Open MPI's settings."""
+
+import ctypes
+import os
+import re
+import socket
+import sys
+from typing import Dict, NamedTuple, Optional, Sequence
+
+import horovod.tensorflow as hvd
+import numpy as np
+import tensorflow as tf
+
+from hvd_vgg import __version__
+from hvd_vgg.environment import launched_rank, launched_size
+from hvd_vgg.errors import CONFIGURATION, Failure
+from hvd_vgg.parallel import comm, network
+from hvd_vgg.parallel.consensus import run_on_all_ranks
+from hvd_vgg.parallel.cores import share_of_cores
+from hvd_vgg.parallel.mpi import UNSET_GLOO, gloo_under_mpi_error
+from hvd_vgg.provenance import code_fingerprint
+from hvd_vgg.watchdog import MIN_HANG_SECONDS, SLOW_PHASE_FACTOR, watchdog
+
+# What launchers set for each rank, what only changes what is printed, and what must not be printed.
+_NOT_COMPARED = re.compile(
+    r"^HOROVOD_(RANK|SIZE|LOCAL_|CROSS_|HOSTNAME|GLOO_|LOG_|TIMELINE)|^TF_CPP_|^TF2_BEHAVIOR|TOKEN|KEY|SECRET|PASS|CRED"
+)
+# Open MPI 4 sends what follows a large message's first 128 kB over TCP in one piece, and its leave for the other side's
+# message waits behind it: both directions of a link are then used one after the other. In pieces of 256 kB an allreduce of
+# 64 MB is 1.5 times faster between 2 hosts, 1.6 times between 4 (README, "How gradients cross the network").
+_TCP_FRAGMENT_BYTES = 256 * 1024
+
+
+class Device(NamedTuple):
+    """What this rank computes on: `kind` GPU or CPU, the layout, the CPU threads to compute and to decode images with."""
+
+    kind: str
+    data_format: str
+    threads: int
+    input_threads: int
+
+
+def start(
+    input_threads: int = 0,
+    timeline: bool = False,
+    hang_seconds: float = 0.0,
+    precision: str = "float32",
+) -> Device:
+    """Joins the run and takes this rank's device; the first call of every rank. Collective.
+
+    input_threads: 0 for as many as fit; timeline: whether Horovod's may be started later; hang_seconds: how long an update
+    may take, 0 for the default; precision: what the network will be computed in.
+
+    Raises a collective Failure(CONFIGURATION) when there are more ranks on a host than devices, or they do not support the
+    precision; and as `join` does.
+    """
+    join(timeline, hang_seconds)
+    return run_on_all_ranks(lambda: take_device(input_threads, precision))
+
+
+def join(timeline: bool = False, hang_seconds: float = 0.0, group_sizes: Sequence[int] = ()) -> Dict[int, comm.Group]:
+    """Joins the run as `start` does, without taking a device. Collective.
+
+    Returns for each of `group_sizes` the group of that many first ranks; sizes of all ranks or more give `comm.WORLD`.
+    Raises Failure(CONFIGURATION), on this rank alone, where Horovod finds another number of ranks than the launcher started,
+    cannot exchange as it is configured to, or the host's name does not resolve to it.
+    """
+    if launched_rank() is None and hvd.gloo_built():
+        # Without a launcher there is nothing for MPI to find, and Open MPI may fail to start a world of one.
+        os.environ.update(HOROVOD_CONTROLLER="gloo", HOROVOD_CPU_OPERATIONS="gloo")
+        if not network.is_local_address(socket.gethostname()):  # Gloo would abort the process
+            raise Failure(
+                CONFIGURATION,
+                f"this host's name, {socket.gethostname()}, leads to no address of it: add the line "
+                f"`127.0.1.1 {socket.gethostname()}` to /etc/hosts",
+            )
+    elif launched_rank() is not None and gloo_under_mpi_error(os.environ):
+        raise Failure(CONFIGURATION, f"{gloo_under_mpi_error(os.environ)}: {UNSET_GLOO}")
+    if timeline:
+        os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")
+    # Horovod's own default is to wait for ever. Its inspector names the tensor and the ranks that are missing; the watchdog
+    # ends the job sooner, unless it is itself what hangs.
+    longest = SLOW_PHASE_FACTOR * (hang_seconds or MIN_HANG_SECONDS)
+    check_seconds = max(1, round(min(60.0, longest / 2 / SLOW_PHASE_FACTOR)))
+    os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(check_seconds))
+    os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(max(2, round(longest))))
+    os.environ.setdefault("OMPI_MCA_btl_tcp_rdma_pipeline_frag_size", str(_TCP_FRAGMENT_BYTES))
+    here, texts = network.interfaces(), network.mpi_parameter_files(os.environ)
+    os.environ.update(network.exclude_bridges(os.environ, here, texts, network.routes()))
+    smaller = [count for count in group_sizes if count < (launched_size() or 1)]
+    groups = {count: comm.Group(hvd.ProcessSet(range(count))) for count in smaller}
+    hvd.init(process_sets=[group.process_set for group in groups.values()])
+    started = launched_size()
+    if started is not None and started != comm.size():
+        mine, seen = describe_software(""), comm.size()
+        hvd.shutdown()  # each may be rank 0 here: who speaks for all is the launcher's to say
+        raise Failure(
+            CONFIGURATION,
+            f"the launcher started {started} processes, but Horovod sees {seen}: each would train alone and write over "
+            f"the others. Horovod is {mine['horovod']} and uses {mine['controller']}: start it with the launcher of the "
+            f"MPI it was built with, or without MPI by horovodrun --gloo",
+        )
+    return {count: groups.get(count, comm.WORLD) for count in group_sizes}
+
+
+def take_device(input_threads: int = 0, precision: str = "float32") -> Device:
+    """Makes this rank's device the only one that TensorFlow uses; after `join`, before TensorFlow computes.
+
+    Raises Failure(CONFIGURATION) when there are more ranks on this host than devices, or these do not know the precision.
+    """
+    threads = share_of_cores(hvd.local_size())
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    # Never fewer than 4, whatever TF_NUM_INTEROP_THREADS says: with 1 or 2 a run of Horovod can wait for ever for a
+    # thread to issue a collective that the other ranks are already in.
+    tf.config.threading.set_inter_op_parallelism_threads(max(4, threads))
+    input_threads = input_threads or threads_for_input(threads)
+    devices = tf.config.list_physical_devices("GPU")
+    if not devices:
+        if not cpu_convolves(precision):
+            raise Failure(
+                CONFIGURATION,
+                f"--precision={precision}: TensorFlow {tf.__version__} cannot convolve in it on a CPU; use float32",
+            )
+        return Device("CPU", "NHWC", threads, input_threads)
+    if hvd.local_size() > len(devices):
+        tf.config.set_visible_devices([], "GPU")  # the ranks tell each other by the CPU
+        raise Failure(
+            CONFIGURATION,
+            f"{hvd.local_size()} ranks on this host, but TensorFlow sees {len(devices)} devices "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}): start one rank a device",
+        )
+    mine = devices[hvd.local_rank()]
+    tf.config.set_visible_devices(mine, "GPU")
+    tf.config.experimental.set_memory_growth(mine, True)
+    return Device("GPU", "NCHW", threads, input_threads)
+
+
+def cpu_convolves(precision: str) -> bool:
+    """Says whether this TensorFlow can compute convolutions in `precision` on a CPU.
+
+    In bfloat16 those of 2.6 come out as float32, or end the process where oneDNN is on; of 2.12 they are right.
+    """
+    return precision != "bfloat16" or [int(part) for part in re.findall(r"\d+", tf.__version__)[:2]] >= [2, 12]
+
+
+def threads_for_input(threads: int) -> int:
+    """Returns how many of a rank's CPU threads may decode: one is left to Horovod's own where there are more than two."""
+    return threads - 1 if threads > 2 else threads
+
+
+def describe_software(image_library: str) -> Dict[str, str]:
+    """Returns what must be the same on all ranks besides the configuration: code, versions, how ranks communicate."""
+    import horovod
+
+    built = [name for name in ("mpi", "gloo", "nccl") if getattr(hvd, f"{name}_built")()]
+    return {
+        "hvd_vgg": f"{__version__} ({code_fingerprint()['sha256'][:16]})",
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "tensorflow": tf.__version__,
+        "horovod": f"{horovod.__version__} ({', '.join(built)})",
+        "controller": "mpi" if hvd.mpi_enabled() else "gloo",
+        "mpi": mpi_version() or "none",
+        "numpy": np.__version__,
+        "images": image_library,
+    }
+
+
+def transports(device: str) -> Dict[str, str]:
+    """Returns what carries `sums` and `gathers` of tensors on TensorFlow's `device`: NCCL, mpi or gloo; all ranks call.
+
+    It is tried, for Horovod is built for devices one operation at a time (HOROVOD_GPU_ALLREDUCE, HOROVOD_GPU_ALLGATHER):
+    one that it is not built for TensorFlow runs on the CPU, copying there and back.
+    """
+    watchdog.note_collective("transports")
+    with tf.device(device):
+        one = tf.ones([1])
+        tried = {
+            "sums": hvd.grouped_allreduce([one], op=hvd.Sum, name="transport_of_sums")[0],
+            "gathers": hvd.allgather(one, name="transport_of_gathers"),
+        }
+    without = "mpi" if hvd.mpi_enabled() else "gloo"
+    return {kind: "NCCL" if "GPU" in result.device and hvd.nccl_built() else without for kind, result in tried.items()}
+
+
+def mpi_version() -> Optional[str]:
+    """Returns what the MPI that Horovod uses calls itself, such as `Open MPI v4.1.8`; None where it uses none."""
+    if not hvd.mpi_enabled():
+        return None
+    text, length = ctypes.create_string_buffer(10_000), ctypes.c_int()  # more than any MPI's MPI_MAX_LIBRARY_VERSION_STRING
+    try:
+        ctypes.CDLL(None).MPI_Get_library_version(text, ctypes.byref(length))
+    except AttributeError:  # it is not among the symbols that all see
+        return "unknown"
+    return text.value.decode(errors="replace").split(",")[0].strip()
+
+
+def compared_environment() -> Dict[str, str]:
+    """Returns the variables that change how TensorFlow and Horovod compute and exchange, without the launcher's own."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(("TF_", "XLA_", "HOROVOD_", "NVIDIA_TF32_OVERRIDE")) and not _NOT_COMPARED.search(name)
+    }

@@ -1,0 +1,227 @@
+"""Per-process watchdog: detects hangs, writes a hang report, and handles stop signals.
+
+The trainer calls `heartbeat` whenever it makes progress, and a thread checks on it: a rank that is silent for too long
+writes a hang report, waits a moment for the other ranks to do the same, and exits with code 75, which ends the job. Ranks
+that merely wait for a hung one are silent just as long, and exit with it. Three more nets are below this one: where the GIL
+is never released, so that no thread can run, `faulthandler` writes the stacks from C and SIGALRM ends the process; Horovod's
+stall inspector names the tensor that ranks wait for (`parallel.init`); and the launcher may limit the time of the whole job.
+
+Everything goes to RUN_DIR/faults: `fatal.rankN.jsonl` (why this rank alone ended the job), `hang.rankN.jsonl` (the report),
+`stacks.rankN.txt`. Lines are appended, so that what happened before a restart is kept.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import IO, Any, Callable, Deque, Dict, Iterator, Optional, Tuple
+
+from hvd_vgg.environment import launched_rank
+from hvd_vgg.errors import LOST_RANK, STOPPED
+
+# How much longer than an update a start, an evaluation or a save may take.
+SLOW_PHASE_FACTOR = 10
+# Without --hang_seconds: this many median updates, and at least this long.
+MIN_HANG_SECONDS, _MEDIANS = 60.0, 20
+# Ranks in one collective fall silent within an update of each other; this long they may write their reports.
+_REPORT_SECONDS = 2.0
+
+
+class StopRequested(Exception):
+    """All ranks know that one of them was asked to stop; raised by all at the same point."""
+
+
+class Watchdog:
+    """Watches this process from `start` to `stop`; before and after, a heartbeat does nothing."""
+
+    def __init__(self) -> None:
+        self._stop_requested = threading.Event()
+        self._reset()
+
+    def _reset(self) -> None:
+        self.rank, self.hang_seconds = 0, 0.0
+        self.folder: Optional[Path] = None
+        self.stacks: Optional[IO[str]] = None
+        self.last: Tuple[float, str, Optional[int]] = (time.monotonic(), "start", None)  # replaced whole: no lock needed
+        self.update_seconds: Deque[float] = deque(maxlen=101)
+        self.last_collective = ""
+        self.reports: Dict[str, Callable[[], Any]] = {}
+        self.wake = threading.Event()
+        self.thread: Optional[threading.Thread] = None
+
+    def start(self, run_dir: Optional[Path], rank: int, hang_seconds: float) -> None:
+        """Starts watching; the first call of every rank, before it joins the others.
+
+        hang_seconds: how long an update may take; 0: 20 times the median one, at least 60. Starting, evaluating and saving
+        may take SLOW_PHASE_FACTOR times as long. Where RUN_DIR/faults cannot be written, reports go to stderr.
+        """
+        self._reset()
+        self.rank, self.hang_seconds = rank, hang_seconds
+        if run_dir is not None:
+            os.umask(os.umask(0o027) | 0o027)  # what a run writes is for its owner and group
+            with contextlib.suppress(OSError):  # whoever must write there reports it better
+                (run_dir / "faults").mkdir(parents=True, exist_ok=True, mode=0o750)
+                self.stacks = open(run_dir / "faults" / f"stacks.rank{rank}.txt", "a", encoding="utf-8")  # noqa: SIM115
+                self.folder = run_dir / "faults"
+        faulthandler.enable(self.stacks or sys.stderr)
+        self.thread = threading.Thread(target=self._watch, args=[self.wake], name="watchdog", daemon=True)
+        self.thread.start()
+
+    def start_leaving(self) -> None:
+        """Notes that this rank is about to leave the others; it is watched from here on if it was not before."""
+        if self.thread is None:
+            self.start(None, launched_rank() or 0, 0.0)
+        self.heartbeat(phase="leaving")
+
+    def stop(self) -> None:
+        """Stops watching a rank that has left the others; SIGALRM ends the process if it does not exit within the limit.
+
+        The stacks of all its threads go to stderr first. Removes this rank's file of stacks if nothing was written to it,
+        and `faults` if it is empty.
+        """
+        if self.thread is None:
+            return
+        thread, self.thread = self.thread, None
+        self.wake.set()
+        thread.join()  # it would set again the timers that are set here
+        faulthandler.disable()
+        limit = self._limit_seconds("leaving")
+        faulthandler.dump_traceback_later(limit, file=sys.stderr)
+        signal.setitimer(signal.ITIMER_REAL, limit + _REPORT_SECONDS / 2)  # Python's own shutdown may hold the GIL
+        if self.stacks and self.folder:
+            self.stacks.close()
+            with contextlib.suppress(OSError):
+                path = Path(self.stacks.name)
+                if path.stat().st_size == 0:
+                    path.unlink()
+                self.folder.rmdir()  # only if it is empty: nothing went wrong on any rank
+
+    def heartbeat(self, step: Optional[int] = None, phase: str = "update") -> None:
+        """Notes that this rank made progress: with `step` updates done, or in another phase than updates."""
+        if self.thread is None:
+            return
+        before, last_phase, last_step = self.last
+        now = time.monotonic()
+        if phase == last_phase == "update" and step != last_step:
+            self.update_seconds.append(now - before)
+        self.last = (now, phase, last_step if step is None else step)
+        if phase != last_phase:
+            self.wake.set()  # another limit applies
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Allows what is inside (evaluation, saving) SLOW_PHASE_FACTOR times the silence of an update."""
+        before = self.last[1] if self.thread else "update"
+        self.heartbeat(phase=name)
+        yield
+        self.heartbeat(phase=before)
+
+    def note_collective(self, name: str) -> None:
+        """Notes the collective that this rank entered last, for the hang report."""
+        self.last_collective = name
+
+    def add_to_report(self, name: str, value: Callable[[], Any]) -> None:
+        """Adds `value()` to this rank's hang report, under `name`."""
+        self.reports[name] = value
+
+    def record_fatal(self, code: int, error: str) -> None:
+        """Writes why this rank, alone, is about to end the job with exit code `code`."""
+        self._append("fatal", {"event": "fatal", "code": code, "error": error})
+
+    def exit_when_asked(self) -> None:
+        """Until `save_when_asked`, SIGTERM and SIGUSR1 end this rank with 80: nothing is trained yet that it could save.
+
+        To be called in the main thread.
+        """
+
+        def leave(number: int, frame: Any) -> None:
+            if not launched_rank():
+                with contextlib.suppress(OSError):  # written so, for the signal may have arrived during a print
+                    os.write(2, b"hvd-vgg: stopped on request, before the first update\n")
+            os._exit(STOPPED)
+
+        for each in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(each, leave)
+
+    def save_when_asked(self) -> None:
+        """From now on SIGTERM, SIGINT and SIGUSR1 set `stop_requested`; another SIGINT interrupts at once. Main thread."""
+
+        def request(number: int, frame: Any) -> None:
+            if number == signal.SIGINT:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._stop_requested.set()
+
+        for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(each, request)
+
+    def stop_requested(self) -> bool:
+        """Says whether this rank was asked to stop. The ranks must agree before any of them does."""
+        return self._stop_requested.is_set()
+
+    def _limit_seconds(self, phase: str) -> float:
+        base = self.hang_seconds or max(MIN_HANG_SECONDS, _MEDIANS * statistics.median(self.update_seconds or [0.0]))
+        # The first update also compiles and allocates, for which there is no measure.
+        return base if phase == "update" and self.update_seconds else SLOW_PHASE_FACTOR * base
+
+    def _watch(self, wake: threading.Event) -> None:
+        while self.thread is not None:
+            since, phase, step = self.last
+            limit, silent = self._limit_seconds(phase), time.monotonic() - since
+            if silent > limit:
+                faulthandler.cancel_dump_traceback_later()
+                try:
+                    self._report_hang(phase, step, silent, limit)
+                finally:  # even where nothing can be written any more
+                    time.sleep(_REPORT_SECONDS)
+                    os._exit(LOST_RANK)
+            # Both go off by themselves should this thread never run again.
+            faulthandler.dump_traceback_later(limit - silent + _REPORT_SECONDS / 2, file=self.stacks or sys.stderr)
+            signal.setitimer(signal.ITIMER_REAL, limit - silent + SLOW_PHASE_FACTOR * _REPORT_SECONDS)
+            wake.wait(min(1.0, limit / 10))
+            wake.clear()
+
+    def _report_hang(self, phase: str, step: Optional[int], silent: float, limit: float) -> None:
+        with tempfile.TemporaryFile("w+") as file:
+            faulthandler.dump_traceback(file)
+            file.seek(0)
+            stacks = file.read()
+        report: Dict[str, Any] = {"event": "hang", "phase": phase, "step": step, "last_collective": self.last_collective}
+        report.update(silent_seconds=round(silent, 1), limit_seconds=limit)
+        report.update({name: value() for name, value in self.reports.items()})
+        path = self._append("hang", {**report, "stacks": stacks.splitlines()})
+        where = f"{phase} {step}" if phase == "update" and step is not None else phase
+        text = (
+            f"hvd-vgg: rank {self.rank} ({socket.gethostname()}): no progress for {silent:.0f} s after {where} "
+            f"(--hang_seconds allows {limit:.0f}): this rank, or one that it waits for, is stuck. "
+            f"Hang report: {path or 'see below'}"
+        )
+        print(text if path else f"{text}\n{stacks}", file=sys.stderr, flush=True)
+
+    def _append(self, name: str, data: Dict[str, Any]) -> Optional[Path]:
+        """Appends one line, on disk when this returns; returns the file, or None where none can be written."""
+        if self.folder is None:
+            return None
+        _, phase, step = self.last
+        line = {"time": time.time(), "rank": self.rank, "host": socket.gethostname(), "step": step, "phase": phase, **data}
+        path = self.folder / f"{name}.rank{self.rank}.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            return None
+        return path
+
+
+# The one of this process; `hvd_vgg.__main__` starts it for the commands that need it, `parallel.comm.shutdown` stops it.
+watchdog = Watchdog()
