@@ -237,9 +237,11 @@ def paths_of(page):
     for code in code_of(page):
         for word in re.split(r"[\s=:]+", code):
             word = word.strip("`'\"(),;").rstrip(".")
-            if re.fullmatch(r"(hvd_vgg|tests|benchmarks|configs|docs|launch)/[\w./*-]*", word) and "NAME" not in word:
+            if "NAME" in word:
+                continue
+            if re.fullmatch(r"(hvd_vgg|tests|benchmarks|configs|docs|launch)/[\w./*-]*", word):
                 yield word, ROOT
-            elif page in MAINTAINERS and re.fullmatch(r"(\w+)/\w+\.py", word):
+            elif page in MAINTAINERS and re.fullmatch(r"\w+/\w+\.py", word):
                 yield word, PACKAGE
 
 
