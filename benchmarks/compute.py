@@ -1,4 +1,4 @@
-"""Images/s of a full update of VGG16 (1000 classes, synthetic images) in one process on the CPU: ours, and others' beside it.
+"""Images/s of a full update of VGG16 (1000 classes, synthetic images) in one process on the CPU: ours beside others.
 
     python benchmarks/compute.py [--batch=8] [--rounds=3] [--precisions=float32,bfloat16] [--tf_cnn_benchmarks=DIR]
         [--horovod_examples=DIR] [--legacy_python=PATH] [--torch_python=PATH]
@@ -302,7 +302,7 @@ def report(rates, options):
         ratio = measure.spread([each / base for each in found]) if base else "-"
         share = f"{medians[way, precision] * gflop / machine:.0%}" if machine else "-"
         rows.append((f"{way}, {precision}", len(found), rate, ratio, share))
-    title = f"VGG16 at {options.size} pixels, batch {options.batch}, {gflop:.2f} GFLOP an image, {options.updates} updates a turn"
+    title = f"VGG16 at {options.size} pixels, batch {options.batch}, {gflop:.2f} GFLOP an image, {options.updates} updates"
     head = ("way", "turns", "images/s", "relative to ours in float32", "of matmul")
     measure.print_table(title, head, rows)
 
