@@ -31,10 +31,11 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
         return super()._get_help_string(action) if action.default else action.help
 
 
-def command_line(description, rounds):
-    """Returns a parser with --rounds, whose --help begins with a benchmark's docstring and shows every default."""
+def command_line(description, rounds=None):
+    """Returns a parser whose --help begins with a benchmark's docstring and shows every default; with --rounds, if any."""
     parser = argparse.ArgumentParser(description=description, formatter_class=_Help, allow_abbrev=False)
-    parser.add_argument("--rounds", type=positive, default=rounds, help="turns of each row of the table")
+    if rounds:
+        parser.add_argument("--rounds", type=positive, default=rounds, help="turns of each row of the table")
     return parser
 
 
