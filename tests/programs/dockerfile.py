@@ -1,7 +1,7 @@
 """Tests the Dockerfile without docker: reads its instructions, and executes those of a target on a copy of this machine.
 
-Run by launch/check_dockerfile.sh, it executes the targets cpu and corex and trains in what they make. The copy is an overlay that
-is removed at the end; this machine and this Python stand for the base image, which is therefore not tested.
+Run by launch/check_dockerfile.sh, it executes the targets cpu and corex and trains in what they make. The copy is an
+overlay that is removed at the end; this machine and this Python stand for the base image, which is therefore not tested.
 """
 
 import json

@@ -23,7 +23,7 @@ from patching import replace
 
 from hvd_vgg.__main__ import run
 from hvd_vgg.environment import launched_rank
-from hvd_vgg.watchdog import Watchdog
+from hvd_vgg.watchdog import Watchdog, watchdog
 
 
 class Fault(NamedTuple):
@@ -87,6 +87,22 @@ def slow_save(seconds):
     from hvd_vgg.train import checkpoint
 
     replace(checkpoint, "save", delayed(seconds))
+
+
+def hold_save(step):
+    """Holds checkpoints back until `step` updates are done; notes in OUT_DIR/held that it did."""
+    from hvd_vgg.train import checkpoint
+
+    def wrap(save):
+        def held(*arguments):
+            while (watchdog.last[2] or 0) < step:
+                (OUT / "held").touch()
+                time.sleep(0.01)
+            return save(*arguments)
+
+        return held
+
+    replace(checkpoint, "save", wrap)
 
 
 def slow_snapshot(seconds):
@@ -176,6 +192,7 @@ _FAULTS = {
     "linger": lambda seconds: atexit.register(time.sleep, seconds),  # Python takes longer to exit
     "flip": flip_byte,
     "slow_save": slow_save,
+    "hold_save": hold_save,
     "slow_snapshot": slow_snapshot,
     "slow_read": slow_read,
     "slow_evaluation": slow_evaluation,
