@@ -92,7 +92,7 @@ def ours(precision, options):
     config = TrainConfig(
         global_batch=options.batch, device_batch=options.batch, weight_decay=WEIGHT_DECAY, precision=precision
     )
-    factored = [choice.layer for choice in cost.choose(config, 1) if choice.way == "factored"]
+    factored = [choice.layer for choice in cost.choose(config, 1) if choice.method == "factored"]
     weights = vgg.initial_weights(vgg_layers("vgg16", 1.0, SIZE, CLASSES), 1)
     slots = make_slots(weights, precision)
     run = make_train_step(weights, slots, config, device.data_format, factored)

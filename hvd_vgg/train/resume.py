@@ -13,7 +13,7 @@ from hvd_vgg.reporting import receipt
 from hvd_vgg.text import difference_table
 from hvd_vgg.train import checkpoint
 from hvd_vgg.train.reporter import Reporter
-from hvd_vgg.train.state import State, TrainProgress, assign_variables, find_mismatch
+from hvd_vgg.train.state import CHECKPOINT_FORMAT, State, TrainProgress, assign_variables, find_mismatch
 
 # Flags that decide which record is due when: of an epoch in which one of them has changed nothing can be proved.
 _ORDER = {"global_batch", "seed", "shuffle_block_records"}
@@ -41,6 +41,12 @@ def _restore_root(
     if found is None:
         _check_none_was_saved(run_dir)
         return TrainProgress()
+    if found.meta.get("format") != CHECKPOINT_FORMAT:
+        raise Failure(
+            CONFIGURATION,
+            f"{found.path} was written by another version of hvd_vgg, whose log this one does not continue: use that "
+            f"version, or another --run_dir",
+        )
     before = found.meta["run"]
     changed = [key for key in {**before, **run} if before.get(key) != run.get(key)]
     refused = [key for key in changed if key not in allowed_changes(config)]

@@ -32,9 +32,9 @@ def evaluation_steps(config: TrainConfig, records: int) -> FrozenSet[int]:
 def learning_rate(step: int, config: TrainConfig, records: int) -> float:
     """Returns the learning rate of update `step` (from 0) in a run over `records` records.
 
-    Rises linearly to --lr over the warm-up's steps (Goyal et al., arXiv 1706.02677, section 2.2); then constant, divided by 10
-    at each of --lr_step_epochs, or half a cosine to 0 at the end (Loshchilov and Hutter, arXiv 1608.03983, equation 5 without
-    restarts).
+    Rises linearly to --lr over the warm-up's steps (Goyal et al., arXiv 1706.02677, section 2.2); then constant, divided by
+    10 at each of --lr_step_epochs, or half a cosine to 0 at the end (Loshchilov and Hutter, arXiv 1608.03983, equation 5
+    without restarts).
     """
     warmup = epochs_to_steps(config.warmup_epochs, config, records)
     if step < warmup:
@@ -73,14 +73,18 @@ class Cadence(NamedTuple):
     check_every_steps: int
     stop_poll_steps: int
 
+    @property
+    def first_log_step(self) -> int:
+        """The number of updates after which the first line is logged, unless --log_every_steps is less."""
+        return self.first_step + _FIRST_LOG_STEP
+
     def due(self, step: int) -> Due:
         """Returns what is due when `step` updates have been made."""
         evaluate = step in self.evaluation_steps
         save = _every(self.save_every_steps, step)
         # Before weights are scored or saved they are compared: a checkpoint of drifted ones would look whole.
         check = self.check_every_steps > 0 and (_every(self.check_every_steps, step) or save or evaluate)
-        first = step == self.first_step + _FIRST_LOG_STEP
-        log = first or _every(self.log_every_steps, step) or evaluate or save or check
+        log = step == self.first_log_step or _every(self.log_every_steps, step) or evaluate or save or check
         return Due(log or _every(self.stop_poll_steps, step), log, check, evaluate, save)
 
 

@@ -17,6 +17,9 @@ from hvd_vgg.train.checkpoint import Checkpoint
 from hvd_vgg.train.checkpoint_writer import CheckpointWriter
 from hvd_vgg.train.optimizer import SCALE_STATE, Slots, make_slots
 
+# Of a run's checkpoints and log; a run is continued only in the format that it began with.
+CHECKPOINT_FORMAT = 2
+
 
 class State(NamedTuple):
     """The variables of a run by name, on this rank."""
@@ -94,7 +97,7 @@ def save_state(
     """Starts writing a checkpoint, on rank 0, which alone has a writer; waits only for the copy of the variables."""
     if writer:
         tensors = {name: np.asarray(variable) for name, variable in state.variables().items()}
-        writer.begin(tensors, {**dataclasses.asdict(progress), "run": run, "best": best}, best)
+        writer.begin(tensors, {**dataclasses.asdict(progress), "format": CHECKPOINT_FORMAT, "run": run, "best": best}, best)
 
 
 def finish_save(writer: Optional[CheckpointWriter]) -> None:

@@ -31,10 +31,10 @@ _NAN_FLAG = "block1/nan_flag"
 class StepMetrics(NamedTuple):
     """Scalars of one update on one rank.
 
-    loss: float32, top1, top5: int64, all three summed over this rank's images. gradient_norm: float32, of the global gradient.
-    loss_scale: float32, factor of the next update's loss; 1 but for --precision=float16. exchange_seconds: float64, from when
-    this rank's gradients were ready until those of all ranks had arrived. finite: bool, whether training may continue: every
-    rank's loss is finite and so is the gradient, or float16's loss scale can still be halved.
+    loss: float32, top1, top5: int64, all three summed over this rank's images. gradient_norm: float32, of the global
+    gradient. loss_scale: float32, factor of the next update's loss; 1 but for --precision=float16. exchange_seconds:
+    float64, from when this rank's gradients were ready until those of all ranks had arrived. finite: bool, whether training
+    may continue: every rank's loss is finite and so is the gradient, or float16's loss scale can still be halved.
     """
 
     loss: Any
@@ -53,8 +53,8 @@ SKIPPED_STEP = StepMetrics(0.0, 0, 0, 0.0, 1.0, 0.0, True)
 class Backward(NamedTuple):
     """Sums over one rank's images, in float32 where not said otherwise.
 
-    loss; top1, top5: int64; gradients: of the weights that are summed over ranks; inputs [n, K] and output_gradients [n, N] of
-    each factored layer, whose product is the gradient of its kernel [K, N].
+    loss; top1, top5: int64; gradients: of the weights that are summed over ranks; inputs [n, K] and output_gradients
+    [n, N] of each factored layer, whose product is the gradient of its kernel [K, N].
     """
 
     loss: Any
@@ -141,7 +141,8 @@ def make_backward(
             gradients = [gradient * (1 / loss_scale) for gradient in gradients]
         correct = [top_k_correct(logits, labels, k) for k in (1, 5)]
         factor_inputs = [tf.cast(inputs[name], tf.float32) for name in factored]
-        return Backward(loss, *correct, gradients[: len(summed)], factor_inputs, gradients[len(summed) :])
+        sums, outputs = gradients[: len(summed)], gradients[len(summed) :]
+        return Backward(loss, correct[0], correct[1], sums, factor_inputs, outputs)
 
     compiled = tf.function(backward, jit_compile=True) if config.xla else backward
 
@@ -190,7 +191,8 @@ def accumulate(
         start = [tf.constant(0), zeros, arrays]
         _, sums, arrays = tf.while_loop(lambda low, *_: low < count, add_micro_batch, start, parallel_iterations=1)
         factors = [tf.ensure_shape(array.concat(), [count, width]) for array, width in zip(arrays, widths)]
-        return Backward(*sums[:3], sums[3:], factors[: len(factored)], factors[len(factored) :])
+        loss, top1, top5, *gradients = sums
+        return Backward(loss, top1, top5, gradients, factors[: len(factored)], factors[len(factored) :])
 
     return accumulated
 
@@ -198,8 +200,8 @@ def accumulate(
 def exchange_gradients(
     local: Backward, summed: Sequence[str], factored: Sequence[str], config: StepConfig, group: comm.Group
 ) -> Tuple[Dict[str, Any], Any, Any]:
-    """Returns the gradient of each weight over the global batch, by name; whether every rank's loss is finite (bool); and the
-    seconds of exchange (float64). Collective, in a tf.function.
+    """Returns the gradient of each weight over the global batch, by name; whether every rank's loss is finite (bool); and
+    the seconds of exchange (float64). Collective, in a tf.function.
     """
     wire, scale = config.wire_dtype, float(config.global_batch)
     ready = _time_after([*local.gradients, *local.inputs, *local.output_gradients])
@@ -227,8 +229,8 @@ def apply_gradients(
 ) -> Tuple[Any, Any, Any]:
     """Updates weights and slots, in a tf.function; returns (gradient norm, loss scale, finite) as in StepMetrics.
 
-    losses_finite: bool scalar, equal on all ranks; stopped: a variable, bool: set by the first update that is not finite, after
-    which none is applied.
+    losses_finite: bool scalar, equal on all ranks; stopped: a bool variable, set by the first update that is not finite,
+    after which none is applied.
     """
     norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(gradient) for gradient in gradients.values()]))
     with tf.device("/CPU:0"):
