@@ -121,9 +121,9 @@ def slow_read(seconds):
 
 def slow_evaluation(seconds):
     """Makes each batch of an evaluation take longer."""
-    from hvd_vgg.train import train_step
+    from hvd_vgg.train import evaluate
 
-    replace(train_step, "make_eval_step", lambda make: lambda *arguments: delayed(seconds)(make(*arguments)))
+    replace(evaluate, "make_eval_step", lambda make: lambda *arguments: delayed(seconds)(make(*arguments)))
 
 
 def slow_compute(seconds):
