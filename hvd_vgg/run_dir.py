@@ -5,15 +5,86 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import sys
 import time
 from pathlib import Path
-from typing import IO, Optional
+from typing import IO, List, Optional, Union
 
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.streams import write_line
+
+_CHECKPOINT = re.compile(r"step-(\d{8})\.safetensors")
+
+
+class RunDir:
+    """Paths of all that a run writes; creating one touches no file."""
+
+    def __init__(self, path: Union[str, Path]) -> None:
+        self.path = Path(path)
+        self.flags = self.path / "flags.txt"  # every flag of the run: `--flagfile` with it is the same run
+        self.log = self.path / "dllogger.json"
+        self.receipt = self.path / "receipt.json"
+        self.result = self.path / "result.json"
+        self.restarts = self.path / "restarts.jsonl"  # the launcher's, a line for each start and each end
+        self.lock = self.path / "lock"
+        self.checkpoints = self.path / "checkpoints"
+        self.best = self.checkpoints / "best"  # holds the name of the checkpoint with the best evaluation
+        self.nonfinite = self.path / "nonfinite"
+        self.skipped_steps = self.nonfinite / "skipped.json"
+        self.faults = self.path / "faults"
+        self.tensorboard = self.path / "tensorboard"
+        self.profile = self.path / "profile"
+        self.horovod_timeline = self.profile / "horovod_timeline.json"
+
+    def checkpoint(self, step: int) -> Path:
+        """Returns the path of the checkpoint after `step` updates."""
+        return self.checkpoints / f"step-{step:08d}.safetensors"
+
+    def list_checkpoints(self) -> List[Path]:
+        """Returns the checkpoint files that exist, newest first; they may be damaged."""
+        found = [path for path in self.checkpoints.glob("step-*") if checkpoint_step(path) is not None]
+        return sorted(found, reverse=True)  # steps have leading zeros
+
+    def nonfinite_step(self, step: int) -> "StepDir":
+        """Returns where a step that was not finite is kept.
+
+        step -1: the latest one that was kept; a path that does not exist if there is none.
+        """
+        if step >= 0:
+            return StepDir(self.nonfinite / f"step-{step:08d}")
+        return StepDir(max(self.nonfinite.glob("step-????????"), default=self.nonfinite / "step-none"))
+
+    def fault_report(self, kind: str, rank: int) -> Path:
+        """Returns the path of a rank's reports of a kind, `fatal` or `hang`: JSON lines."""
+        return self.faults / f"{kind}.rank{rank}.jsonl"
+
+    def stacks(self, rank: int) -> Path:
+        """Returns the path of the stacks that faulthandler writes for a rank."""
+        return self.faults / f"stacks.rank{rank}.txt"
+
+    def trace(self, rank: int) -> Path:
+        """Returns the directory of a rank's TensorFlow profile."""
+        return self.profile / f"rank{rank}"
+
+
+class StepDir:
+    """Paths of what `RUN_DIR/nonfinite/step-N` keeps for `hvd-vgg replay`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records = path / "records-00000-of-00001"
+        self.state = path / "state.safetensors"
+        self.flags = path / "flags.txt"
+        self.report = path / "report.json"
+
+
+def checkpoint_step(path: Path) -> Optional[int]:
+    """Returns the number of updates in a checkpoint's file name; None if it is not the name of one."""
+    match = _CHECKPOINT.fullmatch(path.name)
+    return int(match[1]) if match else None
 
 
 def find_flag_file(folder: Path) -> Optional[Path]:
@@ -23,11 +94,8 @@ def find_flag_file(folder: Path) -> Optional[Path]:
 
 
 def nonfinite_folder(run_dir: Path, step: int) -> Path:
-    """Returns where a run keeps a step that was not finite; step -1: the latest that there is, or else no folder's name."""
-    place = run_dir / "nonfinite"
-    if step >= 0:
-        return place / f"step-{step:08d}"
-    return max(place.glob("step-????????"), default=place / "step-none")
+    """Returns `RunDir(run_dir).nonfinite_step(step).path`."""
+    return RunDir(run_dir).nonfinite_step(step).path
 
 
 def lock_run_dir(run_dir: Path) -> IO[str]:
@@ -36,7 +104,7 @@ def lock_run_dir(run_dir: Path) -> IO[str]:
     Raises Failure(CONFIGURATION) naming who holds it, or why it cannot be opened; where the file is, locking takes no room
     on the disk. Where the file system has no locks (NFS and Lustre may be mounted so), it says so and goes on.
     """
-    path = run_dir / "lock"
+    path = RunDir(run_dir).lock
     try:
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (it stays open)
         try:

@@ -95,12 +95,12 @@ def _measure(
         if kind == "real" and data is None:
             continue
         throughput, tell_at = Throughput(), 0
-        throughput.aside["telling"] = 0.0
+        throughput.excluded_seconds["reporting"] = 0.0
         progress = console.progress(f"{plural(comm.size(), 'rank')}, {kind}", config.steps or _UPDATES, "updates")
-        for now, batch in enumerate(throughput.waiting(_batches(kind, config, device, data))):
+        for now, batch in enumerate(throughput.timed(_batches(kind, config, device, data))):
             low, _ = slice_bounds(config.global_batch, comm.rank(), comm.size())
             sums = train_step(*batch[:2], *step_inputs(config, now, low, config.lr * _LR_SHARE))
-            throughput.exchange.append(float(sums.exchange_seconds))
+            throughput.exchange_seconds.append(float(sums.exchange_seconds))
             throughput.end_update()
             progress.update(now + 1)
             if not sums.sound:  # the same on all ranks
@@ -112,7 +112,7 @@ def _measure(
                     collective=True,
                 )
             if now >= tell_at:
-                with throughput.apart("telling"):
+                with throughput.exclude("reporting"):
                     tell_at = now + _get_on(throughput)
         row = {"ranks": comm.size(), "input": kind, **speed(throughput, config)}
         first = next((old for old in found if old["input"] == kind), row)
@@ -122,7 +122,7 @@ def _measure(
         console.say(
             f"{row['ranks']:5d}  {kind:12s} {row['fps']:9.1f} {row['fps_standard_deviation']:9.1f} "
             f"{row['fps'] / row['ranks']:9.1f} {row['efficiency']:10.1%} "
-            f"{row['tflops_per_rank']:14.3g}{peak}  {row['held_back_by']}"
+            f"{row['tflops_per_rank']:14.3g}{peak}  {row['bottleneck']}"
             + (f" of rank {row['slow_rank']}" if row["slow_rank"] is not None else "")
         )
 
@@ -130,7 +130,7 @@ def _measure(
 def _get_on(throughput: Throughput) -> int:
     """Tells the ranks that wait that these get on; returns after how many updates they are to hear it again."""
     comm.keep_alive()
-    slowest = float(comm.gather_numbers([throughput.total[-1]]).max())
+    slowest = float(comm.gather_numbers([throughput.total_seconds[-1]]).max())
     return max(1, round(_TELL_SECONDS / slowest))
 
 

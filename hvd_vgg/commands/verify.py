@@ -515,8 +515,8 @@ def _by_rank(result: Dict[str, Any], step: int, start: Attempt, line: receipt.Lo
 
 def _speed(what: str, told: Dict[str, Any], start: Attempt, until: receipt.LogLine) -> Check:
     throughput = Throughput()
-    throughput.total, throughput.input = start.seconds(until), start.seconds(until, "input")
-    updates = plural(len(throughput.total), "update")
+    throughput.total_seconds, throughput.input_seconds = start.seconds(until), start.seconds(until, "input")
+    updates = plural(len(throughput.total_seconds), "update")
     measured = throughput.summary(start.config.global_batch)
     if not measured["fps"]:
         return _compared(what, told, measured, f"none, of {updates} logged")
@@ -524,7 +524,7 @@ def _speed(what: str, told: Dict[str, Any], start: Attempt, until: receipt.LogLi
     config, ranks = start.config, int(start.line.data["ranks"])
     flops = training_flops(vgg_layers(config.model, config.width, config.image_size, config.num_classes), config.image_size)
     measured["tflops_per_rank"] = flops * measured["fps"] / ranks / 1e12
-    whole = config.global_batch * len(throughput.total) / sum(throughput.total)
+    whole = config.global_batch * len(throughput.total_seconds) / sum(throughput.total_seconds)
     if float(told.get("fps_wall") or 0) > whole * (1 + 1e-6):
         return Check(FAIL, what, f"fps_wall {told['fps_wall']:.6g} is more than the updates alone make, {whole:.6g}")
     return _compared(

@@ -116,7 +116,7 @@ def _train(job: Trainer, at: TrainProgress) -> Optional[NonFiniteStep]:
     progress = job.console.progress("training", job.total, "steps", at.step)
     window: List[Tuple[int, StepMetrics]] = []
     bad_rows: List[Tuple[int, BadRow]] = []
-    for now, batch in zip(steps, profiled(throughput.waiting(_batches(job, steps)), steps, config, throughput)):
+    for now, batch in zip(steps, profiled(throughput.timed(_batches(job, steps)), steps, config, throughput)):
         window.append((now, (_skip if now in at.skipped_steps else _update)(job, now, batch)))
         bad_rows += [(now, row) for row in batch.bad if now not in at.skipped_steps]
         at = at._replace(step=now + 1)
@@ -229,10 +229,10 @@ def _make_train_step(config: TrainConfig, run: State, device: Device) -> Callabl
 def _rewind(job: Trainer, met: NonFiniteStep) -> Tuple[Trainer, TrainProgress]:
     """Returns the run as it goes on from its newest checkpoint without that step, or raises the Failure that ends it."""
     config, run, throughput = job.config, job.run, job.throughput
-    known = len(throughput.exchange)
-    unlogged = {"update_seconds": throughput.total[known:], "input_seconds": throughput.input[known:]}
-    throughput.exchange.extend([0.0] * len(unlogged["update_seconds"]))  # nobody asked its updates
-    with throughput.apart("rewinding"), watchdog.phase("saving"):
+    known = len(throughput.exchange_seconds)
+    unlogged = {"update_seconds": throughput.total_seconds[known:], "input_seconds": throughput.input_seconds[known:]}
+    throughput.exchange_seconds.extend([0.0] * len(unlogged["update_seconds"]))  # nobody asked its updates
+    with throughput.exclude("rewinding"), watchdog.phase("saving"):
         if job.writer:
             save_failed(job.writer.wait(), job.log, job.console)
         ids = stop_or_rewind(met, run, job.train_step, job.data, config, job.device, job.log, job.console)
@@ -289,7 +289,7 @@ def _settle(job: Trainer, at: TrainProgress) -> TrainProgress:
 
 def _evaluate(job: Trainer, at: TrainProgress) -> Tuple[TrainProgress, Evaluation, bool]:
     """Returns where the run stands then, the evaluation, and whether it is better than all before."""
-    with job.throughput.apart("evaluation"), watchdog.phase("evaluation"):
+    with job.throughput.exclude("evaluation"), watchdog.phase("evaluation"):
         try:
             data, threads = job.data, job.device.input_threads
             result = evaluate(job.eval_step, data.validation, job.config, data.label_base, threads, job.console, job.log)
@@ -301,7 +301,7 @@ def _evaluate(job: Trainer, at: TrainProgress) -> Tuple[TrainProgress, Evaluatio
 
 
 def _save(job: Trainer, at: TrainProgress, best: bool) -> None:
-    with job.throughput.apart("saving"), watchdog.phase("saving"):
+    with job.throughput.exclude("saving"), watchdog.phase("saving"):
         if job.writer:
             save_failed(job.writer.wait(), job.log, job.console)
         at = _settle(job, at)._replace(seconds=time.monotonic() - job.began)
@@ -320,7 +320,7 @@ def _listen_every(throughput: Throughput, done: int, window: int) -> int:
 
 
 def _write_result(job: Trainer, at: TrainProgress, result: Evaluation) -> Dict[str, Any]:
-    with job.throughput.apart("saving"):
+    with job.throughput.exclude("saving"):
         seconds = time.monotonic() - job.began
         epoch = job.epoch(at.step)
         return write_result(job.config, job.run_dir, result, job.throughput, at.step, epoch, seconds, job.log)

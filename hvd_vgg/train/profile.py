@@ -29,11 +29,11 @@ def profiled(batches: Iterable[T], steps: range, config: TrainConfig, throughput
         for now, batch in zip(steps, batches):
             if running and now == chosen[-1] + 1:
                 running = False
-                with throughput.apart("profiling"), watchdog.phase("profiling"):
+                with throughput.exclude("profiling"), watchdog.phase("profiling"):
                     _end(traces)
                     comm.barrier()  # else the others wait for the slowest inside their next update
             if chosen and now == chosen[0]:
-                with throughput.apart("profiling"), watchdog.phase("profiling"):
+                with throughput.exclude("profiling"), watchdog.phase("profiling"):
                     run_on_all_ranks(lambda: _begin(folder, traces))
                 running = True
             yield batch

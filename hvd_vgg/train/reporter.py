@@ -31,7 +31,7 @@ from hvd_vgg.reporting.throughput import (
     Throughput,
     find_bottleneck,
     format_table,
-    limiting_share,
+    limiting_part,
     per_host,
     per_rank,
     slowest,
@@ -193,8 +193,8 @@ def speed_of_window(
 ) -> Tuple[Dict[str, Any], Bottleneck]:
     """Returns `row` with the window's images/s and where its time went, and what held it back; all ranks call."""
     # The step's clock is the wall's, which may be set while it runs.
-    times = zip(window, throughput.total[-len(window) :])
-    throughput.exchange.extend(min(max(0.0, float(sums.exchange_seconds)), total) for (_, sums), total in times)
+    times = zip(window, throughput.total_seconds[-len(window) :])
+    throughput.exchange_seconds.extend(min(max(0.0, float(sums.exchange_seconds)), total) for (_, sums), total in times)
     splits = [StepTime(*numbers) for numbers in comm.gather_numbers(throughput.last(len(window))).tolist()]
     whole, network = sum(split.total for split in splits), min(split.exchange for split in splits)
     verdict = find_bottleneck(splits)
@@ -203,10 +203,10 @@ def speed_of_window(
         "train.fps": config.global_batch * len(window) / splits[0].total,
         "train.input_share": sum(split.input for split in splits) / whole,
         "train.network_share": network * len(splits) / whole,
-        "train.others_share": sum(split.exchange - network for split in splits) / whole,
+        "train.straggler_share": sum(split.exchange - network for split in splits) / whole,
         "train.slow_rank": -1 if verdict.rank is None else verdict.rank,
-        "train.update_seconds": throughput.total[-len(window) :],
-        "train.input_seconds": throughput.input[-len(window) :],
+        "train.update_seconds": throughput.total_seconds[-len(window) :],
+        "train.input_seconds": throughput.input_seconds[-len(window) :],
     }, verdict
 
 
@@ -229,7 +229,7 @@ def training(
         f"lr {row['train.lr']:.3g}  {row['train.fps']:.1f} images/s  input {row['train.input_share']:.1%}"
     )
     if comm.size() > 1:
-        text += f"  network {row['train.network_share']:.1%}  others {row['train.others_share']:.1%}"
+        text += f"  network {row['train.network_share']:.1%}  stragglers {row['train.straggler_share']:.1%}"
     if verdict.ranks:
         text += f"  slow: {_ranks(verdict.ranks)} ({verdict.cause})"
     if console.bar:
@@ -290,19 +290,19 @@ def speed(throughput: Throughput, config: TrainConfig) -> Dict[str, Any]:
         return found
     updates = found["fps_updates"]
     low, high = slice_bounds(config.global_batch, comm.rank(), comm.size())
-    mine = [*throughput.last(updates), float((high - low) * updates), *throughput.aside.values()]
+    mine = [*throughput.last(updates), float((high - low) * updates), *throughput.excluded_seconds.values()]
     numbers = comm.gather_numbers(mine).tolist()
     splits = [StepTime(*row[:3]) for row in numbers]
     hosts = comm.gather_json(socket.gethostname())
     rows = per_rank(splits, hosts, [int(row[3]) for row in numbers])
     for row, told in zip(rows, numbers):
-        row.update(zip((f"{what}_seconds" for what in throughput.aside), told[4:]))
+        row.update(zip((f"{what}_seconds" for what in throughput.excluded_seconds), told[4:]))
     of = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
     found["tflops_per_rank"] = training_flops(of, config.image_size) * found["fps"] / comm.size() / 1e12
     if config.device_tflops:
         found["share_of_peak"] = found["tflops_per_rank"] / config.device_tflops
     verdict = find_bottleneck(splits)
-    found.update(held_back_by=verdict.cause, slow_rank=verdict.rank, slow_ranks=list(verdict.ranks))
+    found.update(bottleneck=verdict.cause, slow_rank=verdict.rank, slow_ranks=list(verdict.ranks))
     return {**found, "slowest_rank": slowest(rows)["rank"], "by_host": per_host(rows), "by_rank": rows}
 
 
@@ -324,7 +324,7 @@ def write_result(
 
     def write() -> None:
         # A start that trained nothing has measured nothing, and what stands may be of the start that did.
-        if not log or (not throughput.total and _has_result_of(run_dir, done)):
+        if not log or (not throughput.total_seconds and _has_result_of(run_dir, done)):
             return
         log.event("throughput", step=done, **measured)
         content = {
@@ -406,10 +406,10 @@ def _say_speed(measured: Dict[str, Any], console: Console) -> None:
     console.say(f"  computing          {measured['tflops_per_rank']:.3g} TFLOP/s a rank{share}")
     hosts = ", ".join(dict.fromkeys(rows[rank]["host"] for rank in sorted(slow)[:8]))
     who = f"{_ranks(slow)} on {hosts}: {'its' if len(slow) == 1 else 'their'} " if slow else ""
-    console.say(f"  held back by       {who}{measured['held_back_by']}")
+    console.say(f"  bottleneck         {who}{measured['bottleneck']}")
     if len(rows) > 1:
         last = rows[measured["slowest_rank"]]
-        cause = measured["held_back_by"] if last["rank"] in slow else limiting_share(last)
+        cause = measured["bottleneck"] if last["rank"] in slow else limiting_part(last)
         console.say(
             f"  slowest rank       rank {last['rank']} on {last['host']}: {last['fps_alone']:.1f} images/s alone, "
             f"limited by its {cause} ({last[cause]:.1%} of its time)"
@@ -417,4 +417,4 @@ def _say_speed(measured: Dict[str, Any], console: Console) -> None:
     console.say(format_table(rows))
     if happened:
         told = ", ".join(f"{what} {seconds:.2f} s" for what, seconds in happened.items())
-        console.say(f"  aside, on rank 0   {told}")
+        console.say(f"  excluded, rank 0   {told}")
