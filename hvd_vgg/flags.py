@@ -133,7 +133,8 @@ def _expand_flag_files(argv: Sequence[str], unused: Set[str]) -> List[str]:
                     f"--flagfile={path}, line {number}: a flag file cannot name another; pass each with its own --flagfile"
                 )
                 raise Failure(USAGE, text)
-            if text.lstrip("-").split("=")[0] not in unused:
+            name = text.lstrip("-").split("=")[0]
+            if name not in unused and not (name.startswith("no") and name[2:] in unused):
                 expanded.append(text)
     return expanded
 

@@ -18,8 +18,8 @@ from hvd_vgg.config import BenchmarkConfig
 from hvd_vgg.data.loader import train_batches
 from hvd_vgg.data.sampler import slice_bounds
 from hvd_vgg.data.transforms import IMAGE_LIBRARY
-from hvd_vgg.doctor.driver import listing
-from hvd_vgg.doctor.packages import this_host, vendor
+from hvd_vgg.doctor.driver import find_accelerators
+from hvd_vgg.doctor.packages import this_host
 from hvd_vgg.doctor.system import probe_file, processor_name
 from hvd_vgg.errors import CONFIGURATION, NOT_FINITE, NOT_WRITTEN, USAGE, Failure
 from hvd_vgg.parallel import comm, cost
@@ -163,13 +163,13 @@ def _copied(images: np.ndarray, labels: np.ndarray, times: int) -> Iterator[Any]
 
 def _hardware() -> Dict[str, Any]:
     """Returns this host's name, processor and driver; before MPI begins, for the vendor's tool is a process of its own."""
-    here = this_host()
-    said = listing(here, vendor(here)[0])
+    host = this_host()
+    listing = find_accelerators(host).listing
     return {
         "host": socket.gethostname(),
-        "cpu": processor_name(here.root),
+        "cpu": processor_name(host.root),
         "cores": os.cpu_count(),
-        "driver": said.driver if said else "",
+        "driver": listing.driver if listing else "",
     }
 
 

@@ -53,7 +53,7 @@ def make_eval_step(weights: vgg.Weights, config: ComputeConfig, data_format: str
     images: uint8 [n, h, w, 3]; labels: int32 [n], negative where the row is padding and counts for nothing.
     """
 
-    @tf.function(jit_compile=False)
+    @tf.function(jit_compile=False, autograph=False)
     def eval_step(images: Any, labels: Any) -> Any:
         low_precision = vgg.in_precision(weights, config.precision)
         logits = vgg.logits(low_precision, config.model, vgg.normalized(images, config.precision), data_format)

@@ -73,7 +73,7 @@ def make_finite_check(
     Its arguments are those of a train step, of at most --device_batch images.
     """
 
-    @tf.function(jit_compile=False)
+    @tf.function(jit_compile=False, autograph=False)
     def finite_check(images: Any, labels: Any, position: Any, keys: Any) -> FiniteReport:
         masks = draw_dropout_masks(weights, config, images, position, keys)
         outputs: List[Any] = []

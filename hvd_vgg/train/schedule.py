@@ -7,6 +7,8 @@ from hvd_vgg.config import TrainConfig
 
 # Log once after two steps: early feedback, and the ETA excludes compilation.
 _FIRST_LOG_STEP = 2
+# Where updates are slow, the ranks ask each other more often than they log whether one of them was asked to stop.
+_STOP_POLL_SECONDS = 5.0
 
 
 def total_steps(config: TrainConfig, records: int) -> int:
@@ -98,6 +100,11 @@ def make_cadence(config: TrainConfig, records: int, first_step: int) -> Cadence:
         config.drift_every_steps,
         stop_poll_steps=config.log_every_steps,
     )
+
+
+def stop_poll_steps(updates: int, seconds: float) -> int:
+    """Returns how many updates take _STOP_POLL_SECONDS, given that `updates` took the slowest rank `seconds`."""
+    return max(1, round(_STOP_POLL_SECONDS * updates / seconds))
 
 
 def _every(period: int, step: int) -> bool:

@@ -129,7 +129,7 @@ def make_checksums(weights: vgg.Weights) -> Callable[[], Any]:
     Exact, whatever the order of summing: equal weights have equal sums, and any one number that differs changes its sum.
     """
 
-    @tf.function(jit_compile=False)
+    @tf.function(jit_compile=False, autograph=False)
     def checksums() -> Any:
         bits = [tf.cast(tf.bitcast(weight, tf.int32), tf.int64) for weight in weights.values()]
         return tf.stack([tf.reduce_sum(each) for each in bits])

@@ -9,6 +9,7 @@ With G the global batch and P ranks, rank r computes on its n of the G images, i
 So no average of averages occurs, and ranks may hold different numbers of images.
 """
 
+import functools
 import math
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
@@ -88,14 +89,29 @@ def make_train_step(
     with tf.device("/CPU:0"):  # where it is decided what is computed next
         stopped = tf.Variable(False)
 
-    @tf.function(jit_compile=False)
+    @tf.function(jit_compile=False, autograph=False)
     def train_step(images: Any, labels: Any, position: Any, keys: Any, lr: Any) -> StepMetrics:
         local = local_sums(images, labels, position, keys)
         gradients, losses_finite, seconds = exchange_gradients(local, summed, factored, config, group)
         norm, scale, finite = apply_gradients(weights, slots, gradients, losses_finite, stopped, lr, config)
         return StepMetrics(local.loss, local.top1, local.top5, norm, scale, seconds, finite)
 
-    return train_step
+    return _without_dispatch(train_step)
+
+
+def _without_dispatch(function: Any) -> Callable[..., Any]:
+    """Returns a tf.function without the search for the graph of its arguments' shapes, which takes a third of a millisecond.
+
+    It is traced once, for the shapes that it is called with first: a rank's part of the global batch never changes.
+    """
+    graphs: List[Any] = []
+
+    def call(*tensors: Any) -> Any:
+        if not graphs:
+            graphs.append(function.get_concrete_function(*tensors))
+        return graphs[0](*tensors)
+
+    return call
 
 
 def make_backward(
@@ -144,7 +160,7 @@ def make_backward(
         sums, outputs = gradients[: len(summed)], gradients[len(summed) :]
         return Backward(loss, correct[0], correct[1], sums, factor_inputs, outputs)
 
-    compiled = tf.function(backward, jit_compile=True) if config.xla else backward
+    compiled = tf.function(backward, jit_compile=True, autograph=False) if config.xla else backward
 
     def draw_and_run(images: Any, labels: Any, position: Any, keys: Any) -> Backward:
         # Masks are drawn outside of what XLA compiles: its generator yields the same numbers in another order.
@@ -263,4 +279,8 @@ def _time_after(tensors: List[Any]) -> Any:
 def step_inputs(config: StepConfig, step: int, low: int, lr: float) -> Tuple[Any, Any, Any]:
     """Returns (position, keys, lr): what a train step takes beside images and labels, for a part that begins at `low`."""
     keys = dropout_keys(config.seed, step, len(DENSE) - 1)
-    return tf.constant(low, tf.int64), tf.constant(keys), tf.constant(lr, tf.float32)
+    return _constant(low, tf.int64), tf.constant(keys), _constant(lr, tf.float32)
+
+
+# Making a tensor takes longer than finding it: the position is the same in every update, the rate in most.
+_constant = functools.lru_cache(maxsize=16)(tf.constant)

@@ -27,7 +27,7 @@ from hvd_vgg.train.reporter import open_reporter
 from hvd_vgg.train.result import finish_log, write_result, write_run_files
 from hvd_vgg.train.resume import restore_state
 from hvd_vgg.train.rewind import stop_or_skip
-from hvd_vgg.train.schedule import learning_rate, make_cadence, total_steps
+from hvd_vgg.train.schedule import learning_rate, make_cadence, stop_poll_steps, total_steps
 from hvd_vgg.train.startup import join_ranks
 from hvd_vgg.train.state import (
     TrainProgress,
@@ -40,10 +40,6 @@ from hvd_vgg.train.state import (
 )
 from hvd_vgg.train.train_step import SKIPPED_STEP, StepMetrics, make_train_step, step_inputs
 from hvd_vgg.watchdog import StopRequested, watchdog
-
-# Where updates are slow, the ranks ask each other about this often, not only with each log line, whether one was asked to
-# stop.
-_STOP_POLL_SECONDS = 5.0
 
 
 class Trainer:
@@ -191,15 +187,11 @@ class Trainer:
         self.reporter.save_failed(self.writer.failure() if self.writer else None)
 
     def _set_stop_poll(self, updates: int) -> None:
-        """Has the ranks ask each other about every _STOP_POLL_SECONDS whether to stop, by the window of `updates`.
-
-        The first update of a process also compiles, and is left out.
-        """
+        """Sets how often to poll for stop requests, by the newest `updates`; the first, which compiles, is left out."""
         updates = min(updates, self.progress.step - self.cadence.first_step - 1)
         seconds = comm.gather_numbers([self.throughput.last(updates).total]).max()
         if updates:
-            steps = max(1, round(_STOP_POLL_SECONDS * updates / seconds))
-            self.cadence = self.cadence._replace(stop_poll_steps=steps)
+            self.cadence = self.cadence._replace(stop_poll_steps=stop_poll_steps(updates, seconds))
 
     def _settle_coverage(self) -> None:
         for covered in self.coverage.settle(self.progress.step, comm.gather_json):

@@ -5,7 +5,16 @@ import math
 import pytest
 
 from hvd_vgg.config import TrainConfig
-from hvd_vgg.train.schedule import Cadence, Due, epochs_to_steps, evaluation_steps, learning_rate, make_cadence, total_steps
+from hvd_vgg.train.schedule import (
+    Cadence,
+    Due,
+    epochs_to_steps,
+    evaluation_steps,
+    learning_rate,
+    make_cadence,
+    stop_poll_steps,
+    total_steps,
+)
 
 
 def due(**true):
@@ -95,3 +104,8 @@ def test_learning_rate_constant_is_constant():
     """--lr_schedule=constant is --lr at every step."""
     config = TrainConfig(lr=0.3, lr_schedule="constant", warmup_epochs=0)
     assert {learning_rate(s, config, 100) for s in range(50)} == {0.3}
+
+
+def test_stop_poll_steps_take_five_seconds():
+    """At least every update; a later window says how fast updates have become."""
+    assert [stop_poll_steps(1, 0.5), stop_poll_steps(10, 0.5), stop_poll_steps(1, 20.0)] == [10, 100, 1]
