@@ -66,9 +66,11 @@ def ours(precision, options):
         tf.constant(random.integers(0, CLASSES, batch), tf.int32),
         *step_inputs(config, 0, 0, RATE),
     )
-    convolutions = (op for op in step.get_concrete_function(*inputs).graph.get_operations() if op.type == "Conv2D")
-    (computed,) = {op.outputs[0].dtype.name for op in convolutions}
-    return timed(lambda: float(step(*inputs).gradient_norm), options), computed
+    rate = timed(lambda: float(step(*inputs).gradient_norm), options)
+    graph = tf.function(step).get_concrete_function(*inputs).graph.as_graph_def()
+    nodes = (node for function in graph.library.function for node in function.node_def)
+    (computed,) = {tf.DType(node.attr["T"].type).name for node in nodes if node.op == "Conv2D"}
+    return rate, computed
 
 
 def keras(precision, options):

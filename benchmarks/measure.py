@@ -195,7 +195,7 @@ def ratios(values, base):
 
 def print_table(title, head, rows):
     """Prints a table in Markdown below its title, this machine and the software that measured."""
-    print(f"\n{title}; median (smallest to largest)")
+    print(f"\n{title}")
     print(f"{machine()}; {software('tensorflow', 'tensorflow-cpu', 'horovod', 'numpy')}\n")
     for row in (head, ["---"] * len(head), *rows):
         print(f"| {' | '.join(map(str, row))} |")
