@@ -232,11 +232,7 @@ def work(way, precision, options):
 
 def main():
     """Lets the ways take turns and prints the table."""
-    parser = measure.command_line(__doc__, rounds=3)
-    parser.add_argument("--batch", type=measure.positive, default=8)
-    parser.add_argument("--size", type=measure.positive, default=224, help="pixels of the images")
-    parser.add_argument("--warmup", type=measure.positive, default=2, help="updates of a turn that are not counted")
-    parser.add_argument("--updates", type=measure.positive, default=4, help="updates of a turn that are")
+    parser = measure.command_line(__doc__, rounds=3, batch=8, size=224, warmup=2, updates=4)
     precisions = WAYS["ours"][1]
     parser.add_argument("--precisions", type=measure.some_of(precisions), default="float32,bfloat16")
     parser.add_argument("--ways", type=measure.some_of(WAYS), default=",".join(WAYS), help="only these")

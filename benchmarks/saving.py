@@ -1,6 +1,6 @@
 """What a checkpoint of VGG16 costs training: written in the background, and in the foreground.
 
-    python benchmarks/saving.py [--rounds=5] [--images=2] [--size=224] [--width=1] [--out=DIR]
+    python benchmarks/saving.py [--rounds=5] [--batch=2] [--size=224] [--width=1] [--out=DIR]
 
 One rank trains on synthetic images. A round is, in turn: updates with no save; a save in the background, with updates until
 it is on disk; the same save with the loop waiting for it. Prints the loop's pause, the time until the file is on disk, and
@@ -17,9 +17,7 @@ import measure
 
 def main():
     """Runs the rounds and prints the table."""
-    parser = measure.command_line(__doc__, rounds=5)
-    parser.add_argument("--images", type=measure.positive, default=2, help="of an update")
-    parser.add_argument("--size", type=measure.positive, default=224, help="pixels of the images")
+    parser = measure.command_line(__doc__, rounds=5, batch=2, size=224)
     parser.add_argument("--width", type=float, default=1.0, help="multiplier on the width of every layer")
     parser.add_argument("--out", help="directory on the disk to measure; else a temporary one")
     options = parser.parse_args()
@@ -31,7 +29,7 @@ def main():
     from hvd_vgg.train.state import TrainProgress, initial_state, save_state
     from hvd_vgg.train.train_step import make_train_step, step_inputs
 
-    device, count, size = start(), options.images, options.size
+    device, count, size = start(), options.batch, options.size
     config = TrainConfig(width=options.width, image_size=size, global_batch=count, device_batch=count)
     state = initial_state(config)
     train_step = make_train_step(*state, config, device.data_format, [])
