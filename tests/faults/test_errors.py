@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support import ROOT, TINY, Started, command_line, wait_for, write_data
 
-from hvd_vgg.train import checkpoint
+from hvd_vgg.training import checkpoint
 
 FLAGS = [*TINY, "--steps=4", "--global_batch=8"]
 
