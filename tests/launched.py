@@ -7,10 +7,10 @@ import sys
 
 from hvd_vgg import __main__
 from hvd_vgg.__main__ import run
-from hvd_vgg.launcher import mpirun
+from hvd_vgg.launcher import supervisor
 
 cut = sys.argv.index("--")
-compose, starts = mpirun.compose_mpirun, []
+compose, starts = supervisor.compose_mpirun, []
 
 
 def compose_with_faults_once(config, ranks, hosts, token, program):
@@ -21,5 +21,5 @@ def compose_with_faults_once(config, ranks, hosts, token, program):
 
 
 __main__.PROGRAM = sys.argv[1:cut]
-mpirun.compose_mpirun = compose_with_faults_once
+supervisor.compose_mpirun = compose_with_faults_once
 sys.exit(run(["launch", *sys.argv[cut + 1 :]]))

@@ -19,7 +19,7 @@ from support import ROOT, TINY, Started, wait_for
 from test_equality import assert_same_weights
 
 from hvd_vgg.launcher import mpirun
-from hvd_vgg.launcher.mpirun import Limits, Requests
+from hvd_vgg.launcher.mpirun import StopRequests
 from hvd_vgg.train import checkpoint
 
 STANDIN = [sys.executable, str(ROOT / "tests" / "standin.py")]
@@ -77,7 +77,7 @@ def test_a_launcher_that_is_asked_to_stop_stops_all_ranks_and_never_starts_again
     os.kill(started.process.pid, number)
     ended = started.wait()
     assert ended.code == 80, ended.err
-    assert "hvd-vgg launch: stopped on request; all ranks left in order" in ended.err
+    assert "hvd-vgg launch: stopped on request; all ranks stopped in order" in ended.err
     assert [(line["event"], line.get("code")) for line in restarts(tmp_path)] == [("start", None), ("end", 80)]
 
 
@@ -88,7 +88,7 @@ def test_a_real_run_that_its_launcher_was_asked_to_stop_goes_on_as_the_undisturb
     os.kill(started.process.pid, signal.SIGTERM)
     ended = started.wait()
     assert ended.code == 80, ended.out + ended.err
-    assert "hvd-vgg launch: stopped on request; all ranks left in order" in ended.err
+    assert "hvd-vgg launch: stopped on request; all ranks stopped in order" in ended.err
     assert 3 <= newest(tmp_path).meta["step"] < STEPS
     ended = start_run(tmp_path, data).wait()
     assert ended.code == 0, ended.out + ended.err
@@ -105,7 +105,7 @@ def test_a_run_that_is_stopped_before_it_listens_ends_in_order(tmp_path, data):
     ended = started.wait()
     assert ended.code == 80, ended.err
     assert "hvd-vgg: stopped on request, before the first update" in ended.err
-    assert "hvd-vgg launch: stopped on request; all ranks left in order" in ended.err
+    assert "hvd-vgg launch: stopped on request; all ranks stopped in order" in ended.err
     assert "killed" not in ended.err
 
 
@@ -115,7 +115,7 @@ def test_a_program_that_does_not_know_of_requests_is_no_rank_that_was_killed(tmp
     started.process.terminate()
     ended = started.wait()
     assert ended.code == 80, ended.err
-    assert "stopped on request; the ranks did not listen for SIGUSR1, which ended them" in ended.err
+    assert "stopped on request; the ranks do not handle SIGUSR1, which killed them" in ended.err
 
 
 @pytest.mark.fault("F12")
@@ -128,35 +128,35 @@ def test_ranks_that_do_not_stop_are_ended_after_the_grace_or_at_the_second_reque
         os.kill(started.process.pid, signal.SIGINT)
     ended = started.wait(60)
     assert ended.code == 80, ended.err
-    assert "stopped on request; they had to be ended" in ended.err
+    assert "stopped on request; the ranks had to be terminated" in ended.err
 
 
-@pytest.mark.parametrize(("how", "end"), [("wait", "all ranks left in order"), ("deaf", "they had to be ended")])
+@pytest.mark.parametrize(("how", "end"), [("wait", "all ranks stopped in order"), ("deaf", "the ranks had to be terminated")])
 def test_the_time_limit_ends_a_job_with_75(tmp_path, how, end):
     started = start_standin(tmp_path, how, "--time_limit_seconds=3", "--grace_seconds=2")
     ended = started.wait(60)
     assert ended.code == 75, ended.err
-    assert f"--time_limit_seconds is over; {end}" in ended.err
+    assert f"--time_limit_seconds has passed; {end}" in ended.err
     assert len(restarts(tmp_path)) == 2
 
 
 def test_an_mpirun_that_lingers_without_ranks_is_ended(monkeypatch):
     """As when the link to another host is cut: a process in mpirun's place, whose rank leaves and which stays."""
     monkeypatch.setattr(mpirun, "_LINGER_SECONDS", 1.0)
-    with Requests() as requests:
+    with StopRequests() as requests:
         command = ["bash", "-c", "OMPI_COMM_WORLD_RANK=0 sleep 2; sleep 300 & wait"]
-        ended = mpirun.run(command, requests, Limits(60.0, float("inf")), lambda: None)
+        ended = mpirun.run(command, requests, 60.0, lambda: None)
     assert ended.code == 75
-    assert "mpirun waited" in ended.sentence
+    assert "mpirun was still waiting" in ended.reason
 
 
 def test_an_mpirun_that_begins_no_rank_is_ended(monkeypatch):
     """As when its daemons do not answer: a process in mpirun's place that only waits."""
-    monkeypatch.setattr(mpirun, "_BEGIN_SECONDS", 2.0)
-    with Requests() as requests:
-        ended = mpirun.run(["sleep", "300"], requests, Limits(60.0, float("inf")), lambda: None)
+    monkeypatch.setattr(mpirun, "_START_SECONDS", 2.0)
+    with StopRequests() as requests:
+        ended = mpirun.run(["sleep", "300"], requests, 60.0, lambda: None)
     assert ended.code == 75
-    assert "begun no rank" in ended.sentence
+    assert "started no rank" in ended.reason
 
 
 def test_output_passes_unchanged_and_a_program_of_ones_own_keeps_its_code(tmp_path):
@@ -187,7 +187,7 @@ def test_more_output_than_a_pipe_holds_passes_unchanged_to_a_slow_reader(tmp_pat
 
 def test_ranks_that_agreed_are_not_told_apart(tmp_path):
     ended = start_standin(tmp_path, "74").wait()
-    assert [line["sentence"] for line in restarts(tmp_path) if line["event"] == "end"] == ["exit code 74"], ended.err
+    assert [line["reason"] for line in restarts(tmp_path) if line["event"] == "end"] == ["exit code 74"], ended.err
 
 
 def test_a_reader_that_goes_away_ends_no_job(tmp_path):
@@ -218,9 +218,9 @@ def test_a_run_is_started_again_until_restarts_are_used_up(tmp_path):
     assert ended.code == 137, ended.err
     line = re.compile(r"^hvd-vgg launch: rank 1 killed by signal 9 \(out of memory\?\), on \S+\. (.*)$", re.M)
     assert line.findall(ended.err) == [
-        "Starting again, 1 of at most 2",
-        "Starting again, 2 of at most 2",
-        "--max_restarts=2 are used up; the same command goes on",
+        "Restarting, 1 of at most 2",
+        "Restarting, 2 of at most 2",
+        "--max_restarts=2 is used up; the same command resumes the run",
     ]
     lines = restarts(tmp_path)
     assert [(line["event"], line["attempt"]) for line in lines] == [(e, n) for n in range(3) for e in ("start", "end")]
@@ -228,22 +228,22 @@ def test_a_run_is_started_again_until_restarts_are_used_up(tmp_path):
         assert began["ranks"] == end["ranks"] == 2
         assert began["command"][:3] == ["mpirun", "-np", "2"]
         assert (end["code"], began["time"] < end["time"]) == (137, True)
-        assert end["sentence"].startswith("rank 1 killed by signal 9")
+        assert end["reason"].startswith("rank 1 killed by signal 9")
 
 
 def test_a_rank_that_leaves_without_a_word_is_a_lost_one(tmp_path):
     ended = start_standin(tmp_path, "silent", "--max_restarts=1").wait()
     assert ended.code == 75, ended.err
-    assert ended.err.count("hvd-vgg launch: rank 1 left without a word, on ") == 2
-    assert "Starting again, 1 of at most 1" in ended.err
+    assert ended.err.count("hvd-vgg launch: rank 1 exited without leaving MPI, on ") == 2
+    assert "Restarting, 1 of at most 1" in ended.err
 
 
 @pytest.mark.parametrize(("how", "code"), [("die", 137), ("75", 75), ("80", 80)])
 def test_two_ends_without_progress_are_the_last(tmp_path, how, code):
     ended = start_standin(tmp_path, how, "--max_restarts=9").wait()
     assert ended.code == code, ended.err
-    assert ended.err.count("Starting again") == 1
-    assert "for the second time at step -1, with no checkpoint in between: not started again" in ended.err
+    assert ended.err.count("Restarting, ") == 1
+    assert "for the second time at step -1 without a new checkpoint: not restarted" in ended.err
     assert len(restarts(tmp_path)) == 4
 
 
@@ -256,16 +256,16 @@ def test_what_another_start_would_meet_again_is_not_started_again(tmp_path, code
 
 @pytest.mark.fault("F03", "F13")
 @pytest.mark.parametrize(
-    ("fault", "sentence"),
+    ("fault", "reason"),
     [
         ("kill@1:3", "rank 1 killed by signal 9 (out of memory?)"),
-        pytest.param("term@1:3", "all ranks left in order", marks=pytest.mark.fault(tier=3)),
+        pytest.param("term@1:3", "all ranks stopped in order", marks=pytest.mark.fault(tier=3)),
     ],
 )
-def test_a_run_goes_on_by_itself_and_is_the_undisturbed_one(tmp_path, data, undisturbed, fault, sentence):
+def test_a_run_goes_on_by_itself_and_is_the_undisturbed_one(tmp_path, data, undisturbed, fault, reason):
     ended = start_run(tmp_path, data, fault).wait()
     assert ended.code == 0, ended.out + ended.err
-    assert f"hvd-vgg launch: {sentence}" in ended.err
+    assert f"hvd-vgg launch: {reason}" in ended.err
     (lost,) = re.findall(r"training again, ([\d.]+) s after the last start ended", ended.err)
     lines = restarts(tmp_path)
     assert [line["event"] for line in lines] == ["start", "end", "start", "end"]
@@ -301,7 +301,7 @@ def test_mpirun_killed_leaves_nothing_and_the_run_goes_on(tmp_path, data, undist
     os.kill(mpirun_of(started), signal.SIGKILL)
     ended = started.wait()
     assert ended.code == 0, ended.out + ended.err
-    assert "hvd-vgg launch: mpirun killed by signal 9. Starting again" in ended.err
+    assert "hvd-vgg launch: mpirun killed by signal 9. Restarting" in ended.err
     assert_exact(tmp_path, 2, undisturbed)
 
 
@@ -340,7 +340,7 @@ def test_what_a_dead_launcher_left_is_ended_by_the_next(tmp_path):
     first.process.kill()
     second = start_standin(tmp_path, "0").wait()
     assert second.code == 0, second.err
-    assert re.search(r"ending processes \d+, \d+, which a job of this run left", second.err)
+    assert re.search(r"killing processes \d+, \d+, which a job of this run left behind", second.err)
     assert first.wait().code == -signal.SIGKILL
 
 
@@ -461,7 +461,7 @@ def test_a_host_lost_in_mid_run_is_left_out_and_the_run_is_the_same(tmp_path, da
     ended = started.wait()
     assert ended.code == 0, ended.out + ended.err
     assert f"host {emulated_hosts.addresses[1]} is gone" in ended.err
-    assert f"going on without {emulated_hosts.addresses[1]}" in ended.err
+    assert f"continuing without {emulated_hosts.addresses[1]}" in ended.err
     lines = restarts(out)
     assert [(line["ranks"], len(line["hosts"])) for line in lines] == [(count, count)] * 2 + [(count - 1, count - 1)] * 2
     assert newest(out).meta["step"] == STEPS
@@ -484,7 +484,7 @@ def test_the_published_recipes_script_goes_on_without_a_host(tmp_path, data, emu
     emulated_hosts.cut(4)
     ended = started.wait()
     assert ended.code == 0, ended.out + ended.err
-    assert f"going on without {emulated_hosts.addresses[3]}" in ended.err
+    assert f"continuing without {emulated_hosts.addresses[3]}" in ended.err
     ended = Started(["bash", *script, "--ranks=1"], alone, **environment).wait()
     assert ended.code == 0, ended.out + ended.err
     found, wanted = (checkpoint.newest(place / "runs" / "vgg16_imagenet")[0] for place in (lost, alone))
@@ -506,7 +506,7 @@ def test_hosts_with_docker_train(tmp_path, data, emulated_hosts):
     [
         ("lo", "answers, but cannot connect to this host at 127.0.0.1"),
         ("dum0", f"answers, but cannot connect to this host at {namespaces.DEAD_END}.1"),
-        ("eht0", "--network=eht0: no interface with an address is so called or in it; here are: lo 127.0.0.1, eth0 "),
+        ("eht0", "--network=eht0: no interface with an address has this name or is in this network; here are: lo 127.0.0.1, eth0 "),
     ],
 )
 @pytest.mark.fault("F33")

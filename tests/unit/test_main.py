@@ -70,7 +70,7 @@ def test_a_precision_that_no_rank_can_compute_in_is_refused_once(launch, data):
 
 
 @pytest.mark.parametrize(
-    ("module", "words"), [("absl", ["--help"]), ("absl", ["doctor"]), ("numpy", ["launch", "--ranks=2", "doctor"])]
+    ("module", "words"), [("absl", ["--help"]), ("absl", ["doctor"]), ("psutil", ["launch", "--ranks=2", "doctor"])]
 )
 def test_a_package_that_is_not_there_is_told_without_a_traceback(tmp_path, module, words):
     program = f"import sys; sys.modules[{module!r}] = None; from hvd_vgg import __main__; __main__.main()"
@@ -82,7 +82,10 @@ def test_a_package_that_is_not_there_is_told_without_a_traceback(tmp_path, modul
 def test_an_interface_that_is_not_there_is_told_before_mpirun_is_asked(launch, tmp_path):
     ended = launch(0, "launch", "--ranks=2", "--network=eth9", "doctor", f"--data_dir={tmp_path}")
     assert ended.code == 78
-    assert "--network=eth9: no interface with an address is so called or in it; here are: lo 127.0.0.1" in ended.err
+    assert (
+        "--network=eth9: no interface with an address has this name or is in this network; here are: lo 127.0.0.1"
+        in ended.err
+    )
 
 
 def test_more_ranks_than_images_is_a_usage_error(launch, data):

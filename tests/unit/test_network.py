@@ -101,7 +101,9 @@ def test_a_bridge_that_is_all_there_is_stays():
 def test_the_bridge_toward_mpirun_stays(monkeypatch):
     """What sends to 10.1 leaves by the bridge, all else by eth0."""
     there = {**THERE, DOCKERS: "10.1.0.2"}
-    monkeypatch.setattr(network, "_source", lambda address: "10.1.0.2" if address.startswith("10.1.") else "10.0.0.2")
+    monkeypatch.setattr(
+        network, "_source_address", lambda address: "10.1.0.2" if address.startswith("10.1.") else "10.0.0.2"
+    )
     uri = "OMPI_MCA_orte_hnp_uri"
     by_bridge, both = {uri: "7.0;tcp://172.17.0.1,10.1.0.1:4071"}, {uri: "7.0;tcp://172.17.0.1,10.1.0.1,10.0.0.1:4071"}
     assert network.toward_launcher(by_bridge, there) == f"{DOCKERS} (10.1.0.2)"
@@ -165,9 +167,14 @@ def agent(tmp_path, text):
         # More connections than hosts: one from each to each address.
         ('for i in 1 2 3 4 5; do bash -c "$*"; done', ["127.0.0.1"] * 100, OK, "b answers and reaches 127.0.0.1"),
         ("sleep 60", ["127.0.0.1"], FAILURE, "b did not answer"),
-        ("echo 'Host key verification failed.' >&2; exit 255", [], FAILURE, "ended with 255: Host key verification failed."),
-        (f"echo 'bash: {sys.executable}: No such file' >&2; exit 127", [], FAILURE, "ended with 127"),
-        ("echo 'Welcome to b'; exit 0", [], FAILURE, "ended with 0: it said nothing"),
+        (
+            "echo 'Host key verification failed.' >&2; exit 255",
+            [],
+            FAILURE,
+            "exited with 255: Host key verification failed.",
+        ),
+        (f"echo 'bash: {sys.executable}: No such file' >&2; exit 127", [], FAILURE, "exited with 127"),
+        ("echo 'Welcome to b'; exit 0", [], FAILURE, "exited with 0: it printed no error"),
         ('echo \'{"reached": "10.0.0.1", "time": 1000}\'', ["10.0.0.1"], WARNING, "s or more off"),
     ],
 )
@@ -194,7 +201,7 @@ def test_addresses_that_do_not_answer_are_not_waited_for_one_by_one():
             with contextlib.suppress(TimeoutError, socket.timeout):  # one in the queue is as many as it holds
                 while True:
                     stack.enter_context(socket.create_connection((address, port), 0.2))
-        asked = [sys.executable, "-c", ssh._ANSWER, str(port), *silent, "127.0.0.99"]
+        asked = [sys.executable, "-c", ssh._CONNECT_BACK, str(port), *silent, "127.0.0.99"]
         ended = subprocess.run(asked, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=True)
     assert json.loads(ended.stdout)["reached"] == "127.0.0.99"
 
