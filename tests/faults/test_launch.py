@@ -369,7 +369,7 @@ def test_two_jobs_at_once_end_both(tmp_path):
     ("flags", "code", "told"),
     [
         (["--ranks=2", "train", "--lr=-1", "--widht=2"], 64, "2 illegal flag(s)"),
-        (["--ranks=x", "train"], 64, "--ranks=x: expected a whole number"),
+        (["--ranks=x", "train"], 64, "--ranks=x: expected an integer"),
         (["--ranks=2"], 64, "nothing to launch"),
         (["--ranks=2", "plan"], 64, "nothing to launch"),
         (["--ranks=2", "--"], 64, "nothing to launch"),
