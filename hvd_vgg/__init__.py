@@ -1,3 +1,3 @@
 """Trains VGG networks on ImageNet-style TFRecords with TensorFlow and Horovod."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -133,7 +133,7 @@ def network_flag_error(network: str, interfaces: Mapping[str, str]) -> str:
     if not network or chosen_addresses({INCLUDE[0]: network}, interfaces):
         return ""
     here = format_interfaces(interfaces)
-    return f"--network={network}: no interface with an address has this name or is in this network; here are: {here}"
+    return f"--network={network}: no interface has this name or an address in this network; here are: {here}"
 
 
 def toward_launcher(environ: Mapping[str, str], interfaces: Mapping[str, str]) -> str:

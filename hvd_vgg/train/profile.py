@@ -1,7 +1,7 @@
 """Profiles of some updates: TensorFlow's, for TensorBoard, and Horovod's timeline, for chrome://tracing."""
 
 from pathlib import Path
-from typing import Iterable, Iterator, TypeVar
+from typing import Generator, Iterable, TypeVar
 
 import tensorflow as tf
 
@@ -15,7 +15,7 @@ from hvd_vgg.watchdog import watchdog
 T = TypeVar("T")
 
 
-def profiled(batches: Iterable[T], steps: range, config: TrainConfig, throughput: Throughput) -> Iterator[T]:
+def profiled(batches: Iterable[T], steps: range, config: TrainConfig, throughput: Throughput) -> Generator[T, None, None]:
     """Yields what `batches` does, one for each of `steps`, and profiles --profile_steps; for all ranks.
 
     Leaves in --run_dir/profile `rankR/` of each of --profile_ranks, and `horovod_timeline.json` of rank 0, which alone can
@@ -29,11 +29,11 @@ def profiled(batches: Iterable[T], steps: range, config: TrainConfig, throughput
         for now, batch in zip(steps, batches):
             if running and now == chosen[-1] + 1:
                 running = False
-                with throughput.apart("profiling"), watchdog.phase("profiling"):
+                with throughput.exclude("profiling"), watchdog.phase("profiling"):
                     _end(traces)
                     comm.barrier()  # else the others wait for the slowest inside their next update
             if chosen and now == chosen[0]:
-                with throughput.apart("profiling"), watchdog.phase("profiling"):
+                with throughput.exclude("profiling"), watchdog.phase("profiling"):
                     run_on_all_ranks(lambda: _begin(folder, traces))
                 running = True
             yield batch

@@ -82,10 +82,7 @@ def test_a_package_that_is_not_there_is_told_without_a_traceback(tmp_path, modul
 def test_an_interface_that_is_not_there_is_told_before_mpirun_is_asked(launch, tmp_path):
     ended = launch(0, "launch", "--ranks=2", "--network=eth9", "doctor", f"--data_dir={tmp_path}")
     assert ended.code == 78
-    assert (
-        "--network=eth9: no interface with an address has this name or is in this network; here are: lo 127.0.0.1"
-        in ended.err
-    )
+    assert "--network=eth9: no interface has this name or an address in this network; here are: lo 127.0.0.1" in ended.err
 
 
 def test_more_ranks_than_images_is_a_usage_error(launch, data):

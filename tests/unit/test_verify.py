@@ -152,16 +152,16 @@ class Simulated:
                 bad = [(row, int(at.ids[row])) for row in range(32) if at.ids[row] in self.bad]
                 at.ids[[row for row, _ in bad]] = 5
                 self.coverage.add(step * 32, at.ids, bad)
-            self.throughput.total.append((3.0 if not self.throughput.total else 0.1) + 0.001 * (step % 3))
-            self.throughput.input.append(0.01 * (step % 2))
-            self.throughput.exchange.append(0.02)
+            self.throughput.total_seconds.append((3.0 if not self.throughput.total_seconds else 0.1) + 0.001 * (step % 3))
+            self.throughput.input_seconds.append(0.01 * (step % 2))
+            self.throughput.exchange_seconds.append(0.02)
             window, done = window + 1, step + 1
             due = done in evaluation_steps(config, RECORDS, STEPS)
             if done % 2 and not due:
                 continue
             met = (set(range(done - window, done)) & self.poisoned) - self.skipped
             if met:
-                unlogged = {"update_seconds": self.throughput.total, "input_seconds": self.throughput.input}
+                unlogged = {"update_seconds": self.throughput.total_seconds, "input_seconds": self.throughput.input_seconds}
                 return None, (min(met), {name: each[-window:] for name, each in unlogged.items()})
             if self.coverage.ended(done):
                 for proved in self.coverage.settle(done, lambda data: [data]):
@@ -184,10 +184,10 @@ class Simulated:
         return result, None
 
     def line(self, done, window):
-        seconds = self.throughput.total[-window:]
+        seconds = self.throughput.total_seconds[-window:]
         images = 32 * max(1, len(set(range(done - window, done)) - self.skipped))
         row = {"train.loss": 1.0, "train.acc@1": 3 / images, "train.acc@5": 5 / images, "train.update_seconds": seconds}
-        row["train.input_seconds"] = self.throughput.input[-window:]
+        row["train.input_seconds"] = self.throughput.input_seconds[-window:]
         row["train.fps"] = 32 * window / sum(seconds)
         row["train.lr"] = learning_rate(done - 1, self.config, RECORDS)
         self.log.log((done * 32 // RECORDS, done), row)
@@ -208,7 +208,7 @@ class Simulated:
 
             flops = training_flops(vgg_layers("vgg11", 0.125, 32, 10), 32)
             summary.update(
-                fps_wall=32 * len(self.throughput.total) / (sum(self.throughput.total) + 1),
+                fps_wall=32 * len(self.throughput.total_seconds) / (sum(self.throughput.total_seconds) + 1),
                 tflops_per_rank=flops * summary["fps"] / 2 / 1e12,
             )
             last = self.throughput.last(summary["fps_updates"])
@@ -223,7 +223,7 @@ class Simulated:
         measured = self.measured()
         content.update(precision="float32", **measured)
         path = self.run_dir / "result.json"
-        if self.throughput.total or not path.exists() or json.loads(path.read_text())["steps"] != done:
+        if self.throughput.total_seconds or not path.exists() or json.loads(path.read_text())["steps"] != done:
             self.event("throughput", step=done, **measured)
             (self.run_dir / "result.json").write_text(json.dumps(content))
             self.wrote()

@@ -3,7 +3,7 @@
 import subprocess
 from pathlib import Path
 
-import symbols
+import tensorflow_names
 from support import BIN, ROOT
 
 
@@ -14,15 +14,25 @@ def test_python_3_8_has_all_that_is_used():
 
 
 def test_tensorflow_2_6_has_all_that_is_used():
-    used = symbols.used_by_package()
-    new = "; ".join(f"{name} ({', '.join(places)})" for name, places in used.items() if name not in symbols.known())
-    assert not new, f"not in {symbols.KNOWN.name}: {new}. Do without, or see whether 2.6 has it by tests/symbols.py"
-    assert set(symbols.known()) == set(used), f"{symbols.KNOWN.name} has names that are no longer used: run tests/symbols.py"
+    used = tensorflow_names.used_by_package()
+    new = "; ".join(f"{name} ({', '.join(places)})" for name, places in used.items() if name not in tensorflow_names.known())
+    assert not new, (
+        f"not in {tensorflow_names.KNOWN.name}: {new}. Do without, or see whether 2.6 has it by tests/programs/tensorflow_names.py"
+    )
+    assert set(tensorflow_names.known()) == set(used), (
+        f"{tensorflow_names.KNOWN.name} has names that are no longer used: run tests/programs/tensorflow_names.py"
+    )
 
 
 def test_names_are_found_wherever_they_stand_and_with_their_line():
     source = "@tf.function\ndef f(x: 'tf.no') -> tf.int8:\n  # tf.no\n  return tf.a.b(x, tf.c[tf.d])\n"
-    assert sorted(symbols.used(source)) == [("tf.a.b", 4), ("tf.c", 4), ("tf.d", 4), ("tf.function", 1), ("tf.int8", 2)]
+    assert sorted(tensorflow_names.used(source)) == [
+        ("tf.a.b", 4),
+        ("tf.c", 4),
+        ("tf.d", 4),
+        ("tf.function", 1),
+        ("tf.int8", 2),
+    ]
 
 
 def test_tensorflow_goes_by_one_name():

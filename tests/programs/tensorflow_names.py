@@ -1,7 +1,7 @@
 """The names of TensorFlow that the package uses, and whether a TensorFlow has them, found without importing either.
 
     pip download --no-deps --only-binary :all: --python-version 3.8 --platform manylinux2010_x86_64 tensorflow-cpu==2.6.5
-    python tests/symbols.py tensorflow_cpu-2.6.5-cp38-cp38-manylinux2010_x86_64.whl
+    python tests/programs/tensorflow_names.py tensorflow_cpu-2.6.5-cp38-cp38-manylinux2010_x86_64.whl
 
 writes those that the wheel has to tests/unit/tensorflow-2.6.txt, which tests/unit/test_versions.py holds the package
 against, and lists the others with the places that use them; the exit code is then 1.
@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KNOWN = ROOT / "tests" / "unit" / "tensorflow-2.6.txt"
 
 
@@ -77,7 +77,7 @@ def main(path: str) -> int:
     places = used_by_package()
     with zipfile.ZipFile(path) as wheel:
         found = {name: origin(wheel, name) for name in sorted(places)}
-    lines = [f"# What hvd_vgg uses and {Path(path).name} has, and where; written by tests/symbols.py."]
+    lines = [f"# What hvd_vgg uses and {Path(path).name} has, and where; written by tests/programs/tensorflow_names.py."]
     KNOWN.write_text("\n".join([*lines, *(f"{name} {where}" for name, where in found.items() if where)]) + "\n")
     missing = [name for name, where in found.items() if not where]
     for name in missing:

@@ -1,8 +1,7 @@
-"""The Dockerfile without docker: reads its instructions, and carries out those of a target on a copy of this machine.
+"""Tests the Dockerfile without docker: reads its instructions, and executes those of a target on a copy of this machine.
 
-`python tests/dockerfile.py` does so for the targets cpu and corex and uses what comes of them (launch/check_dockerfile.sh).
-The copy is an overlay that is gone in the end; this machine and this Python stand for the base image, so it shows nothing
-about that.
+Run by launch/check_dockerfile.sh, it executes the targets cpu and corex and trains in what they make. The copy is an
+overlay that is removed at the end; this machine and this Python stand for the base image, which is therefore not tested.
 """
 
 import json
@@ -18,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Tuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # This Python stands for the image's.
 PYTHON = Path(sys.base_prefix).resolve() / "bin" / "python3.11"
 PATH = f"{PYTHON.parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

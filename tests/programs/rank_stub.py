@@ -1,8 +1,8 @@
-"""Stands in for a rank of hvd-vgg where only how it ends matters, in a tenth of a second: `standin.py HOW [FLAGS OF train]`.
+"""Takes the place of a rank of hvd-vgg where only its end matters: `rank_stub.py HOW [FLAGS OF train]`.
 
-wait: until SIGUSR1, then as a rank that was asked to stop; deaf: hears nothing; die: rank 1 kills itself, the others wait;
-progress: the same, a checkpoint later; silent: rank 1 leaves a job of MPI with 0, the others wait; CODE: exits with it;
-memory: rank 1 joins the memory cgroup in $STANDIN_CGROUP and takes more than that allows.
+wait: waits for SIGUSR1, then exits as a rank that was asked to stop; deaf: ignores all requests; die: rank 1 kills itself,
+the others wait; progress: the same after writing a checkpoint; silent: rank 1 exits with 0 without MPI_Finalize, the others
+wait; CODE: exits with it; memory: rank 1 joins the memory cgroup $STUB_CGROUP and takes more than it allows.
 """
 
 import os
@@ -17,7 +17,7 @@ run_dir = Path(next((flag.split("=", 1)[1] for flag in sys.argv if flag.startswi
 
 
 def leave_in_order(number, frame):
-    """Ends as ranks that agreed on a step do: all at once."""
+    """Exits as ranks do that agreed on a step: all at once."""
     time.sleep(0.5)
     os._exit(80)
 
@@ -39,7 +39,7 @@ if how == "progress" and rank == 0:
 if how in ("die", "progress", "memory") and rank == 1:
     time.sleep(1)
     if how == "memory":
-        Path(os.environ["STANDIN_CGROUP"], "cgroup.procs").write_text(str(os.getpid()))
+        Path(os.environ["STUB_CGROUP"], "cgroup.procs").write_text(str(os.getpid()))
         taken = [b"x" * 10_000_000 for _ in range(100)]
     os.kill(os.getpid(), signal.SIGKILL)
 if how == "silent":

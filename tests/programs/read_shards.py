@@ -1,7 +1,7 @@
-"""Reads each shard of a directory alone, as a run does, and tells what became of it: `reader.py DIR`.
+"""Reads each shard of a directory by itself, as a run does, and prints how that went: `read_shards.py DIR`.
 
-One line of JSON a shard: its name, the message with which it was refused or null, and by how many bytes the largest memory
-of the process has grown since it read the first. Whatever else is raised ends it.
+One line of JSON per shard: its name, the message with which it was refused or null, and by how many bytes the peak memory
+of the process has grown since it read the first. Any other exception ends the program.
 """
 
 import json

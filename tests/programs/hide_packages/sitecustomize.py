@@ -1,4 +1,4 @@
-"""With this folder on PYTHONPATH the packages named in $HIDDEN_PACKAGES (`a,b`) are not there, as if never installed."""
+"""With this folder on PYTHONPATH, the packages named in $HIDDEN_PACKAGES (`a,b`) cannot be imported."""
 
 import os
 import sys
