@@ -27,6 +27,11 @@ import time
 from pathlib import Path
 
 import measure
+import numpy as np
+
+from hvd_vgg.reporting.receipt import read_log
+from hvd_vgg.run_dir import RunDir
+from hvd_vgg.training import checkpoint
 
 SAVE_EVERY_STEPS, HANG_SECONDS, LIMIT_SECONDS = 4, 8, 180
 SIGNALS = {"term": signal.SIGTERM, "freeze": signal.SIGSTOP}  # the others: SIGKILL
@@ -60,9 +65,7 @@ def pid_of(rank):
 
 def updates_logged(run_dir):
     """Returns (time, update) of the log's lines of updates so far."""
-    from hvd_vgg.reporting.receipt import read_log
-
-    lines = read_log(run_dir / "dllogger.json")
+    lines = read_log(RunDir(run_dir).log)
     return [(line.timestamp, line.step[1]) for line in lines if isinstance(line.step, list) and line.step]
 
 
@@ -99,8 +102,6 @@ def damage(path):
 
 def disturb(options, run_dir):
     """Runs to the end through all faults; returns a row for each fault, and the most bytes that the run directory held."""
-    from hvd_vgg.train import checkpoint
-
     choose, filler = random.Random(options.seed), run_dir.parent.parent / "filler"  # noqa: S311
     kinds = ["kill", "term", "freeze", "damage"] + ["full"] * (os.getuid() == 0)
     rows, most, pending = [], 0, None
@@ -135,7 +136,7 @@ def disturb(options, run_dir):
         if injected is None:
             console = (run_dir.parent / "console.txt").read_text()[-2000:]
             measure.refuse(f"{where}: ended by itself with {job.returncode}:\n{console}", 1)
-        files = checkpoint.existing(run_dir)
+        files = RunDir(run_dir).list_checkpoints()
         if kind == "damage" and len(files) > 1:  # a run that has but one would, rightly, refuse to start over
             damage(files[0])
         reached = max((update for _, update in updates_logged(run_dir)[earlier:]), default=0)
@@ -149,8 +150,6 @@ def disturb(options, run_dir):
 
 def difference(found, expected):
     """Returns the norm of the difference of two checkpoints' kernels over that of the expected ones."""
-    import numpy as np
-
     names = [name for name in expected if name.endswith("/kernel")]
     norm = np.linalg.norm([np.linalg.norm(expected[name]) for name in names])
     return float(np.linalg.norm([np.linalg.norm(found[name] - expected[name]) for name in names]) / norm)
@@ -158,15 +157,13 @@ def difference(found, expected):
 
 def undisturbed(ranks, folder, options):
     """Returns the final weights of the run that nothing happens to, on `ranks`."""
-    from hvd_vgg.train import checkpoint
-
     run_dir = folder / f"undisturbed-{ranks}" / "run"
     run_dir.mkdir(parents=True)
     code = start(ranks, run_dir, options).wait(LIMIT_SECONDS)
     if code:
         console = (run_dir.parent / "console.txt").read_text()[-2000:]
         measure.refuse(f"the undisturbed run ended with {code}: {console}", 1)
-    return checkpoint.newest(run_dir)[0].tensors
+    return checkpoint.newest(RunDir(run_dir))[0].tensors
 
 
 @contextlib.contextmanager
@@ -195,18 +192,16 @@ def main():
     parser.add_argument("--steps", type=measure.positive, default=480)
     options = parser.parse_args()
     measure.require("mpirun")
-    from hvd_vgg.train import checkpoint
-
     print(f"seed {options.seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder, file_system(Path(folder)) as disk:
         expected = undisturbed(options.ranks[0], Path(folder), options)
         run_dir = disk / "job" / "run"
         run_dir.mkdir(parents=True)
         rows, most = disturb(options, run_dir)
-        found, allowed = checkpoint.newest(run_dir)[0], 0.0
+        found, allowed = checkpoint.newest(RunDir(run_dir))[0], 0.0
         if len(options.ranks) > 1:
             allowed = 3 * difference(undisturbed(options.ranks[-1], Path(folder), options), expected)
-        changed, size = difference(found.tensors, expected), checkpoint.existing(run_dir)[0].stat().st_size
+        changed, size = difference(found.tensors, expected), RunDir(run_dir).list_checkpoints()[0].stat().st_size
     twice = [row["twice"] for row in rows if "twice" in row]
     row = [
         len(rows),

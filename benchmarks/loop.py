@@ -40,9 +40,9 @@ def work(rounds, updates, flags):
     from hvd_vgg.data.loader import train_batches
     from hvd_vgg.flags import parse_flags
     from hvd_vgg.parallel import comm
-    from hvd_vgg.train.loop import fit
-    from hvd_vgg.train.train_step import step_inputs
-    from hvd_vgg.train.trainer import Trainer
+    from hvd_vgg.training.loop import fit
+    from hvd_vgg.training.train_step import step_inputs
+    from hvd_vgg.training.trainer import Trainer
 
     turns, spent = {"trainer": [], "bare": []}, {}
 

@@ -25,9 +25,10 @@ def main():
 
     from hvd_vgg.config import TrainConfig
     from hvd_vgg.parallel.init import start
-    from hvd_vgg.train.checkpoint_writer import CheckpointWriter
-    from hvd_vgg.train.state import TrainProgress, initial_state, save_state
-    from hvd_vgg.train.train_step import make_train_step, step_inputs
+    from hvd_vgg.run_dir import RunDir
+    from hvd_vgg.training.checkpoint_writer import CheckpointWriter
+    from hvd_vgg.training.state import TrainProgress, initial_state, save_state
+    from hvd_vgg.training.train_step import make_train_step, step_inputs
 
     device, count, size = start(), options.batch, options.size
     config = TrainConfig(width=options.width, image_size=size, global_batch=count, device_batch=count)
@@ -50,7 +51,7 @@ def main():
         update()
     rounds = []
     with tempfile.TemporaryDirectory(dir=options.out) as folder:
-        writer = CheckpointWriter(Path(folder), 1, lambda *_, **__: None)
+        writer = CheckpointWriter(RunDir(folder), 1, lambda *_, **__: None)
         for number in range(options.rounds):
             alone, during = statistics.median(update() for _ in range(4)), []
             began = begin_save(2 * number)
