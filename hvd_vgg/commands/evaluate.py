@@ -11,11 +11,11 @@ from hvd_vgg.parallel.consensus import run_on_all_ranks, run_on_root
 from hvd_vgg.parallel.init import Device
 from hvd_vgg.reporting.console import Console
 from hvd_vgg.text import plural
-from hvd_vgg.train import checkpoint
-from hvd_vgg.train.dataset import open_split
-from hvd_vgg.train.evaluate import Evaluation, evaluate, make_eval_step
-from hvd_vgg.train.startup import join_ranks
-from hvd_vgg.train.state import assign_variables, data_digest, initial_weights
+from hvd_vgg.training import checkpoint
+from hvd_vgg.training.dataset import open_split
+from hvd_vgg.training.evaluate import Evaluation, evaluate, make_eval_step
+from hvd_vgg.training.startup import join_ranks
+from hvd_vgg.training.state import assign_variables, data_digest, initial_weights
 
 
 class Score(NamedTuple):

@@ -30,7 +30,7 @@ from hvd_vgg.reporting.findings import FAILURE
 from hvd_vgg.run_dir import DISK_FULL, write_error
 from hvd_vgg.streams import write_line
 from hvd_vgg.text import plural
-from hvd_vgg.train import checkpoint
+from hvd_vgg.training import checkpoint
 
 # How long what a job has left may take to end by itself, before it is ended.
 _LEAVE_SECONDS = 5.0

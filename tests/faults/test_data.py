@@ -37,7 +37,7 @@ from support import ROOT, TINY, example, full, picture, write_data, write_shard
 from hvd_vgg.data.index import find_shards, join, save_cache, scan_shard
 from hvd_vgg.data.sampler import positions, replacement_record
 from hvd_vgg.data.tfrecord import masked_crc
-from hvd_vgg.train import checkpoint
+from hvd_vgg.training import checkpoint
 
 FLAGS = [*TINY, "--steps=4", "--global_batch=8"]
 SHARD = "train-00001-of-00003"

@@ -20,7 +20,7 @@ from test_equality import assert_same_weights
 
 from hvd_vgg.launcher import mpirun
 from hvd_vgg.launcher.mpirun import Limits, Requests
-from hvd_vgg.train import checkpoint
+from hvd_vgg.training import checkpoint
 
 STANDIN = [sys.executable, str(ROOT / "tests" / "standin.py")]
 LAUNCHED = [sys.executable, str(ROOT / "tests" / "launched.py")]

@@ -17,7 +17,7 @@ from hvd_vgg.data.loader import load_records, train_batches
 from hvd_vgg.data.reader import read_record
 from hvd_vgg.data.sampler import Positions, positions, sample_seeds
 from hvd_vgg.flags import parse_flags
-from hvd_vgg.train import checkpoint
+from hvd_vgg.training import checkpoint
 
 # Steps 4 to 7 are one window: what happens at 5 is noticed when 8 are done.
 WINDOWS = ["--steps=10", "--log_every_steps=8", "--save_every_steps=4", "--drift_every_steps=0"]

@@ -26,7 +26,7 @@ from oracles import (
 )
 from support import Started, command_line, full, wait_for
 
-from hvd_vgg.train import checkpoint
+from hvd_vgg.training import checkpoint
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from hvd_vgg.config import TrainConfig
 from hvd_vgg.errors import CONFIGURATION, USAGE, Failure
 from hvd_vgg.parallel import comm, init
 from hvd_vgg.parallel.consensus import run_on_all_ranks
-from hvd_vgg.train.trainer import _claim_run_dir
+from hvd_vgg.training.trainer import _claim_run_dir
 
 
 def test_startup_refuses_a_precision_that_cpus_lack(monkeypatch):

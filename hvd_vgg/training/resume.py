@@ -11,9 +11,9 @@ from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import run_on_root
 from hvd_vgg.reporting import receipt
 from hvd_vgg.text import difference_table
-from hvd_vgg.train import checkpoint
-from hvd_vgg.train.reporter import Reporter
-from hvd_vgg.train.state import CHECKPOINT_FORMAT, State, TrainProgress, assign_variables, find_mismatch
+from hvd_vgg.training import checkpoint
+from hvd_vgg.training.reporter import Reporter
+from hvd_vgg.training.state import CHECKPOINT_FORMAT, State, TrainProgress, assign_variables, find_mismatch
 
 # Flags that decide which record is due when: of an epoch in which one of them has changed nothing can be proved.
 _ORDER = {"global_batch", "seed", "shuffle_block_records"}

@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, Optional
 
 from hvd_vgg.errors import NOT_WRITTEN, Failure
 from hvd_vgg.reporting import receipt
-from hvd_vgg.train import checkpoint
+from hvd_vgg.training import checkpoint
 
 
 class CheckpointWriter:

@@ -1,8 +1,8 @@
 """The training loop."""
 
 from hvd_vgg.config import TrainConfig
-from hvd_vgg.train.metrics import NonFiniteStep
-from hvd_vgg.train.trainer import Trainer
+from hvd_vgg.training.metrics import NonFiniteStep
+from hvd_vgg.training.trainer import Trainer
 
 
 def train(config: TrainConfig) -> None:
