@@ -26,7 +26,7 @@ def skip_unless_computed(precision):
 
 
 @pytest.mark.parametrize("factored", [[], ["fc1", "fc2", "predictions"], ["fc2"]])
-def test_an_update_is_that_of_the_mean_loss_over_the_whole_batch(factored):
+def test_update_is_that_of_the_mean_loss_of_the_batch(factored):
     config = TrainConfig(
         model="vgg11", width=0.125, image_size=32, num_classes=10, global_batch=13, device_batch=3, dropout=0.0, lr=0.1
     )
@@ -62,7 +62,7 @@ def test_an_update_is_that_of_the_mean_loss_over_the_whole_batch(factored):
 
 
 @pytest.mark.parametrize("factored", [[], ["fc1", "fc2", "predictions"]])
-def test_an_update_that_overflows_in_float16_is_skipped_and_the_next_ones_train(factored):
+def test_update_that_overflows_in_float16_is_skipped(factored):
     config = TrainConfig(model="vgg11", width=0.125, image_size=32, num_classes=10, global_batch=8, precision="float16")
     weights = vgg.initial_weights(vgg_layers("vgg11", 0.125, 32, 10), 1)
     slots = make_slots(weights, config.precision)
@@ -88,7 +88,7 @@ def test_an_update_that_overflows_in_float16_is_skipped_and_the_next_ones_train(
 @pytest.mark.parametrize(
     ("kind", "within"), [({"xla": True}, 1e-5), ({"precision": "bfloat16"}, 0.2), ({"precision": "float16"}, 0.1)]
 )
-def test_xla_and_low_precision_compute_the_same_update_to_rounding(kind, within):
+def test_update_by_xla_or_in_low_precision_is_the_same(kind, within):
     skip_unless_computed(kind.get("precision", "float32"))
     config = TrainConfig(model="vgg11", width=0.0625, image_size=32, num_classes=10, global_batch=11, device_batch=3, lr=0.1)
     random = np.random.default_rng(3)
@@ -107,7 +107,8 @@ def test_xla_and_low_precision_compute_the_same_update_to_rounding(kind, within)
         assert np.linalg.norm(found[1][name] - moved) <= within * np.linalg.norm(moved), name
 
 
-def test_an_infinite_loss_on_one_rank_stops_the_updates_of_all_though_its_gradient_is_finite():
+def test_infinite_loss_on_one_rank_stops_the_updates_of_all():
+    """Though its gradient is finite."""
     config = TrainConfig(model="vgg11", width=0.0625, image_size=32, num_classes=10, global_batch=8, dropout=0.0)
     weights = vgg.initial_weights(vgg_layers("vgg11", 0.0625, 32, 10), 1)
     slots = make_slots(weights)
@@ -132,7 +133,7 @@ def test_an_infinite_loss_on_one_rank_stops_the_updates_of_all_though_its_gradie
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_the_rank_the_layer_and_the_records_that_are_not_finite_are_found(precision):
+def test_diagnosis_finds_rank_layer_and_records(precision):
     skip_unless_computed(precision)
     config = TrainConfig(
         model="vgg11", width=0.0625, image_size=32, num_classes=10, global_batch=9, device_batch=2, precision=precision
