@@ -50,7 +50,7 @@ def test_wrong_command_line_of_two_ranks_is_one_message(launch):
     [
         ("absl", ["--help"], "install it, or use launch/environment.sh"),
         ("absl", ["doctor"], "install it, or use launch/environment.sh"),
-        ("numpy", ["launch", "--ranks=2", "doctor"], "install it, or use launch/environment.sh"),
+        ("psutil", ["launch", "--ranks=2", "doctor"], "install it, or use launch/environment.sh"),
         ("numpy", ["train"], "numpy"),
     ],
 )
@@ -64,7 +64,7 @@ def test_missing_package_is_one_message(tmp_path, module, arguments, message):
 def test_missing_interface_is_named_before_mpirun_starts(launch, tmp_path):
     ended = launch(0, "launch", "--ranks=2", "--network=eth9", "doctor", f"--data_dir={tmp_path}")
     assert ended.code == 78
-    assert "--network=eth9: no interface with an address is so called or in it; here are: lo 127.0.0.1" in ended.err
+    assert "--network=eth9: no interface has this name or an address in this network; here are: lo 127.0.0.1" in ended.err
 
 
 @pytest.mark.parametrize("closed", full(">&-", "2>&-", "<&- >&- 2>&-"))
