@@ -29,7 +29,6 @@ from hvd_vgg.config import BatchConfig, ComputeConfig, EvaluationConfig
 from hvd_vgg.data.index import Index
 from hvd_vgg.data.reader import BadRecord, parse_example, read_ahead, read_record
 from hvd_vgg.data.sampler import positions, replacement_record, sample_seeds, slice_bounds, storage_order, window_records
-from hvd_vgg.data.tfrecord import data_failure
 from hvd_vgg.data.transforms import augmentation_params, eval_image, train_image
 from hvd_vgg.errors import DATA, Failure
 from hvd_vgg.watchdog import watchdog
@@ -194,33 +193,35 @@ def load_batches(dataset: Dataset, specs: Iterable[BatchSpec], rows: int, image_
     ahead = 2 + -(-threads * ROWS_PER_TASK // max(1, rows))
     left = iter(specs)
     planned: Deque[BatchSpec] = deque()
-    begun: Deque[Tuple["Future[Batch]", List["Future[None]"]]] = deque()  # batches, and the tasks that fill them
-    hints: Deque["Future[None]"] = deque()
+    begun: Deque[Tuple[Future[Batch], List[Future[None]]]] = deque()  # batches, and the tasks that fill them
+    hints: Deque[Future[None]] = deque()
+    pools = ThreadPoolExecutor(threads, "decode"), ThreadPoolExecutor(1, "finish"), ThreadPoolExecutor(1, "read_ahead")
+    decoders, finisher, storage = pools
     watchdog.add_to_report("batches_ready", lambda: sum(batch.done() for batch, _ in list(begun)))
-    with ThreadPoolExecutor(threads, "decode") as decoders, ThreadPoolExecutor(1, "finish") as finisher:
-        with ThreadPoolExecutor(1, "read_ahead") as storage:
-            try:
-                while True:
-                    for spec in itertools.islice(left, ahead + READ_AHEAD - len(planned) - len(begun)):
-                        planned.append(spec)
-                        for start in range(0, len(spec.read_ahead), READ_AHEAD_RECORDS):
-                            part = spec.read_ahead[start : start + READ_AHEAD_RECORDS]
-                            hints.append(storage.submit(read_ahead, dataset.index, part))
-                    while hints and hints[0].done():
-                        hints.popleft()
-                    while planned and len(begun) < ahead:
-                        spec = planned.popleft()
-                        batch = _allocate(spec, rows, image_size)
-                        tasks = [decoders.submit(_fill, batch, spec, part, dataset) for part in _tasks(spec.ids)]
-                        begun.append((finisher.submit(_finish, batch, len(spec.ids), tasks), tasks))
-                    if not begun:
-                        return
-                    finished = begun[0][0].result()
-                    begun.popleft()
-                    yield finished
-            finally:
-                for future in itertools.chain(hints, *(tasks for _, tasks in begun)):
-                    future.cancel()
+    try:
+        while True:
+            for spec in itertools.islice(left, ahead + READ_AHEAD - len(planned) - len(begun)):
+                planned.append(spec)
+                for start in range(0, len(spec.read_ahead), READ_AHEAD_RECORDS):
+                    ids = spec.read_ahead[start : start + READ_AHEAD_RECORDS]
+                    hints.append(storage.submit(read_ahead, dataset.index, ids))
+            while planned and len(begun) < ahead:
+                spec = planned.popleft()
+                batch = _allocate(spec, rows, image_size)
+                tasks = [decoders.submit(_fill, batch, spec, part, dataset) for part in _tasks(spec.ids)]
+                begun.append((finisher.submit(_finish, batch, len(spec.ids), tasks), tasks))
+            if not begun:
+                return
+            finished = begun[0][0].result()
+            begun.popleft()
+            while hints and hints[0].done():
+                hints.popleft()
+            yield finished
+    finally:
+        for future in itertools.chain(hints, *(tasks for _, tasks in begun)):
+            future.cancel()
+        for pool in pools:
+            pool.shutdown()
 
 
 def _tasks(ids: np.ndarray) -> List[np.ndarray]:
