@@ -5,15 +5,86 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import sys
 import time
 from pathlib import Path
-from typing import IO, Optional
+from typing import IO, List, Optional, Union
 
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.streams import write_line
+
+_CHECKPOINT = re.compile(r"step-(\d{8})\.safetensors")
+
+
+class RunDir:
+    """Paths of all that a run writes; creating one touches no file."""
+
+    def __init__(self, path: Union[str, Path]) -> None:
+        self.path = Path(path)
+        self.flags = self.path / "flags.txt"  # every flag of the run: `--flagfile` with it is the same run
+        self.log = self.path / "dllogger.json"
+        self.receipt = self.path / "receipt.json"
+        self.result = self.path / "result.json"
+        self.restarts = self.path / "restarts.jsonl"  # the launcher's, a line for each start and each end
+        self.lock = self.path / "lock"
+        self.checkpoints = self.path / "checkpoints"
+        self.best = self.checkpoints / "best"  # holds the name of the checkpoint with the best evaluation
+        self.nonfinite = self.path / "nonfinite"
+        self.skipped_steps = self.nonfinite / "skipped.json"
+        self.faults = self.path / "faults"
+        self.tensorboard = self.path / "tensorboard"
+        self.profile = self.path / "profile"
+        self.horovod_timeline = self.profile / "horovod_timeline.json"
+
+    def checkpoint(self, step: int) -> Path:
+        """Returns the path of the checkpoint after `step` updates."""
+        return self.checkpoints / f"step-{step:08d}.safetensors"
+
+    def list_checkpoints(self) -> List[Path]:
+        """Returns the checkpoint files that exist, newest first; they may be damaged."""
+        found = [path for path in self.checkpoints.glob("step-*") if checkpoint_step(path) is not None]
+        return sorted(found, reverse=True)  # steps have leading zeros
+
+    def nonfinite_step(self, step: int) -> "StepDir":
+        """Returns where a step that was not finite is kept.
+
+        step -1: the latest one that was kept; a path that does not exist if there is none.
+        """
+        if step >= 0:
+            return StepDir(self.nonfinite / f"step-{step:08d}")
+        return StepDir(max(self.nonfinite.glob("step-????????"), default=self.nonfinite / "step-none"))
+
+    def fault_report(self, kind: str, rank: int) -> Path:
+        """Returns the path of a rank's reports of a kind, `fatal` or `hang`: JSON lines."""
+        return self.faults / f"{kind}.rank{rank}.jsonl"
+
+    def stacks(self, rank: int) -> Path:
+        """Returns the path of the stacks that faulthandler writes for a rank."""
+        return self.faults / f"stacks.rank{rank}.txt"
+
+    def trace(self, rank: int) -> Path:
+        """Returns the directory of a rank's TensorFlow profile."""
+        return self.profile / f"rank{rank}"
+
+
+class StepDir:
+    """Paths of what `RUN_DIR/nonfinite/step-N` keeps for `hvd-vgg replay`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records = path / "records-00000-of-00001"
+        self.state = path / "state.safetensors"
+        self.flags = path / "flags.txt"
+        self.report = path / "report.json"
+
+
+def checkpoint_step(path: Path) -> Optional[int]:
+    """Returns the number of updates in a checkpoint's file name; None if it is not the name of one."""
+    match = _CHECKPOINT.fullmatch(path.name)
+    return int(match[1]) if match else None
 
 
 def find_flag_file(folder: Path) -> Optional[Path]:
@@ -23,53 +94,47 @@ def find_flag_file(folder: Path) -> Optional[Path]:
 
 
 def nonfinite_folder(run_dir: Path, step: int) -> Path:
-    """Returns where a run keeps a step that was not finite; step -1: the latest that there is, or else no folder's name."""
-    place = run_dir / "nonfinite"
-    if step >= 0:
-        return place / f"step-{step:08d}"
-    return max(place.glob("step-????????"), default=place / "step-none")
+    """Returns `RunDir(run_dir).nonfinite_step(step).path`."""
+    return RunDir(run_dir).nonfinite_step(step).path
 
 
 def lock_run_dir(run_dir: Path) -> IO[str]:
-    """Returns the open file `RUN_DIR/lock`, locked until it is closed or this process ends, however it does.
+    """Returns the open file `RUN_DIR/lock`, locked until it is closed or this process ends in any way.
 
-    Raises Failure(CONFIGURATION) naming who holds it, or why it cannot be opened; where the file is, locking takes no room
-    on the disk. Where the file system has no locks (NFS and Lustre may be mounted so), it says so and goes on.
+    Raises Failure(CONFIGURATION) naming the job that holds it, or why it cannot be opened. Locking a file that exists takes
+    no disk space. On a file system without locks (NFS and Lustre may be mounted so), prints that and goes on.
     """
-    path = run_dir / "lock"
+    path = RunDir(run_dir).lock
     try:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (it stays open)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                told = f"hvd-vgg: {run_dir} cannot be locked ({error.strerror}): see to it that one job uses it"
-                write_line(told, sys.stdout)
-                return file
-            if not isinstance(error, BlockingIOError):
-                raise
-            file.seek(0)
-            held = file.read().strip() or "nobody has signed it"
-            file.close()
-            raise Failure(
-                CONFIGURATION,
-                f"--run_dir={run_dir} is in use by another job ({held}). Wait for it, stop it, or give another --run_dir",
-            ) from error
-        signature = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": time.ctime()})
-        with contextlib.suppress(OSError):  # on a full disk it is locked all the same
-            file.truncate(0)
-            os.write(file.fileno(), f"{signature}\n".encode())
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (stays open)
     except OSError as error:
         raise Failure(CONFIGURATION, f"{path} cannot be locked: {write_error(path, error)}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        signature = {"host": socket.gethostname(), "process": os.getpid(), "since": time.ctime()}
+        with contextlib.suppress(OSError):  # on a full disk it is locked all the same
+            file.truncate(0)
+            os.write(file.fileno(), json.dumps(signature).encode() + b"\n")
+    except BlockingIOError as error:
+        with file:
+            file.seek(0)
+            holder = file.read().strip() or "it left no name"
+        text = f"--run_dir={run_dir} is in use by another job ({holder})"
+        raise Failure(CONFIGURATION, f"{text}. Wait for it, stop it, or use another --run_dir") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise Failure(CONFIGURATION, f"{path} cannot be locked: {error.strerror}") from error
+        text = f"hvd-vgg: {run_dir} cannot be locked ({error.strerror}): make sure that only one job uses it"
+        write_line(text, sys.stdout)
     return file
 
 
-# No room, or no more of it for this user: a quota's free bytes are not the file system's.
+# The file system is full, or this user's quota of it is: the quota's free bytes are not the file system's.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Writes `text` under another name, puts it on disk, then renames it to `path`; for owner and group. Raises OSError."""
+    """Writes `text` to a temporary file, syncs it to disk, renames it to `path`; readable by the group. Raises OSError."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640), "w", encoding="utf-8") as file:
@@ -79,14 +144,14 @@ def atomic_write_text(path: Path, text: str) -> None:
         temporary.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
-            temporary.unlink()  # where the disk is full, half a file is in the way of others
+            temporary.unlink()  # on a full disk half a file takes the space of others
         raise
 
 
 def write_error(path: Path, error: OSError) -> str:
-    """Returns why `path` cannot be written, and on a full disk how much is free and what to do."""
-    told = f"{path} cannot be written: {error.strerror or error}"
+    """Returns why `path` cannot be written; if the disk is full, also how much is free and what to do."""
+    text = f"{path} cannot be written: {error.strerror or error}"
     if error.errno not in DISK_FULL:
-        return told
-    place = next(parent for parent in path.resolve().parents if parent.exists())
-    return f"{told} ({shutil.disk_usage(place).free / 1e6:.1f} MB are free in {place}): make room, then start again"
+        return text
+    folder = next(parent for parent in path.resolve().parents if parent.exists())
+    return f"{text} ({shutil.disk_usage(folder).free / 1e6:.1f} MB are free in {folder}): make room, then start again"

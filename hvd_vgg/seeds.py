@@ -4,6 +4,8 @@ Only bit streams that NumPy promises never to change (SeedSequence, Philox, the 
 the same run under every NumPy; `Generator.permutation` has no such promise.
 """
 
+import functools
+
 import numpy as np
 
 # The purpose of a stream, the word after the seed: no two purposes share random numbers.
@@ -12,6 +14,7 @@ ORDER, AUGMENT, DROPOUT, WEIGHTS, BLOCKS, REPLACEMENT = range(6)
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
+@functools.lru_cache(maxsize=64)  # an epoch's bits are asked for with every batch
 def seed_bits(*words: int) -> np.uint64:
     """Returns 64 random bits, a function of `words` (integers from 0 up)."""
     return np.uint64(np.random.SeedSequence(list(words)).generate_state(1, np.uint64)[0])

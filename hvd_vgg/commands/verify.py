@@ -30,8 +30,8 @@ from hvd_vgg.reporting.throughput import Throughput, per_host
 from hvd_vgg.run_dir import find_flag_file
 from hvd_vgg.streams import write_line
 from hvd_vgg.text import plural
-from hvd_vgg.train import checkpoint
-from hvd_vgg.train.schedule import evaluation_steps, learning_rate, total_steps
+from hvd_vgg.training import checkpoint
+from hvd_vgg.training.schedule import evaluation_steps, learning_rate, total_steps
 
 PASS, FAIL, UNKNOWN = "holds", "does not hold", "cannot be checked"
 _DAMAGED = (AttributeError, Failure, IndexError, KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError)
@@ -147,7 +147,7 @@ def _faults_of_start(start: Attempt, starts: List[Attempt]) -> Iterator[str]:
             done, over = max(done, int(line.data["step"])), "has stopped"
         elif ends(line):
             over = "has ended"
-    due = {step for step in evaluation_steps(config, records, total_steps(config, records)) if start.first < step <= done}
+    due = {step for step in evaluation_steps(config, records) if start.first < step <= done}
     if not start.end:
         due.discard(done)  # it may have been ended from outside before it got there
     for step in sorted(due - {int(line.step[1]) for line in start.evaluated}):
@@ -515,8 +515,8 @@ def _by_rank(result: Dict[str, Any], step: int, start: Attempt, line: receipt.Lo
 
 def _speed(what: str, told: Dict[str, Any], start: Attempt, until: receipt.LogLine) -> Check:
     throughput = Throughput()
-    throughput.total, throughput.input = start.seconds(until), start.seconds(until, "input")
-    updates = plural(len(throughput.total), "update")
+    throughput.total_seconds, throughput.input_seconds = start.seconds(until), start.seconds(until, "input")
+    updates = plural(len(throughput.total_seconds), "update")
     measured = throughput.summary(start.config.global_batch)
     if not measured["fps"]:
         return _compared(what, told, measured, f"none, of {updates} logged")
@@ -524,7 +524,7 @@ def _speed(what: str, told: Dict[str, Any], start: Attempt, until: receipt.LogLi
     config, ranks = start.config, int(start.line.data["ranks"])
     flops = training_flops(vgg_layers(config.model, config.width, config.image_size, config.num_classes), config.image_size)
     measured["tflops_per_rank"] = flops * measured["fps"] / ranks / 1e12
-    whole = config.global_batch * len(throughput.total) / sum(throughput.total)
+    whole = config.global_batch * len(throughput.total_seconds) / sum(throughput.total_seconds)
     if float(told.get("fps_wall") or 0) > whole * (1 + 1e-6):
         return Check(FAIL, what, f"fps_wall {told['fps_wall']:.6g} is more than the updates alone make, {whole:.6g}")
     return _compared(
@@ -661,10 +661,10 @@ def _evaluate_again(run_dir: Path, config: VerifyConfig) -> Iterator[Check]:
     if not starts or not checkpoint.existing(run_dir):
         yield Check(UNKNOWN, "evaluated again", "there is no checkpoint, or no start in the log")
         return
-    from hvd_vgg.train import loop
+    from hvd_vgg.commands.evaluate import score as evaluate_checkpoints
 
     chosen = dataclasses.replace(starts[-1].config, data_dir=config.data_dir, run_dir=config.run_dir, console="auto")
-    for name, score in zip(names, loop.score(chosen, names)):
+    for name, score in zip(names, evaluate_checkpoints(chosen, names)):
         what = f"evaluated again, {name}"
         lines = [line for start in starts for line in start.evaluated if int(line.step[1]) == score.step]
         if starts[-1].line.data["data"]["validation"]["sha256"] != score.data_sha256:

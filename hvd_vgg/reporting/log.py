@@ -32,7 +32,7 @@ METRICS: Dict[str, Dict[str, str]] = {
     "train.fps": {"unit": "images/s", "format": ":.1f"},
     "train.input_share": {"unit": "", "format": ":.4f"},
     "train.network_share": {"unit": "", "format": ":.4f"},
-    "train.others_share": {"unit": "", "format": ":.4f"},
+    "train.straggler_share": {"unit": "", "format": ":.4f"},
     "train.slow_rank": {"unit": "", "format": ":d"},
     "train.update_seconds": {"unit": "s, each update on rank 0"},
     "train.input_seconds": {"unit": "s, of them waiting for input"},

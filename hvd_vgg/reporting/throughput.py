@@ -1,21 +1,21 @@
 """Where each rank's time goes, and the images per second that follow from it.
 
-Of the wall time of an update, from the end of the one before to its own end, a rank spends
+The wall time of an update runs from the end of the previous update to its own end. A rank spends it on
 
     input     waiting for its next batch;
-    exchange  from when its own gradients and rows are ready until those of all ranks are there, by clock readings inside
-              the compiled step: what of the exchange it could not hide behind the backward pass;
+    exchange  waiting for the other ranks' gradients once its own are ready: the part of the exchange that the backward
+              pass does not hide, from clock readings inside the compiled step;
     compute   the rest.
 
-Whoever comes last waits for nothing but the network: the least exchange of all ranks is called `network`, and what a rank
-waits beyond it is for `others`. Evaluation, saving, profiling and rewinding are timed apart, to where all ranks meet again,
-and are no part of any rank's updates. On a GPU these are the host's times, which runs ahead of the device by no more than an
-update of the weights where ranks exchange; alone it may run ahead further, and waiting for the device then shows wherever
-the host first needs a result.
+The last rank to arrive waits for the network alone, so the least exchange time of all ranks is called `network`, and what
+another rank waits beyond it is its `straggler_wait`. Evaluation, saving, profiling and rewinding are timed separately, up
+to the point where all ranks meet again, and belong to no update. On a GPU these are times of the host, which runs ahead of
+the device: where ranks exchange, by no more than one weight update; a single rank may run further ahead, and waiting for
+the device then shows up wherever the host first needs a result.
 
-Images per second ("fps") are the images of the steady updates over their wall time on rank 0. Where they begin is found in
-the times themselves, without the waits for input (`steady_from`): a run that was slow at first because its input was, as
-from cold storage, was slow, and that stays counted. What was left out is told.
+Images per second (fps) are the images of the steady updates over their wall time on rank 0. Where the steady updates begin
+is found in the times themselves, without the waits for input (`steady_from`): a run that starts slowly because its input
+is slow, as from cold storage, is slow, and those updates count. What was left out is reported.
 """
 
 import contextlib
@@ -24,20 +24,21 @@ import time
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, TypeVar
 
 T = TypeVar("T")
-_SHARES = ("input", "compute", "network", "others")
-# Warm-up is tracing, first touch of memory, choice of convolutions, first connections: a matter of the first updates, of
-# which it is never more than these, nor more than a third of all.
+_SHARES = ("input", "compute", "network", "straggler_wait")
+_HEADINGS = ("input", "compute", "network", "stragglers")
+# Warm-up is tracing, first touch of memory, the choice of convolution algorithms, first connections. It is over within a few
+# updates: at most this many, and at most this share of all updates.
 _WARM_UP_UPDATES, _WARM_UP_SHARE = 20, 1 / 3
-# Share of the time above which waiting for input means that input is the limit. The pipeline works ahead: where it is the
-# faster side a batch lies ready, and where anyone waits steadily nothing but faster input makes the job faster, however much
-# of the time computing takes. The handing over of a ready batch, and one that storage delayed, stay below.
+# Share of the time above which waiting for input makes input the bottleneck. The loader works ahead: as long as it is the
+# faster side a batch lies ready, and a steady wait means that only faster input makes the job faster, however much of the
+# time goes into computing. Handing over a ready batch, and the odd batch delayed by storage, stay below.
 _INPUT_SHARE = 0.05
-# Share of the time by which a rank must be busy longer than the median rank to hold the others back.
+# Share of its time by which a rank must be busy longer than the median rank to hold the others up.
 _SLOW_SHARE = 0.1
 
 
 class StepTime(NamedTuple):
-    """Seconds of some updates on one rank: in all, waiting for input, and of exchange."""
+    """Seconds that one rank spent on some updates: in all, waiting for input, and in the exchange."""
 
     total: float
     input: float
@@ -50,14 +51,14 @@ class StepTime(NamedTuple):
 
     @property
     def busy(self) -> float:
-        """Seconds in which this rank held up itself, and not the others or the network."""
+        """Seconds in which this rank waited for no other rank and no network."""
         return self.total - self.exchange
 
 
 class Bottleneck(NamedTuple):
-    """What holds a job back: `cause` is input, compute or network; `ranks`: those slower than the rest, the slowest first.
+    """What limits a job: `cause` is input, compute or network; `ranks`: the stragglers, slowest first.
 
-    Where there are none it is what limits all of them.
+    Without stragglers it limits all ranks alike.
     """
 
     cause: str
@@ -65,179 +66,178 @@ class Bottleneck(NamedTuple):
 
     @property
     def rank(self) -> Optional[int]:
-        """The slowest of `ranks`."""
+        """The slowest straggler, or None."""
         return self.ranks[0] if self.ranks else None
 
 
 class Throughput:
-    """The updates of this start on this rank: seconds in all, waiting for input, and of exchange."""
+    """Times of every update since this process began to train, on this rank, in seconds."""
 
     def __init__(self) -> None:
         self.began = self.mark = time.perf_counter()
-        self.total: List[float] = []
-        self.input: List[float] = []
-        self.exchange: List[float] = []
-        self.aside: Dict[str, float] = {"evaluation": 0.0, "saving": 0.0, "profiling": 0.0, "rewinding": 0.0}
+        self.total_seconds: List[float] = []
+        self.input_seconds: List[float] = []
+        self.exchange_seconds: List[float] = []
+        self.excluded_seconds: Dict[str, float] = {"evaluation": 0.0, "saving": 0.0, "profiling": 0.0, "rewinding": 0.0}
 
-    def waiting(self, batches: Iterable[T]) -> Iterator[T]:
-        """Yields what `batches` does and measures the wait for each."""
-        source = iter(batches)
-        while True:
-            began = time.perf_counter()
-            try:
-                batch = next(source)
-            except StopIteration:
-                return
-            self.input.append(time.perf_counter() - began)
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yields `batches` and records the wait for each."""
+        began = time.perf_counter()
+        for batch in batches:
+            self.input_seconds.append(time.perf_counter() - began)
             yield batch
+            began = time.perf_counter()
 
     def end_update(self) -> None:
-        """Ends an update where the next one begins."""
+        """Records the end of an update, where the next one begins."""
         now = time.perf_counter()
-        self.total.append(now - self.mark)
+        self.total_seconds.append(now - self.mark)
         self.mark = now
 
     @contextlib.contextmanager
-    def apart(self, what: str) -> Iterator[None]:
-        """Times what happens inside as one of `aside`, which is no part of any update.
+    def exclude(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to `excluded_seconds[name]` and to no update.
 
-        Where it may take ranks unequally long they must meet inside, or the next update has what the others wait.
+        If it takes some ranks longer than others they must meet inside, or the wait lands in the others' next update.
         """
         began = time.perf_counter()
         yield
         seconds = time.perf_counter() - began
-        self.aside[what] += seconds
+        self.excluded_seconds[name] += seconds
         self.mark += seconds
 
     def last(self, updates: int) -> StepTime:
         """Returns the sums over the newest `updates`."""
-        return StepTime(*(sum(each[len(each) - updates :]) for each in (self.total, self.input, self.exchange)))
+        lists = self.total_seconds, self.input_seconds, self.exchange_seconds
+        return StepTime(*(sum(seconds[len(seconds) - updates :]) for seconds in lists))
 
     def summary(self, global_batch: int) -> Dict[str, Any]:
-        """Returns `fps` of the steady updates with its spread, what was left out, and `fps_wall`, which leaves out nothing.
+        """Returns `fps` of the steady updates with its spread, the warm-up left out of it, and `fps_wall`, of all wall time.
 
-        steady: whether a steady state was found before as much was left out as may be. fps_jitter is 1.4826 times the
-        median absolute deviation of the updates' own images/s, as tf_cnn_benchmarks has it.
+        steady: whether a steady state was found before the limit of the warm-up. fps_jitter: 1.4826 times the median
+        absolute deviation of the updates' own images/s, as in tf_cnn_benchmarks.
         """
-        first, found = steady_from([total - wait for total, wait in zip(self.total, self.input)])
-        steady = self.total[first:]
+        first, found = steady_from([total - wait for total, wait in zip(self.total_seconds, self.input_seconds)])
+        steady = self.total_seconds[first:]
         if not steady:
             return {"fps": None, "fps_updates": 0}
         each = [global_batch / seconds for seconds in steady]
-        middle = statistics.median(each)
         return {
             "fps": global_batch * len(steady) / sum(steady),
             "fps_updates": len(steady),
             "fps_standard_deviation": statistics.pstdev(each),
-            "fps_jitter": 1.4826 * statistics.median(abs(one - middle) for one in each),
-            "fps_wall": global_batch * len(self.total) / (time.perf_counter() - self.began),
+            "fps_jitter": _robust_deviation(each),
+            "fps_wall": global_batch * len(self.total_seconds) / (time.perf_counter() - self.began),
             "warm_up_updates": first,
-            "warm_up_seconds": sum(self.total[:first]),
+            "warm_up_seconds": sum(self.total_seconds[:first]),
             "steady": found,
         }
 
 
+def _robust_deviation(values: Sequence[float]) -> float:
+    """Returns 1.4826 times the median absolute deviation: the standard deviation, if the values are normally distributed."""
+    middle = statistics.median(values)
+    return 1.4826 * statistics.median(abs(value - middle) for value in values)
+
+
 def steady_from(seconds: Sequence[float]) -> Tuple[int, bool]:
-    """Returns the number of the first steady update, and whether it was found; warm-up is what comes before it.
+    """Returns the index of the first steady update, and whether there is one; the updates before it are the warm-up.
 
-    seconds: of each update, without its wait for input; the waits for other ranks, and so for their input, are in it.
+    seconds: of each update, without its wait for input; waits for other ranks, and so for their input, are included.
 
-    Steady is where three updates in a row (or all that are left) take no more than the later half usually does: its median
-    plus three deviations (1.4826 times the median absolute deviation), a tenth of the median at the least. Slow updates
-    after that are part of the run and stay counted. No more is warm-up than 20 updates or a third of all (one of two),
-    found or not; of less than two, all is.
+    The steady state begins with three updates in a row (or all that are left) that take no longer than is usual in the later
+    half of the run: its median plus three robust deviations, or plus a tenth if that is more. Slow updates after that are
+    part of the run and count. The warm-up is at most 20 updates and at most a third of all (one of two), whether or not a
+    steady state was found; a single update is all warm-up.
     """
     if len(seconds) < 2:
         return len(seconds), False
     later = seconds[len(seconds) // 2 :]
     usual = statistics.median(later)
-    deviation = 1.4826 * statistics.median(abs(one - usual) for one in later)
-    limiting_share = usual + max(3 * deviation, 0.1 * usual)
-    most = min(_WARM_UP_UPDATES, max(1, int(len(seconds) * _WARM_UP_SHARE)))
-    found = (at for at in range(most + 1) if max(seconds[at : at + 3]) <= limiting_share)
-    return next(((at, True) for at in found), (most, False))
+    threshold = usual + max(3 * _robust_deviation(later), 0.1 * usual)
+    limit = min(_WARM_UP_UPDATES, max(1, int(len(seconds) * _WARM_UP_SHARE)))
+    steady = (index for index in range(limit + 1) if max(seconds[index : index + 3]) <= threshold)
+    return next(((index, True) for index in steady), (limit, False))
 
 
-def find_bottleneck(splits: Sequence[StepTime]) -> Bottleneck:
-    """Returns what holds the job back, from each rank's seconds of the same updates.
+def _shares(times: StepTime, network: float) -> Dict[str, float]:
+    parts = times.input, times.compute, network, times.exchange - network
+    return {name: part / times.total for name, part in zip(_SHARES, parts)}
 
-    Ranks do that are busy longer than the median rank (of two in the middle, the less busy) by a tenth of their time: with
-    input or with computing, whichever exceeds the other ranks' by more. Where there is none, all ranks are limited alike, by
-    what `limit` says of their mean shares. Of the network each rank sees but the sum: nobody can be told to have a slow one.
+
+def mean_shares(times: Sequence[StepTime]) -> Dict[str, float]:
+    """Returns input, compute, network and straggler_wait as shares of the ranks' time taken together."""
+    whole = StepTime(*(sum(part) for part in zip(*times)))
+    return _shares(whole, min(one.exchange for one in times) * len(times))
+
+
+def find_bottleneck(times: Sequence[StepTime]) -> Bottleneck:
+    """Returns what limits the job, given each rank's times of the same updates.
+
+    Stragglers are ranks that are busy longer than the median rank (the less busy of two) by a tenth of their time. The cause
+    is input or compute, whichever exceeds the other ranks' by more. Without stragglers all ranks are limited alike, by the
+    `limiting_part` of their mean shares. A slow network of a single rank cannot be found: all ranks wait for the same sum.
     """
-    usual = statistics.median_low([split.busy for split in splits])
-    slow = [rank for rank, split in enumerate(splits) if split.busy - usual > _SLOW_SHARE * split.total]
-    if slow:
-        late, others = [splits[rank] for rank in slow], [split for rank, split in enumerate(splits) if rank not in set(slow)]
-        late_input, late_compute = (
-            statistics.fmean(getattr(split, what) for split in late)
-            - statistics.median(getattr(split, what) for split in others)
-            for what in ("input", "compute")
-        )
-        cause = "input" if late_input > late_compute else "compute"
-        return Bottleneck(cause, tuple(sorted(slow, key=lambda rank: -splits[rank].busy)))
-    whole = sum(split.total for split in splits)
-    waiting, computing = sum(split.input for split in splits), sum(split.compute for split in splits)
-    network = min(split.exchange for split in splits) * len(splits)
-    return Bottleneck(limiting_share({"input": waiting / whole, "compute": computing / whole, "network": network / whole}))
+    typical = statistics.median_low([one.busy for one in times])
+    slow = [rank for rank, one in enumerate(times) if one.busy - typical > _SLOW_SHARE * one.total]
+    if not slow:
+        return Bottleneck(limiting_part(mean_shares(times)))
+    rest = [one for rank, one in enumerate(times) if rank not in set(slow)]
+
+    def excess(part: str) -> float:
+        mean = statistics.fmean(getattr(times[rank], part) for rank in slow)
+        return float(mean - statistics.median(getattr(one, part) for one in rest))
+
+    cause = "input" if excess("input") > excess("compute") else "compute"
+    return Bottleneck(cause, tuple(sorted(slow, key=lambda rank: -times[rank].busy)))
 
 
-def limiting_share(shares: Mapping[str, Any]) -> str:
-    """Returns what limits whoever spends these shares of the time: input where it takes more than _INPUT_SHARE, else
-    compute or network, whichever takes more."""
+def limiting_part(shares: Mapping[str, Any]) -> str:
+    """Returns the part that limits a rank: input above a share of _INPUT_SHARE, else the larger of compute and network."""
     if shares["input"] > _INPUT_SHARE:
         return "input"
     return "compute" if shares["compute"] >= shares["network"] else "network"
 
 
-def per_rank(splits: Sequence[StepTime], hosts: Sequence[str], images: Sequence[int]) -> List[Dict[str, Any]]:
-    """Returns a row for each rank: host, images/s, images/s were it alone, and the shares of its time.
+def per_rank(times: Sequence[StepTime], hosts: Sequence[str], images: Sequence[int]) -> List[Dict[str, Any]]:
+    """Returns a row for each rank: rank, host, fps, fps_alone, and input, compute, network, straggler_wait as shares.
 
-    images: that each rank consumed in these updates. `fps_alone` counts only the time in which the rank held up itself.
+    images: consumed by each rank in these updates. `fps_alone` counts the rank's busy time only: images/s if it were alone.
     """
-    network = min(split.exchange for split in splits)
+    network = min(one.exchange for one in times)
     return [
-        {
-            "rank": rank,
-            "host": hosts[rank],
-            "fps": images[rank] / split.total,
-            "fps_alone": images[rank] / split.busy,
-            "input": split.input / split.total,
-            "compute": split.compute / split.total,
-            "network": network / split.total,
-            "others": (split.exchange - network) / split.total,
-        }
-        for rank, split in enumerate(splits)
+        {"rank": rank, "host": host, "fps": count / one.total, "fps_alone": count / one.busy, **_shares(one, network)}
+        for rank, (one, host, count) in enumerate(zip(times, hosts, images))
     ]
 
 
 def slowest(rows: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
-    """Returns the row of `per_rank` with the fewest images/s were it alone."""
+    """Returns the row of `per_rank` with the lowest fps_alone."""
     return min(rows, key=lambda row: row["fps_alone"])
 
 
 def per_host(rows: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """Returns the rows of `per_rank` summed to a row for each host: images/s added up, shares as means of its ranks."""
+    """Returns the rows of `per_rank` reduced to one a host: images/s summed, shares averaged over its ranks."""
     by_host: Dict[str, List[Dict[str, Any]]] = {}
     for row in rows:
         by_host.setdefault(row["host"], []).append(row)
     return [
         {
             "host": host,
-            "ranks": len(of),
-            **{name: sum(row[name] for row in of) for name in ("fps", "fps_alone")},
-            **{name: statistics.fmean(row[name] for row in of) for name in _SHARES},
+            "ranks": len(ranks),
+            **{name: sum(row[name] for row in ranks) for name in ("fps", "fps_alone")},
+            **{name: statistics.fmean(row[name] for row in ranks) for name in _SHARES},
         }
-        for host, of in by_host.items()
+        for host, ranks in by_host.items()
     ]
 
 
 def format_table(rows: Sequence[Dict[str, Any]]) -> str:
-    """Returns the rows of `per_rank` for people: hosts if there are several, and all ranks or the three slowest of many."""
-    lines = [f"  {'rank':>6s} {'host':20s} {'images/s':>9s} {'alone':>9s}" + "".join(f"{name:>9s}" for name in _SHARES)]
+    """Formats the rows of `per_rank`: hosts if there are several, then all ranks, or of more than 16 the three slowest."""
+    lines = [f"  {'rank':>6s} {'host':20s} {'images/s':>9s} {'alone':>9s}" + "".join(f"{name:>11s}" for name in _HEADINGS)]
     hosts = [{**row, "rank": f"all {row['ranks']}"} for row in per_host(rows)]
     ranks = list(rows) if len(rows) <= 16 else sorted(rows, key=lambda row: row["fps_alone"])[:3]
     for row in (hosts if len(hosts) > 1 or len(rows) > 16 else []) + ranks:
-        shares = "".join(f"{row[name]:9.1%}" for name in _SHARES)
+        shares = "".join(f"{row[name]:11.1%}" for name in _SHARES)
         lines.append(f"  {row['rank']:>6} {row['host'][:20]:20s} {row['fps']:9.1f} {row['fps_alone']:9.1f}{shares}")
     return "\n".join(lines)

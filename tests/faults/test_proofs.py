@@ -15,7 +15,8 @@ from support import ROOT
 
 from hvd_vgg.commands.verify import FAIL, PASS, check
 from hvd_vgg.reporting import receipt
-from hvd_vgg.train import checkpoint
+from hvd_vgg.run_dir import RunDir
+from hvd_vgg.training import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +278,7 @@ def test_other_weights_under_the_same_heading_are_noticed(run_dir):
     found = checkpoint.load(path)
     tensors = {name: tensor.copy() for name, tensor in found.tensors.items()}
     next(iter(tensors.values()))[...] += 1
-    checkpoint.save(run_dir, tensors, found.meta, 5, False)
+    checkpoint.save(RunDir(run_dir), tensors, found.meta, 5, False)
     assert sum(path.name in claim for claim in failed(run_dir)) == 2  # by the log, and by the receipt
     seal(run_dir)
     assert any("is not what was saved" in claim for claim in failed(run_dir))
@@ -308,13 +309,13 @@ def test_a_result_edited_is_noticed(run_dir, name):
     assert bool(failed(run_dir)) == (name != "seconds")  # the wall's time is in no log: the receipt alone has it
 
 
-@pytest.mark.parametrize("name", ["by_rank", "by_host", "held_back_by", "fps_wall"])
+@pytest.mark.parametrize("name", ["by_rank", "by_host", "bottleneck", "fps_wall"])
 def test_what_a_result_says_of_all_ranks_is_held_against_the_log(run_dir, name):
     result = json.loads((run_dir / "result.json").read_text())
     if name.startswith("by_"):
         result[name][0]["fps"] *= 0.99
     else:
-        result[name] = "network" if name == "held_back_by" else 0.99 * result[name]
+        result[name] = "network" if name == "bottleneck" else 0.99 * result[name]
     (run_dir / "result.json").write_text(json.dumps(result))
     seal(run_dir)
     assert [claim.split(f": {name} ")[0] for claim in failed(run_dir)] == ["result.json, by_rank, by_host"]

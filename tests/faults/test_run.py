@@ -47,10 +47,10 @@ def test_result_json_holds_the_result(finished):
     assert [(row["ranks"], row["fps"]) for row in result["by_host"]] == [(2, sum(row["fps"] for row in result["by_rank"]))]
     assert [row["rank"] for row in result["by_rank"]] == [0, 1]
     for row in result["by_rank"]:
-        assert row["input"] + row["compute"] + row["network"] + row["others"] == pytest.approx(1)
-        assert min(row["input"], row["compute"], row["network"], row["others"]) >= 0
+        assert row["input"] + row["compute"] + row["network"] + row["straggler_wait"] == pytest.approx(1)
+        assert min(row["input"], row["compute"], row["network"], row["straggler_wait"]) >= 0
     assert sum(row["fps"] for row in result["by_rank"]) == pytest.approx(result["fps"], rel=0.05)
-    assert min(row["others"] for row in result["by_rank"]) == 0
+    assert min(row["straggler_wait"] for row in result["by_rank"]) == 0
 
 
 def test_the_summary_and_every_line_can_be_read(finished):
@@ -82,7 +82,7 @@ def test_the_log_has_every_metric_at_its_steps(finished):
     assert {"lr", "seed", "tensorflow", "horovod", "ranks"} <= set(logged[0]["data"])
     train = [row for row in logged if "train.loss" in row["data"]]
     evaluated = [row for row in logged if "eval.acc@1" in row["data"]][:-1]  # the last is the run's summary
-    assert logged[-1]["step"] == [] and {"fps", "fps_wall", "held_back_by"} <= set(logged[-1]["data"])
+    assert logged[-1]["step"] == [] and {"fps", "fps_wall", "bottleneck"} <= set(logged[-1]["data"])
     assert [row["step"] for row in train] == [[0, 1], [0, 2], [1, 3], [1, 4], [2, 5]]
     assert [row["step"] for row in evaluated] == [[1, 3], [2, 5]]
     float16 = {"train.loss_scale", "train.skipped_updates"}
@@ -197,10 +197,10 @@ def test_a_slow_rank_is_named_with_its_cause(launch, tmp_path, data, cause):
     ended = launch(2, "train", *flags, program=program)
     assert ended.code == 0, ended.err
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert (result["held_back_by"], result["slow_rank"], result["slow_ranks"]) == (cause, 1, [1])
+    assert (result["bottleneck"], result["slow_rank"], result["slow_ranks"]) == (cause, 1, [1])
     assert result["slowest_rank"] == 1
     fast, slow = result["by_rank"]
-    assert slow[cause] > fast[cause] and fast["others"] > slow["others"]
+    assert slow[cause] > fast[cause] and fast["straggler_wait"] > slow["straggler_wait"]
     assert f"slow: rank 1 ({cause})" in ended.out
     assert re.search(rf"held back by       rank 1 on \S+: its {cause}\s", ended.out)
     assert re.search(rf"slowest rank       rank 1 on \S+: \d+\.\d images/s alone, limited by its {cause} \(", ended.out)
@@ -214,7 +214,7 @@ def test_what_one_rank_saves_is_no_part_of_anothers_updates(launch, tmp_path, da
     writes, waits = json.loads((tmp_path / "run" / "result.json").read_text())["by_rank"]
     assert waits["saving_seconds"] > 0.9 * writes["saving_seconds"] > 0
     # Half a second of each save would be most of an update of some hundredths.
-    assert waits["others"] < 0.5
+    assert waits["straggler_wait"] < 0.5
 
 
 @pytest.mark.fault(tier=3)

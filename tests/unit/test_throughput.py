@@ -9,7 +9,7 @@ from hvd_vgg.reporting.throughput import (
     Throughput,
     find_bottleneck,
     format_table,
-    limiting_share,
+    limiting_part,
     per_host,
     per_rank,
     slowest,
@@ -30,20 +30,25 @@ def test_images_are_counted_over_the_time_of_steady_updates_alone(monkeypatch):
             clock[0] += wait
             yield wait
 
-    for number, wait in enumerate(measured.waiting(batches())):
+    for number, wait in enumerate(measured.timed(batches())):
         clock[0] += {0: 9.0, 1: 4.0}.get(number, 0.2)
-        assert measured.input[-1] == pytest.approx(wait)
+        assert measured.input_seconds[-1] == pytest.approx(wait)
         measured.end_update()
-        with measured.apart("evaluation" if number % 2 else "saving"):
+        with measured.exclude("evaluation" if number % 2 else "saving"):
             clock[0] += 50.0
-    measured.exchange.extend([0.05] * 12)
+    measured.exchange_seconds.extend([0.05] * 12)
     summary = measured.summary(30)
     assert (summary["fps_updates"], summary["warm_up_updates"], summary["steady"]) == (10, 2, True)
     assert summary["fps"] == pytest.approx(100)
     assert summary["warm_up_seconds"] == pytest.approx(15)
     assert summary["fps_standard_deviation"] == pytest.approx(0, abs=1e-6)
     assert summary["fps_wall"] == pytest.approx(12 * 30 / (15 + 3 + 600))
-    assert measured.aside == {"evaluation": pytest.approx(300), "saving": pytest.approx(300), "profiling": 0, "rewinding": 0}
+    assert measured.excluded_seconds == {
+        "evaluation": pytest.approx(300),
+        "saving": pytest.approx(300),
+        "profiling": 0,
+        "rewinding": 0,
+    }
     assert measured.last(10) == pytest.approx((3.0, 1.0, 0.5))
     assert StepTime(*measured.last(10)).compute == pytest.approx(1.5)
 
@@ -70,8 +75,8 @@ def test_the_steady_state_is_found_in_the_times(seconds, first, found):
 
 def test_waiting_for_input_is_no_warm_up():
     measured = Throughput()
-    measured.input = [0.2] + [0.3] * 49 + [0.0] * 50  # the first half comes from cold storage
-    measured.total = [5.2] + [0.4] * 49 + [0.1] * 50
+    measured.input_seconds = [0.2] + [0.3] * 49 + [0.0] * 50  # the first half comes from cold storage
+    measured.total_seconds = [5.2] + [0.4] * 49 + [0.1] * 50
     summary = measured.summary(10)
     assert (summary["warm_up_updates"], summary["steady"]) == (1, True)
     assert summary["fps"] == pytest.approx(990 / (0.4 * 49 + 0.1 * 50))
@@ -108,16 +113,16 @@ def test_what_holds_back_is_named_with_its_ranks(splits, cause, ranks):
 def test_the_slowest_rank_is_told_even_where_it_holds_nobody_back():
     rows = per_rank([StepTime(10, 0.1, 6.0), StepTime(10, 0.1, 5.5), StepTime(10, 0.1, 5.9)], ["a"] * 3, [100] * 3)
     assert find_bottleneck([StepTime(10, 0.1, 6.0), StepTime(10, 0.1, 5.5), StepTime(10, 0.1, 5.9)]).rank is None
-    assert (slowest(rows)["rank"], limiting_share(slowest(rows))) == (1, "network")
+    assert (slowest(rows)["rank"], limiting_part(slowest(rows))) == (1, "network")
     rows = per_rank([StepTime(10, 0.1, 1.0), StepTime(10, 0.8, 0.9)], ["a"] * 2, [100, 100])
-    assert [limiting_share(row) for row in rows] == ["compute", "input"]
+    assert [limiting_part(row) for row in rows] == ["compute", "input"]
 
 
 def test_a_table_shows_every_rank_of_a_small_job_and_hosts_and_the_slowest_of_a_large_one():
     splits = [StepTime(10, 1.0, 3.0), StepTime(10, 4.0, 1.0)]
     rows = per_rank(splits, ["a", "b"], [100, 90])
     assert [(row["fps"], row["fps_alone"]) for row in rows] == [(10, pytest.approx(100 / 7)), (9, 10)]
-    assert [(row["input"], row["compute"], row["network"], row["others"]) for row in rows] == [
+    assert [(row["input"], row["compute"], row["network"], row["straggler_wait"]) for row in rows] == [
         (0.1, 0.6, 0.1, 0.2),
         (0.4, 0.5, 0.1, 0.0),
     ]

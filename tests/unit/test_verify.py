@@ -20,8 +20,9 @@ from hvd_vgg.provenance import describe_process
 from hvd_vgg.reporting import receipt
 from hvd_vgg.reporting.log import RunLog
 from hvd_vgg.reporting.throughput import Throughput, per_host, per_rank
-from hvd_vgg.train import checkpoint
-from hvd_vgg.train.schedule import evaluation_steps, learning_rate
+from hvd_vgg.run_dir import RunDir
+from hvd_vgg.training import checkpoint
+from hvd_vgg.training.schedule import evaluation_steps, learning_rate
 
 RECORDS, VALIDATION, STEPS = 75, 37, 12
 CONFIG = TrainConfig(
@@ -66,7 +67,7 @@ class Simulated:
         rows = {"w": np.full((3, 4), done, np.float32)}
         run = {**fingerprint(self.config), "train_data_sha256": "t" * 64}
         meta = {"step": done, "best_top1": hits, "evaluated": self.evaluated, "coverage": self.coverage.state(), "run": run}
-        path = checkpoint.save(self.run_dir, rows, meta, 3, best)
+        path = checkpoint.save(RunDir(self.run_dir), rows, meta, 3, best)
         self.wrote()
         self.event("checkpoint", step=done, **receipt.checkpoint_row(path))
 
@@ -90,7 +91,7 @@ class Simulated:
         run_dir.mkdir(exist_ok=True)
         self.log = RunLog(run_dir, False, None)
         self.wrote()
-        found, _ = checkpoint.newest(run_dir)
+        found, _ = checkpoint.newest(RunDir(run_dir))
         first = found.meta["step"] if found else 0
         best = found.meta["best_top1"] if found else -1
         if found:
@@ -128,7 +129,7 @@ class Simulated:
                 break
             if met == "stopped":
                 return
-            found, _ = checkpoint.newest(run_dir)
+            found, _ = checkpoint.newest(RunDir(run_dir))
             first, best = (found.meta["step"], found.meta["best_top1"]) if found else (0, -1)
             self.skipped.add(met[0])
             told = {"from": met[0], "to": first, "skipped_steps": sorted(self.skipped), **met[1]}
@@ -152,16 +153,16 @@ class Simulated:
                 bad = [(row, int(at.ids[row])) for row in range(32) if at.ids[row] in self.bad]
                 at.ids[[row for row, _ in bad]] = 5
                 self.coverage.add(step * 32, at.ids, bad)
-            self.throughput.total.append((3.0 if not self.throughput.total else 0.1) + 0.001 * (step % 3))
-            self.throughput.input.append(0.01 * (step % 2))
-            self.throughput.exchange.append(0.02)
+            self.throughput.total_seconds.append((3.0 if not self.throughput.total_seconds else 0.1) + 0.001 * (step % 3))
+            self.throughput.input_seconds.append(0.01 * (step % 2))
+            self.throughput.exchange_seconds.append(0.02)
             window, done = window + 1, step + 1
             due = done in evaluation_steps(config, RECORDS, STEPS)
             if done % 2 and not due:
                 continue
             met = (set(range(done - window, done)) & self.poisoned) - self.skipped
             if met:
-                unlogged = {"update_seconds": self.throughput.total, "input_seconds": self.throughput.input}
+                unlogged = {"update_seconds": self.throughput.total_seconds, "input_seconds": self.throughput.input_seconds}
                 return None, (min(met), {name: each[-window:] for name, each in unlogged.items()})
             if self.coverage.ended(done):
                 for proved in self.coverage.settle(done, lambda data: [data]):
@@ -184,10 +185,10 @@ class Simulated:
         return result, None
 
     def line(self, done, window):
-        seconds = self.throughput.total[-window:]
+        seconds = self.throughput.total_seconds[-window:]
         images = 32 * max(1, len(set(range(done - window, done)) - self.skipped))
         row = {"train.loss": 1.0, "train.acc@1": 3 / images, "train.acc@5": 5 / images, "train.update_seconds": seconds}
-        row["train.input_seconds"] = self.throughput.input[-window:]
+        row["train.input_seconds"] = self.throughput.input_seconds[-window:]
         row["train.fps"] = 32 * window / sum(seconds)
         row["train.lr"] = learning_rate(done - 1, self.config, RECORDS)
         self.log.log((done * 32 // RECORDS, done), row)
@@ -208,7 +209,7 @@ class Simulated:
 
             flops = training_flops(vgg_layers("vgg11", 0.125, 32, 10), 32)
             summary.update(
-                fps_wall=32 * len(self.throughput.total) / (sum(self.throughput.total) + 1),
+                fps_wall=32 * len(self.throughput.total_seconds) / (sum(self.throughput.total_seconds) + 1),
                 tflops_per_rank=flops * summary["fps"] / 2 / 1e12,
             )
             last = self.throughput.last(summary["fps_updates"])
@@ -223,7 +224,7 @@ class Simulated:
         measured = self.measured()
         content.update(precision="float32", **measured)
         path = self.run_dir / "result.json"
-        if self.throughput.total or not path.exists() or json.loads(path.read_text())["steps"] != done:
+        if self.throughput.total_seconds or not path.exists() or json.loads(path.read_text())["steps"] != done:
             self.event("throughput", step=done, **measured)
             (self.run_dir / "result.json").write_text(json.dumps(content))
             self.wrote()
@@ -323,7 +324,7 @@ def test_replaced_and_skipped_records_are_held_against_the_order(tmp_path):
 def test_a_best_that_is_not_the_best_is_noticed(tmp_path):
     run = Simulated(tmp_path / "run")
     run.run()
-    assert checkpoint.best(run.run_dir).name != f"step-{STEPS:08d}.safetensors"
+    assert checkpoint.best(RunDir(run.run_dir)).name != f"step-{STEPS:08d}.safetensors"
     (run.run_dir / "checkpoints" / "best").write_text(f"step-{STEPS:08d}.safetensors\n")
     assert any(claim.startswith(f"best: step {STEPS} has ") for claim in verdicts(run.run_dir))
 
@@ -331,7 +332,7 @@ def test_a_best_that_is_not_the_best_is_noticed(tmp_path):
 def test_a_checkpoint_that_is_gone_is_noticed(tmp_path):
     run = Simulated(tmp_path / "run")
     run.run()
-    paths = checkpoint.existing(run.run_dir)
+    paths = RunDir(run.run_dir).list_checkpoints()
     assert len(paths) > 2
     for gone in (paths[:1], paths[1:2], paths[-1:], paths):
         kept = {path: path.read_bytes() for path in gone}
