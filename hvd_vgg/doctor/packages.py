@@ -26,23 +26,19 @@ _DISTRIBUTIONS = {
     "tensorflow": ("tensorflow", "tensorflow-cpu", "tensorflow-gpu"),
     "yaml": ("PyYAML",),
 }
-# Modules besides TensorFlow and Horovod, and how to install them.
-_REQUIRED = {
-    "numpy": "pip install numpy, in the version that TensorFlow was built for",
-    "absl": "pip install absl-py",
-    "crc32c": "pip install crc32c",
-    "safetensors": "pip install safetensors",
-    "cv2": 'pip install --no-deps "opencv-python-headless<4.12"',
-    # Horovod imports these. A vendor's image may lack some: the one public list of its packages lacks cloudpickle.
-    "cloudpickle": "pip install --no-deps cloudpickle: Horovod imports it",
-    "psutil": "pip install --no-deps psutil: Horovod imports it",
-    "yaml": "pip install --no-deps pyyaml: Horovod imports it",
-    "packaging": "pip install --no-deps packaging: Horovod imports it",
-}
-_RECOMMENDED = {"mpi4py": "without it mpirun may exit with another rank's code; build it with this MPI's mpicc"}
+# Modules besides TensorFlow and Horovod. Horovod imports the last four, of which a vendor's image may lack some: the one
+# public list of its packages lacks cloudpickle.
+_REQUIRED = ("numpy", "absl", "crc32c", "safetensors", "cv2", "cloudpickle", "psutil", "yaml", "packaging")
+_RECOMMENDED = ("mpi4py",)
 _OPTIONAL = {
     "dllogger": "the same log lines are written without it",
     "tensorboard": "events are written without it; install it wherever you want to view them",
+}
+# How to install those that plain `pip install --no-deps` would not do for.
+_FIXES = {
+    "numpy": "pip install numpy, in the version that TensorFlow was built for",
+    "cv2": 'pip install --no-deps "opencv-python-headless<4.12"',
+    "mpi4py": "without it mpirun may exit with another rank's code; build it with this MPI's mpicc",
 }
 _COREX = re.compile(r"\+corex\.(\d+(?:\.\d+)*)")
 
@@ -106,13 +102,14 @@ def check_packages(host: HostView) -> Iterator[Finding]:
         yield ok("python", python)
     else:
         yield warning("python", f"{python} is not known to work", "use Python 3.8 to 3.12")
-    modules = {**_REQUIRED, **_RECOMMENDED, **_OPTIONAL}
+    modules = (*_REQUIRED, *_RECOMMENDED, *_OPTIONAL)
     for module in (each for each in modules if not is_installed(host, each)):
-        text = f"{_names(module)[0]} is not installed"
+        name = _names(module)[0]
         if module in _OPTIONAL:
-            yield ok("packages", f"{text}: {modules[module]}")
+            yield ok("packages", f"{name} is not installed: {_OPTIONAL[module]}")
         else:
-            yield (failure if module in _REQUIRED else warning)("packages", text, modules[module])
+            fix = _FIXES.get(module, f"pip install --no-deps {name}")
+            yield (failure if module in _REQUIRED else warning)("packages", f"{name} is not installed", fix)
     for module in ("tensorflow", "horovod"):
         missing = _missing_requirements(host, module)
         if missing:
