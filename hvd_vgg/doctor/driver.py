@@ -86,9 +86,8 @@ def check_device_nodes(accelerators: Accelerators) -> Iterator[Finding]:
     nodes = device_nodes(host, vendor)
     if not nodes:
         on_bus = _count_on_bus(host, vendor)
-        text = f"no {vendor} device node in /dev" + (
-            f", although the PCI bus has {plural(on_bus, 'device')}" if on_bus else ""
-        )
+        text = f"no {vendor} device node in /dev"
+        text += f", although the PCI bus has {plural(on_bus, 'device')}" if on_bus else ""
         iluvatar = "--runtime iluvatar -e IX_VISIBLE_DEVICES=all, or --device /dev/iluvatar0 ..."
         fix = f"load the driver on the host; in a container: docker run {iluvatar if vendor == 'Iluvatar' else '--gpus all'}"
         # NVIDIA's tool without a device is normal on login nodes; Iluvatar's software is in no image without a reason.
@@ -150,9 +149,8 @@ def check_driver(accelerators: Accelerators, cuda: str, computed: bool) -> Itera
     host, vendor, _, listing = accelerators
     if listing is None:
         return
-    text, problem, fix = (
-        _assess_nvidia(listing, cuda) if vendor == "NVIDIA" else _assess_iluvatar(listing, sdk_version(host))
-    )
+    nvidia = vendor == "NVIDIA"
+    text, problem, fix = _assess_nvidia(listing, cuda) if nvidia else _assess_iluvatar(listing, sdk_version(host))
     if not problem:
         yield ok("driver", text)
     elif not listing.driver:
@@ -160,7 +158,7 @@ def check_driver(accelerators: Accelerators, cuda: str, computed: bool) -> Itera
     elif computed:
         yield warning("driver", f"{text}: {problem}; the devices computed correctly all the same", fix)
     else:
-        fails = "; devices are then listed but fail to allocate (errors 801, 803)" if vendor == "Iluvatar" else ""
+        fails = "" if nvidia else "; devices are then listed but fail to allocate (errors 801, 803)"
         yield failure("driver", f"{text}: {problem}{fails}", fix)
 
 

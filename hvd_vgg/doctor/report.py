@@ -16,16 +16,7 @@ from hvd_vgg.doctor.system import probe_file
 from hvd_vgg.environment import launched_local_rank, launched_rank
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
 from hvd_vgg.parallel import network
-from hvd_vgg.reporting.findings import (
-    FAILURE,
-    Finding,
-    MergedFinding,
-    as_json,
-    counts,
-    failure,
-    format_findings,
-    merge,
-)
+from hvd_vgg.reporting.findings import FAILURE, Finding, MergedFinding, as_json, counts, failure, format_findings, merge
 from hvd_vgg.streams import write_line
 from hvd_vgg.text import plural
 

@@ -8,7 +8,7 @@ all ranks are merged and printed once.
 import os
 import sys
 from pathlib import Path
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Iterator, List, Sequence, Tuple
 
 from hvd_vgg.config import DoctorConfig
 from hvd_vgg.doctor import driver, mpi, packages, settings, system
@@ -32,17 +32,16 @@ from hvd_vgg.text import plural
 _PHASE_SECONDS, _COLLECTIVES_SECONDS = 120.0, 600.0
 
 
-def doctor(config: DoctorConfig, host: Optional[HostView] = None) -> None:
+def doctor(config: DoctorConfig) -> None:
     """Checks everything, prints what was found and writes --out. Collective.
 
-    host: the host to check, by default this one; tests simulate others.
     Raises Failure: CONFIGURATION if training would fail, NOT_WRITTEN for --out, USAGE for --hostfile under a launcher.
     """
     hosts = read_hostfile(config.hostfile) if config.hostfile else []
     if hosts and (launched_size() or 1) > 1:
         raise Failure(USAGE, "--hostfile checks hosts before mpirun is used: start doctor alone, without a launcher")
     report = Report(config)
-    accelerators = driver.find_accelerators(host or packages.this_host())
+    accelerators = driver.find_accelerators(packages.this_host())
 
     report.add(*_check_software(accelerators), *_check_system(config, accelerators.host.root, report.rank == 0))
     report.add(*_check_network(config, accelerators, hosts))

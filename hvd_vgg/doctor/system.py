@@ -54,7 +54,7 @@ def memory_within_limits(root: Path, total: float, available: float) -> Tuple[fl
             used = read_int(group / "memory.current") or read_int(group / "memory.usage_in_bytes") or 0
             with contextlib.suppress(OSError, IndexError):  # it counts cached pages of files, which the kernel reclaims
                 cached = re.findall(r"^(?:total_)?inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
-                used -= int(cached[-1])  # of control groups 1 it is the second that includes the groups below
+                used -= int(cached[-1])  # in cgroup v1 the second one, which includes the groups below
             total, available = min(total, limit), min(available, limit - used)
     return total, available
 

@@ -45,17 +45,21 @@ def test_link_with_a_wrong_sum(monkeypatch):
     assert (found.verdict, "a sum of 16 MB over all ranks by mpi is wrong" in found.text) == (FAILURE, True)
 
 
-def test_gathers_that_are_wrong(monkeypatch, link):
+def test_sums_and_gathers_that_are_wrong(monkeypatch, link):
+    """One number of the last kernel is off by one on rank 1, and all of a gathered factor."""
     assert [each.verdict for each in check_collectives(SMALL, "/CPU:0", link)] == [OK, OK]
-    gather_factors = exchange.gather_factors
+    gather_factors, kernel = exchange.gather_factors, 512 * 10
 
-    def wrong(name, *rest):
+    def gather_wrong(name, *rest):
         x, d = gather_factors(name, *rest)
         return x, d + (name == "fc2")
 
-    monkeypatch.setattr(exchange, "gather_factors", wrong)
+    one_off = np.eye(1, kernel, 7, dtype=np.float32)[0] if comm.rank() == 1 else 0.0
+    monkeypatch.setattr(collectives, "pattern", lambda n, rank: pattern(n, rank) + (one_off if n == kernel else 0.0))
+    monkeypatch.setattr(exchange, "gather_factors", gather_wrong)
     sums, gathers = check_collectives(SMALL, "/CPU:0", link)
-    assert (sums.verdict, gathers.verdict) == (OK, FAILURE)
+    assert (sums.verdict, gathers.verdict) == (FAILURE, FAILURE)
+    assert sums.text.endswith(": wrong: predictions/kernel")
     assert gathers.text.endswith(": wrong: fc2 outputs")
 
 

@@ -4,14 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hvd_vgg.doctor.collectives import (
-    Exchange,
-    assess_exchange,
-    assess_pairs,
-    assess_transports,
-    expected_sum,
-    pattern,
-)
+from hvd_vgg.doctor.collectives import Exchange, assess_exchange, assess_pairs, assess_transports, expected_sum, pattern
 from hvd_vgg.doctor.device_test import BOUNDS, assess_errors, check_computation, convolve
 from hvd_vgg.parallel.init import cpu_convolves
 from hvd_vgg.reporting.findings import FAILURE, OK, WARNING
