@@ -54,8 +54,12 @@ def test_sums_and_gathers_that_are_wrong(monkeypatch, link):
         x, d = gather_factors(name, *rest)
         return x, d + (name == "fc2")
 
-    one_off = np.eye(1, kernel, 7, dtype=np.float32)[0] if comm.rank() == 1 else 0.0
-    monkeypatch.setattr(collectives, "pattern", lambda n, rank: pattern(n, rank) + (one_off if n == kernel else 0.0))
+    def pattern_wrong(count, rank):
+        return pattern(count, rank) + np.eye(1, count, 7, dtype=np.float32)[0] * (
+            count == kernel and rank == comm.rank() == 1
+        )
+
+    monkeypatch.setattr(collectives, "pattern", pattern_wrong)
     monkeypatch.setattr(exchange, "gather_factors", gather_wrong)
     sums, gathers = check_collectives(SMALL, "/CPU:0", link)
     assert (sums.verdict, gathers.verdict) == (FAILURE, FAILURE)
