@@ -30,8 +30,8 @@ from hvd_vgg.reporting.throughput import Throughput, per_host
 from hvd_vgg.run_dir import find_flag_file
 from hvd_vgg.streams import write_line
 from hvd_vgg.text import plural
-from hvd_vgg.train import checkpoint
-from hvd_vgg.train.schedule import evaluation_steps, learning_rate, total_steps
+from hvd_vgg.training import checkpoint
+from hvd_vgg.training.schedule import evaluation_steps, learning_rate, total_steps
 
 PASS, FAIL, UNKNOWN = "holds", "does not hold", "cannot be checked"
 _DAMAGED = (AttributeError, Failure, IndexError, KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError)
@@ -147,7 +147,7 @@ def _faults_of_start(start: Attempt, starts: List[Attempt]) -> Iterator[str]:
             done, over = max(done, int(line.data["step"])), "has stopped"
         elif ends(line):
             over = "has ended"
-    due = {step for step in evaluation_steps(config, records, total_steps(config, records)) if start.first < step <= done}
+    due = {step for step in evaluation_steps(config, records) if start.first < step <= done}
     if not start.end:
         due.discard(done)  # it may have been ended from outside before it got there
     for step in sorted(due - {int(line.step[1]) for line in start.evaluated}):
@@ -661,10 +661,10 @@ def _evaluate_again(run_dir: Path, config: VerifyConfig) -> Iterator[Check]:
     if not starts or not checkpoint.existing(run_dir):
         yield Check(UNKNOWN, "evaluated again", "there is no checkpoint, or no start in the log")
         return
-    from hvd_vgg.train import loop
+    from hvd_vgg.commands.evaluate import score as evaluate_checkpoints
 
     chosen = dataclasses.replace(starts[-1].config, data_dir=config.data_dir, run_dir=config.run_dir, console="auto")
-    for name, score in zip(names, loop.score(chosen, names)):
+    for name, score in zip(names, evaluate_checkpoints(chosen, names)):
         what = f"evaluated again, {name}"
         lines = [line for start in starts for line in start.evaluated if int(line.step[1]) == score.step]
         if starts[-1].line.data["data"]["validation"]["sha256"] != score.data_sha256:

@@ -1,0 +1,227 @@
+"""Checkpoints: written whole or not at all, verified when read, and free of anything about ranks.
+
+`RUN_DIR/checkpoints/step-00001000.safetensors` holds the weights and momentum by name. Its metadata hold, as JSON, the step
+and what the run is, with a SHA-256 over all tensors, and another SHA-256 over that JSON. `best` beside it holds the name of
+such a file. All functions are for rank 0 alone.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+from typing import Any, Dict, Iterable, NamedTuple, Optional, Tuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
+from hvd_vgg.run_dir import DISK_FULL, RunDir, atomic_write_text, checkpoint_step
+
+_KEY, _CHECKSUM = "hvd_vgg", "hvd_vgg_sha256"
+_TYPES = {"float32": "F32", "int32": "I32"}
+
+Tensors = Dict[str, np.ndarray]
+
+
+class Checkpoint(NamedTuple):
+    """What a file holds: `tensors` by name, and `meta` (`step`, progress, and what the run is)."""
+
+    path: Path
+    tensors: Tensors
+    meta: Dict[str, Any]
+
+
+def save(run_dir: RunDir, tensors: Tensors, meta: Dict[str, Any], keep: int, best: bool) -> Path:
+    """Writes the checkpoint of `meta["step"]`, points `best` to it if asked to, and prunes all but the newest `keep`.
+
+    Written under another name, synced to disk, read back and compared, then renamed: a crash at any moment leaves the
+    previous ones whole. If the disk or a quota is full, those older than the newest whole one are removed first. Raises
+    Failure(NOT_WRITTEN).
+    """
+    path = run_dir.checkpoint(meta["step"])
+    try:
+        bad = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
+        if bad:
+            raise OSError(f"{bad[0]} is not finite")
+        try:
+            write(path, tensors, meta)
+        except OSError as error:
+            if error.errno not in DISK_FULL or not _make_room(run_dir, path):
+                raise
+            write(path, tensors, meta)
+        if best:
+            point_to_best(path)
+        _prune(run_dir, keep, path)
+    except OSError as error:
+        raise Failure(
+            NOT_WRITTEN,
+            f"the checkpoint {path} cannot be written: {error.strerror or error}. The previous ones are whole; make room, "
+            f"then start again to continue from the newest",
+        ) from error
+    return path
+
+
+def write(path: Path, tensors: Tensors, meta: Dict[str, Any]) -> None:
+    """Writes one file for `load`, whole or not at all; raises OSError, before it writes if there is too little room."""
+    temporary = path.with_suffix(".safetensors.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+        needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(path.parent).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"it takes {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
+        digest = _digest(tensors.items())
+        text = json.dumps({**meta, "sha256": digest})
+        metadata = {_KEY: text, _CHECKSUM: _checksum(text)}
+        _write_safetensors(temporary, tensors, metadata)
+        with safe_open(str(temporary), framework="numpy") as file:  # one tensor at a time: memory may be short
+            if file.metadata() != metadata or _digest((name, file.get_tensor(name)) for name in tensors) != digest:
+                raise OSError("what was read back is not what was written")
+        temporary.replace(path)
+        _sync_directory(path.parent)
+    except (OSError, SafetensorError, ValueError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # if it fills the disk, the log has no room either
+        raise error if isinstance(error, OSError) else OSError(str(error)) from error
+
+
+def _write_safetensors(path: Path, tensors: Tensors, metadata: Dict[str, str]) -> None:
+    """Writes a safetensors file (its format: huggingface.co/docs/safetensors) and syncs it to disk.
+
+    The library's own writer copies everything and holds the GIL meanwhile, for which training would wait; this does neither.
+    """
+    header: Dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.nbytes
+        header[name] = {"dtype": _TYPES[str(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            file.write(_bytes(tensor))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _bytes(tensor: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
+
+
+def load(path: Path) -> Checkpoint:
+    """Returns the checkpoint in `path`; raises ValueError with what is wrong with the file."""
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            meta = json.loads(metadata.get(_KEY, "null"))
+            if not isinstance(meta, dict):
+                raise ValueError("not a checkpoint of hvd_vgg")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(str(error)) from error
+    if metadata.get(_CHECKSUM) != _checksum(metadata[_KEY]) or _digest(tensors.items()) != meta.pop("sha256", None):
+        raise ValueError("its contents do not match the checksum written with them")
+    if checkpoint_step(path) not in (None, meta["step"]):
+        raise ValueError(f"its contents are of step {meta['step']}")
+    return Checkpoint(path, tensors, meta)
+
+
+def newest(run_dir: RunDir) -> Tuple[Optional[Checkpoint], Dict[Path, str]]:
+    """Returns (the newest whole checkpoint of a run, or None if there are no files; what is wrong with newer ones).
+
+    Raises Failure(CONFIGURATION) if there are files but none is whole: a run never starts over silently.
+    """
+    faults: Dict[Path, str] = {}
+    for path in run_dir.list_checkpoints():
+        try:
+            return load(path), faults
+        except ValueError as error:
+            faults[path] = str(error)
+    faults.update(dict.fromkeys(sorted(run_dir.checkpoints.glob("step-*.bad")), "set aside as damaged"))
+    if faults:
+        lines = "\n".join(f"  {path.name}: {text}" for path, text in faults.items())
+        raise Failure(
+            CONFIGURATION,
+            f"no checkpoint in {run_dir.checkpoints} is whole:\n{lines}\nRestore one from a copy, or start over in another "
+            f"--run_dir",
+        )
+    return None, faults
+
+
+def best(run_dir: RunDir) -> Optional[Path]:
+    """Returns the file that `best` names, or None if it names none, or something else than a checkpoint."""
+    try:
+        path = run_dir.checkpoints / run_dir.best.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return path if path.parent == run_dir.checkpoints and checkpoint_step(path) is not None else None
+
+
+def point_to_best(path: Path) -> None:
+    """Has `best` name the checkpoint `path`, on disk when this returns."""
+    atomic_write_text(path.with_name("best"), path.name + "\n")
+    _sync_directory(path.parent)
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a damaged checkpoint, so that it is not read again, and returns its new name; it is never removed."""
+    return path.replace(path.with_name(f"{path.name}.bad"))
+
+
+def clean(run_dir: RunDir) -> None:
+    """Removes what a killed save left behind."""
+    for path in run_dir.checkpoints.glob("step-*.safetensors.tmp"):
+        path.unlink()
+
+
+def _digest(tensors: Iterable[Tuple[str, np.ndarray]]) -> str:
+    """Returns a SHA-256 over names, types, shapes and bytes, whatever the order of the tensors."""
+    each = []
+    for name, tensor in tensors:
+        each.append(f"{name} {tensor.dtype} {tensor.shape} {hashlib.sha256(_bytes(tensor)).hexdigest()}\n")
+    return hashlib.sha256("".join(sorted(each)).encode()).hexdigest()
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sync_directory(place: Path) -> None:
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _make_room(run_dir: RunDir, path: Path) -> bool:
+    """Removes the checkpoints older than the newest whole one up to `path`, but the best; says whether it removed any."""
+    there = run_dir.list_checkpoints()
+    whole = next((each for each in there if each.name <= path.name and _is_whole(each)), None)
+    if whole is not None:
+        _prune(run_dir, 1, whole)
+    return len(run_dir.list_checkpoints()) < len(there)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        load(path)
+    except ValueError:
+        return False
+    return True
+
+
+def _prune(run_dir: RunDir, keep: int, written: Path) -> None:
+    """Removes the checkpoints up to `written` beyond its newest `keep`, but never the one that `best` names."""
+    # Later steps are from before a rewind, and will be written again.
+    candidates = [path for path in run_dir.list_checkpoints() if path.name <= written.name]
+    spared = best(run_dir)
+    for path in candidates[keep:]:
+        if path != spared:
+            with contextlib.suppress(OSError):  # what was written is whole all the same
+                path.unlink()
