@@ -75,12 +75,11 @@ def _check_system(config: DoctorConfig, root: Path, is_root: bool) -> Iterator[F
     parameters = _parameters(config)
     # Weights and momentum in float32; besides those kept there are the best one, and the one that is being written.
     checkpoint_bytes = (config.keep_checkpoints + 2) * 2 * 4 * parameters
-    if packages.is_installed(packages.this_host(), "psutil"):  # otherwise `check_packages` reports it
-        yield system.check_memory(root, ranks, parameters)
-        yield from system.check_other_jobs()
+    yield system.check_memory(root, ranks, parameters)
     yield system.check_shared_memory(root, ranks)
     yield from system.check_limits()
     yield from system.check_run_dir(Path(config.run_dir), checkpoint_bytes, is_root)
+    yield from system.check_other_jobs()
 
 
 def _check_network(config: DoctorConfig, accelerators: Accelerators, hosts: Sequence[Host]) -> Iterator[Finding]:

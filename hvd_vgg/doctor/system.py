@@ -11,6 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import IO, Iterator, List, Mapping, Optional, Sequence, Tuple
 
+import psutil
+
 from hvd_vgg.parallel.cores import control_groups, read_int
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
 
@@ -25,8 +27,6 @@ _PROCESS_BYTES = 1e9
 
 def check_memory(root: Path, ranks: int, parameters: int) -> Finding:
     """Checks the memory that `ranks` on this host share, for a network of `parameters` weights."""
-    import psutil  # here: doctor must be able to report that it is missing
-
     host = psutil.virtual_memory()
     return assess_memory(*memory_within_limits(root, host.total, host.available), ranks, parameters)
 
@@ -142,8 +142,6 @@ def check_other_jobs() -> List[Finding]:
 
 def find_other_jobs() -> List[str]:
     """Returns Open MPI's daemons and training ranks of this package that this process does not descend from."""
-    import psutil
-
     own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     jobs = []
     for process in psutil.process_iter(["name", "cmdline", "status"]):
