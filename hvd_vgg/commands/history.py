@@ -5,8 +5,8 @@ is no fault: a torn last line, and after the last line of updates an evaluation,
 """
 
 import dataclasses
+import itertools
 import math
-from dataclasses import field
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
@@ -18,7 +18,6 @@ from hvd_vgg.errors import Failure
 from hvd_vgg.models.architecture import training_flops, vgg_layers
 from hvd_vgg.reporting.receipt import LogLine
 from hvd_vgg.reporting.throughput import Throughput, per_host
-from hvd_vgg.text import plural
 from hvd_vgg.train.schedule import evaluation_steps, learning_rate
 
 PASS, FAIL, UNKNOWN = "pass", "fail", "unknown"
@@ -36,69 +35,66 @@ class Check(NamedTuple):
     text: str
 
 
-class Segment:
-    """The part of an attempt between rewinds, as far as it has been replayed."""
-
-    def __init__(self, step: int, next_epoch: int, skipped: Iterable[int]) -> None:
-        self.first = self.last = step  # updates that the run had at its beginning, and has now
-        self.next_epoch = next_epoch  # to be complete
-        self.skipped = set(skipped)  # steps left out after rewinds
-        self.evaluated = -1  # the step of the newest evaluation
-
-
 class Attempt:
-    """One process start: its configuration, its lines, and how far it came."""
+    """One process start: its configuration, its lines, and where its replay has come."""
 
     def __init__(self, number: int, start: LogLine, parameters: Dict[str, Any]) -> None:
         self.number, self.start = number, start  # from 1
         self.lines: List[LogLine] = []  # after `start`
-        names = {each.name for each in dataclasses.fields(TrainConfig)}
-        flags = {name: value for name, value in parameters.items() if name in names}
-        lists: Dict[str, Any] = {name: tuple(value) for name, value in flags.items() if isinstance(value, list)}
-        self.config = TrainConfig(**{**flags, **lists})  # with the length of the run in steps
+        flags = {field.name: parameters[field.name] for field in dataclasses.fields(TrainConfig) if field.name in parameters}
+        flags.update({name: tuple(value) for name, value in flags.items() if isinstance(value, list)})
+        self.config = TrainConfig(**flags)  # with the length of the run in steps
         self.batch, self.ranks = self.config.global_batch, int(start.data["ranks"])
-        self.records, self.validation_records = (
-            int(start.data["data"][name]["records"]) for name in ("train", "validation")
-        )
-        self.evaluation_steps = evaluation_steps(self.config, self.records)
+        self.records, self.to_evaluate = (int(start.data["data"][split]["records"]) for split in ("train", "validation"))
         self.begin_segment(start.step, start)
 
     def begin_segment(self, step: int, line: LogLine) -> None:
-        """Continues after `step` updates, leaving out the steps that `line` names."""
-        self.segment = Segment(step, step * self.batch // self.records, line.data["skipped_steps"])
+        """Begins the lines up to the next rewind, after `step` updates; `line` names the steps to leave out."""
+        self.first = self.last = step  # updates at the beginning of the segment, and by now
+        self.next_epoch = step * self.batch // self.records  # the next to be complete
+        self.skipped = {int(skipped) for skipped in line.data["skipped_steps"]}
+        self.evaluated = -1  # the step of the newest evaluation
 
     def select(self, kind: str) -> List[LogLine]:
         """Returns its lines of a kind."""
         return [line for line in self.lines if line.kind == kind]
 
-    def seconds(self, name: str) -> List[float]:
-        """Returns the `update` or `input` seconds of each update so far; those of a rewind are in its line."""
-        keys = {"train": f"train.{name}_seconds", "rewind": f"{name}_seconds"}
-        return [float(one) for line in self.lines if line.kind in keys for one in line.data[keys[line.kind]]]
 
-
-@dataclasses.dataclass
 class History:
     """What a log says of a run."""
 
-    lines: List[LogLine]
-    attempts: List[Attempt] = field(default_factory=list)
-    checks: List[Check] = field(default_factory=list)  # of each start
-    faults: List[str] = field(default_factory=list)  # of lines
-    saved: Dict[int, LogLine] = field(default_factory=dict)  # the newest line about the checkpoint of each step
-    scores: Dict[int, int] = field(default_factory=dict)  # top-1 hits by step, without what was trained again since
-    candidates: Dict[int, int] = field(default_factory=dict)  # those of them that were then saved
-    parameters: Optional[Dict[str, Any]] = None  # of the start to come
-    current: Optional[Attempt] = None  # None between the first line of a process and its start
-    end: Optional[LogLine] = None  # the line by which the newest attempt has stopped or ended
+    def __init__(self, lines: List[LogLine]) -> None:
+        self.lines = lines
+        self.attempts: List[Attempt] = []
+        self.checks: List[Check] = []
+        self.faults: List[str] = []  # of lines
+        self.saved: Dict[int, Tuple[int, Any]] = {}  # by step: number of the newest line about its checkpoint, and the row
+        self.scores: Dict[int, LogLine] = {}  # by step: its newest evaluation
+        self.parameters: Optional[Dict[str, Any]] = None  # of the start to come
+        self.current: Optional[Attempt] = None  # None between the first line of a process and its start
+        self.over = ""  # `end` or `stopped` if the newest attempt has come to that
+        self.damaged = {line.data.get("file") for line in lines if line.kind == "checkpoint_damaged"}
 
     def select(self, kind: str) -> List[LogLine]:
         """Returns the lines of all attempts of a kind."""
         return [line for attempt in self.attempts for line in attempt.select(kind)]
 
+    def compare(self, row: Any, known: Any, after: int, before: float = math.inf) -> str:
+        """Returns PASS if two rows of `receipt.checkpoint_row` are equal; else FAIL, or UNKNOWN if a kill explains it.
+
+        An attempt that first evaluates the checkpoint it began from saves it again with the result. A kill may keep that out
+        of the log: then there is an evaluation between those lines, and the header is another, but not the weights.
+        """
+        if row and all(row[name] == known[name] for name in row):
+            return PASS
+        scores = [(attempt, line) for attempt in self.attempts for line in attempt.select("evaluation")]
+        again = (line for attempt, line in scores if attempt.start.step == line.step and after < line.number < before)
+        explained = row and row["sha256"] == known["sha256"] and any(f"{line.step:08d}" in row["file"] for line in again)
+        return UNKNOWN if explained else FAIL
+
 
 def read_history(lines: List[LogLine]) -> History:
-    """Returns what `lines` say and the checks of them."""
+    """Returns what `lines` say, and what is wrong with them."""
     history = History(lines)
     for line, following in zip(lines, [*lines[1:], None]):
         try:
@@ -108,36 +104,23 @@ def read_history(lines: List[LogLine]) -> History:
     return history
 
 
+def equal(a: Any, b: Any) -> bool:
+    """Compares JSON values; floats up to the last bits: sums may differ there between versions of Python."""
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    numbers = isinstance(a, (int, float)) and isinstance(b, (int, float))
+    return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12) if numbers else bool(a == b)
+
+
 def mismatches(rows: Iterable[_Row]) -> Iterator[str]:
     """Yields a sentence for each (name, found, expected) that differ."""
-    for name, found, expected in rows:
-        numbers = isinstance(found, (int, float)) and isinstance(expected, (int, float))
-        # Sums of floats may differ in the last bits between versions of Python.
-        if not (math.isclose(found, expected, rel_tol=1e-9, abs_tol=1e-12) if numbers else found == expected):
-            yield f"{name} {found!r}, expected {expected!r}"
-
-
-def compare_checkpoints(found: Any, known: Any, step: int, history: History, lines: range) -> str:
-    """Returns PASS if two rows of `receipt.checkpoint_row` are equal; else FAIL, or UNKNOWN if a kill explains it.
-
-    An attempt that first evaluates the checkpoint it began from saves it again with the result. A kill may keep that out of
-    the log: then there is an evaluation within `lines`, and the header is another, but not the weights.
-    """
-    if found and all(found[name] == known[name] for name in found):
-        return PASS
-    scores = (line for each in history.attempts if each.start.step == step for line in each.select("evaluation"))
-    explained = any(line.step == step and line.number in lines for line in scores)
-    return UNKNOWN if explained and found and found["sha256"] == known["sha256"] else FAIL
-
-
-def saved_row(line: LogLine) -> Any:
-    """Returns what a line of a checkpoint, or of a start that goes on from one, says of it."""
-    return line.data["checkpoint"] if line.kind == "start" else line.data
+    return (f"{name} {found!r}, expected {expected!r}" for name, found, expected in rows if not equal(found, expected))
 
 
 def _replay(history: History, line: LogLine, following: Optional[LogLine]) -> Iterator[str]:
-    if not line.kind and following and following.kind != "METADATA":
-        yield "cannot be read, and no kill tore it: the process wrote on"
+    if not line.kind:
+        if following and following.kind != "METADATA":
+            yield "cannot be read, and no kill tore it: the process wrote on"
     elif line.kind in ("METADATA", "PARAMETER"):
         history.current, history.parameters = None, line.data if line.kind == "PARAMETER" else None
     elif line.kind == "start":
@@ -145,154 +128,129 @@ def _replay(history: History, line: LogLine, following: Optional[LogLine]) -> It
             yield "a start without its configuration"
         attempt = Attempt(len(history.attempts) + 1, line, history.parameters or {})
         verdict, text = _check_origin(history, line)
-        where = f"from step {line.step} on {plural(attempt.ranks, 'rank')}, {text}"
-        history.checks.append(Check(verdict, f"start {attempt.number}", where))
+        history.checks.append(Check(verdict, f"start {attempt.number}", text))
         history.attempts.append(attempt)
-        history.current, history.parameters, history.end = attempt, None, None
-        _forget_scores(history, line.step)
+        history.current, history.parameters, history.over = attempt, None, ""
         if line.data["checkpoint"]:
-            history.saved.setdefault(line.step, line)
+            history.saved.setdefault(line.step, (line.number, line.data["checkpoint"]))
     elif history.current:
-        yield from _replay_in_attempt(history, history.current, line)
+        yield from mismatches(_replay_in_attempt(history, history.current, line))
     elif line.kind in _PROGRESS:
         yield f"{line.kind} before a start"
 
 
 def _check_origin(history: History, line: LogLine) -> Tuple[str, str]:
-    step, found, saved = line.step, line.data["checkpoint"], history.saved.get(line.step)
-    before = history.attempts[-1] if history.attempts else None
-    if step == 0 and found is None:
-        lost = max(history.saved, default=None)
-        return (
-            (PASS, "without a checkpoint") if lost is None else (FAIL, f"but the checkpoint of step {lost} had been saved")
-        )
-    if before is None or step > before.segment.last:
-        return FAIL, f"but {f'start {before.number} only reached {before.segment.last}' if before else 'it is the first'}"
-    if saved is None:
-        reached = any(each.step == step for each in [before.start, *before.select("train")])
-        return (UNKNOWN if reached else FAIL), "but no line says that its checkpoint was saved"
-    verdict = compare_checkpoints(found, saved_row(saved), step, history, range(saved.number, line.number))
-    text = {
-        PASS: "the checkpoint",
-        UNKNOWN: "the weights, since evaluated, of the checkpoint",
-        FAIL: "but not the checkpoint",
-    }
-    return verdict, f"{text[verdict]} saved in line {saved.number}"
+    """Says whether a start continued what the lines before it had reached and saved."""
+    step, row, before = line.step, line.data["checkpoint"], history.attempts[-1] if history.attempts else None
+    number, saved = history.saved.get(step, (0, None))
+    verdict = FAIL
+    if step == 0 and row is None:
+        verdict = FAIL if history.saved else PASS
+    elif before and step <= before.last and saved is None:
+        verdict = UNKNOWN if any(each.step == step for each in [before.start, *before.select("train")]) else FAIL
+    elif before and step <= before.last:
+        verdict = history.compare(row, saved, number, line.number)
+    text = {PASS: "as saved", UNKNOWN: "saved as a kill came", FAIL: "which is not what had been saved"}[verdict]
+    return verdict, f"from step {step} on {line.data['ranks']} ranks, {text}" + (f" (line {number})" if number else "")
 
 
-def _forget_scores(history: History, step: int) -> None:
-    """What was reached after `step` is trained again."""
-    for scores in (history.scores, history.candidates):
-        for later in [each for each in scores if each > step]:
-            del scores[later]
-
-
-def _replay_in_attempt(history: History, attempt: Attempt, line: LogLine) -> Iterator[str]:
-    segment, kind, data = attempt.segment, line.kind, line.data
-    complete = segment.last * attempt.batch // attempt.records  # epochs
+def _replay_in_attempt(history: History, attempt: Attempt, line: LogLine) -> Iterator[_Row]:
+    kind, data, last = line.kind, line.data, attempt.last
+    complete = last * attempt.batch // attempt.records  # epochs
     attempt.lines.append(line)
     if abs(line.began - attempt.start.began) > 0.01:
-        yield f"written by another process than start {attempt.number}: a start between them is missing"
-    if history.end and kind in _PROGRESS:
-        yield f"comes after line {history.end.number}, '{history.end.kind}', of start {attempt.number}"
-    due = segment.last in attempt.evaluation_steps and segment.last > segment.first
-    if due and kind in ("train", "end") and segment.evaluated != segment.last:
-        yield f"no evaluation at step {segment.last} before it"
-    early = segment.next_epoch > complete and kind in ("end", "stopped")
-    if early or (segment.next_epoch < complete and kind in ("train", "end", "stopped")):
-        yield f"{complete} epochs are complete by then, but the coverage of {segment.next_epoch} is logged"
+        yield f"time of its process: a start after start {attempt.number} is missing;", line.began, attempt.start.began
+    if history.over == "end" or (history.over and kind in _PROGRESS):
+        yield "line", kind, f"none after `{history.over}`"
+    if kind in ("train", "end", "stopped"):
+        covered = max(complete, attempt.next_epoch) if kind == "train" else complete
+        yield "epochs with coverage", attempt.next_epoch, covered
+    if kind in ("train", "end") and last > attempt.first and last in evaluation_steps(attempt.config, attempt.records):
+        yield "step of the newest evaluation", attempt.evaluated, last
 
     if kind == "train":
-        yield from mismatches(_train_rows(line, attempt))
-        segment.last = line.step
+        yield from _train_rows(line, attempt)
+        attempt.last = line.step
     elif kind == "coverage":
-        yield from mismatches(_coverage_rows(line, attempt))
-        segment.next_epoch = int(data["epoch"]) + 1
+        yield from _coverage_rows(line, attempt)
+        attempt.next_epoch = int(data["epoch"]) + 1
+        if not data["known"]:
+            history.checks.append(Check(UNKNOWN, f"epoch {data['epoch']}", "a part of it was trained in another order"))
+        elif data["skipped"] or data["replaced"]:
+            text = f"{data['skipped']} skipped, {len(data['replaced'])} replaced {data['replaced']}"
+            history.checks.append(Check(PASS, f"epoch {data['epoch']}", text))
     elif kind == "evaluation":
-        segment.evaluated, history.scores[line.step] = line.step, int(data["eval.top1_hits"])
-        yield from mismatches([("step", line.step, segment.last), ("epoch", line.epoch, complete)])
-        yield from mismatches(_evaluation_rows(line, attempt))
+        yield from [("step", line.step, last), ("epoch", line.epoch, complete), *_evaluation_rows(line, attempt)]
+        attempt.evaluated, history.scores[line.step] = line.step, line
     elif kind == "throughput":
-        yield from mismatches([("step", line.step, segment.evaluated), *_throughput_rows(line, attempt)])
         rows = data.get("by_rank", [])
-        yield from mismatches([("ranks in by_rank", len(rows), attempt.ranks if data["fps"] else 0)])
-        yield from mismatches([("by_host", data.get("by_host", []), per_host(rows))])
+        yield from [("step", line.step, attempt.evaluated), ("by_host", data.get("by_host", []), per_host(rows))]
+        yield "ranks in by_rank", len(rows), attempt.ranks if data["fps"] else 0
     elif kind == "end":
-        last = attempt.select("evaluation")[-1].data
-        yield from mismatches([(name, data.get(name), last[name]) for name in last] + _throughput_rows(line, attempt))
-        history.end = line
+        yield from ((name, data.get(name), value) for name, value in attempt.select("evaluation")[-1].data.items())
+        yield from throughput_rows(line, attempt)
+        history.over = kind
     elif kind == "stopped":
-        yield from mismatches([("step", line.step, segment.last)])
-        history.end = line
+        yield "step", line.step, last
+        history.over = kind
     elif kind == "checkpoint":
-        history.saved[line.step] = line
-        history.candidates.update({line.step: history.scores[line.step]} if line.step in history.scores else {})
+        history.saved[line.step] = line.number, data
     elif kind == "rewind":
-        to = int(data["to"])
-        if to not in history.saved and (to or history.saved):
-            yield f"back to step {to}, which had not been saved"
-        attempt.begin_segment(to, line)
-        _forget_scores(history, to)
+        step = data["to"]
+        yield f"to saved step {step}", step in history.saved or not (step or history.saved), True
+        attempt.begin_segment(step, line)
 
 
-def _train_rows(line: LogLine, attempt: Attempt) -> List[_Row]:
-    data, batch, before = line.data, attempt.batch, attempt.segment.last
+def _train_rows(line: LogLine, attempt: Attempt) -> Iterator[_Row]:
+    data, batch, before = line.data, attempt.batch, attempt.last
     seconds, waits = data["train.update_seconds"], data["train.input_seconds"]
-    images = batch * max(1, line.step - before - sum(before <= step < line.step for step in attempt.segment.skipped))
-    top1, top5 = (round(data[f"train.acc@{k}"] * images) for k in (1, 5))
-    return [
-        ("updates", len(seconds), line.step - before),  # or a line is missing or repeated
-        ("epoch", line.epoch, line.step * batch // attempt.records),
-        ("waits for input", len(waits), len(seconds)),
-        # A wait and the update around it are read from one clock, but summed differently.
-        ("train.input_seconds", waits, [min(max(0, wait), total + 1e-6) for wait, total in zip(waits, seconds)]),
-        ("train.fps", data["train.fps"], batch * len(seconds) / sum(seconds)),
-        ("train.lr", data["train.lr"], learning_rate(line.step - 1, attempt.config, attempt.records)),
-        (f"train.acc@1 of {images} images", data["train.acc@1"], min(max(0, top1), top5) / images),
-        (f"train.acc@5 of {images} images", data["train.acc@5"], min(top5, images) / images),
-    ]
+    images = batch * max(1, line.step - before - sum(before <= step < line.step for step in attempt.skipped))
+    accuracies = [data["train.acc@1"], data["train.acc@5"]]
+    shares = [min(max(0, round(share * images)), images) / images for share in accuracies]
+    yield "updates", len(seconds), line.step - before  # or a line is missing or repeated
+    yield "epoch", line.epoch, line.step * batch // attempt.records
+    # A wait and the update around it are read from one clock, but summed differently.
+    limits = itertools.zip_longest(waits, seconds, fillvalue=-1)
+    yield "train.input_seconds", waits, [min(max(0, wait), total + 1e-6) for wait, total in limits]
+    yield "train.fps", data["train.fps"], batch * len(seconds) / sum(seconds)
+    yield "train.lr", data["train.lr"], learning_rate(line.step - 1, attempt.config, attempt.records)
+    yield f"train.acc@1, acc@5 of {images} images", accuracies, sorted(shares)
 
 
-def _evaluation_rows(line: LogLine, attempt: Attempt) -> List[_Row]:
-    data, records = line.data, attempt.validation_records
-    top1, top5 = int(data["eval.top1_hits"]), int(data["eval.top5_hits"])
-    return [
-        ("eval.records", data["eval.records"], records),
-        ("eval.top1_hits", data["eval.top1_hits"], min(max(0, top1), top5)),
-        ("eval.top5_hits", data["eval.top5_hits"], min(top5, records)),
-        ("eval.acc@1", data["eval.acc@1"], top1 / records),
-        ("eval.acc@5", data["eval.acc@5"], top5 / records),
-    ]
+def _evaluation_rows(line: LogLine, attempt: Attempt) -> Iterator[_Row]:
+    data, records = line.data, attempt.to_evaluate
+    hits = [data["eval.top1_hits"], data["eval.top5_hits"], data["eval.records"]]
+    yield "eval.top1_hits, top5_hits, records", hits, sorted([*(max(0, int(each)) for each in hits[:2]), records])
+    yield "eval.acc@1, acc@5", [data["eval.acc@1"], data["eval.acc@5"]], [each / records for each in hits[:2]]
 
 
-def _throughput_rows(line: LogLine, attempt: Attempt) -> List[_Row]:
-    """Computes the speed again from the seconds of every update of the attempt so far."""
+def throughput_rows(line: LogLine, attempt: Attempt) -> Iterator[_Row]:
+    """Computes again, from the seconds of every update of an attempt before a line, what the line says of the speed."""
     throughput, config = Throughput(), attempt.config
-    throughput.total_seconds, throughput.input_seconds = attempt.seconds("update"), attempt.seconds("input")
+    for data in [each.data for each in attempt.lines if each.number < line.number]:
+        # The updates between the last line of updates and a rewind are in the latter.
+        throughput.total_seconds += data.get("train.update_seconds", data.get("update_seconds", []))
+        throughput.input_seconds += data.get("train.input_seconds", data.get("input_seconds", []))
     expected = throughput.summary(attempt.batch)
     if expected["fps"]:
         layers = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
         expected["tflops_per_rank"] = training_flops(layers, config.image_size) * expected["fps"] / attempt.ranks / 1e12
         most = attempt.batch * len(throughput.total_seconds) / sum(throughput.total_seconds)
         expected["fps_wall"] = min(line.data["fps_wall"], most * (1 + 1e-6))  # whose time is longer than the updates'
-    return [(name, line.data.get(name), value) for name, value in expected.items()]
+    return ((name, line.data.get(name), value) for name, value in expected.items())
 
 
-def _coverage_rows(line: LogLine, attempt: Attempt) -> List[_Row]:
+def _coverage_rows(line: LogLine, attempt: Attempt) -> Iterator[_Row]:
     data, config, records, batch = line.data, attempt.config, attempt.records, attempt.batch
-    epoch, segment = int(data["epoch"]), attempt.segment
-    complete_at = -(-(epoch + 1) * records // batch)
-    rows: List[_Row] = [
-        ("epoch", epoch, segment.next_epoch),
-        ("step", line.step, min(complete_at, segment.last + config.log_every_steps)),
-        ("records", data["records"], records),
-    ]
+    epoch = int(data["epoch"])
+    yield "epoch", epoch, attempt.next_epoch
+    yield "step", line.step, min(-(-(epoch + 1) * records // batch), attempt.last + config.log_every_steps)
+    yield "records", data["records"], records
     if data["known"]:
         left_out = np.zeros(3, np.int64)
-        for step in segment.skipped if data["skipped"] else ():
+        for step in attempt.skipped if data["skipped"] else ():
             due = positions(step * batch, (step + 1) * batch, records, config.seed, config.shuffle_block_records)
             left_out += digest(due.ids[due.epochs == epoch])
         seen = digest_of_all(records) - left_out - digest(np.array(data["replaced"], np.int64))
-        for name, expected in (("skipped", left_out), ("seen", seen)):
-            rows.append((name, [data[name], *data[f"{name}_digest"]], [int(expected[0]), *to_hex(expected)]))
-    return rows
+        for name, part in (("skipped", left_out), ("seen", seen)):
+            yield name, [data[name], *data[f"{name}_digest"]], [int(part[0]), *to_hex(part)]

@@ -2,10 +2,11 @@
 
 Whatever the raw lines of the log allow is computed again: images/s from the seconds of each update, accuracies from hits,
 coverage from the ids 0 .. N-1, learning rates and epochs from the configuration, and the order of starts, lines and
-checkpoints (`read_history`). The digests of the receipt hold the rest together. With the data, checkpoints are evaluated again.
+checkpoints (`read_history`). The digests of the receipt hold the rest together. With the data, checkpoints are evaluated
+again.
 
-What cannot be checked is unknown, and no failure: a kill at any moment leaves work that is newer than the last receipt, result
-or line about it. The log has the times of single updates of rank 0 only; what result.json says of the other ranks is compared
+What cannot be checked is unknown, and no failure: a kill at any moment leaves work newer than the last receipt, result or
+line about it. The log has the times of single updates for rank 0 only; what result.json says of the other ranks is compared
 with what was logged at the same time.
 """
 
@@ -13,23 +14,10 @@ import dataclasses
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, Optional
+from typing import Any, Generator, Iterator, Tuple
 
-from hvd_vgg.commands.history import (
-    DAMAGED,
-    FAIL,
-    PASS,
-    UNKNOWN,
-    Attempt,
-    Check,
-    History,
-    compare_checkpoints,
-    mismatches,
-    read_history,
-    saved_row,
-)
+from hvd_vgg.commands.history import DAMAGED, FAIL, PASS, UNKNOWN, Check, History, mismatches, read_history, throughput_rows
 from hvd_vgg.config import TrainConfig, VerifyConfig, fingerprint
 from hvd_vgg.data.coverage import digest, parse_epoch_records
 from hvd_vgg.data.sampler import positions
@@ -37,12 +25,14 @@ from hvd_vgg.environment import launched_rank
 from hvd_vgg.errors import CONFIGURATION, DATA, DONE, STOPPED, Failure
 from hvd_vgg.flags import parse_flags
 from hvd_vgg.reporting import receipt
-from hvd_vgg.reporting.receipt import LogLine
+from hvd_vgg.reporting.console import Console
 from hvd_vgg.run_dir import RunDir, checkpoint_step
-from hvd_vgg.streams import write_line
 from hvd_vgg.text import plural
 from hvd_vgg.train import checkpoint
 from hvd_vgg.train.schedule import total_steps
+
+# Yields what is wrong; returns the verdict and text if nothing is.
+Findings = Generator[str, None, Tuple[str, str]]
 
 
 def verify_run(config: VerifyConfig) -> None:
@@ -50,245 +40,211 @@ def verify_run(config: VerifyConfig) -> None:
 
     Raises Failure(DATA) if a check fails, Failure(CONFIGURATION) if there is no run.
     """
-    run_dir, speaks = Path(config.run_dir), not launched_rank()
-    if not RunDir(run_dir).log.is_file():
-        raise Failure(CONFIGURATION, f"--run_dir={run_dir} has no dllogger.json: expected the directory of a run")
-    again = _guarded("evaluated again", _evaluate_again(run_dir, config)) if config.data_dir else iter([])
-    verdicts = []
-    for verdict, subject, text in itertools.chain(check(run_dir) if speaks else [], again):
+    run, console, verdicts = RunDir(config.run_dir), Console("lines", not launched_rank()), []
+    if not run.log.is_file():
+        raise Failure(CONFIGURATION, f"--run_dir={run.path} has no dllogger.json: expected the directory of a run")
+    again = _conclude("evaluated again", _evaluate_again(run, config)) if config.data_dir else iter([])
+    for verdict, subject, text in itertools.chain(check(run.path) if console.speaks else [], again):
+        console.say(f"{verdict:7s}  {subject}: {text}")
         verdicts.append(verdict)
-        if speaks:
-            write_line(f"{verdict:7s}  {subject}: {text}", sys.stdout)
     if FAIL in verdicts:
-        raise Failure(DATA, f"{verdicts.count(FAIL)} of {plural(len(verdicts), 'check')} of {run_dir} failed")
-    if speaks:
-        write_line(f"{verdicts.count(PASS)} passed, {verdicts.count(UNKNOWN)} unknown", sys.stdout)
+        raise Failure(DATA, f"{verdicts.count(FAIL)} of {plural(len(verdicts), 'check')} of {run.path} failed")
+    console.say(f"{verdicts.count(PASS)} passed, {verdicts.count(UNKNOWN)} unknown")
 
 
 def check(run_dir: Path) -> Iterator[Check]:
     """Yields every check that needs no data."""
     run = RunDir(run_dir)
-    history, found = read_history(receipt.read_log(run.log)), receipt.read(run_dir)
-    for subject, checks in (
-        ("log", _check_log(history)),
-        ("restarts.jsonl", _check_restarts(run, history)),
-        ("checkpoints", _check_checkpoints(run, history, found)),
-        ("best", _check_best(run, history)),
-        ("result.json", _check_result(run, history)),
-        ("receipt.json", _check_receipt(run, history, found)),
-        ("flags.txt", _check_flags(run, history)),
-    ):
-        yield from _guarded(subject, checks)
-
-
-def _guarded(subject: str, checks: Iterator[Check]) -> Iterator[Check]:
-    try:
-        yield from checks
-    except DAMAGED as error:
-        yield Check(FAIL, subject, f"has content that no run writes: {type(error).__name__} {error}")
-
-
-def _conclude(subject: str, faults: Iterable[str], text: str, verdict: str = PASS) -> Iterator[Check]:
-    """Yields a failure for each of the first ten faults, or else `verdict`."""
-    found = list(faults)
-    shown = found[:10] + ([f"and {len(found) - 10} more"] if len(found) > 10 else [])
-    yield from [Check(FAIL, subject, fault) for fault in shown] or [Check(verdict, subject, text)]
-
-
-def _check_log(history: History) -> Iterator[Check]:
-    counts = [(len(history.attempts), "start"), (sum(len(each.seconds("update")) for each in history.attempts), "update")]
-    counts += [(len(history.select(kind)), kind) for kind in ("evaluation", "rewind")]
-    text = ", ".join(plural(*count) for count in counts)
-    yield from _conclude("log", history.faults, f"{plural(len(history.lines), 'line')} in order: {text}")
+    history = read_history(receipt.read_log(run.log))
+    yield from _conclude("log", _check_log(history))
     yield from history.checks
-    epochs = [line.data for line in history.select("coverage")]
-    odd = [
-        f"epoch {row['epoch']}: {row['skipped']} skipped, {len(row['replaced'])} replaced {row['replaced']}"
-        for row in epochs
-        if row["known"] and (row["skipped"] or row["replaced"])
-    ]
-    odd += [f"epoch {row['epoch']} was begun in another order" for row in epochs if not row["known"]]
-    if epochs and not history.faults:
-        text = f"{sum(row['known'] for row in epochs)} times all {epochs[-1]['records']} records, each once"
-        yield Check(PASS if all(row["known"] for row in epochs) else UNKNOWN, "epochs", "; ".join([text, *odd]))
+    yield from _conclude("restarts.jsonl", _check_restarts(run, history))
+    for path in reversed(run.list_checkpoints()):
+        yield from _conclude(path.name, _check_file(path, history))
+    yield from _conclude("best", _check_best(run, history))
+    yield from _conclude("result.json", _check_result(run, history))
+    yield from _conclude("receipt.json", _check_receipt(run, history))
+    yield from _conclude("flags.txt", _check_flags(run, history))
 
 
-def _check_restarts(run: RunDir, history: History) -> Iterator[Check]:
+def _conclude(subject: str, findings: Findings) -> Iterator[Check]:
+    """Yields a failure for each of the first ten faults, or else the conclusion."""
+    faults, conclusion = [], (PASS, "")
+    try:
+        while True:
+            faults.append(next(findings))
+    except StopIteration as done:
+        conclusion = done.value
+    except DAMAGED as error:
+        faults.append(f"has content that no run writes: {type(error).__name__} {error}")
+    shown = faults[:10] + ([f"and {len(faults) - 10} more"] if len(faults) > 10 else [])
+    yield from [Check(FAIL, subject, fault) for fault in shown] or [Check(conclusion[0], subject, conclusion[1])]
+
+
+def _check_log(history: History) -> Findings:
+    yield from history.faults
+    epochs = sum(line.data["known"] for line in history.select("coverage"))
+    counts = [(len(history.attempts), "start"), (epochs, "proved epoch"), (len(history.select("evaluation")), "evaluation")]
+    return PASS, f"{len(history.lines)} lines in order: {', '.join(plural(*count) for count in counts)}"
+
+
+def _check_restarts(run: RunDir, history: History) -> Findings:
     """Compares the starts in the log with those that `hvd-vgg launch` has noted, by the clock of its host."""
     rows = [row for row in receipt.read_json_lines(run.restarts) if row["event"] in ("start", "end")]
     launched = [attempt for attempt in history.attempts if attempt.start.data["launched"]]
-    event, number, matched, faults = "end", -1, [], []
+    event, number, matched = "end", -1, []
     for row, following in zip(rows, [*rows[1:], {"time": math.inf}]):
         expected = ("end", number) if event == "start" else ("start", number + 1)
         event, number = row["event"], row["attempt"]
         if (event, number) not in (expected, ("start", 0)):
-            faults.append(f"{event} of attempt {number}, expected {' '.join(map(str, expected))}: a line is missing")
+            yield f"{event} of attempt {number}, expected {' '.join(map(str, expected))}: a line is missing"
         if event == "start":
             inside = [each for each in launched if row["time"] <= each.start.timestamp <= following["time"]]
             matched += [each for each in inside if each.ranks == row["ranks"]]
             # One that ended otherwise may have ended before it began to log.
             if not inside and (following.get("code") in (DONE, STOPPED) or following.get("lost_seconds") is not None):
-                faults.append(f"the attempt of {row['at']} ended with {following['code']}, but the log has no start of it")
+                yield f"the attempt of {row['at']} ended with {following['code']}, but the log has no start of it"
     for attempt in launched:
         if attempt not in matched:
-            faults.append(
-                f"has no attempt on {plural(attempt.ranks, 'rank')} at the time of start {attempt.number} of the log"
-            )
-    if rows or launched:
-        yield from _conclude("restarts.jsonl", faults, f"{len(launched)} of {plural(len(history.attempts), 'start')}")
-
-
-def _covered(history: History, found: Optional[Dict[str, Any]]) -> int:
-    """Returns how many lines of the log a receipt covers."""
-    length = int(found["files"]["dllogger.json"]["bytes"]) if found else 0
-    return sum(line.end <= length for line in history.lines)
+            yield f"no attempt on {plural(attempt.ranks, 'rank')} at the time of start {attempt.number} of the log"
+    return PASS, f"has {len(launched)} of {plural(len(history.attempts), 'start')} in the log"
 
 
 # ---- files
 
 
-def _check_checkpoints(run: RunDir, history: History, found: Optional[Dict[str, Any]]) -> Iterator[Check]:
-    """Compares each checkpoint with what log and receipt say of it, and finds those that are gone."""
-    covered, saved = _covered(history, found), history.select("checkpoint")
-    known = {row["file"]: row for row in found["checkpoints"]} if found else {}
-    newer = {line.data["file"] for line in saved if line.number > covered}
-    settled = {line.data["file"] for line in saved} - newer  # not saved again since the receipt
-    damaged = {line.data["file"] for line in history.lines if line.kind == "checkpoint_damaged"}
-    there, expected = {path.name: path for path in run.list_checkpoints()}, [line.data["file"] for line in saved[-1:]]
-    if history.end and history.end.kind == "end":
-        expected.append(run.checkpoint(history.attempts[-1].segment.last).name)
-    for name in sorted({*there, *known, *expected} - damaged):
-        if name in there:
-            yield from _guarded(name, _check_file(there[name], history, None if name in newer else known.get(name), covered))
-            if found and name in settled - set(known):
-                yield Check(FAIL, name, "was saved before the receipt was written, but is not in it")
-        # A later save may have pruned it, even one that a kill kept out of the log.
-        elif all(later <= name or later in settled for later in there):
-            yield Check(FAIL, name, "was saved, and is gone")
-
-
-def _check_file(path: Path, history: History, known: Optional[Dict[str, Any]], covered: int) -> Iterator[Check]:
-    """known: the receipt's row, written after line `covered`."""
-    step, end = checkpoint_step(path) or 0, len(history.lines) + 1
-    row, meta, line = receipt.checkpoint_row(path), checkpoint.load(path).meta, history.saved.get(step)
-    if line is None:
-        yield Check(UNKNOWN, path.name, "whole, but the log does not say that it was saved")
-        return
-    verdict = compare_checkpoints(row, saved_row(line), step, history, range(line.number, end))
-    faults = [f"is not what was saved: its digests are not those of line {line.number}"] if verdict == FAIL else []
-    if known and compare_checkpoints(row, known, step, history, range(covered + 1, end)) == FAIL:
-        faults.append("is not what it was: its digests are not those of receipt.json")
-    attempt = [attempt for attempt in history.attempts if attempt.start.number <= line.number][-1]
+def _check_file(path: Path, history: History) -> Findings:
+    step = checkpoint_step(path) or 0
+    row, meta = receipt.checkpoint_row(path), checkpoint.load(path).meta
+    number, saved = history.saved.get(step, (0, None))
+    if saved is None:
+        return UNKNOWN, "whole, but the log does not say that it was saved"
+    verdict = history.compare(row, saved, number)
+    if verdict == FAIL:
+        yield f"is not what was saved: its digests are not those of line {number}"
+    attempt = [attempt for attempt in history.attempts if attempt.start.number <= number][-1]
     config, records = attempt.config, attempt.records
     expected = {**fingerprint(config), "train_data_sha256": attempt.start.data["data"]["train"]["sha256"]}
     expected.pop("steps", None)  # the log has the length of the run in steps, whichever way it was given
-    faults += mismatches((name, meta["run"].get(name), value) for name, value in expected.items())
+    yield from mismatches((name, meta["run"].get(name), value) for name, value in expected.items())
     if meta["coverage"]:
         part, position = parse_epoch_records(meta["coverage"]), step * attempt.batch
         due = positions(position - position % records, position, records, config.seed, config.shuffle_block_records).ids
         total = part.seen + part.skipped + digest(part.replaced)
-        faults += mismatches([("digest of the epoch in progress", total.tolist(), digest(due).tolist())])
+        yield from mismatches([("digest of the epoch in progress", total.tolist(), digest(due).tolist())])
     text = "whole, as saved" if verdict == PASS else "the weights are those saved, and were evaluated since"
-    yield from _conclude(path.name, faults, f"{text} (line {line.number})", verdict)
+    return verdict, f"{text} (line {number})"
 
 
-def _check_best(run: RunDir, history: History) -> Iterator[Check]:
-    best, most = checkpoint.best(run.path), max(history.candidates.values(), default=-1)
-    hits = history.scores.get(checkpoint_step(best) or 0) if best else -1
+def _check_best(run: RunDir, history: History) -> Findings:
+    best, scores = checkpoint.best(run.path), history.scores
+    hits = {step: int(line.data["eval.top1_hits"]) for step, line in scores.items()}
+    most = hits.get(checkpoint_step(best) or 0) if best else -1
     if best and not best.exists():
-        yield Check(FAIL, "best", f"names {best.name}, which is not there")
-    elif hits is None:
-        yield Check(UNKNOWN, "best", "its evaluation was not logged, or was made again since")
-    elif hits < most:
-        name = f"names {best.name} with {hits} hits" if best else "names no checkpoint"
-        yield Check(FAIL, "best", f"{name}, but one with {most} hits was saved")
-    elif best:
-        yield Check(PASS, "best", f"{best.name}: {hits} hits, the most of {plural(len(history.scores), 'evaluation')}")
+        yield f"names {best.name}, which is not there"
+    if most is None:
+        return UNKNOWN, "the log has no evaluation of it"
+    for step, line in scores.items():
+        saved = history.saved.get(step, (0, None))[0] > line.number and run.checkpoint(step).name not in history.damaged
+        if saved and hits[step] > most:
+            yield f"names {best.name if best else 'nothing'}, but the checkpoint of step {step} has {hits[step]} hits"
+    return PASS, f"{best.name if best else 'none'}, {most} hits: the most of {plural(len(scores), 'evaluation')}"
 
 
-def _check_result(run: RunDir, history: History) -> Iterator[Check]:
-    ended = history.end is not None and history.end.kind == "end"
+def _check_result(run: RunDir, history: History) -> Findings:
     if not run.result.exists():
-        yield Check(
-            FAIL if ended else UNKNOWN, "result.json", "is missing" + (", but the run ended" if ended else " as yet")
-        )
-        return
+        if history.over == "end":
+            yield "is missing, but the run ended"
+        return UNKNOWN, "there is none yet"
     result = json.loads(run.result.read_bytes())
-    step = history.attempts[-1].segment.last if ended else result["steps"]
-    # A kill may have come between its line in the log and the file, which then is an earlier attempt's of the same step.
+    step = history.attempts[-1].last if history.over == "end" else result["steps"]
     logged = [(each, line) for each in reversed(history.attempts) for line in each.select("throughput") if line.step == step]
-    faults = [list(_result_faults(result, attempt, line)) for attempt, line in logged]
-    text = f"of step {step}, as the log has it; of its `seconds` only the receipt knows"
-    yield from _conclude("result.json", min(faults, key=len) if faults else [f"the log has none of step {step}"], text)
-
-
-def _result_faults(result: Dict[str, Any], attempt: Attempt, line: LogLine) -> Iterator[str]:
+    # A kill may have come between its line in the log and the file, which then is an earlier attempt's of the same step.
+    same = [(each, line) for each, line in logged if line.data.get("fps_wall") == result.get("fps_wall")]
+    attempt, line = (same or logged)[0]
     evaluation = [each.data for each in attempt.select("evaluation") if each.number < line.number][-1]
-    expected = {
-        **{name: evaluation[f"eval.{name}"] for name in ("acc@1", "acc@5", "top1_hits", "top5_hits")},
-        "records_evaluated": evaluation["eval.records"],
-        "by_rank": None, "by_host": None, **line.data, "event": None, "step": None,
-        "steps": line.step,
-        "epochs": line.step * attempt.batch / attempt.records,
-        "ranks": attempt.ranks,
-        "global_batch": attempt.batch,
-        "precision": attempt.config.precision,
-    }
+    expected = {name: evaluation[f"eval.{name}"] for name in ("acc@1", "acc@5", "top1_hits", "top5_hits")}
+    expected.update({"by_rank": None, "by_host": None, **line.data, "event": None, "step": None, "steps": step})
+    expected.update(records_evaluated=evaluation["eval.records"], epochs=step * attempt.batch / attempt.records)
+    expected.update(ranks=attempt.ranks, global_batch=attempt.batch, precision=attempt.config.precision)
     yield from mismatches((name, result.get(name), value) for name, value in expected.items())
+    yield from mismatches(throughput_rows(line, attempt))
+    return PASS, f"of step {step}, as line {line.number} has it; its `seconds` are in no log"
 
 
-def _check_receipt(run: RunDir, history: History, found: Optional[Dict[str, Any]]) -> Iterator[Check]:
+def _check_receipt(run: RunDir, history: History) -> Findings:
+    found, lines = receipt.read(run.path), history.lines
     if found is None:
-        began = any(attempt.lines for attempt in history.attempts) or run.receipt.exists()
-        yield Check(FAIL if began else UNKNOWN, "receipt.json", "is missing or unreadable; each start writes it at once")
-        return
-    expected, covered = receipt.content(run.path, found["files"]), _covered(history, found)
-    newer = history.lines[covered:]
-    if any(line.kind == "evaluation" for line in newer):  # a kill may have come before the receipt of the newer result
+        if any(attempt.lines for attempt in history.attempts) or run.receipt.exists():
+            yield "is missing or unreadable, though each start writes it before its first update"
+        return UNKNOWN, "there is none yet"
+    expected = receipt.content(run.path, found["files"])
+    covered = sum(line.end <= found["files"]["dllogger.json"]["bytes"] for line in lines)
+    if any(line.kind == "evaluation" for line in lines[covered:]):  # a kill may have come before the newer result's receipt
         expected["files"]["result.json"] = found["files"]["result.json"]
     if not found["files"]["restarts.jsonl"]:
         # The launcher notes a start before its ranks begin, and so before any receipt of theirs.
-        launched = any(line.kind == "start" and line.data["launched"] for line in history.lines[:covered])
-        expected["files"]["restarts.jsonl"] = "a row, since `hvd-vgg launch` started the run" if launched else None
-    del expected["written"], expected["checkpoints"]
-    faults = [*mismatches((name, found.get(name), value) for name, value in expected.items())]
-    if newer and history.end and history.end.kind == "end" and history.end.number <= covered:
-        faults.append(f"{len(newer)} lines of dllogger.json are newer than the end of the run")
-    since = f"; {len(newer)} lines are newer, as in a run that goes on or was killed" if newer else ""
-    yield from _conclude("receipt.json", faults, f"log, starts, restarts and result are as they were{since}")
+        launched = any(line.kind == "start" and line.data["launched"] for line in lines[:covered])
+        expected["files"]["restarts.jsonl"] = "those of `hvd-vgg launch`" if launched else None
+    del expected["written"]
+    yield from _checkpoint_faults(run, history, covered, found["checkpoints"], expected.pop("checkpoints"))
+    yield from mismatches((name, found.get(name), value) for name, value in expected.items())
+    newer = f"; {len(lines) - covered} lines are newer, as in a run that goes on or was killed" if lines[covered:] else ""
+    return PASS, f"log, restarts, result and checkpoints are as they were{newer}"
 
 
-def _check_flags(run: RunDir, history: History) -> Iterator[Check]:
+def _checkpoint_faults(run: RunDir, history: History, covered: int, known: Any, there: Any) -> Iterator[str]:
+    """Compares checkpoints that exist with those known to a receipt of `covered` lines, and finds which are gone."""
+    lines = history.select("checkpoint")
+    known, there = ({row["file"]: row for row in rows} for rows in (known, there))
+    newer = {line.data["file"] for line in lines if line.number > covered}
+    settled = {line.data["file"] for line in lines} - newer  # not saved again since the receipt
+    expected = [line.data["file"] for line in lines[-1:]]
+    expected += [run.checkpoint(history.attempts[-1].last).name] if history.over == "end" else []
+    for name in sorted({*there, *known, *expected} - history.damaged):
+        row = there.get(name)
+        if row is None:  # a later save may have pruned it, even one that a kill kept out of the log
+            if all(later <= name or later in settled for later in there):
+                yield f"{name} is gone"
+        elif name not in known:
+            if name in settled:
+                yield f"{name} was saved before, but is not in it"
+        elif name not in newer and history.compare(row, known[name], covered) == FAIL:
+            yield f"{name} is not what it was"
+
+
+def _check_flags(run: RunDir, history: History) -> Findings:
     if not run.flags.is_file() or not history.attempts:
-        yield Check(UNKNOWN, "flags.txt", "is missing, or nothing was started")
-        return
+        return UNKNOWN, "is missing, or nothing was started"
     attempt = history.attempts[-1]
     flags = parse_flags(TrainConfig, [f"--flagfile={run.flags}"])
     flags = dataclasses.replace(flags, steps=total_steps(flags, attempt.records))
-    rows = ((name, getattr(flags, name), value) for name, value in dataclasses.asdict(attempt.config).items())
-    yield from _conclude("flags.txt", mismatches(rows), f"the flags of start {attempt.number}")
+    expected = dataclasses.asdict(attempt.config)
+    yield from mismatches((name, getattr(flags, name), value) for name, value in expected.items())
+    return PASS, f"the flags of start {attempt.number}"
 
 
 # ---- with the data
 
 
-def _evaluate_again(run_dir: Path, config: VerifyConfig) -> Iterator[Check]:
+def _evaluate_again(run: RunDir, config: VerifyConfig) -> Findings:
     """Evaluates the newest and the best checkpoint again. Collective."""
-    history, paths = read_history(receipt.read_log(RunDir(run_dir).log)), RunDir(run_dir).list_checkpoints()
+    history, paths, texts = read_history(receipt.read_log(run.log)), run.list_checkpoints(), []
     if not history.attempts or not paths:
-        yield Check(UNKNOWN, "evaluated again", "there is no checkpoint, or no start in the log")
-        return
+        return UNKNOWN, "there is no checkpoint, or no start in the log"
     from hvd_vgg.train import loop
 
-    attempt, names = history.attempts[-1], ["newest", "best"] if checkpoint.best(run_dir) in paths[1:] else ["newest"]
+    attempt, names = history.attempts[-1], ["newest", "best"] if checkpoint.best(run.path) in paths[1:] else ["newest"]
     flags = dataclasses.replace(attempt.config, data_dir=config.data_dir, run_dir=config.run_dir, console="auto")
+    verdict = PASS
     for name, score in zip(names, loop.score(flags, names)):
-        verdict, text = UNKNOWN, f"the run did not evaluate step {score.step}"
-        now, lines = score.result, [line.data for line in history.select("evaluation") if line.step == score.step]
+        now, line = score.result, history.scores.get(score.step)
+        then = [int(line.data[f"eval.top{k}_hits"]) for k in (1, 5)] if line else None
+        texts.append(f"{name}: {now.top1} and {now.top5} hits of {now.records} at step {score.step}; logged: {then}")
         if attempt.start.data["data"]["validation"]["sha256"] != score.data_sha256:
-            verdict, text = FAIL, f"--data_dir={config.data_dir} has other validation records than the run had"
-        elif lines:
-            top1, top5 = (int(lines[-1][f"eval.top{k}_hits"]) for k in (1, 5))
-            verdict = PASS if max(abs(now.top1 - top1), abs(now.top5 - top5)) <= config.hits_tolerance else FAIL
-            text = f"{now.top1} and {now.top5} hits of {now.records} at step {score.step}; logged: {top1} and {top5}"
-        yield Check(verdict, f"evaluated again, {name}", text)
+            yield f"--data_dir={config.data_dir} has other validation records than the run had"
+        elif then is None:
+            verdict = UNKNOWN
+        elif max(abs(now.top1 - then[0]), abs(now.top5 - then[1])) > config.hits_tolerance:
+            yield texts[-1]
+    return verdict, "; ".join(texts)

@@ -14,6 +14,7 @@ which also has names, shapes, position and configuration. Together they stand fo
 enough to write them down.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,10 +25,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 from hvd_vgg.errors import NOT_WRITTEN, Failure
 from hvd_vgg.run_dir import atomic_write_text, write_error
 
-ABOUT = (
-    "Integrity, not authenticity: whoever can rewrite this whole directory can rewrite this file. Check it by "
-    "hvd-vgg verify-run RUN_DIR [--data_dir=DIR]."
-)
+ABOUT = "Integrity, not authenticity: whoever can rewrite the directory can rewrite this file. Check: hvd-vgg verify-run."
 _HEADER_LIMIT = 100_000_000  # bytes, that of the safetensors library
 
 
@@ -41,11 +39,11 @@ class LogLine(NamedTuple):
     number: int  # from 1
     kind: str
     end: int  # bytes of the log up to the end of this line
-    epoch: int = -1
-    step: int = -1  # updates made by then, where the line has them
-    data: Dict[str, Any] = {}
-    timestamp: float = 0.0  # seconds since 1970
-    began: float = 0.0  # when its process opened the log: equal in all its lines, even if the clock is set meanwhile
+    epoch: int  # -1 where the line has none
+    step: int  # updates made by then; -1 where the line does not say
+    data: Dict[str, Any]
+    timestamp: float  # seconds since 1970
+    began: float  # when its process opened the log: equal in all its lines, even if the clock is set meanwhile
 
 
 def read_log(path: Path) -> List[LogLine]:
@@ -56,7 +54,7 @@ def read_log(path: Path) -> List[LogLine]:
         try:
             lines.append(_parse_line(number, text, end))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError):
-            lines.append(LogLine(number, "", end))
+            lines.append(LogLine(number, "", end, -1, -1, {}, 0.0, 0.0))
     return lines
 
 
@@ -78,13 +76,11 @@ def _parse_line(number: int, text: bytes, end: int) -> LogLine:
 
 
 def read_json_lines(path: Path, length: Optional[int] = None) -> List[Dict[str, Any]]:
-    """Returns the objects, one a line, in the first `length` bytes of a file, or in all of it; skips lines torn by a kill."""
+    """Returns the objects, one a line, in the first `length` bytes of a file or in all of it, without what a kill tore."""
     rows = []
     for text in path.read_bytes()[:length].splitlines() if path.exists() else []:
-        try:
+        with contextlib.suppress(ValueError):
             rows.append(json.loads(text))
-        except ValueError:
-            continue
     return [row for row in rows if isinstance(row, dict)]
 
 
@@ -139,7 +135,7 @@ def write(run_dir: Path) -> None:
 
 
 def content(run_dir: Path, files: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
-    """Returns the receipt of a run directory; files: as it was when log and restarts had the bytes that an earlier one says."""
+    """Returns the receipt of a run directory; files: an earlier one's, if log and restarts are to be taken as of then."""
     log, restarts = run_dir / "dllogger.json", run_dir / "restarts.jsonl"
     length = {name: row["bytes"] if row else 0 for name, row in (files or {}).items()}
     lines = [line for line in read_log(log) if line.end <= length.get("dllogger.json", line.end)]
