@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hvd_vgg.train import checkpoint
+from hvd_vgg.training import checkpoint
 
 SAVE_EVERY_STEPS, HANG_SECONDS, LIMIT_SECONDS = 4, 8, 180
 FLAGS = [

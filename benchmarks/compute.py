@@ -1,29 +1,26 @@
-"""Images/s of a full update of VGG16 (224 pixels, 1000 classes, synthetic images) on one rank: ours, and others' beside it.
+"""Images/s of a full update of VGG16 (1000 classes, synthetic images) in one process on the CPU: ours beside others.
 
     python benchmarks/compute.py [--batch=8] [--rounds=3] [--precisions=float32,bfloat16] [--tf_cnn_benchmarks=DIR]
-        [--horovod_examples=DIR] [--legacy_python=PATH] [--torch_python=PATH] [--results=FILE]
+        [--horovod_examples=DIR] [--legacy_python=PATH] [--torch_python=PATH]
 
     ours     the train step of hvd-vgg: float32 weights and updates, computing in each of --precisions. A CPU takes more
              than fifty times as long in float16 as in float32, minutes an update
     keras    `fit` of keras.applications.VGG16, SGD with momentum: float32, and the policy mixed_bfloat16
-    tf_cnn   tf_cnn_benchmarks.py --model=vgg16, from the directory it lies in, by --legacy_python
-    horovod  tensorflow2_synthetic_benchmark.py --model VGG16 of Horovod's examples/tensorflow2, by --legacy_python
+    tf_cnn   tf_cnn_benchmarks.py --model=vgg16, from the directory it lies in, by --legacy_python: float32
+    horovod  tensorflow2_synthetic_benchmark.py --model VGG16 of Horovod's examples/tensorflow2, by --legacy_python: float32
     torch    the same network in torch.nn, by --torch_python: float32, and autocast to bfloat16
-    matmul   the machine: TensorFlow's product of two square matrices, the best of three sizes
+    matmul   the machine: TensorFlow's product of two square matrices, the best of three sizes: float32, bfloat16
 
 Every turn is a process of its own, which may use every core; ways take turns, --rounds times, so that what disturbs the
-machine disturbs all of them. What other processes and the hypervisor took of the CPU in a turn is measured, and a turn in
-which it was more than --calm is not counted; some is harmless, for a process that starts leaves cores idle. A turn makes
---warmup updates that are not counted (tracing, first touch of memory) and then --updates that are. --legacy_python is a
-Python with TensorFlow, Horovod and Keras 2 (from TensorFlow 2.16 on: tf_keras), which the two scripts need; ways whose path
-is not given are left out. The scripts are run as they are.
-
-With --results the turns are kept in FILE, one JSON object a line, and the table is of all turns in it: rounds can be run in
-several parts.
+machine disturbs all of them. A way that has not one of --precisions is left out in it, and a turn that computed in another
+ends the benchmark. What other processes and the hypervisor took of the CPU in a turn is measured, and a turn in which it was
+more than --calm is not counted; some is harmless, for a process that starts leaves cores idle. A turn makes --warmup updates
+that are not counted (tracing, first touch of memory) and then --updates that are. --legacy_python is a Python with
+TensorFlow, Horovod and Keras 2 (from TensorFlow 2.16 on: tf_keras), which the two scripts need. The scripts are run as they
+are, and only at 224 pixels.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import re
@@ -31,38 +28,12 @@ import statistics
 import subprocess
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 
-SIZE, CLASSES = 224, 1000
+import measure
+
+CLASSES = 1000
 RATE, MOMENTUM, WEIGHT_DECAY = 1e-4, 0.9, 1e-4
-
-
-def parse():
-    """Returns the options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--warmup", type=int, default=2, help="updates of a turn that are not counted")
-    parser.add_argument("--updates", type=int, default=4, help="updates of a turn that are")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--precisions", default="float32,bfloat16", help="of ours: float32, bfloat16, float16")
-    parser.add_argument("--ways", help="only these, such as ours,torch")
-    parser.add_argument("--tf_cnn_benchmarks", type=Path, help="the directory of tf_cnn_benchmarks.py")
-    parser.add_argument("--horovod_examples", type=Path, help="the directory of tensorflow2_synthetic_benchmark.py")
-    parser.add_argument("--legacy_python", help="a Python with TensorFlow, Horovod and Keras 2, for these two")
-    parser.add_argument("--torch_python", help="a Python with PyTorch")
-    parser.add_argument("--calm", type=float, default=0.3, help="most of the CPU that others may take in a counted turn")
-    parser.add_argument("--results", type=Path, help="file that keeps the turns")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    for name, known in (("ways", list(WAYS)), ("precisions", ["float32", "bfloat16", "float16"])):
-        unknown = sorted(set((getattr(options, name) or known[0]).split(",")) - set(known))
-        if unknown:
-            parser.error(f"--{name}: {', '.join(unknown)}: expected some of {', '.join(known)}")
-    for name in ("batch", "warmup", "updates", "rounds"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name}={getattr(options, name)}: expected at least 1")
-    return options
 
 
 def timed(update, options):
@@ -76,37 +47,35 @@ def timed(update, options):
 
 
 def ours(precision, options):
-    """Returns images/s of the train step, as the trainer of one rank calls it."""
+    """Returns images/s of the train step, as the trainer of one rank calls it, and the type its convolutions compute in."""
     import numpy as np
     import tensorflow as tf
 
     from hvd_vgg.config import TrainConfig
-    from hvd_vgg.models import vgg
-    from hvd_vgg.models.architecture import vgg_layers
     from hvd_vgg.parallel import cost
     from hvd_vgg.parallel.init import start
-    from hvd_vgg.train.optimizer import make_slots
-    from hvd_vgg.train.train_step import make_train_step, step_inputs
+    from hvd_vgg.training.state import initial_state
+    from hvd_vgg.training.train_step import make_train_step, step_inputs
 
-    device = start()
+    batch, size = options.batch, options.size
     config = TrainConfig(
-        global_batch=options.batch, device_batch=options.batch, weight_decay=WEIGHT_DECAY, precision=precision
+        global_batch=batch, device_batch=batch, image_size=size, weight_decay=WEIGHT_DECAY, precision=precision
     )
-    factored = [choice.layer for choice in cost.choose(config, 1) if choice.way == "factored"]
-    weights = vgg.initial_weights(vgg_layers("vgg16", 1.0, SIZE, CLASSES), 1)
-    slots = make_slots(weights, precision)
-    run = make_train_step(weights, slots, config, device.data_format, factored)
+    device, factored = start(), [choice.layer for choice in cost.choose(config, 1) if choice.method == "factored"]
+    step = make_train_step(*initial_state(config), config, device.data_format, factored)
     random = np.random.default_rng(0)
-    arguments = (
-        tf.constant(random.integers(0, 256, (options.batch, SIZE, SIZE, 3)), tf.uint8),
-        tf.constant(random.integers(0, CLASSES, options.batch), tf.int32),
+    inputs = (
+        tf.constant(random.integers(0, 256, (batch, size, size, 3)), tf.uint8),
+        tf.constant(random.integers(0, CLASSES, batch), tf.int32),
         *step_inputs(config, 0, 0, RATE),
     )
-    return timed(lambda: float(run(*arguments).gradient_norm), options)
+    convolutions = (op for op in step.get_concrete_function(*inputs).graph.get_operations() if op.type == "Conv2D")
+    (computed,) = {op.outputs[0].dtype.name for op in convolutions}
+    return timed(lambda: float(step(*inputs).gradient_norm), options), computed
 
 
 def keras(precision, options):
-    """Returns images/s of `fit`, from the ends of its batches."""
+    """Returns images/s of `fit`, from the ends of its batches, and the type its layers compute in."""
     import keras
     import tensorflow as tf
 
@@ -119,14 +88,14 @@ def keras(precision, options):
             ends.append(time.perf_counter())
 
     keras.mixed_precision.set_global_policy({"float32": "float32", "bfloat16": "mixed_bfloat16"}[precision])
-    model = keras.applications.VGG16(weights=None, classes=CLASSES)
+    shape = [options.size, options.size, 3]
+    model = keras.applications.VGG16(weights=None, input_shape=shape, classes=CLASSES)
     sgd = keras.optimizers.SGD(RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     model.compile(sgd, "sparse_categorical_crossentropy", jit_compile=False)
-    images = tf.random.normal([options.batch, SIZE, SIZE, 3])
     labels = tf.random.uniform([options.batch], 0, CLASSES, tf.int32)
-    data = tf.data.Dataset.from_tensors((images, labels)).repeat()
+    data = tf.data.Dataset.from_tensors((tf.random.normal([options.batch, *shape]), labels)).repeat()
     model.fit(data, steps_per_epoch=options.warmup + options.updates, verbose=0, callbacks=[Clock()])
-    return options.batch * options.updates / (ends[-1] - ends[options.warmup - 1])
+    return options.batch * options.updates / (ends[-1] - ends[options.warmup - 1]), model.layers[1].compute_dtype
 
 
 def tf_cnn(precision, options):
@@ -135,6 +104,7 @@ def tf_cnn(precision, options):
         "model": "vgg16",
         "device": "cpu",
         "data_format": "NHWC",
+        "use_fp16": False,
         "batch_size": options.batch,
         "num_warmup_batches": options.warmup,
         "num_batches": options.updates,
@@ -142,11 +112,10 @@ def tf_cnn(precision, options):
         "weight_decay": WEIGHT_DECAY,
         "init_learning_rate": RATE,
     }
-    script = str(options.tf_cnn_benchmarks / "tf_cnn_benchmarks.py")
+    script = Path(options.tf_cnn_benchmarks, "tf_cnn_benchmarks.py")
     command = [sys.executable, script, *(f"--{name}={value}" for name, value in flags.items())]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    found = re.search(r"total images/sec: ([\d.]+)", done.stdout)
-    return float(found.group(1)) if found else sys.exit(done.stdout)
+    found = re.search(r"total images/sec: ([\d.]+)", measure.output_of(command))
+    return float(found.group(1)), "float32"
 
 
 def horovod(precision, options):
@@ -156,13 +125,13 @@ def horovod(precision, options):
     words = ["--model", "VGG16", "--no-cuda", "--batch-size", str(options.batch), "--num-iters", "1"]
     words += ["--num-warmup-batches", str(options.warmup - 1)]  # it makes one more before them
     words += ["--num-batches-per-iter", str(options.updates)]
-    script = str(options.horovod_examples / "tensorflow2_synthetic_benchmark.py")
+    script = str(Path(options.horovod_examples, "tensorflow2_synthetic_benchmark.py"))
     sys.argv = [script, *words]
-    return float(runpy.run_path(script)["img_sec_mean"])  # it prints one digit after the point
+    return float(runpy.run_path(script)["img_sec_mean"]), "float32"  # it prints one digit after the point
 
 
 def torch(precision, options):
-    """Returns images/s of the same network in PyTorch, channels last."""
+    """Returns images/s of the same network in PyTorch, channels last, and the type of its outputs."""
     import torch
     from torch import nn
 
@@ -173,43 +142,44 @@ def torch(precision, options):
             parts += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(True)]
             inputs = outputs
         parts.append(nn.MaxPool2d(2))
-    parts += [nn.Flatten(), nn.Linear(7 * 7 * 512, 4096), nn.ReLU(True), nn.Dropout()]
+    parts += [nn.Flatten(), nn.Linear((options.size // 32) ** 2 * 512, 4096), nn.ReLU(True), nn.Dropout()]
     parts += [nn.Linear(4096, 4096), nn.ReLU(True), nn.Dropout(), nn.Linear(4096, CLASSES)]
     model = nn.Sequential(*parts).to(memory_format=torch.channels_last)
     sgd = torch.optim.SGD(model.parameters(), RATE, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
-    images = torch.randn(options.batch, 3, SIZE, SIZE).to(memory_format=torch.channels_last)
-    labels = torch.randint(0, CLASSES, (options.batch,))
+    images = torch.randn(options.batch, 3, options.size, options.size).to(memory_format=torch.channels_last)
+    labels, computed = torch.randint(0, CLASSES, (options.batch,)), set()
 
     def update():
         sgd.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-            loss = nn.functional.cross_entropy(model(images), labels)
+            logits = model(images)
+            loss = nn.functional.cross_entropy(logits, labels)
+        computed.add(str(logits.dtype).split(".")[1])
         loss.backward()
         sgd.step()
         return loss.item()
 
-    return timed(update, options)
+    return timed(update, options), *computed
 
 
 def matmul(precision, options):
-    """Returns GFLOP/s of a product of square matrices, the best of twenty runs of three sizes."""
+    """Returns GFLOP/s of a product of square matrices, the best of twenty runs of three sizes, and its type."""
     import tensorflow as tf
 
     product, rates = tf.function(tf.matmul), []
-    for side in (1024, 2048, 4096):
+    for side in (options.matmul_side // 4, options.matmul_side // 2, options.matmul_side):
         a = tf.cast(tf.random.normal([side, side]), precision)
         for _ in range(20):
             began = time.perf_counter()
             float(product(a, a)[0, 0])
             rates.append(2 * side**3 / 1e9 / (time.perf_counter() - began))
-    return max(rates)
+    return max(rates), product(a, a).dtype.name
 
 
-# Each way: its function, its precisions (none: those of --precisions), the options whose paths it needs, the last of which
-# is the Python that runs it.
+# Each way: its function, its precisions, the options whose paths it needs, the last of which is the Python that runs it.
 WAYS = {
     "matmul": (matmul, ["float32", "bfloat16"], []),
-    "ours": (ours, [], []),
+    "ours": (ours, ["float32", "bfloat16", "float16"], []),
     "keras": (keras, ["float32", "bfloat16"], []),
     "tf_cnn": (tf_cnn, ["float32"], ["tf_cnn_benchmarks", "legacy_python"]),
     "horovod": (horovod, ["float32"], ["horovod_examples", "legacy_python"]),
@@ -217,113 +187,128 @@ WAYS = {
 }
 
 
-def drive(options):
-    """Runs the ways in turn and prints the table."""
-    turns, chosen = [], []
-    if options.results and options.results.exists():
-        turns = [json.loads(line) for line in options.results.read_text().splitlines()]
-    for way in options.ways.split(",") if options.ways else WAYS:
+def chosen(options):
+    """Returns the ways and precisions that take turns, and prints which are left out."""
+    found = []
+    for way in options.ways:
         _, precisions, needs = WAYS[way]
         missing = [f"--{name}" for name in needs if not getattr(options, name)]
         if missing:
-            print(f"{way}: left out, without {' and '.join(missing)}")
+            print(f"{way}: without {' and '.join(missing)}: left out")
             continue
-        chosen += [(way, precision) for precision in precisions or options.precisions.split(",")]
-    for number in range(options.rounds):
-        for way, precision in chosen:
-            used = others()
-            rate, software = run(way, precision, options)
-            if number == 0:
-                print(f"{way} {precision}: {software}", flush=True)
-            taken = [after - before for before, after in zip(used, others())]
-            turn = {"way": way, "precision": precision, "batch": options.batch, "rate": rate, "others": taken[0] / taken[1]}
-            turn["software"] = software
-            print(f"round {number}: {way} {precision} {rate:.2f}, others {turn['others']:.0%}", flush=True)
-            turns.append(turn)
-            if options.results:
-                with options.results.open("a") as out:
-                    out.write(json.dumps(turn) + "\n")
-    turns = [turn for turn in turns if turn["batch"] == options.batch]
-    # The machine's rate is the best of many short runs, which a disturbed turn has too.
-    calm = [turn for turn in turns if turn["others"] <= options.calm or turn["way"] == "matmul"]
-    report(calm, options)
-    print(f"{len(turns) - len(calm)} turns left out: others took more than {options.calm:.0%} of the CPU")
+        for precision in options.precisions:
+            if precision in precisions:
+                found.append((way, precision))
+            else:
+                print(f"{way} has no {precision}: left out")
+    return found
 
 
 def others():
     """Returns the CPU seconds that were taken from this script and its processes since the machine started, and all."""
     numbers = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
     counted = [int(number) / os.sysconf("SC_CLK_TCK") for number in numbers]
-    own = os.times()
     idle = counted[3] + counted[4]
-    return sum(counted) - idle - sum(own[:4]), sum(counted)
+    return sum(counted) - idle - sum(os.times()[:4]), sum(counted)
 
 
-def run(way, precision, options):
-    """Runs one turn in its own process; returns its rate and versions."""
-    python = (WAYS[way][2] and getattr(options, WAYS[way][2][-1])) or sys.executable
-    command = [python, sys.argv[0], f"--worker={way},{precision}"]
-    for name in ("batch", "warmup", "updates", "tf_cnn_benchmarks", "horovod_examples"):
-        if getattr(options, name):
-            command.append(f"--{name}={getattr(options, name)}")
-    # A Horovod of one rank without a launcher; Keras 2 for the scripts that were written for it.
-    own = {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo"} if way == "horovod" else {}
-    own.update({"TF_USE_LEGACY_KERAS": "1"} if "legacy_python" in WAYS[way][2] else {})
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **own}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stdout}")
-    told = json.loads(done.stdout.splitlines()[-1])
-    return told["rate"], told["software"]
+def run_turn(way, precision, options):
+    """Makes one turn in its own process; returns what it found."""
+    needs = WAYS[way][2]
+    python = getattr(options, needs[-1]) if needs else sys.executable
+    environment = {"CUDA_VISIBLE_DEVICES": "-1"}
+    if way == "horovod":  # one rank without a launcher
+        environment.update(HOROVOD_CONTROLLER="gloo", HOROVOD_CPU_OPERATIONS="gloo")
+    if "legacy_python" in needs:
+        environment["TF_USE_LEGACY_KERAS"] = "1"
+    command = [python, __file__, "--worker", way, precision, json.dumps(vars(options))]
+    worker = measure.start(command, env=environment, stdout=subprocess.PIPE)
+    printed, _ = worker.communicate()
+    if worker.returncode:
+        measure.refuse(f"{way} {precision} failed, as said above\n{printed}", 1)
+    return json.loads(printed.splitlines()[-1])
 
 
-def versions():
-    """Returns the versions of this Python and of what is installed in it that decides a way's rate, in one line."""
-    found = [f"Python {sys.version.split()[0]}"]
-    for name in ("tensorflow", "tensorflow-cpu", "keras", "tf-keras", "horovod", "torch"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found.append(f"{name} {metadata.version(name)}")
-    return ", ".join(found)
-
-
-def gflop_per_image():
-    """Returns the floating-point operations of an update for one image, in 1e9."""
-    from hvd_vgg.models.architecture import training_flops, vgg_layers
-
-    return training_flops(vgg_layers("vgg16", 1.0, SIZE, CLASSES), SIZE) / 1e9
-
-
-def report(turns, options):
-    """Prints the table: medians with their spread, ratios to ours in float32, shares of the matrix multiplication's rate."""
-    rates = {}
-    for turn in turns:
-        rates.setdefault((turn["way"], turn["precision"]), []).append(turn["rate"])
-    base = statistics.median(rates[("ours", "float32")]) if ("ours", "float32") in rates else None
-    print(
-        f"\nVGG16 at {SIZE}, batch {options.batch}, {gflop_per_image():.2f} GFLOP an image, {os.cpu_count()} cores; "
-        f"{options.warmup} updates of warm-up, {options.updates} counted"
-    )
-    print(f"{'':18s} {'turns':>5s} {'images/s (min..max)':>22s} {'of ours float32':>16s} {'of matmul':>10s}")
-    for (way, precision), found in rates.items():
-        middle, spread = statistics.median(found), f"({min(found):.2f}..{max(found):.2f})"
-        if way == "matmul":
-            print(f"{way + ' ' + precision:18s} {len(found):5d} {middle:8.0f} GFLOP/s ({min(found):.0f}..{max(found):.0f})")
-            continue
-        ratio = f"{middle / base:.2f}" if base else "-"
-        machine = rates.get(("matmul", precision))
-        share = f"{middle * gflop_per_image() / statistics.median(machine):.0%}" if machine else "-"
-        print(f"{way + ' ' + precision:18s} {len(found):5d} {middle:8.2f} {spread:>13s} {ratio:>16s} {share:>10s}")
+def work(way, precision, options):
+    """One turn: prints its rate, the type it computed in, and its software."""
+    try:
+        rate, computed = WAYS[way][0](precision, options)
+    except ImportError as error:
+        print(json.dumps({"missing": str(error)}))
+        return
+    software = measure.software("tensorflow", "tensorflow-cpu", "keras", "tf-keras", "horovod", "torch")
+    print(json.dumps({"rate": rate, "computed": computed, "software": software}))
 
 
 def main():
-    """Drives, or is one turn."""
-    options = parse()
-    if not options.worker:
-        drive(options)
-        return
-    way, precision = options.worker.split(",")
-    print(json.dumps({"rate": WAYS[way][0](precision, options), "software": versions()}), flush=True)
+    """Lets the ways take turns and prints the table."""
+    parser = measure.command_line(__doc__, rounds=3)
+    parser.add_argument("--batch", type=measure.positive, default=8)
+    parser.add_argument("--size", type=measure.positive, default=224, help="pixels of the images")
+    parser.add_argument("--warmup", type=measure.positive, default=2, help="updates of a turn that are not counted")
+    parser.add_argument("--updates", type=measure.positive, default=4, help="updates of a turn that are")
+    precisions = WAYS["ours"][1]
+    parser.add_argument("--precisions", type=measure.some_of(precisions), default="float32,bfloat16")
+    parser.add_argument("--ways", type=measure.some_of(WAYS), default=",".join(WAYS), help="only these")
+    parser.add_argument("--tf_cnn_benchmarks", help="the directory of tf_cnn_benchmarks.py")
+    parser.add_argument("--horovod_examples", help="the directory of tensorflow2_synthetic_benchmark.py")
+    parser.add_argument("--legacy_python", help="a Python with TensorFlow, Horovod and Keras 2, for these two")
+    parser.add_argument("--torch_python", help="a Python with PyTorch")
+    parser.add_argument("--matmul_side", type=measure.positive, default=4096, help="rows of the largest matrix")
+    parser.add_argument("--calm", type=float, default=0.3, help="most of the CPU that others may take in a counted turn")
+    options = parser.parse_args()
+    if options.size != 224:
+        options.ways = [way for way in options.ways if way not in ("tf_cnn", "horovod")]
+    rates, left_out, missing = {pair: [] for pair in chosen(options)}, 0, set()
+    for number in range(options.rounds):
+        for way, precision in rates:
+            if way in missing:
+                continue
+            used = others()
+            turn = run_turn(way, precision, options)
+            taken = [after - before for before, after in zip(used, others())]
+            if "missing" in turn:
+                print(f"{way}: not installed ({turn['missing']}): left out")
+                missing.add(way)
+                continue
+            if turn["computed"] != precision:
+                measure.refuse(f"{way} computed in {turn['computed']} instead of {precision}", 1)
+            share = taken[0] / taken[1]
+            print(
+                f"round {number + 1}: {way} {precision} {turn['rate']:.2f}, others {share:.0%}; {turn['software']}",
+                flush=True,
+            )
+            # The machine's rate is the best of many short runs, which a disturbed turn has too.
+            calm = share <= options.calm or way == "matmul"
+            left_out += not calm
+            if calm:
+                rates[way, precision].append(turn["rate"])
+    report({pair: found for pair, found in rates.items() if found}, options)
+    print(f"\n{left_out} turns left out: others took more than {options.calm:.0%} of the CPU")
+
+
+def report(rates, options):
+    """Prints the table; ratios are of medians, for turns of a round may have been left out."""
+    from hvd_vgg.models.architecture import training_flops, vgg_layers
+
+    gflop = training_flops(vgg_layers("vgg16", 1.0, options.size, CLASSES), options.size) / 1e9
+    medians = {pair: statistics.median(found) for pair, found in rates.items()}
+    base, rows = medians.get(("ours", "float32")), []
+    for (way, precision), found in rates.items():
+        rate, machine = measure.spread(found), medians.get(("matmul", precision))
+        if way == "matmul":
+            rows.append((f"{way}, {precision}", len(found), f"{measure.spread(found, '.0f')} GFLOP/s", "-", "-"))
+            continue
+        ratio = measure.spread([each / base for each in found]) if base else "-"
+        share = f"{medians[way, precision] * gflop / machine:.0%}" if machine else "-"
+        rows.append((f"{way}, {precision}", len(found), rate, ratio, share))
+    title = f"VGG16 at {options.size} pixels, batch {options.batch}, {gflop:.2f} GFLOP an image, {options.updates} updates"
+    head = ("way", "turns", "images/s", "relative to ours in float32", "of matmul")
+    measure.print_table(title, head, rows)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--worker"]:
+        work(*sys.argv[2:4], argparse.Namespace(**json.loads(sys.argv[4])))
+    else:
+        measure.run(main)

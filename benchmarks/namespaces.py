@@ -1,5 +1,6 @@
 """Hosts on one machine: network namespaces on a bridge, each with a link, an address, a name; needs root, iproute2."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -8,14 +9,15 @@ import subprocess
 NETWORK, DEAD_END, BRIDGED = "10.213.77", "10.213.78", "172.17.0"
 
 
-def missing():
-    """Returns what hosts need and this machine lacks; "" for nothing."""
-    if os.getuid() != 0 or not shutil.which("ip"):
-        return "root and iproute2 (Debian: apt-get install iproute2)"
+def missing(programs=("ip",)):
+    """Returns what hosts need and this machine lacks; "" for nothing. Hosts of a given rate need `tc` too."""
+    absent = ["root"] * (os.getuid() != 0) + [program for program in programs if not shutil.which(program)]
+    if absent:
+        return f"{' and '.join(absent)} (Debian: apt-get install iproute2)"
     name = f"hvgg{os.getpid()}t"
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode == 0
     subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
-    return "" if made else "leave to make network namespaces"
+    return "" if made else "permission to make network namespaces"
 
 
 class Hosts:
@@ -53,8 +55,8 @@ class Hosts:
     def _make(self):
         ip("link", "add", f"{self.prefix}b", "type", "bridge")
         ip("link", "set", f"{self.prefix}b", "up")
-        for host in range(1, self.count + 1):
-            space, outside = f"{self.prefix}h{host}", f"{self.prefix}v{host}"
+        for host, space in enumerate(self.spaces, start=1):
+            outside = f"{self.prefix}v{host}"
             ip("netns", "add", space)
             ip("link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", space)
             ip("link", "set", outside, "master", f"{self.prefix}b", "up")
@@ -65,39 +67,33 @@ class Hosts:
                 self.slow(host, self.mbit)
 
     def __exit__(self, *error):
-        for host in range(1, self.count + 1):
-            for pid in self.pids(host):
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-            subprocess.run(["ip", "netns", "delete", f"{self.prefix}h{host}"], check=False, capture_output=True)
-            subprocess.run(["ip", "link", "delete", f"{self.prefix}v{host}"], check=False, capture_output=True)
-        subprocess.run(["ip", "link", "delete", f"{self.prefix}b"], check=False, capture_output=True)
-
-    def pids(self, host):
-        """Returns the processes on host `host`, from 1."""
-        inside = subprocess.run(
-            ["ip", "netns", "pids", f"{self.prefix}h{host}"], capture_output=True, text=True, check=False
-        )
-        return [int(pid) for pid in inside.stdout.split()]
+        for host, space in enumerate(self.spaces, start=1):
+            inside = subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True, check=False)
+            for pid in inside.stdout.split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            ip("netns", "delete", space, check=False)
+            ip("link", "delete", f"{self.prefix}v{host}", check=False)
+        ip("link", "delete", f"{self.prefix}b", check=False)
 
     def on(self, host, command):
         """Returns what starts `command` on host `host`, from 1."""
-        return [
-            "ip",
-            "netns",
-            "exec",
-            self.spaces[host - 1],
-            "unshare",
-            "--uts",
-            "sh",
-            "-c",
-            self.named,
-            "sh",
-            str(host),
-            *command,
-        ]
+        inside = ["ip", "netns", "exec", self.spaces[host - 1], "unshare", "--uts"]
+        return [*inside, "sh", "-c", self.named, "sh", str(host), *command]
+
+    def mpirun(self, interface=f"{NETWORK}.0/24"):
+        """Returns the beginning of a command on one rank of each host; MPI's messages take `interface`."""
+        settings = {
+            "plm_rsh_agent": str(self.agent),
+            "plm_rsh_no_tree_spawn": "1",
+            "oob_tcp_if_include": f"{NETWORK}.0/24",
+            "btl_tcp_if_include": interface,
+            "btl": "self,tcp",
+            "pml": "ob1",
+        }
+        words = ["mpirun", "-np", str(self.count), "--bind-to", "none", "-x", "PATH", "-x", "PYTHONPATH"]
+        words += ["-H", ",".join(f"{address}:1" for address in self.addresses)]
+        return self.on(1, words + [word for name, value in settings.items() for word in ("--mca", name, value)])
 
     def add_dead_end(self, name):
         """Gives each host an interface `name` of another network, the same on all, which leads to none of them."""
@@ -125,6 +121,6 @@ class Hosts:
         ip("-n", f"{self.prefix}h{host}", "link", "set", "eth0", "down")
 
 
-def ip(*words):
-    """Runs one `ip` command."""
-    subprocess.run(["ip", *words], check=True)
+def ip(*words, check=True):
+    """Runs one `ip` command; without `check` it may fail, in silence."""
+    subprocess.run(["ip", *words], check=check, stderr=None if check else subprocess.DEVNULL)

@@ -20,9 +20,9 @@ from hvd_vgg.config import TrainConfig
 from hvd_vgg.models.architecture import DENSE
 from hvd_vgg.parallel.init import start
 from hvd_vgg.seeds import dropout_keys
-from hvd_vgg.train.checkpoint_writer import CheckpointWriter
-from hvd_vgg.train.state import TrainProgress, initial_state, save_state
-from hvd_vgg.train.train_step import make_train_step
+from hvd_vgg.training.checkpoint_writer import CheckpointWriter
+from hvd_vgg.training.state import TrainProgress, initial_state, save_state
+from hvd_vgg.training.train_step import make_train_step
 
 
 def parse():

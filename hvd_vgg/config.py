@@ -452,7 +452,7 @@ class LaunchConfig:
     ranks: int = flag(
         0,
         "Ranks",
-        "Number of ranks; 0: one for each slot of --hostfile, or each device that TensorFlow sees here.",
+        "Number of ranks; 0: one for each slot of --hostfile, or each device TensorFlow sees here.",
         at_least=0,
     )
     hostfile: str = flag(
@@ -554,7 +554,7 @@ def profiled_steps(text: str) -> range:
 
 
 def fingerprint(config: TrainConfig) -> Dict[str, Any]:
-    """Returns the values that decide what is learned, as JSON can hold them; a checkpoint is continued only under equal ones.
+    """Returns the values that decide what is learned, as JSON holds them; a checkpoint is continued only under equal ones.
 
     The length of the run is one of them only under `cosine`: with the other schedules a longer run begins as the shorter one
     did, and may continue it.

@@ -10,7 +10,7 @@ import math
 import re
 import textwrap
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 from absl import flags
 
@@ -71,11 +71,12 @@ class _BooleanParser(flags.BooleanParser):
             return _Invalid(argument, "true or false")
 
 
-def parse_flags(kind: Any, argv: Sequence[str], defaults: Any = None) -> Any:
+def parse_flags(kind: Any, argv: Sequence[str], defaults: Any = None, shared: Any = None) -> Any:
     """Returns a `kind` (a dataclass of flags) from `argv`, which has no program name and may name flag files.
 
     defaults: an instance of any dataclass of flags, whose values take the place of the defaults of the flags of that name.
-    Raises Failure(USAGE) that lists every unknown flag, invalid value and conflict.
+    shared: a dataclass of flags; those that `kind` lacks are passed over in flag files, so that one file serves several
+    commands, and refused elsewhere. Raises Failure(USAGE) that lists every unknown flag, invalid value and conflict.
     """
     values = flags.FlagValues()
     for field in dataclasses.fields(kind):
@@ -87,9 +88,11 @@ def parse_flags(kind: Any, argv: Sequence[str], defaults: Any = None) -> Any:
             flags.DEFINE_flag(switch, values)
         else:
             flags.DEFINE(_Parser(field.type), field.name, default, text, flag_values=values)
-    _refuse_nested_flag_files(argv)
+    unused = {field.name for field in dataclasses.fields(shared or kind)} - {
+        field.name for field in dataclasses.fields(kind)
+    }
     try:
-        unknown = values([""] + list(argv), known_only=True)[1:]
+        unknown = values([""] + _expand_flag_files(argv, unused), known_only=True)[1:]
     except flags.Error as error:
         raise Failure(USAGE, f"flags: {error}") from error
     chosen = {field.name: values[field.name].value for field in dataclasses.fields(kind)}
@@ -103,23 +106,37 @@ def parse_flags(kind: Any, argv: Sequence[str], defaults: Any = None) -> Any:
     return config
 
 
-def _refuse_nested_flag_files(argv: Sequence[str]) -> None:
-    """Raises Failure(USAGE) for a flag file that names another: whoever sends one would choose what else is read here."""
-    for position, word in enumerate(argv):
+def _expand_flag_files(argv: Sequence[str], unused: Set[str]) -> List[str]:
+    """Returns `argv` with the flags of each flag file in its place, without those in `unused`.
+
+    Raises Failure(USAGE) for a file that cannot be read, and for one that names another: whoever sends one would choose what
+    else is read here.
+    """
+    expanded: List[str] = []
+    words = iter(argv)
+    for word in words:
         name, equals, path = word.partition("=")
-        if name.lstrip("-") != "flagfile" or not name.startswith("-"):
+        if name not in ("-flagfile", "--flagfile"):
+            expanded.append(word)
             continue
-        path = path if equals else "".join(argv[position + 1 : position + 2])
+        path = path if equals else next(words, "")
         try:
             lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise Failure(USAGE, f"--flagfile={path} cannot be read: {error}") from error
         for number, line in enumerate(lines, start=1):
-            if re.match(r"\s*--?flagfile\b", line):
+            text = line.strip()
+            if not text or text.startswith(("#", "//")):
+                continue
+            if re.match(r"--?flagfile\b", text):
                 text = (
                     f"--flagfile={path}, line {number}: a flag file cannot name another; pass each with its own --flagfile"
                 )
                 raise Failure(USAGE, text)
+            name = text.lstrip("-").split("=")[0]
+            if name not in unused and not (name.startswith("no") and name[2:] in unused):
+                expanded.append(text)
+    return expanded
 
 
 def _unknown_flag(word: str, names: Sequence[str]) -> str:

@@ -99,45 +99,42 @@ def nonfinite_folder(run_dir: Path, step: int) -> Path:
 
 
 def lock_run_dir(run_dir: Path) -> IO[str]:
-    """Returns the open file `RUN_DIR/lock`, locked until it is closed or this process ends, however it does.
+    """Returns the open file `RUN_DIR/lock`, locked until it is closed or this process ends in any way.
 
-    Raises Failure(CONFIGURATION) naming who holds it, or why it cannot be opened; where the file is, locking takes no room
-    on the disk. Where the file system has no locks (NFS and Lustre may be mounted so), it says so and goes on.
+    Raises Failure(CONFIGURATION) naming the job that holds it, or why it cannot be opened. Locking a file that exists takes
+    no disk space. On a file system without locks (NFS and Lustre may be mounted so), prints that and goes on.
     """
     path = RunDir(run_dir).lock
     try:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (it stays open)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                told = f"hvd-vgg: {run_dir} cannot be locked ({error.strerror}): see to it that one job uses it"
-                write_line(told, sys.stdout)
-                return file
-            if not isinstance(error, BlockingIOError):
-                raise
-            file.seek(0)
-            held = file.read().strip() or "nobody has signed it"
-            file.close()
-            raise Failure(
-                CONFIGURATION,
-                f"--run_dir={run_dir} is in use by another job ({held}). Wait for it, stop it, or give another --run_dir",
-            ) from error
-        signature = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": time.ctime()})
-        with contextlib.suppress(OSError):  # on a full disk it is locked all the same
-            file.truncate(0)
-            os.write(file.fileno(), f"{signature}\n".encode())
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (stays open)
     except OSError as error:
         raise Failure(CONFIGURATION, f"{path} cannot be locked: {write_error(path, error)}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        signature = {"host": socket.gethostname(), "process": os.getpid(), "since": time.ctime()}
+        with contextlib.suppress(OSError):  # on a full disk it is locked all the same
+            file.truncate(0)
+            os.write(file.fileno(), json.dumps(signature).encode() + b"\n")
+    except BlockingIOError as error:
+        with file:
+            file.seek(0)
+            holder = file.read().strip() or "it left no name"
+        text = f"--run_dir={run_dir} is in use by another job ({holder})"
+        raise Failure(CONFIGURATION, f"{text}. Wait for it, stop it, or use another --run_dir") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise Failure(CONFIGURATION, f"{path} cannot be locked: {error.strerror}") from error
+        text = f"hvd-vgg: {run_dir} cannot be locked ({error.strerror}): make sure that only one job uses it"
+        write_line(text, sys.stdout)
     return file
 
 
-# No room, or no more of it for this user: a quota's free bytes are not the file system's.
+# The file system is full, or this user's quota of it is: the quota's free bytes are not the file system's.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Writes `text` under another name, puts it on disk, then renames it to `path`; for owner and group. Raises OSError."""
+    """Writes `text` to a temporary file, syncs it to disk, renames it to `path`; readable by the group. Raises OSError."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640), "w", encoding="utf-8") as file:
@@ -147,14 +144,14 @@ def atomic_write_text(path: Path, text: str) -> None:
         temporary.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
-            temporary.unlink()  # where the disk is full, half a file is in the way of others
+            temporary.unlink()  # on a full disk half a file takes the space of others
         raise
 
 
 def write_error(path: Path, error: OSError) -> str:
-    """Returns why `path` cannot be written, and on a full disk how much is free and what to do."""
-    told = f"{path} cannot be written: {error.strerror or error}"
+    """Returns why `path` cannot be written; if the disk is full, also how much is free and what to do."""
+    text = f"{path} cannot be written: {error.strerror or error}"
     if error.errno not in DISK_FULL:
-        return told
-    place = next(parent for parent in path.resolve().parents if parent.exists())
-    return f"{told} ({shutil.disk_usage(place).free / 1e6:.1f} MB are free in {place}): make room, then start again"
+        return text
+    folder = next(parent for parent in path.resolve().parents if parent.exists())
+    return f"{text} ({shutil.disk_usage(folder).free / 1e6:.1f} MB are free in {folder}): make room, then start again"

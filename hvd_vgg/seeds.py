@@ -1,5 +1,7 @@
 """Named random streams: pure functions of the seed, on bit streams that NumPy promises never to change."""
 
+import functools
+
 import numpy as np
 
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -31,6 +33,7 @@ def weights_seed(seed: int, layer: int) -> np.ndarray:
     return np.array([seed_bits(seed, WEIGHTS, layer), 0], np.uint64).astype(np.int64)
 
 
+@functools.lru_cache(maxsize=64)  # the epoch's is asked for with every batch
 def seed_bits(*words: int) -> np.uint64:
     """Returns 64 random bits that are a function of `words` (integers from 0 up)."""
     return np.uint64(np.random.SeedSequence(list(words)).generate_state(1, np.uint64)[0])

@@ -1,4 +1,4 @@
-"""What a process says on stdout or stderr. Either may be full, or closed by who read it: no reason to end a run."""
+"""Printing to stdout and stderr. Either may be closed or full, which is no reason to end a run."""
 
 import contextlib
 import os
@@ -7,26 +7,26 @@ from typing import Iterator, TextIO
 
 
 def ensure_std_streams() -> None:
-    """Opens /dev/null for each of stdin, stdout, stderr that was closed before the start; first thing in a process.
+    """Opens /dev/null in place of each of stdin, stdout and stderr that is closed; call first in a process.
 
-    Else the next file opened would get its number, and whatever C code or another program prints.
+    Otherwise the next file that is opened would take its descriptor and receive what C libraries and children print.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            number = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+            number = os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor
             os.set_inheritable(number, True)
-            setattr(sys, name, open(number, mode, encoding="utf-8"))  # noqa: SIM115 (it stays open)
+            setattr(sys, name, open(number, mode, encoding="utf-8"))  # noqa: SIM115 (stays open)
 
 
 def write_line(text: str, stream: TextIO, end: str = "\n") -> None:
-    """Prints `text` at once, or not at all where `stream` does not take it."""
+    """Prints `text` and flushes; drops it if `stream` cannot take it."""
     with ignore_broken_pipe(stream):
         print(text, file=stream, end=end)
 
 
 @contextlib.contextmanager
 def ignore_broken_pipe(stream: TextIO) -> Iterator[None]:
-    """Flushes what is printed to `stream` inside; what it does not take is lost, and is no error, now or at exit."""
+    """Flushes what is printed to `stream` inside the block; drops what it cannot take, now and at exit, without an error."""
     try:
         yield
         stream.flush()
@@ -36,13 +36,13 @@ def ignore_broken_pipe(stream: TextIO) -> Iterator[None]:
 
 
 def _discard_buffer(stream: TextIO) -> None:
-    """Empties what Python still holds for `stream`: it would fail again when Python exits, and change the exit code."""
+    """Empties Python's buffer of `stream`: flushing it at exit would fail again and change the exit code."""
     descriptor = stream.fileno()
-    kept, nowhere = os.dup(descriptor), os.open(os.devnull, os.O_WRONLY)
+    kept, null = os.dup(descriptor), os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, descriptor)
+        os.dup2(null, descriptor)
         stream.flush()
     finally:
         os.dup2(kept, descriptor)
         os.close(kept)
-        os.close(nowhere)
+        os.close(null)

@@ -1,15 +1,15 @@
-"""Small pieces of text for messages: plurals, durations, tables of differences."""
+"""Text for messages: plurals, durations, tables of differences."""
 
 from typing import Dict, Tuple
 
 
-def plural(number: int, what: str) -> str:
+def plural(number: int, noun: str) -> str:
     """Returns `1 rank`, `2 ranks`."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def format_duration(seconds: float) -> str:
-    """Returns a time as people say it: `42 s`, `3 min 05 s`, `2 h 07 min`."""
+    """Returns a duration for people: `42 s`, `3 min 05 s`, `2 h 07 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -19,9 +19,8 @@ def format_duration(seconds: float) -> str:
 
 
 def difference_table(expected: Dict[str, object], found: Dict[str, object], titles: Tuple[str, str]) -> str:
-    """Returns a table of the keys whose values differ, in two columns under `titles`; empty when all are equal."""
-    keys = sorted(key for key in set(expected) | set(found) if expected.get(key) != found.get(key))
-    rows = [(key, repr(expected.get(key)), repr(found.get(key))) for key in keys]
-    widths = [max(len(row[column]) for row in [("", *titles), *rows]) for column in (0, 1)]
-    lines = [f"  {a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in [("", *titles), *rows]]
-    return "\n".join(line.rstrip() for line in lines) if rows else ""
+    """Returns a table of the keys whose values differ, in two columns headed by `titles`; empty if all are equal."""
+    keys = sorted(key for key in {*expected, *found} if expected.get(key) != found.get(key))
+    rows = [("", *titles), *((key, repr(expected.get(key)), repr(found.get(key))) for key in keys)]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"  {a:{widths[0]}}  {b:{widths[1]}}  {c}".rstrip() for a, b, c in rows) if keys else ""

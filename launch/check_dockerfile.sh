@@ -17,7 +17,7 @@ show_help "$@"
 scratch="$(mktemp -d)"
 trap 'rm -r --one-file-system -- "$scratch"' EXIT
 TMPDIR="$scratch" PYTHONPATH="$clone/benchmarks" unshare --mount --propagation private \
-  "${PYTHON:-python3.11}" "$clone/tests/dockerfile.py" &
+  "${PYTHON:-python3.11}" "$clone/tests/programs/dockerfile.py" &
 check=$!
 # A background job does not hear Ctrl-C.
 trap 'kill "$check" 2>/dev/null; wait "$check" || exit 130' INT TERM

@@ -35,7 +35,7 @@ choose_devices() {
 list() { (IFS=, && printf '%s' "$*"); }
 
 # Iluvatar: a node /dev/iluvatarN for each device, and of drivers since 4.4.0 one to control them all. That devices are counted
-# as their nodes are is assumed (bi_v.md, section 4, has a check).
+# as their nodes are is assumed (docs/iluvatar.md, section 4, has a check).
 find_iluvatar() {
   local nodes=() number
   for number in /dev/iluvatar[0-9]*; do

@@ -17,7 +17,7 @@
 # --docker=OPTION   one more option of docker run, such as --docker=--volume=/on/host:/inside:ro; as often as there are any
 # --dry_run         only prints
 # --gloo            starts ranks by `horovodrun --gloo`, for a Horovod without MPI: starts nothing again, makes 1 of any exit code
-# --hostfile=FILE --ssh_dir=DIR   on several hosts: --worker --ssh_dir=DIR first on all but this one (launch/README.md)
+# --hostfile=FILE --ssh_dir=DIR   on several hosts: --worker --ssh_dir=DIR first on all but this one (docs/containers.md)
 #
 # All other flags are those of `hvd-vgg launch --help` and of `hvd-vgg train --help` or `hvd-vgg doctor --help`.
 # Not yet tried on such cards.

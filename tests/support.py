@@ -8,7 +8,7 @@ import textwrap
 import time
 import uuid
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import pytest
 
@@ -131,6 +131,11 @@ def order_of_writes(monkeypatch: pytest.MonkeyPatch) -> List[Tuple[str, str]]:
 
 
 Launch = Callable[..., Ended]
+
+
+def full(*cases: Any) -> List[Any]:
+    """Returns parameters for --all alone: what they add to the others is the full product."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.fault(tier=3)) for case in cases]
 
 
 def changed(change: str) -> List[str]:

@@ -18,7 +18,7 @@ from hvd_vgg.errors import Failure
 from hvd_vgg.models.architecture import training_flops, vgg_layers
 from hvd_vgg.reporting.receipt import LogLine
 from hvd_vgg.reporting.throughput import Throughput, per_host
-from hvd_vgg.train.schedule import evaluation_steps, learning_rate
+from hvd_vgg.training.schedule import evaluation_steps, learning_rate
 
 PASS, FAIL, UNKNOWN = "pass", "fail", "unknown"
 # Raised by content that no run writes.

@@ -1,99 +1,96 @@
 """The `replay` command: a step that was not finite, again, from what the run kept of it."""
 
-import dataclasses
-import json
-from pathlib import Path
+from typing import Any, Dict, List
 
 import numpy as np
 
 from hvd_vgg.config import ReplayConfig
 from hvd_vgg.data.index import Index, check_labels, find_shards, join, scan_shard
-from hvd_vgg.data.loader import load_records
+from hvd_vgg.data.loader import Batch, load_records
 from hvd_vgg.data.sampler import Positions, sample_seeds, slice_bounds
-from hvd_vgg.environment import launched_rank
 from hvd_vgg.errors import CONFIGURATION, NOT_FINITE, USAGE, Failure
 from hvd_vgg.parallel import comm, cost
-from hvd_vgg.parallel.consensus import require_equal, run_on_all_ranks
-from hvd_vgg.parallel.init import start
-from hvd_vgg.reporting.console import Console
-from hvd_vgg.run_dir import nonfinite_folder
+from hvd_vgg.parallel.consensus import run_on_all_ranks, run_on_root
+from hvd_vgg.run_dir import RunDir, StepDir
 from hvd_vgg.text import plural
-from hvd_vgg.train import checkpoint
-from hvd_vgg.train.nonfinite import diagnose, load_report
-from hvd_vgg.train.state import State, assign_variables, initial_state
-from hvd_vgg.train.train_step import make_train_step
-from hvd_vgg.watchdog import watchdog
+from hvd_vgg.training import checkpoint
+from hvd_vgg.training.kept_step import load_report
+from hvd_vgg.training.nonfinite import diagnose
+from hvd_vgg.training.startup import join_ranks
+from hvd_vgg.training.state import State, assign_variables, initial_state
+from hvd_vgg.training.train_step import make_train_step
 
 
 def replay(config: ReplayConfig) -> None:
-    """Repeats a step and says whether it is not finite again, and where first; all ranks call.
+    """Repeats a step and reports whether it is not finite again, and where first. Collective.
 
     Raises a collective Failure(NOT_FINITE) if it is, Failure(CONFIGURATION) or Failure(DATA) where it cannot be repeated.
     """
-    watchdog.start(None, launched_rank() or 0, config.hang_seconds)
-    device = start(config.input_threads, hang_seconds=config.hang_seconds, precision=config.precision)
-    console = Console(config.console, comm.is_root())
-    flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("data_dir", "run_dir")}
-    require_equal("the flags", json.loads(json.dumps(flags)))
-    folder = nonfinite_folder(Path(config.run_dir), config.step)
+    device, console, _ = join_ranks(config)
+    folder = RunDir(config.run_dir).nonfinite_step(config.step)
     report = run_on_all_ranks(lambda: load_report(folder))
-    batch, now = report["batch"], report["step"]
-    index = run_on_all_ranks(lambda: _open_records(folder, config, report["label_base"], len(batch)))
-    low, high = slice_bounds(config.global_batch, comm.rank(), comm.size())
-    ids, epochs = (np.array([row[name] for row in batch[low:high]], np.int64) for name in ("drawn_as", "epoch"))
-    seeds = sample_seeds(config.seed, Positions(ids, epochs))
-    rows = load_records(index, config, report["label_base"], np.arange(low, high), seeds, device.input_threads)
-
-    run = initial_state(config)
-    run_on_all_ranks(lambda: _load_state(run, folder) if comm.is_root() else None)
-    comm.broadcast_variables(list(run.variables().values()))
-    factored = [choice.layer for choice in cost.choose(config, comm.size()) if choice.way == "factored"]
-    train_step = make_train_step(run.weights, run.slots, config, device.data_format, factored)
+    rows = _load_batch(folder, report, config, device.input_threads)
+    state = initial_state(config)
+    run_on_root(lambda: _load_state(state, folder))
+    comm.broadcast_variables(list(state.variables().values()))
+    factored = [choice.layer for choice in cost.choose(config, comm.size()) if choice.method == "factored"]
+    train_step = make_train_step(state.weights, state.slots, config, device.data_format, factored)
     console.say(
-        f"step {now} of {config.run_dir}: loss {report['loss']}, gradient norm {report['gradient_norm']}\n  {report['told']}"
+        f"step {report['step']} of {config.run_dir}: loss {report['loss']}, gradient norm {report['gradient_norm']}\n"
+        f"  {report['diagnosis']}"
     )
-    examined = diagnose(now, run, train_step, *rows[:2], report["lr"], config, device.data_format)
-    again = f"repeated on {plural(comm.size(), 'rank')}, {examined.seen}"
-    if examined.repeated:
-        faults = [row for found in examined.ranks for row in found["at_fault"]]
-        raise Failure(NOT_FINITE, f"{again}: not finite again. {examined}.\n{_blame(faults, batch)}", collective=True)
+    found = diagnose(report["step"], state, train_step, rows.images, rows.labels, report["lr"], config, device.data_format)
+    again = f"repeated on {plural(comm.size(), 'rank')}, {found.again}"
+    if found.repeated:
+        faults = [row for rank in found.ranks for row in rank["at_fault"]]
+        text = f"{again}: not finite again. {found}.\n{_blame(faults, report['batch'])}"
+        raise Failure(NOT_FINITE, text, collective=True)
     console.say(
-        f"{again}: finite, not reproduced. Neither these weights nor these records make it: a fault of the hardware is "
-        f"likely, or of the software on the rank named above"
+        f"{again}: finite, not reproduced. Neither these weights nor these records cause it: a hardware fault is likely, or "
+        f"one of the software on the rank named above"
     )
     comm.shutdown()
 
 
-def _blame(faults: "list[int]", batch: "list[dict]") -> str:
+def _load_batch(folder: StepDir, report: Dict[str, Any], config: ReplayConfig, threads: int) -> Batch:
+    """Returns this rank's part of the step's global batch, with the crops and flips that it had. Collective."""
+    batch, label_base = report["batch"], report["label_base"]
+    index = run_on_all_ranks(lambda: _open_records(folder, config, label_base, len(batch)))
+    low, high = slice_bounds(config.global_batch, comm.rank(), comm.size())
+    ids, epochs = (np.array([row[name] for row in batch[low:high]], np.int64) for name in ("drawn_as", "epoch"))
+    seeds = sample_seeds(config.seed, Positions(ids, epochs))
+    return load_records(index, config, label_base, np.arange(low, high), seeds, threads)
+
+
+def _blame(faults: List[int], batch: List[Dict[str, Any]]) -> str:
     """Returns what to suspect: single records, or what all have in common."""
     if len(faults) == len(batch):
         return "Every record of the batch does this: the weights are at fault, not the data. Try a lower --lr"
     if not faults:
-        return "No record does this alone: try a lower --lr"
+        return "No record does this on its own: try a lower --lr"
     shown = "\n".join(f"  record {batch[row]['record']}: {batch[row].get('where')}" for row in faults[:10])
     more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
-    return f"{len(faults)} of the {plural(len(batch), 'record')} of the batch do this alone:\n{shown}{more}"
+    return f"{len(faults)} of the {plural(len(batch), 'record')} of the batch do this on their own:\n{shown}{more}"
 
 
-def _open_records(folder: Path, config: ReplayConfig, label_base: int, rows: int) -> Index:
-    paths = find_shards(str(folder), "records")
+def _open_records(folder: StepDir, config: ReplayConfig, label_base: int, rows: int) -> Index:
+    paths = find_shards(str(folder.path), "records")
     index = join(paths, [scan_shard(path) for path in paths])
     check_labels(index, label_base, config.num_classes)
     if not index.records == rows == config.global_batch:
         raise Failure(
             CONFIGURATION,
-            f"{folder} holds {index.records} records and a report of {rows}; expected --global_batch={config.global_batch} "
-            f"of both",
+            f"{folder.path} holds {index.records} records and a report of {rows}; expected "
+            f"--global_batch={config.global_batch} of both",
         )
     if config.global_batch < comm.size():
         raise Failure(USAGE, f"{plural(rows, 'record')} leave nothing to do for some of {comm.size()} ranks: start fewer")
     return index
 
 
-def _load_state(run: State, folder: Path) -> None:
-    path = folder / "state.safetensors"
+def _load_state(state: State, folder: StepDir) -> None:
     try:
-        found = checkpoint.load(path)
+        found = checkpoint.load(folder.state)
     except ValueError as error:
-        raise Failure(CONFIGURATION, f"{path}: {error}") from error
-    assign_variables(run.variables(), found)
+        raise Failure(CONFIGURATION, f"{folder.state}: {error}") from error
+    assign_variables(state.variables(), found)

@@ -28,8 +28,8 @@ from hvd_vgg.reporting import receipt
 from hvd_vgg.reporting.console import Console
 from hvd_vgg.run_dir import RunDir, checkpoint_step
 from hvd_vgg.text import plural
-from hvd_vgg.train import checkpoint
-from hvd_vgg.train.schedule import total_steps
+from hvd_vgg.training import checkpoint
+from hvd_vgg.training.schedule import total_steps
 
 # Yields what is wrong; returns the verdict and text if nothing is.
 Findings = Generator[str, None, Tuple[str, str]]
@@ -232,7 +232,7 @@ def _evaluate_again(run: RunDir, config: VerifyConfig) -> Findings:
     history, paths, texts = read_history(receipt.read_log(run.log)), run.list_checkpoints(), []
     if not history.attempts or not paths:
         return UNKNOWN, "there is no checkpoint, or no start in the log"
-    from hvd_vgg.train import loop
+    from hvd_vgg.training import loop
 
     attempt, names = history.attempts[-1], ["newest", "best"] if checkpoint.best(run.path) in paths[1:] else ["newest"]
     flags = dataclasses.replace(attempt.config, data_dir=config.data_dir, run_dir=config.run_dir, console="auto")

@@ -1,7 +1,7 @@
-"""Whether the ranks' sums and gathers are right, and how fast: a quick look always, all of a gradient on request.
+"""Whether the ranks' sums and gathers are correct, and how fast: 16 MB always, whole gradients with --collectives.
 
-What is sent are small whole numbers, whose sums are exact in every precision on the wire: each result is compared with
-NumPy's and must be equal. All functions are collective.
+What is sent are small whole numbers, whose sums are exact in every precision on the wire: each result must equal NumPy's in
+every bit. All functions are collective except `assess_*`, `pattern` and `expected_sum`.
 """
 
 import functools
@@ -15,259 +15,226 @@ from hvd_vgg.config import DoctorConfig
 from hvd_vgg.data.sampler import slice_bounds
 from hvd_vgg.models.architecture import DENSE, vgg_layers
 from hvd_vgg.parallel import comm, cost, exchange
-from hvd_vgg.parallel.init import transports
+from hvd_vgg.parallel.init import mpi_version, transports
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
 
-# A prime: parts that change places, or are summed with their neighbours, do not look alike.
+# A prime, so that parts that are swapped, or added to their neighbours, differ from what was sent.
 _PERIOD = 251
-_LATENCIES, _REPEATS, _QUICK_BYTES, _PAIR_BYTES = 30, 3, 16_000_000, 4_000_000
-# Clocks of hosts this far apart make logs and checkpoints lie.
-_CLOCK_SECONDS = 1.0
-# How much slower than `plan` assumes, or than other links, is worth a warning.
+_LATENCY_REPEATS, _REPEATS, _LINK_BYTES, _PAIR_BYTES = 30, 3, 16_000_000, 4_000_000
+# Slower by this factor than `plan` assumes, or than other links, is worth a warning.
 _SLOWER = 2.0
-# Bytes/s a rank below which devices of one host do not exchange directly: PCI Express 3.0 carries twice this by 4 lanes.
+# Bytes/s per rank below which devices of one host do not exchange directly: 4 lanes of PCI Express 3.0 carry twice this.
 _DEVICE_RATE = 2e9
-# Shorter messages tell of latencies, not of a link's rate.
+# The time of shorter messages is mostly latency.
 _RATE_BYTES = 16_000_000
 STAGED = (
-    "are not exchanged by NCCL, for which Horovod was not built: unless its MPI takes a device's memory, they are copied "
-    "through the host (sums: about 0.85 s an update of VGG16, scaled up from the one published record of such a build)"
+    "are not exchanged by NCCL, for which Horovod was not built: unless its MPI accepts device memory, they are copied "
+    "through the host (sums: about 0.85 s per update of VGG16, scaled up from the one published record of such a build)"
 )
 
 
-class Rates(NamedTuple):
-    """What a quick look measured, the same on all ranks: seconds of a small sum, bytes/s each sends in a large one."""
+class Link(NamedTuple):
+    """What a short measurement found; equal on all ranks except `correct`.
 
+    transports: NCCL, mpi or gloo for `sums` and `gathers`; seconds of a small sum; bytes/s that each rank sends in a large
+    one; whether that one was correct on this rank.
+    """
+
+    transports: Dict[str, str]
     latency_seconds: float
     bytes_per_second: float
+    correct: bool
 
 
-class Exchanged(NamedTuple):
-    """One exchange: what by what, the bytes that each rank sent, its seconds, and those of its messages' latencies alone."""
+class Exchange(NamedTuple):
+    """One kind of exchange: its name, the bytes that each rank sent, its seconds, and the latencies of its messages."""
 
-    what: str
+    name: str
     sent_bytes: float
     seconds: float
     latency_seconds: float
 
 
-def check_clocks() -> List[Finding]:
-    """Compares this rank's clock with rank 0's, to within the time that a gather takes; nothing on one rank."""
-    if comm.size() == 1:
-        return []
-    apart = []
-    for _ in range(5):
-        comm.gather_numbers([0.0])  # all leave it at nearly the same time
-        apart.append(comm.gather_numbers([time.time()])[:, 0])
-    mine = np.array(apart)[:, comm.rank()] - np.array(apart)[:, 0]
-    least = float(mine[np.argmin(np.abs(mine))])
-    if abs(least) > _CLOCK_SECONDS:
-        text = f"the clock is {least:+.0f} s from rank 0's"
-        return [warning("clocks", text, "let NTP or chrony set the clocks of all hosts")]
-    return [ok("clocks", "within a second of each other")]
+def measure_link(device: str) -> Link:
+    """Sums a number and 16 MB over all ranks on this rank's device.
 
-
-def check_link(device: str, gbit: Optional[float]) -> List[Finding]:
-    """Sums a number and 16 MB over all ranks on this rank's device: right, and how fast.
-
-    gbit: Gbit/s of a host's link as `plan` is told, None where nobody said.
+    Tensors are on the device before and after: the times include no copies from and to the host, except Horovod's own.
     """
-    carriers = transports(device)
-    found, path = check_transports(device, carriers), carriers["sums"]
-    if comm.size() == 1:
-        return found
-    rates, right = measure_rates(device)
-    if not right:
-        text = f"a sum of {_QUICK_BYTES // 1_000_000} MB over ranks by {path} is wrong"
-        return [*found, failure("link", text, "--collectives tells which; compare hosts' software, NCCL_DEBUG=INFO")]
-    text = f"by {path} a number is summed in {rates.latency_seconds * 1e3:.2g} ms, 16 MB at"
-    text += f" {rates.bytes_per_second / 1e9:.2g} GB/s a rank"
-    if gbit and comm.local_size() < comm.size() and rates.bytes_per_second * 8e-9 * _SLOWER < gbit:
-        text += f", {rates.bytes_per_second * 8e-9:.2g} Gbit/s where --gbit={gbit:g}"
-        return [*found, warning("link", text, "--collectives measures all of a gradient; see interfaces, NCCL_DEBUG=INFO")]
-    return [*found, ok("link", text)]
-
-
-def check_transports(device: str, carriers: Mapping[str, str]) -> List[Finding]:
-    """Looks whether what ranks exchange is copied from a device to its host and back; carriers: `comm.carriers` of it."""
-    copied = [kind for kind, carrier in carriers.items() if "GPU" in device and carrier != "NCCL"]
-    if not copied:
-        return []
-    fix = "a Horovod with NCCL (HOROVOD_GPU_OPERATIONS=NCCL), or the vendor's newer wheel"
-    return [warning("link", f"{' and '.join(copied)} of a device {STAGED}", fix)]
-
-
-def check_pairs(names: Sequence[str], path: str) -> List[Finding]:
-    """Lets each host and the next swap 4 MB, one pair at a time; names: of each rank's host, by rank; path: mpi or gloo.
-
-    A host whose link is slow slows all ranks' sums alike; only pairs tell whose it is.
-    """
-    hosts = list(dict.fromkeys(names))
-    if len(hosts) == 1:
-        return []
-    pairs = list(zip(hosts, [*hosts[1:], hosts[0]]))[: 1 if len(hosts) == 2 else None]
-    rates, found = {}, []
-    for pair in pairs:
-        one, other = (names.index(host) for host in pair)
-        swap = functools.partial(comm.sendrecv, one, other)
-        rates[pair] = _PAIR_BYTES * 8e-9 / min(_seconds(functools.partial(swap, _PAIR_BYTES // 4), _REPEATS))
-        sender = {one: [other], other: [one]}.get(comm.rank(), [])
-        if not np.array_equal(swap(_PERIOD), np.repeat(np.asarray(sender, np.float32), _PERIOD)):
-            text = f"what ranks {one} and {other} send each other by {path} comes wrong"
-            found.append(failure("link", text, "compare the hosts' software; leave one of them out"))
-    return [*found, *assess_pairs(rates, path)]
-
-
-def assess_pairs(rates: Mapping[Tuple[str, str], float], path: str) -> List[Finding]:
-    """Returns what the rates of pairs of hosts mean, Gbit/s each way; path: what carries it."""
-    slowest, fastest = min(rates, key=rates.__getitem__), max(rates, key=rates.__getitem__)
-    text = f"between hosts by {path}, from memory of the CPU, each way {rates[fastest]:.2g} Gbit/s"
-    if len(rates) == 1:
-        return [ok("link", text)]
-    text += f" ({' and '.join(fastest)}) to {rates[slowest]:.2g} ({' and '.join(slowest)})"
-    slow = [pair for pair, rate in rates.items() if rate * _SLOWER < rates[fastest]]
-    if not slow:
-        return [ok("link", text)]
-    both = [host for host in slow[0] if len(slow) > 1 and all(host in pair for pair in slow)]
-    text += f"; less than half of the fastest: {', '.join(' and '.join(pair) for pair in slow)}"
-    return [
-        warning("link", text, f"see the link of {both[0] if both else 'these hosts'}: cable, port, its rate, other jobs")
-    ]
-
-
-def measure_rates(device: str) -> Tuple[Rates, bool]:
-    """Returns the rates, and whether the large sum was right on this rank.
-
-    What is sent lies on the device before, and what comes stays there: copies to and from the host are not in the times,
-    but for those that Horovod makes itself.
-    """
+    count, ranks = _LINK_BYTES // 4, comm.size()
     with tf.device(device):
-        small, large = (tf.constant(pattern(number, comm.rank())) for number in (1, _QUICK_BYTES // 4))
+        small, large = (tf.constant(pattern(size, comm.rank())) for size in (1, count))
 
     @tf.function
-    def summed(value: Any) -> Any:
+    def sum_over_ranks(value: Any) -> Any:
         with tf.device(device):
             total = comm.sum_gradients([value], f"doctor_{value.shape[0]}")[0]
             return total, total[-1]
 
-    latency = _median_seconds(lambda: summed(small)[1].numpy(), _LATENCIES)
-    seconds = _median_seconds(lambda: summed(large)[1].numpy(), _REPEATS)
-    right = np.array_equal(summed(large)[0].numpy(), expected_sum(_QUICK_BYTES // 4, comm.size()))
-    sent = cost.allreduce_bytes(_QUICK_BYTES // 4, comm.size(), "float32")
-    return Rates(latency, sent / seconds), right
+    carriers = transports(device)
+    latency = _median_seconds(lambda: sum_over_ranks(small)[1].numpy(), _LATENCY_REPEATS)
+    seconds = _median_seconds(lambda: sum_over_ranks(large)[1].numpy(), _REPEATS)
+    correct = np.array_equal(sum_over_ranks(large)[0].numpy(), expected_sum(count, ranks))
+    return Link(carriers, latency, cost.allreduce_bytes(count, ranks, "float32") / seconds, correct)
 
 
-def check_collectives(config: DoctorConfig, device: str) -> List[Finding]:
-    """Sums gradients of the network's own shapes, and gathers the dense layers' rows, as training does: right, how fast."""
-    if comm.size() == 1:
-        return [warning("collectives", "one rank exchanges nothing: not looked at", "start all ranks of the job to come")]
-    shapes = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
-    dense = [layer for layer in shapes if layer.name in DENSE]
-    latency, carriers = measure_rates(device)[0].latency_seconds, transports(device)
-    gbit = 0.0 if comm.local_size() == comm.size() else config.gbit or None
+def assess_link(link: Link, device: str, ranks: int, gbit: float) -> List[Finding]:
+    """Returns what a measured link means; gbit: Gbit/s between hosts as given to `plan`, 0 if unknown or on one host."""
+    found = assess_transports(link.transports, device)
+    path = link.transports["sums"]
+    if ranks == 1:
+        return found
+    if not link.correct:
+        text = f"a sum of {_LINK_BYTES // 1_000_000} MB over all ranks by {path} is wrong"
+        fix = "--collectives shows which tensors; compare the hosts' software, set NCCL_DEBUG=INFO"
+        return [*found, failure("link", text, fix)]
+    text = f"sums by {path}: one number in {link.latency_seconds * 1e3:.2g} ms, 16 MB at"
+    text += f" {link.bytes_per_second / 1e9:.2g} GB/s per rank"
+    if link.bytes_per_second * 8e-9 * _SLOWER < gbit:
+        text += f", {link.bytes_per_second * 8e-9:.2g} Gbit/s where --gbit={gbit:g}"
+        fix = "--collectives measures a whole gradient; see interfaces, set NCCL_DEBUG=INFO"
+        return [*found, warning("link", text, fix)]
+    return [*found, ok("link", text)]
+
+
+def assess_transports(carriers: Mapping[str, str], device: str) -> List[Finding]:
+    """Returns a warning if what ranks exchange is copied from the device to its host and back."""
+    copied = [kind for kind, carrier in carriers.items() if "GPU" in device and carrier != "NCCL"]
+    fix = "use a Horovod built with NCCL (HOROVOD_GPU_OPERATIONS=NCCL), or the vendor's newer wheel"
+    return [warning("link", f"{' and '.join(copied)} of device tensors {STAGED}", fix)] if copied else []
+
+
+def check_pairs(hosts_of_ranks: Sequence[str]) -> List[Finding]:
+    """Has each host and the next send each other 4 MB, one pair at a time; hosts_of_ranks: the host name of each rank.
+
+    A host with a slow link slows down everybody's sums; only pairs show which one it is.
+    """
+    hosts = list(dict.fromkeys(hosts_of_ranks))
+    if len(hosts) == 1:
+        return []
+    path = "mpi" if mpi_version() else "gloo"
+    rates, found = {}, []
+    for pair in list(zip(hosts, [*hosts[1:], hosts[0]]))[: 1 if len(hosts) == 2 else None]:
+        one, other = (hosts_of_ranks.index(host) for host in pair)
+        sendrecv = functools.partial(comm.sendrecv, one, other)
+        rates[pair] = _PAIR_BYTES * 8e-9 / min(_seconds(functools.partial(sendrecv, _PAIR_BYTES // 4), _REPEATS))
+        sender = {one: [other], other: [one]}.get(comm.rank(), [])
+        if not np.array_equal(sendrecv(_PERIOD), np.repeat(np.asarray(sender, np.float32), _PERIOD)):
+            text = f"what ranks {one} and {other} send each other by {path} arrives wrong"
+            found.append(failure("link", text, "compare the hosts' software; leave one of them out"))
+    return [*found, assess_pairs(rates, path)]
+
+
+def assess_pairs(rates: Mapping[Tuple[str, str], float], path: str) -> Finding:
+    """Returns what the rates between pairs of hosts mean, in Gbit/s each way."""
+    slowest, fastest = min(rates, key=rates.__getitem__), max(rates, key=rates.__getitem__)
+    text = f"between hosts by {path}, from CPU memory, each way {rates[fastest]:.2g} Gbit/s"
+    if len(rates) > 1:
+        text += f" ({' and '.join(fastest)}) to {rates[slowest]:.2g} ({' and '.join(slowest)})"
+    slow = [pair for pair, rate in rates.items() if rate * _SLOWER < rates[fastest]]
+    if not slow:
+        return ok("link", text)
+    shared = [host for host in slow[0] if len(slow) > 1 and all(host in pair for pair in slow)]
+    text += f"; less than half of the fastest: {', '.join(' and '.join(pair) for pair in slow)}"
+    fix = f"check the link of {shared[0] if shared else 'these hosts'}: cable, port, its rate, other jobs"
+    return warning("link", text, fix)
+
+
+def check_collectives(config: DoctorConfig, device: str, link: Link) -> List[Finding]:
+    """Sums gradients of the network's own shapes, and gathers rows of its dense layers, as training does."""
+    ranks = comm.size()
+    if ranks == 1:
+        return [warning("collectives", "not checked: one rank exchanges nothing", "start all ranks of the job to come")]
+    layers = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
+    gbit = 0.0 if comm.local_size() == ranks else config.gbit or None
 
     seconds, wrong = sum_all(config, device)
-    sent = sum(cost.allreduce_bytes(layer.parameters, comm.size(), config.wire_dtype) for layer in shapes)
-    # At the most: layers that share one are counted apart.
-    messages = sum(-(-layer.parameters * 4 // exchange.CHUNK_BYTES) for layer in shapes)
-    what = f"sums of gradients of {config.model} by {carriers['sums']}"
-    sums = Exchanged(what, sent, seconds, messages * latency)
-    found = [_wrong(what, wrong) if wrong else assess_exchange(sums, gbit, device)]
+    sent = sum(cost.allreduce_bytes(layer.parameters, ranks, config.wire_dtype) for layer in layers)
+    # An upper bound: layers that share a message are counted separately.
+    messages = sum(-(-layer.parameters * 4 // exchange.CHUNK_BYTES) for layer in layers)
+    name = f"sums of gradients of {config.model} by {link.transports['sums']}"
+    sums = assess_exchange(Exchange(name, sent, seconds, messages * link.latency_seconds), wrong, gbit, device)
 
     seconds, wrong = gather_all(config, device)
-    sent = sum(choice.factored_bytes or 0.0 for choice in cost.choose(config, comm.size()))
-    what = f"gathers of the rows of its dense layers by {carriers['gathers']}"
-    gathers = Exchanged(what, sent, seconds, 2 * len(dense) * latency)
-    return [*found, _wrong(what, wrong) if wrong else assess_exchange(gathers, gbit, device)]
+    sent = sum(choice.factored_bytes or 0.0 for choice in cost.choose(config, ranks))
+    name = f"gathers of rows of its dense layers by {link.transports['gathers']}"
+    latency = 2 * len(DENSE) * link.latency_seconds
+    return [sums, assess_exchange(Exchange(name, sent, seconds, latency), wrong, gbit, device)]
 
 
 def sum_all(config: DoctorConfig, device: str) -> Tuple[float, List[str]]:
-    """Returns the median seconds of summing every gradient of the network, and the names of those that came out wrong."""
+    """Returns the median seconds to sum every gradient of the network, and the names of those that came out wrong."""
     shapes: Dict[str, Tuple[int, ...]] = {}
     for layer in vgg_layers(config.model, config.width, config.image_size, config.num_classes):
-        shapes[f"{layer.name}/kernel"], shapes[f"{layer.name}/bias"] = layer.kernel, layer.kernel[-1:]
+        shapes.update({f"{layer.name}/kernel": layer.kernel, f"{layer.name}/bias": layer.kernel[-1:]})
+    sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
     with tf.device(device):
-        mine = {
-            name: tf.constant(pattern(int(np.prod(shape)), comm.rank()).reshape(shape)) for name, shape in shapes.items()
-        }
-
-    @tf.function
-    def summed() -> Any:
-        with tf.device(device):
-            sums = exchange.sum_gradients(mine, config.wire_dtype, 1.0)
-            return sums, tf.add_n([tf.reshape(value, [-1])[-1] for value in sums.values()])
-
-    results: Dict[str, Any] = {}
-
-    def once() -> None:
-        results.clear()  # its memory is needed
-        sums, last = summed()
-        last.numpy()
-        results.update(sums)
-
-    seconds = _median_seconds(once, _REPEATS)
-    wrong = [
-        name
-        for name, value in results.items()
-        if not np.array_equal(value.numpy().ravel(), expected_sum(int(np.prod(shapes[name])), comm.size()))
-    ]
-    return seconds, wrong
+        mine = {name: tf.constant(pattern(sizes[name], comm.rank()).reshape(shape)) for name, shape in shapes.items()}
+    seconds, sums = _measure(lambda: exchange.sum_gradients(mine, config.wire_dtype, 1.0), device)
+    right = {name: np.array_equal(sums[name].numpy().ravel(), expected_sum(sizes[name], comm.size())) for name in sizes}
+    return seconds, [name for name in sizes if not right[name]]
 
 
 def gather_all(config: DoctorConfig, device: str) -> Tuple[float, List[str]]:
-    """Returns the median seconds of gathering the dense layers' rows of the global batch, and the names of wrong ones."""
-    dense = [
-        layer
-        for layer in vgg_layers(config.model, config.width, config.image_size, config.num_classes)
-        if layer.name in DENSE
-    ]
+    """Returns the median seconds to gather the dense layers' rows of the global batch, and the names of wrong ones."""
+    layers = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
+    kernels = {layer.name: layer.kernel for layer in layers if layer.name in DENSE}
     bounds = [slice_bounds(config.global_batch, rank, comm.size()) for rank in range(comm.size())]
-    rows = bounds[comm.rank()][1] - bounds[comm.rank()][0]
 
-    def part(rank: int, count_of_rows: int, width: int) -> np.ndarray:
-        return pattern(count_of_rows * width, rank).reshape(count_of_rows, width)
+    def rows_of(rank: int, width: int) -> np.ndarray:
+        rows = bounds[rank][1] - bounds[rank][0]
+        return pattern(rows * width, rank).reshape(rows, width)
 
     with tf.device(device):
-        mine = {layer.name: [tf.constant(part(comm.rank(), rows, width)) for width in layer.kernel] for layer in dense}
+        mine = {name: [tf.constant(rows_of(comm.rank(), width)) for width in kernel] for name, kernel in kernels.items()}
+
+    def gather() -> Dict[str, Any]:
+        pairs = {
+            name: exchange.gather_factors(name, x, d, config.global_batch, config.wire_dtype, 1.0)
+            for name, (x, d) in mine.items()
+        }
+        return {f"{name} {end}": pair[i] for name, pair in pairs.items() for i, end in enumerate(("inputs", "outputs"))}
+
+    seconds, gathered = _measure(gather, device)
+    wrong = []
+    for name, value in gathered.items():
+        width = value.shape[1]
+        if not np.array_equal(value.numpy(), np.concatenate([rows_of(rank, width) for rank in range(comm.size())])):
+            wrong.append(name)
+    return seconds, wrong
+
+
+def _measure(exchange_all: Callable[[], Dict[str, Any]], device: str) -> Tuple[float, Dict[str, Any]]:
+    """Returns the median seconds of a compiled exchange on `device`, and its results."""
 
     @tf.function
-    def gathered() -> Any:
+    def compiled() -> Any:
         with tf.device(device):
-            pairs = {
-                name: exchange.gather_factors(name, x, d, config.global_batch, config.wire_dtype, 1.0)
-                for name, (x, d) in mine.items()
-            }
-            return pairs, tf.add_n([value[-1, -1] for pair in pairs.values() for value in pair])
+            results = exchange_all()
+            return results, tf.add_n([tf.reshape(value, [-1])[-1] for value in results.values()])
 
     results: Dict[str, Any] = {}
 
     def once() -> None:
-        pairs, last = gathered()
+        results.clear()  # frees the memory for the next results
+        new, last = compiled()
         last.numpy()
-        results.update(pairs)
+        results.update(new)
 
-    seconds = _median_seconds(once, _REPEATS)
-    wrong = []
-    for layer in dense:
-        for what, width, value in zip(("inputs", "outputs"), layer.kernel, results[layer.name]):
-            expected = np.concatenate([part(rank, high - low, width) for rank, (low, high) in enumerate(bounds)])
-            if not np.array_equal(value.numpy(), expected):
-                wrong.append(f"{layer.name} {what}")
-    return seconds, wrong
+    return _median_seconds(once, _REPEATS), results
 
 
-def pattern(numbers: int, rank: int) -> np.ndarray:
-    """Returns what a rank sends: float32 [numbers], whole, -5 to 5, another sequence on each rank.
+def pattern(count: int, rank: int) -> np.ndarray:
+    """Returns what a rank sends: float32 [count], whole numbers from -5 to 5, another sequence on each rank.
 
-    Sums over 400 ranks are exact in float16 too.
+    Sums over up to 400 ranks are exact in float16 too.
     """
     period = (np.arange(_PERIOD) * (2 * rank + 3) + rank * rank) % 11 - 5
-    return np.resize(period.astype(np.float32), numbers)
+    return np.resize(period.astype(np.float32), count)
 
 
-def expected_sum(numbers: int, ranks: int) -> np.ndarray:
+def expected_sum(count: int, ranks: int) -> np.ndarray:
     """Returns NumPy's sum of `pattern` over ranks."""
-    return np.resize(np.sum([pattern(_PERIOD, rank) for rank in range(ranks)], axis=0), numbers)
+    return np.resize(np.sum([pattern(_PERIOD, rank) for rank in range(ranks)], axis=0), count)
 
 
 def _median_seconds(action: Callable[[], Any], repeats: int) -> float:
@@ -275,44 +242,43 @@ def _median_seconds(action: Callable[[], Any], repeats: int) -> float:
 
 
 def _seconds(action: Callable[[], Any], repeats: int) -> List[float]:
-    """Returns the slowest rank's seconds of each repeat, all ranks beginning together; once before, to warm up.
+    """Returns the slowest rank's seconds of each repeat, after a warm-up; all ranks start together.
 
-    What takes long is not repeated as often: the ranks agree on that by what all know.
+    Slow actions are repeated less often: all ranks see the same times, so they stop together.
     """
     seconds: List[float] = []
     while len(seconds) <= repeats and sum(seconds) < 20:
         comm.barrier()
-        began = time.monotonic()
+        started = time.monotonic()
         action()
-        seconds.append(float(comm.gather_numbers([time.monotonic() - began]).max()))
+        seconds.append(float(comm.gather_numbers([time.monotonic() - started]).max()))
     return seconds[1:] or seconds
 
 
-def assess_exchange(one: Exchanged, gbit: Optional[float], device: str) -> Finding:
-    """Returns what a right exchange's time means.
+def assess_exchange(one: Exchange, wrong: Sequence[str], gbit: Optional[float], device: str) -> Finding:
+    """Returns what an exchange's results and time mean.
 
-    gbit: of a host's link as `plan` is told, None where nobody said, 0 where all ranks are on one host. Latencies are
-    allowed for in full, though messages may overlap.
+    wrong: names of wrong results; gbit: Gbit/s between hosts as given to `plan`, None if unknown, 0 for a single host.
+    Latencies are allowed for in full, although messages may overlap.
     """
+    if wrong:
+        fix = "do not train like this: try another path (NCCL_P2P_DISABLE=1, NCCL_SHM_DISABLE=1, MPI's own)"
+        return failure("collectives", f"{one.name}: wrong: {', '.join(wrong)}", fix)
     rate = one.sent_bytes / one.seconds
-    text = f"{one.what}: right; {one.sent_bytes / 1e6:.1f} MB a rank in {one.seconds:.3g} s, {rate / 1e9:.3g} GB/s"
-    telling = one.sent_bytes >= _RATE_BYTES
+    text = f"{one.name}: correct; {one.sent_bytes / 1e6:.1f} MB per rank in {one.seconds:.3g} s, {rate / 1e9:.3g} GB/s"
+    long = one.sent_bytes >= _RATE_BYTES
     if gbit == 0:
-        text += "; `plan` takes what stays inside a host for nothing"
-        if "GPU" in device and telling and rate < _DEVICE_RATE:
-            fix = "see whether devices reach each other: the vendor's topology, NCCL_P2P_DISABLE, NCCL_SHM_DISABLE, staging"
+        text += "; `plan` neglects traffic inside a host"
+        if "GPU" in device and long and rate < _DEVICE_RATE:
+            fix = "check that devices reach each other: the vendor's topology, NCCL_P2P_DISABLE, NCCL_SHM_DISABLE, staging"
             return warning("collectives", f"{text}: less than half of what four lanes of PCI Express 3.0 carry", fix)
         return ok("collectives", text)
+    for_plan = f"--gbit={rate * 8 / 1e9:.3g}" if long else ""
     if gbit is None:
-        return ok("collectives", f"{text}; for `plan`: --gbit={rate * 8 / 1e9:.3g}" if telling else text)
+        return ok("collectives", f"{text}; for `plan`: {for_plan}" if for_plan else text)
     assumed = one.sent_bytes * 8 / (gbit * 1e9)
-    text += f"; `plan` with --gbit={gbit:g} assumes {assumed:.3g} s, and its messages wait up to {one.latency_seconds:.2g} s"
+    text += f"; `plan` with --gbit={gbit:g} assumes {assumed:.3g} s; latencies add up to {one.latency_seconds:.2g} s"
     if one.seconds <= _SLOWER * assumed + one.latency_seconds:
         return ok("collectives", text)
     fix = "find what is slow: interface, NCCL_NET, staging, processor"
-    return warning("collectives", text, fix + (f"; or plan with --gbit={rate * 8 / 1e9:.3g}" if telling else ""))
-
-
-def _wrong(what: str, names: List[str]) -> Finding:
-    fix = "do not train so: try another path (NCCL_P2P_DISABLE=1, NCCL_SHM_DISABLE=1, MPI's own)"
-    return failure("collectives", f"{what}: wrong: {', '.join(names)}", fix)
+    return warning("collectives", text, f"{fix}; or plan with {for_plan}" if for_plan else fix)

@@ -1,9 +1,9 @@
-"""Whether a device allocates, multiplies and convolves, and right: that TensorFlow lists it says little.
+"""Whether a device allocates memory and computes correctly: that TensorFlow lists it says little.
 
 On hosts whose driver does not fit their SDK, devices are listed and the first allocation fails.
 """
 
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import tensorflow as tf
@@ -11,153 +11,149 @@ import tensorflow as tf
 from hvd_vgg.parallel.init import cpu_convolves
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
 
-# Relative error of a product of random matrices that each precision may have, against float64 of the same rounded inputs:
-# ten times what accumulating in float32 gives, or for 16 bits what accumulating in those gives.
+# Largest relative error of a product of random matrices in each precision, compared with float64 on the same rounded
+# inputs: ten times what accumulation in float32 gives, or for 16 bits what accumulation in those 16 bits gives.
 BOUNDS = {"float32": 1e-5, "float16": 2e-2, "bfloat16": 1e-1}
 # TF32 keeps 10 bits of each factor.
 _TF32 = 3e-3
-_SIZE, _SIDE, _CHANNELS = 256, 16, 32
+_MATRIX_SIZE, _IMAGE_SIZE, _CHANNELS = 256, 16, 32
+_EXCLUDE = "driver and SDK must fit (see driver); until then exclude this device by CUDA_VISIBLE_DEVICES"
 
 
-def check_devices(devices: List[Any], precision: str, gradient_bytes: int) -> List[Finding]:
-    """Tries each of TensorFlow's logical devices; precision: what training will use; one finding or more for each.
+class Operands(NamedTuple):
+    """Inputs of one dtype, on the CPU, and the exact results in float64: a @ b, and image convolved with kernel (NHWC)."""
 
-    gradient_bytes: how much a GPU must be able to hold twice, as training does of its gradient.
+    a: Any
+    b: Any
+    image: Any
+    kernel: Any
+    product: np.ndarray
+    convolution: np.ndarray
+
+
+def check_computation(devices: Sequence[Any], precision: str, gradient_bytes: int) -> List[Finding]:
+    """Tries each of TensorFlow's logical `devices`; returns at least one finding for each.
+
+    precision: what training will use; gradient_bytes: a GPU must be able to hold this twice, as training holds gradients.
     """
-    found = []
+    operands = {dtype: make_operands(dtype) for dtype in BOUNDS}
+    found: List[Finding] = []
     for device in devices:
-        # A rank has one; alone, one of several is told by its number.
-        number = f" {device.name.rsplit(':', 1)[1]}" if len(devices) > 1 else ""
-        found += _check(device.name, device.device_type, number, precision, gradient_bytes)
+        # Ranks have one device each; a process without a launcher tries all, and numbers them.
+        name = _device_name(device) + (f" {device.name.rsplit(':', 1)[1]}" if len(devices) > 1 else "")
+        broken = _check_allocation(device.name, name, gradient_bytes) if device.device_type == "GPU" else []
+        found += broken or assess_errors(name, device.device_type, *measure_errors(device.name, operands), precision)
     return found
 
 
-def measure_errors(device: str) -> Tuple[Dict[str, float], Dict[str, str]]:
-    """Returns the relative error of each operation on a device, and why others could not be done, by name.
+def make_operands(dtype: str) -> Operands:
+    """Returns the inputs of `dtype`, the same in each call.
 
-    Names: `float32`, `float16`, `bfloat16` (a product), and each with a layout behind it (a convolution).
+    Results come from NumPy: not every device supports float64, and the device under test may be broken.
     """
-    found: Dict[str, float] = {}
-    failed: Dict[str, str] = {}
     random = np.random.default_rng(1)
-    a, b = (random.standard_normal((_SIZE, _SIZE)) for _ in range(2))
-    image = random.standard_normal((2, _SIDE, _SIDE, _CHANNELS))
-    kernel = random.standard_normal((3, 3, _CHANNELS, _CHANNELS))
-    for dtype in BOUNDS:
-        # The reference is the CPU's alone: not every device knows float64, and the one that is tried may be broken.
-        with tf.device("/CPU:0"):
-            rounded = [tf.constant(value, dtype) for value in (a, b, image, kernel)]
-            a64, b64, image64, kernel64 = (np.asarray(tf.cast(value, tf.float64)) for value in rounded)
-        _try(dtype, lambda r=rounded: _multiply(device, r[0], r[1]), a64 @ b64, found, failed)
-        expected = convolve(image64, kernel64)
-        for layout in ("NHWC", "NCHW"):
-            if "CPU" in device and not cpu_convolves(dtype):  # to try it could end the process
-                failed[f"{dtype} {layout}"] = f"not on a CPU with TensorFlow {tf.__version__}"
-                continue
-            _try(
-                f"{dtype} {layout}", lambda r=rounded, to=layout: _convolve(device, r[2], r[3], to), expected, found, failed
-            )
-    return found, failed
+    shapes = (_MATRIX_SIZE, _MATRIX_SIZE), (_MATRIX_SIZE, _MATRIX_SIZE), (2, _IMAGE_SIZE, _IMAGE_SIZE, _CHANNELS)
+    with tf.device("/CPU:0"):
+        rounded = [tf.constant(random.standard_normal(each), dtype) for each in (*shapes, (3, 3, _CHANNELS, _CHANNELS))]
+        a, b, image, kernel = (np.asarray(tf.cast(each, tf.float64)) for each in rounded)
+    return Operands(*rounded, a @ b, convolve(image, kernel))
 
 
 def convolve(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Returns the 3x3 convolution, stride 1, padded with zeros to the same size, [n, h, w, c] by [3, 3, c, k], in NumPy."""
+    """Returns the 3x3 convolution, stride 1, zero padding "SAME", of [n, h, w, c] with [3, 3, c, k], in NumPy."""
     padded = np.pad(image, [(0, 0), (1, 1), (1, 1), (0, 0)])
     height, width = image.shape[1:3]
     parts = (padded[:, y : y + height, x : x + width] @ kernel[y, x] for y in range(3) for x in range(3))
     return np.asarray(sum(parts))
 
 
-def assess_errors(name: str, kind: str, found: Dict[str, float], failed: Dict[str, str], precision: str) -> List[Finding]:
-    """Returns what `errors` mean for training in `precision` on a device of `kind`, GPU or CPU, called `name`."""
+def measure_errors(device: str, operands: Dict[str, Operands]) -> Tuple[Dict[str, float], Dict[str, str]]:
+    """Returns the relative error of each operation on `device`, and by name why others failed.
+
+    Names: `float32`, `float16`, `bfloat16` for a matrix product; `float32 NCHW` and so on for a convolution.
+    """
+    errors: Dict[str, float] = {}
+    failed: Dict[str, str] = {}
+    for dtype, inputs in operands.items():
+        for layout in ("", "NHWC", "NCHW"):
+            name = f"{dtype} {layout}".strip()
+            if layout and "CPU" in device and not cpu_convolves(dtype):  # trying could end the process
+                failed[name] = f"not on a CPU with TensorFlow {tf.__version__}"
+                continue
+            expected = inputs.convolution if layout else inputs.product
+            try:
+                with tf.device(device):
+                    result = _convolve(inputs, layout) if layout else tf.matmul(inputs.a, inputs.b)
+                    value = np.asarray(tf.cast(result, tf.float32), np.float64)
+            except (tf.errors.OpError, ValueError, TypeError) as error:
+                failed[name] = _first_line(error)
+            else:
+                errors[name] = float(np.linalg.norm(value - expected) / np.linalg.norm(expected))
+    return errors, failed
+
+
+def assess_errors(
+    name: str, kind: str, errors: Dict[str, float], failed: Dict[str, str], precision: str
+) -> Iterator[Finding]:
+    """Yields what `measure_errors` means for training in `precision` on a device called `name` of `kind` GPU or CPU."""
     layout = "NCHW" if kind == "GPU" else "NHWC"
     needed = {"float32", f"float32 {layout}", precision, f"{precision} {layout}"}
-    findings = []
-    wrong = {test: f"wrong (relative error {error:.1g})" for test, error in found.items() if not error <= _bound(test)}
-    for test, why in {**failed, **wrong}.items():
-        text = f"{name}: {test}: {why}"
+    bounds = {**BOUNDS, "float32": _TF32}
+    wrong = {
+        test: f"wrong (relative error {error:.1g})" for test, error in errors.items() if not error <= bounds[test.split()[0]]
+    }
+    for test, problem in {**failed, **wrong}.items():
+        text = f"{name}: {test}: {problem}"
         if test in needed:
-            fix = "driver and SDK must fit (see driver); leave this device out by CUDA_VISIBLE_DEVICES till then"
-            findings.append(failure("devices", text, fix))
-        elif kind == "GPU" or layout in test:  # a CPU that convolves in one layout alone is as they are
-            findings.append(
-                warning("devices", text, f"training needs {', '.join(sorted(needed))} here; do not ask for this")
-            )
-    rough = {test for test, error in found.items() if test.startswith("float32") and BOUNDS["float32"] < error <= _TF32}
+            yield failure("devices", text, _EXCLUDE)
+        elif kind == "GPU" or layout in test:  # CPUs usually convolve in one layout only
+            yield warning("devices", text, f"training here needs {', '.join(sorted(needed))}; do not ask for this")
+    rough = {test for test, error in errors.items() if test.startswith("float32") and BOUNDS["float32"] < error <= _TF32}
     if rough:
-        text = f"{name}: {', '.join(sorted(rough))} rounds as TF32 does (relative error to {_TF32:g})"
-        findings.append(warning("devices", text, "NVIDIA_TF32_OVERRIDE=0 gives all of float32, slower"))
-    right = [test for test in found if test not in wrong and test not in rough]
-    if right:
-        products = ", ".join(test for test in right if " " not in test)
-        convolutions = [test.split() for test in right if " " in test]
-        layouts = "; ".join(
-            f"in {each} in {', '.join(dtype for dtype, at in convolutions if at == each)}"
-            for each in sorted({at for _, at in convolutions})
-        )
-        findings.append(
-            ok(
-                "devices",
-                f"{name} allocates, multiplies right in {products or 'none'}, convolves right {layouts or 'in none'}",
-            )
-        )
-    return findings
+        text = f"{name}: {', '.join(sorted(rough))} rounds like TF32 (relative error up to {_TF32:g})"
+        yield warning("devices", text, "NVIDIA_TF32_OVERRIDE=0 gives full float32, slower")
+    correct = [test for test in errors if test not in wrong and test not in rough]
+    if correct:
+        products = ", ".join(test for test in correct if " " not in test) or "nothing"
+        convolutions: Dict[str, List[str]] = {}
+        for dtype, where in sorted(test.split() for test in correct if " " in test):
+            convolutions.setdefault(where, []).append(dtype)
+        listed = "; ".join(f"{where} in {', '.join(dtypes)}" for where, dtypes in sorted(convolutions.items())) or "nothing"
+        yield ok("devices", f"{name} allocates, multiplies {products}, convolves {listed}: all correct")
 
 
-def _check(device: str, kind: str, number: str, precision: str, gradient_bytes: int) -> List[Finding]:
-    name = _called(device, kind) + number
-    if kind == "GPU":
-        try:
-            with tf.device(device):
-                held = tf.ones([gradient_bytes // 4])
-                whole = float(tf.reduce_mean(held + held))
-        except tf.errors.OpError as error:
-            text = f"{name} does not allocate {2 * gradient_bytes / 1e6:.0f} MB: {_first_line(error)}"
-            return [failure("devices", text, "other processes hold its memory, or driver and SDK do not fit (see driver)")]
-        if not abs(whole - 2.0) <= 1e-3:  # NaN too
-            text = f"{name} allocates, but what is written does not come back: {whole} instead of 2"
-            return [failure("devices", text, "leave it out by CUDA_VISIBLE_DEVICES; driver and SDK must fit (see driver)")]
-    return assess_errors(name, kind, *measure_errors(device), precision)
+def _check_allocation(device: str, name: str, gradient_bytes: int) -> List[Finding]:
+    """Writes gradients' worth of memory twice and reads it back."""
+    try:
+        with tf.device(device):
+            ones = tf.ones([gradient_bytes // 4])
+            mean = float(tf.reduce_mean(ones + ones))
+    except tf.errors.OpError as error:
+        text = f"{name} does not allocate {2 * gradient_bytes / 1e6:.0f} MB: {_first_line(error)}"
+        return [failure("devices", text, "other processes use its memory, or driver and SDK do not fit (see driver)")]
+    if abs(mean - 2.0) <= 1e-3:  # False for NaN
+        return []
+    return [failure("devices", f"{name} allocates, but reads back {mean} instead of 2", _EXCLUDE)]
 
 
-def _called(device: str, kind: str) -> str:
-    """Returns the product's name, equal on all ranks that have one; a CPU is a CPU."""
-    if kind == "CPU":
+def _device_name(device: Any) -> str:
+    """Returns the product's name, which is equal on all ranks with the same device; `CPU` for a CPU."""
+    if device.device_type == "CPU":
         return "CPU"
     try:
-        number = int(device.rsplit(":", 1)[1])
+        number = int(device.name.rsplit(":", 1)[1])
         details = tf.config.experimental.get_device_details(tf.config.get_visible_devices("GPU")[number])
     except (ValueError, IndexError, tf.errors.OpError):
         details = {}
     return str(details.get("device_name", "GPU"))
 
 
-def _bound(test: str) -> float:
-    dtype = test.split()[0]
-    return _TF32 if dtype == "float32" else BOUNDS[dtype]
-
-
-def _try(test: str, compute: Any, expected: np.ndarray, found: Dict[str, float], failed: Dict[str, str]) -> None:
-    try:
-        value = compute()
-    except (tf.errors.OpError, ValueError, TypeError) as error:
-        failed[test] = _first_line(error)
-        return
-    found[test] = float(np.linalg.norm(value - expected) / np.linalg.norm(expected))
-
-
-def _multiply(device: str, a: Any, b: Any) -> np.ndarray:
-    with tf.device(device):
-        return np.asarray(tf.cast(tf.matmul(a, b), tf.float32), np.float64)
-
-
-def _convolve(device: str, image: Any, kernel: Any, layout: str) -> np.ndarray:
-    with tf.device(device):
-        if layout == "NHWC":
-            out = tf.nn.conv2d(image, kernel, 1, "SAME", layout)
-        else:
-            out = tf.transpose(tf.nn.conv2d(tf.transpose(image, [0, 3, 1, 2]), kernel, 1, "SAME", layout), [0, 2, 3, 1])
-        return np.asarray(tf.cast(out, tf.float32), np.float64)
+def _convolve(inputs: Operands, layout: str) -> Any:
+    """Returns the convolution in NHWC, computed in `layout`."""
+    if layout == "NHWC":
+        return tf.nn.conv2d(inputs.image, inputs.kernel, 1, "SAME", layout)
+    image = tf.transpose(inputs.image, [0, 3, 1, 2])
+    return tf.transpose(tf.nn.conv2d(image, inputs.kernel, 1, "SAME", layout), [0, 2, 3, 1])
 
 
 def _first_line(error: Exception) -> str:

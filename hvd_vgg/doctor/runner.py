@@ -1,406 +1,257 @@
-"""`hvd-vgg doctor`: says whether this host, or all the ranks to come, can train, and what to do where they cannot.
+"""`hvd-vgg doctor`: says whether this host, or the ranks of the job to come, can train, and how to fix what prevents it.
 
-First what needs nobody else: host, packages, interfaces. Then the ranks meet, under a time limit of their own, because with
-a wrong interface they would wait for ever. Then devices, links and data; all findings are put together and said once.
+First comes what needs no other rank: packages, devices, memory, interfaces. Then the ranks join, within a time limit of their
+own, because with a wrong interface they would wait for ever. Then devices, links and data are tried. The findings of all
+ranks are merged and printed once.
 """
 
-import contextlib
-import dataclasses
-import faulthandler
-import json
 import os
-import socket
 import sys
-import threading
-import time
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
 from hvd_vgg.config import DoctorConfig
-from hvd_vgg.doctor import packages
-from hvd_vgg.doctor.driver import Listing, check_devices, check_driver, listing
-from hvd_vgg.doctor.mpi import ask_mpi4py, check_mpi, check_mpirun, check_root
+from hvd_vgg.doctor.driver import Accelerators, check_device_nodes, check_driver, find_accelerators
+from hvd_vgg.doctor.mpi import check_mpi, check_mpirun, check_root, query_mpi4py
 from hvd_vgg.doctor.network import check_interfaces
-from hvd_vgg.doctor.packages import Host, check_python, check_tensorflow, nodes, this_host, version
+from hvd_vgg.doctor.packages import (
+    HostView,
+    check_packages,
+    check_tensorflow,
+    device_nodes,
+    is_installed,
+    this_host,
+)
+from hvd_vgg.doctor.report import Report
 from hvd_vgg.doctor.settings import (
     check_environment,
     check_flags,
     check_rank_count,
     check_schedule,
     check_visible_devices,
-    link_variables,
 )
-from hvd_vgg.doctor.system import (
-    check_leftovers,
-    check_limits,
-    check_memory,
-    check_run_dir,
-    check_shared_memory,
-    nearest_existing,
-    probe_file,
-)
+from hvd_vgg.doctor.system import check_limits, check_memory, check_other_jobs, check_run_dir, check_shared_memory
 from hvd_vgg.environment import launched_local_rank, launched_local_size, launched_rank, launched_size
-from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, USAGE, Failure
-from hvd_vgg.launcher.hostfile import read_hostfile
+from hvd_vgg.errors import USAGE, Failure
+from hvd_vgg.launcher.hostfile import Host, read_hostfile
 from hvd_vgg.launcher.ssh import check_hosts
 from hvd_vgg.models.architecture import count_parameters, vgg_layers
 from hvd_vgg.parallel import network
 from hvd_vgg.parallel.mpi import loaded_mpi_libraries
 from hvd_vgg.reporting.console import Console
-from hvd_vgg.reporting.findings import (
-    FAILURE,
-    Finding,
-    MergedFinding,
-    as_json,
-    counts,
-    failure,
-    format_findings,
-    merge,
-    ok,
-    warning,
-)
+from hvd_vgg.reporting.findings import FAILURE, Finding, failure, ok
 from hvd_vgg.streams import write_line
 from hvd_vgg.text import plural
 
-# No import, device or link that works takes as long; the first use of a GPU compiles and loads libraries.
-_LONG_SECONDS, _COLLECTIVES_SECONDS = 120.0, 600.0
-# So long the other ranks are given to say what they know before the first one's end ends them.
-_OTHERS_SECONDS = 2.0
+# No import, device, link or directory that works takes as long: the first use of a GPU compiles and loads libraries.
+_PHASE_SECONDS, _COLLECTIVES_SECONDS = 120.0, 600.0
 
 
-@dataclasses.dataclass
-class _Report:
-    """What this rank has found so far, and for whom."""
+def doctor(config: DoctorConfig, host: Optional[HostView] = None) -> None:
+    """Checks everything, prints what was found and writes --out. Collective.
 
-    config: DoctorConfig
-    found: List[Finding]
-    began: float  # time.monotonic()
-    rank: int  # as the launcher says it
-    host: str
-
-
-class _Vendor(NamedTuple):
-    """The vendor of this host's devices, and what its tool says of them."""
-
-    vendor: str
-    said: Optional[Listing]
-
-
-def doctor(config: DoctorConfig, here: Optional[Host] = None) -> None:
-    """Looks at everything, prints it, writes --out; all ranks call. here: the host to look at, this one by default.
-
-    Raises Failure(CONFIGURATION) if anything would fail.
+    host: the host to check, by default this one; tests simulate others.
+    Raises Failure: CONFIGURATION if training would fail, NOT_WRITTEN for --out, USAGE for --hostfile under a launcher.
     """
-    here = here or this_host()
-    listed = read_hostfile(config.hostfile) if config.hostfile else []
-    if listed and (launched_size() or 1) > 1:
-        raise Failure(USAGE, "--hostfile looks at hosts before mpirun is asked: start doctor alone, without a launcher")
-    report = _Report(config, [], time.monotonic(), launched_rank() or 0, socket.gethostname())
-    if config.out and report.rank == 0:
+    hosts = read_hostfile(config.hostfile) if config.hostfile else []
+    if hosts and (launched_size() or 1) > 1:
+        raise Failure(USAGE, "--hostfile checks hosts before mpirun is used: start doctor alone, without a launcher")
+    report = Report(config)
+    accelerators = find_accelerators(host or this_host())
+
+    report.add(*_check_software(accelerators), *_check_system(config, accelerators.host.root, report.rank == 0))
+    report.add(*_check_network(config, accelerators, hosts))
+    if any(finding.about in ("interfaces", "hosts", "environment") for finding in report.failures()):
+        raise report.finish_alone()  # the ranks would wait for each other for ever
+    _warn_early(report, accelerators)
+    _import_tensorflow(report, accelerators)
+    _join_ranks(report, config.join_seconds)
+    device, threads = _check_devices(report, config, accelerators)
+    hosts_of_ranks = _check_ranks(report, config, accelerators.host)
+    _check_links(report, config, device, hosts_of_ranks)
+    _check_data(report, config, threads)
+    report.finish(hosts_of_ranks)
+
+
+def _check_software(accelerators: Accelerators) -> Iterator[Finding]:
+    """Checks packages and devices without importing TensorFlow."""
+    host, vendor = accelerators.host, accelerators.vendor
+    yield ok("vendor", f"{vendor} ({', '.join(accelerators.evidence)})")
+    yield from check_packages(host)
+    yield from check_tensorflow(host, vendor)
+    yield from check_device_nodes(accelerators)
+    yield check_mpirun(host.environ.get("PATH"))
+    yield from check_root(host.environ)
+    yield from check_environment(host.environ)
+
+
+def _check_system(config: DoctorConfig, root: Path, is_root: bool) -> Iterator[Finding]:
+    """Checks what this host gives its ranks."""
+    ranks = launched_local_size() or launched_size() or 1
+    parameters = _parameters(config)
+    # Weights and momentum in float32; besides those kept there are the best one, and the one that is being written.
+    checkpoint_bytes = (config.keep_checkpoints + 2) * 2 * 4 * parameters
+    if is_installed(this_host(), "psutil"):  # otherwise `check_packages` reports it
+        yield check_memory(root, ranks, parameters)
+        yield from check_other_jobs()
+    yield check_shared_memory(root, ranks)
+    yield from check_limits()
+    yield from check_run_dir(Path(config.run_dir), checkpoint_bytes, is_root)
+
+
+def _check_network(config: DoctorConfig, accelerators: Accelerators, hosts: Sequence[Host]) -> Iterator[Finding]:
+    """Checks the interfaces, and with --hostfile that `hosts` answer and can connect back."""
+    environ, interfaces = accelerators.host.environ, network.interfaces()
+    several = (launched_size() or 1) > (launched_local_size() or launched_size() or 1)
+    yield from check_interfaces(environ, interfaces, len(hosts) or 1 + several, accelerators.vendor != "CPU")
+    error = network.network_flag_error(config.network, interfaces) if hosts else ""
+    others = [host for host in hosts if not network.is_this_host(host.name)]
+    if error:
+        yield failure("interfaces", error, "name one that leads to the other hosts")
+    elif others:
+        addresses = network.chosen_addresses({network.INCLUDE[0]: config.network} if config.network else environ, interfaces)
+        yield from check_hosts(others, config.rsh_agent, addresses)
+    elif hosts:
+        yield ok("hosts", f"{config.hostfile} lists this host only")
+
+
+def _warn_early(report: Report, accelerators: Accelerators) -> None:
+    """Prints failures to stderr: with a driver that does not fit, importing TensorFlow may end the process."""
+    drivers = [finding for finding in check_driver(accelerators, "", False) if finding.verdict == FAILURE]
+    failures = "; ".join(f"{finding.about}: {finding.text}" for finding in [*report.failures(), *drivers])
+    if failures and launched_local_rank() == 0:
+        write_line(f"hvd-vgg: doctor on {report.host}, before importing TensorFlow: {failures}", sys.stderr)
+
+
+def _import_tensorflow(report: Report, accelerators: Accelerators) -> None:
+    """Imports TensorFlow and Horovod; raises Failure if they are missing or broken."""
+    text = f"TensorFlow and Horovod were not imported within {_PHASE_SECONDS:g} s"
+    with report.time_limit(_PHASE_SECONDS, "software", text):
         try:
-            probe_file(Path(config.out).absolute().parent).close()
-        except OSError as error:  # what is found would be lost, after minutes
-            raise _not_written(config, error) from error
-    seen = _check_host(here, len(listed), report)
-    if listed:
-        why = network.network_flag_error(config.network, network.interfaces())
-        report.found += [failure("interfaces", why, "name one that leads to the other hosts")] if why else []
-        told = {network.INCLUDE[0]: config.network} if config.network else here.environ
-        addresses = network.chosen_addresses(told, network.interfaces())
-        others = [each for each in listed if not network.is_this_host(each.name)]
-        report.found += check_hosts(others, config.rsh_agent, addresses) if others and not why else []
-        report.found += [] if others else [ok("hosts", f"{config.hostfile} names this host alone")]
-    never = ("interfaces", "hosts", "environment")
-    if any(finding.about in never and finding.verdict == FAILURE for finding in report.found):
-        raise _report_alone(report)  # the ranks would never meet
-    _report_early(here, seen, report)
-    _import(here, seen, report)
-    _join(report)
-    device, threads = _devices(here, seen, report)
-    _conclude(report, _check_together(here, device, threads, report))
-
-
-def _check_host(here: Host, listed: int, report: _Report) -> _Vendor:
-    """Looks at what needs neither TensorFlow nor other ranks; listed: hosts of the job to come, 0 where nobody said."""
-    config = report.config
-    whose, why = packages.vendor(here)
-    said = listing(here, whose)
-    size, local = launched_size() or 1, launched_local_size() or launched_size() or 1
-    numbers = count_parameters(vgg_layers(config.model, config.width, config.image_size, config.num_classes))
-    # Weights and momentum; beside those kept there are the best one, and the one that is being written.
-    kept = (config.keep_checkpoints + 2) * 2 * 4 * numbers
-    report.found += [
-        ok("vendor", f"{whose} ({', '.join(why)})"),
-        *check_python(here),
-        *check_tensorflow(here, whose),
-        *check_devices(here, whose, said),
-        *check_memory(here.root, local, numbers),
-        *check_shared_memory(here.root, local),
-        *check_limits(),
-        *check_run_dir(Path(config.run_dir), kept, report.rank == 0),
-        *check_leftovers(here.root),
-        *check_mpirun(here.environ.get("PATH")),
-        *check_root(here.environ),
-        *check_interfaces(here.environ, network.interfaces(), max(listed, 2 if size > local else 1), whose != "CPU"),
-        *check_environment(here.environ),
-    ]
-    return _Vendor(whose, said)
-
-
-def _report_early(here: Host, seen: _Vendor, report: _Report) -> None:
-    """Says on stderr what is bad already: under a driver that does not fit, what comes next may end the process."""
-    found = [*report.found, *check_driver(here, seen.vendor, seen.said, "", False)]
-    bad = [finding for finding in found if finding.verdict == FAILURE]
-    if bad and launched_local_rank() == 0:
-        text = "; ".join(f"{finding.about}: {finding.text}" for finding in bad)
-        write_line(f"hvd-vgg: doctor on {report.host}, before TensorFlow is tried: {text}", sys.stderr)
-
-
-def _import(here: Host, seen: _Vendor, report: _Report) -> None:
-    """Imports TensorFlow and Horovod; raises Failure where they are not there or broken."""
-    with _time_limit(
-        _LONG_SECONDS, report, "software", f"TensorFlow and Horovod were not imported within {_LONG_SECONDS:g} s"
-    ):
-        try:
-            from hvd_vgg.parallel.init import take_device  # noqa: F401
+            import hvd_vgg.parallel.init  # noqa: F401
         except Exception as error:  # a broken installation may raise anything
             text = error.message if isinstance(error, Failure) else f"{type(error).__name__}: {error}"
-            report.found.append(
-                failure("software", text, "install what is missing; a driver that does not fit may do this too")
-            )
-            report.found += check_driver(here, seen.vendor, seen.said, "", False)
-            raise _report_alone(report) from error
+            fix = "install what is missing; a driver that does not fit may also cause this"
+            report.add(failure("software", text, fix), *check_driver(accelerators, "", False))
+            raise report.finish_alone() from error
 
 
-def _join(report: _Report) -> None:
-    """Joins the other ranks, before TensorFlow touches a device: no device can be what this waits for.
+def _join_ranks(report: Report, seconds: float) -> None:
+    """Joins the other ranks, before TensorFlow touches a device that this could then be waiting for.
 
-    To join is to exchange, over the interfaces in use: Horovod splits MPI's communicator by hosts.
+    Joining uses the interfaces: Horovod splits MPI's communicator by hosts.
     """
     from hvd_vgg.parallel.init import join
 
-    limit = report.config.join_seconds
-    with _time_limit(limit, report, "ranks", f"the ranks have not met within {limit:g} s (--join_seconds)"):
+    with report.time_limit(seconds, "ranks", f"the ranks have not met within {seconds:g} s (--join_seconds)"):
         try:
             join()
         except Failure as error:
-            report.found.append(failure("ranks", error.message, "as it says"))
-            raise _report_alone(report) from error
+            report.add(failure("ranks", error.message, "see its text"))
+            raise report.finish_alone() from error
 
 
-def _devices(here: Host, seen: _Vendor, report: _Report) -> Tuple[str, int]:
-    """Takes and tries this rank's device, or all devices where there is no launcher.
+def _check_devices(report: Report, config: DoctorConfig, accelerators: Accelerators) -> Tuple[str, int]:
+    """Tries this rank's device, or without a launcher all of this host.
 
-    Returns the name of the one to exchange from, and how many threads may decode.
+    Returns the name of the device to exchange from, and the number of threads that may decode images.
     """
     import tensorflow as tf
 
-    from hvd_vgg.doctor.device_test import check_devices
+    from hvd_vgg.doctor.device_test import check_computation
+    from hvd_vgg.parallel import comm
+
+    alone, mask = launched_rank() is None, accelerators.host.environ.get("CUDA_VISIBLE_DEVICES")
+    cuda = str(tf.sysconfig.get_build_info().get("cuda_version", ""))
+    with report.time_limit(_PHASE_SECONDS, "devices", f"the devices were not listed within {_PHASE_SECONDS:g} s"):
+        gpus = tf.config.list_physical_devices("GPU")
+    seconds = _PHASE_SECONDS * (len(gpus) if alone and gpus else 1)
+    with report.time_limit(seconds, "devices", f"the devices did not answer within {seconds:g} s"):
+        threads = _take_devices(config, gpus, alone)
+        try:
+            devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")[:1]
+        except (RuntimeError, tf.errors.OpError) as error:
+            text = f"TensorFlow lists {plural(len(gpus), 'device')} but cannot initialize them: {error}"
+            fix = "driver and SDK must fit; exclude a broken device by CUDA_VISIBLE_DEVICES"
+            # Nothing computed, which decides about the driver; without a device this rank cannot exchange findings.
+            report.add(failure("devices", text, fix), *check_driver(accelerators, cuda, False))
+            raise report.finish_alone() from error
+        tried = check_computation(devices, config.precision, 4 * _parameters(config))
+    computed = bool(gpus) and all(finding.verdict != FAILURE for finding in tried)
+    report.add(*tried, *check_driver(accelerators, cuda, computed))
+    nodes = device_nodes(accelerators.host, accelerators.vendor)
+    report.add(*check_visible_devices(len(nodes), len(gpus), mask))
+    report.add(*check_rank_count(len(gpus), comm.local_size(), alone, mask))
+    report.add(*check_flags(config, comm.size(), len(gpus)))
+    return str(devices[0].name), threads
+
+
+def _take_devices(config: DoctorConfig, gpus: Sequence[Any], alone: bool) -> int:
+    """Takes this rank's device as training does, or all `gpus` if they are to be tried; returns the decoding threads."""
+    import tensorflow as tf
+
     from hvd_vgg.parallel import comm
     from hvd_vgg.parallel.init import take_device
 
-    config, found = report.config, report.found
-    cuda = str(tf.sysconfig.get_build_info().get("cuda_version", ""))
-    alone, mask = launched_rank() is None, here.environ.get("CUDA_VISIBLE_DEVICES")
-    with _time_limit(_LONG_SECONDS, report, "devices", f"the devices were not listed within {_LONG_SECONDS:g} s"):
-        physical = tf.config.list_physical_devices("GPU")
-    seconds = _LONG_SECONDS * (len(physical) if alone and physical else 1)
-    with _time_limit(seconds, report, "devices", f"the devices did not answer within {seconds:g} s"):
-        if physical and (alone or len(physical) < comm.local_size()):
-            threads = os.cpu_count() or 1
-            for each in physical:
-                tf.config.experimental.set_memory_growth(each, True)
-        else:
-            try:
-                threads = take_device(config.input_threads, config.precision).input_threads
-            except Failure:  # a precision that it does not compute in, which check_devices finds and tells
-                threads = 1
-        try:
-            logical = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")[:1]
-        except (RuntimeError, tf.errors.OpError) as error:
-            text = f"TensorFlow lists {plural(len(physical), 'device')} and cannot begin to use them: {error}"
-            fix = "driver and SDK must fit; leave a broken device out by CUDA_VISIBLE_DEVICES"
-            # The driver is judged as one under which nothing computed; without a device nothing can be told to others.
-            found += [failure("devices", text, fix), *check_driver(here, seen.vendor, seen.said, cuda, False)]
-            raise _report_alone(report) from error
-        numbers = count_parameters(vgg_layers(config.model, config.width, config.image_size, config.num_classes))
-        tried = check_devices(logical, config.precision, 4 * numbers)
-    computed = bool(physical) and all(finding.verdict != FAILURE for finding in tried)
-    found += [
-        *tried,
-        *check_driver(here, seen.vendor, seen.said, cuda, computed),
-        *check_visible_devices(len(nodes(here, seen.vendor)), len(physical), mask),
-        *check_rank_count(len(physical), comm.local_size(), alone, mask),
-        *check_flags(config, comm.size(), len(physical)),
-    ]
-    return str(logical[0].name), threads
+    if gpus and (alone or len(gpus) < comm.local_size()):
+        for gpu in gpus:
+            tf.config.experimental.set_memory_growth(gpu, True)
+        return os.cpu_count() or 1
+    try:
+        return take_device(config.input_threads, config.precision).input_threads
+    except Failure:  # a precision that the device does not support, which `check_computation` reports
+        return 1
 
 
-def _check_together(here: Host, device: str, threads: int, report: _Report) -> List[str]:
-    """Looks at software, links and data with all ranks; returns the name of each one's host."""
+def _check_ranks(report: Report, config: DoctorConfig, host: HostView) -> List[str]:
+    """Checks what must be equal on all ranks and what they share; returns the host name of each rank. Collective."""
     from hvd_vgg.data.transforms import IMAGE_LIBRARY
-    from hvd_vgg.doctor.collectives import check_clocks, check_collectives, check_link, check_pairs
-    from hvd_vgg.doctor.dataset import survey
+    from hvd_vgg.doctor.ranks import check_clocks, check_shared_run_dir, compare_with_root, describe_ranks
     from hvd_vgg.parallel import comm
     from hvd_vgg.parallel.init import describe_software
 
-    config, found = report.config, report.found
-    # A rank whose own device hangs gives up before those that wait for it here, and is the one that is named.
-    with _time_limit(_LONG_SECONDS, report, "devices", f"the devices of another rank did not answer in {_LONG_SECONDS:g} s"):
-        names = comm.gather_json(report.host)
-    each = {name: names.count(name) for name in names}
-    found.append(ok("ranks", f"{plural(len(names), 'rank')} on " + ", ".join(f"{name} ({each[name]})" for name in each)))
-    about = describe_software(IMAGE_LIBRARY)
-    mpi4pys = ask_mpi4py(here.environ) if version(here, ("mpi4py",)) else {}
-    found += check_mpi(loaded_mpi_libraries(), mpi4pys, about["controller"], about["horovod"], about["mpi"])
-    found += _same_as_root(config)
-    found += _same_run_dir(Path(config.run_dir))
-    with _time_limit(_LONG_SECONDS, report, "link", f"the ranks did not exchange some MB within {_LONG_SECONDS:g} s"):
-        found += check_clocks()
-        found += check_link(device, config.gbit)
-        found += check_pairs(names, about["controller"])
+    # A rank whose own device hangs reaches its limit before those that wait for it here, and is the one to be named.
+    text = f"the devices of another rank did not answer within {_PHASE_SECONDS:g} s"
+    with report.time_limit(_PHASE_SECONDS, "devices", text):
+        hosts_of_ranks = comm.gather_json(report.host)
+    software = describe_software(IMAGE_LIBRARY)
+    mpi4py = query_mpi4py(host.environ) if is_installed(host, "mpi4py") else {}
+    report.add(describe_ranks(hosts_of_ranks), check_mpi(loaded_mpi_libraries(), mpi4py, software))
+    text = f"the ranks did not compare settings and clocks within {_PHASE_SECONDS:g} s"
+    with report.time_limit(_PHASE_SECONDS, "ranks", text):
+        report.add(*compare_with_root(config, software), *check_shared_run_dir(Path(config.run_dir)), *check_clocks())
+    return hosts_of_ranks
+
+
+def _check_links(report: Report, config: DoctorConfig, device: str, hosts_of_ranks: Sequence[str]) -> None:
+    """Checks sums and gathers over all ranks, and the link of each host. Collective."""
+    from hvd_vgg.doctor.collectives import assess_link, check_collectives, check_pairs, measure_link
+    from hvd_vgg.parallel import comm
+
+    with report.time_limit(_PHASE_SECONDS, "link", f"the ranks did not exchange a few MB within {_PHASE_SECONDS:g} s"):
+        link = measure_link(device)
+        gbit = config.gbit if comm.local_size() < comm.size() else 0.0
+        report.add(*assess_link(link, device, comm.size(), gbit), *check_pairs(hosts_of_ranks))
     if config.collectives:
         text = f"--collectives took longer than {_COLLECTIVES_SECONDS:g} s"
-        with _time_limit(_COLLECTIVES_SECONDS, report, "collectives", text):
-            found += check_collectives(config, device)
-    with contextlib.ExitStack() as stack:
-        if not config.full:
-            text = f"{config.data_dir} was not looked at within {_LONG_SECONDS:g} s: a file system or a rank hangs"
-            stack.enter_context(_time_limit(_LONG_SECONDS, report, "data", text))
-        data, records = survey(config, config.full, threads, Console(config.console, comm.is_root()))
-    found += [*data, *check_schedule(config, records)]
-    return names
+        with report.time_limit(_COLLECTIVES_SECONDS, "collectives", text):
+            report.add(*check_collectives(config, device, link))
 
 
-def _same_as_root(config: DoctorConfig) -> List[Finding]:
-    """Compares flags, versions, code and variables with rank 0's: what training refuses to differ in, and some others."""
-    from hvd_vgg.data.transforms import IMAGE_LIBRARY
-    from hvd_vgg.parallel import comm
-    from hvd_vgg.parallel.init import compared_environment, describe_software
-
-    # As in training, a host may keep its files elsewhere.
-    own = ("data_dir", "run_dir", "console", "out")
-    flags = {f"--{name}": str(value) for name, value in dataclasses.asdict(config).items() if name not in own}
-    strict, free = {**flags, **describe_software(IMAGE_LIBRARY), **compared_environment()}, link_variables(os.environ)
-    theirs: List[Dict[str, str]] = comm.broadcast_json([strict, free])
-    found = []
-    for say, mine, other, fix in (
-        (failure, strict, theirs[0], "the same flags, software and variables on all hosts"),
-        (warning, free, theirs[1], "right where it names what hosts call differently; else the same on all hosts"),
-    ):
-        for name in sorted({*mine, *other}):
-            if mine.get(name) != other.get(name):
-                text = f"{name} is {mine.get(name, 'not set')}; on rank 0 {other.get(name, 'not set')}"
-                found.append(say("software", text, fix))
-    return found
-
-
-def _same_run_dir(run_dir: Path) -> List[Finding]:
-    """Looks whether this rank sees what rank 0 writes where the run will go."""
+def _check_data(report: Report, config: DoctorConfig, threads: int) -> None:
+    """Checks the data set, and with its size the learning rate's schedule. Collective."""
+    from hvd_vgg.doctor.dataset import check_dataset
     from hvd_vgg.parallel import comm
 
-    with contextlib.ExitStack() as stack:
-        name = ""
-        if comm.is_root():
-            with contextlib.suppress(OSError):  # told by machine.check_run_dir
-                name = stack.enter_context(probe_file(nearest_existing(run_dir))).name
-        name = comm.broadcast_json(name)
-        there = not name or os.path.exists(name)  # noqa: PTH110 (Path.exists raises where it may not look)
-        comm.barrier()  # it is there until all have looked
-    if there:
-        return []
-    text = f"what rank 0 writes to {Path(name).parent} is not seen here"
-    fix = "a directory that all hosts share: else a restart without rank 0's host finds no checkpoint"
-    return [warning("run_dir", text, fix)]
+    console = Console(config.console, comm.is_root())
+    if config.full:  # takes as long as it takes
+        found, records = check_dataset(config, True, threads, console)
+    else:
+        text = f"{config.data_dir} was not scanned within {_PHASE_SECONDS:g} s: a file system or a rank hangs"
+        with report.time_limit(_PHASE_SECONDS, "data", text):
+            found, records = check_dataset(config, False, threads, console)
+    report.add(*found, *check_schedule(config, records))
 
 
-def _conclude(report: _Report, names: Sequence[str]) -> None:
-    """Puts all ranks' findings together, tells them, and leaves; raises a collective Failure where any is a failure."""
-    from hvd_vgg.parallel import comm
-    from hvd_vgg.parallel.consensus import run_on_all_ranks
-
-    everyones = comm.gather_json(report.found)
-    told = merge([[Finding(*row) for row in rows] for rows in everyones])
-    run_on_all_ranks(lambda: _print_report(report, told, names) if comm.is_root() else None)
-    failures = counts([each.finding for each in told])[FAILURE]
-    if failures:
-        raise Failure(CONFIGURATION, f"doctor: {plural(failures, 'failure')}, see above", collective=True)
-    comm.shutdown()
-
-
-def _print_report(report: _Report, told: Sequence[MergedFinding], names: Sequence[str]) -> None:
-    """Prints and writes what was found."""
-    seconds = time.monotonic() - report.began
-    number = counts([each.finding for each in told])
-    summary = (
-        f"{plural(len(names), 'rank')}, {plural(len(set(names)), 'host')}: {number['ok']} ok, "
-        f"{plural(number['warning'], 'warning')}, {plural(number['failure'], 'failure')}, {seconds:.1f} s"
-    )
-    write_line("\n".join([*format_findings(told, names), summary]), sys.stdout)
-    if report.config.out:
-        text = json.dumps(as_json(told, names, seconds=round(seconds, 1), time=time.time()), indent=1)
-        try:
-            Path(report.config.out).write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise _not_written(report.config, error) from error
-
-
-def _not_written(config: DoctorConfig, error: OSError) -> Failure:
-    return Failure(NOT_WRITTEN, f"--out={config.out} cannot be written: {error.strerror}")
-
-
-def _report_alone(report: _Report) -> Failure:
-    """Tells what a rank found that does not get to the others; returns the failure to end with.
-
-    Rank 0 prints its whole report; what other ranks say, if they live to, are their failures alone.
-    """
-    bad = [finding for finding in report.found if finding.verdict == FAILURE]
-    if report.rank == 0:
-        _print_report(report, merge([report.found]), [report.host])
-        others = "" if launched_rank() is None else "; other ranks were not heard"
-        return Failure(CONFIGURATION, f"doctor: {plural(len(bad), 'failure')}, see above{others}")
-    text = "\n".join(f"{finding.about}: {finding.text}\n  do: {finding.fix}" for finding in bad)
-    return Failure(CONFIGURATION, f"doctor on {report.host}: {text}")
-
-
-@contextlib.contextmanager
-def _time_limit(seconds: float, report: _Report, about: str, what: str) -> Iterator[None]:
-    """Ends this rank with 78, and so the job, unless what is inside ends in time."""
-    timer = threading.Timer(seconds, _report_timeout, [report, about, what])
-    timer.daemon = True
-    timer.start()
-    # Needs no lock of Python's, should something inside hold it for ever; ends with 1.
-    faulthandler.dump_traceback_later(seconds + 3 * _OTHERS_SECONDS, exit=True)
-    try:
-        yield
-    finally:
-        timer.cancel()
-        faulthandler.cancel_dump_traceback_later()
-
-
-def _report_timeout(report: _Report, about: str, what: str) -> None:
-    """Says what has not come, with all that is known here of the way to the others; does not return."""
-    there = network.interfaces()
-    text = f"{what}; interfaces here: {network.format_interfaces(there)}"
-    by = network.toward_launcher(os.environ, there)
-    text += f"; mpirun's host is reached by {by}" if by else ""
-    told = [f"{name}={os.environ[name]}" for name in network.INCLUDE if os.environ.get(name)]
-    text += f"; told to use: {', '.join(told)}" if told else ""
-    fix = {
-        "software": "a file system hangs, or the machine is very slow",
-        "devices": "driver and SDK must fit (see driver); leave this device out by CUDA_VISIBLE_DEVICES till then",
-        "data": "see whether `ls` of the data directory answers on each host",
-    }.get(
-        about,
-        "a host is down, a firewall, or a wrong interface: hvd-vgg launch --network=NAME or NETWORK/BITS, or mpirun --mca "
-        "btl_tcp_if_include with one; where TensorFlow takes long to be imported on one: --join_seconds=60",
-    )
-    report.found.append(failure(about, text, fix))
-    try:
-        # Of what all wait for, one rank of a host is enough; a device is each rank's own.
-        if about == "devices" or report.rank == 0 or launched_local_rank() == 0:
-            message = _report_alone(report).message
-            write_line(f"hvd-vgg: rank {report.rank}: {message}", sys.stderr)
-    finally:
-        time.sleep(_OTHERS_SECONDS)
-        os._exit(CONFIGURATION)
+def _parameters(config: DoctorConfig) -> int:
+    return count_parameters(vgg_layers(config.model, config.width, config.image_size, config.num_classes))

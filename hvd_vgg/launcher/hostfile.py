@@ -1,4 +1,4 @@
-"""The host file of a job."""
+"""Open MPI host files."""
 
 import re
 from pathlib import Path
@@ -6,20 +6,21 @@ from typing import Dict, List, NamedTuple
 
 from hvd_vgg.errors import CONFIGURATION, Failure
 
-_LINE = re.compile(r"^(\S+?)((?:\s+\w+\s*=\s*\d+)*)$")
+# A host's name ends up on the remote shell's command line, so it must not look like an option: -oProxyCommand=...
+_LINE = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*)((?:\s+(?:slots|max[_-]slots)\s*=\s*\d+)*)")
 
 
 class Host(NamedTuple):
-    """A host as mpirun names it, and how many ranks it takes."""
+    """A host by the name mpirun uses for it, and the number of ranks it takes."""
 
     name: str
     slots: int
 
 
 def read_hostfile(path: str) -> List[Host]:
-    """Returns the hosts of an Open MPI host file: a line a host, `name slots=N`, 1 slot where it says none.
+    """Returns the hosts of an Open MPI host file: one a line, `name slots=N`, with 1 slot by default.
 
-    A host that occurs again adds slots; # begins a comment. Raises Failure(CONFIGURATION) naming file and line.
+    Slots of a host that is listed again add up; # starts a comment. Raises Failure(CONFIGURATION) naming file and line.
     """
     slots: Dict[str, int] = {}
     try:
@@ -27,18 +28,14 @@ def read_hostfile(path: str) -> List[Host]:
     except (OSError, UnicodeDecodeError) as error:
         raise Failure(CONFIGURATION, f"--hostfile={path} cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):
-        text = line.split("#")[0].strip()
-        if not text:
+        entry = line.split("#")[0].strip()
+        if not entry:
             continue
-        match = _LINE.match(text)
-        # A name goes into a command line of the remote shell: -oProxyCommand=... is none.
-        if not match or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", match[1]):
-            raise Failure(CONFIGURATION, f"{path}, line {number}: {line!r}: expected `host slots=N`")
-        given = dict(re.findall(r"(\w+)\s*=\s*(\d+)", match[2]))
-        count = int(given.pop("slots", 1))
-        given.pop("max_slots", given.pop("max-slots", None))
-        if given or count < 1:
-            raise Failure(CONFIGURATION, f"{path}, line {number}: {line!r}: expected `host slots=N`, N of 1 or more")
+        match = _LINE.fullmatch(entry)
+        settings = dict(re.findall(r"([\w-]+)\s*=\s*(\d+)", match[2])) if match else {}
+        count = int(settings.get("slots", 1))
+        if not match or count < 1:
+            raise Failure(CONFIGURATION, f"{path}, line {number}: {line!r}: expected `host slots=N` with N of at least 1")
         slots[match[1]] = slots.get(match[1], 0) + count
     if not slots:
         raise Failure(CONFIGURATION, f"--hostfile={path} names no host: expected a line `host slots=N` for each")

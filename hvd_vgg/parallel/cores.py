@@ -5,53 +5,55 @@ import os
 from pathlib import Path
 from typing import List, Optional
 
-# How the names of the daemons begin that start ranks: of Open MPI 4 and 5 (orterun_wrapper too), MPICH and Slurm.
+import psutil
+
+# How the names of daemons that start ranks begin: Open MPI 4 and 5 (orterun_wrapper too), MPICH, Slurm.
 _LAUNCHERS = ("mpirun", "mpiexec", "orte", "prte", "hydra_pmi_proxy", "slurmstepd")
 
 
-def share_of_cores(ranks: int, root: Path = Path("/")) -> int:
-    """Returns how many cores this rank may use, one of `ranks` on its host, 1 at least.
+def share_of_cores(ranks: int) -> int:
+    """Returns how many cores this rank may use, at least 1; ranks: on this host.
 
-    A launcher that binds each rank to cores of its own has divided them already: what its own process may run on is what
-    all of its ranks share. Where the container has a quota of processor time, they share that.
+    A launcher that binds each rank to its own cores has divided them already; otherwise all ranks share the launcher's
+    cores. They also share a container's quota of CPU time.
     """
-    if not hasattr(os, "sched_getaffinity"):
-        return max(1, (os.cpu_count() or 1) // ranks)
-    return divide_cores(len(os.sched_getaffinity(0)), _launcher_cores(root), cpu_quota(root), ranks)
+    return divide_cores(len(os.sched_getaffinity(0)), _launcher_cores(), cpu_quota(Path("/")), ranks)
 
 
 def divide_cores(own: int, launchers: Optional[int], quota: Optional[float], ranks: int) -> int:
-    """Returns the cores of one of `ranks`: own: that it may run on; launchers: that its launcher may, None for unknown;
-    quota: cores' worth of time for all ranks, None for no limit.
+    """Returns the cores for one of `ranks`, at least 1.
+
+    own: cores that it may run on; launchers: cores that its launcher may run on, None if unknown; quota: cores' worth of CPU
+    time for all ranks, None for no limit.
     """
     share = min(own, max(own, launchers or own) / ranks)
     return max(1, int(share if quota is None else min(share, quota / ranks)))
 
 
 def cpu_quota(root: Path) -> Optional[float]:
-    """Returns how many cores' worth of processor time this process's control groups leave it; None for no limit."""
+    """Returns how many cores' worth of CPU time this process's control groups allow; None for no limit."""
     limits = []
     for group in control_groups(root, "cpu"):
         try:
-            told = (group / "cpu.max").read_text().split()
+            quota, period = (group / "cpu.max").read_text().split()
         except OSError:
-            told = [str(read_int(group / f"cpu.cfs_{name}_us") or "") for name in ("quota", "period")]
-        if len(told) == 2 and told[0].isdigit() and told[1].isdigit():  # else max, -1, or no such file
-            limits.append(int(told[0]) / int(told[1]))
+            quota, period = (str(read_int(group / f"cpu.cfs_{name}_us")) for name in ("quota", "period"))
+        if quota.isdigit() and period.isdigit():  # not "max", "-1" or "None"
+            limits.append(int(quota) / int(period))
     return min(limits, default=None)
 
 
-def _launcher_cores(root: Path) -> Optional[int]:
-    """Returns how many cores the daemon may run on that started this process among others; None where there is none."""
-    for process in ancestors(root, os.getpid())[1:]:
-        with contextlib.suppress(OSError):
-            if (root / "proc" / str(process) / "comm").read_text().startswith(_LAUNCHERS):
-                return len(os.sched_getaffinity(process))
+def _launcher_cores() -> Optional[int]:
+    """Returns how many cores the daemon that started this rank may run on; None if there is none."""
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process().parents():
+            if process.name().startswith(_LAUNCHERS):
+                return len(process.cpu_affinity())
     return None
 
 
 def control_groups(root: Path, controller: str) -> List[Path]:
-    """Returns the folders of the control groups that limit this process by `controller`, the innermost first."""
+    """Returns the directories of the control groups that limit this process by `controller`, innermost first."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -62,25 +64,15 @@ def control_groups(root: Path, controller: str) -> List[Path]:
         if controllers and controller not in controllers.split(","):
             continue
         top = root / "sys/fs/cgroup" / (controller if controllers else "")
-        place = top / path.lstrip("/")
-        # In a container the path may be the host's: what is not there is passed over.
-        found += [each for each in (place, *place.parents) if (each == top or top in each.parents) and each.is_dir()]
+        group = top / path.lstrip("/")
+        # In a container the path may be the host's: directories that do not exist here are skipped.
+        found += [each for each in (group, *group.parents) if (each == top or top in each.parents) and each.is_dir()]
     return found
 
 
 def read_int(path: Path) -> Optional[int]:
+    """Returns the integer in a file; None if there is none."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):
         return None
-
-
-def ancestors(root: Path, process: int) -> List[int]:
-    """Returns a process and all that it descends from."""
-    line = [process]
-    while line[-1] > 1:
-        try:
-            line.append(int((root / "proc" / str(line[-1]) / "stat").read_text().rsplit(")", 1)[1].split()[1]))
-        except (OSError, ValueError, IndexError):
-            break
-    return line

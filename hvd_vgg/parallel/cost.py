@@ -18,20 +18,20 @@ _BACKWARD = 2 / 3
 
 
 class Choice(NamedTuple):
-    """How one layer's gradient crosses: `way` is allreduce or factored; bytes sent by each rank in an update, each way.
+    """How one layer's gradient crosses: `method` is allreduce or factored; bytes sent by each rank in an update, each way.
 
     `factored_bytes` is None for a convolution, whose gradient is no product of two small factors.
     """
 
     layer: str
-    way: str
+    method: str
     allreduce_bytes: float
     factored_bytes: Optional[float]
 
     @property
     def sent(self) -> float:
-        """Bytes that each rank sends in an update the way chosen."""
-        gathered = self.way == "factored" and self.factored_bytes is not None
+        """Bytes that each rank sends in an update by the chosen method."""
+        gathered = self.method == "factored" and self.factored_bytes is not None
         return self.factored_bytes if gathered else self.allreduce_bytes  # type: ignore[return-value]
 
 
@@ -88,12 +88,12 @@ def table(choices: List[Choice]) -> str:
     """Returns the choices as a table for people, in MB; layers that can only be summed are one row."""
     convolutions = [choice for choice in choices if choice.factored_bytes is None]
     total = sum(choice.allreduce_bytes for choice in choices)
-    rows = [f"{'layer':14s} {'allreduce MB':>13s} {'factored MB':>12s}  way"]
+    rows = [f"{'layer':14s} {'allreduce MB':>13s} {'factored MB':>12s}  method"]
     rows.append(f"{'convolutions':14s} {sent(convolutions) / _MB:13.1f} {'-':>12s}  allreduce")
     for choice in choices:
         if choice.factored_bytes is not None:
             summed, gathered = choice.allreduce_bytes / _MB, choice.factored_bytes / _MB
-            rows.append(f"{choice.layer:14s} {summed:13.1f} {gathered:12.1f}  {choice.way}")
+            rows.append(f"{choice.layer:14s} {summed:13.1f} {gathered:12.1f}  {choice.method}")
     rows.append(f"{'all':14s} {total / _MB:13.1f} {'':12s}  {sent(choices) / _MB:.1f} MB as chosen")
     return "\n".join(rows)
 
@@ -101,7 +101,7 @@ def table(choices: List[Choice]) -> str:
 def as_log(choices: List[Choice]) -> Dict[str, str]:
     """Returns the choices of dense layers as the run's log holds them: `exchange.fc1: factored, 37.400 MB`."""
     dense = [choice for choice in choices if choice.factored_bytes is not None]
-    return {f"exchange.{choice.layer}": f"{choice.way}, {choice.sent / _MB:.3f} MB" for choice in dense}
+    return {f"exchange.{choice.layer}": f"{choice.method}, {choice.sent / _MB:.3f} MB" for choice in dense}
 
 
 def predict(config: ExchangeConfig, link: Link) -> Prediction:
@@ -122,6 +122,6 @@ def predict(config: ExchangeConfig, link: Link) -> Prediction:
 def _extra_compute(config: ExchangeConfig, choices: List[Choice]) -> float:
     """Returns what part of an update's work each other rank adds where gradients are formed from all ranks' rows."""
     of = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
-    factored = {choice.layer for choice in choices if choice.way == "factored"}
+    factored = {choice.layer for choice in choices if choice.method == "factored"}
     again = sum(macs_per_image(layer, config.image_size) for layer in of if layer.name in factored)
     return again / (3 * sum(macs_per_image(layer, config.image_size) for layer in of))

@@ -1,7 +1,8 @@
-"""`hvd-vgg launch`: how it tells of an end, starts again, stops, leaves nothing behind, and what it refuses (F03, F04, F11,
-F12, F14, F33, F34, F36).
+"""`hvd-vgg launch`: how it explains an end, restarts, stops, leaves nothing behind, and what it refuses (F03, F04, F11, F12,
+F14, F33, F34, F36).
 
-Where only the end of ranks matters, tests/standin.py stands in for them; real runs are held against the undisturbed one.
+Where only the end of ranks matters, tests/programs/rank_stub.py takes their place; real runs are compared with the
+undisturbed one.
 """
 
 import json
@@ -14,28 +15,27 @@ from pathlib import Path
 
 import namespaces
 import pytest
-from oracles import FLAGS, STEPS, WORKER, assert_exact, newest
+from oracles import FLAGS, INJECT, STEPS, assert_exact, assert_same_weights, newest
 from support import ROOT, TINY, Started, wait_for
-from test_equality import assert_same_weights
 
 from hvd_vgg.launcher import mpirun
-from hvd_vgg.launcher.mpirun import Limits, Requests
-from hvd_vgg.train import checkpoint
+from hvd_vgg.launcher.mpirun import StopRequests
+from hvd_vgg.training import checkpoint
 
-STANDIN = [sys.executable, str(ROOT / "tests" / "standin.py")]
-LAUNCHED = [sys.executable, str(ROOT / "tests" / "launched.py")]
+RANK_STUB = [sys.executable, str(ROOT / "tests" / "programs" / "rank_stub.py")]
+LAUNCH_PROGRAM = [sys.executable, str(ROOT / "tests" / "programs" / "launch_program.py")]
 LAUNCH = [sys.executable, "-m", "hvd_vgg", "launch"]
 CANARY = "canary-9c2e4d"
 
 
-def start_standin(out, how, *flags, run=True, **environment):
-    """Starts 2 stand-ins under `hvd-vgg launch`, as those of a run in out/run that can be started again."""
+def start_stub(out, how, *flags, run=True, **environment):
+    """Starts 2 stubs of ranks under `hvd-vgg launch`; run: as those of a run in out/run, which can be restarted."""
     out.mkdir(exist_ok=True)
     environment.setdefault("PYTHONPATH", str(ROOT))
     if run:
-        words = [*LAUNCHED, *STANDIN, how, "--", "--ranks=2", *flags, "train", f"--run_dir={out / 'run'}"]
+        words = [*LAUNCH_PROGRAM, *RANK_STUB, how, "--", "--ranks=2", *flags, "train", f"--run_dir={out / 'run'}"]
     else:
-        words = [*LAUNCH, "--ranks=2", *flags, "--", *STANDIN, how]
+        words = [*LAUNCH, "--ranks=2", *flags, "--", *RANK_STUB, how]
     return Started(words, out, **environment)
 
 
@@ -45,12 +45,12 @@ def start_run(out, data, *arguments, prefix=(), **environment):
     faults = [argument for argument in arguments if "@" in argument]
     flags = ["--ranks=2", *[argument for argument in arguments if "@" not in argument]]
     train = ["train", f"--data_dir={data}", f"--run_dir={out / 'run'}", *FLAGS]
-    words = [*prefix, *LAUNCHED, *WORKER, str(out), *faults, "--", *flags, *train]
+    words = [*prefix, *LAUNCH_PROGRAM, *INJECT, str(out), *faults, "--", *flags, *train]
     return Started(words, out, **{"PYTHONPATH": str(ROOT), **environment})
 
 
 def here(started):
-    """Waits until both stand-ins are there."""
+    """Waits until both stubs are there."""
     wait_for(lambda: started.out.read_text().count("is here") == 2)
 
 
@@ -71,24 +71,26 @@ def mpirun_of(started):
 
 @pytest.mark.fault("F12")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
-def test_a_launcher_that_is_asked_to_stop_stops_all_ranks_and_never_starts_again(tmp_path, number):
-    started = start_standin(tmp_path, "wait")
+def test_signal_stops_all_ranks_without_restart(tmp_path, number):
+    """80 after each signal that may ask for it; the ranks that stopped (80) are not restarted."""
+    started = start_stub(tmp_path, "wait")
     here(started)
     os.kill(started.process.pid, number)
     ended = started.wait()
     assert ended.code == 80, ended.err
-    assert "hvd-vgg launch: stopped on request; all ranks left in order" in ended.err
+    assert "hvd-vgg launch: stopped on request; all ranks stopped in order" in ended.err
     assert [(line["event"], line.get("code")) for line in restarts(tmp_path)] == [("start", None), ("end", 80)]
 
 
 @pytest.mark.fault("F12", tier=3)
-def test_a_real_run_that_its_launcher_was_asked_to_stop_goes_on_as_the_undisturbed_one(tmp_path, data, undisturbed):
+def test_stopped_run_resumes_exactly(tmp_path, data, undisturbed):
+    """A run whose launcher was asked to stop is later resumed and ends as the undisturbed one."""
     started = start_run(tmp_path, data, "sleep@0:4:2")
     wait_for(lambda: "step 3/" in started.out.read_text())
     os.kill(started.process.pid, signal.SIGTERM)
     ended = started.wait()
     assert ended.code == 80, ended.out + ended.err
-    assert "hvd-vgg launch: stopped on request; all ranks left in order" in ended.err
+    assert "hvd-vgg launch: stopped on request; all ranks stopped in order" in ended.err
     assert 3 <= newest(tmp_path).meta["step"] < STEPS
     ended = start_run(tmp_path, data).wait()
     assert ended.code == 0, ended.out + ended.err
@@ -96,7 +98,7 @@ def test_a_real_run_that_its_launcher_was_asked_to_stop_goes_on_as_the_undisturb
 
 
 @pytest.mark.fault("F12")
-def test_a_run_that_is_stopped_before_it_listens_ends_in_order(tmp_path, data):
+def test_stop_before_ranks_handle_signals(tmp_path, data):
     """The ranks have just made RUN_DIR/faults and import TensorFlow, which takes seconds."""
     train = ["train", f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY]
     started = Started([*LAUNCH, "--ranks=2", *train], tmp_path, PYTHONPATH=str(ROOT))
@@ -105,62 +107,68 @@ def test_a_run_that_is_stopped_before_it_listens_ends_in_order(tmp_path, data):
     ended = started.wait()
     assert ended.code == 80, ended.err
     assert "hvd-vgg: stopped on request, before the first update" in ended.err
-    assert "hvd-vgg launch: stopped on request; all ranks left in order" in ended.err
+    assert "hvd-vgg launch: stopped on request; all ranks stopped in order" in ended.err
     assert "killed" not in ended.err
 
 
-def test_a_program_that_does_not_know_of_requests_is_no_rank_that_was_killed(tmp_path):
+def test_stop_of_program_without_sigusr1_handler(tmp_path):
+    """80, not the code of a rank that was killed."""
     started = Started([*LAUNCH, "--ranks=1", "--", "bash", "-c", "echo is here; sleep 300"], tmp_path, PYTHONPATH=str(ROOT))
     wait_for(lambda: "\nis here" in started.out.read_text())
     started.process.terminate()
     ended = started.wait()
     assert ended.code == 80, ended.err
-    assert "stopped on request; the ranks did not listen for SIGUSR1, which ended them" in ended.err
+    assert "stopped on request; the ranks do not handle SIGUSR1, which killed them" in ended.err
 
 
 @pytest.mark.fault("F12")
 @pytest.mark.parametrize(("grace", "signals"), [("1", 1), ("600", 2)])
-def test_ranks_that_do_not_stop_are_ended_after_the_grace_or_at_the_second_request(tmp_path, grace, signals):
-    started = start_standin(tmp_path, "deaf", f"--grace_seconds={grace}")
+def test_deaf_ranks_terminated_by_grace_or_second_request(tmp_path, grace, signals):
+    """Ranks that do not stop are terminated after --grace_seconds, or at the second request."""
+    started = start_stub(tmp_path, "deaf", f"--grace_seconds={grace}")
     here(started)
     for _ in range(signals):
         time.sleep(1)
         os.kill(started.process.pid, signal.SIGINT)
     ended = started.wait(60)
     assert ended.code == 80, ended.err
-    assert "stopped on request; they had to be ended" in ended.err
+    assert "stopped on request; the ranks had to be terminated" in ended.err
 
 
-@pytest.mark.parametrize(("how", "end"), [("wait", "all ranks left in order"), ("deaf", "they had to be ended")])
-def test_the_time_limit_ends_a_job_with_75(tmp_path, how, end):
-    started = start_standin(tmp_path, how, "--time_limit_seconds=3", "--grace_seconds=2")
+@pytest.mark.parametrize(
+    ("how", "end"), [("wait", "all ranks stopped in order"), ("deaf", "the ranks had to be terminated")]
+)
+def test_time_limit_ends_with_75(tmp_path, how, end):
+    """Whether the ranks stop in order or have to be terminated."""
+    started = start_stub(tmp_path, how, "--time_limit_seconds=3", "--grace_seconds=2")
     ended = started.wait(60)
     assert ended.code == 75, ended.err
-    assert f"--time_limit_seconds is over; {end}" in ended.err
+    assert f"--time_limit_seconds has passed; {end}" in ended.err
     assert len(restarts(tmp_path)) == 2
 
 
-def test_an_mpirun_that_lingers_without_ranks_is_ended(monkeypatch):
+def test_mpirun_without_ranks_is_terminated(monkeypatch):
     """As when the link to another host is cut: a process in mpirun's place, whose rank leaves and which stays."""
     monkeypatch.setattr(mpirun, "_LINGER_SECONDS", 1.0)
-    with Requests() as requests:
+    with StopRequests() as requests:
         command = ["bash", "-c", "OMPI_COMM_WORLD_RANK=0 sleep 2; sleep 300 & wait"]
-        ended = mpirun.run(command, requests, Limits(60.0, float("inf")), lambda: None)
+        ended = mpirun.run(command, requests, 60.0, lambda: None)
     assert ended.code == 75
-    assert "mpirun waited" in ended.sentence
+    assert "mpirun was still waiting" in ended.reason
 
 
-def test_an_mpirun_that_begins_no_rank_is_ended(monkeypatch):
+def test_mpirun_that_starts_no_rank_is_terminated(monkeypatch):
     """As when its daemons do not answer: a process in mpirun's place that only waits."""
-    monkeypatch.setattr(mpirun, "_BEGIN_SECONDS", 2.0)
-    with Requests() as requests:
-        ended = mpirun.run(["sleep", "300"], requests, Limits(60.0, float("inf")), lambda: None)
+    monkeypatch.setattr(mpirun, "_START_SECONDS", 2.0)
+    with StopRequests() as requests:
+        ended = mpirun.run(["sleep", "300"], requests, 60.0, lambda: None)
     assert ended.code == 75
-    assert "begun no rank" in ended.sentence
+    assert "started no rank" in ended.reason
 
 
-def test_output_passes_unchanged_and_a_program_of_ones_own_keeps_its_code(tmp_path):
-    ended = start_standin(tmp_path, "7", run=False).wait()
+def test_program_keeps_its_output_and_exit_code(tmp_path):
+    """What ranks of any program print appears once, on the stream they print it to."""
+    ended = start_stub(tmp_path, "7", run=False).wait()
     assert ended.code == 7
     assert ended.out.startswith("+ mpirun -np 2 ")
     for rank in (0, 1):
@@ -168,7 +176,8 @@ def test_output_passes_unchanged_and_a_program_of_ones_own_keeps_its_code(tmp_pa
         assert ended.err.count(f"a word of rank {rank}") == 1
 
 
-def test_a_full_stdout_ends_no_run(tmp_path, data):
+def test_full_stdout_does_not_end_run(tmp_path, data):
+    """A stdout that takes nothing is no reason to end a run."""
     train = ["train", f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY, "--steps=3"]
     words = ["bash", "-c", 'exec "$@" >/dev/full', "_", sys.executable, "-m", "hvd_vgg", *train]
     ended = Started(words, tmp_path, PYTHONPATH=str(ROOT)).wait()
@@ -176,7 +185,8 @@ def test_a_full_stdout_ends_no_run(tmp_path, data):
     assert newest(tmp_path).meta["step"] == 3
 
 
-def test_more_output_than_a_pipe_holds_passes_unchanged_to_a_slow_reader(tmp_path):
+def test_slow_reader_gets_all_output(tmp_path):
+    """More output than a pipe holds reaches a slow reader unchanged, also what is left at the end."""
     program = "seq 200000; sleep 1; echo the end"
     words = [*LAUNCH, "--ranks=1", "--", "bash", "-c", program]
     slow = ["bash", "-c", '"$@" | { sleep 4; cat; }; exit "${PIPESTATUS[0]}"', "_", *words]
@@ -185,12 +195,14 @@ def test_more_output_than_a_pipe_holds_passes_unchanged_to_a_slow_reader(tmp_pat
     assert ended.out.splitlines()[1:] == [*map(str, range(1, 200001)), "the end"]
 
 
-def test_ranks_that_agreed_are_not_told_apart(tmp_path):
-    ended = start_standin(tmp_path, "74").wait()
-    assert [line["sentence"] for line in restarts(tmp_path) if line["event"] == "end"] == ["exit code 74"], ended.err
+def test_agreed_exit_code_blames_no_rank(tmp_path):
+    """Where all ranks exit with a code of the package, which was first means nothing."""
+    ended = start_stub(tmp_path, "74").wait()
+    assert [line["reason"] for line in restarts(tmp_path) if line["event"] == "end"] == ["exit code 74"], ended.err
 
 
-def test_a_reader_that_goes_away_ends_no_job(tmp_path):
+def test_vanished_reader_does_not_end_job(tmp_path):
+    """As below `head -1`: the ranks go on to their end, and their exit code is kept."""
     program = "for i in 1 2 3 4; do echo $i; sleep 1; done; touch through; exit 7"
     words = [*LAUNCH, "--ranks=1", "--", "bash", "-c", program]
     ended = Started(
@@ -201,7 +213,7 @@ def test_a_reader_that_goes_away_ends_no_job(tmp_path):
     assert "Traceback" not in ended.err and "hvd-vgg launch: exit code 7" in ended.err
 
 
-def test_a_reader_that_does_not_read_keeps_no_request_from_being_heard(tmp_path):
+def test_unread_stdout_does_not_delay_time_limit(tmp_path):
     """As below a pager: what mpirun prints waits, the time limit does not."""
     limits = ["--time_limit_seconds=3", "--grace_seconds=2"]
     words = [*LAUNCH, "--ranks=1", *limits, "--", "bash", "-c", "seq 200000; sleep 300"]
@@ -213,14 +225,15 @@ def test_a_reader_that_does_not_read_keeps_no_request_from_being_heard(tmp_path)
 # ---- starting again
 
 
-def test_a_run_is_started_again_until_restarts_are_used_up(tmp_path):
-    ended = start_standin(tmp_path, "progress", "--max_restarts=2").wait()
+def test_restarts_are_limited(tmp_path):
+    """A run that makes progress is restarted --max_restarts times; all starts and ends are recorded."""
+    ended = start_stub(tmp_path, "progress", "--max_restarts=2").wait()
     assert ended.code == 137, ended.err
     line = re.compile(r"^hvd-vgg launch: rank 1 killed by signal 9 \(out of memory\?\), on \S+\. (.*)$", re.M)
     assert line.findall(ended.err) == [
-        "Starting again, 1 of at most 2",
-        "Starting again, 2 of at most 2",
-        "--max_restarts=2 are used up; the same command goes on",
+        "Restarting, 1 of at most 2",
+        "Restarting, 2 of at most 2",
+        "--max_restarts=2 is used up; the same command resumes the run",
     ]
     lines = restarts(tmp_path)
     assert [(line["event"], line["attempt"]) for line in lines] == [(e, n) for n in range(3) for e in ("start", "end")]
@@ -228,44 +241,48 @@ def test_a_run_is_started_again_until_restarts_are_used_up(tmp_path):
         assert began["ranks"] == end["ranks"] == 2
         assert began["command"][:3] == ["mpirun", "-np", "2"]
         assert (end["code"], began["time"] < end["time"]) == (137, True)
-        assert end["sentence"].startswith("rank 1 killed by signal 9")
+        assert end["reason"].startswith("rank 1 killed by signal 9")
 
 
-def test_a_rank_that_leaves_without_a_word_is_a_lost_one(tmp_path):
-    ended = start_standin(tmp_path, "silent", "--max_restarts=1").wait()
+def test_rank_exiting_without_mpi_finalize_is_lost(tmp_path):
+    """75, and worth a restart."""
+    ended = start_stub(tmp_path, "silent", "--max_restarts=1").wait()
     assert ended.code == 75, ended.err
-    assert ended.err.count("hvd-vgg launch: rank 1 left without a word, on ") == 2
-    assert "Starting again, 1 of at most 1" in ended.err
+    assert ended.err.count("hvd-vgg launch: rank 1 exited without leaving MPI, on ") == 2
+    assert "Restarting, 1 of at most 1" in ended.err
 
 
 @pytest.mark.parametrize(("how", "code"), [("die", 137), ("75", 75), ("80", 80)])
-def test_two_ends_without_progress_are_the_last(tmp_path, how, code):
-    ended = start_standin(tmp_path, how, "--max_restarts=9").wait()
+def test_two_failures_without_progress_end_the_job(tmp_path, how, code):
+    """A run that fails twice at the same step without a new checkpoint is not restarted again."""
+    ended = start_stub(tmp_path, how, "--max_restarts=9").wait()
     assert ended.code == code, ended.err
-    assert ended.err.count("Starting again") == 1
-    assert "for the second time at step -1, with no checkpoint in between: not started again" in ended.err
+    assert ended.err.count("Restarting, ") == 1
+    assert "for the second time at step -1 without a new checkpoint: not restarted" in ended.err
     assert len(restarts(tmp_path)) == 4
 
 
 @pytest.mark.parametrize("code", ["1", "65", "70", "74", "78", "81"])
-def test_what_another_start_would_meet_again_is_not_started_again(tmp_path, code):
-    ended = start_standin(tmp_path, code).wait()
+def test_lasting_failures_are_not_restarted(tmp_path, code):
+    """What is wrong with data, flags, code or numbers would be so again."""
+    ended = start_stub(tmp_path, code).wait()
     assert ended.code == int(code)
     assert len(restarts(tmp_path)) == 2
 
 
 @pytest.mark.fault("F03", "F13")
 @pytest.mark.parametrize(
-    ("fault", "sentence"),
+    ("fault", "reason"),
     [
         ("kill@1:3", "rank 1 killed by signal 9 (out of memory?)"),
-        pytest.param("term@1:3", "all ranks left in order", marks=pytest.mark.fault(tier=3)),
+        pytest.param("term@1:3", "all ranks stopped in order", marks=pytest.mark.fault(tier=3)),
     ],
 )
-def test_a_run_goes_on_by_itself_and_is_the_undisturbed_one(tmp_path, data, undisturbed, fault, sentence):
+def test_restarted_run_ends_exactly_as_undisturbed(tmp_path, data, undisturbed, fault, reason):
+    """After a kill or a preemption of a rank, with the time that it cost in the restart log."""
     ended = start_run(tmp_path, data, fault).wait()
     assert ended.code == 0, ended.out + ended.err
-    assert f"hvd-vgg launch: {sentence}" in ended.err
+    assert f"hvd-vgg launch: {reason}" in ended.err
     (lost,) = re.findall(r"training again, ([\d.]+) s after the last start ended", ended.err)
     lines = restarts(tmp_path)
     assert [line["event"] for line in lines] == ["start", "end", "start", "end"]
@@ -274,7 +291,8 @@ def test_a_run_goes_on_by_itself_and_is_the_undisturbed_one(tmp_path, data, undi
 
 
 @pytest.mark.fault("F04")
-def test_a_true_kill_for_want_of_memory_is_told_with_its_counter(tmp_path):
+def test_out_of_memory_kill_is_named_with_its_counter(tmp_path):
+    """A true out-of-memory kill, in a memory cgroup."""
     try:
         path = next(line.split(":")[2] for line in Path("/proc/self/cgroup").read_text().splitlines() if ":memory:" in line)
         group = Path("/sys/fs/cgroup/memory") / path.lstrip("/") / f"hvgg{os.getpid()}"
@@ -283,7 +301,7 @@ def test_a_true_kill_for_want_of_memory_is_told_with_its_counter(tmp_path):
         pytest.skip(f"capability: memory cgroup: {error!r}")
     try:
         (group / "memory.limit_in_bytes").write_text(str(200 * 2**20))
-        ended = start_standin(tmp_path, "memory", "--max_restarts=0", STANDIN_CGROUP=str(group)).wait()
+        ended = start_stub(tmp_path, "memory", "--max_restarts=0", STUB_CGROUP=str(group)).wait()
     finally:
         group.rmdir()
     assert ended.code == 137, ended.err
@@ -295,18 +313,20 @@ def test_a_true_kill_for_want_of_memory_is_told_with_its_counter(tmp_path):
 
 
 @pytest.mark.fault("F11", tier=3)
-def test_mpirun_killed_leaves_nothing_and_the_run_goes_on(tmp_path, data, undisturbed):
+def test_killed_mpirun_leaves_nothing_and_run_resumes(tmp_path, data, undisturbed):
+    """SIGKILL to mpirun: the launcher restarts the run."""
     started = start_run(tmp_path, data, "sleep@0:6:5")
     wait_for(lambda: "step 5/" in started.out.read_text())
     os.kill(mpirun_of(started), signal.SIGKILL)
     ended = started.wait()
     assert ended.code == 0, ended.out + ended.err
-    assert "hvd-vgg launch: mpirun killed by signal 9. Starting again" in ended.err
+    assert "hvd-vgg launch: mpirun killed by signal 9. Restarting" in ended.err
     assert_exact(tmp_path, 2, undisturbed)
 
 
 @pytest.mark.fault("F11", tier=3)
-def test_the_launcher_killed_leaves_nothing_and_the_run_goes_on(tmp_path, data, undisturbed):
+def test_killed_launcher_leaves_nothing_and_run_resumes(tmp_path, data, undisturbed):
+    """SIGKILL to the launcher: the kernel kills mpirun with it, the ranks save and exit."""
     started = start_run(tmp_path, data, "sleep@0:6:5")
     wait_for(lambda: "step 5/" in started.out.read_text())
     started.process.kill()
@@ -320,7 +340,7 @@ def test_the_launcher_killed_leaves_nothing_and_the_run_goes_on(tmp_path, data, 
 
 @pytest.mark.fault("F14")
 @pytest.mark.parametrize("saving", [[], pytest.param(["saveslowly@0:3:3"], marks=pytest.mark.fault(tier=3))])
-def test_mpirun_ended_from_outside_loses_no_committed_step(tmp_path, data, undisturbed, saving):
+def test_terminated_mpirun_loses_no_saved_step(tmp_path, data, undisturbed, saving):
     """F14: SIGTERM straight to mpirun, which gives ranks a second, while nothing or a checkpoint is being written.
 
     Nobody asked the launcher, so it starts again.
@@ -333,22 +353,23 @@ def test_mpirun_ended_from_outside_loses_no_committed_step(tmp_path, data, undis
     assert_exact(tmp_path, 2, undisturbed)
 
 
-def test_what_a_dead_launcher_left_is_ended_by_the_next(tmp_path):
-    """Stand-ins do not notice that mpirun is gone, as ranks do that are frozen."""
-    first = start_standin(tmp_path, "wait")
+def test_leftovers_of_dead_launcher_are_killed_by_next(tmp_path):
+    """Like frozen ranks, stubs do not notice that mpirun is gone."""
+    first = start_stub(tmp_path, "wait")
     here(first)
     first.process.kill()
-    second = start_standin(tmp_path, "0").wait()
+    second = start_stub(tmp_path, "0").wait()
     assert second.code == 0, second.err
-    assert re.search(r"ending processes \d+, \d+, which a job of this run left", second.err)
+    assert re.search(r"killing processes \d+, \d+, which a job of this run left behind", second.err)
     assert first.wait().code == -signal.SIGKILL
 
 
 @pytest.mark.fault("F23")
-def test_a_second_launcher_of_a_run_is_refused_and_the_first_goes_on(tmp_path):
-    first = start_standin(tmp_path, "wait")
+def test_second_launcher_of_a_run_is_refused(tmp_path):
+    """78; the first goes on."""
+    first = start_stub(tmp_path, "wait")
     here(first)
-    second = start_standin(tmp_path, "0").wait()
+    second = start_stub(tmp_path, "0").wait()
     assert second.code == 78
     assert f"another launcher, process {first.process.pid}, is running this --run_dir" in second.err
     assert len(first.alive()) >= 4
@@ -358,7 +379,8 @@ def test_a_second_launcher_of_a_run_is_refused_and_the_first_goes_on(tmp_path):
 
 @pytest.mark.fault("F36")
 def test_two_jobs_at_once_end_both(tmp_path):
-    both = [start_standin(tmp_path / name, "0") for name in ("a", "b")]
+    """Two runs on one host do not take each other's processes for leftovers."""
+    both = [start_stub(tmp_path / name, "0") for name in ("a", "b")]
     assert [started.wait().code for started in both] == [0, 0]
 
 
@@ -369,7 +391,7 @@ def test_two_jobs_at_once_end_both(tmp_path):
     ("flags", "code", "told"),
     [
         (["--ranks=2", "train", "--lr=-1", "--widht=2"], 64, "2 illegal flag(s)"),
-        (["--ranks=x", "train"], 64, "--ranks=x: expected a whole number"),
+        (["--ranks=x", "train"], 64, "--ranks=x: expected an integer"),
         (["--ranks=2"], 64, "nothing to launch"),
         (["--ranks=2", "plan"], 64, "nothing to launch"),
         (["--ranks=2", "--"], 64, "nothing to launch"),
@@ -378,7 +400,8 @@ def test_two_jobs_at_once_end_both(tmp_path):
         (["--hostfile=absent", "train"], 78, "--hostfile=absent cannot be read"),
     ],
 )
-def test_a_wrong_command_line_starts_nothing(launch, tmp_path, flags, code, told):
+def test_wrong_command_line_starts_nothing(launch, tmp_path, flags, code, told):
+    """64 or 78 before any rank, and no file is left."""
     ended = launch(0, "launch", *flags)
     assert (ended.code, ended.out) == (code, "")
     assert told in ended.err
@@ -386,7 +409,8 @@ def test_a_wrong_command_line_starts_nothing(launch, tmp_path, flags, code, told
 
 
 @pytest.mark.fault("F36")
-def test_root_without_consent_and_more_ranks_than_slots_are_told_at_once(launch, tmp_path):
+def test_root_without_consent_and_too_few_slots_refused(launch, tmp_path):
+    """78 at once, with what to do."""
     if os.getuid() == 0:
         ended = launch(0, "launch", "--ranks=2", "train", OMPI_ALLOW_RUN_AS_ROOT="", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="")
         assert ended.code == 78
@@ -397,7 +421,8 @@ def test_root_without_consent_and_more_ranks_than_slots_are_told_at_once(launch,
     assert "--ranks=9" in ended.err and "has 4 slots (localhost: 4)" in ended.err
 
 
-def test_a_dry_run_prints_the_command_and_starts_nothing(launch, tmp_path):
+def test_dry_run_prints_command_and_starts_nothing(launch, tmp_path):
+    """The command that it prints is the one that would be run."""
     (tmp_path / "hosts").write_text("a slots=8\nb slots=8\n")
     hosts = f"--hostfile={tmp_path / 'hosts'}"
     ended = launch(0, "launch", hosts, "--dry_run", "train", f"--run_dir={tmp_path / 'my run'}")
@@ -409,8 +434,9 @@ def test_a_dry_run_prints_the_command_and_starts_nothing(launch, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_secret_stays_in_the_environment(tmp_path):
-    started = start_standin(tmp_path, "wait", HVD_VGG_CANARY_SECRET=CANARY)
+def test_secret_stays_in_environment(tmp_path):
+    """Not on a command line, in output or in the restart log."""
+    started = start_stub(tmp_path, "wait", HVD_VGG_CANARY_SECRET=CANARY)
     here(started)
     pids = started.alive()
     assert len(pids) >= 4
@@ -432,7 +458,7 @@ def test_a_secret_stays_in_the_environment(tmp_path):
         ("sleep 300", "did not answer"),
     ],
 )
-def test_a_host_that_does_not_answer_at_the_first_start_is_named(launch, tmp_path, agent, told):
+def test_silent_host_at_first_start_is_named(launch, tmp_path, agent, told):
     """F34: what ssh says of an unknown key, a closed port, and nothing at all; the other host is well."""
     (tmp_path / "agent.sh").write_text(f"#!/bin/bash\n{agent}\n")
     (tmp_path / "agent.sh").chmod(0o755)
@@ -449,7 +475,7 @@ ACROSS = f"--network={namespaces.NETWORK}.0/24"
 
 @pytest.mark.fault("F33", tier=3)
 @pytest.mark.parametrize("emulated_hosts", [2, 4], indirect=True)
-def test_a_host_lost_in_mid_run_is_left_out_and_the_run_is_the_same(tmp_path, data, undisturbed, emulated_hosts):
+def test_lost_host_is_left_out_and_run_is_the_same(tmp_path, data, undisturbed, emulated_hosts):
     """F33: its link goes down; the far rank ends by itself, its host is not asked again, and the other ranks do the rest."""
     out, count = tmp_path / "out", emulated_hosts.count
     flags = [*emulated_hosts.flags, ACROSS, f"--ranks={count}"]
@@ -461,7 +487,7 @@ def test_a_host_lost_in_mid_run_is_left_out_and_the_run_is_the_same(tmp_path, da
     ended = started.wait()
     assert ended.code == 0, ended.out + ended.err
     assert f"host {emulated_hosts.addresses[1]} is gone" in ended.err
-    assert f"going on without {emulated_hosts.addresses[1]}" in ended.err
+    assert f"continuing without {emulated_hosts.addresses[1]}" in ended.err
     lines = restarts(out)
     assert [(line["ranks"], len(line["hosts"])) for line in lines] == [(count, count)] * 2 + [(count - 1, count - 1)] * 2
     assert newest(out).meta["step"] == STEPS
@@ -470,7 +496,7 @@ def test_a_host_lost_in_mid_run_is_left_out_and_the_run_is_the_same(tmp_path, da
 
 @pytest.mark.fault("F33", tier=3)
 @pytest.mark.parametrize("emulated_hosts", [4], indirect=True)
-def test_the_published_recipes_script_goes_on_without_a_host(tmp_path, data, emulated_hosts):
+def test_recipe_script_continues_without_lost_host(tmp_path, data, emulated_hosts):
     """F33: as users start it, on a host file; the same run on one rank of one host ends with the same weights."""
     script = [str(ROOT / "launch" / "run_train_vgg16_multigpu_imagenet.sh"), *TINY, "--lr=0.0002", "--steps=60"]
     script += ["--save_every_steps=5"]
@@ -484,7 +510,7 @@ def test_the_published_recipes_script_goes_on_without_a_host(tmp_path, data, emu
     emulated_hosts.cut(4)
     ended = started.wait()
     assert ended.code == 0, ended.out + ended.err
-    assert f"going on without {emulated_hosts.addresses[3]}" in ended.err
+    assert f"continuing without {emulated_hosts.addresses[3]}" in ended.err
     ended = Started(["bash", *script, "--ranks=1"], alone, **environment).wait()
     assert ended.code == 0, ended.out + ended.err
     found, wanted = (checkpoint.newest(place / "runs" / "vgg16_imagenet")[0] for place in (lost, alone))
@@ -506,11 +532,14 @@ def test_hosts_with_docker_train(tmp_path, data, emulated_hosts):
     [
         ("lo", "answers, but cannot connect to this host at 127.0.0.1"),
         ("dum0", f"answers, but cannot connect to this host at {namespaces.DEAD_END}.1"),
-        ("eht0", "--network=eht0: no interface with an address is so called or in it; here are: lo 127.0.0.1, eth0 "),
+        (
+            "eht0",
+            "--network=eht0: no interface has this name or an address in this network; here are: lo 127.0.0.1, eth0 ",
+        ),
     ],
 )
 @pytest.mark.fault("F33")
-def test_a_wrong_network_is_named_before_mpirun_waits_for_ever(emulated_hosts, tmp_path, network, told):
+def test_wrong_network_is_named_before_mpirun_starts(emulated_hosts, tmp_path, network, told):
     """F33: never right between hosts; leading nowhere; not there."""
     emulated_hosts.add_dead_end("dum0")
     words = [*LAUNCH, *emulated_hosts.flags, f"--network={network}", "--", "true"]
@@ -521,7 +550,8 @@ def test_a_wrong_network_is_named_before_mpirun_waits_for_ever(emulated_hosts, t
 
 
 @pytest.mark.fault("F34", tier=3)
-def test_a_host_whose_link_is_down_is_named_at_the_first_start(tmp_path, data, emulated_hosts):
+def test_host_with_link_down_at_first_start_is_named(tmp_path, data, emulated_hosts):
+    """What ssh says of it is quoted."""
     emulated_hosts.cut(2)
     ended = start_run(tmp_path / "out", data, *emulated_hosts.flags, ACROSS, prefix=emulated_hosts.on(1, [])).wait(60)
     assert ended.code == 78

@@ -15,7 +15,7 @@ from support import ROOT
 
 from hvd_vgg.commands.verify import FAIL, PASS, check
 from hvd_vgg.reporting import receipt
-from hvd_vgg.train import checkpoint
+from hvd_vgg.training import checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import stat
 from collections import Counter
 from pathlib import Path
 
-from oracles import start
+from oracles import injected_ranks, start
 from support import wait_for
 
 CANARY = "canary-6b1f0c"
@@ -30,14 +30,14 @@ def listeners(pid):
     return found
 
 
-def test_a_run_keeps_secrets_ports_and_files_to_itself(tmp_path, data):
+def test_run_keeps_secrets_ports_and_files_to_itself(tmp_path, data):
     started = start(tmp_path, data, 2, "sleep@1:3:3", HVD_VGG_CANARY_SECRET=CANARY, HVD_VGG_API_TOKEN=CANARY)
     wait_for(lambda: "step 3/" in started.out.read_text())
     pids = started.alive()
     assert len(pids) >= 3
     for pid in pids:
         assert CANARY.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ranks = [pid for pid in pids if b"worker.py" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1]]
+    ranks = injected_ranks(started)
     assert len(ranks) == 2
     # Open MPI's own transport listens on each rank, for its job's processes; nothing of Python's or Horovod's does.
     for rank in ranks:

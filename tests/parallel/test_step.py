@@ -14,10 +14,10 @@ from hvd_vgg.models.architecture import vgg_layers
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.init import cpu_convolves
 from hvd_vgg.seeds import dropout_keys
-from hvd_vgg.train.nonfinite import diagnose
-from hvd_vgg.train.optimizer import LOSS_SCALE, make_slots
-from hvd_vgg.train.state import initial_state
-from hvd_vgg.train.train_step import make_train_step
+from hvd_vgg.training.nonfinite import diagnose
+from hvd_vgg.training.optimizer import LOSS_SCALE, make_slots
+from hvd_vgg.training.state import initial_state
+from hvd_vgg.training.train_step import make_train_step
 
 
 def skip_unless_computed(precision):
@@ -122,12 +122,12 @@ def test_an_infinite_loss_on_one_rank_stops_the_updates_of_all_though_its_gradie
 
     sums = train_step(tf.constant(images), tf.constant(labels), *rest)
     assert math.isfinite(float(sums.loss)) == (comm.rank() != 1)
-    assert math.isfinite(float(sums.gradient_norm)) and not bool(sums.sound)
+    assert math.isfinite(float(sums.gradient_norm)) and not bool(sums.finite)
     assert all((value.numpy() == before[name]).all() for name, value in {**weights, **slots}.items())
 
     bias.assign(tf.zeros([10]))
     before["predictions/bias"] = bias.numpy()
-    assert bool(train_step(tf.constant(images), tf.constant(labels), *rest).sound)  # but it is held, as all after the first
+    assert bool(train_step(tf.constant(images), tf.constant(labels), *rest).finite)  # but it is held, as all after the first
     assert all((value.numpy() == before[name]).all() for name, value in {**weights, **slots}.items())
 
 
@@ -152,5 +152,5 @@ def test_the_rank_the_layer_and_the_records_that_are_not_finite_are_found(precis
     low, high = found.ranks[found.rank]["slice"]
     assert low <= 4 < high
     if precision != "float16":  # which halves its scale and goes on
-        assert not found.sound
+        assert not found.finite
         assert all((run.variables()[name].numpy() == before[name]).all() for name in before if "block1_conv1" not in name)

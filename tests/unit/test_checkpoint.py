@@ -8,7 +8,7 @@ import pytest
 from support import order_of_writes
 
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
-from hvd_vgg.train import checkpoint
+from hvd_vgg.training import checkpoint
 
 
 def tensors(step):
@@ -136,7 +136,7 @@ def test_leftovers_of_a_killed_save_are_removed_and_nothing_else(tmp_path):
 
 SAVER = """
 import sys, pathlib, numpy as np
-from hvd_vgg.train import checkpoint
+from hvd_vgg.training import checkpoint
 for step in range(1, 10**6):
     tensors = {f"w{i}": np.full(1_600_000, step, np.float32) for i in range(5)}
     checkpoint.save(pathlib.Path(sys.argv[1]), tensors, {"step": step}, 2, step % 3 == 0)

@@ -1,3 +1,5 @@
+"""Configuration by sections, and the flags made of them."""
+
 import dataclasses
 
 import pytest
@@ -8,17 +10,20 @@ from hvd_vgg.config import (
     DemoConfig,
     DoctorConfig,
     EvaluateConfig,
+    LaunchConfig,
+    PlanConfig,
+    ReplayConfig,
     TrainConfig,
+    VerifyConfig,
     fingerprint,
     profiled_steps,
-    validate,
 )
 from hvd_vgg.errors import USAGE, Failure
-from hvd_vgg.flags import describe_flags, parse_flags, to_flag_file
-from hvd_vgg.train.schedule import total_steps
+from hvd_vgg.flags import describe_flags, parse_flags, to_flag_file, validate
 
 
-def test_defaults_are_legal_and_are_the_documented_ones():
+def test_config_defaults_are_the_documented_ones():
+    """And they are legal."""
     config = parse_flags(TrainConfig, [])
     assert validate(config) == []
     assert (config.data_dir, config.global_batch, config.device_batch, config.image_size) == (
@@ -30,7 +35,8 @@ def test_defaults_are_legal_and_are_the_documented_ones():
     assert (config.model, config.num_classes, config.exchange, config.resume) == ("vgg16", 1000, "auto", "auto")
 
 
-def test_all_illegal_flags_and_combinations_are_in_one_message():
+def test_flags_errors_are_all_in_one_message():
+    """Unknown flags, illegal values and conflicts are reported together, each on a line."""
     flags = [
         "--lr=fast",
         "--global_batch=0",
@@ -51,16 +57,17 @@ def test_all_illegal_flags_and_combinations_are_in_one_message():
         "--lr=fast: expected a number",
         "--global_batch=0: expected at least 1",
         "--model=resnet50: expected one of vgg11, vgg13, vgg16, vgg19",
-        "--dropuot=0.5: no such flag; did you mean --dropout?",
+        "--dropuot=0.5: no such flag of this command; did you mean --dropout?",
         "--epochs=nan: expected a finite number",
         "--optimizer=nesterov needs --momentum above 0",
         "--lr_step_epochs=30,20: expected rising numbers above 0",
-        "stray: no such flag",
+        "stray: no such flag of this command",
     ):
         assert any(part in line for line in lines), part
 
 
-def test_a_flag_file_is_read_with_comments_and_a_later_flag_wins(tmp_path):
+def test_flag_file_comments_and_later_flags(tmp_path):
+    """A flag file may have comments, and a later flag wins."""
     path = tmp_path / "a.flags"
     path.write_text("# a comment\n--lr=0.5\n--steps=7\n")
     config = parse_flags(TrainConfig, [f"--flagfile={path}", "--lr=0.25"])
@@ -68,30 +75,34 @@ def test_a_flag_file_is_read_with_comments_and_a_later_flag_wins(tmp_path):
 
 
 @pytest.mark.parametrize("separate", [False, True])
-def test_a_flag_file_that_reads_another_is_refused_by_line(tmp_path, separate):
+def test_flag_file_that_names_another_is_refused(tmp_path, separate):
+    """Whoever sends a flag file would choose what else is read; the message names the line."""
     path = tmp_path / "a.flags"
     path.write_text("--lr=0.5\n  -flagfile=/etc/passwd\n")
     with pytest.raises(Failure) as raised:
         parse_flags(TrainConfig, ["--flagfile", str(path)] if separate else [f"--flagfile={path}"])
     assert raised.value.code == USAGE
-    assert "a.flags, line 2: a flag file reads no other" in raised.value.message
+    assert "a.flags, line 2: a flag file cannot name another" in raised.value.message
 
 
-def test_a_flag_file_that_is_no_text_is_a_usage_error(tmp_path):
+def test_flag_file_that_is_not_text_is_a_usage_error(tmp_path):
+    """Bytes that are not UTF-8."""
     (tmp_path / "a.flags").write_bytes(b"\xff\xfe--lr=1")
     with pytest.raises(Failure) as raised:
         parse_flags(TrainConfig, [f"--flagfile={tmp_path}/a.flags"])
     assert raised.value.code == USAGE
 
 
-def test_a_missing_flag_file_is_a_usage_error(tmp_path):
+def test_flag_file_that_is_missing_is_a_usage_error(tmp_path):
+    """The message names it."""
     with pytest.raises(Failure) as raised:
         parse_flags(TrainConfig, [f"--flagfile={tmp_path}/none.flags"])
     assert raised.value.code == USAGE
     assert "none.flags" in raised.value.message
 
 
-def test_the_written_flag_file_is_complete_and_gives_the_same_config(tmp_path):
+def test_flag_file_round_trip_gives_the_same_config(tmp_path):
+    """A run's flags.txt has every flag, and running it again is the same run."""
     config = parse_flags(
         TrainConfig,
         ["--lr=0.1", "--lr_step_epochs=1.5,3", "--weight_decay=5e-05", "--data_dir=/data/a b-1.0", "--run_dir=v2.0"],
@@ -103,7 +114,8 @@ def test_the_written_flag_file_is_complete_and_gives_the_same_config(tmp_path):
         assert f"--{field.name}=" in path.read_text()
 
 
-def test_a_switch_is_true_or_false():
+def test_flags_booleans_are_true_or_false():
+    """--full, --full=true and --nofull."""
     with pytest.raises(Failure) as refused:
         parse_flags(DoctorConfig, ["--full=maybe", "--gbit=fast"])
     assert "--full=maybe: expected true or false\n  --gbit=fast: expected a number" in refused.value.message
@@ -111,21 +123,24 @@ def test_a_switch_is_true_or_false():
 
 
 @pytest.mark.parametrize("flag", ["--network=eth0", "--rsh_agent=rsh"])
-def test_doctor_refuses_what_it_would_not_use(flag):
+def test_config_doctor_refuses_flags_without_effect(flag):
+    """--network and --rsh_agent need --hostfile."""
     with pytest.raises(Failure) as refused:
         parse_flags(DoctorConfig, [flag])
     assert f"{flag} needs --hostfile; ranks get it from hvd-vgg launch {flag} doctor" in refused.value.message
     assert parse_flags(DoctorConfig, [flag, "--hostfile=hosts"]).hostfile == "hosts"
 
 
-def test_shards_without_images_are_refused():
+def test_config_demo_shards_without_images_are_refused():
+    """Each shard of both splits has an image."""
     with pytest.raises(Failure) as raised:
         parse_flags(DemoConfig, ["--shards=100", "--train_images=10"])
     assert "--shards=100: expected at least one image" in raised.value.message
 
 
 @pytest.mark.parametrize("kind", [TrainConfig, EvaluateConfig, DemoConfig])
-def test_help_names_every_flag_with_its_default_by_group(kind):
+def test_help_has_every_flag_with_its_default(kind):
+    """By group."""
     text = describe_flags(kind, "usage")
     for field in dataclasses.fields(kind):
         assert f"\n  --{field.name}=" in text
@@ -133,14 +148,8 @@ def test_help_names_every_flag_with_its_default_by_group(kind):
     assert "--help" not in text.splitlines()[0]
 
 
-def test_steps_of_a_run_are_the_ceiling_of_epochs_times_records_over_batch():
-    assert total_steps(TrainConfig(epochs=90, global_batch=256), 1_281_167) == 450_411
-    assert total_steps(TrainConfig(epochs=2, global_batch=32), 75) == 5
-    assert total_steps(TrainConfig(epochs=0.001, global_batch=32), 75) == 1
-    assert total_steps(TrainConfig(epochs=2, steps=7), 75) == 7
-
-
-def test_identity_holds_what_is_learned_and_nothing_of_ranks_or_places():
+def test_fingerprint_has_hyperparameters_only():
+    """Nothing of ranks or places; the length of the run only where the schedule depends on it."""
     same = dict(data_dir="/x", run_dir="/y", device_batch=1, log_every_steps=3, keep_checkpoints=9, epochs=100.0)
     assert fingerprint(TrainConfig(**same)) == fingerprint(TrainConfig())
     assert fingerprint(TrainConfig(lr_schedule="cosine", epochs=100.0)) != fingerprint(TrainConfig(lr_schedule="cosine"))
@@ -148,24 +157,77 @@ def test_identity_holds_what_is_learned_and_nothing_of_ranks_or_places():
         assert fingerprint(TrainConfig(**change)) != fingerprint(TrainConfig())
 
 
+PLAN_FLAGS = {"model", "width", "image_size", "num_classes", "global_batch", "exchange", "wire_dtype"}
+PLAN_FLAGS |= {"ranks", "ranks_per_host", "gbit", "fps_per_rank", "sweep_ranks", "out"}
+
+
+def test_config_plan_has_the_13_flags_it_uses():
+    """Nothing of data, recipe or run."""
+    assert {field.name for field in dataclasses.fields(PlanConfig)} == PLAN_FLAGS
+
+
+@pytest.mark.parametrize(
+    ("kind", "flag"),
+    [
+        (PlanConfig, "--lr=0.1"),
+        (EvaluateConfig, "--global_batch=64"),
+        (EvaluateConfig, "--save_every_steps=1"),
+        (ReplayConfig, "--data_dir=/data"),
+        (ReplayConfig, "--epochs=3"),
+        (BenchmarkConfig, "--resume=never"),
+        (BenchmarkConfig, "--profile_steps=1:2"),
+        (VerifyConfig, "--model=vgg11"),
+        (DemoConfig, "--global_batch=8"),
+        (LaunchConfig, "--lr=0.1"),
+    ],
+)
+def test_flags_of_other_commands_are_refused(kind, flag):
+    """A command accepts the flags it uses and no other."""
+    with pytest.raises(Failure) as raised:
+        parse_flags(kind, [flag])
+    assert raised.value.code == USAGE
+    assert f"{flag}: no such flag of this command" in raised.value.message
+
+
+def test_flag_file_of_a_run_serves_other_commands(tmp_path):
+    """In a flag file, flags of `train` that a command does not use are passed over; unknown ones are not."""
+    path = tmp_path / "a.flags"
+    path.write_text("--lr=0.5\n--noxla\n--width=0.25\n")
+    config = parse_flags(PlanConfig, [f"--flagfile={path}", "--ranks=4"], shared=TrainConfig)
+    assert (config.width, config.ranks) == (0.25, 4)
+    path.write_text("--widht=0.25\n")
+    with pytest.raises(Failure, match="did you mean --width"):
+        parse_flags(PlanConfig, [f"--flagfile={path}"], shared=TrainConfig)
+
+
+def test_flags_defaults_of_a_run_are_overridden_by_the_command_line():
+    """What `evaluate` takes from the run's own flags."""
+    run = TrainConfig(width=0.5, device_batch=7, augment="none")
+    config = parse_flags(EvaluateConfig, ["--device_batch=9"], defaults=run)
+    assert (config.width, config.device_batch, config.augment, config.checkpoint) == (0.5, 9, "none", "best")
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.flags")), ids=lambda p: p.stem)
-def test_each_config_is_legal_and_says_its_command_hardware_and_result(path):
+def test_config_files_are_legal_and_documented(path):
+    """Each names its command, hardware and expected result."""
     parse_flags(TrainConfig, [f"--flagfile={path}"])
     head = path.read_text().split("\n--")[0]
     for part in ("Command:", "Hardware:", "Expected:"):
         assert part in head
 
 
-def test_the_steps_to_profile_are_two_numbers_in_order():
-    assert list(profiled_steps(TrainConfig(profile_steps="3:5"))) == [3, 4, 5]
-    assert list(profiled_steps(TrainConfig())) == []
+def test_profiled_steps_are_two_integers_in_order():
+    """FIRST:LAST, both included."""
+    assert list(profiled_steps("3:5")) == [3, 4, 5]
+    assert list(profiled_steps("")) == []
     for text in ("3", "5:3", "a:b", "-1:2", "1:2:3"):
         assert any("--profile_steps" in error for error in validate(TrainConfig(profile_steps=text))), text
 
 
-def test_numbers_of_ranks_are_whole_and_what_benchmark_cannot_do_is_refused():
+def test_config_benchmark_refuses_what_it_cannot_do():
+    """Ranks are integers; one update measures nothing."""
     assert any("--profile_ranks" in error for error in validate(TrainConfig(profile_ranks=(0.5,))))
     assert not validate(BenchmarkConfig(ranks=(1.0, 2.0)))
-    for flags in ({"ranks": (1.5,)}, {"steps": 1}, {"profile_steps": "1:2"}, {"console": "dllogger"}):
+    for flags in ({"ranks": (1.5,)}, {"steps": 1}, {"console": "dllogger"}):
         (name,) = flags
         assert any(f"--{name}" in error for error in validate(BenchmarkConfig(**flags))), name

@@ -43,7 +43,7 @@ def test_auto_changes_at_the_crossover_on_any_number_of_ranks(layer, crossover):
         ways = []
         for global_batch in (crossover - 1, crossover + 1):
             choices = cost.choose(dataclasses.replace(VGG16, global_batch=global_batch), ranks)
-            ways.append(next(choice.way for choice in choices if choice.layer == layer))
+            ways.append(next(choice.method for choice in choices if choice.layer == layer))
         assert ways == ["factored", "allreduce"]
 
 

@@ -14,7 +14,8 @@ def refuse(*arguments):
 
 
 @pytest.mark.fault("F17")
-def test_what_cannot_be_written_whole_leaves_the_old_file_and_no_half_of_a_new_one(tmp_path, monkeypatch):
+def test_atomic_write_full_disk_keeps_old_file(tmp_path, monkeypatch):
+    """A file that cannot be written whole leaves the old one, and no half of a new one."""
     path = tmp_path / "flags.txt"
     atomic_write_text(path, "old")
     monkeypatch.setattr(os, "fsync", refuse)
@@ -28,7 +29,8 @@ def test_what_cannot_be_written_whole_leaves_the_old_file_and_no_half_of_a_new_o
 
 
 @pytest.mark.fault("F17")
-def test_a_full_disk_does_not_keep_a_run_from_being_locked(tmp_path, monkeypatch):
+def test_lock_run_dir_on_full_disk(tmp_path, monkeypatch):
+    """The lock file exists already, so locking it takes no space."""
     with lock_run_dir(tmp_path):
         pass
     monkeypatch.setattr(os, "write", refuse)

@@ -6,9 +6,10 @@ from support import TINY, order_of_writes
 from hvd_vgg.config import TrainConfig
 from hvd_vgg.data.index import find_shards, join, scan_shard
 from hvd_vgg.flags import parse_flags
-from hvd_vgg.train import nonfinite
-from hvd_vgg.train.dataset import Splits
-from hvd_vgg.train.state import initial_state
+from hvd_vgg.run_dir import RunDir
+from hvd_vgg.training.dataset import Splits
+from hvd_vgg.training.kept_step import save_step
+from hvd_vgg.training.state import initial_state
 
 
 def test_the_report_is_on_disk_last_and_whole(tmp_path, data, monkeypatch):
@@ -17,8 +18,8 @@ def test_the_report_is_on_disk_last_and_whole(tmp_path, data, monkeypatch):
     paths = find_shards(str(data), "train")
     index = join(paths, [scan_shard(path) for path in paths])
     events = order_of_writes(monkeypatch)
-    folder = tmp_path / "nonfinite" / "step-00000005"
-    told = nonfinite._save_step(folder, {"step": 5}, initial_state(config), Splits(index, index, 1), np.arange(4), config)
+    folder = RunDir(tmp_path).nonfinite_step(5)
+    told = save_step(folder, {"step": 5}, initial_state(config), Splits(index, index, 1), np.arange(4), config)
     assert told == ""
     assert [name for what, name in events if what == "rename"] == ["state.safetensors", "flags.txt", "report.json"]
     assert ("fsync", "records-00000-of-00001") in events

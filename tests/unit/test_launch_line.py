@@ -20,12 +20,12 @@ from hvd_vgg.errors import Failure
 from hvd_vgg.flags import parse_flags
 from hvd_vgg.launcher import supervisor
 from hvd_vgg.launcher.hostfile import Host, read_hostfile
-from hvd_vgg.launcher.jobs import find_jobs, jobs_here, launcher_lives, own_token
-from hvd_vgg.launcher.mpirun import ExitStatus, Limits, Requests, compose_mpirun, explain, nccl_interfaces, shell_quoted
+from hvd_vgg.launcher.jobs import launcher_is_alive, local_processes, own_token, search_command
+from hvd_vgg.launcher.mpirun import ExitStatus, StopRequests, compose_mpirun, explain, nccl_interfaces, shell_quoted
 from hvd_vgg.launcher.ssh import ask_hosts
-from hvd_vgg.launcher.supervisor import LaunchSpec
 from hvd_vgg.parallel import network
 from hvd_vgg.reporting.findings import OK
+from hvd_vgg.run_dir import RunDir
 
 PROGRAM = ["python", "-m", "hvd_vgg", "train", "--data_dir=/data/my images", "--run_dir=$HOME; rm x"]
 
@@ -41,7 +41,8 @@ def settings(command):
 
 
 @pytest.mark.parametrize("ranks", [1, 8, 16, 32])
-def test_one_host(ranks):
+def test_compose_mpirun_one_host(ranks):
+    """On one host nothing is exported and no host is named."""
     command = compose_mpirun(LaunchConfig(), ranks, [], "token", PROGRAM)
     assert command[:3] == ["mpirun", "-np", str(ranks)]
     assert command[-len(PROGRAM) :] == PROGRAM
@@ -51,7 +52,8 @@ def test_one_host(ranks):
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_several_hosts(count):
+def test_compose_mpirun_several_hosts(count):
+    """On several hosts mpirun is called by its path, with the agent and the network asked for."""
     listed = [Host(f"node{number}", 8) for number in range(count)]
     config = LaunchConfig(rsh_agent="ssh -p 2222 -o BatchMode=yes", network="10.1.0.0/16")
     command = compose_mpirun(config, 8 * count, listed, "token", PROGRAM)
@@ -66,7 +68,8 @@ def test_several_hosts(count):
 
 
 @pytest.mark.parametrize("listed", [[], [Host("a", 2), Host("b", 2)]])
-def test_nccl_keeps_to_interfaces_that_are_named(listed, monkeypatch):
+def test_compose_mpirun_nccl_uses_named_interfaces(listed, monkeypatch):
+    """NCCL is confined to the interfaces of --network where these are names, unless the user has set them."""
     monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
     config = LaunchConfig(network="eth1,ib0")
     command = compose_mpirun(config, 2, listed, "token", PROGRAM)
@@ -80,11 +83,13 @@ def test_nccl_keeps_to_interfaces_that_are_named(listed, monkeypatch):
 
 
 @pytest.mark.parametrize("network", ["", "10.1.0.0/16", "eth1,10.1.0.0/16"])
-def test_what_is_no_list_of_names_tells_nccl_nothing(network):
+def test_nccl_interfaces_empty_for_networks(network):
+    """NCCL accepts names only."""
     assert nccl_interfaces(network) == ""
 
 
-def test_an_open_mpi_whose_path_has_a_space_is_refused_on_several_hosts(tmp_path, monkeypatch):
+def test_compose_mpirun_path_with_space_refused(tmp_path, monkeypatch):
+    """Open MPI could not start its daemon on other hosts by such a path; on one host it is not needed."""
     folder = tmp_path / "my own" / "bin"
     folder.mkdir(parents=True)
     (folder / "mpirun").symlink_to(shutil.which("mpirun"))
@@ -95,7 +100,8 @@ def test_an_open_mpi_whose_path_has_a_space_is_refused_on_several_hosts(tmp_path
     assert raised.value.code == 78
 
 
-def test_names_of_variables_are_passed_by_an_allow_list_and_values_never(monkeypatch):
+def test_compose_mpirun_exports_allowed_names_only(monkeypatch):
+    """Only allowed variables are passed to other hosts, by name; values are on no command line."""
     secret = "HVD_VGG_CANARY_SECRET", "HOROVOD_API_KEY", "TF_TOKEN"
     for name in (*secret, "AWS_REGION", "NCCL_DEBUG", "MY_OWN", "HOME", "UMD_X"):
         monkeypatch.setenv(name, "canary")
@@ -107,14 +113,16 @@ def test_names_of_variables_are_passed_by_an_allow_list_and_values_never(monkeyp
     assert "canary" not in shell_quoted(command)
 
 
-def test_a_value_among_the_names_is_refused():
-    with pytest.raises(Failure, match="'A=1' is no name of a variable"):
+def test_export_env_value_refused():
+    """--export_env takes names, not values."""
+    with pytest.raises(Failure, match="'A=1' is not a variable's name"):
         parse_flags(LaunchConfig, ["--export_env=B,A=1"])
 
 
-def test_a_host_file_of_open_mpi(tmp_path):
+def test_read_hostfile_open_mpi(tmp_path):
+    """Comments, spaces, maximal slots in both spellings, and a host that is listed twice."""
     path = tmp_path / "hosts"
-    path.write_text("# two\na slots=4 max_slots=8\n\n10.0.0.2   slots = 2 # half\na slots=4\nb\n")
+    path.write_text("# two\na slots=4 max_slots=8\n\n10.0.0.2   slots = 2 max-slots=3 # half\na slots=4\nb\n")
     assert read_hostfile(str(path)) == [Host("a", 8), Host("10.0.0.2", 2), Host("b", 1)]
 
 
@@ -129,7 +137,8 @@ def test_a_host_file_of_open_mpi(tmp_path):
         ("user@a slots=2; id", "line 1"),
     ],
 )
-def test_a_wrong_host_file_is_named_with_its_line(tmp_path, text, told):
+def test_read_hostfile_error_names_line(tmp_path, text, told):
+    """What is wrong with a host file is reported with its line; no name can be an option of ssh."""
     path = tmp_path / "hosts"
     path.write_text(text)
     with pytest.raises(Failure, match=told) as raised:
@@ -137,14 +146,15 @@ def test_a_wrong_host_file_is_named_with_its_line(tmp_path, text, told):
     assert raised.value.code == 78
 
 
-def test_a_host_that_is_this_one_is_known():
+def test_is_this_host():
+    """A host is this one by its name or by an address that a socket can be bound to."""
     assert network.is_this_host("localhost") and network.is_local_address("localhost")
     assert network.is_this_host(socket.gethostname())  # whatever that leads to
     assert not network.is_local_address("nowhere.invalid")
     assert not network.is_this_host("192.0.2.1")  # RFC 5737: nobody's
 
 
-def test_what_a_job_of_the_run_left_is_found_here_and_through_the_remote_shell(tmp_path):
+def test_leftovers_found_here_and_on_other_hosts(tmp_path):
     """The remote shell is one that stays here; the other job is one that another host launched."""
     run = "0123456789abcdef"
     variable = f"OMPI_MCA_{JOB_PARAMETER}"
@@ -154,44 +164,45 @@ def test_what_a_job_of_the_run_left_is_found_here_and_through_the_remote_shell(t
     agent.write_text('#!/bin/bash\nshift\nexec bash -c "$*"\n')
     agent.chmod(0o755)
     try:
-        (asked,) = ask_hosts([Host("b.invalid", 1)], str(agent), ["127.0.0.1"], find_jobs(run))
+        (asked,) = ask_hosts([Host("b.invalid", 1)], str(agent), ["127.0.0.1"], search_command(run))
         assert (asked.finding.verdict, asked.processes) == (OK, [left.pid])
-        assert jobs_here(run) == {f"{run}.elsewhere.1.2": [left.pid]}
-        assert launcher_lives(f"{run}.elsewhere.1.2") is None
-        assert launcher_lives(own_token(run)) is True
+        assert local_processes(run) == {f"{run}.elsewhere.1.2": [left.pid]}
+        assert launcher_is_alive(f"{run}.elsewhere.1.2") is None
+        assert launcher_is_alive(own_token(run)) is True
     finally:
         for process in (left, other):
             process.kill()
             process.wait()
 
 
-def test_what_another_user_runs_is_passed_over(monkeypatch):
+def test_leftovers_of_other_users_ignored(monkeypatch):
     """Here it is this user's own process that another user looks for; root aside, that one could not end it."""
     run = "0123456789abcdef"
     process = subprocess.Popen(["sleep", "60"], env={f"OMPI_MCA_{JOB_PARAMETER}": f"{run}.elsewhere.1.2"})
     try:
-        assert jobs_here(run) == {f"{run}.elsewhere.1.2": [process.pid]}
+        assert local_processes(run) == {f"{run}.elsewhere.1.2": [process.pid]}
         user = os.getuid()
         monkeypatch.setattr(os, "getuid", lambda: user + 1)
-        assert jobs_here(run) == {}
+        assert local_processes(run) == {}
     finally:
         process.kill()
         process.wait()
 
 
-def test_a_line_that_does_not_fit_on_the_disk_leaves_nothing_behind_and_is_written_with_the_next(tmp_path):
+def test_restart_log_full_disk_keeps_lines_for_later(tmp_path):
     """A limit of the size of files cuts a write as a full disk does."""
-    path, limits = tmp_path / "restarts.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
-    job = supervisor._note(LaunchSpec([], tmp_path), "start", attempt=0)
+    path, limits = RunDir(tmp_path).restarts, resource.getrlimit(resource.RLIMIT_FSIZE)
+    log = supervisor._RestartLog(RunDir(tmp_path))
+    log.append("start", attempt=0)
     whole = path.read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, limits[1]))
     try:
-        job = supervisor._note(job, "end", attempt=0)
-        job = supervisor._note(job, "start", attempt=1)
+        log.append("end", attempt=0)
+        log.append("start", attempt=1)
         assert path.read_bytes() == whole
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    supervisor._note(job, "end", attempt=1)
+    log.append("end", attempt=1)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(row["event"], row["attempt"]) for row in rows] == [("start", 0), ("end", 0), ("start", 1), ("end", 1)]
 
@@ -210,32 +221,34 @@ def asked_times(tmp_path):
     return len((tmp_path / "asked").read_text())
 
 
-FAR, TOKEN, NO_LIMIT = [Host("b.invalid", 1)], "0123456789abcdef.here.1.2", Limits(1.0, float("inf"))
+FAR, TOKEN = [Host("b.invalid", 1)], "0123456789abcdef.here.1.2"
 
 
-def test_a_restart_asks_again_while_no_host_answers_and_says_so_once(tmp_path, monkeypatch, capfd):
+def test_answering_hosts_restart_asks_again(tmp_path, monkeypatch, capfd):
+    """Before a restart hosts are asked until one answers; that is said once."""
     monkeypatch.setattr(supervisor, "_ASK_AGAIN_SECONDS", 0.1)
-    with Requests() as requests:
-        assert supervisor._answering(flaky_agent(tmp_path, 3), FAR, TOKEN, False, requests, NO_LIMIT) == FAR
+    with StopRequests() as requests:
+        assert supervisor._answering_hosts(flaky_agent(tmp_path, 3), FAR, TOKEN, False, requests) == FAR
     assert asked_times(tmp_path) == 4
     assert capfd.readouterr().err.count("no host answers: b.invalid (b.invalid: ") == 1
 
 
 @pytest.mark.parametrize(("first", "times"), [(True, 1), (False, 10)])
-def test_hosts_that_never_answer_are_given_up_at_once_or_after_some_minutes(tmp_path, monkeypatch, first, times):
+def test_answering_hosts_gives_up(tmp_path, monkeypatch, first, times):
+    """Hosts that never answer are given up at the first start at once, before a restart after some minutes."""
     monkeypatch.setattr(supervisor, "_ASK_AGAIN_SECONDS", 0.1)
-    with Requests() as requests, pytest.raises(Failure, match="cannot use b.invalid") as raised:
-        supervisor._answering(flaky_agent(tmp_path, 99), FAR, TOKEN, first, requests, NO_LIMIT)
+    with StopRequests() as requests, pytest.raises(Failure, match="cannot use b.invalid") as raised:
+        supervisor._answering_hosts(flaky_agent(tmp_path, 99), FAR, TOKEN, first, requests)
     assert (raised.value.code, asked_times(tmp_path)) == (78, times)
 
 
 @pytest.mark.parametrize("how", ["request", "limit"])
-def test_who_asks_again_still_hears_a_request_and_the_time_limit(tmp_path, how):
-    limits = NO_LIMIT if how == "request" else Limits(1.0, time.monotonic() + 1)
-    with Requests() as requests:
+def test_answering_hosts_stops_on_request_or_limit(tmp_path, how):
+    """A request and the time limit are heeded while hosts are asked again."""
+    with StopRequests(time.monotonic() + (1 if how == "limit" else 600)) as requests:
         if how == "request":
             threading.Timer(1, os.kill, [os.getpid(), signal.SIGTERM]).start()
-        assert supervisor._answering(flaky_agent(tmp_path, 99), FAR, TOKEN, False, requests, limits) == []
+        assert supervisor._answering_hosts(flaky_agent(tmp_path, 99), FAR, TOKEN, False, requests) == []
         assert requests.count == (how == "request")
     assert asked_times(tmp_path) == 1
 
@@ -253,7 +266,7 @@ LOST = """ORTE has lost communication with a remote daemon.
 
 
 @pytest.mark.parametrize(
-    ("status", "told", "code", "sentence"),
+    ("status", "told", "code", "reason"),
     [
         (0, "", 0, "done"),
         (137, noticed(9), 137, "rank 1 killed by signal 9 (out of memory?), on vm"),
@@ -263,36 +276,39 @@ LOST = """ORTE has lost communication with a remote daemon.
             142,
             noticed(14),
             142,
-            "rank 1 killed by signal 14 (hung with Python's lock: see RUN_DIR/faults; or as it ended: see above), on vm",
+            "rank 1 killed by signal 14 (hung while holding the GIL: see RUN_DIR/faults; or hung at exit: see above), on vm",
         ),
         (140, noticed(12), 140, "rank 1 killed by signal 12, on vm"),
         (-9, "", 137, "mpirun killed by signal 9"),
-        (1, "mpirun: Forwarding signal 10 to job\n", 75, "mpirun was ended from outside"),
-        (1, "-----\nProcess name: [[1,1],0]\n  Exit code:    1\n-----", 1, "exit code 1; rank 0 left first"),
+        (1, "mpirun: Forwarding signal 10 to job\n", 75, "mpirun was terminated from outside"),
+        (1, "-----\nProcess name: [[1,1],0]\n  Exit code:    1\n-----", 1, "exit code 1; rank 0 exited first"),
         (205, LOST, 75, "host 10.213.99.2 is gone: mpirun lost its daemon there"),
         (74, "Process name: [[1,1],3]\n  Exit code:    74", 74, "exit code 74"),
-        (75, "Process name: [[1,1],3]\n  Exit code:    75", 75, "a rank hung or is gone"),
-        (80, "Process name: [[1,1],0]\n  Exit code:    80", 80, "all ranks left in order"),
+        (75, "Process name: [[1,1],3]\n  Exit code:    75", 75, "a rank hung or was lost"),
+        (80, "Process name: [[1,1],0]\n  Exit code:    80", 80, "all ranks stopped in order"),
         (65, "", 65, "exit code 65"),
     ],
 )
-def test_what_an_end_of_mpirun_means(status, told, code, sentence):
-    assert explain(status, told, {}) == ExitStatus(code, sentence)
+def test_explain_exit_status(status, told, code, reason):
+    """What mpirun's exit status and last messages mean."""
+    assert explain(status, told, {}) == ExitStatus(code, reason)
 
 
-def test_the_counter_of_memory_kills_is_quoted_for_signal_9_alone():
+def test_explain_oom_counter_for_sigkill_only():
+    """The kernel's counter of out-of-memory kills is quoted for signal 9 only."""
     risen = {"/sys/fs/cgroup/memory/job/memory.oom_control": 1}
     ended = explain(137, noticed(9), risen)
-    assert ended.sentence.endswith("; oom_kill in /sys/fs/cgroup/memory/job/memory.oom_control rose by 1")
-    assert "oom_kill" not in explain(139, noticed(11), risen).sentence
+    assert ended.reason.endswith("; oom_kill in /sys/fs/cgroup/memory/job/memory.oom_control rose by 1")
+    assert "oom_kill" not in explain(139, noticed(11), risen).reason
 
 
-def test_progress_is_the_newest_checkpoint_and_the_last_line_of_the_log(tmp_path):
-    job = LaunchSpec([], tmp_path)
-    assert supervisor._progress(job) == (-1, -1)
+def test_progress_newest_checkpoint_and_last_log_line(tmp_path):
+    """What two failures in a row are compared by; an incomplete line is skipped."""
+    run_dir = RunDir(tmp_path)
+    assert supervisor._progress(run_dir) == (-1, -1)
     (tmp_path / "checkpoints").mkdir()
     for name in ("step-00000010.safetensors", "step-00000020.safetensors", "step-00000030.safetensors.tmp", "best"):
         (tmp_path / "checkpoints" / name).touch()
     lines = ['{"type": "METADATA"}', '{"type": "LOG", "step": [1, 24]}', '{"type": "LOG", "step": "EVENT"}']
     (tmp_path / "dllogger.json").write_text("".join(f"DLLL {line}\n" for line in lines) + 'DLLL {"type": "LOG", "st')
-    assert supervisor._progress(job) == (20, 24)
+    assert supervisor._progress(run_dir) == (20, 24)

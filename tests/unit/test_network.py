@@ -46,19 +46,22 @@ MPI, EXCLUDE = "OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_btl_tcp_if_exclude"
         ({EXCLUDE: "docker0,lo"}, 2, OK, "eth0"),
     ],
 )
-def test_interfaces_that_launchers_were_told(environ, hosts, verdict, told):
+def test_check_interfaces_of_configured_variables(environ, hosts, verdict, told):
+    """What MPI, Gloo and NCCL are configured to use, on one host and on several."""
     (found,) = check_interfaces(environ, THERE, hosts, True)
     assert found.verdict == verdict
     assert told in found.text
 
 
-def test_an_interface_of_nccl_matters_where_there_are_devices():
+def test_check_interfaces_nccl_needs_devices():
+    """NCCL carries nothing where there are no devices, so a wrong interface is a warning there."""
     for devices, verdict in ((True, FAILURE), (False, WARNING)):
         (found,) = check_interfaces({"NCCL_SOCKET_IFNAME": "ib0"}, THERE, 2, devices)[:1]
         assert found.verdict == verdict
 
 
-def test_this_machine_has_a_loopback():
+def test_interfaces_include_loopback():
+    """The real interfaces of this machine."""
     assert network.interfaces()["lo"] == "127.0.0.1"
 
 
@@ -84,12 +87,14 @@ DOCKERS = "br-0123456789ab"
         ({}, {}, [], "docker0", ""),
     ],
 )
-def test_mpi_leaves_out_bridges_that_lead_nowhere(environ, more, texts, default, left_out):
+def test_exclude_bridges_that_lead_nowhere(environ, more, texts, default, left_out):
+    """Bridges of containers are left out, unless MPI is configured already or they are the way out."""
     found = network.exclude_bridges(environ, {**THERE, **more}, texts, DEFAULT.format(default))
     assert found == ({EXCLUDE: left_out} if left_out else {})
 
 
-def test_a_bridge_that_is_all_there_is_stays():
+def test_exclude_bridges_keeps_last_interface():
+    """A bridge stays if only lo would remain."""
     assert network.exclude_bridges({}, {"lo": "127.0.0.1", "docker0": "172.17.0.1"}, [], "") == {}
     assert network.exclude_bridges({}, {"lo": "127.0.0.1", "eth0": "10.0.0.2"}, [], "") == {}
     two = {"lo": "127.0.0.1", "docker0": "172.17.0.1", DOCKERS: "10.1.0.2"}
@@ -98,10 +103,12 @@ def test_a_bridge_that_is_all_there_is_stays():
     assert network.chosen_addresses({}, {"lo": "127.0.0.1", "docker0": "172.17.0.1"}) == ["172.17.0.1"]
 
 
-def test_the_bridge_toward_mpirun_stays(monkeypatch):
+def test_exclude_bridges_keeps_way_to_mpirun(monkeypatch):
     """What sends to 10.1 leaves by the bridge, all else by eth0."""
     there = {**THERE, DOCKERS: "10.1.0.2"}
-    monkeypatch.setattr(network, "_source", lambda address: "10.1.0.2" if address.startswith("10.1.") else "10.0.0.2")
+    monkeypatch.setattr(
+        network, "_source_address", lambda address: "10.1.0.2" if address.startswith("10.1.") else "10.0.0.2"
+    )
     uri = "OMPI_MCA_orte_hnp_uri"
     by_bridge, both = {uri: "7.0;tcp://172.17.0.1,10.1.0.1:4071"}, {uri: "7.0;tcp://172.17.0.1,10.1.0.1,10.0.0.1:4071"}
     assert network.toward_launcher(by_bridge, there) == f"{DOCKERS} (10.1.0.2)"
@@ -112,7 +119,7 @@ def test_the_bridge_toward_mpirun_stays(monkeypatch):
     assert network.toward_launcher({uri: "7.0;tcp://172.17.0.1,10.0.0.2:4071"}, there) == ""
 
 
-def test_the_files_in_which_mpi_is_told(tmp_path):
+def test_mpi_parameter_files(tmp_path):
     """The user's, the installation's and what overrides both; those that a variable names, in place of the first two."""
     texts = {
         "home/.openmpi/mca-params.conf": "user",
@@ -132,7 +139,8 @@ def test_the_files_in_which_mpi_is_told(tmp_path):
     assert mine & set(network.mpi_parameter_files(environ)) == {"named", "overrides", "tuned"}
 
 
-def test_the_installation_is_where_mpirun_is(tmp_path):
+def test_mpi_parameter_files_beside_mpirun(tmp_path):
+    """Of the installation that mpirun on PATH belongs to."""
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc" / "openmpi-mca-params.conf").write_text("of its own")
     (tmp_path / "bin").mkdir()
@@ -140,7 +148,8 @@ def test_the_installation_is_where_mpirun_is(tmp_path):
     assert "of its own" in network.mpi_parameter_files({"HOME": str(tmp_path), "PATH": str(tmp_path / "bin")})
 
 
-def test_addresses_to_be_reached_at_and_the_way_to_mpirun():
+def test_chosen_addresses_and_way_to_mpirun():
+    """Addresses that other hosts may connect to, and the interface toward mpirun's host."""
     assert network.chosen_addresses({}, THERE) == ["10.0.0.2"]
     assert network.chosen_addresses({MPI: "docker0"}, THERE) == ["172.17.0.1"]
     assert network.toward_launcher({}, THERE) == ""
@@ -165,13 +174,18 @@ def agent(tmp_path, text):
         # More connections than hosts: one from each to each address.
         ('for i in 1 2 3 4 5; do bash -c "$*"; done', ["127.0.0.1"] * 100, OK, "b answers and reaches 127.0.0.1"),
         ("sleep 60", ["127.0.0.1"], FAILURE, "b did not answer"),
-        ("echo 'Host key verification failed.' >&2; exit 255", [], FAILURE, "ended with 255: Host key verification failed."),
-        (f"echo 'bash: {sys.executable}: No such file' >&2; exit 127", [], FAILURE, "ended with 127"),
-        ("echo 'Welcome to b'; exit 0", [], FAILURE, "ended with 0: it said nothing"),
+        (
+            "echo 'Host key verification failed.' >&2; exit 255",
+            [],
+            FAILURE,
+            "exited with 255: Host key verification failed.",
+        ),
+        (f"echo 'bash: {sys.executable}: No such file' >&2; exit 127", [], FAILURE, "exited with 127"),
+        ("echo 'Welcome to b'; exit 0", [], FAILURE, "exited with 0: it printed no error"),
         ('echo \'{"reached": "10.0.0.1", "time": 1000}\'', ["10.0.0.1"], WARNING, "s or more off"),
     ],
 )
-def test_hosts_that_answer_and_that_do_not(tmp_path, script, addresses, verdict, told):
+def test_check_hosts(tmp_path, script, addresses, verdict, told):
     """An agent in place of ssh; what it starts is the real line that connects back."""
     limit = 2 if "sleep" in script else 60
     (found,) = check_hosts([Host("b", 1)], agent(tmp_path, script), addresses, limit)
@@ -183,7 +197,7 @@ def test_hosts_that_answer_and_that_do_not(tmp_path, script, addresses, verdict,
         assert "install the same environment at the same path on b" in found.fix
 
 
-def test_addresses_that_do_not_answer_are_not_waited_for_one_by_one():
+def test_connect_back_tries_all_addresses_at_once():
     """As behind a firewall that drops: ten sockets whose queues are full. One by one they take 20 s, and a host has 12."""
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("127.0.0.99", 0)))
@@ -194,7 +208,7 @@ def test_addresses_that_do_not_answer_are_not_waited_for_one_by_one():
             with contextlib.suppress(TimeoutError, socket.timeout):  # one in the queue is as many as it holds
                 while True:
                     stack.enter_context(socket.create_connection((address, port), 0.2))
-        asked = [sys.executable, "-c", ssh._ANSWER, str(port), *silent, "127.0.0.99"]
+        asked = [sys.executable, "-c", ssh._CONNECT_BACK, str(port), *silent, "127.0.0.99"]
         ended = subprocess.run(asked, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=True)
     assert json.loads(ended.stdout)["reached"] == "127.0.0.99"
 
@@ -207,7 +221,7 @@ def test_addresses_that_do_not_answer_are_not_waited_for_one_by_one():
         ('bash -c "$*"; exec sleep 40', OK),  # it has answered
     ],
 )
-def test_what_an_agent_leaves_behind_is_not_waited_for(tmp_path, script, verdict):
+def test_check_hosts_leaves_agents_children_alone(tmp_path, script, verdict):
     """The process left holds stdout and stderr; had it been waited for, it would run no more."""
     left = tmp_path / "left"
     script = script.replace("&", f"& echo $! > {left};", 1)
@@ -219,11 +233,13 @@ def test_what_an_agent_leaves_behind_is_not_waited_for(tmp_path, script, verdict
         os.kill(pid, signal.SIGKILL)
 
 
-def test_an_agent_that_is_not_there_is_named():
+def test_check_hosts_missing_agent_is_named():
+    """An agent that is not installed is a finding, not an error."""
     (found,) = check_hosts([Host("b", 1)], "/nowhere/ssh", ["127.0.0.1"], 5)
     assert "/nowhere/ssh" in found.text
 
 
-def test_ssh_refuses_unknown_keys_and_asks_nothing():
+def test_default_agent_refuses_unknown_keys():
+    """ssh must neither accept a new host key nor ask."""
     assert "StrictHostKeyChecking=yes" in RSH_AGENT
     assert "BatchMode=yes" in RSH_AGENT

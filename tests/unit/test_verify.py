@@ -21,8 +21,8 @@ from hvd_vgg.provenance import describe_process
 from hvd_vgg.reporting import receipt
 from hvd_vgg.reporting.log import RunLog
 from hvd_vgg.reporting.throughput import Throughput, per_host, per_rank
-from hvd_vgg.train import checkpoint
-from hvd_vgg.train.schedule import evaluation_steps, learning_rate
+from hvd_vgg.training import checkpoint
+from hvd_vgg.training.schedule import evaluation_steps, learning_rate
 
 RECORDS, VALIDATION, STEPS = 75, 37, 12
 CONFIG = TrainConfig(

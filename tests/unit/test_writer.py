@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hvd_vgg.errors import NOT_WRITTEN
-from hvd_vgg.train import checkpoint
-from hvd_vgg.train.checkpoint_writer import CheckpointWriter
+from hvd_vgg.training import checkpoint
+from hvd_vgg.training.checkpoint_writer import CheckpointWriter
 
 
 def begin(writer, step, best=False):

@@ -1,0 +1,81 @@
+"""What must be equal on all ranks, and what they share: software, flags, variables, clocks, the run directory.
+
+All functions are collective.
+"""
+
+import contextlib
+import dataclasses
+import os
+import time
+from pathlib import Path
+from typing import List, Mapping, Sequence
+
+import numpy as np
+
+from hvd_vgg.config import DoctorConfig
+from hvd_vgg.doctor.settings import link_variables
+from hvd_vgg.doctor.system import nearest_existing, probe_file
+from hvd_vgg.parallel import comm
+from hvd_vgg.parallel.init import compared_environment
+from hvd_vgg.reporting.findings import Finding, failure, ok, warning
+from hvd_vgg.text import plural
+
+# Largest clock difference between hosts: beyond it, times in logs and checkpoints are misleading.
+_MAX_CLOCK_SKEW_SECONDS = 1.0
+# Flags that may differ: a host may keep its files elsewhere.
+_PER_HOST_FLAGS = ("data_dir", "run_dir", "console", "out")
+
+
+def describe_ranks(hosts: Sequence[str]) -> Finding:
+    """Returns the number of ranks, in all and on each host; hosts: the host name of each rank."""
+    per_host = ", ".join(f"{host} ({hosts.count(host)})" for host in dict.fromkeys(hosts))
+    return ok("ranks", f"{plural(len(hosts), 'rank')} on {per_host}")
+
+
+def compare_with_root(config: DoctorConfig, software: Mapping[str, str]) -> List[Finding]:
+    """Compares flags, software and variables with rank 0's: what training requires to be equal, and some more."""
+    flags = {f"--{name}": str(value) for name, value in dataclasses.asdict(config).items() if name not in _PER_HOST_FLAGS}
+    mine = [{**flags, **software, **compared_environment()}, link_variables(os.environ)]
+    fixes = (
+        "use the same flags, software and variables on all hosts",
+        "fine if it names what is called differently on each host; otherwise use the same on all hosts",
+    )
+    found = []
+    for severity, fix, here, root in zip((failure, warning), fixes, mine, comm.broadcast_json(mine)):
+        for name in sorted(name for name in {*here, *root} if here.get(name) != root.get(name)):
+            text = f"{name} is {here.get(name, 'not set')}; on rank 0 it is {root.get(name, 'not set')}"
+            found.append(severity("software", text, fix))
+    return found
+
+
+def check_clocks() -> List[Finding]:
+    """Compares this rank's clock with rank 0's, as exactly as the time of a gather allows; nothing on a single rank."""
+    if comm.size() == 1:
+        return []
+    differences = []
+    for _ in range(5):
+        comm.barrier()  # all ranks leave it at nearly the same time
+        clocks = comm.gather_numbers([time.time()])[:, 0]
+        differences.append(clocks[comm.rank()] - clocks[0])
+    least = float(min(differences, key=np.abs))
+    if abs(least) > _MAX_CLOCK_SKEW_SECONDS:
+        return [
+            warning("clocks", f"the clock is {least:+.0f} s from rank 0's", "set the clocks of all hosts by NTP or chrony")
+        ]
+    return [ok("clocks", "equal to within a second")]
+
+
+def check_shared_run_dir(run_dir: Path) -> List[Finding]:
+    """Checks that this rank sees what rank 0 writes where the run will go."""
+    with contextlib.ExitStack() as stack:
+        name = ""
+        if comm.is_root():
+            with contextlib.suppress(OSError):  # reported by `check_run_dir`
+                name = stack.enter_context(probe_file(nearest_existing(run_dir))).name
+        name = comm.broadcast_json(name)
+        seen = not name or os.path.exists(name)  # noqa: PTH110 (Path.exists raises without permission)
+        comm.barrier()  # the file is there until all have looked
+    if seen:
+        return []
+    fix = "use a directory that all hosts share; otherwise a restart without rank 0's host finds no checkpoint"
+    return [warning("run_dir", f"what rank 0 writes to {Path(name).parent} is not visible here", fix)]

@@ -1,0 +1,142 @@
+"""The report of `hvd-vgg doctor`: this rank's findings, and the ways to end: with all ranks, alone, or at a time limit."""
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Iterator, List, Sequence
+
+from hvd_vgg.config import DoctorConfig
+from hvd_vgg.doctor.system import probe_file
+from hvd_vgg.environment import launched_local_rank, launched_rank
+from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
+from hvd_vgg.parallel import network
+from hvd_vgg.reporting.findings import (
+    FAILURE,
+    Finding,
+    MergedFinding,
+    as_json,
+    counts,
+    failure,
+    format_findings,
+    merge,
+)
+from hvd_vgg.streams import write_line
+from hvd_vgg.text import plural
+
+# How long the other ranks have to report what they know, before the end of the first one ends them.
+_GRACE_SECONDS = 2.0
+# What to do when a time limit is over, by what it is about.
+_FIXES = {
+    "software": "a file system hangs, or the machine is very slow",
+    "devices": "driver and SDK must fit (see driver); until then exclude this device by CUDA_VISIBLE_DEVICES",
+    "data": "find out whether `ls` of the data directory answers on each host",
+}
+_NETWORK_FIX = (
+    "a host is down, a firewall, or a wrong interface: hvd-vgg launch --network=NAME or NETWORK/BITS, or mpirun --mca "
+    "btl_tcp_if_include with one; if importing TensorFlow takes long on a host: --join_seconds=60"
+)
+
+
+class Report:
+    """The findings of this rank so far. Raises Failure(NOT_WRITTEN) if --out cannot be written."""
+
+    def __init__(self, config: DoctorConfig) -> None:
+        self.findings: List[Finding] = []
+        self.rank, self.host = launched_rank() or 0, socket.gethostname()  # Horovod is not there yet
+        self._out = config.out if self.rank == 0 else ""
+        self._started = time.monotonic()
+        if self._out:
+            with self._writing():  # now, not after minutes
+                probe_file(Path(self._out).absolute().parent).close()
+
+    def add(self, *findings: Finding) -> None:
+        """Adds findings."""
+        self.findings += findings
+
+    def failures(self) -> List[Finding]:
+        """Returns the findings that are failures."""
+        return [finding for finding in self.findings if finding.verdict == FAILURE]
+
+    def finish(self, hosts: Sequence[str]) -> None:
+        """Prints the findings of all ranks and leaves; hosts: the host name of each rank. Collective.
+
+        Raises a collective Failure(CONFIGURATION) if any finding is a failure.
+        """
+        from hvd_vgg.parallel import comm
+        from hvd_vgg.parallel.consensus import run_on_root
+
+        merged = merge([[Finding(*row) for row in rows] for rows in comm.gather_json(self.findings)])
+        run_on_root(lambda: self._print(merged, hosts))
+        failures = counts([each.finding for each in merged])[FAILURE]
+        if failures:
+            raise Failure(CONFIGURATION, f"doctor: {plural(failures, 'failure')}, see above", collective=True)
+        comm.shutdown()
+
+    def finish_alone(self) -> Failure:
+        """Reports what this rank found without the other ranks; returns the failure to end with.
+
+        Rank 0 prints its whole report; other ranks, if they live that long, only their failures.
+        """
+        failures = self.failures()
+        if self.rank == 0:
+            self._print(merge([self.findings]), [self.host])
+            others = "" if launched_rank() is None else "; nothing is known of the other ranks"
+            return Failure(CONFIGURATION, f"doctor: {plural(len(failures), 'failure')}, see above{others}")
+        text = "\n".join(f"{finding.about}: {finding.text}\n  fix: {finding.fix}" for finding in failures)
+        return Failure(CONFIGURATION, f"doctor on {self.host}: {text}")
+
+    @contextlib.contextmanager
+    def time_limit(self, seconds: float, about: str, text: str) -> Iterator[None]:
+        """Ends this rank with 78, and so the job, unless the block ends within `seconds`; `text` says what took too long."""
+        timer = threading.Timer(seconds, self._end_at_limit, [about, text])
+        timer.daemon = True
+        timer.start()
+        # Ends with 1 even if the block never releases the GIL.
+        faulthandler.dump_traceback_later(seconds + 3 * _GRACE_SECONDS, exit=True)
+        try:
+            yield
+        finally:
+            timer.cancel()
+            faulthandler.cancel_dump_traceback_later()
+
+    def _end_at_limit(self, about: str, text: str) -> None:
+        """Reports what took too long, and what is known of the network to the other ranks. Does not return."""
+        interfaces = network.interfaces()
+        text += f"; interfaces: {network.format_interfaces(interfaces)}"
+        toward = network.toward_launcher(os.environ, interfaces)
+        text += f"; mpirun's host is reached by {toward}" if toward else ""
+        configured = [f"{name}={os.environ[name]}" for name in network.INCLUDE if os.environ.get(name)]
+        text += f"; configured: {', '.join(configured)}" if configured else ""
+        self.add(failure(about, text, _FIXES.get(about, _NETWORK_FIX)))
+        try:
+            # All ranks of a host wait for the same, so one reports it; a device is each rank's own.
+            if about == "devices" or self.rank == 0 or launched_local_rank() == 0:
+                write_line(f"hvd-vgg: rank {self.rank}: {self.finish_alone().message}", sys.stderr)
+        finally:
+            time.sleep(_GRACE_SECONDS)
+            os._exit(CONFIGURATION)
+
+    def _print(self, merged: Sequence[MergedFinding], hosts: Sequence[str]) -> None:
+        """Prints the merged findings and writes --out."""
+        seconds = time.monotonic() - self._started
+        number = counts([each.finding for each in merged])
+        summary = f"{plural(len(hosts), 'rank')}, {plural(len(set(hosts)), 'host')}: {number['ok']} ok, "
+        summary += f"{plural(number['warning'], 'warning')}, {plural(number['failure'], 'failure')}, {seconds:.1f} s"
+        write_line("\n".join([*format_findings(merged, hosts), summary]), sys.stdout)
+        if self._out:
+            data = as_json(merged, hosts, seconds=round(seconds, 1), time=time.time())
+            with self._writing():
+                Path(self._out).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise Failure(NOT_WRITTEN, f"--out={self._out} cannot be written: {error.strerror}") from error

@@ -1,0 +1,105 @@
+"""Exact top-1 and top-5: every record of a split once, counted in integers over all ranks."""
+
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+
+import numpy as np
+import tensorflow as tf
+
+from hvd_vgg.config import ComputeConfig, EvaluationConfig
+from hvd_vgg.data.index import Index
+from hvd_vgg.data.loader import PADDING, BadRow, eval_batches
+from hvd_vgg.errors import BUG, Failure
+from hvd_vgg.models import vgg
+from hvd_vgg.parallel import comm
+from hvd_vgg.reporting.console import Console
+from hvd_vgg.text import plural
+from hvd_vgg.training.bad_records import count_bad_records
+from hvd_vgg.training.loss import top_k_correct
+from hvd_vgg.watchdog import StopRequested, watchdog
+
+_POLL_BATCHES = 4  # how often the ranks ask each other whether one was asked to stop
+
+
+class Evaluation(NamedTuple):
+    """Integer hits among `records` records, of which `bad` could not be read and are misses, and the sum of their losses."""
+
+    top1: int
+    top5: int
+    records: int
+    loss_sum: float
+    bad: int
+
+    def accuracy(self) -> str:
+        """Returns both accuracies for people."""
+        text = f"acc@1 {self.top1 / self.records:.4f}  acc@5 {self.top5 / self.records:.4f}"
+        return f"{text}  ({plural(self.bad, 'bad record')} counted as missed)" if self.bad else text
+
+    def metrics(self) -> Dict[str, Any]:
+        """Returns shares and counts under the names of the log."""
+        return {
+            "eval.loss": self.loss_sum / self.records,
+            "eval.acc@1": self.top1 / self.records,
+            "eval.acc@5": self.top5 / self.records,
+            "eval.top1_hits": self.top1,
+            "eval.top5_hits": self.top5,
+            "eval.records": self.records,
+            "eval.bad_records": self.bad,
+        }
+
+
+def make_eval_step(weights: vgg.Weights, config: ComputeConfig, data_format: str) -> Callable[..., Any]:
+    """Returns the function (images, labels) -> (loss float32, top1, top5, records int64), sums over one batch.
+
+    images: uint8 [n, h, w, 3]; labels: int32 [n], negative where the row is padding and counts for nothing.
+    """
+
+    @tf.function(jit_compile=False, autograph=False)
+    def eval_step(images: Any, labels: Any) -> Any:
+        low_precision = vgg.in_precision(weights, config.precision)
+        logits = vgg.logits(low_precision, config.model, vgg.normalized(images, config.precision), data_format)
+        real = labels >= 0
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.maximum(labels, 0), logits)
+        loss = tf.reduce_sum(tf.where(real, losses, 0.0))
+        records = tf.reduce_sum(tf.cast(real, tf.int64))
+        return loss, top_k_correct(logits, labels, 1), top_k_correct(logits, labels, 5), records
+
+    return eval_step
+
+
+def evaluate(
+    eval_step: Callable[..., Any],
+    index: Index,
+    config: EvaluationConfig,
+    label_base: int,
+    threads: int,
+    console: Console,
+    log: Any = None,
+) -> Evaluation:
+    """Returns the evaluation of a whole split, equal on all ranks. Collective.
+
+    A bad record counts as a record and as a miss, with a loss of 0, if --bad_records_allowed admits it; else Failure(DATA)
+    is raised. Raises Failure(BUG) should a record be missed or seen twice, and StopRequested on all ranks when any was asked
+    to stop. log: the RunLog that bad records go to, or None.
+    """
+    counts, loss_sum, ids = np.zeros(3, np.int64), 0.0, [np.zeros(0, np.int64)]
+    bad: List[Tuple[int, BadRow]] = []
+    progress = console.progress("evaluating", -(-index.records // comm.size()), "records on rank 0")
+    common = -(-index.records // config.device_batch) // comm.size()  # batches of every rank; some have one more
+    for number, batch in enumerate(eval_batches(index, config, label_base, comm.rank(), comm.size(), threads)):
+        loss, *correct = eval_step(batch.images, batch.labels)
+        counts += [int(each) for each in correct]
+        counts[2] += len(batch.bad)
+        loss_sum += float(loss)
+        bad += [(0, row) for row in batch.bad]
+        ids.append(np.array([row.record for row in batch.bad], np.int64))
+        ids.append(np.asarray(batch.ids)[np.asarray(batch.labels) != PADDING])
+        progress.update(int(counts[2]))
+        watchdog.heartbeat(phase="evaluation")
+        if number < common and number % _POLL_BATCHES == 0 and comm.any_rank(watchdog.stop_requested()):
+            raise StopRequested
+    missed = count_bad_records(bad, [], config.bad_records_allowed, index, log, console)
+    seen = comm.sum_over_ranks(np.bincount(np.concatenate(ids), minlength=index.records).astype(np.int64))
+    top1, top5, total = comm.sum_over_ranks(counts).tolist()
+    if total != index.records or (seen != 1).any():
+        raise Failure(BUG, f"evaluated {total} records, {int((seen == 1).sum())} of {index.records} once", collective=True)
+    return Evaluation(top1, top5, total, float(comm.sum_over_ranks(np.array([loss_sum]))[0]), len(missed))

@@ -1,0 +1,83 @@
+"""What a run says before its first update: the network, the data, the ranks, the exchange."""
+
+import dataclasses
+import importlib.util
+import socket
+from typing import Any, Dict
+
+from hvd_vgg.config import TrainConfig, profiled_steps
+from hvd_vgg.data.sampler import slice_bounds
+from hvd_vgg.data.transforms import IMAGE_LIBRARY
+from hvd_vgg.models.architecture import count_parameters, vgg_layers
+from hvd_vgg.parallel import comm, cost
+from hvd_vgg.parallel.consensus import run_on_root
+from hvd_vgg.parallel.init import Device, describe_software, mpi_version
+from hvd_vgg.provenance import describe_process
+from hvd_vgg.reporting import receipt
+from hvd_vgg.run_dir import RunDir
+from hvd_vgg.text import plural
+from hvd_vgg.training.dataset import Splits
+from hvd_vgg.training.reporter import Reporter
+from hvd_vgg.training.result import write_run_files
+from hvd_vgg.training.state import TrainProgress, data_digest
+
+
+def introduce(
+    config: TrainConfig, data: Splits, device: Device, total_steps: int, progress: TrainProgress, reporter: Reporter
+) -> None:
+    """Prints and logs what is about to be trained; writes flags and receipt. Collective.
+
+    Raises a collective Failure(NOT_WRITTEN).
+    """
+    choices = cost.choose(config, comm.size())
+    _warn_of_missing_packages(reporter)
+    _print_run(config, data, device, total_steps, progress, reporter)
+    if comm.size() > 1:
+        reporter.say(f"sent by each rank in an update, {config.wire_dtype} on the wire:\n{cost.table(choices)}")
+    wanted, first = profiled_steps(config.profile_steps), progress.step
+    if config.profile_steps and not range(max(first, wanted.start), min(total_steps, wanted.stop)):
+        reporter.say(f"--profile_steps={config.profile_steps}: none of them is between {first} and {total_steps - 1}")
+    reporter.say(f"steps {first} to {total_steps}, lr {config.lr:g} for the mean gradient of {config.global_batch}")
+    hosts = comm.gather_json(socket.gethostname())
+    run: Dict[str, Any] = {"ranks": comm.size(), "device": device.kind, "steps": total_steps, "first_step": first}
+    software = describe_software(IMAGE_LIBRARY)
+    reporter.row("PARAMETER", {**dataclasses.asdict(config), **software, **run, **cost.as_log(choices)})
+    process = describe_process()
+    process["packages"]["mpi"] = mpi_version()
+    path = RunDir(config.run_dir).checkpoint(first)
+    row = receipt.checkpoint_row(path) if comm.is_root() and path.exists() else None
+    splits = {"train": data.train, "validation": data.validation}
+    digests = {name: {"records": index.records, "sha256": data_digest(index)} for name, index in splits.items()}
+    start = {"step": first, "steps": total_steps, "skipped_steps": progress.skipped_steps, "ranks": comm.size()}
+    reporter.event("start", **process, **start, hosts=hosts, checkpoint=row, data=digests)
+    run_on_root(lambda: write_run_files(config, reporter.console))
+
+
+def _print_run(
+    config: TrainConfig, data: Splits, device: Device, total_steps: int, progress: TrainProgress, reporter: Reporter
+) -> None:
+    parameters = count_parameters(vgg_layers(config.model, config.width, config.image_size, config.num_classes))
+    reporter.say(f"{config.model} at width {config.width:g}, {config.image_size} pixels: {parameters:,} parameters")
+    reporter.say(
+        f"{data.train.records} records to train on, {data.validation.records} to evaluate; labels from {data.label_base} "
+        f"({'0 is background' if data.label_base else 'no background'}; --label_base overrides)"
+    )
+    slices = [slice_bounds(config.global_batch, rank, comm.size()) for rank in range(comm.size())]
+    parts = sorted({high - low for low, high in slices}, reverse=True)
+    reporter.say(
+        f"{plural(comm.size(), 'rank')} on {device.kind}, {plural(device.threads, 'CPU thread')} each, "
+        f"{device.input_threads} to decode images; {config.global_batch} images per update: "
+        f"{' or '.join(map(str, parts))} per rank, in micro-batches of at most {config.device_batch}"
+    )
+
+
+def _warn_of_missing_packages(reporter: Reporter) -> None:
+    optional = {
+        "dllogger": "dllogger.json and DLLogger's lines are written without it, in its formats",
+        "tensorboard": "tensorboard/ is written without it, and can be viewed where it is installed",
+    }
+    if comm.size() > 1 and mpi_version():
+        optional["mpi4py"] = "a rank that fails exits, and mpirun is left to notice it and end the others"
+    for name, effect in optional.items():
+        if importlib.util.find_spec(name) is None:
+            reporter.say(f"{name} is not installed: {effect}")

@@ -1,0 +1,47 @@
+"""The training loop."""
+
+from hvd_vgg.config import TrainConfig
+from hvd_vgg.training.metrics import NonFiniteStep
+from hvd_vgg.training.trainer import Trainer
+
+
+def train(config: TrainConfig) -> None:
+    """Trains to the end and leaves everything in --run_dir. Collective.
+
+    Raises a collective Failure where the run must end otherwise: STOPPED on request, NOT_FINITE, DATA, CONFIGURATION ...
+    """
+    with Trainer(config) as trainer:  # joins the ranks, opens the data, restores the newest checkpoint
+        while True:
+            try:
+                return fit(trainer)
+            except NonFiniteStep as error:  # neither it nor any update after it was applied
+                trainer.rewind_or_stop(error)
+
+
+def fit(trainer: Trainer) -> None:
+    """Trains from where the run stands to its end: last checkpoint, result, summary. Collective; raises NonFiniteStep."""
+    progress = trainer.progress
+    if trainer.evaluation_missed():
+        trainer.save(best=trainer.evaluate())
+    for step, batch in trainer.batches():
+        trainer.update(step, batch)  # device tensors; waits for nothing
+        due = trainer.cadence.due(progress.step)  # a pure function of the step: equal on all ranks
+        stopping = due.poll and trainer.any_stop_requested()
+        if not (due.log or stopping):
+            trainer.end_update()
+            continue
+
+        trainer.log_metrics()  # the one wait for device and ranks; raises NonFiniteStep
+        if due.check_replicas:  # before weights are scored or saved
+            trainer.check_replicas()
+        improved = due.evaluate and trainer.evaluate()
+        done = progress.step == trainer.total_steps or trainer.target_reached()
+        if due.save or improved or done:
+            trainer.save(best=improved)  # rank 0 writes in the background
+        if done:
+            break
+        if due.evaluate:
+            trainer.write_result()
+        if stopping:
+            trainer.stop()  # saves; ends with exit code 80
+    trainer.finish()

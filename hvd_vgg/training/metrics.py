@@ -1,0 +1,105 @@
+"""What the updates since the last log line amount to over all ranks: loss, accuracy, throughput and where time went."""
+
+import math
+import socket
+from typing import Any, Dict, List, Tuple
+
+import numpy as np
+
+from hvd_vgg.config import ExchangeConfig, StepConfig
+from hvd_vgg.data.sampler import slice_bounds
+from hvd_vgg.models.architecture import training_flops, vgg_layers
+from hvd_vgg.parallel import comm
+from hvd_vgg.reporting.throughput import (
+    Bottleneck,
+    StepTime,
+    Throughput,
+    find_bottleneck,
+    mean_shares,
+    per_host,
+    per_rank,
+    slowest,
+)
+from hvd_vgg.training.train_step import SKIPPED_STEP, StepMetrics
+
+Window = List[Tuple[int, StepMetrics]]  # (step, metrics), the updates since the last log line
+
+
+class NonFiniteStep(Exception):
+    """A step whose loss or gradient is not finite: neither its update nor any after it was applied, on any rank.
+
+    loss: the mean over the global batch; gradient_norm: of the global gradient.
+    """
+
+    def __init__(self, step: int, loss: float, gradient_norm: float) -> None:
+        super().__init__(f"step {step}: loss {loss:g}, gradient norm {gradient_norm:g}")
+        self.step, self.loss, self.gradient_norm = step, loss, gradient_norm
+
+
+def reduce_metrics(window: Window, config: StepConfig) -> Tuple[Dict[str, Any], List[NonFiniteStep]]:
+    """Returns the means of the window's metrics over its images, and its steps that are not finite, the first one first.
+
+    Collective: here the host waits for the device and for all ranks. Skipped steps count for nothing.
+    """
+    steps = [step for step, metrics in window if metrics is not SKIPPED_STEP]
+    trained = [metrics for _, metrics in window if metrics is not SKIPPED_STEP]
+    local = np.array([[float(m.loss), float(m.gradient_norm), not m.finite] for m in trained]).reshape(-1, 3)
+    # Every rank has the norm; summing it too makes what follows from it equal everywhere, to the last bit.
+    losses, norms, failed = (comm.sum_over_ranks(local) / [config.global_batch, comm.size(), 1]).T
+    correct = comm.sum_over_ranks(np.array([[int(m.top1), int(m.top5)] for m in trained], np.int64).reshape(-1, 2))
+    top1, top5 = (correct.sum(axis=0) / (max(1, len(trained)) * config.global_batch)).tolist()
+    finite = norms[np.isfinite(norms)]
+    row = {
+        "train.loss": float(losses.mean()) if trained else math.nan,  # nan: all of them were skipped
+        "train.acc@1": top1,
+        "train.acc@5": top5,
+        "train.gradient_norm": float(finite.mean()) if len(finite) else 0.0,
+    }
+    if config.precision == "float16":
+        scale = float((trained or [metrics for _, metrics in window])[-1].loss_scale)
+        row.update({"train.loss_scale": scale, "train.skipped_updates": len(norms) - len(finite)})
+    nonfinite = [NonFiniteStep(step, loss, norm) for step, loss, norm, bad in zip(steps, losses, norms, failed) if bad]
+    return row, nonfinite
+
+
+def measure_window(window: Window, throughput: Throughput, global_batch: int) -> Tuple[Dict[str, Any], Bottleneck]:
+    """Returns the window's images/s and where its time went, for the log, and what limited it. Collective."""
+    updates = len(window)
+    totals = throughput.total_seconds[-updates:]
+    # The step's clock is the wall clock, which may be set while it runs.
+    throughput.exchange_seconds += [min(max(0.0, float(m.exchange_seconds)), t) for (_, m), t in zip(window, totals)]
+    times = [StepTime(*numbers) for numbers in comm.gather_numbers(throughput.last(updates)).tolist()]
+    bottleneck, shares = find_bottleneck(times), mean_shares(times)
+    return {
+        "train.fps": global_batch * updates / times[0].total,
+        "train.input_share": shares["input"],
+        "train.network_share": shares["network"],
+        "train.straggler_share": shares["straggler_wait"],
+        "train.slow_rank": -1 if bottleneck.rank is None else bottleneck.rank,
+        "train.update_seconds": totals,
+        "train.input_seconds": throughput.input_seconds[-updates:],
+    }, bottleneck
+
+
+def measure_run(
+    throughput: Throughput, config: ExchangeConfig, device_tflops: float, group: comm.Group = comm.WORLD
+) -> Dict[str, Any]:
+    """Returns the throughput of this process's updates, of the job and of each rank; equal on all ranks. Collective."""
+    found: Dict[str, Any] = comm.gather_json(throughput.summary(config.global_batch), group)[0]
+    if not found["fps"]:
+        return found
+    updates = found["fps_updates"]
+    low, high = slice_bounds(config.global_batch, comm.rank(group), comm.size(group))
+    mine = [*throughput.last(updates), float((high - low) * updates), *throughput.excluded_seconds.values()]
+    numbers = comm.gather_numbers(mine, group).tolist()
+    times = [StepTime(*row[:3]) for row in numbers]
+    rows = per_rank(times, comm.gather_json(socket.gethostname(), group), [int(row[3]) for row in numbers])
+    for row, everything in zip(rows, numbers):
+        row.update(zip((f"{name}_seconds" for name in throughput.excluded_seconds), everything[4:]))
+    layers = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
+    found["tflops_per_rank"] = training_flops(layers, config.image_size) * found["fps"] / comm.size(group) / 1e12
+    if device_tflops:
+        found["share_of_peak"] = found["tflops_per_rank"] / device_tflops
+    bottleneck = find_bottleneck(times)
+    found.update(bottleneck=bottleneck.cause, slow_rank=bottleneck.rank, slow_ranks=list(bottleneck.ranks))
+    return {**found, "slowest_rank": slowest(rows)["rank"], "by_host": per_host(rows), "by_rank": rows}

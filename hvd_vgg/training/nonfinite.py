@@ -1,0 +1,167 @@
+"""Where a step went wrong whose loss or gradient is not finite: on which rank, in which layer, for which records."""
+
+import socket
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+import tensorflow as tf
+
+from hvd_vgg.config import StepConfig
+from hvd_vgg.data.sampler import slice_bounds
+from hvd_vgg.models import vgg
+from hvd_vgg.models.dropout import apply_dropout
+from hvd_vgg.parallel import comm
+from hvd_vgg.text import plural
+from hvd_vgg.training.metrics import NonFiniteStep
+from hvd_vgg.training.optimizer import LOSS_SCALE, Slots
+from hvd_vgg.training.state import State
+from hvd_vgg.training.train_step import StepMetrics, draw_dropout_masks, step_inputs
+
+
+class FiniteReport(NamedTuple):
+    """What of one pass over n images is finite, bool: `weights` [weights], the `outputs` of each layer for each image
+    [layers, n], each image's loss [n], the `gradients` of the sum of losses [weights].
+    """
+
+    weights: Any
+    outputs: Any
+    losses: Any
+    gradients: Any
+
+
+class Diagnosis(NamedTuple):
+    """A step that was computed again on all ranks, from the same weights, without applying it; equal on all ranks.
+
+    again: the loss and gradient norm it has now; finite: whether both are; ranks: for each, its `host`, its `slice` of the
+    global batch, what was not finite first in its part (`first`, None for nothing; `order`: how early that is), and which
+    records are so on their own (`at_fault`, positions in the global batch).
+    """
+
+    again: NonFiniteStep
+    finite: bool
+    ranks: List[Dict[str, Any]]
+
+    @property
+    def rank(self) -> Optional[int]:
+        """The rank whose part was not finite earliest on the way from the weights to the gradients; None if none was."""
+        odd = [rank for rank, found in enumerate(self.ranks) if found["first"] is not None]
+        return min(odd, key=lambda rank: self.ranks[rank]["order"]) if odd else None
+
+    @property
+    def repeated(self) -> bool:
+        """Whether anything was not finite this time."""
+        return not self.finite or self.rank is not None
+
+    def __str__(self) -> str:
+        if not self.repeated:
+            return "Computed again from the same weights and records, everything is finite: a transient fault, of hardware?"
+        if self.rank is None:
+            return "Finite on each rank, not finite in the sums over micro-batches and ranks"
+        found, others = self.ranks[self.rank], [r for r in self.ranks if r["first"] is not None]
+        low, high = found["slice"]
+        where = f"rank {self.rank} on {found['host']}" if len(self.ranks) > 1 else "the one rank"
+        spread = "" if len(self.ranks) == 1 else f"; {len(others)} of {len(self.ranks)} ranks are affected"
+        records = plural(high - low, "record")
+        return f"First {found['first']} on {where}, in {len(found['at_fault'])} of its {records}{spread}"
+
+
+def make_finite_check(
+    weights: vgg.Weights, slots: Slots, config: StepConfig, data_format: str
+) -> Callable[..., FiniteReport]:
+    """Returns the function (images, labels, position, keys) -> FiniteReport: a pass as in training, which changes nothing.
+
+    Its arguments are those of a train step, of at most --device_batch images.
+    """
+
+    @tf.function(jit_compile=False, autograph=False)
+    def finite_check(images: Any, labels: Any, position: Any, keys: Any) -> FiniteReport:
+        masks = draw_dropout_masks(weights, config, images, position, keys)
+        outputs: List[Any] = []
+
+        def dropout(x: Any, layer: int) -> Any:
+            return apply_dropout(x, masks[layer], config.dropout)
+
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(list(weights.values()))
+            low_precision = vgg.in_precision(weights, config.precision)
+            normalized = vgg.normalized(images, config.precision)
+            logits = vgg.logits(
+                low_precision,
+                config.model,
+                normalized,
+                data_format,
+                dropout if config.dropout else None,
+                seen=outputs.append,
+            )
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+            objective = tf.reduce_sum(losses) / config.global_batch * slots.get(LOSS_SCALE, 1.0)
+        gradients = tape.gradient(objective, list(weights.values()))
+        # Check pre-activations: fused kernels of a layer and its ReLU turn NaN into 0. -Inf is fine: ReLU maps it to 0.
+        outputs = [tf.where(tf.math.is_inf(x) & (x < 0), tf.zeros_like(x), x) for x in outputs[:-1]] + outputs[-1:]
+        return FiniteReport(
+            tf.stack([tf.reduce_all(tf.math.is_finite(weight)) for weight in weights.values()]),
+            tf.stack([tf.reduce_all(tf.math.is_finite(x), list(range(1, x.shape.rank))) for x in outputs]),
+            tf.math.is_finite(losses),
+            tf.stack([tf.reduce_all(tf.math.is_finite(gradient)) for gradient in gradients]),
+        )
+
+    return finite_check
+
+
+def diagnose(
+    step: int,
+    state: State,
+    train_step: Callable[..., StepMetrics],
+    images: Any,
+    labels: Any,
+    lr: float,
+    config: StepConfig,
+    data_format: str,
+) -> Diagnosis:
+    """Returns the diagnosis of `step`, given the images and labels of this rank's part. Collective.
+
+    If the step is finite this time it is applied, unless `train_step` has seen one before that was not.
+    """
+    low, high = slice_bounds(config.global_batch, comm.rank(), comm.size())
+    inputs = step_inputs(config, step, low, lr)
+    check = make_finite_check(state.weights, state.slots, config, data_format)
+    first, rows = _first_nonfinite(check, list(state.weights), images, labels, low, inputs[1], config.device_batch)
+    mine = {"host": socket.gethostname(), "slice": [low, high], "first": first and first[1], "order": first and first[0]}
+    mine["at_fault"] = [low + row for row in rows]
+    metrics = train_step(images, labels, *inputs)
+    numbers = comm.gather_numbers([float(metrics.loss), float(metrics.gradient_norm), float(metrics.finite)])
+    again = NonFiniteStep(step, float(numbers[:, 0].sum() / config.global_batch), float(numbers[:, 1].max()))
+    return Diagnosis(again, bool(numbers[:, 2].all()), comm.gather_json(mine))
+
+
+def _first_nonfinite(
+    check: Callable[..., FiniteReport],
+    names: List[str],
+    images: Any,
+    labels: Any,
+    position: int,
+    keys: Any,
+    device_batch: int,
+) -> Tuple[Optional[Tuple[int, str]], List[int]]:
+    """Returns (order and name of what is not finite first in this rank's part, or None; the rows that are so alone)."""
+
+    def part(low: int, high: int) -> FiniteReport:
+        found = check(images[low:high], labels[low:high], tf.constant(position + low, tf.int64), keys)
+        return FiniteReport(*(np.asarray(each) for each in found))
+
+    rows = len(labels)
+    parts = [part(low, min(low + device_batch, rows)) for low in range(0, rows, device_batch)]
+    outputs = np.concatenate([each.outputs for each in parts], axis=1)
+    losses = np.concatenate([each.losses for each in parts])
+    gradients = np.all([each.gradients for each in parts], axis=0)
+    layers = list(dict.fromkeys(name.split("/")[0] for name in names))
+    places = [f"the weights {name}" for name in names] + [f"the outputs of {layer}" for layer in layers] + ["the loss"]
+    places += [f"the gradient of {name}" for name in reversed(names)]
+    finite = np.concatenate([parts[0].weights, outputs.all(axis=1), [losses.all()], gradients[::-1]])
+    if finite.all():
+        return None, []
+    alone = outputs.all(axis=0) & losses
+    if alone.all():  # gradients are sums over a batch: each row's own is needed
+        alone = np.array([part(row, row + 1).gradients.all() for row in range(rows)])
+    first = int(np.argmin(finite))
+    return (first, places[first]), np.flatnonzero(~alone).tolist()

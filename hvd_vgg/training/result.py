@@ -1,0 +1,162 @@
+"""What a run leaves beside its log: flags, receipt and result; and the summary printed at its end."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+from hvd_vgg.config import TrainConfig
+from hvd_vgg.errors import NOT_WRITTEN, Failure
+from hvd_vgg.flags import to_flag_file
+from hvd_vgg.parallel import comm
+from hvd_vgg.parallel.consensus import run_on_root
+from hvd_vgg.reporting import receipt
+from hvd_vgg.reporting.console import Console
+from hvd_vgg.reporting.throughput import format_table, limiting_part
+from hvd_vgg.run_dir import DISK_FULL, RunDir, atomic_write_text, write_error
+from hvd_vgg.text import format_duration, plural
+from hvd_vgg.training.checkpoint_writer import CheckpointWriter
+from hvd_vgg.training.evaluate import Evaluation
+from hvd_vgg.training.reporter import Reporter, format_ranks
+
+
+def write_run_files(config: TrainConfig, console: Optional[Console] = None) -> None:
+    """Brings flags.txt and receipt.json up to date; rank 0 alone. Raises Failure(NOT_WRITTEN).
+
+    With a console, on a full disk: files of an earlier start are kept, with a warning; they are rewritten later.
+    """
+    run_dir = RunDir(config.run_dir)
+    for path, write in (
+        (run_dir.flags, lambda: _write_if_changed(run_dir.flags, to_flag_file(config))),
+        (run_dir.receipt, lambda: receipt.write(run_dir.path)),
+    ):
+        try:
+            write()
+        except Failure as failure:
+            if console is None or getattr(failure.__cause__, "errno", None) not in DISK_FULL or not path.exists():
+                raise
+            console.say(f"{path} is an earlier start's: the disk is full. It is rewritten with the next result")
+
+
+def _write_if_changed(path: Path, text: str) -> None:
+    try:
+        if path.read_text(encoding="utf-8") == text:
+            return
+    except (OSError, UnicodeDecodeError):
+        pass
+    _write(path, text)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        atomic_write_text(path, text)
+    except OSError as error:
+        raise Failure(NOT_WRITTEN, write_error(path, error)) from error
+
+
+def write_result(
+    config: TrainConfig,
+    evaluation: Evaluation,
+    measured: Dict[str, Any],
+    step: int,
+    epochs: float,
+    seconds: float,
+    reporter: Reporter,
+) -> None:
+    """Writes result.json, flags and receipt, on rank 0, and logs `measured` (of `measure_run`). Collective.
+
+    Raises a collective Failure(NOT_WRITTEN).
+    """
+    path = RunDir(config.run_dir).result
+
+    def write() -> None:
+        # A process that trained nothing has measured nothing, and may find the result of the one that did.
+        if not measured["fps"] and _is_result_of(path, step):
+            return
+        reporter.event("throughput", step=step, **measured)
+        content = {
+            "acc@1": evaluation.top1 / evaluation.records,
+            "acc@5": evaluation.top5 / evaluation.records,
+            "top1_hits": evaluation.top1,
+            "top5_hits": evaluation.top5,
+            "records_evaluated": evaluation.records,
+            "bad_records_evaluated": evaluation.bad,
+            **measured,
+            "steps": step,
+            "epochs": epochs,
+            "ranks": comm.size(),
+            "global_batch": config.global_batch,
+            "precision": config.precision,
+            "seconds": seconds,
+        }
+        _write(path, json.dumps(content, indent=2) + "\n")
+
+    run_on_root(write)
+    run_on_root(lambda: write_run_files(config))
+
+
+def _is_result_of(path: Path, step: int) -> bool:
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8"))["steps"] == step)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def finish_log(
+    config: TrainConfig,
+    evaluation: Evaluation,
+    measured: Dict[str, Any],
+    step: int,
+    seconds: float,
+    writer: Optional[CheckpointWriter],
+    reporter: Reporter,
+) -> None:
+    """Logs and prints the end of a run. Collective; raises a collective Failure(NOT_WRITTEN) where the log is unwritable."""
+    scalars = {name: value for name, value in measured.items() if not name.startswith("by_")}
+    reporter.row((), {**evaluation.metrics(), **scalars})
+    reporter.say(f"finished in {format_duration(seconds)} on {plural(comm.size(), 'rank')}")
+    reporter.say(f"  acc@1              {evaluation.top1 / evaluation.records:.4f}")
+    reporter.say(f"  acc@5              {evaluation.top5 / evaluation.records:.4f}")
+    reporter.say(f"  records evaluated  {evaluation.records}")
+    reporter.say(f"  steps              {step}")
+    if measured["fps"]:
+        _print_throughput(measured, reporter)
+    if writer and writer.written:
+        each = writer.seconds / writer.written
+        reporter.say(f"  checkpoints        {writer.written} written in the background, {each:.2f} s each")
+    folder = RunDir(config.run_dir).path.resolve()
+    reporter.say(f"  run                {folder}")
+    reporter.say("  files              result.json, dllogger.json, receipt.json, flags.txt, checkpoints/, tensorboard/")
+    reporter.say(f"  to verify it       hvd-vgg verify-run {shlex.quote(str(folder))}")
+    run_on_root(lambda: reporter.log.close() if reporter.log else None)
+    run_on_root(lambda: receipt.write(RunDir(config.run_dir).path))
+
+
+def _print_throughput(measured: Dict[str, Any], reporter: Reporter) -> None:
+    rows, slow = measured["by_rank"], measured["slow_ranks"]
+    seconds = {name[: -len("_seconds")]: value for name, value in rows[0].items() if name.endswith("_seconds")}
+    excluded = {name: value for name, value in seconds.items() if value}
+    limit = "" if measured["steady"] else ", the limit: no steady state by then"
+    warm_up = f"{plural(measured['warm_up_updates'], 'update')} of warm-up ({measured['warm_up_seconds']:.1f} s{limit})"
+    reporter.say(
+        f"  fps                {measured['fps']:.1f} images/s over {plural(measured['fps_updates'], 'update')} "
+        f"(standard deviation {measured['fps_standard_deviation']:.1f}, jitter {measured['fps_jitter']:.1f}); "
+        f"excluded: {', '.join([warm_up, *excluded])}"
+    )
+    reporter.say(f"  fps, wall clock    {measured['fps_wall']:.1f} images/s, everything since the first update included")
+    share = f", {measured['share_of_peak']:.1%} of --device_tflops" if "share_of_peak" in measured else ""
+    reporter.say(f"  compute            {measured['tflops_per_rank']:.3g} TFLOP/s per rank{share}")
+    hosts = ", ".join(dict.fromkeys(rows[rank]["host"] for rank in sorted(slow)[:8]))
+    who = f"{format_ranks(slow)} on {hosts}: {'its' if len(slow) == 1 else 'their'} " if slow else ""
+    reporter.say(f"  bottleneck         {who}{measured['bottleneck']}")
+    if len(rows) > 1:
+        last = rows[measured["slowest_rank"]]
+        cause = measured["bottleneck"] if last["rank"] in slow else limiting_part(last)
+        reporter.say(
+            f"  slowest rank       rank {last['rank']} on {last['host']}: {last['fps_alone']:.1f} images/s alone, limited "
+            f"by its {cause} ({last[cause]:.1%} of its time)"
+        )
+    reporter.say(format_table(rows))
+    if excluded:
+        text = ", ".join(f"{name} {value:.2f} s" for name, value in excluded.items())
+        reporter.say(f"  excluded, rank 0   {text}")

@@ -1,0 +1,110 @@
+"""Continuing a run: from its newest whole checkpoint, and only if it is the same run."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any, Dict, List, NoReturn
+
+from hvd_vgg.config import TrainConfig, allowed_changes, hyperparameters
+from hvd_vgg.errors import CONFIGURATION, Failure
+from hvd_vgg.parallel import comm
+from hvd_vgg.parallel.consensus import run_on_root
+from hvd_vgg.reporting import receipt
+from hvd_vgg.text import difference_table
+from hvd_vgg.training import checkpoint
+from hvd_vgg.training.reporter import Reporter
+from hvd_vgg.training.state import CHECKPOINT_FORMAT, State, TrainProgress, assign_variables, find_mismatch
+
+# Flags that decide which record is due when: of an epoch in which one of them has changed nothing can be proved.
+_ORDER = {"global_batch", "seed", "shuffle_block_records"}
+
+
+def restore_state(
+    state: State, config: TrainConfig, run_dir: Path, run: Dict[str, Any], reporter: Reporter
+) -> TrainProgress:
+    """Brings `state` of all ranks to the newest checkpoint in `run_dir`, or to rank 0's initial weights. Collective.
+
+    run: `run_fingerprint` of this run. Damaged checkpoints newer than the one it continues from are renamed. Raises a
+    collective Failure(CONFIGURATION) as --resume says, when no checkpoint is whole, or when the run is another.
+    """
+    found = run_on_root(lambda: dataclasses.asdict(_restore_root(state, config, run_dir, run, reporter)))
+    comm.broadcast_variables(list(state.variables().values()))
+    return TrainProgress(**comm.broadcast_json(found))
+
+
+def _restore_root(
+    state: State, config: TrainConfig, run_dir: Path, run: Dict[str, Any], reporter: Reporter
+) -> TrainProgress:
+    checkpoint.clean(run_dir)
+    _require(config.resume, run_dir)
+    found, faults = checkpoint.newest(run_dir)
+    if found is None:
+        _check_none_was_saved(run_dir)
+        return TrainProgress()
+    if found.meta.get("format") != CHECKPOINT_FORMAT:
+        raise Failure(
+            CONFIGURATION,
+            f"{found.path} was written by another version of hvd_vgg, whose log this one does not continue: use that "
+            f"version, or another --run_dir",
+        )
+    before = found.meta["run"]
+    changed = [key for key in {**before, **run} if before.get(key) != run.get(key)]
+    refused = [key for key in changed if key not in allowed_changes(config)]
+    if refused:
+        _refuse(refused, find_mismatch(state.variables(), found), found, run, run_dir)
+    assign_variables(state.variables(), found)
+    if found.meta.get("best"):  # killed before `best` could name it
+        with contextlib.suppress(OSError):
+            checkpoint.point_to_best(found.path)
+    for path, reason in faults.items():
+        renamed = checkpoint.set_aside(path)
+        reporter.say(f"{path.name} is damaged ({reason}): renamed to {renamed.name}")
+        reporter.event("checkpoint_damaged", file=path.name, reason=reason, renamed=renamed.name)
+    for key in changed:
+        reporter.say(f"--{key} was {before.get(key)}, is {run.get(key)} from here on")
+        reporter.event("config_changed", flag=key, before=before.get(key), after=run.get(key))
+    reporter.say(f"continuing from step {found.meta['step']}: {found.path}")
+    reporter.event("resume", **{"from": found.meta["step"]}, checkpoint=found.path.name)
+    fields = [field.name for field in dataclasses.fields(TrainProgress)]
+    progress = TrainProgress(**{name: found.meta[name] for name in fields if name in found.meta})
+    if _ORDER & set(changed):
+        progress.coverage = []
+    return progress
+
+
+def _check_none_was_saved(run_dir: Path) -> None:
+    """Raises Failure(CONFIGURATION) where checkpoints in the log are gone: a run never starts over silently."""
+    saved = [line.data["file"] for line in receipt.read_log(run_dir / "dllogger.json") if line.kind == "checkpoint"]
+    if saved:
+        raise Failure(
+            CONFIGURATION,
+            f"{checkpoint.folder(run_dir)} holds no checkpoint, but according to the log {saved[-1]} was saved: restore it "
+            f"from a copy, or start over in another --run_dir",
+        )
+
+
+def _refuse(keys: List[str], mismatch: str, found: checkpoint.Checkpoint, run: Dict[str, Any], run_dir: Path) -> NoReturn:
+    """Raises Failure(CONFIGURATION) with what differs, and what of it --allow_config_change may admit."""
+    before, own = found.meta["run"], f"the run's own flags (--flagfile={run_dir}/flags.txt)"
+    table = difference_table({k: before.get(k) for k in keys}, {k: run.get(k) for k in keys}, ("checkpoint", "command"))
+    if "train_data_sha256" in keys:
+        fix = "Another data set is another run: use another --run_dir, or the data that this run began with"
+    elif mismatch:
+        fix = f"Another network is another run: use another --run_dir, or {own}"
+    elif set(keys) <= set(hyperparameters()):
+        fix = f"Use {own}, another --run_dir, or allow a flag to change by name: --allow_config_change={','.join(keys)}"
+    else:  # --label_base, or what another version of hvd_vgg has written
+        fix = f"Use {own}, or another --run_dir"
+    raise Failure(CONFIGURATION, f"{found.path} is of another run:\n{table}\n{fix}")
+
+
+def _require(resume: str, run_dir: Path) -> None:
+    found = checkpoint.existing(run_dir)
+    if resume == "required" and not found:
+        raise Failure(CONFIGURATION, f"--resume=required, but {checkpoint.folder(run_dir)} holds no checkpoint")
+    if resume == "never" and found:
+        raise Failure(
+            CONFIGURATION,
+            f"--resume=never, but {checkpoint.folder(run_dir)} holds {len(found)} checkpoints, which are never "
+            f"overwritten: use another --run_dir",
+        )

@@ -1,0 +1,38 @@
+"""Joining the ranks of a command: Horovod, this rank's device, and that all ranks run the same thing."""
+
+import dataclasses
+from typing import Dict, NamedTuple, Sequence
+
+from hvd_vgg.config import ComputeConfig
+from hvd_vgg.data.transforms import IMAGE_LIBRARY
+from hvd_vgg.parallel import comm
+from hvd_vgg.parallel.consensus import require_equal, run_on_all_ranks
+from hvd_vgg.parallel.init import Device, compared_environment, describe_software, join, take_device
+from hvd_vgg.reporting.console import Console
+
+# Flags that may differ between ranks: a host may keep its files elsewhere, and rank 0 alone prints.
+_OWN_FLAGS = ("data_dir", "run_dir", "console", "out")
+
+
+class Session(NamedTuple):
+    """What a rank has after it joined: its device, the console, and the groups of ranks that were asked for, by size."""
+
+    device: Device
+    console: Console
+    groups: Dict[int, comm.Group]
+
+
+def join_ranks(config: ComputeConfig, timeline: bool = False, group_sizes: Sequence[int] = ()) -> Session:
+    """Joins the ranks and takes this rank's device; the first call of a command that computes. Collective.
+
+    timeline: whether Horovod's timeline may be started later; group_sizes: of the groups of first ranks to make. Raises a
+    collective Failure(CONFIGURATION) unless flags, software and environment are equal on all ranks; and as `init.join` and
+    `init.take_device` do.
+    """
+    groups = join(timeline, config.hang_seconds, group_sizes)
+    device = run_on_all_ranks(lambda: take_device(config.input_threads, config.precision))
+    flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in _OWN_FLAGS}
+    require_equal("the flags", flags)
+    require_equal("the software", describe_software(IMAGE_LIBRARY))
+    require_equal("the environment", compared_environment())
+    return Session(device, Console(config.console, comm.is_root()), groups)

@@ -1,0 +1,137 @@
+"""The state of a run: weights, momentum, and its progress. It is equal on all ranks and knows nothing of them."""
+
+import dataclasses
+import hashlib
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
+
+import numpy as np
+import tensorflow as tf
+
+from hvd_vgg.config import NetworkConfig, StepConfig, TrainConfig, fingerprint
+from hvd_vgg.data.index import Index
+from hvd_vgg.errors import CONFIGURATION, Failure
+from hvd_vgg.models import vgg
+from hvd_vgg.models.architecture import vgg_layers
+from hvd_vgg.parallel.consensus import run_on_all_ranks
+from hvd_vgg.training.checkpoint import Checkpoint
+from hvd_vgg.training.checkpoint_writer import CheckpointWriter
+from hvd_vgg.training.optimizer import SCALE_STATE, Slots, make_slots
+
+# Of a run's checkpoints and log; a run is continued only in the format that it began with.
+CHECKPOINT_FORMAT = 2
+
+
+class State(NamedTuple):
+    """The variables of a run by name, on this rank."""
+
+    weights: vgg.Weights
+    slots: Slots
+
+    def variables(self) -> Dict[str, Any]:
+        """Returns all variables by name."""
+        return {**self.weights, **self.slots}
+
+
+@dataclasses.dataclass
+class TrainProgress:
+    """How far a run is, as its checkpoints keep it.
+
+    step: updates made; seconds: that they took, over all starts; best_top1: most hits of an evaluation so far, -1 before the
+    first; evaluated: the step of the newest evaluation; coverage: `Coverage.state()`; bad_records: ids; skipped_steps: by
+    --on_nonfinite=rewind.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    best_top1: int = -1
+    evaluated: int = 0
+    coverage: List[int] = dataclasses.field(default_factory=list)
+    bad_records: List[int] = dataclasses.field(default_factory=list)
+    skipped_steps: List[int] = dataclasses.field(default_factory=list)
+
+
+def initial_weights(config: NetworkConfig, seed: int) -> vgg.Weights:
+    """Returns the weights before the first update, as variables: a function of the network and the seed."""
+    return vgg.initial_weights(vgg_layers(config.model, config.width, config.image_size, config.num_classes), seed)
+
+
+def initial_state(config: StepConfig) -> State:
+    """Returns the state before the first update: a function of the configuration, equal on every rank."""
+    weights = initial_weights(config, config.seed)
+    return State(weights, make_slots(weights, config.precision))
+
+
+def reset_state(state: State, config: StepConfig) -> None:
+    """Returns `state` to before the first update."""
+    for variable, value in zip(state.variables().values(), initial_state(config).variables().values()):
+        variable.assign(value)
+
+
+def assign_variables(variables: Dict[str, Any], found: Checkpoint) -> None:
+    """Copies a checkpoint's tensors into the variables of the same names; Failure(CONFIGURATION) where they do not fit.
+
+    The loss scale stays as it is where the run had another precision until then, and so no loss scale.
+    """
+    mismatch = find_mismatch(variables, found)
+    if mismatch:
+        raise Failure(CONFIGURATION, f"{found.path}: {mismatch}: it is of another network")
+    for name, variable in variables.items():
+        if name in found.tensors:
+            variable.assign(found.tensors[name])
+
+
+def find_mismatch(variables: Dict[str, Any], found: Checkpoint) -> str:
+    """Returns the first of `variables` that a checkpoint lacks, or has in another shape; "" where all fit."""
+    for name, variable in variables.items():
+        if name in SCALE_STATE and found.meta["run"].get("precision") != "float16":
+            continue
+        tensor, shape = found.tensors.get(name), tuple(variable.shape)
+        if tensor is None or tensor.shape != shape:
+            return f"{name} is {tensor.shape if tensor is not None else 'missing'}, expected {shape}"
+    return ""
+
+
+def save_state(
+    state: State, progress: TrainProgress, run: Dict[str, Any], writer: Optional[CheckpointWriter], best: bool
+) -> None:
+    """Starts writing a checkpoint, on rank 0, which alone has a writer; waits only for the copy of the variables."""
+    if writer:
+        tensors = {name: np.asarray(variable) for name, variable in state.variables().items()}
+        writer.begin(tensors, {**dataclasses.asdict(progress), "format": CHECKPOINT_FORMAT, "run": run, "best": best}, best)
+
+
+def finish_save(writer: Optional[CheckpointWriter]) -> None:
+    """Waits for the checkpoint started last. Collective; raises a collective Failure(NOT_WRITTEN)."""
+
+    def wait() -> None:
+        failure = writer.wait() if writer else None
+        if failure:
+            raise failure
+
+    run_on_all_ranks(wait)
+
+
+def data_digest(index: Index) -> str:
+    """Returns a SHA-256 over the lengths and labels of a split's records; contents are checked whenever they are read."""
+    return hashlib.sha256(index.lengths.tobytes() + index.labels.tobytes()).hexdigest()
+
+
+def run_fingerprint(config: TrainConfig, train_index: Index, label_base: int) -> Dict[str, Any]:
+    """Returns what must be equal for a checkpoint to be continued: configuration and data, as JSON can hold it."""
+    digest = data_digest(train_index)
+    data = {"train_records": train_index.records, "train_data_sha256": digest, "label_base": label_base}
+    return {**fingerprint(config), **data}
+
+
+def make_checksums(weights: vgg.Weights) -> Callable[[], Any]:
+    """Returns the function () -> int64 [weights]: of each weight, in order, the sum of its bits as integers.
+
+    Exact, whatever the order of summing: equal weights have equal sums, and any one number that differs changes its sum.
+    """
+
+    @tf.function(jit_compile=False, autograph=False)
+    def checksums() -> Any:
+        bits = [tf.cast(tf.bitcast(weight, tf.int32), tf.int64) for weight in weights.values()]
+        return tf.stack([tf.reduce_sum(each) for each in bits])
+
+    return checksums
