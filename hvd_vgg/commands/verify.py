@@ -104,13 +104,9 @@ def _check_restarts(run: RunDir, history: History) -> Findings:
             # One that ended otherwise may have ended before it began to log.
             if not inside and (following.get("code") in (DONE, STOPPED) or following.get("lost_seconds") is not None):
                 yield f"the attempt of {row['at']} ended with {following['code']}, but the log has no start of it"
-    for attempt in launched:
-        if attempt not in matched:
-            yield f"no attempt on {plural(attempt.ranks, 'rank')} at the time of start {attempt.number} of the log"
+    for attempt in [attempt for attempt in launched if attempt not in matched]:
+        yield f"no attempt on {plural(attempt.ranks, 'rank')} at the time of start {attempt.number} of the log"
     return PASS, f"has {len(launched)} of {plural(len(history.attempts), 'start')} in the log"
-
-
-# ---- files
 
 
 def _check_file(path: Path, history: History) -> Findings:
@@ -125,8 +121,8 @@ def _check_file(path: Path, history: History) -> Findings:
     attempt = [attempt for attempt in history.attempts if attempt.start.number <= number][-1]
     config, records = attempt.config, attempt.records
     expected = {**fingerprint(config), "train_data_sha256": attempt.start.data["data"]["train"]["sha256"]}
-    expected.pop("steps", None)  # the log has the length of the run in steps, whichever way it was given
-    yield from mismatches((name, meta["run"].get(name), value) for name, value in expected.items())
+    # The log has the length of the run in steps, whichever way it was given.
+    yield from mismatches((name, meta["run"].get(name), value) for name, value in expected.items() if name != "steps")
     if meta["coverage"]:
         part, position = parse_epoch_records(meta["coverage"]), step * attempt.batch
         due = positions(position - position % records, position, records, config.seed, config.shuffle_block_records).ids
@@ -159,9 +155,11 @@ def _check_result(run: RunDir, history: History) -> Findings:
     result = json.loads(run.result.read_bytes())
     step = history.attempts[-1].last if history.over == "end" else result["steps"]
     logged = [(each, line) for each in reversed(history.attempts) for line in each.select("throughput") if line.step == step]
+    if not logged:
+        yield f"is of step {result['steps']}, of which the log has none"
+        return FAIL, ""
     # A kill may have come between its line in the log and the file, which then is an earlier attempt's of the same step.
-    same = [(each, line) for each, line in logged if line.data.get("fps_wall") == result.get("fps_wall")]
-    attempt, line = (same or logged)[0]
+    attempt, line = min(logged, key=lambda each: bool(each[1].data.get("fps_wall") != result.get("fps_wall")))
     evaluation = [each.data for each in attempt.select("evaluation") if each.number < line.number][-1]
     expected = {name: evaluation[f"eval.{name}"] for name in ("acc@1", "acc@5", "top1_hits", "top5_hits")}
     expected.update({"by_rank": None, "by_host": None, **line.data, "event": None, "step": None, "steps": step})
@@ -186,9 +184,8 @@ def _check_receipt(run: RunDir, history: History) -> Findings:
         # The launcher notes a start before its ranks begin, and so before any receipt of theirs.
         launched = any(line.kind == "start" and line.data["launched"] for line in lines[:covered])
         expected["files"]["restarts.jsonl"] = "those of `hvd-vgg launch`" if launched else None
-    del expected["written"]
     yield from _checkpoint_faults(run, history, covered, found["checkpoints"], expected.pop("checkpoints"))
-    yield from mismatches((name, found.get(name), value) for name, value in expected.items())
+    yield from mismatches((name, found.get(name), value) for name, value in expected.items() if name != "written")
     newer = f"; {len(lines) - covered} lines are newer, as in a run that goes on or was killed" if lines[covered:] else ""
     return PASS, f"log, restarts, result and checkpoints are as they were{newer}"
 
@@ -219,25 +216,20 @@ def _check_flags(run: RunDir, history: History) -> Findings:
     attempt = history.attempts[-1]
     flags = parse_flags(TrainConfig, [f"--flagfile={run.flags}"])
     flags = dataclasses.replace(flags, steps=total_steps(flags, attempt.records))
-    expected = dataclasses.asdict(attempt.config)
-    yield from mismatches((name, getattr(flags, name), value) for name, value in expected.items())
+    yield from mismatches((name, getattr(flags, name), value) for name, value in dataclasses.asdict(attempt.config).items())
     return PASS, f"the flags of start {attempt.number}"
-
-
-# ---- with the data
 
 
 def _evaluate_again(run: RunDir, config: VerifyConfig) -> Findings:
     """Evaluates the newest and the best checkpoint again. Collective."""
-    history, paths, texts = read_history(receipt.read_log(run.log)), run.list_checkpoints(), []
+    history, paths, texts, verdict = read_history(receipt.read_log(run.log)), run.list_checkpoints(), [], PASS
     if not history.attempts or not paths:
         return UNKNOWN, "there is no checkpoint, or no start in the log"
-    from hvd_vgg.training import loop
+    from hvd_vgg.commands import evaluate
 
     attempt, names = history.attempts[-1], ["newest", "best"] if checkpoint.best(run.path) in paths[1:] else ["newest"]
     flags = dataclasses.replace(attempt.config, data_dir=config.data_dir, run_dir=config.run_dir, console="auto")
-    verdict = PASS
-    for name, score in zip(names, loop.score(flags, names)):
+    for name, score in zip(names, evaluate.score(flags, names)):
         now, line = score.result, history.scores.get(score.step)
         then = [int(line.data[f"eval.top{k}_hits"]) for k in (1, 5)] if line else None
         texts.append(f"{name}: {now.top1} and {now.top5} hits of {now.records} at step {score.step}; logged: {then}")

@@ -63,14 +63,12 @@ def _parse_line(number: int, text: bytes, end: int) -> LogLine:
         raise ValueError("torn, or not a line of DLLogger's")
     row = json.loads(text[5:])
     step, data, timestamp = row.get("step"), row.get("data", {}), float(row["timestamp"])
-    began, epoch, done = timestamp - float(row["elapsedtime"]), -1, data.get("step", -1)
-    if row["type"] != "LOG":
-        kind = row["type"]
-    elif step in ("EVENT", "PARAMETER"):
+    began, epoch, done, kind = timestamp - float(row["elapsedtime"]), -1, data.get("step", -1), row["type"]
+    if kind == "LOG" and isinstance(step, str):
         kind = data["event"] if step == "EVENT" else step
-    elif step:
+    elif kind == "LOG" and step:
         (epoch, done), kind = map(int, step), "train" if "train.loss" in data else "evaluation"
-    else:
+    elif kind == "LOG":
         kind = "end"
     return LogLine(number, str(kind), end, epoch, done, data, timestamp, began)
 
@@ -116,9 +114,8 @@ def file_row(path: Path, length: Optional[int] = None) -> Optional[Dict[str, Any
 
 def sync(path: Path) -> None:
     """Puts what was written to a file on disk: digests of it must not outlive it in a power cut."""
-    if path.exists():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
+    with contextlib.suppress(FileNotFoundError), open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def write(run_dir: Path) -> None:
@@ -162,10 +159,8 @@ def content(run_dir: Path, files: Optional[Dict[str, Any]] = None) -> Dict[str, 
 
 def _checkpoints(run_dir: Path) -> Iterator[Dict[str, Any]]:
     for path in sorted((run_dir / "checkpoints").glob("step-*.safetensors")):
-        try:
+        with contextlib.suppress(FileNotFoundError, ValueError):  # pruned meanwhile, or damaged: the next start reports that
             yield checkpoint_row(path)
-        except (FileNotFoundError, ValueError):
-            continue  # pruned meanwhile, or damaged: the next start reports that
 
 
 def _evaluations(lines: List[LogLine]) -> List[Dict[str, Any]]:
