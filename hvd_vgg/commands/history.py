@@ -1,7 +1,7 @@
-"""Replays the log of a run: its attempts (process starts), their segments (between rewinds), and what contradicts itself.
+"""Replays the log of a run: its attempts (process starts), their segments (between rewinds), and where it is inconsistent.
 
-Each line is checked once, in order, against the configuration of its attempt and the lines before it. What a kill explains
-is no fault: a torn last line, and after the last line of updates an evaluation, a coverage or a checkpoint that is missing.
+Each line is checked against the configuration of its attempt and the lines before it. A kill may have torn the last line of
+an attempt, or have come before the evaluation, coverage or checkpoint of its last updates: that is no fault.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from hvd_vgg.models.architecture import training_flops, vgg_layers
 from hvd_vgg.reporting.receipt import LogLine
 from hvd_vgg.reporting.throughput import Throughput, per_host
 from hvd_vgg.run_dir import checkpoint_step
+from hvd_vgg.text import plural
 from hvd_vgg.training.schedule import evaluation_steps, learning_rate
 
 PASS, FAIL, UNKNOWN = "pass", "fail", "unknown"
@@ -47,7 +48,7 @@ class Attempt:
         flags.update({name: tuple(value) for name, value in flags.items() if isinstance(value, list)})
         self.config = TrainConfig(**flags)  # with the length of the run in steps
         self.batch, self.ranks = self.config.global_batch, int(start.data["ranks"])
-        self.records, self.to_evaluate = (int(start.data["data"][split]["records"]) for split in ("train", "validation"))
+        self.records = int(start.data["data"]["train"]["records"])
         self.begin_segment(start.step, start)
 
     def begin_segment(self, step: int, line: LogLine) -> None:
@@ -82,10 +83,10 @@ class History:
         return [line for attempt in self.attempts for line in attempt.select(kind)]
 
     def compare(self, row: Any, known: Any, after: int, before: float = math.inf) -> str:
-        """Returns PASS if two rows of `receipt.checkpoint_row` are equal; else FAIL, or UNKNOWN if a kill explains it.
+        """Returns PASS for equal rows of `receipt.checkpoint_row`, else FAIL, or UNKNOWN where a kill may explain it.
 
-        An attempt that first evaluates the checkpoint it began from saves it again with the result. A kill may keep that out
-        of the log: then there is an evaluation between those lines, and the header is another, but not the weights.
+        An attempt that first evaluates the checkpoint it began from saves it again with the result. If a kill keeps that out
+        of the log, there is an evaluation between the lines `after` and `before`, and only the header has changed.
         """
         if row is None or row["sha256"] != known["sha256"]:
             return FAIL
@@ -140,7 +141,6 @@ def _replay(history: History, line: LogLine, following: Optional[LogLine]) -> It
 
 
 def _check_origin(history: History, line: LogLine) -> Tuple[str, str]:
-    """Says whether a start continued what the lines before it had reached and saved."""
     step, row, before = line.step, line.data["checkpoint"], history.attempts[-1] if history.attempts else None
     number, saved = history.saved.get(step, (0, None))
     verdict = FAIL
@@ -150,8 +150,9 @@ def _check_origin(history: History, line: LogLine) -> Tuple[str, str]:
         verdict = UNKNOWN if any(each.step == step for each in [before.start, *before.select("train")]) else FAIL
     elif before and step <= before.last:
         verdict = history.compare(row, saved, number, line.number)
-    text = {PASS: "as saved", UNKNOWN: "saved as a kill came", FAIL: "which is not what had been saved"}[verdict]
-    return verdict, f"from step {step} on {line.data['ranks']} ranks, {text}" + (f" (line {number})" if number else "")
+    source = f"the checkpoint of line {number}" if number else "no checkpoint"
+    text = {PASS: source, UNKNOWN: "a kill kept its save out of the log", FAIL: f"not what had been saved ({source})"}
+    return verdict, f"from step {step} on {plural(int(line.data['ranks']), 'rank')}: {text[verdict]}"
 
 
 def _replay_in_attempt(history: History, attempt: Attempt, line: LogLine) -> Iterator[_Row]:
@@ -175,11 +176,7 @@ def _replay_in_attempt(history: History, attempt: Attempt, line: LogLine) -> Ite
     elif kind == "coverage":
         yield from _coverage_rows(line, attempt)
         attempt.next_epoch = int(data["epoch"]) + 1
-        text = (
-            f"{data['skipped']} skipped, replaced {data['replaced']}"
-            if data["known"]
-            else "trained in two orders: not proved"
-        )
+        text = f"{data['skipped']} skipped, replaced {data['replaced']}" if data["known"] else "trained in two orders"
         if not data["known"] or data["skipped"] or data["replaced"]:
             history.checks.append(Check(PASS if data["known"] else UNKNOWN, f"epoch {data['epoch']}", text))
     elif kind == "evaluation":
@@ -219,7 +216,7 @@ def _train_rows(line: LogLine, attempt: Attempt) -> Iterator[_Row]:
 
 
 def _evaluation_rows(line: LogLine, attempt: Attempt) -> Iterator[_Row]:
-    data, records = line.data, attempt.to_evaluate
+    data, records = line.data, attempt.start.data["data"]["validation"]["records"]
     hits = [data["eval.top1_hits"], data["eval.top5_hits"], data["eval.records"]]
     yield "eval.top1_hits, top5_hits, records", hits, sorted([*(max(0, int(each)) for each in hits[:2]), records])
     yield "eval.acc@1, acc@5", [data["eval.acc@1"], data["eval.acc@5"]], [each / records for each in hits[:2]]

@@ -1,13 +1,9 @@
 """Checks a run against what its directory holds: `hvd-vgg verify-run`.
 
-Whatever the raw lines of the log allow is computed again: images/s from the seconds of each update, accuracies from hits,
-coverage from the ids 0 .. N-1, learning rates and epochs from the configuration, and the order of starts, lines and
-checkpoints (`read_history`). The digests of the receipt hold the rest together. With the data, checkpoints are evaluated
-again.
-
-What cannot be checked is unknown, and no failure: a kill at any moment leaves work newer than the last receipt, result or
-line about it. The log has the times of single updates for rank 0 only; what result.json says of the other ranks is compared
-with what was logged at the same time.
+Whatever the lines of the log allow is computed again (`read_history`): images/s from the seconds of each update, accuracies
+from hits, coverage from record ids, learning rates, and the order of starts, lines and checkpoints. The digests of the
+receipt hold the rest together; with the data, checkpoints are evaluated again. A kill may leave files newer than the last
+receipt or line about them: what cannot be checked for that reason is unknown, and no failure.
 """
 
 import dataclasses
@@ -31,8 +27,7 @@ from hvd_vgg.text import plural
 from hvd_vgg.training import checkpoint
 from hvd_vgg.training.schedule import total_steps
 
-# Yields what is wrong; returns the verdict and text if nothing is.
-Findings = Generator[str, None, Tuple[str, str]]
+Findings = Generator[str, None, Tuple[str, str]]  # yields what is wrong; returns verdict and text if nothing is
 
 
 def verify_run(config: VerifyConfig) -> None:
@@ -83,8 +78,7 @@ def _conclude(subject: str, findings: Findings) -> Iterator[Check]:
 
 def _check_log(history: History) -> Findings:
     yield from history.faults
-    epochs = sum(line.data["known"] for line in history.select("coverage"))
-    counts = [(len(history.attempts), "start"), (epochs, "proved epoch"), (len(history.select("evaluation")), "evaluation")]
+    counts = [(len(history.attempts), "start"), (len(history.select("coverage")), "whole epoch")]
     return PASS, f"{len(history.lines)} lines in order: {', '.join(plural(*count) for count in counts)}"
 
 
@@ -133,7 +127,7 @@ def _check_file(path: Path, history: History) -> Findings:
 
 
 def _check_best(run: RunDir, history: History) -> Findings:
-    best, scores = checkpoint.best(run.path), history.scores
+    best, scores = checkpoint.best(run), history.scores
     hits = {step: int(line.data["eval.top1_hits"]) for step, line in scores.items()}
     most = hits.get(checkpoint_step(best) or 0) if best else -1
     if best and not best.exists():
@@ -171,12 +165,12 @@ def _check_result(run: RunDir, history: History) -> Findings:
 
 
 def _check_receipt(run: RunDir, history: History) -> Findings:
-    found, lines = receipt.read(run.path), history.lines
+    found, lines = receipt.read(run), history.lines
     if found is None:
         if any(attempt.lines for attempt in history.attempts) or run.receipt.exists():
             yield "is missing or unreadable, though each start writes it before its first update"
         return UNKNOWN, "there is none yet"
-    expected = receipt.content(run.path, found["files"])
+    expected = receipt.content(run, found["files"])
     covered = sum(line.end <= found["files"]["dllogger.json"]["bytes"] for line in lines)
     if any(line.kind == "evaluation" for line in lines[covered:]):  # a kill may have come before the newer result's receipt
         expected["files"]["result.json"] = found["files"]["result.json"]
@@ -227,7 +221,7 @@ def _evaluate_again(run: RunDir, config: VerifyConfig) -> Findings:
         return UNKNOWN, "there is no checkpoint, or no start in the log"
     from hvd_vgg.commands import evaluate
 
-    attempt, names = history.attempts[-1], ["newest", "best"] if checkpoint.best(run.path) in paths[1:] else ["newest"]
+    attempt, names = history.attempts[-1], ["newest", "best"] if checkpoint.best(run) in paths[1:] else ["newest"]
     flags = dataclasses.replace(attempt.config, data_dir=config.data_dir, run_dir=config.run_dir, console="auto")
     for name, score in zip(names, evaluate.score(flags, names)):
         now, line = score.result, history.scores.get(score.step)

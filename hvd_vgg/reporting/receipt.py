@@ -1,17 +1,12 @@
-"""The receipt of a run, `receipt.json`: digests and facts that the contents of the run directory can be compared with.
+"""The receipt of a run, `receipt.json`: facts and digests that the contents of its directory can be compared with.
 
-It holds the configuration; the digests of the data; the versions of code and packages; every process start with its hosts;
-every restart, epoch and evaluation, with the digest of the checkpoint evaluated; and the SHA-256 of the log, the result and
-the checkpoints as they are when it is written, and of the log as it was at each start. All of it is derived from the files,
-so that `write` may be called at any time, and a run that was killed has a receipt as good as any.
+It may be written at any time, from the files: the configuration, digests of data and code, packages, every start, restart,
+epoch and evaluation, and the SHA-256 of log, result and checkpoints, and of the log as it was at each start. It proves
+integrity, not authenticity: whoever can rewrite the directory can rewrite the receipt. To prove a run to someone else, give
+them the SHA-256 of the receipt when the run ends, or the data, to evaluate the checkpoints again.
 
-It proves integrity, not authenticity: whoever can rewrite the whole directory can rewrite the receipt too. To prove a run to
-someone else, give them the SHA-256 of the receipt itself when the run ends, or the data, to evaluate the checkpoints again
-(`hvd-vgg verify-run`).
-
-A checkpoint has two digests: `sha256`, of its tensors, is stored in the file's header; `header_sha256` is of that header,
-which also has names, shapes, position and configuration. Together they stand for the whole file, and reading the header is
-enough to write them down.
+A checkpoint has two digests, which stand for the whole file but take reading its header only: `sha256`, of its tensors, is
+stored in the header; `header_sha256` is of the header, which also has names, shapes, position and configuration.
 """
 
 import contextlib
@@ -23,21 +18,17 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
 from hvd_vgg.errors import NOT_WRITTEN, Failure
-from hvd_vgg.run_dir import atomic_write_text, write_error
+from hvd_vgg.run_dir import RunDir, atomic_write_text, write_error
 
 ABOUT = "Integrity, not authenticity: whoever can rewrite the directory can rewrite this file. Check: hvd-vgg verify-run."
 _HEADER_LIMIT = 100_000_000  # bytes, that of the safetensors library
 
 
 class LogLine(NamedTuple):
-    """A line of the log.
-
-    kind: the name of an event, such as `start` or `checkpoint`; METADATA; PARAMETER; `train`; `evaluation`; `end`, of a run;
-    or "" for a line that cannot be read.
-    """
+    """A line of the log."""
 
     number: int  # from 1
-    kind: str
+    kind: str  # METADATA, PARAMETER, train, evaluation, end (of a run), the name of an event, or "" if it cannot be read
     end: int  # bytes of the log up to the end of this line
     epoch: int  # -1 where the line has none
     step: int  # updates made by then; -1 where the line does not say
@@ -82,10 +73,10 @@ def read_json_lines(path: Path, length: Optional[int] = None) -> List[Dict[str, 
     return [row for row in rows if isinstance(row, dict)]
 
 
-def read(run_dir: Path) -> Optional[Dict[str, Any]]:
-    """Returns the receipt of a run directory; None if there is none that can be read."""
+def read(run: RunDir) -> Optional[Dict[str, Any]]:
+    """Returns the receipt of a run; None if there is none that can be read."""
     try:
-        found = json.loads((run_dir / "receipt.json").read_bytes())
+        found = json.loads(run.receipt.read_bytes())
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and isinstance(found.get("starts"), list) else None
@@ -118,24 +109,23 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def write(run_dir: Path) -> None:
-    """Writes the receipt of a run directory as it is now, whole or not at all. Rank 0 only. Raises Failure(NOT_WRITTEN)."""
-    path, earlier = run_dir / "receipt.json", read(run_dir)
+def write(run: RunDir) -> None:
+    """Writes the receipt of a run as it is now, whole or not at all. Rank 0 only. Raises Failure(NOT_WRITTEN)."""
+    earlier = read(run)
     try:
-        sync(run_dir / "dllogger.json")
-        found = content(run_dir)
+        sync(run.log)
+        found = content(run)
         # What an earlier receipt says of a start stays as it was: it is evidence of the log as it was then.
         found["starts"][: len(earlier["starts"]) if earlier else 0] = earlier["starts"] if earlier else []
-        atomic_write_text(path, json.dumps(found, indent=1) + "\n")
+        atomic_write_text(run.receipt, json.dumps(found, indent=1) + "\n")
     except OSError as error:
-        raise Failure(NOT_WRITTEN, write_error(path, error)) from error
+        raise Failure(NOT_WRITTEN, write_error(run.receipt, error)) from error
 
 
-def content(run_dir: Path, files: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
-    """Returns the receipt of a run directory; files: an earlier one's, if log and restarts are to be taken as of then."""
-    log, restarts = run_dir / "dllogger.json", run_dir / "restarts.jsonl"
+def content(run: RunDir, files: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
+    """Returns the receipt of a run as it is now; of log and restarts only the bytes that the `files` of another name."""
     length = {name: row["bytes"] if row else 0 for name, row in (files or {}).items()}
-    lines = [line for line in read_log(log) if line.end <= length.get("dllogger.json", line.end)]
+    lines = [line for line in read_log(run.log) if line.end <= length.get("dllogger.json", line.end)]
     starts = [line for line in lines if line.kind == "start"]
     parameters = next((line.data for line in reversed(lines) if line.kind == "PARAMETER"), {})
     return {
@@ -146,19 +136,19 @@ def content(run_dir: Path, files: Optional[Dict[str, Any]] = None) -> Dict[str, 
         **{name: starts[-1].data.get(name) if starts else None for name in ("data", "code", "packages", "environment")},
         "epochs": [{"line": line.number, **line.data} for line in lines if line.kind == "coverage"],
         "evaluations": _evaluations(lines),
-        "starts": [{"timestamp": line.timestamp, **line.data, "log": file_row(log, line.end)} for line in starts],
-        "restarts": read_json_lines(restarts, length.get("restarts.jsonl")),
-        "checkpoints": list(_checkpoints(run_dir)),
+        "starts": [{"timestamp": line.timestamp, **line.data, "log": file_row(run.log, line.end)} for line in starts],
+        "restarts": read_json_lines(run.restarts, length.get("restarts.jsonl")),
+        "checkpoints": list(_checkpoints(run)),
         "files": {
-            "dllogger.json": file_row(log, lines[-1].end) if lines else None,  # up to what was read above: it may grow
-            "restarts.jsonl": file_row(restarts, length.get("restarts.jsonl")),
-            "result.json": file_row(run_dir / "result.json"),
+            "dllogger.json": file_row(run.log, lines[-1].end) if lines else None,  # up to what was read above: it may grow
+            "restarts.jsonl": file_row(run.restarts, length.get("restarts.jsonl")),
+            "result.json": file_row(run.result),
         },
     }
 
 
-def _checkpoints(run_dir: Path) -> Iterator[Dict[str, Any]]:
-    for path in sorted((run_dir / "checkpoints").glob("step-*.safetensors")):
+def _checkpoints(run: RunDir) -> Iterator[Dict[str, Any]]:
+    for path in reversed(run.list_checkpoints()):
         with contextlib.suppress(FileNotFoundError, ValueError):  # pruned meanwhile, or damaged: the next start reports that
             yield checkpoint_row(path)
 

@@ -61,7 +61,7 @@ class Trainer:
         self.fingerprint = run_fingerprint(config, self.data.train, self.data.label_base)
         self.writer: Optional[CheckpointWriter] = None
         if self.reporter.log:
-            self.writer = CheckpointWriter(Path(config.run_dir), config.keep_checkpoints, self.reporter.event)
+            self.writer = CheckpointWriter(RunDir(config.run_dir), config.keep_checkpoints, self.reporter.event)
         self.throughput = Throughput()
         self.result: Optional[Evaluation] = None
         self.saved_step = -1
@@ -82,7 +82,7 @@ class Trainer:
         """Brings the state to the newest checkpoint, and prepares to train from there."""
         config, records = self.config, self.data.train.records
         self.progress: TrainProgress = restore_state(
-            self.state, config, Path(config.run_dir), self.fingerprint, self.reporter
+            self.state, config, RunDir(config.run_dir), self.fingerprint, self.reporter
         )
         # A checkpoint knows the steps skipped before it; a later one, which it was itself rewound to, is kept beside it.
         skipped = comm.broadcast_json(run_on_root(lambda: read_skipped_steps(RunDir(config.run_dir))))
