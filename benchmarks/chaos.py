@@ -31,7 +31,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hvd_vgg.train import checkpoint
+from hvd_vgg.run_dir import RunDir
+from hvd_vgg.training import checkpoint
 
 SAVE_EVERY_STEPS, HANG_SECONDS, LIMIT_SECONDS = 4, 8, 180
 FLAGS = [
@@ -177,7 +178,7 @@ def disturb(options, disk, run_dir):
                 return rows, most
             raise SystemExit(f"ended by itself with {job.returncode}; see {run_dir.parent / 'console.txt'}")
         if kind == "damage":
-            files = checkpoint.existing(run_dir)
+            files = RunDir(run_dir).list_checkpoints()
             if len(files) > 1:  # a run that has but one would, rightly, refuse to start over
                 data = bytearray(files[0].read_bytes())
                 data[-9] ^= 1
@@ -205,7 +206,7 @@ def undisturbed(ranks, folder, options):
     code = start(ranks, run_dir, options, f"{os.getpid()}.alone").wait(LIMIT_SECONDS)
     if code:
         raise SystemExit(f"the undisturbed run ended with {code}: {(run_dir.parent / 'console.txt').read_text()[-2000:]}")
-    return checkpoint.newest(run_dir)[0].tensors
+    return checkpoint.newest(RunDir(run_dir))[0].tensors
 
 
 @contextlib.contextmanager
@@ -233,12 +234,12 @@ def main():
         run_dir = disk / "job" / "run"
         run_dir.mkdir()
         rows, most = disturb(options, disk, run_dir)
-        found = checkpoint.newest(run_dir)[0]
+        found = checkpoint.newest(RunDir(run_dir))[0]
         allowed = 0.0
         if len(options.ranks) > 1:
             allowed = 3 * apart(undisturbed(options.ranks[-1], Path(folder), options), wanted)
         difference = apart(found.tensors, wanted)
-        size = checkpoint.existing(run_dir)[0].stat().st_size
+        size = RunDir(run_dir).list_checkpoints()[0].stat().st_size
     again = [row["again"] for row in rows if row["again"] is not None]
     ended = [row["ended"] for row in rows]
     twice = [row["twice"] for row in rows if row["twice"] is not None]

@@ -54,8 +54,8 @@ def ours(precision, options):
     from hvd_vgg.config import TrainConfig
     from hvd_vgg.parallel import cost
     from hvd_vgg.parallel.init import start
-    from hvd_vgg.train.state import initial_state
-    from hvd_vgg.train.train_step import make_train_step, step_inputs
+    from hvd_vgg.training.state import initial_state
+    from hvd_vgg.training.train_step import make_train_step, step_inputs
 
     batch, size = options.batch, options.size
     config = TrainConfig(

@@ -123,8 +123,8 @@ def make_step(way, weights, slots, options):
     from hvd_vgg.models import vgg
     from hvd_vgg.models.architecture import DENSE
     from hvd_vgg.models.dropout import apply_dropout
-    from hvd_vgg.train.optimizer import apply_update
-    from hvd_vgg.train.train_step import accumulate, draw_dropout_masks, make_backward, make_train_step
+    from hvd_vgg.training.optimizer import apply_update
+    from hvd_vgg.training.train_step import accumulate, draw_dropout_masks, make_backward, make_train_step
 
     config, names = config_of(options, way), list(weights)
     if way not in ("local", "horovod"):
@@ -161,8 +161,8 @@ def work(options):
     from hvd_vgg.models import vgg
     from hvd_vgg.models.architecture import vgg_layers
     from hvd_vgg.parallel import comm, init
-    from hvd_vgg.train.optimizer import make_slots
-    from hvd_vgg.train.train_step import step_inputs
+    from hvd_vgg.training.optimizer import make_slots
+    from hvd_vgg.training.train_step import step_inputs
 
     init.join()
     init.take_device()

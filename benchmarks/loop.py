@@ -72,9 +72,9 @@ def work(rounds: int, size: int, flags: List[str]) -> None:
     from hvd_vgg.config import TrainConfig
     from hvd_vgg.flags import parse_flags
     from hvd_vgg.parallel import comm
-    from hvd_vgg.train import loop
-    from hvd_vgg.train.loop import train
-    from hvd_vgg.train.train_step import step_inputs
+    from hvd_vgg.training import loop
+    from hvd_vgg.training.loop import train
+    from hvd_vgg.training.train_step import step_inputs
 
     turns = Turns(size)
     make_step, batches_of = loop._make_train_step, loop._batches

@@ -19,10 +19,11 @@ import tensorflow as tf
 from hvd_vgg.config import TrainConfig
 from hvd_vgg.models.architecture import DENSE
 from hvd_vgg.parallel.init import start
+from hvd_vgg.run_dir import RunDir
 from hvd_vgg.seeds import dropout_keys
-from hvd_vgg.train.checkpoint_writer import CheckpointWriter
-from hvd_vgg.train.state import TrainProgress, initial_state, save_state
-from hvd_vgg.train.train_step import make_train_step
+from hvd_vgg.training.checkpoint_writer import CheckpointWriter
+from hvd_vgg.training.state import TrainProgress, initial_state, save_state
+from hvd_vgg.training.train_step import make_train_step
 
 
 def parse():
@@ -60,7 +61,7 @@ def main():
         update()
     rows = {name: [] for name in ("alone", "pause", "behind", "slower", "foreground", "lost")}
     with tempfile.TemporaryDirectory(dir=options.out) as folder:
-        writer = CheckpointWriter(Path(folder), 1, lambda *_, **__: None)
+        writer = CheckpointWriter(RunDir(Path(folder)), 1, lambda *_, **__: None)
         position = TrainProgress()
         for number in range(options.rounds):
             alone = statistics.median(update() for _ in range(4))

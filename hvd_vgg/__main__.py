@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, List, NamedTuple, Tuple
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 from hvd_vgg import __version__
 from hvd_vgg.environment import launched_rank
@@ -64,7 +64,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command(
         configs.TrainConfig,
-        "hvd_vgg.train.loop:train",
+        "hvd_vgg.training.loop:train",
         "hvd-vgg train [--flagfile=FILE] [--flags]: train and evaluate on all ranks.",
         watched=True,
     ),
@@ -164,11 +164,12 @@ def run(argv: List[str]) -> int:
         return _refuse(_missing(error))
     except KeyboardInterrupt:
         return STOPPED
-    return run_command(argv[0], config)
+    ended = run_command(argv[0], config)
+    return ended.code if ended else DONE
 
 
-def run_command(name: str, config: Any) -> int:
-    """Runs a command with its configuration on this rank and returns its exit code, having reported any failure."""
+def run_command(name: str, config: Any) -> Optional[Failure]:
+    """Runs a command with its configuration on this rank; returns how it failed, which has been reported, or None."""
     try:
         if name == "train":
             watchdog.exit_when_asked()
@@ -177,7 +178,7 @@ def run_command(name: str, config: Any) -> int:
             watchdog.start(run_dir, launched_rank() or 0, getattr(config, "hang_seconds", 0.0))
         module, function = COMMANDS[name].target.split(":")
         getattr(importlib.import_module(module), function)(config)
-        return DONE
+        return None
     except Failure as failure:
         return _end(failure)
     except KeyboardInterrupt:
@@ -192,7 +193,7 @@ def run_command(name: str, config: Any) -> int:
         if isinstance(error, BrokenPipeError) and "hvd_vgg.parallel.comm" not in sys.modules:
             # Whoever read the plan has enough; Python would complain again when it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return DONE
+            return None
         # What Horovod's operations report when a rank is gone is the transport's own text, but Horovod is named in it.
         text = f"{type(error).__name__} {error}"
         if "Horovod" in text and not _NOT_A_LOST_RANK.search(text):
@@ -263,24 +264,25 @@ def _refuse(failure: Failure) -> int:
     return failure.code
 
 
-def _end(failure: Failure) -> int:
-    """Ends a rank that may have joined others."""
+def _end(failure: Failure) -> Failure:
+    """Reports the failure of a rank that may have joined others, and has it leave them, or ends them."""
     if not failure.collective and failure.code != LOST_RANK:
         watchdog.record_fatal(failure.code, failure.message)
     comm, rank = _joined()
     if rank is None:  # it failed before Horovod was initialised, or when it no longer was
-        return _refuse(failure)
+        _refuse(failure)
+        return failure
     if failure.collective:
         if comm.is_root():
             write_line(f"hvd-vgg: {failure.message}", sys.stderr)
         watchdog.heartbeat(phase="saving")  # rank 0 may still be writing a checkpoint
         comm.barrier()  # nobody leaves before rank 0 has reported
         comm.shutdown()
-        return failure.code
+        return failure
     where = f"rank {rank}: " if comm.size() > 1 else ""
     write_line(f"hvd-vgg: {where}{failure.message}", sys.stderr)
     comm.abort(failure.code)
-    return failure.code
+    return failure
 
 
 def _joined() -> Tuple[Any, Any]:

@@ -9,7 +9,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-README, SOURCE, FUNCTION = ROOT / "README.md", ROOT / "hvd_vgg" / "train" / "loop.py", "fit"
+README, SOURCE, FUNCTION = ROOT / "README.md", ROOT / "hvd_vgg" / "training" / "loop.py", "fit"
 BEGIN, END = "<!-- loop: begin -->\n```python\n", "\n```\n<!-- loop: end -->"
 
 

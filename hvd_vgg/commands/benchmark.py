@@ -29,11 +29,11 @@ from hvd_vgg.reporting.console import Console
 from hvd_vgg.reporting.throughput import Throughput
 from hvd_vgg.run_dir import atomic_write_text, write_error
 from hvd_vgg.text import plural
-from hvd_vgg.train.dataset import Splits, open_data
-from hvd_vgg.train.metrics import measure_run
-from hvd_vgg.train.startup import join_ranks
-from hvd_vgg.train.state import initial_state
-from hvd_vgg.train.train_step import StepMetrics, make_train_step, step_inputs
+from hvd_vgg.training.dataset import Splits, open_data
+from hvd_vgg.training.metrics import measure_run
+from hvd_vgg.training.startup import join_ranks
+from hvd_vgg.training.state import initial_state
+from hvd_vgg.training.train_step import StepMetrics, make_train_step, step_inputs
 
 _UPDATES = 30
 # Weights that hardly move stay as they were drawn, however long a row is; the time of an update does not depend on them.

@@ -10,12 +10,13 @@ from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import run_on_all_ranks, run_on_root
 from hvd_vgg.parallel.init import Device
 from hvd_vgg.reporting.console import Console
+from hvd_vgg.run_dir import RunDir
 from hvd_vgg.text import plural
-from hvd_vgg.train import checkpoint
-from hvd_vgg.train.dataset import open_split
-from hvd_vgg.train.evaluate import Evaluation, evaluate, make_eval_step
-from hvd_vgg.train.startup import join_ranks
-from hvd_vgg.train.state import assign_variables, data_digest, initial_weights
+from hvd_vgg.training import checkpoint
+from hvd_vgg.training.dataset import open_split
+from hvd_vgg.training.evaluate import Evaluation, evaluate, make_eval_step
+from hvd_vgg.training.startup import join_ranks
+from hvd_vgg.training.state import assign_variables, data_digest, initial_weights
 
 
 class Score(NamedTuple):
@@ -45,7 +46,7 @@ def score(config: EvaluationConfig, checkpoints: Sequence[str]) -> List[Score]:
 
 
 def _score(config: EvaluationConfig, name: str, index: Index, device: Device, console: Console) -> Score:
-    found = run_on_root(lambda: _load(name, Path(config.run_dir)))
+    found = run_on_root(lambda: _load(name, RunDir(config.run_dir)))
     meta = comm.broadcast_json(found.meta if found else None)
     label_base = meta["run"]["label_base"] if config.label_base == "auto" else int(config.label_base)
     run_on_all_ranks(lambda: check_labels(index, label_base, config.num_classes))
@@ -61,17 +62,17 @@ def _score(config: EvaluationConfig, name: str, index: Index, device: Device, co
     return Score(meta["step"], result, data_digest(index))
 
 
-def _load(name: str, run_dir: Path) -> checkpoint.Checkpoint:
+def _load(name: str, run_dir: RunDir) -> checkpoint.Checkpoint:
     if name == "best":
         path = checkpoint.best(run_dir)
     elif name == "newest":
-        path = next(iter(checkpoint.existing(run_dir)), None)
+        path = next(iter(run_dir.list_checkpoints()), None)
     else:
         path = Path(name)
     if path is None:
         raise Failure(
             CONFIGURATION,
-            f"{checkpoint.folder(run_dir)} has no {name} checkpoint: is --run_dir a run's, and has it been evaluated yet? "
+            f"{run_dir.checkpoints} has no {name} checkpoint: is --run_dir a run's, and has it been evaluated yet? "
             f"--checkpoint=newest needs no evaluation",
         )
     try:

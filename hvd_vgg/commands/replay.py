@@ -13,12 +13,12 @@ from hvd_vgg.parallel import comm, cost
 from hvd_vgg.parallel.consensus import run_on_all_ranks, run_on_root
 from hvd_vgg.run_dir import RunDir, StepDir
 from hvd_vgg.text import plural
-from hvd_vgg.train import checkpoint
-from hvd_vgg.train.kept_step import load_report
-from hvd_vgg.train.nonfinite import diagnose
-from hvd_vgg.train.startup import join_ranks
-from hvd_vgg.train.state import State, assign_variables, initial_state
-from hvd_vgg.train.train_step import make_train_step
+from hvd_vgg.training import checkpoint
+from hvd_vgg.training.kept_step import load_report
+from hvd_vgg.training.nonfinite import diagnose
+from hvd_vgg.training.startup import join_ranks
+from hvd_vgg.training.state import State, assign_variables, initial_state
+from hvd_vgg.training.train_step import make_train_step
 
 
 def replay(config: ReplayConfig) -> None:

@@ -30,8 +30,8 @@ from hvd_vgg.reporting.throughput import Throughput, per_host
 from hvd_vgg.run_dir import find_flag_file
 from hvd_vgg.streams import write_line
 from hvd_vgg.text import plural
-from hvd_vgg.train import checkpoint
-from hvd_vgg.train.schedule import evaluation_steps, learning_rate, total_steps
+from hvd_vgg.training import checkpoint
+from hvd_vgg.training.schedule import evaluation_steps, learning_rate, total_steps
 
 PASS, FAIL, UNKNOWN = "holds", "does not hold", "cannot be checked"
 _DAMAGED = (AttributeError, Failure, IndexError, KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError)

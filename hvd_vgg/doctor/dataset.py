@@ -18,7 +18,7 @@ from hvd_vgg.parallel import comm
 from hvd_vgg.reporting.console import Console
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
 from hvd_vgg.text import plural
-from hvd_vgg.train.dataset import TURN_SECONDS, cache_places, cached_shards, open_split
+from hvd_vgg.training.dataset import TURN_SECONDS, cache_places, cached_shards, open_split
 
 _BLOCK = 1024  # records that are given to the threads at once; ranks wait for each other after each block
 _MAX_NAMED = 20  # bad records and shards that are named; the others are only counted

@@ -10,7 +10,8 @@ from support import ROOT, TINY, Started, command_line
 
 from hvd_vgg.commands.verify import FAIL, check
 from hvd_vgg.data.sampler import positions
-from hvd_vgg.train import checkpoint
+from hvd_vgg.run_dir import RunDir
+from hvd_vgg.training import checkpoint
 
 # 75 records in batches of 32: steps cross from epoch to epoch. At ten times this rate, where rounding decides which way a
 # ReLU or a maximum goes, 10 updates make 1e-3 of it in the loss.
@@ -90,7 +91,7 @@ def ids_by_step(out, ranks):
 
 def newest(out):
     """Returns the newest checkpoint, which must be whole and finite."""
-    found, faults = checkpoint.newest(out / "run")
+    found, faults = checkpoint.newest(RunDir(out / "run"))
     assert not faults
     assert not found or all(np.isfinite(value).all() for value in found.tensors.values())
     return found

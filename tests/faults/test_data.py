@@ -37,7 +37,8 @@ from support import ROOT, TINY, example, full, picture, write_data, write_shard
 from hvd_vgg.data.index import find_shards, join, save_cache, scan_shard
 from hvd_vgg.data.sampler import positions, replacement_record
 from hvd_vgg.data.tfrecord import masked_crc
-from hvd_vgg.train import checkpoint
+from hvd_vgg.run_dir import RunDir
+from hvd_vgg.training import checkpoint
 
 FLAGS = [*TINY, "--steps=4", "--global_batch=8"]
 SHARD = "train-00001-of-00003"
@@ -358,7 +359,7 @@ def test_more_bad_records_than_allowed_end_the_run(tmp_path, spoilt):
         message = message_of(run(tmp_path, data, ranks, "--bad_records_allowed=2", code=65))
         assert "3 bad records; expected at most --bad_records_allowed=2:" in message
         assert all(index.where(record) in message for record in bad)
-        saved = [checkpoint.load(path).meta for path in checkpoint.existing(tmp_path / "run")]
+        saved = [checkpoint.load(path).meta for path in RunDir(tmp_path / "run").list_checkpoints()]
         assert sorted((meta["step"], meta["bad_records"]) for meta in saved) == [(1, bad[:1]), (2, bad[:2])]
     run(tmp_path, data, 1, "--bad_records_allowed=3")
     assert newest(tmp_path).meta["bad_records"] == bad

@@ -20,7 +20,8 @@ from support import ROOT, TINY, Started, wait_for
 
 from hvd_vgg.launcher import mpirun
 from hvd_vgg.launcher.mpirun import StopRequests
-from hvd_vgg.train import checkpoint
+from hvd_vgg.run_dir import RunDir
+from hvd_vgg.training import checkpoint
 
 RANK_STUB = [sys.executable, str(ROOT / "tests" / "programs" / "rank_stub.py")]
 LAUNCH_PROGRAM = [sys.executable, str(ROOT / "tests" / "programs" / "launch_program.py")]
@@ -513,7 +514,7 @@ def test_recipe_script_continues_without_lost_host(tmp_path, data, emulated_host
     assert f"continuing without {emulated_hosts.addresses[3]}" in ended.err
     ended = Started(["bash", *script, "--ranks=1"], alone, **environment).wait()
     assert ended.code == 0, ended.out + ended.err
-    found, wanted = (checkpoint.newest(place / "runs" / "vgg16_imagenet")[0] for place in (lost, alone))
+    found, wanted = (checkpoint.newest(RunDir(place / "runs" / "vgg16_imagenet"))[0] for place in (lost, alone))
     assert found.meta["step"] == wanted.meta["step"] == 60
     assert_same_weights(found, wanted)
 

@@ -1,18 +1,15 @@
 """F29, F30 and what follows a step that is not finite: it is never applied, it is kept, repeated, and may be skipped.
 
-F31, that gradients are summed to the true mean whatever the number of ranks, is `test_an_update_is_that_of_the_mean_loss...`
-of tests/parallel/test_step.py, on 2 and 3 ranks, and `test_ranks_micro_batches_and_exchange_make_the_same_run` of
-test_equality.py.
+F31, that gradients are summed to the true mean whatever the number of ranks, is in tests/parallel/test_step.py, on 2 and 3
+ranks, and in test_equality.py.
 """
 
 import json
-import sys
 
 import numpy as np
 import pytest
-from oracles import assert_true
-from support import ROOT, TINY
-from test_equality import assert_same_weights
+from oracles import assert_same_weights, assert_true, events, newest, run
+from support import full
 
 from hvd_vgg.config import TrainConfig
 from hvd_vgg.data.index import find_shards, join, scan_shard
@@ -20,74 +17,50 @@ from hvd_vgg.data.loader import load_records, train_batches
 from hvd_vgg.data.reader import read_record
 from hvd_vgg.data.sampler import Positions, positions, sample_seeds
 from hvd_vgg.flags import parse_flags
-from hvd_vgg.train import checkpoint
+from hvd_vgg.training import checkpoint
 
 # Steps 4 to 7 are one window: what happens at 5 is noticed when 8 are done.
-FLAGS = [*TINY, "--augment=crop", "--dropout=0.5", "--width=0.25", "--steps=10", "--lr=0.005"]
-FLAGS += ["--log_every_steps=8", "--save_every_steps=4", "--drift_every_steps=0"]
+WINDOWS = ["--steps=10", "--log_every_steps=8", "--save_every_steps=4", "--drift_every_steps=0"]
 BAD = 5
+REWIND = "--on_nonfinite=rewind"
 
 
-def poisoned(what):
-    return [sys.executable, str(ROOT / "tests" / "poison.py"), what]
-
-
-def train(launch, data, run_dir, ranks, what, *more):
-    flags = [f"--data_dir={data}", f"--run_dir={run_dir}", *FLAGS, *more]
-    return launch(ranks, "train", *flags, program=poisoned(what) if what else None)
-
-
-def events(run_dir, name):
-    rows = [json.loads(line[5:]) for line in (run_dir / "dllogger.json").read_text().splitlines()]
-    return [row["data"] for row in rows if row["type"] == "LOG" and row["data"].get("event") == name]
-
-
-def message(ended):
+def message_of(ended):
+    """Returns the one message of a run that ended with an error."""
     assert "Traceback" not in ended.out + ended.err
     (line,) = [line for line in ended.err.splitlines() if line.startswith("hvd-vgg: ")]
     return line
 
 
-def newest(run_dir):
-    found = checkpoint.newest(run_dir)[0]
-    assert all(np.isfinite(value).all() for value in found.tensors.values())
-    return found
-
-
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory, data):
-    """(how a run of 2 ranks ended whose rank 1 has NaN at step 5, its directory)."""
-    from support import Started, command_line
-
+    """(how a run of 2 ranks ended whose rank 1 has NaN at step 5, where it is)."""
     out = tmp_path_factory.mktemp("stopped")
-    flags = ["train", f"--data_dir={data}", f"--run_dir={out / 'run'}", *FLAGS]
-    return Started(command_line(2, flags, poisoned(f"nan@1:{BAD}x1-9")), out).wait(), out / "run"
+    return run(out, data, 2, f"nan@1:{BAD}x1-9", *WINDOWS, code=81), out
 
 
 @pytest.mark.fault("F29")
-def test_nan_on_one_rank_ends_all_at_its_step_and_is_told_by_rank_and_layer(stopped, data):
-    """F29."""
-    ended, run_dir = stopped
-    assert ended.code == 81, ended.out + ended.err
+def test_nan_on_one_rank_ends_all_and_is_diagnosed(stopped, data):
+    """By step, rank, layer and records."""
+    ended, out = stopped
     for part in (
         f"step {BAD}: loss nan",
         "First the outputs of predictions on rank 1 ",
         "in 16 of its 16 records",
         "of 2 ranks 1 met",
     ):
-        assert part in message(ended)
-    assert f"hvd-vgg replay {run_dir} --step={BAD}" in message(ended)
-    (event,) = events(run_dir, "nonfinite")
+        assert part in message_of(ended)
+    assert f"hvd-vgg replay {out / 'run'} --step={BAD}" in message_of(ended)
+    (event,) = events(out / "run", "nonfinite")
     assert (event["step"], event["rank"], event["first"]) == (BAD, 1, "the outputs of predictions")
-    assert newest(run_dir).meta["step"] == 4
-    assert not (run_dir / "faults").exists()  # no rank failed alone, none hung
+    assert newest(out).meta["step"] == 4
+    assert not (out / "run" / "faults").exists()  # no rank failed alone, none hung
 
 
 @pytest.mark.fault("F29")
-def test_the_kept_step_is_its_records_as_they_lie_and_the_state_before_it(stopped, launch, tmp_path, data):
-    """F29: the bad update was not applied, nor the two after it that were already made when it was noticed."""
-    _, run_dir = stopped
-    folder = run_dir / "nonfinite" / f"step-{BAD:08d}"
+def test_kept_step_has_its_records_and_the_state_before_it(stopped, tmp_path, data):
+    """The bad update was not applied, nor the two after it that were already made when it was noticed."""
+    folder = stopped[1] / "run" / "nonfinite" / f"step-{BAD:08d}"
     report = json.loads((folder / "report.json").read_text())
     ids = positions(32 * BAD, 32 * BAD + 32, 75, 1).ids.tolist()
     assert [row["record"] for row in report["batch"]] == ids
@@ -108,14 +81,12 @@ def test_the_kept_step_is_its_records_as_they_lie_and_the_state_before_it(stoppe
     again = load_records(alone, config, 1, np.arange(32), seeds, 2)
     assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(trained[:2], again[:2]))
 
-    ended = train(launch, data, tmp_path / "run", 2, "", f"--steps={BAD}")
-    assert ended.code == 0, ended.err
-    assert_same_weights(checkpoint.load(folder / "state.safetensors"), newest(tmp_path / "run"))
+    run(tmp_path, data, 2, *WINDOWS, f"--steps={BAD}")
+    assert_same_weights(checkpoint.load(folder / "state.safetensors"), newest(tmp_path))
 
 
-def test_a_replay_of_what_came_from_outside_is_finite(stopped, launch):
-    _, run_dir = stopped
-    ended = launch(1, "replay", str(run_dir))
+def test_replay_of_what_came_from_outside_is_finite(stopped, launch):
+    ended = launch(1, "replay", str(stopped[1] / "run"))
     assert ended.code == 0, ended.out + ended.err
     assert "First the outputs of predictions on rank 1 " in ended.out
     assert "repeated on 1 rank" in ended.out and "not reproduced" in ended.out
@@ -123,71 +94,61 @@ def test_a_replay_of_what_came_from_outside_is_finite(stopped, launch):
 
 @pytest.mark.fault(tier=3)
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (lambda folder: (folder / "report.json").write_text("{}"), "a field is missing or holds something else"),
         (lambda folder: (folder / "report.json").unlink(), "report.json cannot be read"),
         (lambda folder: (folder / "state.safetensors").write_bytes(b"no weights"), "state.safetensors: "),
     ],
 )
-def test_a_replay_of_what_is_damaged_is_refused(stopped, launch, tmp_path, damage, told):
-    _, run_dir = stopped
+def test_replay_of_what_is_damaged_is_refused(stopped, launch, tmp_path, damage, message):
     copy = tmp_path / "run" / "nonfinite" / f"step-{BAD:08d}"
     copy.mkdir(parents=True)
-    for path in (run_dir / "nonfinite" / f"step-{BAD:08d}").iterdir():
+    for path in (stopped[1] / "run" / "nonfinite" / copy.name).iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     damage(copy)
     ended = launch(0, "replay", f"--run_dir={tmp_path / 'run'}", f"--step={BAD}")
     assert ended.code == 78, ended.out + ended.err
-    assert told in message(ended)
+    assert message in message_of(ended)
 
 
-def test_a_replay_of_a_step_that_was_not_kept_is_refused(launch, tmp_path):
+def test_replay_of_a_step_that_was_not_kept_is_refused(launch, tmp_path):
     ended = launch(0, "replay", str(tmp_path / "run"))
-    assert (ended.code, "has kept no such step: none was not finite" in message(ended)) == (78, True)
+    assert (ended.code, "has kept no such step: none was not finite" in message_of(ended)) == (78, True)
     (tmp_path / "run" / "nonfinite" / "step-00000040").mkdir(parents=True)
     ended = launch(0, "replay", str(tmp_path / "run"), "--step=7")
-    assert (ended.code, "has kept no such step: it has kept 40; --step names one" in message(ended)) == (78, True)
+    assert (ended.code, "has kept no such step: it has kept 40; --step names one" in message_of(ended)) == (78, True)
 
 
-@pytest.mark.fault(tier=3)
-def test_a_rate_that_diverges_is_reproduced_on_other_ranks_and_blamed_on_the_weights(launch, tmp_path, data):
-    ended = train(launch, data, tmp_path / "run", 2, "", "--lr=1e30")
-    assert ended.code == 81, ended.out + ended.err
-    assert "step 1: loss nan" in message(ended) and "of 2 ranks 2 met" in message(ended)
+@pytest.mark.fault("F29", tier=3)
+def test_rate_that_diverges_is_reproduced_on_other_ranks(launch, tmp_path, data):
+    """And blamed on the weights; a log line for 50 updates names the same step as one for each."""
+    ended = run(tmp_path, data, 2, *WINDOWS, "--lr=1e30", code=81)
+    assert "step 1: loss nan" in message_of(ended) and "of 2 ranks 2 met" in message_of(ended)
+    ended = run(tmp_path / "each", data, 2, *WINDOWS, "--lr=1e30", "--log_every_steps=1", code=81)
+    assert "step 1: loss nan" in message_of(ended)
     for ranks in (1, 3):
         ended = launch(ranks, "replay", str(tmp_path / "run"))
         assert ended.code == 81, ended.out + ended.err
-        assert "not finite again. First the outputs of block" in message(ended)
+        assert "not finite again. First the outputs of block" in message_of(ended)
         assert "the weights are at fault" in ended.err
 
 
 @pytest.fixture(scope="module")
 def skipping(tmp_path_factory, data):
     """The final checkpoint of a run of one rank that skips step 5 from the start, undisturbed."""
-    from support import Started, command_line
-
     out = tmp_path_factory.mktemp("skipping")
     (out / "run" / "nonfinite").mkdir(parents=True)
     (out / "run" / "nonfinite" / "skipped.json").write_text(f"[{BAD}]")
-    ended = Started(command_line(1, ["train", f"--data_dir={data}", f"--run_dir={out / 'run'}", *FLAGS]), out).wait()
-    assert ended.code == 0, ended.out + ended.err
-    return newest(out / "run")
+    run(out, data, 1, *WINDOWS)
+    return newest(out)
 
 
-REWIND = "--on_nonfinite=rewind"
-
-
-@pytest.mark.parametrize(
-    ("ranks", "save_every_steps"),
-    [(2, 4), *(pytest.param(*each, marks=pytest.mark.fault(tier=3)) for each in [(1, 4), (2, 0)])],
-)
-def test_a_rewound_run_is_the_run_that_skipped_the_step(launch, tmp_path, data, skipping, ranks, save_every_steps):
+@pytest.mark.parametrize(("ranks", "save_every_steps"), [(2, 4), *full((1, 4), (2, 0))])
+def test_rewound_run_is_the_run_that_skipped_the_step(tmp_path, data, skipping, ranks, save_every_steps):
     """With --save_every_steps=0 it goes back to the initial weights."""
-    run_dir = tmp_path / "run"
-    ended = train(launch, data, run_dir, ranks, f"nan@{ranks - 1}:{BAD}", REWIND, f"--save_every_steps={save_every_steps}")
-    assert ended.code == 0, ended.out + ended.err
-    found = newest(run_dir)
+    run(tmp_path, data, ranks, f"nan@{ranks - 1}:{BAD}", *WINDOWS, REWIND, f"--save_every_steps={save_every_steps}")
+    found, run_dir = newest(tmp_path), tmp_path / "run"
     assert (found.meta["step"], found.meta["skipped_steps"]) == (10, [BAD])
     assert_same_weights(found, skipping)
     (event,) = events(run_dir, "rewind")
@@ -198,36 +159,30 @@ def test_a_rewound_run_is_the_run_that_skipped_the_step(launch, tmp_path, data, 
 
 
 @pytest.mark.fault(tier=3)
-def test_a_rewound_run_that_is_killed_before_its_next_checkpoint_still_skips_the_step(launch, tmp_path, data, skipping):
-    run_dir = tmp_path / "run"
-    # Step 7 is met first when 5 is not yet known to be bad, and again after the rewind.
-    ended = train(launch, data, run_dir, 2, f"nan@1:{BAD},kill@1:7x2-2", REWIND)
-    assert ended.code == 137, ended.out + ended.err
-    assert newest(run_dir).meta["step"] == 4 and len(events(run_dir, "rewind")) == 1
-    ended = train(launch, data, run_dir, 1, "", REWIND)
-    assert ended.code == 0, ended.out + ended.err
-    assert newest(run_dir).meta["skipped_steps"] == [BAD]
-    assert_same_weights(newest(run_dir), skipping)
-    assert_true(run_dir)
+def test_rewound_run_that_is_killed_still_skips_the_step(tmp_path, data, skipping):
+    """Killed before its next checkpoint."""
+    # Step 7 comes first when 5 is not yet known to be bad, and again after the rewind.
+    run(tmp_path, data, 2, f"nan@1:{BAD}", "kill@1:7x2-2", *WINDOWS, REWIND, code=137)
+    assert newest(tmp_path).meta["step"] == 4 and len(events(tmp_path / "run", "rewind")) == 1
+    run(tmp_path, data, 1, *WINDOWS, REWIND)
+    assert newest(tmp_path).meta["skipped_steps"] == [BAD]
+    assert_same_weights(newest(tmp_path), skipping)
+    assert_true(tmp_path / "run")
 
 
-def test_no_more_steps_are_skipped_than_allowed(launch, tmp_path, data):
-    run_dir = tmp_path / "run"
-    ended = train(launch, data, run_dir, 2, "nan@1:3x1-9,nan@1:6x1-9", REWIND, "--max_rewinds=1")
-    assert ended.code == 81, ended.out + ended.err
-    assert "step 6: loss nan" in message(ended)
+def test_rewinds_are_no_more_than_allowed(tmp_path, data):
+    ended = run(tmp_path, data, 2, "nan@1:3x1-9", "nan@1:6x1-9", *WINDOWS, REWIND, "--max_rewinds=1", code=81)
+    assert "step 6: loss nan" in message_of(ended)
     assert "--max_rewinds=1" in ended.err and "steps 3 were already" in ended.err
-    assert newest(run_dir).meta["skipped_steps"] == [3]
-    assert_true(run_dir)
+    assert newest(tmp_path).meta["skipped_steps"] == [3]
+    assert_true(tmp_path / "run")
 
 
 @pytest.mark.fault("F30")
-def test_a_weight_that_drifts_on_one_rank_is_told_within_the_steps_asked_for(launch, tmp_path, data):
-    """F30."""
-    run_dir = tmp_path / "run"
-    ended = train(launch, data, run_dir, 3, "drift@1:5", "--drift_every_steps=3", "--save_every_steps=0")
-    assert ended.code == 81, ended.out + ended.err
-    told = message(ended)
-    assert int(told.split("step ")[1].split(":")[0]) in (5, 6, 7, 8)
-    assert " is not the same on all ranks: rank 1 differ" in told
-    assert checkpoint.newest(run_dir)[0] is None
+def test_weight_that_drifts_on_one_rank_is_noticed(tmp_path, data):
+    """Within the steps asked for."""
+    ended = run(tmp_path, data, 3, "drift@1:5", *WINDOWS, "--drift_every_steps=3", "--save_every_steps=0", code=81)
+    message = message_of(ended)
+    assert int(message.split("step ")[1].split(":")[0]) in (5, 6, 7, 8)
+    assert " is not the same on all ranks: rank 1 differ" in message
+    assert newest(tmp_path) is None

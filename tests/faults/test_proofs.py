@@ -15,7 +15,8 @@ from support import ROOT
 
 from hvd_vgg.commands.verify import FAIL, PASS, check
 from hvd_vgg.reporting import receipt
-from hvd_vgg.train import checkpoint
+from hvd_vgg.run_dir import RunDir
+from hvd_vgg.training import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +278,7 @@ def test_other_weights_under_the_same_heading_are_noticed(run_dir):
     found = checkpoint.load(path)
     tensors = {name: tensor.copy() for name, tensor in found.tensors.items()}
     next(iter(tensors.values()))[...] += 1
-    checkpoint.save(run_dir, tensors, found.meta, 5, False)
+    checkpoint.save(RunDir(run_dir), tensors, found.meta, 5, False)
     assert sum(path.name in claim for claim in failed(run_dir)) == 2  # by the log, and by the receipt
     seal(run_dir)
     assert any("is not what was saved" in claim for claim in failed(run_dir))

@@ -26,7 +26,8 @@ from oracles import (
 )
 from support import Started, command_line, full, wait_for
 
-from hvd_vgg.train import checkpoint
+from hvd_vgg.run_dir import RunDir
+from hvd_vgg.training import checkpoint
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_full_disk_to_the_end_ends_the_run_with_74(small_disk, data):
     assert "step 12/12" in ended.out
     assert ended.err.count("hvd-vgg: ") == 1 and "step-00000012.safetensors cannot be written: " in ended.err
     assert 2 <= newest(small_disk).meta["step"] <= 5
-    assert not list(checkpoint.folder(small_disk / "run").glob("*.tmp"))
+    assert not list(RunDir(small_disk / "run").checkpoints.glob("*.tmp"))
 
 
 @pytest.mark.fault("F17", tier=3)
@@ -112,7 +113,7 @@ def test_full_disk_at_a_restart(small_disk, data):
 def test_damaged_newest_checkpoint_is_passed_over(tmp_path, data, undisturbed, damage):
     """On to the same end from the one before, with one event that names the bad file."""
     run(tmp_path, data, 2, "term@1:6", code=80)
-    path = checkpoint.existing(tmp_path / "run")[0]
+    path = RunDir(tmp_path / "run").list_checkpoints()[0]
     whole = path.read_bytes()
     if damage == "pointer":
         (path.parent / "best").write_text("../../../../etc/passwd\n")
@@ -129,16 +130,16 @@ def test_damaged_newest_checkpoint_is_passed_over(tmp_path, data, undisturbed, d
 def test_run_killed_while_it_saves_goes_on_and_tidies_up(tmp_path, data, undisturbed):
     """Rank 0 dies with a checkpoint half way."""
     run(tmp_path, data, 2, "slow_save@0:5:0.5", "kill@0:7", code=137)
-    (checkpoint.folder(tmp_path / "run") / "step-00000007.safetensors.tmp").write_bytes(b"half")
+    (RunDir(tmp_path / "run").checkpoints / "step-00000007.safetensors.tmp").write_bytes(b"half")
     assert_goes_on(tmp_path, data, undisturbed)
-    assert not list(checkpoint.folder(tmp_path / "run").glob("*.tmp"))
+    assert not list(RunDir(tmp_path / "run").checkpoints.glob("*.tmp"))
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, data, undisturbed):
     """The loop waits for the copy only: the first save is held until the last update; the next waits its turn."""
     run(tmp_path, data, 2, "hold_save@0:1:12", "--save_every_steps=8")
     assert (tmp_path / "held").exists()
-    assert [path.name for path in checkpoint.existing(tmp_path / "run")] == [
+    assert [path.name for path in RunDir(tmp_path / "run").list_checkpoints()] == [
         "step-00000012.safetensors",
         "step-00000008.safetensors",
     ]
@@ -162,9 +163,9 @@ def test_checkpoints_are_read_by_rank_0_alone(tmp_path, data, undisturbed):
 def test_best_checkpoint_is_pointed_to_after_a_kill(tmp_path, data, undisturbed):
     """The run was killed between the last checkpoint and the pointer to it."""
     shutil.copytree(undisturbed / "run", tmp_path / "run")
-    (checkpoint.folder(tmp_path / "run") / "best").unlink()
+    (RunDir(tmp_path / "run").checkpoints / "best").unlink()
     run(tmp_path, data, 2)
-    assert checkpoint.best(tmp_path / "run").name == "step-00000012.safetensors"
+    assert checkpoint.best(RunDir(tmp_path / "run")).name == "step-00000012.safetensors"
 
 
 @pytest.mark.fault("F21", tier=3)

@@ -11,7 +11,7 @@ from hvd_vgg.errors import DATA, Failure
 from hvd_vgg.parallel import comm
 from hvd_vgg.reporting.console import Console
 from hvd_vgg.reporting.log import RunLog
-from hvd_vgg.train.bad_records import count_bad_records
+from hvd_vgg.training.bad_records import count_bad_records
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from hvd_vgg.errors import NOT_FINITE, Failure
 from hvd_vgg.models import vgg
 from hvd_vgg.models.architecture import vgg_layers
 from hvd_vgg.parallel import comm, exchange
-from hvd_vgg.train.state import check_replicas
-from hvd_vgg.train.train_step import make_checksums
+from hvd_vgg.training.state import check_replicas
+from hvd_vgg.training.train_step import make_checksums
 
 ROWS, INPUTS, OUTPUTS = 29, 96, 40
 

@@ -9,7 +9,7 @@ from hvd_vgg.data.index import find_shards, join, scan_shard
 from hvd_vgg.errors import DATA, Failure
 from hvd_vgg.parallel import comm
 from hvd_vgg.reporting.console import Console
-from hvd_vgg.train.dataset import open_split
+from hvd_vgg.training.dataset import open_split
 
 QUIET = Console("lines", False)
 

@@ -14,10 +14,10 @@ from hvd_vgg.models.architecture import vgg_layers
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.init import cpu_convolves
 from hvd_vgg.seeds import dropout_keys
-from hvd_vgg.train.nonfinite import diagnose
-from hvd_vgg.train.optimizer import LOSS_SCALE, make_slots
-from hvd_vgg.train.state import initial_state
-from hvd_vgg.train.train_step import make_train_step
+from hvd_vgg.training.nonfinite import diagnose
+from hvd_vgg.training.optimizer import LOSS_SCALE, make_slots
+from hvd_vgg.training.state import initial_state
+from hvd_vgg.training.train_step import make_train_step
 
 
 def skip_unless_computed(precision):

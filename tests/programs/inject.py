@@ -84,14 +84,14 @@ def delayed(seconds):
 
 def slow_save(seconds):
     """Makes each checkpoint take longer to write, in the background."""
-    from hvd_vgg.train import checkpoint
+    from hvd_vgg.training import checkpoint
 
     replace(checkpoint, "save", delayed(seconds))
 
 
 def hold_save(step):
     """Holds checkpoints back until `step` updates are done; notes in OUT_DIR/held that it did."""
-    from hvd_vgg.train import checkpoint
+    from hvd_vgg.training import checkpoint
 
     def wrap(save):
         def held(*arguments):
@@ -107,7 +107,7 @@ def hold_save(step):
 
 def slow_snapshot(seconds):
     """Makes each checkpoint take longer to begin, between two updates."""
-    from hvd_vgg.train import state
+    from hvd_vgg.training import state
 
     replace(state, "save_state", delayed(seconds))
 
@@ -121,7 +121,7 @@ def slow_read(seconds):
 
 def slow_evaluation(seconds):
     """Makes each batch of an evaluation take longer."""
-    from hvd_vgg.train import evaluate
+    from hvd_vgg.training import evaluate
 
     replace(evaluate, "make_eval_step", lambda make: lambda *arguments: delayed(seconds)(make(*arguments)))
 
@@ -284,7 +284,7 @@ def main():
 
         replace(vgg, "dense", dense_with_nan)
     if any(fault.kind == "drift" for fault in mine):
-        from hvd_vgg.train import state
+        from hvd_vgg.training import state
 
         replace(state, "initial_state", keep_state)
     return run(sys.argv[2 + len(parsed) :])

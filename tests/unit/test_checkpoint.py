@@ -8,7 +8,8 @@ import pytest
 from support import order_of_writes
 
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
-from hvd_vgg.train import checkpoint
+from hvd_vgg.run_dir import RunDir
+from hvd_vgg.training import checkpoint
 
 
 def tensors(step):
@@ -16,12 +17,12 @@ def tensors(step):
 
 
 def save(run_dir, step, keep=3, best=False):
-    return checkpoint.save(run_dir, tensors(step), {"step": step, "run": {"seed": 1}}, keep, best)
+    return checkpoint.save(RunDir(run_dir), tensors(step), {"step": step, "run": {"seed": 1}}, keep, best)
 
 
 def test_a_saved_checkpoint_is_read_back_equal(tmp_path):
     path = save(tmp_path, 12)
-    found, faults = checkpoint.newest(tmp_path)
+    found, faults = checkpoint.newest(RunDir(tmp_path))
     assert not faults
     assert path.name == "step-00000012.safetensors"
     assert (found.path, found.meta) == (path, {"step": 12, "run": {"seed": 1}})
@@ -33,29 +34,34 @@ def test_a_saved_checkpoint_is_read_back_equal(tmp_path):
 def test_the_newest_are_kept_and_the_best(tmp_path):
     for step in (1, 2, 3, 4, 5, 6):
         save(tmp_path, step, keep=2, best=step == 2)
-    assert [path.name[5:13] for path in checkpoint.existing(tmp_path)] == ["00000006", "00000005", "00000002"]
-    assert checkpoint.best(tmp_path).name == "step-00000002.safetensors"
+    assert [path.name[5:13] for path in RunDir(tmp_path).list_checkpoints()] == ["00000006", "00000005", "00000002"]
+    assert checkpoint.best(RunDir(tmp_path)).name == "step-00000002.safetensors"
 
 
 def test_what_was_just_written_is_kept_although_there_are_later_steps(tmp_path):
     for step in (40, 60, 80, 100):
         save(tmp_path, step, keep=9)
     save(tmp_path, 50, keep=1)  # after a rewind to 40
-    assert [path.name[5:13] for path in checkpoint.existing(tmp_path)] == ["00000100", "00000080", "00000060", "00000050"]
+    assert [path.name[5:13] for path in RunDir(tmp_path).list_checkpoints()] == [
+        "00000100",
+        "00000080",
+        "00000060",
+        "00000050",
+    ]
 
 
 @pytest.mark.fault("F18")
 def test_no_checkpoints_is_none_and_all_damaged_is_an_error(tmp_path):
-    assert checkpoint.newest(tmp_path) == (None, {})
+    assert checkpoint.newest(RunDir(tmp_path)) == (None, {})
     path = save(tmp_path, 1)
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(Failure) as raised:
-        checkpoint.newest(tmp_path)
+        checkpoint.newest(RunDir(tmp_path))
     assert raised.value.code == CONFIGURATION
     assert "step-00000001.safetensors:" in raised.value.message
     checkpoint.set_aside(path)
     with pytest.raises(Failure, match="step-00000001.safetensors.bad: set aside as damaged"):
-        checkpoint.newest(tmp_path)
+        checkpoint.newest(RunDir(tmp_path))
 
 
 @pytest.mark.fault("F18")
@@ -98,14 +104,14 @@ def test_a_damaged_newest_is_passed_over_for_the_one_before(tmp_path, damage):
     else:
         data[-100] ^= 1
         path.write_bytes({"cut": bytes(data[:-50]), "flip": bytes(data), "empty": b"", "junk": b"x" * 5000}[damage])
-    found, faults = checkpoint.newest(tmp_path)
+    found, faults = checkpoint.newest(RunDir(tmp_path))
     assert found.meta["step"] == 1
     assert list(faults) == [path]
     with pytest.raises(ValueError, match="."):
         checkpoint.load(path)
     aside = checkpoint.set_aside(path)
     assert aside.name == "step-00000002.safetensors.bad"
-    assert checkpoint.newest(tmp_path)[1] == {}
+    assert checkpoint.newest(RunDir(tmp_path))[1] == {}
     save(tmp_path, 3, keep=1)
     assert aside.exists()
 
@@ -114,8 +120,8 @@ def test_a_damaged_newest_is_passed_over_for_the_one_before(tmp_path, damage):
 def test_pointers_lead_nowhere_but_to_checkpoints(tmp_path):
     save(tmp_path, 1, best=True)
     for text in ("../../x", "/etc/passwd", "", "step-1.safetensors", "step-00000001.safetensors/../x"):
-        (checkpoint.folder(tmp_path) / "best").write_text(text)
-        assert checkpoint.best(tmp_path) is None
+        (RunDir(tmp_path).checkpoints / "best").write_text(text)
+        assert checkpoint.best(RunDir(tmp_path)) is None
 
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path):
@@ -127,19 +133,20 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path):
 
 def test_leftovers_of_a_killed_save_are_removed_and_nothing_else(tmp_path):
     save(tmp_path, 1)
-    place = checkpoint.folder(tmp_path)
+    place = RunDir(tmp_path).checkpoints
     (place / "step-00000002.safetensors.tmp").write_bytes(b"half")
     (place / "mine.txt").write_text("keep")
-    checkpoint.clean(tmp_path)
+    checkpoint.clean(RunDir(tmp_path))
     assert sorted(path.name for path in place.iterdir()) == ["mine.txt", "step-00000001.safetensors"]
 
 
 SAVER = """
-import sys, pathlib, numpy as np
-from hvd_vgg.train import checkpoint
+import sys, numpy as np
+from hvd_vgg.run_dir import RunDir
+from hvd_vgg.training import checkpoint
 for step in range(1, 10**6):
     tensors = {f"w{i}": np.full(1_600_000, step, np.float32) for i in range(5)}
-    checkpoint.save(pathlib.Path(sys.argv[1]), tensors, {"step": step}, 2, step % 3 == 0)
+    checkpoint.save(RunDir(sys.argv[1]), tensors, {"step": step}, 2, step % 3 == 0)
     print(step, flush=True)
 """
 
@@ -158,11 +165,11 @@ def test_sigkill_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path):
         told += [int(line) for line in process.stdout]
         process.wait()
         process.stdout.close()
-        checkpoint.clean(run_dir)
-        found, _ = checkpoint.newest(run_dir)
+        checkpoint.clean(RunDir(run_dir))
+        found, _ = checkpoint.newest(RunDir(run_dir))
         assert found.meta["step"] >= max(told)
         assert all((value == found.meta["step"]).all() for value in found.tensors.values())
-        best = checkpoint.best(run_dir)
+        best = checkpoint.best(RunDir(run_dir))
         assert best is None or checkpoint.load(best).meta["step"] % 3 == 0
 
 

@@ -21,7 +21,7 @@ CHANGELOG = ROOT / "CHANGELOG.md"  # which also names what is gone
 MAINTAINERS = {ROOT / "CONTRIBUTING.md", DOCS / "architecture.md", CHANGELOG}
 # The pages for maintainers describe the finished house; what they name is not checked until the loop and the tests' programs
 # are in their places.
-FINISHED = "def fit(" in (PACKAGE / "train" / "loop.py").read_text() and (ROOT / "tests" / "programs").is_dir()
+FINISHED = "def fit(" in (PACKAGE / "training" / "loop.py").read_text() and (ROOT / "tests" / "programs").is_dir()
 READY = [page for page in PAGES if FINISHED or page not in MAINTAINERS]
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.M | re.S)
 SCRIPT = re.compile(r"(?:\S*/)?(launch/[\w/]+\.(?:sh|sbatch))")

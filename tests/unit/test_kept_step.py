@@ -7,9 +7,9 @@ from hvd_vgg.config import TrainConfig
 from hvd_vgg.data.index import find_shards, join, scan_shard
 from hvd_vgg.flags import parse_flags
 from hvd_vgg.run_dir import RunDir
-from hvd_vgg.train.dataset import Splits
-from hvd_vgg.train.kept_step import save_step
-from hvd_vgg.train.state import initial_state
+from hvd_vgg.training.dataset import Splits
+from hvd_vgg.training.kept_step import save_step
+from hvd_vgg.training.state import initial_state
 
 
 def test_the_report_is_on_disk_last_and_whole(tmp_path, data, monkeypatch):

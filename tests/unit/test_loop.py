@@ -5,9 +5,9 @@ import types
 import pytest
 
 from hvd_vgg.errors import STOPPED, Failure
-from hvd_vgg.train import loop
-from hvd_vgg.train.metrics import NonFiniteStep
-from hvd_vgg.train.schedule import Cadence
+from hvd_vgg.training import loop
+from hvd_vgg.training.metrics import NonFiniteStep
+from hvd_vgg.training.schedule import Cadence
 
 
 class FakeTrainer:

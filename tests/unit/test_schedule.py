@@ -5,7 +5,7 @@ import math
 import pytest
 
 from hvd_vgg.config import TrainConfig
-from hvd_vgg.train.schedule import (
+from hvd_vgg.training.schedule import (
     Cadence,
     Due,
     epochs_to_steps,

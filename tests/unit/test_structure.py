@@ -13,7 +13,7 @@ PACKAGE = ROOT / "hvd_vgg"
 LAYERS = [
     {"root"},
     {"data", "models", "parallel", "reporting"},
-    {"train"},
+    {"training"},
     {"launcher"},
     {"doctor"},
     {"commands"},
@@ -170,7 +170,7 @@ def test_functions_are_short():
 
 
 def test_loop_is_read_in_a_minute():
-    (fit,) = [node for module, node in functions() if (module, node.name) == ("train.loop", "fit")]
+    (fit,) = [node for module, node in functions() if (module, node.name) == ("training.loop", "fit")]
     assert lines_of(fit) <= 45
 
 

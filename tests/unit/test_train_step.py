@@ -10,10 +10,10 @@ from hvd_vgg.config import TrainConfig
 from hvd_vgg.models import vgg
 from hvd_vgg.models.dropout import apply_dropout, dropout_mask
 from hvd_vgg.seeds import dropout_keys
-from hvd_vgg.train.loss import top_k_correct
-from hvd_vgg.train.optimizer import LOSS_SCALE, apply_update, make_slots, next_loss_scale, set_loss_scale
-from hvd_vgg.train.state import initial_weights
-from hvd_vgg.train.train_step import accumulate, apply_gradients, make_backward
+from hvd_vgg.training.loss import top_k_correct
+from hvd_vgg.training.optimizer import LOSS_SCALE, apply_update, make_slots, next_loss_scale, set_loss_scale
+from hvd_vgg.training.state import initial_weights
+from hvd_vgg.training.train_step import accumulate, apply_gradients, make_backward
 
 
 def kept(rows, units, rate, key, position):

@@ -20,8 +20,9 @@ from hvd_vgg.provenance import describe_process
 from hvd_vgg.reporting import receipt
 from hvd_vgg.reporting.log import RunLog
 from hvd_vgg.reporting.throughput import Throughput, per_host, per_rank
-from hvd_vgg.train import checkpoint
-from hvd_vgg.train.schedule import evaluation_steps, learning_rate
+from hvd_vgg.run_dir import RunDir
+from hvd_vgg.training import checkpoint
+from hvd_vgg.training.schedule import evaluation_steps, learning_rate
 
 RECORDS, VALIDATION, STEPS = 75, 37, 12
 CONFIG = TrainConfig(
@@ -66,7 +67,7 @@ class Simulated:
         rows = {"w": np.full((3, 4), done, np.float32)}
         run = {**fingerprint(self.config), "train_data_sha256": "t" * 64}
         meta = {"step": done, "best_top1": hits, "evaluated": self.evaluated, "coverage": self.coverage.state(), "run": run}
-        path = checkpoint.save(self.run_dir, rows, meta, 3, best)
+        path = checkpoint.save(RunDir(self.run_dir), rows, meta, 3, best)
         self.wrote()
         self.event("checkpoint", step=done, **receipt.checkpoint_row(path))
 
@@ -90,7 +91,7 @@ class Simulated:
         run_dir.mkdir(exist_ok=True)
         self.log = RunLog(run_dir, False, None)
         self.wrote()
-        found, _ = checkpoint.newest(run_dir)
+        found, _ = checkpoint.newest(RunDir(run_dir))
         first = found.meta["step"] if found else 0
         best = found.meta["best_top1"] if found else -1
         if found:
@@ -128,7 +129,7 @@ class Simulated:
                 break
             if met == "stopped":
                 return
-            found, _ = checkpoint.newest(run_dir)
+            found, _ = checkpoint.newest(RunDir(run_dir))
             first, best = (found.meta["step"], found.meta["best_top1"]) if found else (0, -1)
             self.skipped.add(met[0])
             told = {"from": met[0], "to": first, "skipped_steps": sorted(self.skipped), **met[1]}
@@ -323,7 +324,7 @@ def test_replaced_and_skipped_records_are_held_against_the_order(tmp_path):
 def test_a_best_that_is_not_the_best_is_noticed(tmp_path):
     run = Simulated(tmp_path / "run")
     run.run()
-    assert checkpoint.best(run.run_dir).name != f"step-{STEPS:08d}.safetensors"
+    assert checkpoint.best(RunDir(run.run_dir)).name != f"step-{STEPS:08d}.safetensors"
     (run.run_dir / "checkpoints" / "best").write_text(f"step-{STEPS:08d}.safetensors\n")
     assert any(claim.startswith(f"best: step {STEPS} has ") for claim in verdicts(run.run_dir))
 
@@ -331,7 +332,7 @@ def test_a_best_that_is_not_the_best_is_noticed(tmp_path):
 def test_a_checkpoint_that_is_gone_is_noticed(tmp_path):
     run = Simulated(tmp_path / "run")
     run.run()
-    paths = checkpoint.existing(run.run_dir)
+    paths = RunDir(run.run_dir).list_checkpoints()
     assert len(paths) > 2
     for gone in (paths[:1], paths[1:2], paths[-1:], paths):
         kept = {path: path.read_bytes() for path in gone}

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from hvd_vgg.errors import NOT_WRITTEN
-from hvd_vgg.train import checkpoint
-from hvd_vgg.train.checkpoint_writer import CheckpointWriter
+from hvd_vgg.run_dir import RunDir, checkpoint_step
+from hvd_vgg.training import checkpoint
+from hvd_vgg.training.checkpoint_writer import CheckpointWriter
 
 
 def begin(writer, step, best=False):
@@ -17,13 +18,13 @@ def begin(writer, step, best=False):
 
 
 def steps(run_dir):
-    return [checkpoint.step_of(path) for path in checkpoint.existing(run_dir)]
+    return [checkpoint_step(path) for path in RunDir(run_dir).list_checkpoints()]
 
 
 @pytest.fixture(params=["disk", "quota"])
 def room(monkeypatch, request):
     """Lets no file be written where `room["files"]` checkpoints are; of a quota disk_usage says nothing, the write does."""
-    limit, write, usage = {"files": 100, "told": "0 MB are free"}, checkpoint._write, shutil.disk_usage
+    limit, write, usage = {"files": 100, "told": "0 MB are free"}, checkpoint._write_safetensors, shutil.disk_usage
 
     def is_full(place):
         return len(list(place.glob("step-*.safetensors"))) >= limit["files"]
@@ -35,7 +36,7 @@ def room(monkeypatch, request):
 
     if request.param == "quota":
         limit["told"] = os.strerror(errno.EDQUOT)
-        monkeypatch.setattr(checkpoint, "_write", limited)
+        monkeypatch.setattr(checkpoint, "_write_safetensors", limited)
     else:
         monkeypatch.setattr(
             shutil, "disk_usage", lambda place: usage(place)._replace(free=0) if is_full(place) else usage(place)
@@ -46,23 +47,23 @@ def room(monkeypatch, request):
 @pytest.mark.fault("F17")
 def test_on_a_full_disk_older_checkpoints_make_room_but_for_the_newest_whole_and_the_best(tmp_path, room):
     events = []
-    writer = CheckpointWriter(tmp_path, 4, lambda name, **data: events.append((name, data["step"])))
+    writer = CheckpointWriter(RunDir(tmp_path), 4, lambda name, **data: events.append((name, data["step"])))
     for step in (1, 2, 3, 4):
         begin(writer, step, best=step == 2)
         assert writer.wait() is None
-    newest = checkpoint.existing(tmp_path)[0]
+    newest = RunDir(tmp_path).list_checkpoints()[0]
     newest.write_bytes(newest.read_bytes()[:-9])
     room["files"] = 4
     begin(writer, 5)
     assert writer.wait() is None
     assert steps(tmp_path) == [5, 4, 3, 2]  # 4 is damaged, 3 the newest whole, 2 the best
     assert events[-1] == ("checkpoint", 5)
-    assert checkpoint.newest(tmp_path)[0].meta["step"] == 5
+    assert checkpoint.newest(RunDir(tmp_path))[0].meta["step"] == 5
 
 
 @pytest.mark.fault("F17")
 def test_on_a_full_disk_that_nothing_may_be_removed_for_the_save_has_failed_and_the_last_stays(tmp_path, room):
-    writer = CheckpointWriter(tmp_path, 4, lambda name, **data: None)
+    writer = CheckpointWriter(RunDir(tmp_path), 4, lambda name, **data: None)
     begin(writer, 1)
     assert writer.wait() is None
     room["files"] = 1
@@ -81,7 +82,7 @@ def test_a_checkpoint_that_cannot_be_read_once_written_is_a_save_that_failed(tmp
         return path
 
     monkeypatch.setattr(checkpoint, "save", save_and_lose)
-    writer = CheckpointWriter(tmp_path, 3, lambda name, **data: None)
+    writer = CheckpointWriter(RunDir(tmp_path), 3, lambda name, **data: None)
     begin(writer, 1)
     failure = writer.wait()
     assert (failure.code, "was written but cannot be read" in failure.message) == (NOT_WRITTEN, True)

@@ -20,7 +20,7 @@ from hvd_vgg.reporting.throughput import (
     per_rank,
     slowest,
 )
-from hvd_vgg.train.train_step import SKIPPED_STEP, StepMetrics
+from hvd_vgg.training.train_step import SKIPPED_STEP, StepMetrics
 
 Window = List[Tuple[int, StepMetrics]]  # (step, metrics), the updates since the last log line
 

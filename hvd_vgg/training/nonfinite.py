@@ -12,10 +12,10 @@ from hvd_vgg.models import vgg
 from hvd_vgg.models.dropout import apply_dropout
 from hvd_vgg.parallel import comm
 from hvd_vgg.text import plural
-from hvd_vgg.train.metrics import NonFiniteStep
-from hvd_vgg.train.optimizer import LOSS_SCALE, Slots
-from hvd_vgg.train.state import State
-from hvd_vgg.train.train_step import StepMetrics, draw_dropout_masks, step_inputs
+from hvd_vgg.training.metrics import NonFiniteStep
+from hvd_vgg.training.optimizer import LOSS_SCALE, Slots
+from hvd_vgg.training.state import State
+from hvd_vgg.training.train_step import StepMetrics, draw_dropout_masks, step_inputs
 
 
 class FiniteReport(NamedTuple):

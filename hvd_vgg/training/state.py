@@ -13,9 +13,9 @@ from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.models import vgg
 from hvd_vgg.models.architecture import vgg_layers
 from hvd_vgg.parallel.consensus import run_on_all_ranks
-from hvd_vgg.train.checkpoint import Checkpoint
-from hvd_vgg.train.checkpoint_writer import CheckpointWriter
-from hvd_vgg.train.optimizer import SCALE_STATE, Slots, make_slots
+from hvd_vgg.training.checkpoint import Checkpoint
+from hvd_vgg.training.checkpoint_writer import CheckpointWriter
+from hvd_vgg.training.optimizer import SCALE_STATE, Slots, make_slots
 
 # Of a run's checkpoints and log; a run is continued only in the format that it began with.
 CHECKPOINT_FORMAT = 2

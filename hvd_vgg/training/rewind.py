@@ -12,13 +12,13 @@ from hvd_vgg.parallel.consensus import run_on_root
 from hvd_vgg.parallel.init import Device
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.text import plural
-from hvd_vgg.train.dataset import Splits
-from hvd_vgg.train.kept_step import make_report, save_step, write_skipped_steps
-from hvd_vgg.train.metrics import NonFiniteStep
-from hvd_vgg.train.nonfinite import diagnose
-from hvd_vgg.train.reporter import Reporter
-from hvd_vgg.train.schedule import learning_rate
-from hvd_vgg.train.state import State
+from hvd_vgg.training.dataset import Splits
+from hvd_vgg.training.kept_step import make_report, save_step, write_skipped_steps
+from hvd_vgg.training.metrics import NonFiniteStep
+from hvd_vgg.training.nonfinite import diagnose
+from hvd_vgg.training.reporter import Reporter
+from hvd_vgg.training.schedule import learning_rate
+from hvd_vgg.training.state import State
 
 
 def stop_or_skip(

@@ -1,8 +1,8 @@
 """The training loop."""
 
 from hvd_vgg.config import TrainConfig
-from hvd_vgg.train.metrics import NonFiniteStep
-from hvd_vgg.train.trainer import Trainer
+from hvd_vgg.training.metrics import NonFiniteStep
+from hvd_vgg.training.trainer import Trainer
 
 
 def train(config: TrainConfig) -> None:
@@ -19,7 +19,7 @@ def train(config: TrainConfig) -> None:
 
 
 def fit(trainer: Trainer) -> None:
-    """Trains from where the run stands to its end. Collective; raises NonFiniteStep."""
+    """Trains from where the run stands to its end: last checkpoint, result, summary. Collective; raises NonFiniteStep."""
     progress = trainer.progress
     if trainer.evaluation_missed():
         trainer.save(best=trainer.evaluate())
@@ -44,4 +44,4 @@ def fit(trainer: Trainer) -> None:
             trainer.write_result()
         if stopping:
             trainer.stop()  # saves; ends with exit code 80
-    trainer.finish()  # last evaluation and checkpoint, result.json, summary
+    trainer.finish()

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-from pathlib import Path
 from typing import Any, Dict, List, NoReturn
 
 from hvd_vgg.config import TrainConfig, allowed_changes, hyperparameters
@@ -10,17 +9,18 @@ from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import run_on_root
 from hvd_vgg.reporting import receipt
+from hvd_vgg.run_dir import RunDir
 from hvd_vgg.text import difference_table
-from hvd_vgg.train import checkpoint
-from hvd_vgg.train.reporter import Reporter
-from hvd_vgg.train.state import CHECKPOINT_FORMAT, State, TrainProgress, assign_variables, find_mismatch
+from hvd_vgg.training import checkpoint
+from hvd_vgg.training.reporter import Reporter
+from hvd_vgg.training.state import CHECKPOINT_FORMAT, State, TrainProgress, assign_variables, find_mismatch
 
 # Flags that decide which record is due when: of an epoch in which one of them has changed nothing can be proved.
 _ORDER = {"global_batch", "seed", "shuffle_block_records"}
 
 
 def restore_state(
-    state: State, config: TrainConfig, run_dir: Path, run: Dict[str, Any], reporter: Reporter
+    state: State, config: TrainConfig, run_dir: RunDir, run: Dict[str, Any], reporter: Reporter
 ) -> TrainProgress:
     """Brings `state` of all ranks to the newest checkpoint in `run_dir`, or to rank 0's initial weights. Collective.
 
@@ -33,7 +33,7 @@ def restore_state(
 
 
 def _restore_root(
-    state: State, config: TrainConfig, run_dir: Path, run: Dict[str, Any], reporter: Reporter
+    state: State, config: TrainConfig, run_dir: RunDir, run: Dict[str, Any], reporter: Reporter
 ) -> TrainProgress:
     checkpoint.clean(run_dir)
     _require(config.resume, run_dir)
@@ -72,20 +72,20 @@ def _restore_root(
     return progress
 
 
-def _check_none_was_saved(run_dir: Path) -> None:
+def _check_none_was_saved(run_dir: RunDir) -> None:
     """Raises Failure(CONFIGURATION) where checkpoints in the log are gone: a run never starts over silently."""
-    saved = [line.data["file"] for line in receipt.read_log(run_dir / "dllogger.json") if line.event == "checkpoint"]
+    saved = [line.data["file"] for line in receipt.read_log(run_dir.log) if line.event == "checkpoint"]
     if saved:
         raise Failure(
             CONFIGURATION,
-            f"{checkpoint.folder(run_dir)} holds no checkpoint, but according to the log {saved[-1]} was saved: restore it "
+            f"{run_dir.checkpoints} holds no checkpoint, but according to the log {saved[-1]} was saved: restore it "
             f"from a copy, or start over in another --run_dir",
         )
 
 
-def _refuse(keys: List[str], mismatch: str, found: checkpoint.Checkpoint, run: Dict[str, Any], run_dir: Path) -> NoReturn:
+def _refuse(keys: List[str], mismatch: str, found: checkpoint.Checkpoint, run: Dict[str, Any], run_dir: RunDir) -> NoReturn:
     """Raises Failure(CONFIGURATION) with what differs, and what of it --allow_config_change may admit."""
-    before, own = found.meta["run"], f"the run's own flags (--flagfile={run_dir}/flags.txt)"
+    before, own = found.meta["run"], f"the run's own flags (--flagfile={run_dir.flags})"
     table = difference_table({k: before.get(k) for k in keys}, {k: run.get(k) for k in keys}, ("checkpoint", "command"))
     if "train_data_sha256" in keys:
         fix = "Another data set is another run: use another --run_dir, or the data that this run began with"
@@ -98,13 +98,13 @@ def _refuse(keys: List[str], mismatch: str, found: checkpoint.Checkpoint, run: D
     raise Failure(CONFIGURATION, f"{found.path} is of another run:\n{table}\n{fix}")
 
 
-def _require(resume: str, run_dir: Path) -> None:
-    found = checkpoint.existing(run_dir)
+def _require(resume: str, run_dir: RunDir) -> None:
+    found = run_dir.list_checkpoints()
     if resume == "required" and not found:
-        raise Failure(CONFIGURATION, f"--resume=required, but {checkpoint.folder(run_dir)} holds no checkpoint")
+        raise Failure(CONFIGURATION, f"--resume=required, but {run_dir.checkpoints} holds no checkpoint")
     if resume == "never" and found:
         raise Failure(
             CONFIGURATION,
-            f"--resume=never, but {checkpoint.folder(run_dir)} holds {len(found)} checkpoints, which are never "
+            f"--resume=never, but {run_dir.checkpoints} holds {len(found)} checkpoints, which are never "
             f"overwritten: use another --run_dir",
         )

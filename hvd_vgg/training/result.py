@@ -15,9 +15,9 @@ from hvd_vgg.reporting.console import Console
 from hvd_vgg.reporting.throughput import format_table, limiting_part
 from hvd_vgg.run_dir import DISK_FULL, RunDir, atomic_write_text, write_error
 from hvd_vgg.text import format_duration, plural
-from hvd_vgg.train.checkpoint_writer import CheckpointWriter
-from hvd_vgg.train.evaluate import Evaluation
-from hvd_vgg.train.reporter import Reporter, format_ranks
+from hvd_vgg.training.checkpoint_writer import CheckpointWriter
+from hvd_vgg.training.evaluate import Evaluation
+from hvd_vgg.training.reporter import Reporter, format_ranks
 
 
 def write_run_files(config: TrainConfig, console: Optional[Console] = None) -> None:

@@ -15,21 +15,21 @@ from hvd_vgg.parallel import comm, cost
 from hvd_vgg.parallel.consensus import check_replicas, run_on_all_ranks, run_on_root
 from hvd_vgg.reporting.throughput import Throughput
 from hvd_vgg.run_dir import RunDir, lock_run_dir
-from hvd_vgg.train.bad_records import count_bad_records
-from hvd_vgg.train.checkpoint_writer import CheckpointWriter
-from hvd_vgg.train.dataset import open_data
-from hvd_vgg.train.evaluate import Evaluation, evaluate, make_eval_step
-from hvd_vgg.train.introduction import introduce
-from hvd_vgg.train.kept_step import read_skipped_steps
-from hvd_vgg.train.metrics import NonFiniteStep, Window, measure_run, measure_window, reduce_metrics
-from hvd_vgg.train.profile import profiled
-from hvd_vgg.train.reporter import open_reporter
-from hvd_vgg.train.result import finish_log, write_result, write_run_files
-from hvd_vgg.train.resume import restore_state
-from hvd_vgg.train.rewind import stop_or_skip
-from hvd_vgg.train.schedule import learning_rate, make_cadence, stop_poll_steps, total_steps
-from hvd_vgg.train.startup import join_ranks
-from hvd_vgg.train.state import (
+from hvd_vgg.training.bad_records import count_bad_records
+from hvd_vgg.training.checkpoint_writer import CheckpointWriter
+from hvd_vgg.training.dataset import open_data
+from hvd_vgg.training.evaluate import Evaluation, evaluate, make_eval_step
+from hvd_vgg.training.introduction import introduce
+from hvd_vgg.training.kept_step import read_skipped_steps
+from hvd_vgg.training.metrics import NonFiniteStep, Window, measure_run, measure_window, reduce_metrics
+from hvd_vgg.training.profile import profiled
+from hvd_vgg.training.reporter import open_reporter
+from hvd_vgg.training.result import finish_log, write_result, write_run_files
+from hvd_vgg.training.resume import restore_state
+from hvd_vgg.training.rewind import stop_or_skip
+from hvd_vgg.training.schedule import learning_rate, make_cadence, stop_poll_steps, total_steps
+from hvd_vgg.training.startup import join_ranks
+from hvd_vgg.training.state import (
     TrainProgress,
     finish_save,
     initial_state,
@@ -38,7 +38,7 @@ from hvd_vgg.train.state import (
     run_fingerprint,
     save_state,
 )
-from hvd_vgg.train.train_step import SKIPPED_STEP, StepMetrics, make_train_step, step_inputs
+from hvd_vgg.training.train_step import SKIPPED_STEP, StepMetrics, make_train_step, step_inputs
 from hvd_vgg.watchdog import StopRequested, watchdog
 
 
@@ -61,7 +61,7 @@ class Trainer:
         self.fingerprint = run_fingerprint(config, self.data.train, self.data.label_base)
         self.writer: Optional[CheckpointWriter] = None
         if self.reporter.log:
-            self.writer = CheckpointWriter(Path(config.run_dir), config.keep_checkpoints, self.reporter.event)
+            self.writer = CheckpointWriter(RunDir(config.run_dir), config.keep_checkpoints, self.reporter.event)
         self.throughput = Throughput()
         self.result: Optional[Evaluation] = None
         self.saved_step = -1
@@ -82,7 +82,7 @@ class Trainer:
         """Brings the state to the newest checkpoint, and prepares to train from there."""
         config, records = self.config, self.data.train.records
         self.progress: TrainProgress = restore_state(
-            self.state, config, Path(config.run_dir), self.fingerprint, self.reporter
+            self.state, config, RunDir(config.run_dir), self.fingerprint, self.reporter
         )
         # A checkpoint knows the steps skipped before it; a later one, which it was itself rewound to, is kept beside it.
         skipped = comm.broadcast_json(run_on_root(lambda: read_skipped_steps(RunDir(config.run_dir))))

@@ -13,8 +13,8 @@ from hvd_vgg.models import vgg
 from hvd_vgg.parallel import comm
 from hvd_vgg.reporting.console import Console
 from hvd_vgg.text import plural
-from hvd_vgg.train.bad_records import count_bad_records
-from hvd_vgg.train.loss import top_k_correct
+from hvd_vgg.training.bad_records import count_bad_records
+from hvd_vgg.training.loss import top_k_correct
 from hvd_vgg.watchdog import StopRequested, watchdog
 
 _POLL_BATCHES = 4  # how often the ranks ask each other whether one was asked to stop

@@ -17,11 +17,11 @@ from hvd_vgg.data.sampler import positions
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
 from hvd_vgg.flags import to_flag_file
 from hvd_vgg.run_dir import RunDir, StepDir, atomic_write_text
-from hvd_vgg.train import checkpoint
-from hvd_vgg.train.dataset import Splits
-from hvd_vgg.train.metrics import NonFiniteStep
-from hvd_vgg.train.nonfinite import Diagnosis
-from hvd_vgg.train.state import State
+from hvd_vgg.training import checkpoint
+from hvd_vgg.training.dataset import Splits
+from hvd_vgg.training.metrics import NonFiniteStep
+from hvd_vgg.training.nonfinite import Diagnosis
+from hvd_vgg.training.state import State
 
 
 def make_report(

@@ -21,8 +21,8 @@ from hvd_vgg.models.architecture import DENSE
 from hvd_vgg.models.dropout import apply_dropout, dropout_mask
 from hvd_vgg.parallel import comm, exchange
 from hvd_vgg.seeds import dropout_keys
-from hvd_vgg.train.loss import top_k_correct
-from hvd_vgg.train.optimizer import LOSS_SCALE, Slots, apply_update, next_loss_scale, set_loss_scale
+from hvd_vgg.training.loss import top_k_correct
+from hvd_vgg.training.optimizer import LOSS_SCALE, Slots, apply_update, next_loss_scale, set_loss_scale
 
 # Sent beside the gradients of the first block, which leave last: 0, or NaN if this rank's loss is not finite. A loss may be
 # infinite where its gradient is finite: where only the label's logit is -Inf.

@@ -16,10 +16,10 @@ from hvd_vgg.provenance import describe_process
 from hvd_vgg.reporting import receipt
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.text import plural
-from hvd_vgg.train.dataset import Splits
-from hvd_vgg.train.reporter import Reporter
-from hvd_vgg.train.result import write_run_files
-from hvd_vgg.train.state import TrainProgress, data_digest
+from hvd_vgg.training.dataset import Splits
+from hvd_vgg.training.reporter import Reporter
+from hvd_vgg.training.result import write_run_files
+from hvd_vgg.training.state import TrainProgress, data_digest
 
 
 def introduce(

@@ -14,7 +14,7 @@ from hvd_vgg.reporting.tensorboard import open_scalars
 from hvd_vgg.reporting.throughput import Bottleneck
 from hvd_vgg.run_dir import RunDir, write_error
 from hvd_vgg.text import format_duration
-from hvd_vgg.train.evaluate import Evaluation
+from hvd_vgg.training.evaluate import Evaluation
 
 
 class Reporter:

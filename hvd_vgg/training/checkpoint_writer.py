@@ -1,36 +1,36 @@
-"""Writes checkpoints in the background, on rank 0: training waits for a copy of the variables only."""
+"""Writes checkpoints in the background, on rank 0: training waits only for a copy of the variables."""
 
 import contextlib
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Callable, Dict, Optional
 
 from hvd_vgg.errors import NOT_WRITTEN, Failure
 from hvd_vgg.reporting import receipt
-from hvd_vgg.train import checkpoint
+from hvd_vgg.run_dir import RunDir
+from hvd_vgg.training import checkpoint
 
 
 class CheckpointWriter:
-    """One checkpoint at a time, in a thread. A save that fails is no reason to stop, but for the last one.
+    """Writes one checkpoint at a time, in a thread. A save that fails is no reason to stop, except for the last one.
 
-    `event` logs each one that is whole, at once.
+    `event` logs each one as soon as it is whole.
     """
 
-    def __init__(self, run_dir: Path, keep: int, event: Callable[..., None]) -> None:
+    def __init__(self, run_dir: RunDir, keep: int, event: Callable[..., None]) -> None:
         self.run_dir, self.keep, self.event = run_dir, keep, event
         self.pool = ThreadPoolExecutor(1, "checkpoint")
         self.saving: Optional[Future[None]] = None
         self.written, self.seconds = 0, 0.0
 
     def begin(self, tensors: checkpoint.Tensors, meta: Dict[str, Any], best: bool) -> None:
-        """Begins to write `tensors`, which nobody may change any more; call `wait` before."""
+        """Starts writing `tensors`, which nobody may change any more; call `wait` first."""
         self.saving = self.pool.submit(self._save, tensors, meta, best)
 
     def _save(self, tensors: checkpoint.Tensors, meta: Dict[str, Any], best: bool) -> None:
         began = time.monotonic()
         with contextlib.suppress(OSError):
-            receipt.sync(self.run_dir / "dllogger.json")  # a checkpoint of updates that no log knows cannot be proved
+            receipt.sync(self.run_dir.log)  # a checkpoint of updates that are in no log cannot be verified
         path = checkpoint.save(self.run_dir, tensors, meta, self.keep, best)
         try:
             row = receipt.checkpoint_row(path)
@@ -40,7 +40,7 @@ class CheckpointWriter:
         self.written, self.seconds = self.written + 1, self.seconds + time.monotonic() - began
 
     def failure(self) -> Optional[Failure]:
-        """Returns why the save begun last has failed, once; None while it goes on, or when it is whole."""
+        """Returns why the newest save has failed, once; None while it runs, or when it has succeeded."""
         if self.saving is None or not self.saving.done():
             return None
         done, self.saving = self.saving, None
@@ -50,7 +50,7 @@ class CheckpointWriter:
         raise error
 
     def wait(self) -> Optional[Failure]:
-        """Waits for the save begun last, and returns why it has failed; None when it is whole, or was told before."""
+        """Waits for the newest save, and returns as `failure` does."""
         if self.saving is not None:
             self.saving.exception()
         return self.failure()

@@ -1,0 +1,46 @@
+"""Training from Python: `hvd_vgg.train(config)` is the command."""
+
+import json
+import sys
+import textwrap
+
+from support import TINY
+
+PROGRAM = """
+    import sys
+    import hvd_vgg
+    from hvd_vgg.config import TrainConfig
+    from hvd_vgg.errors import Failure
+
+    try:
+        hvd_vgg.train(TrainConfig(width=-1.0))
+    except Failure as failure:
+        assert failure.code == 64 and "--width=-1: expected more than 0" in failure.message
+    config = dict(num_classes=10, image_size=32, model="vgg11", width=0.125, global_batch=32, lr=0.05, lr_schedule="constant",
+                  eval_every_epochs=0.0, save_every_steps=0, log_every_steps=1, data_dir=sys.argv[1], steps=3)
+    try:
+        hvd_vgg.train(TrainConfig(run_dir="python", **config))
+    except Failure as failure:
+        sys.exit(failure.code)
+"""
+
+
+def test_train_from_python_equals_the_command(launch, data, tmp_path):
+    """On 2 ranks, to the last bit; a second call on the finished directory reports that nothing is left."""
+    program = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(data)]
+    assert launch(2, program=program).code == 0
+    assert launch(2, "train", f"--data_dir={data}", "--run_dir=command", "--steps=3", *TINY).code == 0
+    found, expected = (
+        (tmp_path / name / "checkpoints" / "step-00000003.safetensors").read_bytes() for name in ("python", "command")
+    )
+    start = 8 + int.from_bytes(expected[:8], "little")
+    assert found[-len(expected) + start :] == expected[start:]
+    assert json.loads((tmp_path / "python" / "result.json").read_text())["steps"] == 3
+
+
+def test_train_from_python_raises_a_failure_with_its_code(launch, tmp_path):
+    """Data that are missing: 65, one message, no traceback."""
+    ended = launch(2, program=[sys.executable, "-c", textwrap.dedent(PROGRAM), str(tmp_path / "none")])
+    assert ended.code == 65
+    assert ended.err.count("none is not a directory") == 1
+    assert "Traceback" not in ended.err
