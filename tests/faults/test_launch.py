@@ -150,19 +150,19 @@ def test_time_limit_ends_with_75(tmp_path, how, end):
 
 def test_mpirun_without_ranks_is_terminated(monkeypatch):
     """As when the link to another host is cut: a process in mpirun's place, whose rank leaves and which stays."""
-    monkeypatch.setattr(mpirun, "_LINGER_SECONDS", 0.5)
-    with StopRequests() as requests:
-        command = ["bash", "-c", "OMPI_COMM_WORLD_RANK=0 sleep 1; sleep 300 & wait"]
-        ended = mpirun.run(command, requests, 60.0, lambda: None)
+    monkeypatch.setattr(mpirun, "_LINGER_SECONDS", 1.0)
+    with StopRequests(60.0) as requests:
+        command = ["bash", "-c", "OMPI_COMM_WORLD_RANK=0 sleep 2; sleep 300 & wait"]
+        ended = mpirun.run(command, requests, lambda: None)
     assert ended.code == 75
     assert "mpirun was still waiting" in ended.reason
 
 
 def test_mpirun_that_starts_no_rank_is_terminated(monkeypatch):
     """As when its daemons do not answer: a process in mpirun's place that only waits."""
-    monkeypatch.setattr(mpirun, "_START_SECONDS", 0.5)
-    with StopRequests() as requests:
-        ended = mpirun.run(["sleep", "300"], requests, 60.0, lambda: None)
+    monkeypatch.setattr(mpirun, "_START_SECONDS", 2.0)
+    with StopRequests(60.0) as requests:
+        ended = mpirun.run(["sleep", "300"], requests, lambda: None)
     assert ended.code == 75
     assert "started no rank" in ended.reason
 
@@ -351,7 +351,7 @@ def test_leftovers_of_dead_launcher_are_killed_by_next(tmp_path):
     first.process.kill()
     second = start_stub(tmp_path, "0").wait()
     assert second.code == 0, second.err
-    assert re.search(r"killing processes \d+, \d+, which a job of this run left behind", second.err)
+    assert re.search(r"killing processes \[\d+, \d+\], which a job of this run left behind", second.err)
     assert first.wait().code == -signal.SIGKILL
 
 

@@ -471,7 +471,8 @@ def test_any_byte_of_the_log_changed_is_noticed(tmp_path):
 # ---- receipt
 
 
-def test_the_commit_is_read_from_a_clone_a_worktree_and_packed_references(tmp_path):
+def test_code_fingerprint_commit_of_a_clone(tmp_path):
+    """Of a branch, loose or packed, and detached; none without a repository."""
     git, commit = tmp_path / ".git", "a" * 40
     git.mkdir()
     assert provenance._git_commit(git) is None
@@ -481,12 +482,6 @@ def test_the_commit_is_read_from_a_clone_a_worktree_and_packed_references(tmp_pa
     (git / "refs" / "heads").mkdir(parents=True)
     (git / "refs" / "heads" / "main").write_text("c" * 40 + "\n")
     assert provenance._git_commit(git) == "c" * 40
-    tree = git / "worktrees" / "x"
-    tree.mkdir(parents=True)
-    (tree / "commondir").write_text("../..\n")
-    (tree / "HEAD").write_text("ref: refs/heads/main\n")
-    (tmp_path / "file").write_text(f"gitdir: {tree}\n")
-    assert provenance._git_commit(tmp_path / "file") == "c" * 40
     (git / "HEAD").write_text(commit + "\n")
     assert provenance._git_commit(git) == commit
 
