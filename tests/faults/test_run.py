@@ -110,7 +110,7 @@ def test_finished_run_started_again_trains_nothing(finished, launch):
     before = result(run_dir)
     ended = launch(0, *again)
     assert ended.code == 0, ended.err
-    assert f" from step 5: {run_dir}/checkpoints/step-00000005.safetensors" in ended.out
+    assert f"continuing from step 5: {run_dir}/checkpoints/step-00000005.safetensors" in ended.out
     assert f"acc@1              {before['acc@1']:.4f}" in ended.out
     assert result(run_dir) == before
     (run_dir / "result.json").unlink()
@@ -247,10 +247,10 @@ def test_benchmark_measures_each_input_on_chosen_ranks(tiny, tmp_path):
         assert row["share_of_peak"] == pytest.approx(row["tflops_per_rank"] / 0.5)
     printed = re.findall(r"^ +[13]  (?:device|host|real) +\d+\.\d .*% +\S+ +(\d+\.\d%)  [a-z]+", ended.out, re.M)
     assert printed == [f"{row['share_of_peak']:.1%}" for row in rows]
-    assert "10 images a rank and update" in ended.out and "6 updates a row, 60 images a rank" in ended.out
+    assert "10 images per rank and update" in ended.out and "6 updates per row, 60 images per rank" in ended.out
     none = f"--data_dir={tmp_path / 'none'}"
     ended = tiny(0, "benchmark", "--steps=4", none)
-    assert f"no real data: {none} is not there" in ended.out
+    assert f"no real data: {none} does not exist" in ended.out
     ended = tiny(2, "benchmark", "--steps=2", none, "--ranks=4", code=64)
     assert "--ranks=4: expected at most the 2 ranks started: hvd-vgg launch --ranks=4 benchmark --ranks=4 ..." in ended.err
 
