@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from hvd_vgg import provenance
-from hvd_vgg.commands.history import read_history
-from hvd_vgg.commands.history import FAIL, PASS, UNKNOWN
+from hvd_vgg.commands.history import FAIL, PASS, UNKNOWN, read_history
 from hvd_vgg.commands.verify import check
 from hvd_vgg.config import TrainConfig, fingerprint
 from hvd_vgg.data.coverage import Coverage, to_hex
@@ -257,7 +256,8 @@ def test_a_run_killed_at_any_moment_is_accepted_and_so_is_it_when_it_went_on(tmp
         with pytest.raises(Killed):
             Simulated(run_dir, kill_at=moment, poisoned=poisoned).run()
         assert verdicts(run_dir) == [], moment
-        skipped = read_history(receipt.read_log(run_dir / "dllogger.json")).attempts; skipped = skipped[-1].segment.skipped if skipped else ()
+        skipped = read_history(receipt.read_log(run_dir / "dllogger.json")).attempts
+        skipped = skipped[-1].segment.skipped if skipped else ()
         Simulated(run_dir, poisoned=poisoned, skipped=skipped).run()
         assert verdicts(run_dir) == [], moment
 
