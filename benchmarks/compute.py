@@ -13,18 +13,15 @@
 
 Every turn is a process of its own, which may use every core; ways take turns, --rounds times, so that what disturbs the
 machine disturbs all of them. A way that has not one of --precisions is left out in it, and a turn that computed in another
-ends the benchmark. What other processes and the hypervisor took of the CPU in a turn is measured, and a turn in which it was
-more than --calm is not counted; some is harmless, for a process that starts leaves cores idle. A turn makes --warmup updates
-that are not counted (tracing, first touch of memory) and then --updates that are. --legacy_python is a Python with
-TensorFlow, Horovod and Keras 2 (from TensorFlow 2.16 on: tf_keras), which the two scripts need. The scripts are run as they
-are, and only at 224 pixels.
+ends the benchmark. A turn makes --warmup updates that are not counted (tracing, first touch of memory) and then --updates
+that are. Ratios are of one round. --legacy_python is a Python with TensorFlow, Horovod and Keras 2 (from TensorFlow 2.16 on:
+tf_keras), which the two scripts need. The scripts are run as they are, and only at 224 pixels.
 """
 
 import argparse
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import time
@@ -61,7 +58,7 @@ def ours(precision, options):
     config = TrainConfig(
         global_batch=batch, device_batch=batch, image_size=size, weight_decay=WEIGHT_DECAY, precision=precision
     )
-    device, factored = start(), [choice.layer for choice in cost.choose(config, 1) if choice.method == "factored"]
+    device, factored = start(), cost.factored_layers(config, 1)
     step = make_train_step(*initial_state(config), config, device.data_format, factored)
     random = np.random.default_rng(0)
     inputs = (
@@ -69,9 +66,11 @@ def ours(precision, options):
         tf.constant(random.integers(0, CLASSES, batch), tf.int32),
         *step_inputs(config, 0, 0, RATE),
     )
-    convolutions = (op for op in step.get_concrete_function(*inputs).graph.get_operations() if op.type == "Conv2D")
-    (computed,) = {op.outputs[0].dtype.name for op in convolutions}
-    return timed(lambda: float(step(*inputs).gradient_norm), options), computed
+    rate = timed(lambda: float(step(*inputs).gradient_norm), options)
+    graph = tf.function(step).get_concrete_function(*inputs).graph.as_graph_def()
+    nodes = (node for function in graph.library.function for node in function.node_def)
+    (computed,) = {tf.DType(node.attr["T"].type).name for node in nodes if node.op == "Conv2D"}
+    return rate, computed
 
 
 def keras(precision, options):
@@ -192,24 +191,15 @@ def chosen(options):
     found = []
     for way in options.ways:
         _, precisions, needs = WAYS[way]
-        missing = [f"--{name}" for name in needs if not getattr(options, name)]
-        if missing:
-            print(f"{way}: without {' and '.join(missing)}: left out")
-            continue
+        missing = [f"without --{name}" for name in needs if not getattr(options, name)]
+        missing += ["only at 224 pixels"] * (way in ("tf_cnn", "horovod") and options.size != 224)
         for precision in options.precisions:
-            if precision in precisions:
-                found.append((way, precision))
+            reasons = missing + [f"no {precision}"] * (precision not in precisions)
+            if reasons:
+                print(f"{way}, {precision}: {', '.join(reasons)}: left out")
             else:
-                print(f"{way} has no {precision}: left out")
+                found.append((way, precision))
     return found
-
-
-def others():
-    """Returns the CPU seconds that were taken from this script and its processes since the machine started, and all."""
-    numbers = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-    counted = [int(number) / os.sysconf("SC_CLK_TCK") for number in numbers]
-    idle = counted[3] + counted[4]
-    return sum(counted) - idle - sum(os.times()[:4]), sum(counted)
 
 
 def run_turn(way, precision, options):
@@ -242,11 +232,7 @@ def work(way, precision, options):
 
 def main():
     """Lets the ways take turns and prints the table."""
-    parser = measure.command_line(__doc__, rounds=3)
-    parser.add_argument("--batch", type=measure.positive, default=8)
-    parser.add_argument("--size", type=measure.positive, default=224, help="pixels of the images")
-    parser.add_argument("--warmup", type=measure.positive, default=2, help="updates of a turn that are not counted")
-    parser.add_argument("--updates", type=measure.positive, default=4, help="updates of a turn that are")
+    parser = measure.command_line(__doc__, rounds=3, batch=8, size=224, warmup=2, updates=4)
     precisions = WAYS["ours"][1]
     parser.add_argument("--precisions", type=measure.some_of(precisions), default="float32,bfloat16")
     parser.add_argument("--ways", type=measure.some_of(WAYS), default=",".join(WAYS), help="only these")
@@ -255,55 +241,36 @@ def main():
     parser.add_argument("--legacy_python", help="a Python with TensorFlow, Horovod and Keras 2, for these two")
     parser.add_argument("--torch_python", help="a Python with PyTorch")
     parser.add_argument("--matmul_side", type=measure.positive, default=4096, help="rows of the largest matrix")
-    parser.add_argument("--calm", type=float, default=0.3, help="most of the CPU that others may take in a counted turn")
     options = parser.parse_args()
-    if options.size != 224:
-        options.ways = [way for way in options.ways if way not in ("tf_cnn", "horovod")]
-    rates, left_out, missing = {pair: [] for pair in chosen(options)}, 0, set()
+    rates, missing = {pair: [] for pair in chosen(options)}, set()
     for number in range(options.rounds):
-        for way, precision in rates:
-            if way in missing:
-                continue
-            used = others()
-            turn = run_turn(way, precision, options)
-            taken = [after - before for before, after in zip(used, others())]
+        for (way, precision), own in rates.items():
+            turn = {} if way in missing else run_turn(way, precision, options)
             if "missing" in turn:
                 print(f"{way}: not installed ({turn['missing']}): left out")
                 missing.add(way)
-                continue
-            if turn["computed"] != precision:
-                measure.refuse(f"{way} computed in {turn['computed']} instead of {precision}", 1)
-            share = taken[0] / taken[1]
-            print(
-                f"round {number + 1}: {way} {precision} {turn['rate']:.2f}, others {share:.0%}; {turn['software']}",
-                flush=True,
-            )
-            # The machine's rate is the best of many short runs, which a disturbed turn has too.
-            calm = share <= options.calm or way == "matmul"
-            left_out += not calm
-            if calm:
-                rates[way, precision].append(turn["rate"])
-    report({pair: found for pair, found in rates.items() if found}, options)
-    print(f"\n{left_out} turns left out: others took more than {options.calm:.0%} of the CPU")
+            elif turn:
+                if turn["computed"] != precision:
+                    measure.refuse(f"{way} computed in {turn['computed']} instead of {precision}", 1)
+                own.append(turn["rate"])
+                print(f"round {number + 1}: {way}, {precision}: {own[-1]:.2f}; {turn['software']}", flush=True)
+    report({pair: own for pair, own in rates.items() if own}, options)
 
 
 def report(rates, options):
-    """Prints the table; ratios are of medians, for turns of a round may have been left out."""
+    """Prints the table."""
     from hvd_vgg.models.architecture import training_flops, vgg_layers
 
     gflop = training_flops(vgg_layers("vgg16", 1.0, options.size, CLASSES), options.size) / 1e9
-    medians = {pair: statistics.median(found) for pair, found in rates.items()}
-    base, rows = medians.get(("ours", "float32")), []
-    for (way, precision), found in rates.items():
-        rate, machine = measure.spread(found), medians.get(("matmul", precision))
-        if way == "matmul":
-            rows.append((f"{way}, {precision}", len(found), f"{measure.spread(found, '.0f')} GFLOP/s", "-", "-"))
-            continue
-        ratio = measure.spread([each / base for each in found]) if base else "-"
-        share = f"{medians[way, precision] * gflop / machine:.0%}" if machine else "-"
-        rows.append((f"{way}, {precision}", len(found), rate, ratio, share))
+    rows = []
+    for (way, precision), own in rates.items():
+        flops, per_image = rates.get(("matmul", precision), []), 1 if way == "matmul" else gflop
+        of_matmul = measure.spread(measure.ratios([each * per_image for each in own], flops), ".0%")
+        of_ours = measure.ratios(own, rates.get(("ours", "float32"))) if way != "matmul" else []
+        unit = " GFLOP/s" * (way == "matmul")
+        rows.append((way, precision, len(own), measure.spread(own) + unit, measure.spread(of_ours), of_matmul))
     title = f"VGG16 at {options.size} pixels, batch {options.batch}, {gflop:.2f} GFLOP an image, {options.updates} updates"
-    head = ("way", "turns", "images/s", "relative to ours in float32", "of matmul")
+    head = ("way", "precision", "turns", "images/s", "relative to ours in float32", "of matmul's rate")
     measure.print_table(title, head, rows)
 
 

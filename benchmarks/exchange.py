@@ -40,14 +40,11 @@ WAYS = ("local", "horovod", "allreduce", "factored", "factored16")
 
 def main():
     """Makes the hosts, searches if asked, runs the job in them and prints the table."""
-    parser = measure.command_line(__doc__, rounds=3)
+    parser = measure.command_line(__doc__, rounds=3, images=1, size=224, steps=2)
     parser.add_argument("--hosts", type=measure.positive, default=2)
     parser.add_argument("--mbit", type=float, default=300.0, help="rate of a host's link, each way")
-    parser.add_argument("--images", type=measure.positive, default=1, help="per rank")
     parser.add_argument("--device_batch", type=measure.positive, default=8)
-    parser.add_argument("--size", type=measure.positive, default=224, help="pixels of the images")
     parser.add_argument("--width", type=float, default=1.0, help="multiplier on the width of every layer")
-    parser.add_argument("--steps", type=measure.positive, default=2, help="updates in a turn")
     parser.add_argument("--ways", type=measure.some_of(WAYS), default=",".join(WAYS), help="these beside local")
     parser.add_argument("--efficiency", type=float, help="search for the images at which horovod has it, such as 0.68")
     parser.add_argument("--shared", action="store_true", help="--hosts ranks on this host, through its memory")

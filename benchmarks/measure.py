@@ -26,36 +26,43 @@ GRACE_SECONDS = 10
 sys.path.insert(0, str(ROOT))  # what is measured is the package of this checkout, whatever is installed
 
 
+NUMBERS = {
+    "rounds": "turns of each row of the table",
+    "images": "of a turn, of each way",
+    "batch": "images of an update",
+    "size": "pixels of the images",
+    "steps": "updates of a turn",
+    "updates": "of a turn that are counted",
+    "warmup": "updates of a turn that are not counted",
+    "ranks": "of the job",
+    "threads": "that decode",
+}
+
+
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         return super()._get_help_string(action) if action.default else action.help
 
 
-def command_line(description, rounds):
-    """Returns a parser with --rounds, whose --help begins with a benchmark's docstring and shows every default."""
+def command_line(description, **defaults):
+    """Returns a parser with some of NUMBERS as options, whose --help begins with a benchmark's docstring."""
     parser = argparse.ArgumentParser(description=description, formatter_class=_Help, allow_abbrev=False)
-    parser.add_argument("--rounds", type=positive, default=rounds, help="turns of each row of the table")
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=positive, default=default, help=NUMBERS[name])
     return parser
 
 
 def positive(text):
     """Converts an option to an integer above 0."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected an integer of at least 1")
     return int(text)
-
-
-positive.__name__ = "integer"
 
 
 def list_of(convert):
     """Returns the conversion of an option to a list: `convert` of each of its parts, which commas separate."""
 
-    def convert_all(text):
-        return [convert(part) for part in text.split(",")]
-
-    convert_all.__name__ = f"list of {convert.__name__}"
-    return convert_all
+    return lambda text: [convert(part) for part in text.split(",")]
 
 
 def some_of(known):
@@ -84,6 +91,7 @@ def require(*programs):
 
 def run(main):
     """Runs the `main` of a benchmark; however it ends, no process that it has started is left."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # What a worker leaves behind becomes this process's child, not init's, and is found.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -136,7 +144,6 @@ def start(command, **options):
     """Starts a command, away from the terminal's Ctrl-C; `env` adds to the environment that all ways have alike."""
     environment = {
         **os.environ,
-        "TF_CPP_MIN_LOG_LEVEL": "3",
         "PYTHONPATH": str(ROOT),
         "ONEDNN_DEFAULT_FPMATH_MODE": "STRICT",  # else oneDNN may compute in bfloat16 what is asked for in float32
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -194,8 +201,9 @@ def ratios(values, base):
 
 def print_table(title, head, rows):
     """Prints a table in Markdown below its title, this machine and the software that measured."""
-    print(f"\n{title}; median (smallest to largest)")
+    rows = [list(map(str, row)) for row in rows]
+    print(f"\n{title}" + "; median (smallest to largest)" * any("(" in cell for row in rows for cell in row))
     print(f"{machine()}; {software('tensorflow', 'tensorflow-cpu', 'horovod', 'numpy')}\n")
     for row in (head, ["---"] * len(head), *rows):
-        print(f"| {' | '.join(map(str, row))} |")
+        print(f"| {' | '.join(row)} |")
     sys.stdout.flush()

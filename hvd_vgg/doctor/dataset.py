@@ -175,8 +175,8 @@ def _check_records(
     found = [failure("data", text, "copy the shard again, or remove the record from it") for text in bad[:_MAX_NAMED]]
     if len(bad) > _MAX_NAMED:
         found.append(failure("data", f"and {len(bad) - _MAX_NAMED} more records of {split}", "as above"))
-    what = f"all records of {split}" if full else f"one record of {split} on each rank that scanned any"
-    return found or [ok("data", f"read and decoded {what}")]
+    what = f"every record of {split} is read and decoded"
+    return found or [ok("data", what if full else f"a record of {split} is read and decoded on each rank that scanned any")]
 
 
 def _record_error(index: Index, record: int, config: TrainConfig) -> str:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from hvd_vgg import provenance
-from hvd_vgg.commands.history import read_attempts, skipped_steps
-from hvd_vgg.commands.verify import FAIL, PASS, UNKNOWN, check
+from hvd_vgg.commands.history import FAIL, PASS, UNKNOWN, read_history
+from hvd_vgg.commands.verify import check
 from hvd_vgg.config import TrainConfig, fingerprint
 from hvd_vgg.data.coverage import Coverage, to_hex
 from hvd_vgg.data.sampler import positions
@@ -72,7 +72,7 @@ class Simulated:
         self.event("checkpoint", step=done, **receipt.checkpoint_row(path))
 
     def covered(self, proved):
-        seen, skipped = proved.tally.seen, proved.tally.skipped
+        seen, skipped = proved.records.seen, proved.records.skipped
         self.event(
             "coverage",
             epoch=proved.epoch,
@@ -83,7 +83,7 @@ class Simulated:
             seen_digest=to_hex(seen),
             skipped=int(skipped[0]),
             skipped_digest=to_hex(skipped),
-            replaced=sorted(proved.tally.replaced.tolist()),
+            replaced=sorted(proved.records.replaced.tolist()),
         )
 
     def run(self):
@@ -120,7 +120,7 @@ class Simulated:
         while True:
             self.coverage = Coverage(RECORDS, 32, first, found.meta["coverage"] if found else [])
             result = None
-            if self.evaluated < first and first in evaluation_steps(config, RECORDS, STEPS):
+            if self.evaluated < first and first in evaluation_steps(config, RECORDS):
                 result = self.evaluate(first)
                 self.save(first, max(best, result["eval.top1_hits"]), result["eval.top1_hits"] > best)
                 best = max(best, result["eval.top1_hits"])
@@ -157,7 +157,7 @@ class Simulated:
             self.throughput.input_seconds.append(0.01 * (step % 2))
             self.throughput.exchange_seconds.append(0.02)
             window, done = window + 1, step + 1
-            due = done in evaluation_steps(config, RECORDS, STEPS)
+            due = done in evaluation_steps(config, RECORDS)
             if done % 2 and not due:
                 continue
             met = (set(range(done - window, done)) & self.poisoned) - self.skipped
@@ -233,14 +233,14 @@ class Simulated:
 
 
 def verdicts(run_dir, verdict=FAIL):
-    return [f"{claim.what}: {claim.why}" for claim in check(run_dir) if claim.verdict == verdict]
+    return [f"{claim.subject}: {claim.text}" for claim in check(run_dir) if claim.verdict == verdict]
 
 
 def test_a_run_that_nothing_happened_to_is_accepted(tmp_path):
     run = Simulated(tmp_path / "run")
     run.run()
     assert verdicts(run.run_dir) == []
-    assert len(verdicts(run.run_dir, UNKNOWN)) == 1
+    assert len(verdicts(run.run_dir, UNKNOWN)) == 0
     Simulated(run.run_dir).run()  # once more, with nothing left to train
     assert verdicts(run.run_dir) == []
 
@@ -256,7 +256,8 @@ def test_a_run_killed_at_any_moment_is_accepted_and_so_is_it_when_it_went_on(tmp
         with pytest.raises(Killed):
             Simulated(run_dir, kill_at=moment, poisoned=poisoned).run()
         assert verdicts(run_dir) == [], moment
-        skipped = skipped_steps(read_attempts(receipt.read_log(run_dir / "dllogger.json"))[0])
+        skipped = read_history(receipt.read_log(run_dir / "dllogger.json")).attempts
+        skipped = skipped[-1].segment.skipped if skipped else ()
         Simulated(run_dir, poisoned=poisoned, skipped=skipped).run()
         assert verdicts(run_dir) == [], moment
 
@@ -272,7 +273,7 @@ def test_a_run_killed_again_and_again_is_accepted(tmp_path):
             assert verdicts(run_dir) == []
     assert kills > 5
     assert verdicts(run_dir) == []
-    assert len([line for line in receipt.read_log(run_dir / "dllogger.json") if line.event == "start"]) > 4
+    assert len([line for line in receipt.read_log(run_dir / "dllogger.json") if line.kind == "start"]) > 4
 
 
 def test_a_run_stopped_before_its_evaluation_and_then_killed_at_any_moment_is_accepted(tmp_path):
@@ -371,7 +372,7 @@ def supervised(run_dir):
     with pytest.raises(Killed):
         Simulated(run_dir, kill_at=20, launched=True).run()
     Simulated(run_dir, launched=True).run()
-    times = [line.timestamp for line in receipt.read_log(run_dir / "dllogger.json") if line.event == "start"]
+    times = [line.timestamp for line in receipt.read_log(run_dir / "dllogger.json") if line.kind == "start"]
     for attempt, (when, code) in enumerate([(times[0], 137), ((times[0] + times[1]) / 2, 139), (times[1], 0)]):
         rows.append({"time": when - 1e-4, "at": "then", "event": "start", "attempt": attempt, "ranks": 2})
         rows.append({"time": when + 1e-4, "at": "then", "event": "end", "attempt": attempt, "ranks": 2, "code": code})
