@@ -58,7 +58,7 @@ def ours(precision, options):
     config = TrainConfig(
         global_batch=batch, device_batch=batch, image_size=size, weight_decay=WEIGHT_DECAY, precision=precision
     )
-    device, factored = start(), [choice.layer for choice in cost.choose(config, 1) if choice.method == "factored"]
+    device, factored = start(), cost.factored_layers(config, 1)
     step = make_train_step(*initial_state(config), config, device.data_format, factored)
     random = np.random.default_rng(0)
     inputs = (

@@ -28,7 +28,7 @@ _PACKAGES = ("absl", "crc32c", "cv2", "dllogger", "horovod", "mpi4py", "numpy", 
 
 
 def describe_process() -> Dict[str, Any]:
-    """Returns what this rank runs: `code`, `packages`, part of the `environment`, and whether `hvd-vgg launch` started it."""
+    """Returns what this rank runs: `code`, `packages`, a part of `environment`, and whether it was `launched` by hvd-vgg."""
     versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in _PACKAGES}
     return {
         "code": code_fingerprint(),

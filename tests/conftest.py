@@ -1,5 +1,6 @@
 """Fixtures of all tests; tiers and the table of faults; which skips are allowed."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
@@ -49,6 +50,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Notes how each phase of a test ended."""
     _reports.append(report)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints the seconds of each folder and of the slowest files."""
+    for parts, most in ((2, 9), (3, 5)):
+        seconds: Counter = Counter()
+        for report in _reports:
+            seconds["/".join(report.nodeid.split("::")[0].split("/")[:parts])] += report.duration
+        line = ", ".join(f"{name} {value:.0f}" for name, value in seconds.most_common(most))
+        terminalreporter.write_line(f"seconds: {line}")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -4,18 +4,18 @@ Nothing here asks TensorFlow. What is known of Iluvatar hosts comes from public 
 says what it rests on.
 """
 
+import contextlib
 import os
 import re
-import subprocess
 from collections import Counter
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from hvd_vgg.doctor.packages import HostView, device_nodes, find_tool, find_vendor, parse_version, sdk_version
+from hvd_vgg.doctor.system import run_tool
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
+from hvd_vgg.text import plural
 
 _PCI_VENDORS = {"0x1e3e": "Iluvatar", "0x10de": "NVIDIA"}
-# Iluvatar's products, by the vendor's own guide to its containers.
-_PCI_PRODUCTS = {"0x0001": "BI-V100", "0x0002": "MR-V100", "0x0003": "BI-V150"}
 # Fraction of a device's memory in use before the job starts that is more than a driver takes for itself.
 _IN_USE = 0.1
 # With a rank on each of 16 devices, 16 run the tool at once.
@@ -35,7 +35,7 @@ class Listing(NamedTuple):
 
 
 class Accelerators(NamedTuple):
-    """The accelerators of a host: vendor (Iluvatar, NVIDIA or CPU), the evidence for it, and what its tool reports, if it does."""
+    """A host's accelerators: the vendor (Iluvatar, NVIDIA or CPU), the evidence for it, and its tool's report, if any."""
 
     host: HostView
     vendor: str
@@ -85,8 +85,9 @@ def check_device_nodes(accelerators: Accelerators) -> Iterator[Finding]:
         return
     nodes = device_nodes(host, vendor)
     if not nodes:
-        on_bus = ", ".join(f"{count} {name}" for name, count in _pci_devices(host, vendor).items())
-        text = f"no {vendor} device node in /dev" + (f", although {on_bus} are on the PCI bus" if on_bus else "")
+        on_bus = _count_on_bus(host, vendor)
+        text = f"no {vendor} device node in /dev"
+        text += f", although the PCI bus has {plural(on_bus, 'device')}" if on_bus else ""
         iluvatar = "--runtime iluvatar -e IX_VISIBLE_DEVICES=all, or --device /dev/iluvatar0 ..."
         fix = f"load the driver on the host; in a container: docker run {iluvatar if vendor == 'Iluvatar' else '--gpus all'}"
         # NVIDIA's tool without a device is normal on login nodes; Iluvatar's software is in no image without a reason.
@@ -148,9 +149,8 @@ def check_driver(accelerators: Accelerators, cuda: str, computed: bool) -> Itera
     host, vendor, _, listing = accelerators
     if listing is None:
         return
-    text, problem, fix = (
-        _assess_nvidia(listing, cuda) if vendor == "NVIDIA" else _assess_iluvatar(listing, sdk_version(host))
-    )
+    nvidia = vendor == "NVIDIA"
+    text, problem, fix = _assess_nvidia(listing, cuda) if nvidia else _assess_iluvatar(listing, sdk_version(host))
     if not problem:
         yield ok("driver", text)
     elif not listing.driver:
@@ -158,7 +158,7 @@ def check_driver(accelerators: Accelerators, cuda: str, computed: bool) -> Itera
     elif computed:
         yield warning("driver", f"{text}: {problem}; the devices computed correctly all the same", fix)
     else:
-        fails = "; devices are then listed but fail to allocate (errors 801, 803)" if vendor == "Iluvatar" else ""
+        fails = "" if nvidia else "; devices are then listed but fail to allocate (errors 801, 803)"
         yield failure("driver", f"{text}: {problem}{fails}", fix)
 
 
@@ -202,20 +202,14 @@ def _half_cards(names: Sequence[str]) -> int:
     return sum(bool(re.search(r"BI-?V?150(?!S)", name)) for name in names)
 
 
-def _pci_devices(host: HostView, vendor: str) -> Dict[str, int]:
-    """Returns the number of the vendor's accelerators on the PCI bus, by product if that is known."""
-    products: Dict[str, int] = Counter()
-    for folder in sorted((host.root / "sys/bus/pci/devices").glob("*")):
-        try:
-            maker, kind, product = ((folder / name).read_text().strip() for name in ("vendor", "class", "device"))
-        except OSError:
-            continue
-        if _PCI_VENDORS.get(maker) == vendor and kind[:4] in (
-            "0x03",
-            "0x12",
-        ):  # displays and accelerators, no audio, bridges
-            products[f"{vendor} {_PCI_PRODUCTS.get(product, product) if vendor == 'Iluvatar' else product}"] += 1
-    return products
+def _count_on_bus(host: HostView, vendor: str) -> int:
+    """Returns the number of the vendor's displays and accelerators on the PCI bus, without its audio devices and bridges."""
+    count = 0
+    for folder in (host.root / "sys/bus/pci/devices").glob("*"):
+        with contextlib.suppress(OSError):
+            maker, kind = ((folder / name).read_text().strip() for name in ("vendor", "class"))
+            count += _PCI_VENDORS.get(maker) == vendor and kind[:4] in ("0x03", "0x12")
+    return count
 
 
 def _run(host: HostView, name: str, *arguments: str) -> str:
@@ -226,16 +220,5 @@ def _run(host: HostView, name: str, *arguments: str) -> str:
     # An empty entry would mean the current directory.
     libraries = [host.environ.get("LD_LIBRARY_PATH"), str(host.root / "usr/local/corex/lib64")]
     environ = {**host.environ, "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries))}
-    try:
-        done = subprocess.run(  # noqa: S603
-            [path, *arguments],
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_TOOL_SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
+    done = run_tool([path, *arguments], environ, _TOOL_SECONDS)
+    return done.stdout if done and done.returncode == 0 else ""

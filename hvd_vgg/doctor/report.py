@@ -16,16 +16,7 @@ from hvd_vgg.doctor.system import probe_file
 from hvd_vgg.environment import launched_local_rank, launched_rank
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
 from hvd_vgg.parallel import network
-from hvd_vgg.reporting.findings import (
-    FAILURE,
-    Finding,
-    MergedFinding,
-    as_json,
-    counts,
-    failure,
-    format_findings,
-    merge,
-)
+from hvd_vgg.reporting.findings import FAILURE, Finding, MergedFinding, as_json, counts, failure, format_findings, merge
 from hvd_vgg.streams import write_line
 from hvd_vgg.text import plural
 
@@ -35,11 +26,11 @@ _GRACE_SECONDS = 2.0
 _FIXES = {
     "software": "a file system hangs, or the machine is very slow",
     "devices": "driver and SDK must fit (see driver); until then exclude this device by CUDA_VISIBLE_DEVICES",
-    "data": "find out whether `ls` of the data directory answers on each host",
+    "data": "a file system or a rank hangs: find out whether `ls` of the data directory answers on each host",
 }
 _NETWORK_FIX = (
     "a host is down, a firewall, or a wrong interface: hvd-vgg launch --network=NAME or NETWORK/BITS, or mpirun --mca "
-    "btl_tcp_if_include with one; if importing TensorFlow takes long on a host: --join_seconds=60"
+    "btl_tcp_if_include with one; if a host takes long to import TensorFlow: a larger --join_seconds"
 )
 
 
@@ -93,8 +84,8 @@ class Report:
 
     @contextlib.contextmanager
     def time_limit(self, seconds: float, about: str, text: str) -> Iterator[None]:
-        """Ends this rank with 78, and so the job, unless the block ends within `seconds`; `text` says what took too long."""
-        timer = threading.Timer(seconds, self._end_at_limit, [about, text])
+        """Ends this rank with 78, and so the job, unless the block ends in time; text: what was then not done."""
+        timer = threading.Timer(seconds, self._end_at_limit, [about, f"{text} within {seconds:g} s"])
         timer.daemon = True
         timer.start()
         # Ends with 1 even if the block never releases the GIL.

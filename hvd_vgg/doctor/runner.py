@@ -1,36 +1,21 @@
 """`hvd-vgg doctor`: says whether this host, or the ranks of the job to come, can train, and how to fix what prevents it.
 
-First comes what needs no other rank: packages, devices, memory, interfaces. Then the ranks join, within a time limit of their
-own, because with a wrong interface they would wait for ever. Then devices, links and data are tried. The findings of all
-ranks are merged and printed once.
+First comes what needs no other rank: packages, devices, memory, interfaces. Then the ranks join, within a time limit of
+their own, because with a wrong interface they would wait for ever. Then devices, links and data are tried. The findings of
+all ranks are merged and printed once.
 """
 
 import os
 import sys
 from pathlib import Path
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Iterator, List, Sequence, Tuple
 
 from hvd_vgg.config import DoctorConfig
-from hvd_vgg.doctor.driver import Accelerators, check_device_nodes, check_driver, find_accelerators
-from hvd_vgg.doctor.mpi import check_mpi, check_mpirun, check_root, query_mpi4py
+from hvd_vgg.doctor import driver, mpi, packages, settings, system
+from hvd_vgg.doctor.driver import Accelerators
 from hvd_vgg.doctor.network import check_interfaces
-from hvd_vgg.doctor.packages import (
-    HostView,
-    check_packages,
-    check_tensorflow,
-    device_nodes,
-    is_installed,
-    this_host,
-)
+from hvd_vgg.doctor.packages import HostView
 from hvd_vgg.doctor.report import Report
-from hvd_vgg.doctor.settings import (
-    check_environment,
-    check_flags,
-    check_rank_count,
-    check_schedule,
-    check_visible_devices,
-)
-from hvd_vgg.doctor.system import check_limits, check_memory, check_other_jobs, check_run_dir, check_shared_memory
 from hvd_vgg.environment import launched_local_rank, launched_local_size, launched_rank, launched_size
 from hvd_vgg.errors import USAGE, Failure
 from hvd_vgg.launcher.hostfile import Host, read_hostfile
@@ -47,17 +32,16 @@ from hvd_vgg.text import plural
 _PHASE_SECONDS, _COLLECTIVES_SECONDS = 120.0, 600.0
 
 
-def doctor(config: DoctorConfig, host: Optional[HostView] = None) -> None:
+def doctor(config: DoctorConfig) -> None:
     """Checks everything, prints what was found and writes --out. Collective.
 
-    host: the host to check, by default this one; tests simulate others.
     Raises Failure: CONFIGURATION if training would fail, NOT_WRITTEN for --out, USAGE for --hostfile under a launcher.
     """
     hosts = read_hostfile(config.hostfile) if config.hostfile else []
     if hosts and (launched_size() or 1) > 1:
         raise Failure(USAGE, "--hostfile checks hosts before mpirun is used: start doctor alone, without a launcher")
     report = Report(config)
-    accelerators = find_accelerators(host or this_host())
+    accelerators = driver.find_accelerators(packages.this_host())
 
     report.add(*_check_software(accelerators), *_check_system(config, accelerators.host.root, report.rank == 0))
     report.add(*_check_network(config, accelerators, hosts))
@@ -77,12 +61,12 @@ def _check_software(accelerators: Accelerators) -> Iterator[Finding]:
     """Checks packages and devices without importing TensorFlow."""
     host, vendor = accelerators.host, accelerators.vendor
     yield ok("vendor", f"{vendor} ({', '.join(accelerators.evidence)})")
-    yield from check_packages(host)
-    yield from check_tensorflow(host, vendor)
-    yield from check_device_nodes(accelerators)
-    yield check_mpirun(host.environ.get("PATH"))
-    yield from check_root(host.environ)
-    yield from check_environment(host.environ)
+    yield from packages.check_packages(host)
+    yield from packages.check_tensorflow(host, vendor)
+    yield from driver.check_device_nodes(accelerators)
+    yield mpi.check_mpirun(host.environ.get("PATH"))
+    yield from mpi.check_root(host.environ)
+    yield from settings.check_environment(host.environ)
 
 
 def _check_system(config: DoctorConfig, root: Path, is_root: bool) -> Iterator[Finding]:
@@ -91,12 +75,11 @@ def _check_system(config: DoctorConfig, root: Path, is_root: bool) -> Iterator[F
     parameters = _parameters(config)
     # Weights and momentum in float32; besides those kept there are the best one, and the one that is being written.
     checkpoint_bytes = (config.keep_checkpoints + 2) * 2 * 4 * parameters
-    if is_installed(this_host(), "psutil"):  # otherwise `check_packages` reports it
-        yield check_memory(root, ranks, parameters)
-        yield from check_other_jobs()
-    yield check_shared_memory(root, ranks)
-    yield from check_limits()
-    yield from check_run_dir(Path(config.run_dir), checkpoint_bytes, is_root)
+    yield system.check_memory(root, ranks, parameters)
+    yield system.check_shared_memory(root, ranks)
+    yield from system.check_limits()
+    yield from system.check_run_dir(Path(config.run_dir), checkpoint_bytes, is_root)
+    yield from system.check_other_jobs()
 
 
 def _check_network(config: DoctorConfig, accelerators: Accelerators, hosts: Sequence[Host]) -> Iterator[Finding]:
@@ -117,7 +100,7 @@ def _check_network(config: DoctorConfig, accelerators: Accelerators, hosts: Sequ
 
 def _warn_early(report: Report, accelerators: Accelerators) -> None:
     """Prints failures to stderr: with a driver that does not fit, importing TensorFlow may end the process."""
-    drivers = [finding for finding in check_driver(accelerators, "", False) if finding.verdict == FAILURE]
+    drivers = [finding for finding in driver.check_driver(accelerators, "", False) if finding.verdict == FAILURE]
     failures = "; ".join(f"{finding.about}: {finding.text}" for finding in [*report.failures(), *drivers])
     if failures and launched_local_rank() == 0:
         write_line(f"hvd-vgg: doctor on {report.host}, before importing TensorFlow: {failures}", sys.stderr)
@@ -125,14 +108,13 @@ def _warn_early(report: Report, accelerators: Accelerators) -> None:
 
 def _import_tensorflow(report: Report, accelerators: Accelerators) -> None:
     """Imports TensorFlow and Horovod; raises Failure if they are missing or broken."""
-    text = f"TensorFlow and Horovod were not imported within {_PHASE_SECONDS:g} s"
-    with report.time_limit(_PHASE_SECONDS, "software", text):
+    with report.time_limit(_PHASE_SECONDS, "software", "TensorFlow and Horovod were not imported"):
         try:
             import hvd_vgg.parallel.init  # noqa: F401
         except Exception as error:  # a broken installation may raise anything
             text = error.message if isinstance(error, Failure) else f"{type(error).__name__}: {error}"
             fix = "install what is missing; a driver that does not fit may also cause this"
-            report.add(failure("software", text, fix), *check_driver(accelerators, "", False))
+            report.add(failure("software", text, fix), *driver.check_driver(accelerators, "", False))
             raise report.finish_alone() from error
 
 
@@ -143,7 +125,7 @@ def _join_ranks(report: Report, seconds: float) -> None:
     """
     from hvd_vgg.parallel.init import join
 
-    with report.time_limit(seconds, "ranks", f"the ranks have not met within {seconds:g} s (--join_seconds)"):
+    with report.time_limit(seconds, "ranks", "the ranks have not met"):
         try:
             join()
         except Failure as error:
@@ -163,10 +145,10 @@ def _check_devices(report: Report, config: DoctorConfig, accelerators: Accelerat
 
     alone, mask = launched_rank() is None, accelerators.host.environ.get("CUDA_VISIBLE_DEVICES")
     cuda = str(tf.sysconfig.get_build_info().get("cuda_version", ""))
-    with report.time_limit(_PHASE_SECONDS, "devices", f"the devices were not listed within {_PHASE_SECONDS:g} s"):
+    with report.time_limit(_PHASE_SECONDS, "devices", "the devices were not listed"):
         gpus = tf.config.list_physical_devices("GPU")
     seconds = _PHASE_SECONDS * (len(gpus) if alone and gpus else 1)
-    with report.time_limit(seconds, "devices", f"the devices did not answer within {seconds:g} s"):
+    with report.time_limit(seconds, "devices", "the devices did not answer"):
         threads = _take_devices(config, gpus, alone)
         try:
             devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")[:1]
@@ -174,15 +156,15 @@ def _check_devices(report: Report, config: DoctorConfig, accelerators: Accelerat
             text = f"TensorFlow lists {plural(len(gpus), 'device')} but cannot initialize them: {error}"
             fix = "driver and SDK must fit; exclude a broken device by CUDA_VISIBLE_DEVICES"
             # Nothing computed, which decides about the driver; without a device this rank cannot exchange findings.
-            report.add(failure("devices", text, fix), *check_driver(accelerators, cuda, False))
+            report.add(failure("devices", text, fix), *driver.check_driver(accelerators, cuda, False))
             raise report.finish_alone() from error
         tried = check_computation(devices, config.precision, 4 * _parameters(config))
     computed = bool(gpus) and all(finding.verdict != FAILURE for finding in tried)
-    report.add(*tried, *check_driver(accelerators, cuda, computed))
-    nodes = device_nodes(accelerators.host, accelerators.vendor)
-    report.add(*check_visible_devices(len(nodes), len(gpus), mask))
-    report.add(*check_rank_count(len(gpus), comm.local_size(), alone, mask))
-    report.add(*check_flags(config, comm.size(), len(gpus)))
+    report.add(*tried, *driver.check_driver(accelerators, cuda, computed))
+    nodes = packages.device_nodes(accelerators.host, accelerators.vendor)
+    report.add(*settings.check_visible_devices(len(nodes), len(gpus), mask))
+    report.add(*settings.check_rank_count(len(gpus), comm.local_size(), alone, mask))
+    report.add(*settings.check_flags(config, comm.size(), len(gpus)))
     return str(devices[0].name), threads
 
 
@@ -211,14 +193,12 @@ def _check_ranks(report: Report, config: DoctorConfig, host: HostView) -> List[s
     from hvd_vgg.parallel.init import describe_software
 
     # A rank whose own device hangs reaches its limit before those that wait for it here, and is the one to be named.
-    text = f"the devices of another rank did not answer within {_PHASE_SECONDS:g} s"
-    with report.time_limit(_PHASE_SECONDS, "devices", text):
+    with report.time_limit(_PHASE_SECONDS, "devices", "the devices of another rank did not answer"):
         hosts_of_ranks = comm.gather_json(report.host)
     software = describe_software(IMAGE_LIBRARY)
-    mpi4py = query_mpi4py(host.environ) if is_installed(host, "mpi4py") else {}
-    report.add(describe_ranks(hosts_of_ranks), check_mpi(loaded_mpi_libraries(), mpi4py, software))
-    text = f"the ranks did not compare settings and clocks within {_PHASE_SECONDS:g} s"
-    with report.time_limit(_PHASE_SECONDS, "ranks", text):
+    mpi4py = mpi.query_mpi4py(host.environ) if packages.is_installed(host, "mpi4py") else {}
+    report.add(describe_ranks(hosts_of_ranks), mpi.check_mpi(loaded_mpi_libraries(), mpi4py, software))
+    with report.time_limit(_PHASE_SECONDS, "ranks", "the ranks did not compare settings and clocks"):
         report.add(*compare_with_root(config, software), *check_shared_run_dir(Path(config.run_dir)), *check_clocks())
     return hosts_of_ranks
 
@@ -228,13 +208,12 @@ def _check_links(report: Report, config: DoctorConfig, device: str, hosts_of_ran
     from hvd_vgg.doctor.collectives import assess_link, check_collectives, check_pairs, measure_link
     from hvd_vgg.parallel import comm
 
-    with report.time_limit(_PHASE_SECONDS, "link", f"the ranks did not exchange a few MB within {_PHASE_SECONDS:g} s"):
+    with report.time_limit(_PHASE_SECONDS, "link", "the ranks did not exchange a few MB"):
         link = measure_link(device)
         gbit = config.gbit if comm.local_size() < comm.size() else 0.0
         report.add(*assess_link(link, device, comm.size(), gbit), *check_pairs(hosts_of_ranks))
     if config.collectives:
-        text = f"--collectives took longer than {_COLLECTIVES_SECONDS:g} s"
-        with report.time_limit(_COLLECTIVES_SECONDS, "collectives", text):
+        with report.time_limit(_COLLECTIVES_SECONDS, "collectives", "--collectives did not end"):
             report.add(*check_collectives(config, device, link))
 
 
@@ -247,10 +226,9 @@ def _check_data(report: Report, config: DoctorConfig, threads: int) -> None:
     if config.full:  # takes as long as it takes
         found, records = check_dataset(config, True, threads, console)
     else:
-        text = f"{config.data_dir} was not scanned within {_PHASE_SECONDS:g} s: a file system or a rank hangs"
-        with report.time_limit(_PHASE_SECONDS, "data", text):
+        with report.time_limit(_PHASE_SECONDS, "data", f"{config.data_dir} was not scanned"):
             found, records = check_dataset(config, False, threads, console)
-    report.add(*found, *check_schedule(config, records))
+    report.add(*found, *settings.check_schedule(config, records))
 
 
 def _parameters(config: DoctorConfig) -> int:
