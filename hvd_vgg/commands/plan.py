@@ -29,13 +29,13 @@ def methods(config: PlanConfig) -> List[Method]:
 
 
 def plan(config: PlanConfig) -> None:
-    """Prints the bytes of each layer, the predicted time and efficiency of each method; plots the sweep to --out."""
+    """Prints the bytes of each layer, and the predicted time and efficiency of each method; plots the sweep."""
     choices = cost.choose(config, config.ranks)
     hosts = -(-config.ranks // config.ranks_per_host)
     per_rank = config.global_batch / config.ranks
     print(
-        f"{config.model}, {config.global_batch} images per update on {config.ranks} ranks ({per_rank:g} each), {hosts} hosts "
-        f"of {config.ranks_per_host}, {config.gbit:g} Gbit/s per host, {config.fps_per_rank:g} images/s per rank alone\n"
+        f"{config.model}, {config.global_batch} images per update on {config.ranks} ranks ({per_rank:g} each), "
+        f"{hosts} hosts of {config.ranks_per_host}, {config.gbit:g} Gbit/s per host, {config.fps_per_rank:g} images/s per rank alone\n"
     )
     print(f"Sent by each rank in an update, {config.wire_dtype} on the wire:")
     print(cost.table(choices), "\n")
