@@ -177,6 +177,7 @@ def test_program_keeps_its_output_and_exit_code(tmp_path):
         assert ended.err.count(f"a word of rank {rank}") == 1
 
 
+@pytest.mark.fault(tier=3)
 def test_full_stdout_does_not_end_run(tmp_path, data):
     """A stdout that takes nothing is no reason to end a run."""
     train = ["train", f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY, "--steps=3"]
@@ -329,8 +330,8 @@ def test_killed_launcher_leaves_nothing_and_run_resumes(tmp_path, data, undistur
     assert_exact(tmp_path, 2, undisturbed)
 
 
-@pytest.mark.fault("F14")
-@pytest.mark.parametrize("saving", [[], *full(["slow_save@0:3:3"])])
+@pytest.mark.fault("F14", tier=3)
+@pytest.mark.parametrize("saving", [[], ["slow_save@0:3:3"]])
 def test_terminated_mpirun_loses_no_saved_step(tmp_path, data, undisturbed, saving):
     """F14: SIGTERM straight to mpirun, which gives ranks a second, while nothing or a checkpoint is being written.
 
@@ -522,10 +523,12 @@ def test_hosts_with_docker_train(tmp_path, data, emulated_hosts):
     ("network", "message"),
     [
         ("lo", "answers, but cannot connect to this host at 127.0.0.1"),
-        ("dum0", f"answers, but cannot connect to this host at {namespaces.DEAD_END}.1"),
-        (
-            "eht0",
-            "--network=eht0: no interface has this name or an address in this network; here are: lo 127.0.0.1, eth0 ",
+        *full(
+            ("dum0", f"answers, but cannot connect to this host at {namespaces.DEAD_END}.1"),
+            (
+                "eht0",
+                "--network=eht0: no interface has this name or an address in this network; here are: lo 127.0.0.1, eth0 ",
+            ),
         ),
     ],
 )

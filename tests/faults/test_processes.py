@@ -86,7 +86,7 @@ def test_record_that_breaks_preprocessing_is_named(tmp_path, data):
     assert re.search(r"train-0000\d-of-00003, record \d+, offset \d+", ended.err)
 
 
-@pytest.mark.fault("F32")
+@pytest.mark.fault("F32", tier=3)
 def test_ranks_with_different_software_are_refused(tmp_path, data):
     """78 before the first step, both values in one line."""
     ended = run(tmp_path, data, 2, "version@1:0", code=78)

@@ -104,19 +104,21 @@ def test_tensorboard_has_the_same_numbers(finished):
     assert ("eval/acc@1", 5) in seen
 
 
-def test_finished_run_started_again_trains_nothing(finished, launch):
-    """It evaluates the same, and writes a result that is missing, as after a kill between checkpoint and result."""
-    run_dir, again = finished[0], ["train", f"--flagfile={finished[0] / 'flags.txt'}"]
-    before = result(run_dir)
-    ended = launch(0, *again)
+@pytest.mark.parametrize("lost", [True, *full(False)])
+def test_finished_run_started_again_trains_nothing(finished, launch, lost):
+    """It evaluates the same, and writes a result that is lost, as by a kill between checkpoint and result."""
+    run_dir, before = finished[0], result(finished[0])
+    text = (run_dir / "result.json").read_text()
+    if lost:
+        (run_dir / "result.json").unlink()
+    ended = launch(0, "train", f"--flagfile={run_dir / 'flags.txt'}")
     assert ended.code == 0, ended.err
     assert f"continuing from step 5: {run_dir}/checkpoints/step-00000005.safetensors" in ended.out
     assert f"acc@1              {before['acc@1']:.4f}" in ended.out
-    assert result(run_dir) == before
-    (run_dir / "result.json").unlink()
-    assert launch(0, *again).code == 0
     found = result(run_dir)
-    assert (found["steps"], found["top1_hits"], found["fps"]) == (before["steps"], before["top1_hits"], None)
+    assert (found["steps"], found["top1_hits"]) == (before["steps"], before["top1_hits"])
+    assert found["fps"] == (None if lost else before["fps"])
+    (run_dir / "result.json").write_text(text)
 
 
 @pytest.mark.fault(tier=3)
@@ -195,9 +197,9 @@ def test_slow_rank_is_named_with_its_cause(tiny, tmp_path, cause, fault):
 
 
 def test_saving_of_one_rank_is_excluded_on_all(tiny, tmp_path):
-    """Rank 0 begins each of 12 checkpoints half a second late; rank 1 counts that as saving, not as an update."""
-    tiny(2, "train", "slow_snapshot@0:0:0.5", "--steps=12", "--save_every_steps=1")
-    assert all(row["saving_seconds"] >= 11 * 0.5 for row in result(tmp_path / "run")["by_rank"])
+    """Rank 0 begins each of 6 checkpoints half a second late; rank 1 counts that as saving, not as an update."""
+    tiny(2, "train", "slow_snapshot@0:0:0.5", "--steps=6", "--save_every_steps=1")
+    assert all(row["saving_seconds"] >= 5 * 0.5 for row in result(tmp_path / "run")["by_rank"])
 
 
 @pytest.mark.fault(tier=3)
@@ -274,7 +276,7 @@ def test_benchmark_ranks_that_wait_are_not_taken_for_lost(tiny):
 
 def test_benchmark_of_updates_not_applied_ends_with_81(tiny, tmp_path):
     (tmp_path / "o").write_text("of another day")
-    ended = tiny(2, "benchmark", "--lr=1e9", "--ranks=1", f"--out={tmp_path / 'o'}", code=81)
+    ended = tiny(0, "benchmark", "--lr=1e9", f"--out={tmp_path / 'o'}", code=81)
     (message,) = [line for line in ended.err.splitlines() if line.startswith("hvd-vgg: ")]
     assert "on 1 rank, input device: the loss or gradient is not finite" in message
     assert "--lr=1e+09" in message and "Traceback" not in ended.err
