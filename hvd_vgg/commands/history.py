@@ -116,8 +116,10 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def mismatches(rows: Iterable[_Row]) -> Iterator[str]:
-    """Yields a sentence for each (name, found, expected) that differ."""
-    return (f"{name} {found!r}, expected {expected!r}" for name, found, expected in rows if not equal(found, expected))
+    """Yields a sentence for each (name, found, expected) that differ, of long values the beginning."""
+    return (
+        f"{name} {found!r:.100}, expected {expected!r:.100}" for name, found, expected in rows if not equal(found, expected)
+    )
 
 
 def _replay(history: History, line: LogLine, following: Optional[LogLine]) -> Iterator[str]:

@@ -179,6 +179,7 @@ def _check_receipt(run: RunDir, history: History) -> Findings:
         launched = any(line.kind == "start" and line.data["launched"] for line in lines[:covered])
         expected["files"]["restarts.jsonl"] = "those of `hvd-vgg launch`" if launched else None
     yield from _checkpoint_faults(run, history, covered, found["checkpoints"], expected.pop("checkpoints"))
+    yield from mismatches((name, found["files"].get(name), row) for name, row in expected.pop("files").items())
     yield from mismatches((name, found.get(name), value) for name, value in expected.items() if name != "written")
     newer = f"; {len(lines) - covered} lines are newer, as in a run that goes on or was killed" if lines[covered:] else ""
     return PASS, f"log, restarts, result and checkpoints are as they were{newer}"

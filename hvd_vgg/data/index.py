@@ -4,19 +4,18 @@ import io
 import os
 import re
 import struct
+from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
 from hvd_vgg.data.tfrecord import (
+    EXPECTED_FEATURES,
     FOOTER_BYTES,
     HEADER_BYTES,
-    IMAGE,
-    LABEL,
     OpenShard,
     data_failure,
-    find_features,
     masked_crc,
     parse_label,
     regular_file_size,
@@ -80,7 +79,7 @@ def _place(path: Path, number: int, offset: int) -> str:
 def find_shards(data_dir: str, split: str) -> List[Path]:
     """Returns the shards `split`-?????-of-????? of a complete set, in order of number.
 
-    Raises Failure(DATA) where the directory, the set, or a member of it is missing.
+    Raises Failure(DATA) where the directory, the set, or a member of it is missing, or a shard is of another set.
     """
     folder = Path(data_dir)
     try:
@@ -93,27 +92,30 @@ def find_shards(data_dir: str, split: str) -> List[Path]:
     except OSError as error:
         raise unreadable_file(folder, error) from error
     matches = [match for match in map(_SHARD_NAME.fullmatch, names) if match]
-    shards = [match for match in matches if match["split"] == split]
+    shards = {match[0]: int(match["count"]) for match in matches if match["split"] == split}
     if not shards:
-        others = sorted({match["split"] for match in matches}) or [ascii(name) for name in names[:5]]
+        others = sorted({match["split"] for match in matches}) or list(map(ascii, names))
         raise data_failure(
-            f"{folder} has no shard {split}-?????-of-?????; it has {', '.join(others) or 'nothing'}. Expected ImageNet's "
+            f"{folder} has no shard {split}-?????-of-?????; it has {_list(others) or 'nothing'}. Expected ImageNet's "
             f"layout, such as {split}-00000-of-01024"
         )
-    counts = sorted({int(match["count"]) for match in shards})
-    if len(counts) > 1:
-        raise data_failure(f"{folder} mixes {split} sets of {counts} shards; expected one set: move the others away")
-    numbers = {int(match["number"]) for match in shards}
-    missing = [f"{split}-{i:05d}-of-{counts[0]:05d}" for i in range(counts[0]) if i not in numbers]
+    ((count, _),) = Counter(shards.values()).most_common(1)
+    expected = [f"{split}-{number:05d}-of-{count:05d}" for number in range(count)]
+    others, missing = sorted(set(shards).difference(expected)), [name for name in expected if name not in shards]
+    if others:
+        raise data_failure(
+            f"{folder} has shards that are none of its {count} {split} shards: {_list(others)}. Move them away"
+        )
     if missing:
         raise data_failure(
-            f"{folder} lacks {len(missing)} of the {counts[0]} {split} shards: {', '.join(missing[:5])}"
-            f"{', ...' if len(missing) > 5 else ''}. Copy them there, or name a directory that has them all"
+            f"{folder} lacks {len(missing)} of its {count} {split} shards: {_list(missing)}. Copy them there, or name a "
+            f"directory that has them all"
         )
-    extra = sorted(number for number in numbers if number >= counts[0])
-    if extra:
-        raise data_failure(f"{folder} has {split} shards {extra[:5]} beyond {counts[0] - 1}, the last of the set")
-    return [folder / match[0] for match in shards]
+    return [folder / name for name in expected]
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def shard_bytes(paths: Sequence[Path]) -> Dict[str, int]:
@@ -140,13 +142,11 @@ def scan_shard(path: Path) -> Shard:
 def _scan(path: Path, handle: int, size: int) -> Shard:
     if size == 0:
         raise data_failure(f"{path} is empty (0 bytes); expected at least one record. Copy the shard again")
-    offsets: List[int] = []
-    lengths: List[int] = []
-    labels: List[int] = []
+    records: List[Tuple[int, int, int]] = []
     start, pread, unpack = 0, os.pread, struct.Struct("<QI").unpack_from
 
     def failure(reason: str) -> Failure:
-        return data_failure(f"{_place(path, len(offsets), start)}: {reason}")
+        return data_failure(f"{_place(path, len(records), start)}: {reason}")
 
     def cut_off(expected: str) -> Failure:
         return failure(
@@ -154,7 +154,7 @@ def _scan(path: Path, handle: int, size: int) -> Shard:
         )
 
     while start < size:
-        if not len(offsets) % 4096:
+        if not len(records) % 4096:
             watchdog.heartbeat(phase="start")
         # One read for the header and what follows it. No more of it: records are far apart, and the rest is the image.
         head = pread(handle, HEADER_BYTES + _SEARCH_BYTES, start)
@@ -165,25 +165,20 @@ def _scan(path: Path, handle: int, size: int) -> Shard:
             raise failure(
                 "the checksum of the record's length is wrong (not a TFRecord file, or damaged). Copy the shard again"
             )
-        data = start + HEADER_BYTES
-        end = data + length + FOOTER_BYTES
+        end = start + HEADER_BYTES + length + FOOTER_BYTES
         if end > size:
             raise cut_off(f"{length} bytes of data and a checksum")
         if length > MAX_RECORD_BYTES:
-            raise failure(
-                f"it claims {length} bytes of data; expected at most {MAX_RECORD_BYTES}, one image. Leave the record out"
-            )
+            limit = f"expected at most {MAX_RECORD_BYTES}, one image"
+            raise failure(f"it claims {length} bytes of data; {limit}. Leave the record out")
         try:
-            labels.append(_find_label(head, handle, data, length))
+            label = _find_label(head, handle, start + HEADER_BYTES, length)
         except ValueError as error:
-            raise failure(
-                f"{error}. Expected a tf.train.Example with {LABEL.decode()} (one integer) and {IMAGE.decode()} (one JPEG "
-                f"or PNG)"
-            ) from error
-        offsets.append(data)
-        lengths.append(length)
+            raise failure(f"{error}. {EXPECTED_FEATURES}") from error
+        records.append((start + HEADER_BYTES, length, label))
         start = end
-    return Shard(np.array(offsets, np.int64), np.array(lengths, np.uint32), np.array(labels, np.int32))
+    offsets, lengths, labels = np.array(records, np.int64).T
+    return Shard(np.ascontiguousarray(offsets), lengths.astype(np.uint32), labels.astype(np.int32))
 
 
 def _find_label(head: bytes, handle: int, offset: int, length: int) -> int:
@@ -192,8 +187,7 @@ def _find_label(head: bytes, handle: int, offset: int, length: int) -> int:
     if not found and length > _SEARCH_BYTES:
         found = _LABEL_ENTRY.search(os.pread(handle, _SEARCH_BYTES, offset + length - _SEARCH_BYTES))
     if not found:
-        record = os.pread(handle, length, offset)
-        return parse_label(record, find_features(record, len(record), LABEL)[0])
+        return parse_label(os.pread(handle, length, offset))
     low, high = found[1] or found[2][:1], found[2] or b"\0\0"
     return low[0] & 0x7F | high[1] << 7
 
@@ -244,33 +238,34 @@ def cached_shards(places: Sequence[Path], paths: Sequence[Path]) -> Dict[int, Ca
     """Returns the cached shards by number, each from the first of `places` that has it as the file is now, or at all."""
     found: Dict[int, Cached] = {}
     for place in places:
-        cache = load_cache(place, paths)
-        for number, path in enumerate(paths):
-            if path in cache and not (number in found and found[number].unchanged):
-                found[number] = cache[path]
+        for number, cached in load_cache(place, paths).items():
+            if number not in found or not found[number].unchanged:
+                found[number] = cached
     return found
 
 
-def load_cache(path: Path, paths: Sequence[Path]) -> Dict[Path, Cached]:
-    """Returns what the cache `path` has of the shards `paths`: nothing where it is missing or damaged."""
+def load_cache(path: Path, paths: Sequence[Path]) -> Dict[int, Cached]:
+    """Returns what the cache `path` has of the shards `paths`, by number: nothing where it is missing or damaged."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as cache:
-            names, stamps, shards = cache["names"].tolist(), cache["stamps"].tolist(), _load_shards(cache)
-        known = {name: (stamp, _validate_shard(shard, stamp[0])) for name, stamp, shard in zip(names, stamps, shards)}
-        return {
-            each: Cached(known[each.name][1], known[each.name][0] == _stamp(each)) for each in paths if each.name in known
-        }
+            known = dict(zip(cache["names"].tolist(), zip(_load_shards(cache), cache["stamps"].tolist())))
+        found = {number: (*known[each.name], _stamp(each)) for number, each in enumerate(paths) if each.name in known}
+        return {number: Cached(_validate(shard, old[0]), old == new) for number, (shard, old, new) in found.items()}
     except Exception:  # damaged bytes make the readers of zip files and of arrays raise a dozen kinds
         return {}
 
 
-def _validate_shard(shard: Shard, size: int) -> Shard:
+def _validate(shard: Shard, size: int) -> Shard:
     """Returns a cached shard; raises ValueError unless `scan_shard` could have made it of a file of `size` bytes."""
-    dtypes = [column.dtype for column in shard]
-    if dtypes != [np.int64, np.uint32, np.int32] or not 0 < len(shard.offsets) == len(shard.lengths) == len(shard.labels):
-        raise ValueError("not an index")
     starts, ends = shard.offsets - HEADER_BYTES, shard.offsets + shard.lengths + FOOTER_BYTES
-    if starts[0] != 0 or (starts[1:] != ends[:-1]).any() or ends[-1] != size or shard.lengths.max() > MAX_RECORD_BYTES:
+    if not (
+        [column.dtype for column in shard] == [np.int64, np.uint32, np.int32]
+        and 0 < len(shard.offsets) == len(shard.lengths) == len(shard.labels)
+        and starts[0] == 0
+        and (starts[1:] == ends[:-1]).all()
+        and ends[-1] == size
+        and shard.lengths.max() <= MAX_RECORD_BYTES
+    ):
         raise ValueError("not an index")
     return shard
 

@@ -17,10 +17,12 @@ evaluation the row stays empty. The batch says so, and `train.bad_records` keeps
 """
 
 import contextlib
+import dataclasses
 import itertools
+import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Deque, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Deque, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 import tensorflow as tf
@@ -70,29 +72,36 @@ class Sample(NamedTuple):
     label: int
 
 
-class Dataset(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Dataset:
     """The records of a split as rows of a batch. Its methods may be called on any thread."""
 
     index: Index
     label_base: int  # of the first class
+    image_size: int  # height and width of a row, pixels
     augment: str
     training: bool  # or evaluation: nothing is random, and no record takes another's place
     seed: int = 0
     replace_bad: bool = False  # or end the run
 
-    def read(self, record: int) -> Sample:
-        """Returns a record; raises BadRecord, or Failure(DATA) where its shard cannot be read at all."""
-        encoded, label = parse_example(self.index, record, read_record(self.index, record))
+    def read(self, record: int) -> Union[Sample, BadRecord]:
+        """Returns a record, or what is wrong with it. Raises Failure(DATA) where its shard cannot be read at all."""
+        try:
+            encoded, label = parse_example(self.index, record, read_record(self.index, record))
+        except BadRecord as bad:
+            return bad
         if label != self.index.labels[record]:
             reason = f"its label is {label}, but was {self.index.labels[record]} when the shard was indexed"
-            raise BadRecord(self.index.where(record), reason, "Did the shard change while in use? Start again")
+            return BadRecord(self.index.where(record), reason, "Did the shard change while in use? Start again")
         return Sample(record, encoded, label - self.label_base)
 
-    def decode(self, sample: Sample, params: List[float], out: np.ndarray) -> int:
+    def decode(self, sample: Union[Sample, BadRecord], params: List[float], out: np.ndarray) -> int:
         """Writes the image to `out`, uint8 [image_size, image_size, 3], and returns the label; raises BadRecord.
 
-        params: a row of `transforms.augmentation_params`.
+        sample: of `read`; params: a row of `transforms.augmentation_params`.
         """
+        if isinstance(sample, BadRecord):
+            raise sample
         where, size = self.index.where, len(sample.encoded)
         try:
             if self.training:
@@ -154,8 +163,10 @@ def train_batches(
         begin = start - start % index.records % window if first else start + window
         return storage_order(begin, start + config.global_batch + window, index.records, config.seed, block)
 
-    dataset = Dataset(index, label_base, config.augment, True, config.seed, config.bad_records_allowed > 0)
-    return load_batches(dataset, specs(), high - low, config.image_size, threads)
+    dataset = Dataset(
+        index, label_base, config.image_size, config.augment, True, config.seed, config.bad_records_allowed > 0
+    )
+    return load_batches(dataset, specs(), high - low, threads)
 
 
 def load_records(
@@ -166,7 +177,7 @@ def load_records(
     Raises Failure(DATA) naming the bad record.
     """
     spec = BatchSpec(ids, np.zeros(len(ids), np.int64), seeds, ids)
-    return next(load_batches(Dataset(index, label_base, config.augment, True), [spec], len(ids), config.image_size, threads))
+    return next(load_batches(Dataset(index, label_base, config.image_size, config.augment, True), [spec], len(ids), threads))
 
 
 def eval_batches(
@@ -183,51 +194,52 @@ def eval_batches(
         ids = np.arange(start, min(start + rows, index.records))
         return BatchSpec(ids, np.zeros(len(ids), np.int64), np.zeros([len(ids), 2], np.int64), ids)
 
-    dataset = Dataset(index, label_base, config.augment, False, replace_bad=config.bad_records_allowed > 0)
+    dataset = Dataset(
+        index, label_base, config.image_size, config.augment, False, replace_bad=config.bad_records_allowed > 0
+    )
     starts = range(rank * rows, index.records, size * rows)
-    return load_batches(dataset, map(spec, starts), rows, config.image_size, threads)
+    return load_batches(dataset, map(spec, starts), rows, threads)
 
 
-def load_batches(dataset: Dataset, specs: Iterable[BatchSpec], rows: int, image_size: int, threads: int) -> Iterator[Batch]:
-    """Yields a batch of `rows` rows for each of `specs`, in order; the first failure in the files' order is raised."""
+def load_batches(dataset: Dataset, specs: Iterable[BatchSpec], rows: int, threads: int) -> Iterator[Batch]:
+    """Yields a batch of `rows` rows for each of `specs`, in order; of several failures the first in file order is raised."""
     ahead = 2 + -(-threads * ROWS_PER_TASK // max(1, rows))
     left = iter(specs)
     planned: Deque[BatchSpec] = deque()
-    begun: Deque[Tuple[Future[Batch], List[Future[None]]]] = deque()  # batches, and the tasks that fill them
-    hints: Deque[Future[None]] = deque()
+    begun: Deque[Future[Batch]] = deque()
+    closed = threading.Event()
     pools = ThreadPoolExecutor(threads, "decode"), ThreadPoolExecutor(1, "finish"), ThreadPoolExecutor(1, "read_ahead")
     decoders, finisher, storage = pools
-    watchdog.add_to_report("batches_ready", lambda: sum(batch.done() for batch, _ in list(begun)))
+
+    def submit(pool: ThreadPoolExecutor, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        return pool.submit(lambda: None if closed.is_set() else function(*arguments))
+
+    watchdog.add_to_report("batches_ready", lambda: sum(batch.done() for batch in list(begun)))
     try:
         while True:
             for spec in itertools.islice(left, ahead + READ_AHEAD - len(planned) - len(begun)):
                 planned.append(spec)
-                for start in range(0, len(spec.read_ahead), READ_AHEAD_RECORDS):
-                    ids = spec.read_ahead[start : start + READ_AHEAD_RECORDS]
-                    hints.append(storage.submit(read_ahead, dataset.index, ids))
+                for ids in _chunks(spec.read_ahead, READ_AHEAD_RECORDS):
+                    submit(storage, read_ahead, dataset.index, ids)
             while planned and len(begun) < ahead:
                 spec = planned.popleft()
-                batch = _allocate(spec, rows, image_size)
-                tasks = [decoders.submit(_fill, batch, spec, part, dataset) for part in _tasks(spec.ids)]
-                begun.append((finisher.submit(_finish, batch, len(spec.ids), tasks), tasks))
+                batch = _allocate(spec, rows, dataset.image_size)
+                by_place = np.argsort(spec.ids, kind="stable")  # ids count records in the order in which files hold them
+                tasks = [submit(decoders, _fill, batch, spec, part, dataset) for part in _chunks(by_place, ROWS_PER_TASK)]
+                begun.append(submit(finisher, _finish, batch, len(spec.ids), tasks))
             if not begun:
                 return
-            finished = begun[0][0].result()
+            batch = begun[0].result()
             begun.popleft()
-            while hints and hints[0].done():
-                hints.popleft()
-            yield finished
+            yield batch
     finally:
-        for future in itertools.chain(hints, *(tasks for _, tasks in begun)):
-            future.cancel()
+        closed.set()
         for pool in pools:
             pool.shutdown()
 
 
-def _tasks(ids: np.ndarray) -> List[np.ndarray]:
-    """Returns the rows of each task; ids count records in the order in which they lie in the files."""
-    by_place = np.argsort(ids, kind="stable")
-    return [by_place[start : start + ROWS_PER_TASK] for start in range(0, len(ids), ROWS_PER_TASK)]
+def _chunks(rows: np.ndarray, size: int) -> List[np.ndarray]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _allocate(spec: BatchSpec, rows: int, image_size: int) -> Batch:
@@ -239,24 +251,15 @@ def _allocate(spec: BatchSpec, rows: int, image_size: int) -> Batch:
 def _fill(batch: Batch, spec: BatchSpec, rows: np.ndarray, dataset: Dataset) -> None:
     """Reads and decodes the records of `rows`; raises Failure(DATA) naming a bad one that may not be replaced."""
     # All are read before the first is decoded: decoding pushes the code that reads out of the processor's caches.
-    samples = [_read_or_bad(dataset, record) for record in spec.ids[rows].tolist()]
+    samples = [dataset.read(record) for record in spec.ids[rows].tolist()]
     for row, params, sample in zip(rows.tolist(), augmentation_params(spec.seeds[rows]), samples):
         try:
-            if isinstance(sample, BadRecord):
-                raise sample
             batch.labels[row] = dataset.decode(sample, params, batch.images[row])
         except BadRecord as bad:
-            record, epoch = int(spec.ids[row]), int(spec.epochs[row])
-            batch.labels[row], by = dataset.replace(bad, record, epoch, params, batch.images[row])
+            record = int(spec.ids[row])
+            batch.labels[row], by = dataset.replace(bad, record, int(spec.epochs[row]), params, batch.images[row])
             batch.ids[row] = record if by is None else by
             batch.bad.append(BadRow(row, record, by, bad.reason))
-
-
-def _read_or_bad(dataset: Dataset, record: int) -> Union[Sample, BadRecord]:
-    try:
-        return dataset.read(record)
-    except BadRecord as bad:
-        return bad
 
 
 def _finish(batch: Batch, filled: int, tasks: List["Future[None]"]) -> Batch:
@@ -265,5 +268,5 @@ def _finish(batch: Batch, filled: int, tasks: List["Future[None]"]) -> Batch:
         task.result()
     batch.images[filled:] = batch.images[filled - 1]
     with tf.device("/CPU:0"):
-        images, labels, ids = (tf.convert_to_tensor(column) for column in batch[:3])
+        images, labels, ids = map(tf.convert_to_tensor, batch[:3])
     return Batch(images, labels, ids, sorted(batch.bad))

@@ -12,15 +12,11 @@ import numpy as np
 
 from hvd_vgg.data.index import Index
 from hvd_vgg.data.tfrecord import (
+    EXPECTED_FEATURES,
     FOOTER_BYTES,
-    IMAGE,
-    LABEL,
     OpenShard,
-    data_failure,
-    find_features,
     masked_crc,
-    parse_image,
-    parse_label,
+    parse_image_and_label,
     record_header,
 )
 from hvd_vgg.errors import DATA, Failure
@@ -70,7 +66,7 @@ def read_record(index: Index, record: int) -> bytes:
         file = _open_shard(index.paths[shard])
         found = os.pread(file.handle, length + FOOTER_BYTES, offset)
     except OSError as error:
-        raise data_failure(f"{index.where(record)}: cannot be read: {error.strerror}") from error
+        raise Failure(DATA, f"data: {index.where(record)}: cannot be read: {error.strerror}") from error
     if len(found) < length + FOOTER_BYTES:
         raise BadRecord(
             index.where(record),
@@ -100,8 +96,6 @@ def write_records(path: Path, index: Index, ids: Sequence[int]) -> None:
 def parse_example(index: Index, record: int, data: bytes) -> Tuple[bytes, int]:
     """Returns (encoded image, label as stored) from the result of `read_record`; raises BadRecord naming what is missing."""
     try:
-        image, label = find_features(data, int(index.lengths[record]), IMAGE, LABEL)
-        return parse_image(data, image), parse_label(data, label)
+        return parse_image_and_label(data, int(index.lengths[record]))
     except ValueError as error:
-        advice = f"Expected a tf.train.Example with {IMAGE.decode()} (one JPEG or PNG) and {LABEL.decode()} (one integer)"
-        raise BadRecord(index.where(record), str(error), advice) from error
+        raise BadRecord(index.where(record), str(error), EXPECTED_FEATURES) from error

@@ -13,6 +13,7 @@ from hvd_vgg.errors import DATA, Failure
 
 HEADER_BYTES, FOOTER_BYTES = 12, 4  # a record: its length, the length's checksum, the data, the data's checksum
 IMAGE, LABEL = b"image/encoded", b"image/class/label"
+EXPECTED_FEATURES = "Expected a tf.train.Example with image/encoded (one JPEG or PNG) and image/class/label (one integer)"
 _LABEL_LIMIT = 2**31  # the index holds int32
 Span = Tuple[int, int]  # start and stop within the bytes of a record
 
@@ -73,10 +74,33 @@ _INTEGER_1 = 0x08  # the tag of field 1 where it holds one integer
 _FIXED_BYTES = {1: 8, 5: 4}  # by wire type
 
 
-def find_features(data: bytes, length: int, *names: bytes) -> List[Span]:
-    """Returns the spans of the Features called `names` in the Example data[:length]; of equal names, the first counts.
+def parse_image_and_label(data: bytes, length: int) -> Tuple[bytes, int]:
+    """Returns (encoded image, label) of the Example data[:length]; raises ValueError saying what is wrong with it."""
+    image, label = _find_features(data, length, IMAGE, LABEL)
+    values = list(itertools.islice(_nested_fields(data, *image, _FIELD_1, _FIELD_1), 2))  # there may be millions
+    if len(values) != 1 or values[0][0] == values[0][1]:
+        raise ValueError(f"feature {IMAGE.decode()} does not hold exactly one byte string, or an empty one")
+    return data[slice(*values[0])], _parse_label(data, label)
 
-    Raises ValueError saying which is missing, or where this is no Example.
+
+def parse_label(data: bytes) -> int:
+    """Returns the label of an Example, which need not have an image; raises ValueError saying what is wrong with it."""
+    return _parse_label(data, _find_features(data, len(data), LABEL)[0])
+
+
+def _parse_label(data: bytes, feature: Span) -> int:
+    values = list(itertools.islice(_integers(data, feature), 2))
+    if len(values) != 1:
+        raise ValueError(f"feature {LABEL.decode()} holds {'several integers' if values else 'no integer'}; expected one")
+    if not -_LABEL_LIMIT <= values[0] < _LABEL_LIMIT:
+        raise ValueError(f"feature {LABEL.decode()} is {values[0]}")
+    return values[0]
+
+
+def _find_features(data: bytes, length: int, *names: bytes) -> List[Span]:
+    """Returns the spans of the Features called `names` in the Example data[:length]; of equal names the first counts.
+
+    Raises ValueError saying which is missing, or why this is no Example.
     """
     spans: Dict[bytes, Span] = {}
     others: List[str] = []
@@ -99,26 +123,8 @@ def find_features(data: bytes, length: int, *names: bytes) -> List[Span]:
     raise ValueError(f"feature {missing.decode()} is missing; it has {', '.join(others) or 'none'}")
 
 
-def parse_image(data: bytes, span: Span) -> bytes:
-    """Returns the one byte string of the Feature at `span`; raises ValueError where it holds anything else."""
-    values = list(itertools.islice(_nested_fields(data, *span, _FIELD_1, _FIELD_1), 2))  # there may be millions
-    if len(values) != 1 or values[0][0] == values[0][1]:
-        raise ValueError(f"feature {IMAGE.decode()} does not hold exactly one byte string, or an empty one")
-    return data[slice(*values[0])]
-
-
-def parse_label(data: bytes, span: Span) -> int:
-    """Returns the one integer of the Feature at `span`; raises ValueError where it holds anything else."""
-    values = list(itertools.islice(_integers(data, span), 2))
-    if len(values) != 1:
-        raise ValueError(f"feature {LABEL.decode()} holds {'several integers' if values else 'no integer'}; expected one")
-    if not -_LABEL_LIMIT <= values[0] < _LABEL_LIMIT:
-        raise ValueError(f"feature {LABEL.decode()} is {values[0]}")
-    return values[0]
-
-
-def _integers(data: bytes, span: Span) -> Iterator[int]:
-    for start, stop in _nested_fields(data, *span, _FIELD_3):
+def _integers(data: bytes, feature: Span) -> Iterator[int]:
+    for start, stop in _nested_fields(data, *feature, _FIELD_3):
         for tag, first, last in _fields(data, start, stop):
             while tag in (_FIELD_1, _INTEGER_1) and first < last:  # several in one field (packed), or one
                 value, first = _varint(data, first, last)

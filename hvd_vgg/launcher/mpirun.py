@@ -167,7 +167,7 @@ def run(command: Sequence[str], requests: StopRequests, look: Callable[[], None]
     kills_before = oom_kills()
     parent_death = _dies_with(os.getpid())
     process = Popen(  # noqa: S603 (what it runs is the user's)
-        command, 0, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True, preexec_fn=parent_death
+        command, bufsize=0, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True, preexec_fn=parent_death
     )
     tail, ended = bytearray(), threading.Event()
     streams = ((process.stdout, 1, bytearray(), ended), (process.stderr, 2, tail, ended))
@@ -241,8 +241,8 @@ def _stop(process: "Popen[bytes]", requests: StopRequests, reason: str) -> bool:
     terminate = True
     if reason in (_STOP_REQUESTED, _TIME_LIMIT):
         count = requests.count
-        log_line(f"{reason}: all ranks save and exit within {requests.grace_seconds:g} s; Ctrl-C terminates them now")
         process.send_signal(signal.SIGUSR1)
+        log_line(f"{reason}: all ranks save and exit within {requests.grace_seconds:g} s; Ctrl-C terminates them now")
         if _ends_within(requests.grace_seconds, process, requests, count):
             return False
         # An mpirun whose ranks have exited is about to end, and crashes on SIGTERM.

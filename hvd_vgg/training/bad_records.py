@@ -47,8 +47,8 @@ def count_bad_records(
         listed = "\n  ".join(lines[:MAX_LISTED])
         raise Failure(
             DATA,
-            f"data: {len(found)} bad records; expected at most --bad_records_allowed={allowed}:\n  {listed}{more}\nCopy these "
-            f"shards again, or allow more: nothing was saved that was trained with more than allowed",
+            f"data: {len(found)} bad records; expected at most --bad_records_allowed={allowed}:\n  {listed}{more}\nCopy "
+            f"these shards again, or allow more: nothing was saved that was trained with more than allowed",
             collective=True,
         )
     return found

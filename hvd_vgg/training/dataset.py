@@ -43,12 +43,12 @@ class Splits(NamedTuple):
 
 def open_data(config: BatchConfig, run_dir: Path, console: Console) -> Splits:
     """Returns both splits, their labels checked, the same on all ranks. Collective; failures are those of `open_split`."""
-    splits = [open_split(config.data_dir, split, run_dir, console) for split in ("train", "validation")]
-    found = find_label_base(np.concatenate([index.labels for index in splits]), config.num_classes)
+    train, validation = (open_split(config.data_dir, split, run_dir, console) for split in ("train", "validation"))
+    found = find_label_base(np.concatenate([train.labels, validation.labels]), config.num_classes)
     label_base = found if config.label_base == "auto" else int(config.label_base)
-    for index in splits:
+    for index in (train, validation):
         run_on_all_ranks(functools.partial(check_labels, index, label_base, config.num_classes))
-    return Splits(*splits, label_base)
+    return Splits(train, validation, label_base)
 
 
 def open_split(data_dir: str, split: str, fallback_dir: Path, console: Console) -> Index:

@@ -169,6 +169,7 @@ def test_leftovers_found_here_and_on_other_hosts(tmp_path):
         assert local_processes(run) == {f"{run}.elsewhere.1.2": [left.pid]}
         assert launcher_is_alive(f"{run}.elsewhere.1.2") is None
         assert launcher_is_alive(own_token(run)) is True
+        assert launcher_is_alive(f"{own_token(run).rpartition('.')[0]}.1") is False  # its process number was given again
     finally:
         for process in (left, other):
             process.kill()
