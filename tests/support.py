@@ -90,8 +90,8 @@ class Started:
             os.kill(process, signal.SIGKILL)
         return left
 
-    def wait(self, limit_seconds: float = LIMIT_SECONDS) -> Ended:
-        """Returns how it ended; fails the test when it takes too long or leaves a process."""
+    def wait(self, limit_seconds: float = LIMIT_SECONDS, code: Optional[int] = None) -> Ended:
+        """Returns how it ended; fails the test when it takes too long, leaves a process, or does not exit with `code`."""
         try:
             code = self.process.wait(limit_seconds)
         except subprocess.TimeoutExpired:
@@ -100,6 +100,7 @@ class Started:
             left = self.end()
         ended = Ended(code, self.out.read_text(), self.err.read_text())
         assert not left, f"processes left: {left}\n{ended.out}\n{ended.err}"
+        assert code in (None, ended.code), f"exit code {ended.code}, expected {code}\n{ended.out}\n{ended.err}"
         return ended
 
 

@@ -224,8 +224,7 @@ def test_bad_data_under_horovodrun(launch, tmp_path, launcher, code):
     flip_byte(data / SHARD, 3, 300)
     flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *FLAGS, "--steps=40"]
     program = [*launcher, "-np", "2", sys.executable, "-m", "hvd_vgg"]
-    ended = launch(0, "train", *flags, program=program, PYTHONPATH=str(ROOT))
-    assert ended.code == code, ended.out + ended.err
+    ended = launch(0, "train", *flags, program=program, PYTHONPATH=str(ROOT), code=code)
     assert f"{data / SHARD}, record 3, offset " in ended.out + ended.err
     # The launcher itself has a traceback under Gloo; what ranks say it marks with their number.
     assert not [line for line in (ended.out + ended.err).splitlines() if "]<std" in line and "Traceback" in line]
@@ -342,8 +341,7 @@ def test_bad_records_are_replaced_by_the_same_on_any_ranks(launch, tmp_path, spo
         assert_true(out / "run")
 
     for ranks in (0, 3):
-        ended = launch(ranks, "evaluate", f"--run_dir={one / 'run'}")
-        assert ended.code == 0, ended.err
+        ended = launch(ranks, "evaluate", f"--run_dir={one / 'run'}", code=0)
         assert f"({found['top1_hits']} and {found['top5_hits']} of 37 records, each once" in ended.out
         assert "(2 bad records counted as missed)" in ended.out
     message = message_of(launch(2, "evaluate", f"--run_dir={one / 'run'}", "--bad_records_allowed=1"))

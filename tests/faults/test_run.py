@@ -21,8 +21,7 @@ def finished(tmp_path_factory, data):
     """A run of two epochs on two ranks: (its directory, how it ended)."""
     folder = tmp_path_factory.mktemp("finished")
     flags = [f"--data_dir={data}", f"--run_dir={folder / 'run'}", *TINY, "--steps=0", "--epochs=2", "--eval_every_epochs=1"]
-    ended = Started(command_line(2, ["train", *flags, "--device_tflops=0.5"]), folder).wait()
-    assert ended.code == 0, ended.err
+    ended = Started(command_line(2, ["train", *flags, "--device_tflops=0.5"]), folder).wait(code=0)
     return folder / "run", ended
 
 
@@ -34,8 +33,7 @@ def tiny(launch, tmp_path, data):
         faults = [argument for argument in arguments if "@" in argument]
         flags = [argument for argument in arguments if "@" not in argument]
         words = [command, f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY, *flags]
-        ended = launch(ranks, str(tmp_path), *faults, *words, program=INJECT, **environment)
-        assert ended.code == code, ended.out + ended.err
+        ended = launch(ranks, str(tmp_path), *faults, *words, program=INJECT, **environment, code=code)
         return ended
 
     return start
@@ -111,8 +109,7 @@ def test_finished_run_started_again_trains_nothing(finished, launch, lost):
     text = (run_dir / "result.json").read_text()
     if lost:
         (run_dir / "result.json").unlink()
-    ended = launch(0, "train", f"--flagfile={run_dir / 'flags.txt'}")
-    assert ended.code == 0, ended.err
+    ended = launch(0, "train", f"--flagfile={run_dir / 'flags.txt'}", code=0)
     assert f"continuing from step 5: {run_dir}/checkpoints/step-00000005.safetensors" in ended.out
     assert f"acc@1              {before['acc@1']:.4f}" in ended.out
     found = result(run_dir)
@@ -129,8 +126,7 @@ def test_run_stops_at_a_target_and_keeps_the_best(tiny, launch, tmp_path):
     run_dir, found = tmp_path / "run", result(tmp_path / "run")
     assert found["acc@1"] >= 0.3
     assert found["steps"] < 141
-    ended = launch(2, "train", f"--flagfile={run_dir / 'flags.txt'}")
-    assert ended.code == 0, ended.err
+    ended = launch(2, "train", f"--flagfile={run_dir / 'flags.txt'}", code=0)
     assert f"steps              {found['steps']}" in ended.out
     assert result(run_dir) == found
     names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
@@ -144,8 +140,7 @@ def test_console_dllogger(tiny, launch, tmp_path):
     assert all(line.startswith("DLL ") for line in lines)
     assert sum("train.loss : " in line for line in lines) == 2
     assert sum("eval.acc@1 : " in line for line in lines) == 2  # the evaluation, and the summary
-    ended = launch(2, "evaluate", f"--run_dir={tmp_path / 'run'}")
-    assert ended.code == 0, ended.err
+    ended = launch(2, "evaluate", f"--run_dir={tmp_path / 'run'}", code=0)
     assert "of 37 records, each once" in ended.out
 
 
@@ -158,13 +153,12 @@ def test_console_bar(tiny):
 def test_demo_data_are_the_same_on_ranks_and_never_overwritten(launch, tmp_path):
     flags = ["--train_images=30", "--validation_images=10", "--shards=3"]
     for ranks in (0, 2):
-        assert launch(ranks, "make-demo-data", f"--data_dir={tmp_path / str(ranks)}", *flags).code == 0
+        launch(ranks, "make-demo-data", f"--data_dir={tmp_path / str(ranks)}", *flags, code=0)
     names = sorted(path.name for path in (tmp_path / "0").iterdir())
     assert names == [*(f"train-0000{i}-of-00003" for i in range(3)), *(f"validation-0000{i}-of-00002" for i in range(2))]
     for name in names:
         assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
-    ended = launch(0, "make-demo-data", f"--data_dir={tmp_path / '0'}", *flags)
-    assert ended.code == 65
+    ended = launch(0, "make-demo-data", f"--data_dir={tmp_path / '0'}", *flags, code=65)
     assert ended.err.count("never overwritten") == 1
 
 
@@ -174,8 +168,7 @@ def test_scripts_of_the_published_recipe_train(launch, tmp_path, data, script, r
     flags = [*(flag for flag in TINY if "device_batch" not in flag), "--model=vgg16", "--steps=2"]
     flags += ["--ranks=2"] if ranks == 2 else []
     program = ["bash", str(ROOT / "launch" / f"run_train_vgg16_{script}.sh")]
-    ended = launch(0, *flags, program=program, DATA_DIR=str(data), BATCH_SIZE="5", PYTHONPATH=str(ROOT))
-    assert ended.code == 0, ended.out + ended.err
+    ended = launch(0, *flags, program=program, DATA_DIR=str(data), BATCH_SIZE="5", PYTHONPATH=str(ROOT), code=0)
     assert f"mpirun -np {ranks} " in ended.out
     assert "micro-batches of at most 5" in ended.out
     found = result(tmp_path / "runs" / "vgg16_imagenet")
