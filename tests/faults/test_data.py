@@ -391,7 +391,7 @@ def test_images_that_are_bad_or_unusual(tmp_path):
     refused = {
         "truncated": (jpeg()[:400], "cannot be decoded"),
         "truncated PNG": (png[:-400], "cannot be decoded"),
-        "empty": (b"", "has not one byte string, or an empty one"),
+        "empty": (b"", "does not hold exactly one byte string"),
         "text": (b"some text\x1b[2J", "neither a JPEG nor a PNG; it begins with b'some tex'"),
         "GIF": (b"GIF89a and more", "neither a JPEG nor a PNG"),
         "13000 x 13000": (claiming(jpeg("L", (16, 16), optimize=True), 13000, 13000), "claims this height and width"),
