@@ -12,6 +12,8 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 
 import pytest
 
+from hvd_vgg.errors import DATA, Failure
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -111,6 +113,14 @@ def wait_for(condition: Callable[[], bool], limit_seconds: float = 90) -> None:
         if time.monotonic() > deadline:
             pytest.fail(f"not within {limit_seconds} s")
         time.sleep(0.05)
+
+
+def failure_of(action: Callable[[], object], kind: type = Failure) -> str:
+    """Returns the message of the Failure(DATA) that `action` raises; of no other kind where one is given."""
+    with pytest.raises(kind) as raised:
+        action()
+    assert raised.value.code == DATA
+    return str(raised.value)
 
 
 def order_of_writes(monkeypatch: pytest.MonkeyPatch) -> List[Tuple[str, str]]:
