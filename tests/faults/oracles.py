@@ -98,7 +98,7 @@ def newest(out):
 
 def assert_true(run_dir):
     """Asserts that all that a run claims, and that can be computed from its log, holds."""
-    failed = [f"{claim.what}: {claim.why}" for claim in check(run_dir) if claim.verdict == FAIL]
+    failed = [f"{each.subject}: {each.text}" for each in check(run_dir) if each.verdict == FAIL]
     assert not failed
 
 
