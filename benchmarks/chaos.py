@@ -46,10 +46,9 @@ FLAGS = (
 def start(ranks, run_dir, options):
     """Starts the run on `ranks`."""
     flags = [*FLAGS, f"--steps={options.steps}", f"--data_dir={options.data_dir}", f"--run_dir={run_dir}"]
+    command = [*measure.mpirun(ranks), *measure.TRAINER, "train", *flags]
     with open(run_dir.parent / "console.txt", "a") as console:
-        return measure.start(
-            [*measure.mpirun(ranks), *measure.TRAINER, "train", *flags], stdout=console, stderr=subprocess.STDOUT
-        )
+        return measure.start(command, stdout=console, stderr=subprocess.STDOUT)
 
 
 def pid_of(rank):
@@ -142,10 +141,7 @@ def disturb(options, run_dir):
         reached = max((update for _, update in updates_logged(run_dir)[earlier:]), default=0)
         pending = {"injected": injected, "ended": ended - injected, "reached": reached}
         rows.append(pending)
-        print(
-            f"{len(rows):3}  {kind:7} {ranks} ranks  exit {job.returncode:4}  ended after {ended - injected:.1f} s",
-            flush=True,
-        )
+        print(f"{len(rows)}: {kind}, {ranks} ranks, exit {job.returncode}, ended after {ended - injected:.1f} s", flush=True)
 
 
 def difference(found, expected):
@@ -203,18 +199,16 @@ def main():
             allowed = 3 * difference(undisturbed(options.ranks[-1], Path(folder), options), expected)
         changed, size = difference(found.tensors, expected), RunDir(run_dir).list_checkpoints()[0].stat().st_size
     twice = [row["twice"] for row in rows if "twice" in row]
-    row = [
-        len(rows),
-        measure.spread([row["ended"] for row in rows], ".1f"),
-        measure.spread([row["again"] for row in rows if "again" in row], ".1f"),
-        f"{sum(twice)}, at most {max(twice, default=0)} for a fault",
-        f"{most / 1e6:.1f} (a checkpoint: {size / 1e6:.1f})",
-        f"{changed:.2g} ({allowed:.2g})",
-    ]
-    head = ["faults", "seconds until the job has ended", "until it trains again", "updates done twice"]
-    head += ["most MB in the run directory", "difference of the final kernels, of their norm (allowed)"]
+    table = {
+        "faults": len(rows),
+        "seconds until the job has ended": measure.spread([row["ended"] for row in rows], ".1f"),
+        "seconds until it trains again": measure.spread([row["again"] for row in rows if "again" in row], ".1f"),
+        "updates done twice": f"{sum(twice)}, at most {max(twice, default=0)} for a fault",
+        "most MB in the run directory": f"{most / 1e6:.1f}; a checkpoint has {size / 1e6:.1f}",
+        "the final kernels differ by, of their norm": f"{changed:.2g}; allowed: {allowed:.2g}",
+    }
     title = f"{options.steps} updates on {options.ranks} ranks, a checkpoint every {SAVE_EVERY_STEPS}, seed {options.seed}"
-    measure.print_table(title, head, [row])
+    measure.print_table(title, ("what", "found"), table.items())
     sys.exit(not (found.meta["step"] == options.steps and changed <= allowed))
 
 

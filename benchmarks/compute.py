@@ -18,7 +18,6 @@ that are. Ratios are of one round. --legacy_python is a Python with TensorFlow, 
 tf_keras), which the two scripts need. The scripts are run as they are, and only at 224 pixels.
 """
 
-import argparse
 import json
 import os
 import re
@@ -79,13 +78,7 @@ def keras(precision, options):
     import tensorflow as tf
 
     ends = []
-
-    class Clock(keras.callbacks.Callback):
-        """Notes the time of each batch's end."""
-
-        def on_train_batch_end(self, batch, logs=None):
-            ends.append(time.perf_counter())
-
+    clock = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: ends.append(time.perf_counter()))
     keras.mixed_precision.set_global_policy({"float32": "float32", "bfloat16": "mixed_bfloat16"}[precision])
     shape = [options.size, options.size, 3]
     model = keras.applications.VGG16(weights=None, input_shape=shape, classes=CLASSES)
@@ -93,28 +86,17 @@ def keras(precision, options):
     model.compile(sgd, "sparse_categorical_crossentropy", jit_compile=False)
     labels = tf.random.uniform([options.batch], 0, CLASSES, tf.int32)
     data = tf.data.Dataset.from_tensors((tf.random.normal([options.batch, *shape]), labels)).repeat()
-    model.fit(data, steps_per_epoch=options.warmup + options.updates, verbose=0, callbacks=[Clock()])
+    model.fit(data, steps_per_epoch=options.warmup + options.updates, verbose=0, callbacks=[clock])
     return options.batch * options.updates / (ends[-1] - ends[options.warmup - 1]), model.layers[1].compute_dtype
 
 
 def tf_cnn(precision, options):
     """Returns images/s as tf_cnn_benchmarks prints them; its momentum is Nesterov's."""
-    flags = {
-        "model": "vgg16",
-        "device": "cpu",
-        "data_format": "NHWC",
-        "use_fp16": False,
-        "batch_size": options.batch,
-        "num_warmup_batches": options.warmup,
-        "num_batches": options.updates,
-        "optimizer": "momentum",
-        "weight_decay": WEIGHT_DECAY,
-        "init_learning_rate": RATE,
-    }
-    script = Path(options.tf_cnn_benchmarks, "tf_cnn_benchmarks.py")
-    command = [sys.executable, script, *(f"--{name}={value}" for name, value in flags.items())]
-    found = re.search(r"total images/sec: ([\d.]+)", measure.output_of(command))
-    return float(found.group(1)), "float32"
+    flags = ["--model=vgg16", "--device=cpu", "--data_format=NHWC", "--nouse_fp16", "--optimizer=momentum"]
+    flags += [f"--weight_decay={WEIGHT_DECAY}", f"--init_learning_rate={RATE}", f"--batch_size={options.batch}"]
+    flags += [f"--num_warmup_batches={options.warmup}", f"--num_batches={options.updates}"]
+    printed = measure.output_of([sys.executable, Path(options.tf_cnn_benchmarks, "tf_cnn_benchmarks.py"), *flags])
+    return float(re.search(r"total images/sec: ([\d.]+)", printed)[1]), "float32"
 
 
 def horovod(precision, options):
@@ -136,11 +118,9 @@ def torch(precision, options):
 
     torch.set_num_threads(os.cpu_count())
     parts, inputs = [], 3
-    for count, outputs in ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512)):
-        for _ in range(count):
-            parts += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(True)]
-            inputs = outputs
-        parts.append(nn.MaxPool2d(2))
+    for outputs in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
+        parts += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(True)] if outputs else [nn.MaxPool2d(2)]
+        inputs = outputs or inputs
     parts += [nn.Flatten(), nn.Linear((options.size // 32) ** 2 * 512, 4096), nn.ReLU(True), nn.Dropout()]
     parts += [nn.Linear(4096, 4096), nn.ReLU(True), nn.Dropout(), nn.Linear(4096, CLASSES)]
     model = nn.Sequential(*parts).to(memory_format=torch.channels_last)
@@ -187,8 +167,7 @@ WAYS = {
 
 
 def chosen(options):
-    """Returns the ways and precisions that take turns, and prints which are left out."""
-    found = []
+    """Yields the ways and precisions that take turns, and prints which are left out."""
     for way in options.ways:
         _, precisions, needs = WAYS[way]
         missing = [f"without --{name}" for name in needs if not getattr(options, name)]
@@ -198,31 +177,30 @@ def chosen(options):
             if reasons:
                 print(f"{way}, {precision}: {', '.join(reasons)}: left out")
             else:
-                found.append((way, precision))
-    return found
+                yield way, precision
 
 
 def run_turn(way, precision, options):
     """Makes one turn in its own process; returns what it found."""
-    needs = WAYS[way][2]
-    python = getattr(options, needs[-1]) if needs else sys.executable
-    environment = {"CUDA_VISIBLE_DEVICES": "-1"}
+    needs, environment = WAYS[way][2], {"CUDA_VISIBLE_DEVICES": "-1"}
     if way == "horovod":  # one rank without a launcher
         environment.update(HOROVOD_CONTROLLER="gloo", HOROVOD_CPU_OPERATIONS="gloo")
     if "legacy_python" in needs:
         environment["TF_USE_LEGACY_KERAS"] = "1"
-    command = [python, __file__, "--worker", way, precision, json.dumps(vars(options))]
-    worker = measure.start(command, env=environment, stdout=subprocess.PIPE)
-    printed, _ = worker.communicate()
-    if worker.returncode:
-        measure.refuse(f"{way} {precision} failed, as said above\n{printed}", 1)
-    return json.loads(printed.splitlines()[-1])
+    python = getattr(options, needs[-1]) if needs else sys.executable
+    command = measure.worker(options, python, way=way, precision=precision)
+    process = measure.start(command, env=environment, stdout=subprocess.PIPE)
+    printed, _ = process.communicate()
+    turn = json.loads(printed.splitlines()[-1]) if process.returncode == 0 else {}
+    if turn.get("computed", precision) != precision or not turn:
+        measure.refuse(f"{way}, {precision}: failed, or computed in another precision: {printed}", 1)
+    return turn
 
 
-def work(way, precision, options):
+def work(options):
     """One turn: prints its rate, the type it computed in, and its software."""
     try:
-        rate, computed = WAYS[way][0](precision, options)
+        rate, computed = WAYS[options.way][0](options.precision, options)
     except ImportError as error:
         print(json.dumps({"missing": str(error)}))
         return
@@ -233,8 +211,7 @@ def work(way, precision, options):
 def main():
     """Lets the ways take turns and prints the table."""
     parser = measure.command_line(__doc__, rounds=3, batch=8, size=224, warmup=2, updates=4)
-    precisions = WAYS["ours"][1]
-    parser.add_argument("--precisions", type=measure.some_of(precisions), default="float32,bfloat16")
+    parser.add_argument("--precisions", type=measure.some_of(WAYS["ours"][1]), default="float32,bfloat16")
     parser.add_argument("--ways", type=measure.some_of(WAYS), default=",".join(WAYS), help="only these")
     parser.add_argument("--tf_cnn_benchmarks", help="the directory of tf_cnn_benchmarks.py")
     parser.add_argument("--horovod_examples", help="the directory of tensorflow2_synthetic_benchmark.py")
@@ -242,40 +219,30 @@ def main():
     parser.add_argument("--torch_python", help="a Python with PyTorch")
     parser.add_argument("--matmul_side", type=measure.positive, default=4096, help="rows of the largest matrix")
     options = parser.parse_args()
-    rates, missing = {pair: [] for pair in chosen(options)}, set()
-    for number in range(options.rounds):
-        for (way, precision), own in rates.items():
-            turn = {} if way in missing else run_turn(way, precision, options)
-            if "missing" in turn:
-                print(f"{way}: not installed ({turn['missing']}): left out")
-                missing.add(way)
-            elif turn:
-                if turn["computed"] != precision:
-                    measure.refuse(f"{way} computed in {turn['computed']} instead of {precision}", 1)
-                own.append(turn["rate"])
-                print(f"round {number + 1}: {way}, {precision}: {own[-1]:.2f}; {turn['software']}", flush=True)
-    report({pair: own for pair, own in rates.items() if own}, options)
-
-
-def report(rates, options):
-    """Prints the table."""
     from hvd_vgg.models.architecture import training_flops, vgg_layers
 
+    rates, rows = {pair: [] for pair in chosen(options)}, []
+    for number in range(options.rounds):
+        for pair in list(rates):
+            turn = run_turn(*pair, options)
+            if "missing" in turn:
+                print(f"{', '.join(pair)}: not installed ({turn['missing']}): left out")
+                del rates[pair]
+                continue
+            rates[pair].append(turn["rate"])
+            print(f"round {number + 1}: {', '.join(pair)}: {turn['rate']:.2f}; {turn['software']}", flush=True)
     gflop = training_flops(vgg_layers("vgg16", 1.0, options.size, CLASSES), options.size) / 1e9
-    rows = []
     for (way, precision), own in rates.items():
-        flops, per_image = rates.get(("matmul", precision), []), 1 if way == "matmul" else gflop
-        of_matmul = measure.spread(measure.ratios([each * per_image for each in own], flops), ".0%")
-        of_ours = measure.ratios(own, rates.get(("ours", "float32"))) if way != "matmul" else []
-        unit = " GFLOP/s" * (way == "matmul")
-        rows.append((way, precision, len(own), measure.spread(own) + unit, measure.spread(of_ours), of_matmul))
-    title = f"VGG16 at {options.size} pixels, batch {options.batch}, {gflop:.2f} GFLOP an image, {options.updates} updates"
-    head = ("way", "precision", "turns", "images/s", "relative to ours in float32", "of matmul's rate")
-    measure.print_table(title, head, rows)
+        per_image, unit = (1, " GFLOP/s") if way == "matmul" else (gflop, "")
+        of_matmul = measure.ratios([rate * per_image for rate in own], rates.get(("matmul", precision)))
+        of_ours = [] if way == "matmul" else measure.ratios(own, rates.get(("ours", "float32")))
+        rows.append((way, precision, measure.spread(own) + unit, measure.spread(of_ours), measure.spread(of_matmul, ".0%")))
+    title = (
+        f"VGG16 at {options.size} pixels, {gflop:.2f} GFLOP an image, {options.rounds} rounds of {options.updates} updates "
+    )
+    head = ("way", "precision", "images/s", "relative to ours in float32", "of matmul's rate")
+    measure.print_table(f"{title}of {options.batch} images", head, rows)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        work(*sys.argv[2:4], argparse.Namespace(**json.loads(sys.argv[4])))
-    else:
-        measure.run(main)
+    measure.run(main, work)

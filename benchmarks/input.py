@@ -24,7 +24,6 @@ The pipelines of this package are timed from their start to their end over a str
 others are timed in the middle of theirs, after as many batches as they may have made ahead.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -240,9 +239,9 @@ WAYS = {
 }
 
 
-def work(way, options):
+def work(options):
     """One way, in a process of its own: a line of its software, then for each line of stdin a round's seconds an image."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    way, answers = options.way, os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a peer prints
     os.sched_setaffinity(0, options.core)  # before any thread is made
     try:
@@ -265,8 +264,9 @@ def work(way, options):
 def start(way, options):
     """Returns the worker of a way, or None where it could not be started."""
     python = options.peer_python if way == "tf_cnn" else sys.executable
-    command = [python, __file__, "--worker", way, json.dumps(vars(options))]
-    worker = measure.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1)
+    worker = measure.start(
+        measure.worker(options, python, way=way), stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1
+    )
     line = worker.stdout.readline().strip()
     if not line and way in OURS:
         measure.refuse(f"{way} could not be started, as said above", 1)
@@ -275,8 +275,21 @@ def start(way, options):
     return None if left_out else worker
 
 
-def drive(options):
-    """Starts the ways, lets them take turns and prints the tables."""
+def main():
+    """Starts the ways, lets them take turns and prints the table."""
+    here = sorted(os.sched_getaffinity(0))
+    parser = measure.command_line(__doc__, rounds=9, images=512, size=224)
+    parser.add_argument("--data_dir", required=True, help="TFRecords train-?????-of-?????, of JPEG")
+    parser.add_argument("--tf_cnn_benchmarks", help="its directory; without it that way is left out")
+    parser.add_argument("--peer_python", default=sys.executable, help="a Python whose TensorFlow tf_cnn_benchmarks runs on")
+    parser.add_argument("--core", type=measure.list_of(int), default=str(here[0]), help="what ways are pinned to, as 0,1")
+    usual = ",".join(way for way in WAYS if way != "trainer")
+    parser.add_argument("--ways", type=measure.some_of(WAYS), default=usual, help="only these")
+    options = parser.parse_args()
+    if options.images % BATCH:
+        parser.error(f"--images={options.images}: expected a multiple of {BATCH}")
+    if not set(options.core) <= set(here):
+        parser.error(f"--core: expected some of {','.join(map(str, here))}")
     from hvd_vgg.data.index import find_shards
 
     find_shards(options.data_dir, "train")  # raises a Failure
@@ -309,26 +322,5 @@ def drive(options):
         print(f"\nimages/s of the trainer, relative to its pipeline alone: {ratio}")
 
 
-def main():
-    """Reads the options and drives."""
-    here = sorted(os.sched_getaffinity(0))
-    parser = measure.command_line(__doc__, rounds=9, images=512, size=224)
-    parser.add_argument("--data_dir", required=True, help="TFRecords train-?????-of-?????, of JPEG")
-    parser.add_argument("--tf_cnn_benchmarks", help="its directory; without it that way is left out")
-    parser.add_argument("--peer_python", default=sys.executable, help="a Python whose TensorFlow tf_cnn_benchmarks runs on")
-    parser.add_argument("--core", type=measure.list_of(int), default=str(here[0]), help="what ways are pinned to, as 0,1")
-    usual = ",".join(way for way in WAYS if way != "trainer")
-    parser.add_argument("--ways", type=measure.some_of(WAYS), default=usual, help="only these")
-    options = parser.parse_args()
-    if options.images % BATCH:
-        parser.error(f"--images={options.images}: expected a multiple of {BATCH}")
-    if not set(options.core) <= set(here):
-        parser.error(f"--core: expected some of {','.join(map(str, here))}")
-    drive(options)
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        work(sys.argv[2], argparse.Namespace(**json.loads(sys.argv[3])))
-    else:
-        measure.run(main)
+    measure.run(main, work)

@@ -15,7 +15,6 @@ is left: what the trainer does beside. Without --data_dir pictures are drawn by 
 import contextlib
 import json
 import re
-import sys
 import tempfile
 import time
 
@@ -34,7 +33,7 @@ class AllTurnsMade(Exception):
     """The evaluation that ends a run is not measured."""
 
 
-def work(rounds, updates, flags):
+def work(options):
     """One size: trains, with a bare loop between the trainer's turns; prints ms an update of each turn as JSON."""
     from hvd_vgg.config import TrainConfig
     from hvd_vgg.data.loader import train_batches
@@ -44,6 +43,7 @@ def work(rounds, updates, flags):
     from hvd_vgg.training.train_step import step_inputs
     from hvd_vgg.training.trainer import Trainer
 
+    updates = options.updates
     turns, spent = {"trainer": [], "bare": []}, {}
 
     def timed(part, call, *inputs):
@@ -71,7 +71,7 @@ def work(rounds, updates, flags):
             other = train_batches(data.train, config, data.label_base, steps, 0, 1, self.device.input_threads)
             inputs = step_inputs(config, 0, 0, config.lr)
             self.train_step = lambda *inputs: timed("step", step, *inputs)
-            for _ in range(rounds + 1):
+            for _ in range(options.turns + 1):
                 with turn("trainer"):  # it asks for the next batch when it is through with the one before
                     for _ in range(updates):
                         yield timed("input", next, own)
@@ -82,7 +82,7 @@ def work(rounds, updates, flags):
             raise AllTurnsMade
 
     with contextlib.suppress(AllTurnsMade), MeasuredTrainer(
-        parse_flags(TrainConfig, [*flags, f"--steps={(rounds + 2) * updates}"])
+        parse_flags(TrainConfig, [*options.words, f"--steps={(options.turns + 2) * updates}"])
     ) as trainer:
         fit(trainer)
     comm.shutdown()
@@ -107,7 +107,7 @@ def main():
             rounds, own = options.rounds or SIZES[name][0], SIZES[name][1].split()
             words = [*COMMON.split(), *own, f"--data_dir={data}", f"--run_dir={folder}/{name}", *flags]
             updates = re.findall(r"--log_every_steps=(\d+)", " ".join(["--log_every_steps=20", *words]))[-1]
-            printed = measure.output_of([sys.executable, __file__, "--worker", rounds, updates, *words])
+            printed = measure.output_of(measure.worker(options, turns=rounds, updates=int(updates), words=words))
             turns = json.loads(re.findall(r"^{.*", printed, re.MULTILINE)[-1])
             for way, own in turns.items():
                 parts = [measure.spread(turn[part] for turn in own) for part in ("total", "step", "input", "rest")]
@@ -119,7 +119,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        work(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
-    else:
-        measure.run(main)
+    measure.run(main, work)

@@ -6,6 +6,7 @@ Peers import this in environments of their own, so that only the standard librar
 import argparse
 import contextlib
 import ctypes
+import json
 import os
 import re
 import shutil
@@ -78,6 +79,7 @@ def some_of(known):
 
 def refuse(message, code=CONFIGURATION):
     """Ends the benchmark with one line on stderr."""
+    end_processes()  # before directories are removed that they write to
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(code)
 
@@ -89,20 +91,30 @@ def require(*programs):
         refuse(f"needs {' and '.join(missing)}, not found on PATH")
 
 
-def run(main):
-    """Runs the `main` of a benchmark; however it ends, no process that it has started is left."""
+def worker(options, python=sys.executable, **more):
+    """Returns the command of a process that calls the benchmark's `work` with `options` and `more`."""
+    return [python, sys.argv[0], "--worker", json.dumps({**vars(options), **more})]
+
+
+def run(main, work=None):
+    """Runs the `main` of a benchmark, or of a `worker` its `work`; when `main` ends, no process of it is left."""
+    if sys.argv[1:2] == ["--worker"]:
+        work(argparse.Namespace(**json.loads(sys.argv[2])))
+        return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # What a worker leaves behind becomes this process's child, not init's, and is found.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
     def leave(number, _):
         for each in signals:  # a second Ctrl-C must not interrupt the cleaning up
             signal.signal(each, signal.SIG_IGN)
+        end_processes()
         sys.exit(128 + number)
 
     for number in signals:
-        signal.signal(number, leave)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, leave)
     try:
         import psutil  # noqa: F401
 
@@ -114,16 +126,13 @@ def run(main):
             raise
         refuse(error.message, error.code)
     finally:
-        if "psutil" in sys.modules:
-            end_processes()
+        end_processes()
 
 
 def processes():
     """Returns what this process has started, directly or not, and is still running."""
-    import psutil
-
-    running = []
-    for process in psutil.Process().children(recursive=True):
+    psutil, running = sys.modules.get("psutil"), []  # a peer's Python may not have it
+    for process in psutil.Process().children(recursive=True) if psutil else []:
         with contextlib.suppress(psutil.NoSuchProcess):
             running += [process] * (process.status() != psutil.STATUS_ZOMBIE)
     return running
