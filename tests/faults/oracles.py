@@ -38,8 +38,7 @@ def start(out, data, ranks, *arguments, **environment):
 
 def run(out, data, ranks, *arguments, code=0, **environment):
     """Runs it to its end, which must be `code`, and returns how it ended."""
-    ended = start(out, data, ranks, *arguments, **environment).wait(code=code)
-    return ended
+    return start(out, data, ranks, *arguments, **environment).wait(code=code)
 
 
 def injected_ranks(started):

@@ -33,8 +33,7 @@ def tiny(launch, tmp_path, data):
         faults = [argument for argument in arguments if "@" in argument]
         flags = [argument for argument in arguments if "@" not in argument]
         words = [command, f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY, *flags]
-        ended = launch(ranks, str(tmp_path), *faults, *words, program=INJECT, **environment, code=code)
-        return ended
+        return launch(ranks, str(tmp_path), *faults, *words, program=INJECT, **environment, code=code)
 
     return start
 
