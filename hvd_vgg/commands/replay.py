@@ -5,7 +5,7 @@ from typing import Any, Dict, List
 import numpy as np
 
 from hvd_vgg.config import ReplayConfig
-from hvd_vgg.data.index import Index, check_labels, find_shards, join, scan_shard
+from hvd_vgg.data.index import Index, check_labels, scan_split
 from hvd_vgg.data.loader import Batch, load_records
 from hvd_vgg.data.sampler import Positions, sample_seeds, slice_bounds
 from hvd_vgg.errors import CONFIGURATION, NOT_FINITE, USAGE, Failure
@@ -33,7 +33,7 @@ def replay(config: ReplayConfig) -> None:
     state = initial_state(config)
     run_on_root(lambda: _load_state(state, folder))
     comm.broadcast_variables(list(state.variables().values()))
-    factored = [choice.layer for choice in cost.choose(config, comm.size()) if choice.method == "factored"]
+    factored = cost.factored_layers(config, comm.size())
     train_step = make_train_step(state.weights, state.slots, config, device.data_format, factored)
     console.say(
         f"step {report['step']} of {config.run_dir}: loss {report['loss']}, gradient norm {report['gradient_norm']}\n"
@@ -74,8 +74,7 @@ def _blame(faults: List[int], batch: List[Dict[str, Any]]) -> str:
 
 
 def _open_records(folder: StepDir, config: ReplayConfig, label_base: int, rows: int) -> Index:
-    paths = find_shards(str(folder.path), "records")
-    index = join(paths, [scan_shard(path) for path in paths])
+    index = scan_split(str(folder.path), "records")
     check_labels(index, label_base, config.num_classes)
     if not index.records == rows == config.global_batch:
         raise Failure(

@@ -1,30 +1,33 @@
 """Reads, decodes and batches one rank's part of the stream, ahead of need and within bounds.
 
-A batch is made by `threads` threads in pieces of PIECE rows, in the order in which its records lie in the files. They work
-ahead of the batch that is asked for by at most A batches of decoded images, A = 2 + ceil(threads * PIECE / rows), rows the
-images of a batch. For READ_AHEAD batches beyond these the kernel is told to read the records into its page cache, so that
-storage works while processors decode; that memory is the kernel's to take back. With 8 threads and 32 rows of 224 pixels a
-rank holds 4 * 4.8 MB decoded, and 4 * 3.5 MB are read ahead at ImageNet's mean of 110 kB. Beside that are the batch handed
-out and what each thread is at work on: the records of one piece, and an image. A row is a function of the seed, the epoch
-and the record: threads decide nothing.
+A batch is made by `threads` threads in tasks of ROWS_PER_TASK rows, in the order in which its records lie in the files.
+They work ahead of the batch that is asked for by at most A batches of decoded images, A = 2 + ceil(threads * ROWS_PER_TASK
+/ rows), rows the images of a batch. For READ_AHEAD batches beyond these the kernel is asked to read the records into its
+page cache, so that storage works while processors decode; the kernel may reclaim that memory. With 8 threads and 32 rows
+of 224 pixels a rank holds 4 * 4.8 MB decoded, and 4 * 3.5 MB are read ahead at ImageNet's mean of 110 kB. On top come the
+batch handed out and what each thread is working on: the records of one task, and an image. A row is a function of the
+seed, the epoch and the record, whichever thread makes it.
 
 With --shuffle_block_records above 1 storage is asked for whole blocks, the next window's while this one is trained on: two
 windows of 16,384 records, 3.6 GB at ImageNet's mean, of each host's page cache. Each host then reads all of the data set.
 
-A record that is bad (its checksum, features, image or label) ends the run, unless --bad_records_allowed is above 0. Then in
-training another record takes its place, with the crop and flip of the row; in evaluation none does. Which one is a
-function of the seed, the epoch and the bad record. The batch says so, and `data.bad` keeps count.
+A bad record (its checksum, features, image or label) ends the run, unless --bad_records_allowed is above 0. Then in training
+another record takes its place, a function of the seed, the epoch and the bad record, with the row's own crop and flip; in
+evaluation the row stays empty. The batch says so, and `train.bad_records` keeps count.
 """
 
+import contextlib
+import dataclasses
 import itertools
+import threading
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Deque, Iterator, List, NamedTuple, Optional, Union
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Callable, Deque, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 import tensorflow as tf
 
-from hvd_vgg.config import BatchConfig, ComputeConfig, EvaluationConfig, StepConfig
+from hvd_vgg.config import BatchConfig, ComputeConfig, EvaluationConfig
 from hvd_vgg.data.index import Index
 from hvd_vgg.data.reader import BadRecord, parse_example, read_ahead, read_record
 from hvd_vgg.data.sampler import positions, replacement_record, sample_seeds, slice_bounds, storage_order, window_records
@@ -33,12 +36,10 @@ from hvd_vgg.errors import DATA, Failure
 from hvd_vgg.watchdog import watchdog
 
 PADDING = -1  # the label of a row that only fills up a batch
-ROWS_PER_TASK = 8  # rows that a thread takes on at once
+ROWS_PER_TASK = 8
 READ_AHEAD = 4  # batches that storage is asked for beyond those that are being decoded
-READ_AHEAD_RECORDS = 512  # records that storage is asked for at once: where its queue is full, that waits
+READ_AHEAD_RECORDS = 512  # records that storage is asked for at once: the request blocks where its queue is full
 MAX_REPLACEMENTS = 8  # records that are tried in place of a bad one
-# Makes a row: of an encoded image and its `images.image_draws`, into uint8 [image_size, image_size, 3]; ValueError.
-_Decode = Callable[[bytes, List[float], np.ndarray], None]
 
 
 class BadRow(NamedTuple):
@@ -50,33 +51,11 @@ class BadRow(NamedTuple):
     reason: str
 
 
-class _BatchSpec(NamedTuple):
-    """What a batch consists of: record ids int64 [n], their epochs int64 [n] and seeds int64 [n, 2].
-
-    ahead: ids of the records that storage is asked for when the batch is planned, int64.
-    """
-
-    ids: np.ndarray
-    epochs: np.ndarray
-    seeds: np.ndarray
-    ahead: np.ndarray
-
-
-class _PendingBatch(NamedTuple):
-    """A batch that is being made: its plan, labels and images being filled in, and the pieces of work on it."""
-
-    plan: _BatchSpec
-    labels: np.ndarray
-    images: np.ndarray
-    left: List[int]  # as many numbers from 0 up as there are pieces; each takes the last when it is done
-    bad: List[BadRow]
-
-
 class Batch(NamedTuple):
-    """Images uint8 [n, image_size, image_size, 3], labels int32 [n] from 0 (PADDING: no record), ids int64 [n].
+    """A batch on the host: images uint8 [n, image_size, image_size, 3], labels int32 [n] from 0, record ids int64 [n].
 
-    In training `ids` are the records that the images are of; `bad` says which of them stand in for others. In evaluation
-    `bad` are rows of no image, with the label PADDING.
+    In training `ids` are the records that the images show; `bad` says which of them replace others. In evaluation `bad` are
+    black rows with the label PADDING, as are the rows that fill up the last batch.
     """
 
     images: Any
@@ -85,224 +64,209 @@ class Batch(NamedTuple):
     bad: List[BadRow]
 
 
-class _Read(NamedTuple):
-    """A record as read: its id, the encoded image, the label as written."""
+class Sample(NamedTuple):
+    """A record as read: its id, the encoded image, the label from 0."""
 
     record: int
     encoded: bytes
     label: int
 
 
-class _RowMaker(NamedTuple):
-    """How a row is made: a record is read, then decoded with its draws into uint8 [image_size, image_size, 3].
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """The records of a split as rows of a batch. Its methods may be called on any thread."""
 
-    `decode` returns the label from 0. Both raise records.BadRecord.
-    """
+    index: Index
+    label_base: int  # of the first class
+    image_size: int  # height and width of a row, pixels
+    augment: str
+    training: bool  # or evaluation: nothing is random, and no record takes another's place
+    seed: int = 0
+    replace_bad: bool = False  # or end the run
 
-    read: Callable[[int], _Read]
-    decode: Callable[[_Read, List[float], np.ndarray], int]
+    def read(self, record: int) -> Union[Sample, BadRecord]:
+        """Returns a record, or what is wrong with it. Raises Failure(DATA) where its shard cannot be read at all."""
+        try:
+            encoded, label = parse_example(self.index, record, read_record(self.index, record))
+        except BadRecord as bad:
+            return bad
+        if label != self.index.labels[record]:
+            reason = f"its label is {label}, but was {self.index.labels[record]} when the shard was indexed"
+            return BadRecord(self.index.where(record), reason, "Did the shard change while in use? Start again")
+        return Sample(record, encoded, label - self.label_base)
+
+    def decode(self, sample: Union[Sample, BadRecord], params: List[float], out: np.ndarray) -> int:
+        """Writes the image to `out`, uint8 [image_size, image_size, 3], and returns the label; raises BadRecord.
+
+        sample: of `read`; params: a row of `transforms.augmentation_params`.
+        """
+        if isinstance(sample, BadRecord):
+            raise sample
+        where, size = self.index.where, len(sample.encoded)
+        try:
+            if self.training:
+                train_image(sample.encoded, params, self.augment, out)
+            else:
+                eval_image(sample.encoded, self.augment, out)
+        except ValueError as error:
+            reason = f"the image ({size} bytes) cannot be decoded: {error}"
+            raise BadRecord(where(sample.record), reason, "Expected a whole JPEG or PNG: replace the record") from error
+        except Exception as error:
+            raise RuntimeError(f"{where(sample.record)}: the image ({size} bytes) broke the program") from error
+        return sample.label
+
+    def replace(
+        self, bad: BadRecord, record: int, epoch: int, params: List[float], out: np.ndarray
+    ) -> Tuple[int, Optional[int]]:
+        """Writes what takes the place of a bad record to `out` and returns its label and id: PADDING and None in evaluation.
+
+        Raises Failure(DATA) where bad records are not allowed, or too many of those tried are bad as well.
+        """
+        if not self.replace_bad:
+            raise Failure(DATA, f"{bad.message}, or go on without: --bad_records_allowed=1 (or more)") from bad
+        if not self.training:
+            out[:] = 0
+            return PADDING, None
+        for attempt in range(MAX_REPLACEMENTS):
+            by = replacement_record(self.index.records, self.seed, epoch, record, attempt)
+            with contextlib.suppress(BadRecord):  # each is reported in its own place
+                return self.decode(self.read(by), params, out), by
+        raise Failure(DATA, f"{bad.message} ({MAX_REPLACEMENTS} others tried in its place are bad too)") from bad
 
 
-# Settles, in a batch, a row with its draws whose record is bad.
-_OnBadRecord = Callable[[_PendingBatch, int, List[float], BadRecord], None]
+class BatchSpec(NamedTuple):
+    """The rows of a batch, and what else is to be read from storage when the batch is planned."""
+
+    ids: np.ndarray  # int64 [n]
+    epochs: np.ndarray  # int64 [n]
+    seeds: np.ndarray  # int64 [n, 2]
+    read_ahead: np.ndarray  # int64 [m], record ids
 
 
 def train_batches(
     index: Index, config: BatchConfig, label_base: int, steps: range, rank: int, size: int, threads: int
 ) -> Iterator[Batch]:
-    """Yields this rank's part of each step of `steps`, in order; raises Failure(DATA) naming the record at fault."""
+    """Yields this rank's slice of each step of `steps`, in order; raises Failure(DATA) naming the bad record."""
     low, high = slice_bounds(config.global_batch, rank, size)
+    block = config.shuffle_block_records
 
-    def plan(step: int) -> _BatchSpec:
-        start = step * config.global_batch
-        block = config.shuffle_block_records
-        at = positions(start + low, start + high, index.records, config.seed, block)
-        return _BatchSpec(at.ids, at.epochs, sample_seeds(config.seed, at), at.ids if block == 1 else blocks_ahead(step))
+    def specs() -> Iterator[BatchSpec]:
+        for step in steps:
+            start = step * config.global_batch
+            part = positions(start + low, start + high, index.records, config.seed, block)
+            ahead = part.ids if block == 1 else blocks_ahead(start, step == steps.start)
+            yield BatchSpec(part.ids, part.epochs, sample_seeds(config.seed, part), ahead)
 
-    def blocks_ahead(step: int) -> np.ndarray:
-        # Of whole blocks, for all ranks, what lies a window ahead of the batch; with the first batch its own window too.
-        start, window = step * config.global_batch, window_records(config.shuffle_block_records)
-        begin = start + window if step > steps.start else start - start % index.records % window
-        stop = start + config.global_batch + window
-        return storage_order(begin, stop, index.records, config.seed, config.shuffle_block_records)
+    def blocks_ahead(start: int, first: bool) -> np.ndarray:
+        # Whole blocks, for all ranks: what lies a window ahead of the batch; with the first batch its own window too.
+        window = window_records(block)
+        begin = start - start % index.records % window if first else start + window
+        return storage_order(begin, start + config.global_batch + window, index.records, config.seed, block)
 
-    def replace(batch: _PendingBatch, row: int, draws: List[float], bad: BadRecord) -> None:
-        record, epoch = int(batch.plan.ids[row]), int(batch.plan.epochs[row])
-        for attempt in range(MAX_REPLACEMENTS):
-            by = replacement_record(index.records, config.seed, epoch, record, attempt)
-            try:
-                batch.labels[row] = make.decode(make.read(by), draws, batch.images[row])
-            except BadRecord:  # it may be the bad record itself; others are told in their own place
-                continue
-            batch.bad.append(BadRow(row, record, by, bad.reason))
-            return
-        raise Failure(DATA, f"{bad.message} ({MAX_REPLACEMENTS} others tried in its place are bad too)") from bad
-
-    make = _make_row_maker(index, label_base, _train_decode(config))
-    settle = replace if config.bad_records_allowed else _fail_on_bad_record
-    return _batches(plan, make, settle, index, steps, high - low, config.image_size, threads)
+    dataset = Dataset(
+        index, label_base, config.image_size, config.augment, True, config.seed, config.bad_records_allowed > 0
+    )
+    return load_batches(dataset, specs(), high - low, threads)
 
 
 def load_records(
-    index: Index, config: StepConfig, label_base: int, ids: np.ndarray, seeds: np.ndarray, threads: int
+    index: Index, config: ComputeConfig, label_base: int, ids: np.ndarray, seeds: np.ndarray, threads: int
 ) -> Batch:
-    """Returns the records `ids`, int64 [n], as training sees them under `order.sample_seeds`, int64 [n, 2].
+    """Returns the records `ids`, int64 [n], as training sees them with the seeds of `sampler.sample_seeds`, int64 [n, 2].
 
-    Raises Failure(DATA) naming the record at fault.
+    Raises Failure(DATA) naming the bad record.
     """
-    plan = _BatchSpec(ids, np.zeros(len(ids), np.int64), seeds, ids)
-    make = _make_row_maker(index, label_base, _train_decode(config))
-    return next(_batches(lambda _: plan, make, _fail_on_bad_record, index, range(1), len(ids), config.image_size, threads))
-
-
-def _train_decode(config: ComputeConfig) -> _Decode:
-    def decode(encoded: bytes, draws: List[float], out: np.ndarray) -> None:
-        train_image(encoded, draws, config.augment, out)
-
-    return decode
+    spec = BatchSpec(ids, np.zeros(len(ids), np.int64), seeds, ids)
+    return next(load_batches(Dataset(index, label_base, config.image_size, config.augment, True), [spec], len(ids), threads))
 
 
 def eval_batches(
     index: Index, config: EvaluationConfig, label_base: int, rank: int, size: int, threads: int
 ) -> Iterator[Batch]:
-    """Yields this rank's batches of a whole split, each record once; the last batch is filled with PADDING rows.
+    """Yields this rank's batches of a whole split, each record once; the last batch is filled up with PADDING rows.
 
-    Batch b holds records b * device_batch onward whoever computes it, so that a record meets the same arithmetic on any
-    number of ranks; rank r takes batches r, r + size, ... Raises Failure(DATA) naming the record at fault.
+    Batch b holds records b * device_batch onward whichever rank computes it, so that a record meets the same arithmetic on
+    any number of ranks; rank r takes batches r, r + size, ... Raises Failure(DATA) naming the bad record.
     """
+    rows = config.device_batch
 
-    def plan(batch: int) -> _BatchSpec:
-        start = batch * config.device_batch
-        ids = np.arange(start, min(start + config.device_batch, index.records))
-        return _BatchSpec(ids, np.zeros(len(ids), np.int64), np.zeros([len(ids), 2], np.int64), ids)
+    def spec(start: int) -> BatchSpec:
+        ids = np.arange(start, min(start + rows, index.records))
+        return BatchSpec(ids, np.zeros(len(ids), np.int64), np.zeros([len(ids), 2], np.int64), ids)
 
-    def decode(encoded: bytes, draws: List[float], out: np.ndarray) -> None:
-        del draws  # nothing is random here
-        eval_image(encoded, config.augment, out)
-
-    def leave_out(batch: _PendingBatch, row: int, draws: List[float], bad: BadRecord) -> None:
-        del draws
-        batch.images[row] = 0
-        batch.bad.append(BadRow(row, int(batch.plan.ids[row]), None, bad.reason))
-
-    make = _make_row_maker(index, label_base, decode)
-    settle = leave_out if config.bad_records_allowed else _fail_on_bad_record
-    numbers = range(rank, -(-index.records // config.device_batch), size)
-    return _batches(plan, make, settle, index, numbers, config.device_batch, config.image_size, threads)
+    dataset = Dataset(
+        index, label_base, config.image_size, config.augment, False, replace_bad=config.bad_records_allowed > 0
+    )
+    starts = range(rank * rows, index.records, size * rows)
+    return load_batches(dataset, map(spec, starts), rows, threads)
 
 
-def _fail_on_bad_record(batch: _PendingBatch, row: int, draws: List[float], bad: BadRecord) -> None:
-    raise Failure(DATA, f"{bad.message}, or go on without: --bad_records_allowed=1 (or more)") from bad
-
-
-def _make_row_maker(index: Index, label_base: int, decode: _Decode) -> _RowMaker:
-    def read(record: int) -> _Read:
-        encoded, label = parse_example(index, record, read_record(index, record))
-        if label != index.labels[record]:
-            raise BadRecord(
-                index.where(record),
-                f"its label is {label}, but was {index.labels[record]} when the shard was indexed",
-                "Did the shard change while in use? Start again",
-            )
-        return _Read(record, encoded, label)
-
-    def decode_read(one: _Read, draws: List[float], out: np.ndarray) -> int:
-        try:
-            decode(one.encoded, draws, out)
-        except ValueError as reason:
-            raise BadRecord(
-                index.where(one.record),
-                f"the image ({len(one.encoded)} bytes) cannot be decoded: {reason}",
-                "Expected a whole JPEG or PNG: replace the record",
-            ) from reason
-        except Exception as reason:
-            raise RuntimeError(
-                f"{index.where(one.record)}: the image ({len(one.encoded)} bytes) broke the program"
-            ) from reason
-        return one.label - label_base
-
-    return _RowMaker(read, decode_read)
-
-
-def _batches(
-    plan: Callable[[int], _BatchSpec],
-    make: _RowMaker,
-    settle: _OnBadRecord,
-    index: Index,
-    numbers: range,
-    rows: int,
-    image_size: int,
-    threads: int,
-) -> Iterator[Batch]:
+def load_batches(dataset: Dataset, specs: Iterable[BatchSpec], rows: int, threads: int) -> Iterator[Batch]:
+    """Yields a batch of `rows` rows for each of `specs`, in order; of several failures the first in file order is raised."""
     ahead = 2 + -(-threads * ROWS_PER_TASK // max(1, rows))
-    planned: Deque[_BatchSpec] = deque()
-    begun: Deque[List[Any]] = deque()  # the futures of each batch's pieces
-    left = iter(numbers)
-    pool, asker = ThreadPoolExecutor(threads, "decode"), ThreadPoolExecutor(1, "read_ahead")
-    asked: List[Any] = []  # futures of what storage is to be asked for
-    watchdog.add_to_report("batches_ready", lambda: sum(all(piece.done() for piece in each) for each in list(begun)))
+    left = iter(specs)
+    planned: Deque[BatchSpec] = deque()
+    begun: Deque[Future[Batch]] = deque()
+    closed = threading.Event()
+    pools = ThreadPoolExecutor(threads, "decode"), ThreadPoolExecutor(1, "finish"), ThreadPoolExecutor(1, "read_ahead")
+    decoders, finisher, storage = pools
+
+    def submit(pool: ThreadPoolExecutor, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        return pool.submit(lambda: None if closed.is_set() else function(*arguments))
+
+    watchdog.add_to_report("batches_ready", lambda: sum(batch.done() for batch in list(begun)))
     try:
-        for _ in numbers:
-            for number in itertools.islice(left, ahead + READ_AHEAD - len(planned) - len(begun)):
-                planned.append(plan(number))
-                for start in range(0, len(planned[-1].ahead), READ_AHEAD_RECORDS):
-                    asked.append(asker.submit(read_ahead, index, planned[-1].ahead[start : start + READ_AHEAD_RECORDS]))
-            asked = [each for each in asked if not each.done()]
+        while True:
+            for spec in itertools.islice(left, ahead + READ_AHEAD - len(planned) - len(begun)):
+                planned.append(spec)
+                for ids in _chunks(spec.read_ahead, READ_AHEAD_RECORDS):
+                    submit(storage, read_ahead, dataset.index, ids)
             while planned and len(begun) < ahead:
-                batch = _allocate_batch(planned.popleft(), rows, image_size)
-                begun.append([pool.submit(_fill, batch, part, make, settle) for part in _tasks(batch.plan)])
-            (made,) = (batch for batch in [piece.result() for piece in begun[0]] if batch)
+                spec = planned.popleft()
+                batch = _allocate(spec, rows, dataset.image_size)
+                by_place = np.argsort(spec.ids, kind="stable")  # ids count records in the order in which files hold them
+                tasks = [submit(decoders, _fill, batch, spec, part, dataset) for part in _chunks(by_place, ROWS_PER_TASK)]
+                begun.append(submit(finisher, _finish, batch, len(spec.ids), tasks))
+            if not begun:
+                return
+            batch = begun[0].result()
             begun.popleft()
-            yield made
+            yield batch
     finally:
-        for piece in itertools.chain(asked, *begun):
-            piece.cancel()
-        pool.shutdown()
-        asker.shutdown()
+        closed.set()
+        for pool in pools:
+            pool.shutdown()
 
 
-def _tasks(plan: _BatchSpec) -> List[np.ndarray]:
-    """Returns the rows of each piece of work; ids count records in the order in which they lie in the files."""
-    by_place = np.argsort(plan.ids, kind="stable")
-    return [by_place[start : start + ROWS_PER_TASK] for start in range(0, len(by_place), ROWS_PER_TASK)]
+def _chunks(rows: np.ndarray, size: int) -> List[np.ndarray]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def _allocate_batch(plan: _BatchSpec, rows: int, image_size: int) -> _PendingBatch:
-    """Returns an empty batch; rows beyond its plan's are PADDING and will repeat the last of it."""
-    empty = np.empty([rows, image_size, image_size, 3], np.uint8)
-    return _PendingBatch(plan, np.full(rows, PADDING, np.int32), empty, list(range(len(_tasks(plan)))), [])
+def _allocate(spec: BatchSpec, rows: int, image_size: int) -> Batch:
+    """Returns a batch of NumPy arrays to be filled; its rows beyond those of `spec` are PADDING."""
+    ids = np.pad(spec.ids, [0, rows - len(spec.ids)], "edge")
+    return Batch(np.empty([rows, image_size, image_size, 3], np.uint8), np.full(rows, PADDING, np.int32), ids, [])
 
 
-def _fill(batch: _PendingBatch, rows: np.ndarray, make: _RowMaker, settle: _OnBadRecord) -> Optional[Batch]:
-    """Reads and decodes the records of `rows`; the call that completes the batch returns it, the others None.
-
-    Raises Failure(DATA) naming the record that cannot be read, or is bad and not settled.
-    """
-    last = len(batch.plan.ids) - 1
+def _fill(batch: Batch, spec: BatchSpec, rows: np.ndarray, dataset: Dataset) -> None:
+    """Reads and decodes the records of `rows`; raises Failure(DATA) naming a bad one that may not be replaced."""
     # All are read before the first is decoded: decoding pushes the code that reads out of the processor's caches.
-    found = [_read_or_bad(make.read, record) for record in batch.plan.ids[rows].tolist()]
-    for row, draws, one in zip(rows.tolist(), augmentation_params(batch.plan.seeds[rows]), found):
+    samples = [dataset.read(record) for record in spec.ids[rows].tolist()]
+    for row, params, sample in zip(rows.tolist(), augmentation_params(spec.seeds[rows]), samples):
         try:
-            if isinstance(one, BadRecord):
-                raise one
-            batch.labels[row] = make.decode(one, draws, batch.images[row])
+            batch.labels[row] = dataset.decode(sample, params, batch.images[row])
         except BadRecord as bad:
-            settle(batch, row, draws, bad)
-        if row == last:
-            batch.images[last + 1 :] = batch.images[last]
-    if batch.left.pop() > 0:  # one step that no other thread can come between
-        return None
-    ids = np.pad(batch.plan.ids, [0, len(batch.labels) - 1 - last], "edge")
-    for each in batch.bad:
-        if each.by is not None:
-            ids[each.row] = each.by
+            record = int(spec.ids[row])
+            batch.labels[row], by = dataset.replace(bad, record, int(spec.epochs[row]), params, batch.images[row])
+            batch.ids[row] = record if by is None else by
+            batch.bad.append(BadRow(row, record, by, bad.reason))
+
+
+def _finish(batch: Batch, filled: int, tasks: List["Future[None]"]) -> Batch:
+    """Waits for a batch's tasks and returns it as tensors; rows beyond the first `filled` repeat the last of these."""
+    for task in tasks:
+        task.result()
+    batch.images[filled:] = batch.images[filled - 1]
     with tf.device("/CPU:0"):
-        pictures, labels, ids = (tf.convert_to_tensor(column) for column in (batch.images, batch.labels, ids))
-    return Batch(pictures, labels, ids, sorted(batch.bad))
-
-
-def _read_or_bad(read: Callable[[int], _Read], record: int) -> Union[_Read, BadRecord]:
-    try:
-        return read(record)
-    except BadRecord as bad:
-        return bad
+        images, labels, ids = map(tf.convert_to_tensor, batch[:3])
+    return Batch(images, labels, ids, sorted(batch.bad))

@@ -1,10 +1,7 @@
 """Which record is read when, and with which random seeds: pure functions of the seed and the step.
 
 The stream is epoch 0, epoch 1, ... laid end to end, each a permutation of all N records. Step s takes positions
-[s * G, (s + 1) * G) of it, G the global batch. Nothing here depends on the number of ranks but `slice_bounds`.
-
-Only bit streams that NumPy promises never to change (SeedSequence, Philox, the raw draws) are used, so that a seed means
-the same run under every NumPy; `Generator.permutation` has no such promise.
+[s * G, (s + 1) * G) of it, G the global batch. Only `slice_bounds` depends on the number of ranks.
 """
 
 import functools
@@ -14,66 +11,66 @@ import numpy as np
 
 from hvd_vgg.seeds import AUGMENT, BLOCKS, ORDER, REPLACEMENT, raw_draws, seed_bits
 
-# Whole blocks are mixed within windows of about so many records, as many as TensorFlow's examples hold in shuffle buffers.
+# Whole blocks are shuffled within windows of about this many records, the size of the shuffle buffers in TensorFlow's
+# ImageNet examples.
 WINDOW_RECORDS = 16_384
 
 
 class Positions(NamedTuple):
-    """A run of positions of the stream: record ids int64 [n] and the epoch each belongs to, int64 [n]."""
+    """Consecutive positions of the stream: the record id and the epoch of each."""
 
-    ids: np.ndarray
-    epochs: np.ndarray
+    ids: np.ndarray  # int64 [n]
+    epochs: np.ndarray  # int64 [n]
 
 
-@functools.lru_cache(maxsize=2)  # A batch spans two epochs at most, unless the data set is smaller than it.
+@functools.lru_cache(maxsize=2)  # a batch spans two epochs at most, unless it is larger than the data set
 def permutation(records: int, seed: int, epoch: int) -> np.ndarray:
-    """Returns the order of `records` ids in one epoch, uint32 [records], read-only."""
-    order = np.argsort(raw_draws(records, seed, ORDER, epoch), kind="stable").astype(np.uint32)
-    order.setflags(write=False)
-    return order
+    """Returns the order of the `records` ids in one epoch, uint32 [records], read-only."""
+    return _read_only(np.argsort(raw_draws(records, seed, ORDER, epoch), kind="stable"))
 
 
 @functools.lru_cache(maxsize=2)
 def block_permutation(records: int, seed: int, epoch: int, block: int) -> np.ndarray:
-    """Returns the order of `records` ids in one epoch by blocks, uint32 [records], read-only.
+    """Returns the order of the `records` ids in one epoch, shuffled by blocks, uint32 [records], read-only.
 
-    Blocks of `block` consecutive ids (the last may be shorter) are laid end to end in random order. That is cut into windows
-    of as many records as there are in WINDOW_RECORDS // block whole blocks, two at least, and each window is permuted.
+    Blocks of `block` consecutive ids (the last may be shorter) are laid end to end in random order. The result is cut into
+    windows of WINDOW_RECORDS // block whole blocks, two at least, and each window is permuted.
     """
     windows = np.arange(records) // window_records(block)
     within = np.lexsort((raw_draws(records, seed, ORDER, epoch), windows))
-    order = _blocks(records, seed, epoch, block)[within]
-    order.setflags(write=False)
-    return order
+    return _read_only(_shuffled_blocks(records, seed, epoch, block)[within])
 
 
 @functools.lru_cache(maxsize=2)
-def _blocks(records: int, seed: int, epoch: int, block: int) -> np.ndarray:
+def _shuffled_blocks(records: int, seed: int, epoch: int, block: int) -> np.ndarray:
     """Returns the blocks of an epoch laid end to end, before windows are permuted, uint32 [records], read-only."""
-    count = -(-records // block)
-    blocks = np.argsort(raw_draws(count, seed, BLOCKS, epoch), kind="stable")
+    blocks = np.argsort(raw_draws(-(-records // block), seed, BLOCKS, epoch), kind="stable")
     ids = (blocks[:, None] * block + np.arange(min(block, records))).ravel()
-    ids = ids[ids < records].astype(np.uint32)
+    return _read_only(ids[ids < records])
+
+
+def _read_only(ids: np.ndarray) -> np.ndarray:
+    ids = ids.astype(np.uint32)
     ids.setflags(write=False)
     return ids
 
 
 def window_records(block: int) -> int:
-    """Returns how many consecutive places of an epoch share their records when blocks of `block` are permuted."""
+    """Returns the records in a window: those that are shuffled among each other with blocks of `block` records."""
     return max(2, WINDOW_RECORDS // block) * block
 
 
 def slice_bounds(global_batch: int, rank: int, size: int) -> Tuple[int, int]:
-    """Returns the part [low, high) of the global batch that `rank` of `size` works on: parts differ by one at most."""
+    """Returns the slice [low, high) of the global batch that `rank` of `size` computes; slices differ by one at most."""
     short, longer = divmod(global_batch, size)
     low = rank * short + min(rank, longer)
     return low, low + short + (1 if rank < longer else 0)
 
 
 def positions(start: int, stop: int, records: int, seed: int, block: int = 1) -> Positions:
-    """Returns the records at positions [start, stop) of the stream over `records` records.
+    """Returns positions [start, stop) of the stream over `records` records.
 
-    block: 1, or of how many consecutive records are the blocks that are permuted as wholes (`block_permutation`).
+    block: 1 for a free permutation, more for `block_permutation`.
     """
     if block > 1:
         return _positions(start, stop, records, lambda epoch: block_permutation(records, seed, epoch, block))
@@ -81,12 +78,11 @@ def positions(start: int, stop: int, records: int, seed: int, block: int = 1) ->
 
 
 def storage_order(start: int, stop: int, records: int, seed: int, block: int) -> np.ndarray:
-    """Returns the ids of as many records, int64 [stop - start], in the order in which storage best reads them.
+    """Returns the ids at [start, stop) of the stream before windows are permuted, int64 [stop - start].
 
-    They are those of whole blocks: at each start of a window (`block_permutation`) the records before it are the same as
-    those of `positions`.
+    Up to each window's end these are the same records as those of `positions`, as whole blocks that storage reads fast.
     """
-    return _positions(start, stop, records, lambda epoch: _blocks(records, seed, epoch, block)).ids
+    return _positions(start, stop, records, lambda epoch: _shuffled_blocks(records, seed, epoch, block)).ids
 
 
 def _positions(start: int, stop: int, records: int, order: Callable[[int], np.ndarray]) -> Positions:
@@ -99,7 +95,7 @@ def _positions(start: int, stop: int, records: int, order: Callable[[int], np.nd
 
 
 def sample_seeds(seed: int, at: Positions) -> np.ndarray:
-    """Returns the seeds of each sample's crop and flip, int64 [n, 2]: one from (seed, epoch), the other the record id."""
+    """Returns the seeds of each sample's augmentation, int64 [n, 2]: a hash of (seed, epoch), and the record id."""
     seeds = np.empty((len(at.ids), 2), np.int64)
     for epoch in np.unique(at.epochs):
         seeds[at.epochs == epoch, 0] = seed_bits(seed, AUGMENT, int(epoch)).astype(np.int64)
@@ -108,5 +104,5 @@ def sample_seeds(seed: int, at: Positions) -> np.ndarray:
 
 
 def replacement_record(records: int, seed: int, epoch: int, record: int, attempt: int) -> int:
-    """Returns the id of a record to take the place of `record` in an epoch, by chance `record` itself; attempt: from 0."""
+    """Returns the id that takes the place of a bad `record` in an epoch, possibly `record` itself; attempt: from 0."""
     return int(seed_bits(seed, REPLACEMENT, epoch, record, attempt) % np.uint64(records))

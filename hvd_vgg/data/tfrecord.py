@@ -1,188 +1,174 @@
-"""TFRecord framing, and the two features of a tf.train.Example that are read."""
+"""The TFRecord format: framing and checksums, and the two features of a tf.train.Example that are used."""
 
 import itertools
 import os
 import stat
+import struct
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Tuple, Union
+from typing import Dict, Iterator, List, Tuple, Union
 
 import crc32c
 
 from hvd_vgg.errors import DATA, Failure
 
-HEADER_BYTES, FOOTER_BYTES = 12, 4
+HEADER_BYTES, FOOTER_BYTES = 12, 4  # a record: its length, the length's checksum, the data, the data's checksum
 IMAGE, LABEL = b"image/encoded", b"image/class/label"
-# Labels of any honest file fit far within; what does not would not fit the index.
-_LABEL_LIMIT = 2**31
-# Reads `count` bytes at an offset of a record's data; fewer at its end.
-ReadAt = Callable[[int, int], bytes]
+EXPECTED_FEATURES = "Expected a tf.train.Example with image/encoded (one JPEG or PNG) and image/class/label (one integer)"
+_LABEL_LIMIT = 2**31  # the index holds int32
+Span = Tuple[int, int]  # start and stop within the bytes of a record
 
 
-def masked_crc(data: Union[bytes, memoryview]) -> int:
-    """Returns the checksum as TFRecord files hold it: CRC-32C, rotated and shifted (tensorflow/core/lib/hash/crc32c.h)."""
-    plain = crc32c.crc32c(data)
-    return ((plain >> 15 | plain << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def regular_file_size(path: Path, status: os.stat_result) -> int:
-    """Returns a regular file's size in bytes; Failure(DATA) for all else, of which some would keep a reader waiting."""
-    if not stat.S_ISREG(status.st_mode):
-        kinds = {"d": "a directory", "p": "a FIFO", "s": "a socket", "c": "a device", "b": "a device"}
-        kind = kinds.get(stat.filemode(status.st_mode)[0], "something else")
-        raise Failure(DATA, f"data: {path} is {kind}; expected a regular file, or a link to one: move it away")
-    return status.st_size
+def data_failure(message: str) -> Failure:
+    """Returns the Failure(DATA) of a data set."""
+    return Failure(DATA, f"data: {message}")
 
 
 def unreadable_file(path: Path, error: OSError) -> Failure:
-    return Failure(DATA, f"data: {path} cannot be read: {error.strerror}. Expected a file that this user may read")
+    """Returns the Failure(DATA) of a file or directory that the operating system refuses to read."""
+    return data_failure(f"{path} cannot be read: {error.strerror}. Expected a file that this user may read")
+
+
+def regular_file_size(path: Path, status: os.stat_result) -> int:
+    """Returns a regular file's size in bytes. Raises Failure(DATA) for anything else: a FIFO would block its reader."""
+    if not stat.S_ISREG(status.st_mode):
+        kinds = {"d": "a directory", "p": "a FIFO", "s": "a socket", "c": "a device", "b": "a device"}
+        kind = kinds.get(stat.filemode(status.st_mode)[0], "of an unknown kind")
+        raise data_failure(f"{path} is {kind}; expected a regular file or a link to one: move it away")
+    return status.st_size
 
 
 class OpenShard:
-    """A file open for reading, closed when nobody holds it any more.
+    """A file open for reading, closed with its last reference.
 
-    A reader holds it while it reads: another thread may drop it from the cache, or may have opened the same file at the
-    same moment and be the one whose file is kept.
+    A reader holds a reference while it reads, since another thread may evict the file from the cache of open shards, or
+    open the same file at the same moment and have its own cached instead.
     """
 
     def __init__(self, path: Path) -> None:
-        self.handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # or a FIFO would wait for who writes it
-        regular_file_size(path, os.fstat(self.handle))
+        self.handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a FIFO would wait for its writer
+        self.size = regular_file_size(path, os.fstat(self.handle))
 
     def __del__(self) -> None:
         if hasattr(self, "handle"):
             os.close(self.handle)
 
 
+def masked_crc(data: Union[bytes, memoryview]) -> int:
+    """Returns the checksum that TFRecord files hold: CRC-32C, rotated and offset (tensorflow/core/lib/hash/crc32c.h)."""
+    crc = crc32c.crc32c(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def record_header(length: int) -> bytes:
+    """Returns the header of a record of `length` bytes of data."""
+    header = struct.pack("<Q", length)
+    return header + struct.pack("<I", masked_crc(header))
+
+
 # The wire format of protocol buffers: https://protobuf.dev/programming-guides/encoding/. An Example holds Features (field
-# 1), which holds a map (field 1) of name (field 1) to Feature (field 2), which holds one of BytesList (field 1), FloatList
-# (2) and Int64List (3), each with `value` (field 1). Walking it costs a few short reads a record and never touches the
-# image; protobuf's own parser would need all of the data, and TensorFlow.
-
-_MAP_HEADER_BYTES = 64  # more than tags, lengths and a name that we look for take
-
-
-def read_label(read_at: ReadAt, length: int) -> int:
-    """Returns the single integer of `image/class/label`; raises ValueError saying what is wrong."""
-    return parse_label(read_at, find_features(read_at, length, (LABEL,))[0])
+# 1), a map (field 1) whose entries are a name (field 1) and a Feature (field 2), which holds a BytesList (field 1), a
+# FloatList (2) or an Int64List (3), each with `value` (field 1). protobuf's own parser needs TensorFlow, copies the image
+# once more, and takes a hundred times a malicious record's size of memory.
+_FIELD_1, _FIELD_2, _FIELD_3 = 0x0A, 0x12, 0x1A  # tags of length-delimited fields: number << 3 | 2
+_INTEGER_1 = 0x08  # the tag of field 1 where it holds one integer
+_FIXED_BYTES = {1: 8, 5: 4}  # by wire type
 
 
-def parse_label(read_at: ReadAt, span: Tuple[int, int]) -> int:
-    values = _int64_values(read_at(span[0], min(span[1] - span[0], 256)))
+def parse_features(data: bytes, length: int) -> Tuple[bytes, int]:
+    """Returns (encoded image, label) of the Example data[:length]; raises ValueError saying what is wrong with it."""
+    image, label = _find_features(data, length, IMAGE, LABEL)
+    values = list(itertools.islice(_nested_fields(data, *image, _FIELD_1, _FIELD_1), 2))  # there may be millions
+    if len(values) != 1 or values[0][0] == values[0][1]:
+        raise ValueError(f"feature {IMAGE.decode()} must hold one byte string that is not empty")
+    return data[slice(*values[0])], _parse_label(data, label)
+
+
+def parse_label(data: bytes) -> int:
+    """Returns the label of an Example, which need not have an image; raises ValueError saying what is wrong with it."""
+    return _parse_label(data, _find_features(data, len(data), LABEL)[0])
+
+
+def _parse_label(data: bytes, feature: Span) -> int:
+    values = list(itertools.islice(_integers(data, feature), 2))
     if len(values) != 1:
-        raise ValueError(f"feature {LABEL.decode()} has {len(values)} integers")
+        raise ValueError(f"feature {LABEL.decode()} holds {'several integers' if values else 'no integer'}; expected one")
     if not -_LABEL_LIMIT <= values[0] < _LABEL_LIMIT:
         raise ValueError(f"feature {LABEL.decode()} is {values[0]}")
     return values[0]
 
 
-def parse_image(read_at: ReadAt, span: Tuple[int, int]) -> bytes:
-    """Returns the single byte string of the Feature at `span`; raises ValueError saying what is wrong."""
-    start, stop = span
-    each = (
-        part
-        for kind in _fields(read_at, start, stop)
-        if kind[0] == 1
-        for part in _fields(read_at, kind[1], kind[2])
-        if part[0] == 1
-    )
-    values = list(itertools.islice(each, 2))  # no more: there may be millions
-    if len(values) != 1 or values[0][1] == values[0][2]:
-        raise ValueError(f"feature {IMAGE.decode()} has not one byte string, or an empty one")
-    return read_at(values[0][1], values[0][2] - values[0][1])
+def _find_features(data: bytes, length: int, *names: bytes) -> List[Span]:
+    """Returns the spans of the Features called `names` in the Example data[:length]; of equal names the first counts.
 
-
-def find_features(read_at: ReadAt, length: int, names: Tuple[bytes, ...]) -> List[Tuple[int, int]]:
-    """Returns [start, stop) of the Features called `names`, each the first of its name; ValueError when one is missing."""
-    spans: Dict[bytes, Tuple[int, int]] = {}
-    seen: List[str] = []  # a few, printable
-    for number, features, features_end in _fields(read_at, 0, length):
-        if number != 1:
-            continue
-        for entry_number, entry, entry_end in _fields(read_at, features, features_end):
-            if entry_number != 1:
-                continue
-            # What comes first in an entry is its name: an entry of another name need not be looked at further.
-            head = read_at(entry, _MAP_HEADER_BYTES)
-            if len(head) > 1 and head[0] == 0x0A and head[1] < _MAP_HEADER_BYTES - 2 and entry + 2 + head[1] < entry_end:
-                key = head[2 : 2 + head[1]]
-                if key not in names:
-                    _note(seen, key)
-                    continue
-            found = {n: (a, b) for n, a, b in _fields(read_at, entry, entry_end) if n in (1, 2)}
-            key = read_at(found[1][0], min(found[1][1] - found[1][0], _MAP_HEADER_BYTES)) if 1 in found else b""
-            if key in names and 2 in found:
-                spans.setdefault(key, found[2])
-                if len(spans) == len(names):
-                    return [spans[name] for name in names]
-            _note(seen, key)
+    Raises ValueError saying which is missing, or why this is no Example.
+    """
+    spans: Dict[bytes, Span] = {}
+    others: List[str] = []
+    for start, stop in _nested_fields(data, 0, length, _FIELD_1, _FIELD_1):
+        name, value = b"", (0, 0)
+        for tag, first, last in _fields(data, start, stop):
+            if tag == _FIELD_1:
+                name = data[first : min(last, first + 64)]
+                if name not in names:
+                    break  # writers put the name first: the values of most features are not even looked at
+            elif tag == _FIELD_2:
+                value = (first, last)
+        if name in names and value[0]:
+            spans.setdefault(name, value)
+        if len(spans) == len(names):
+            return [spans[name] for name in names]
+        if len(others) < 20:  # there may be millions
+            others.append(repr(name.decode("utf-8", "replace"))[1:-1])  # printable, whatever it holds
     missing = next(name for name in names if name not in spans)
-    raise ValueError(f"feature {missing.decode()} is missing; it has {', '.join(seen) or 'none'}")
+    raise ValueError(f"feature {missing.decode()} is missing; it has {', '.join(others) or 'none'}")
 
 
-def _note(seen: List[str], key: bytes) -> None:
-    if len(seen) < 20:  # there may be millions
-        seen.append(repr(key.decode("utf-8", "replace"))[1:-1])
+def _integers(data: bytes, feature: Span) -> Iterator[int]:
+    for start, stop in _nested_fields(data, *feature, _FIELD_3):
+        for tag, first, last in _fields(data, start, stop):
+            while tag in (_FIELD_1, _INTEGER_1) and first < last:  # several in one field (packed), or one
+                value, first = _varint(data, first, last)
+                yield value - 2**64 if value >= 2**63 else value
 
 
-def _fields(read_at: ReadAt, start: int, stop: int) -> Iterator[Tuple[int, int, int]]:
-    """Yields (number, start, stop) of each length-delimited field of the message at [start, stop); skips others."""
+def _nested_fields(data: bytes, start: int, stop: int, *tags: int) -> Iterator[Span]:
+    """Yields the spans of the fields with the last of `tags` in those with the one before it, from the outermost message."""
+    for tag, first, last in _fields(data, start, stop):
+        if tag == tags[0]:
+            if len(tags) == 1:
+                yield first, last
+            else:
+                yield from _nested_fields(data, first, last, *tags[1:])
+
+
+def _fields(data: bytes, start: int, stop: int) -> Iterator[Tuple[int, int, int]]:
+    """Yields the tag of each field of the message at [start, stop), and the start and stop of its value."""
     while start < stop:
-        head = read_at(start, 20)
-        if len(head) > 1 and head[0] < 0x80 and head[1] < 0x80:  # nearly always: 3 times as fast
-            tag, length, used = head[0], head[1], 2
+        tag, start = _varint(data, start, stop)
+        wire_type = tag & 7
+        if wire_type == 2:
+            length, start = _varint(data, start, stop)
+            end = start + length
+        elif wire_type == 0:
+            end = _varint(data, start, stop)[1]
+        elif wire_type in _FIXED_BYTES:
+            end = start + _FIXED_BYTES[wire_type]
         else:
-            tag, used = _varint(head, 0)
-            length, used = _varint(head, used) if tag & 7 in (0, 2) else (0, used)
-        kind = tag & 7
-        if kind == 2:
-            start += used
-            if length > stop - start:
-                raise ValueError("not a tf.train.Example (a field is longer than what holds it)")
-            yield tag >> 3, start, start + length
-            start += length
-        elif kind == 0:
-            start += used
-        elif kind in (1, 5):
-            start += _varint(head, 0)[1] + (8 if kind == 1 else 4)
-        else:
-            raise ValueError(f"not a tf.train.Example (wire type {kind})")
+            raise ValueError(f"not a tf.train.Example (wire type {wire_type})")
+        if end > stop:
+            raise ValueError("not a tf.train.Example (a field is longer than the message that holds it)")
+        yield tag, start, end
+        start = end
 
 
-def _varint(data: bytes, at: int) -> Tuple[int, int]:
-    """Returns (value, offset after it) of the variable-length integer at `at`."""
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= len(data):
-            raise ValueError("not a tf.train.Example (it ends inside a number)")
-        byte = data[at]
-        at += 1
+def _varint(data: bytes, start: int, stop: int) -> Tuple[int, int]:
+    """Returns (value, offset after it) of the variable-length integer at `start`."""
+    value = shift = 0
+    while start < stop and shift < 70:
+        byte = data[start]
+        start += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, at
-    raise ValueError("not a tf.train.Example (a number is too long)")
-
-
-def _int64_values(feature: bytes) -> List[int]:
-    """Returns the integers of a Feature, packed or not; ValueError when it holds another kind."""
-    values: List[int] = []
-
-    def read_at(at: int, count: int) -> bytes:
-        return feature[at : at + count]
-
-    for number, start, stop in _fields(read_at, 0, len(feature)):
-        if number != 3:
-            raise ValueError(f"feature {LABEL.decode()} holds no integers")
-        at = start
-        while at < stop:
-            tag, at = _varint(feature, at)
-            if tag == 0x0A:  # packed
-                end, at = _varint(feature, at)
-                end += at
-            elif tag == 0x08:  # one value
-                end = at + 1
-            else:
-                raise ValueError(f"feature {LABEL.decode()} is no list of integers")
-            while at < min(end, stop):
-                value, at = _varint(feature, at)
-                values.append(value - 2**64 if value >= 2**63 else value)
-    return values
+            return value, start
+        shift += 7
+    raise ValueError("not a tf.train.Example (an integer is cut off or too long)")

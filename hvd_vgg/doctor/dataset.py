@@ -10,7 +10,16 @@ from typing import Dict, Iterator, List, Optional, Tuple
 import numpy as np
 
 from hvd_vgg.config import TrainConfig
-from hvd_vgg.data.index import Index, find_label_base, find_shards, join, scan_shard, shard_bytes
+from hvd_vgg.data.index import (
+    Index,
+    cache_places,
+    cached_shards,
+    find_label_base,
+    find_shards,
+    join,
+    scan_shard,
+    shard_bytes,
+)
 from hvd_vgg.data.reader import parse_example, read_record
 from hvd_vgg.data.transforms import eval_image
 from hvd_vgg.errors import Failure
@@ -18,7 +27,7 @@ from hvd_vgg.parallel import comm
 from hvd_vgg.reporting.console import Console
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
 from hvd_vgg.text import plural
-from hvd_vgg.training.dataset import TURN_SECONDS, cache_places, cached_shards, open_split
+from hvd_vgg.training.dataset import TURN_SECONDS, open_split
 
 _BLOCK = 1024  # records that are given to the threads at once; ranks wait for each other after each block
 _MAX_NAMED = 20  # bad records and shards that are named; the others are only counted

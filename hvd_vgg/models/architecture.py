@@ -1,4 +1,4 @@
-"""VGG-11/13/16/19 as tables of widths, with the layer names and shapes of Keras' VGG16.
+"""VGG-11/13/16/19 as tables, with the layer names and shapes of Keras' VGG16. Needs no TensorFlow.
 
 Source: Simonyan and Zisserman, Very Deep Convolutional Networks (arXiv 1409.1556), table 1, columns A, B, D and E.
 """
@@ -6,7 +6,7 @@ Source: Simonyan and Zisserman, Very Deep Convolutional Networks (arXiv 1409.155
 import math
 from typing import List, NamedTuple, Tuple
 
-# Convolutions in each of the five blocks; every block ends with a 2x2 maximum.
+# Convolutions in each of the five blocks, which all end with 2x2 max pooling.
 BLOCKS = {"vgg11": (1, 1, 2, 2, 2), "vgg13": (2, 2, 2, 2, 2), "vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
 DENSE = ("fc1", "fc2", "predictions")
 _CHANNELS = (64, 128, 256, 512, 512)
@@ -15,38 +15,37 @@ _FLATTENED = 7 * 7 * 512  # inputs of fc1 at width 1 and 224 pixels
 
 
 class Layer(NamedTuple):
-    """A layer with weights: kernel HWIO or [inputs, outputs], bias [outputs], `deviation` of the initial kernel."""
+    """A layer with weights: the shape of its kernel (HWIO, or [inputs, outputs]); its bias is [outputs]."""
 
     name: str
     kernel: Tuple[int, ...]
-    deviation: float
+    deviation: float  # of the initial kernel
 
     @property
     def parameters(self) -> int:
-        """The number of trainable numbers of the layer."""
+        """The number of trainable parameters of the layer."""
         return math.prod(self.kernel) + self.kernel[-1]
 
 
 def vgg_layers(model: str, width: float, image_size: int, num_classes: int) -> List[Layer]:
-    """Returns the layers of `model` in forward order.
+    """Returns the layers of `model` in forward order; width multiplies the width of each, image_size is in pixels.
 
     Initial kernels are normal: He et al.'s fan-out for convolutions (arXiv 1502.01852, equation 14), N(0, 0.01) for dense
-    layers, as in torchvision. A narrower dense layer's deviation grows so that its outputs vary as the full one's do;
-    at width 1 and 224 pixels it is 0.01.
+    layers, as in torchvision. The deviation of a dense layer with fewer inputs is larger, so that its outputs vary as much
+    as those of the full layer; at width 1 and 224 pixels it is 0.01.
     """
-    found, inputs = [], 3
+    layers, inputs = [], 3
     for block, (count, channels) in enumerate(zip(BLOCKS[model], _CHANNELS), start=1):
         outputs = scale_width(channels, width)
         for conv in range(1, count + 1):
-            deviation = (2 / (3 * 3 * outputs)) ** 0.5
-            found.append(Layer(f"block{block}_conv{conv}", (3, 3, inputs, outputs), deviation))
+            layers.append(Layer(f"block{block}_conv{conv}", (3, 3, inputs, outputs), (2 / (3 * 3 * outputs)) ** 0.5))
             inputs = outputs
     inputs *= (image_size // 32) ** 2
     hidden = scale_width(_HIDDEN, width)
     for name, outputs, full in zip(DENSE, (hidden, hidden, num_classes), (_FLATTENED, _HIDDEN, _HIDDEN)):
-        found.append(Layer(name, (inputs, outputs), 0.01 * (full / inputs) ** 0.5))
+        layers.append(Layer(name, (inputs, outputs), 0.01 * (full / inputs) ** 0.5))
         inputs = outputs
-    return found
+    return layers
 
 
 def scale_width(units: int, width: float) -> int:
@@ -54,24 +53,24 @@ def scale_width(units: int, width: float) -> int:
     return max(4, 4 * round(units * width / 4))
 
 
-def count_parameters(of: List[Layer]) -> int:
-    """Returns the number of trainable numbers in the layers."""
-    return sum(layer.parameters for layer in of)
+def count_parameters(layers: List[Layer]) -> int:
+    """Returns the number of trainable parameters of the layers."""
+    return sum(layer.parameters for layer in layers)
 
 
 def macs_per_image(layer: Layer, image_size: int) -> int:
-    """Returns the multiplications of a layer's forward pass for one image."""
+    """Returns the multiply-accumulates of a layer's forward pass for one image of image_size pixels a side."""
     if layer.name in DENSE:
         return math.prod(layer.kernel)
     side = image_size >> (int(layer.name[len("block")]) - 1)
     return math.prod(layer.kernel) * side * side
 
 
-def training_flops(of: List[Layer], image_size: int) -> int:
+def training_flops(layers: List[Layer], image_size: int) -> int:
     """Returns the floating-point operations of training on one image: 92.65e9 for VGG16 at 224 pixels.
 
-    Two for each multiplication and its addition; the forward pass, and a product each for the gradients of a layer's weights
-    and inputs, but for the first layer's inputs, which need none. What is small beside them is not counted.
+    Two for each multiply-accumulate, of the forward pass and of the gradients by a layer's weights and by its inputs; the
+    first layer needs none by its inputs. Everything else is small beside these and not counted.
     """
-    each = [macs_per_image(layer, image_size) for layer in of]
-    return 2 * (3 * sum(each) - each[0])
+    macs = [macs_per_image(layer, image_size) for layer in layers]
+    return 2 * (3 * sum(macs) - macs[0])

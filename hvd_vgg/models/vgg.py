@@ -7,17 +7,18 @@ import tensorflow as tf
 from hvd_vgg.models.architecture import BLOCKS, DENSE, Layer
 from hvd_vgg.seeds import weights_seed
 
-# Mean and standard deviation of ImageNet's training images per channel, of values 0..1 (torchvision's recipe).
+# Mean and standard deviation per channel of ImageNet's training images, of values 0..1 (torchvision's recipe).
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Weights = Dict[str, Any]
-Dropout = Callable[[Any, int], Any]  # (outputs of a hidden dense layer, its number) -> what the next one sees
-Dense = Callable[[Any, str], Any]  # (inputs [n, K] of a dense layer, its name) -> its outputs [n, N] before the ReLU
+DropoutFunction = Callable[[Any, int], Any]  # (outputs of a hidden dense layer, its number) -> inputs of the next
+DenseFunction = Callable[[Any, str], Any]  # (inputs [n, K] of a dense layer, its name) -> outputs [n, N] before the ReLU
+Observer = Callable[[Any], None]  # of the outputs of a layer before its ReLU
 
 
-def initial_weights(of: List[Layer], seed: int) -> Weights:
-    """Returns new variables `LAYER/kernel` and `LAYER/bias`, float32: a function of the seed, the same on every rank."""
+def initial_weights(layers: List[Layer], seed: int) -> Weights:
+    """Returns new float32 variables `LAYER/kernel` and `LAYER/bias`: a function of the seed, the same on every rank."""
     weights: Weights = {}
-    for number, layer in enumerate(of):
+    for number, layer in enumerate(layers):
         kernel = tf.random.stateless_normal(layer.kernel, weights_seed(seed, number), stddev=layer.deviation)
         weights[f"{layer.name}/kernel"] = tf.Variable(kernel, name=f"{layer.name}/kernel")
         weights[f"{layer.name}/bias"] = tf.Variable(tf.zeros([layer.kernel[-1]]), name=f"{layer.name}/bias")
@@ -25,19 +26,19 @@ def initial_weights(of: List[Layer], seed: int) -> Weights:
 
 
 def in_precision(weights: Weights, precision: str) -> Weights:
-    """Returns the weights in `precision`, by name; gradients flow back to them in float32."""
+    """Returns the weights in `precision`, by name; gradients with respect to the originals stay float32."""
     return weights if precision == "float32" else {name: tf.cast(value, precision) for name, value in weights.items()}
 
 
 def normalized(images: Any, precision: str = "float32") -> Any:
-    """Returns uint8 images [n, height, width, 3] in `precision`, of about mean 0 and deviation 1 a channel."""
+    """Returns uint8 images [n, height, width, 3] in `precision`, with about mean 0 and deviation 1 in each channel."""
     scale = [1 / (255 * deviation) for deviation in _DEVIATION]
     shift = [-mean / deviation for mean, deviation in zip(_MEAN, _DEVIATION)]
     return tf.cast(tf.cast(images, tf.float32) * tf.constant(scale) + tf.constant(shift), precision)
 
 
 def dense(weights: Weights, x: Any, name: str) -> Any:
-    """Returns the outputs of dense layer `name` before its ReLU, [n, N], for inputs [n, K]."""
+    """Returns the outputs [n, N] of dense layer `name` before its ReLU, for inputs [n, K]."""
     return tf.matmul(x, weights[f"{name}/kernel"]) + weights[f"{name}/bias"]
 
 
@@ -46,16 +47,16 @@ def logits(
     model: str,
     inputs: Any,
     data_format: str,
-    dropout: Optional[Dropout] = None,
-    dense_layer: Optional[Dense] = None,
-    seen: Optional[Callable[[Any], None]] = None,
+    dropout: Optional[DropoutFunction] = None,
+    dense_layer: Optional[DenseFunction] = None,
+    seen: Optional[Observer] = None,
 ) -> Any:
-    """Returns float32 [n, num_classes] for normalised images [n, height, width, 3] of the weights' type.
+    """Returns the logits, float32 [n, num_classes], of normalized images [n, height, width, 3] of the weights' type.
 
-    data_format: NHWC or NCHW, what the device computes in; the weights and the result are the same for both.
-    dropout: applied to the outputs of the hidden dense layers, with the number of the layer (0, 1).
-    dense_layer: computes the dense layers in place of `dense`, for who must see their inputs.
-    seen: is given the outputs of each layer before its ReLU, in forward order.
+    data_format: NHWC or NCHW, the layout that the device computes in; weights and logits are the same for both.
+    dropout: applied to the outputs of the two hidden dense layers, numbered 0 and 1.
+    dense_layer: computes the dense layers instead of `dense`, for a caller that needs their inputs.
+    seen: called with the outputs of each layer before its ReLU, in forward order.
     """
     channels_first = data_format == "NCHW"
     x = tf.transpose(inputs, [0, 3, 1, 2]) if channels_first else inputs
@@ -69,7 +70,7 @@ def logits(
                 seen(x)
             x = tf.nn.relu(x)
         x = tf.nn.max_pool2d(x, window, window, "VALID", data_format=data_format)
-    if channels_first:  # fc1's rows are ordered height, width, channel
+    if channels_first:  # the rows of fc1's kernel are ordered height, width, channel
         x = tf.transpose(x, [0, 2, 3, 1])
     x = tf.reshape(x, [-1, weights["fc1/kernel"].shape[0]])
     for number, name in enumerate(DENSE):

@@ -262,7 +262,7 @@ def test_doctor_host_that_cannot_resolve_its_name(tmp_path, data, command):
     arguments = flags(data, tmp_path) if command == "doctor" else ["train", f"--data_dir={data}", f"--run_dir={tmp_path}"]
     ended = Started([*unnamed, *PROGRAM, *arguments], tmp_path).wait()
     assert ended.code == 78, ended.out + ended.err
-    assert "this host's name, nowhere.invalid, leads to no address of it" in ended.out + ended.err
+    assert "this host's name, nowhere.invalid, does not resolve to an address of it" in ended.out + ended.err
     assert "EnforceNotMet" not in ended.err
 
 
