@@ -51,13 +51,12 @@ def _git_commit(git: Path) -> Optional[str]:
 
     None where the package is installed without its repository, or in a worktree of it: the SHA-256 identifies the code.
     """
-    with contextlib.suppress(OSError, ValueError):
-        head = (git / "HEAD").read_text().strip()
-        if not head.startswith("ref: "):
+    with contextlib.suppress(OSError):
+        head = (git / "HEAD").read_text().split()[-1]  # a commit, or the ref of a branch
+        if not head.startswith("refs/"):
             return head
-        ref = head[len("ref: ") :]
-        if (git / ref).exists():
-            return (git / ref).read_text().strip()
+        if (git / head).exists():
+            return (git / head).read_text().strip()
         lines = (git / "packed-refs").read_text().splitlines()
-        return next((line.split()[0] for line in lines if line.endswith(f" {ref}")), None)
+        return next((line.split()[0] for line in lines if line.endswith(f" {head}")), None)
     return None

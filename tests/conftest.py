@@ -89,10 +89,16 @@ def _nothing_is_left() -> Iterator[None]:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Launch:
-    """Runs `hvd-vgg` on real ranks in an empty directory and returns how it ended."""
+    """Runs `hvd-vgg` on real ranks in an empty directory and returns how it ended: with `code`, where that is given."""
 
-    def run(ranks: int, *arguments: str, program: Optional[Sequence[str]] = None, **environment: str) -> Ended:
-        return Started(command_line(ranks, arguments, program), tmp_path, **environment).wait()
+    def run(
+        ranks: int,
+        *arguments: str,
+        program: Optional[Sequence[str]] = None,
+        code: Optional[int] = None,
+        **environment: str,
+    ) -> Ended:
+        return Started(command_line(ranks, arguments, program), tmp_path, **environment).wait(code=code)
 
     return run
 

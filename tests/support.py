@@ -12,6 +12,8 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 
 import pytest
 
+from hvd_vgg.errors import DATA, Failure
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -90,16 +92,17 @@ class Started:
             os.kill(process, signal.SIGKILL)
         return left
 
-    def wait(self, limit_seconds: float = LIMIT_SECONDS) -> Ended:
-        """Returns how it ended; fails the test when it takes too long or leaves a process."""
+    def wait(self, limit_seconds: float = LIMIT_SECONDS, code: Optional[int] = None) -> Ended:
+        """Returns how it ended; fails the test when it takes too long, leaves a process, or does not exit with `code`."""
         try:
-            code = self.process.wait(limit_seconds)
+            ended_with = self.process.wait(limit_seconds)
         except subprocess.TimeoutExpired:
             pytest.fail(f"still running after {limit_seconds} s\n{self.out.read_text()}\n{self.err.read_text()}")
         finally:
             left = self.end()
-        ended = Ended(code, self.out.read_text(), self.err.read_text())
+        ended = Ended(ended_with, self.out.read_text(), self.err.read_text())
         assert not left, f"processes left: {left}\n{ended.out}\n{ended.err}"
+        assert code in (None, ended.code), f"exit code {ended.code}, expected {code}\n{ended.out}\n{ended.err}"
         return ended
 
 
@@ -110,6 +113,14 @@ def wait_for(condition: Callable[[], bool], limit_seconds: float = 90) -> None:
         if time.monotonic() > deadline:
             pytest.fail(f"not within {limit_seconds} s")
         time.sleep(0.05)
+
+
+def failure_of(action: Callable[[], object], kind: type = Failure) -> str:
+    """Returns the message of the Failure(DATA) that `action` raises; of no other kind where one is given."""
+    with pytest.raises(kind) as raised:
+        action()
+    assert raised.value.code == DATA
+    return str(raised.value)
 
 
 def order_of_writes(monkeypatch: pytest.MonkeyPatch) -> List[Tuple[str, str]]:

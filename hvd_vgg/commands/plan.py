@@ -35,7 +35,8 @@ def plan(config: PlanConfig) -> None:
     per_rank = config.global_batch / config.ranks
     print(
         f"{config.model}, {config.global_batch} images per update on {config.ranks} ranks ({per_rank:g} each), "
-        f"{hosts} hosts of {config.ranks_per_host}, {config.gbit:g} Gbit/s per host, {config.fps_per_rank:g} images/s per rank alone\n"
+        f"{hosts} hosts of {config.ranks_per_host}, {config.gbit:g} Gbit/s per host, "
+        f"{config.fps_per_rank:g} images/s per rank alone\n"
     )
     print(f"Sent by each rank in an update, {config.wire_dtype} on the wire:")
     print(cost.table(choices), "\n")

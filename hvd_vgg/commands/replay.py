@@ -5,7 +5,7 @@ from typing import Any, Dict, List
 import numpy as np
 
 from hvd_vgg.config import ReplayConfig
-from hvd_vgg.data.index import Index, check_labels, find_shards, join, scan_shard
+from hvd_vgg.data.index import Index, check_labels, scan_split
 from hvd_vgg.data.loader import Batch, load_records
 from hvd_vgg.data.sampler import Positions, sample_seeds, slice_bounds
 from hvd_vgg.errors import CONFIGURATION, NOT_FINITE, USAGE, Failure
@@ -74,8 +74,7 @@ def _blame(faults: List[int], batch: List[Dict[str, Any]]) -> str:
 
 
 def _open_records(folder: StepDir, config: ReplayConfig, label_base: int, rows: int) -> Index:
-    paths = find_shards(str(folder.path), "records")
-    index = join(paths, [scan_shard(path) for path in paths])
+    index = scan_split(str(folder.path), "records")
     check_labels(index, label_base, config.num_classes)
     if not index.records == rows == config.global_batch:
         raise Failure(

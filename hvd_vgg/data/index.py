@@ -192,6 +192,12 @@ def _find_label(head: bytes, handle: int, offset: int, length: int) -> int:
     return low[0] & 0x7F | high[1] << 7
 
 
+def scan_split(data_dir: str, split: str) -> Index:
+    """Returns the index of a split, scanned by this process alone; raises Failure(DATA) as its parts do."""
+    paths = find_shards(data_dir, split)
+    return join(paths, [scan_shard(path) for path in paths])
+
+
 def join(paths: Sequence[Path], shards: Sequence[Shard]) -> Index:
     """Returns the index of a split from the indexes of its shards, at least one."""
     starts = np.concatenate([[0], np.cumsum([len(shard.offsets) for shard in shards])]).astype(np.int64)

@@ -11,14 +11,7 @@ from typing import Sequence, Tuple
 import numpy as np
 
 from hvd_vgg.data.index import Index
-from hvd_vgg.data.tfrecord import (
-    EXPECTED_FEATURES,
-    FOOTER_BYTES,
-    OpenShard,
-    masked_crc,
-    parse_image_and_label,
-    record_header,
-)
+from hvd_vgg.data.tfrecord import EXPECTED_FEATURES, FOOTER_BYTES, OpenShard, masked_crc, parse_features, record_header
 from hvd_vgg.errors import DATA, Failure
 
 
@@ -96,6 +89,6 @@ def write_records(path: Path, index: Index, ids: Sequence[int]) -> None:
 def parse_example(index: Index, record: int, data: bytes) -> Tuple[bytes, int]:
     """Returns (encoded image, label as stored) from the result of `read_record`; raises BadRecord naming what is missing."""
     try:
-        return parse_image_and_label(data, int(index.lengths[record]))
+        return parse_features(data, int(index.lengths[record]))
     except ValueError as error:
         raise BadRecord(index.where(record), str(error), EXPECTED_FEATURES) from error

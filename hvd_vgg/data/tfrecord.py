@@ -74,12 +74,12 @@ _INTEGER_1 = 0x08  # the tag of field 1 where it holds one integer
 _FIXED_BYTES = {1: 8, 5: 4}  # by wire type
 
 
-def parse_image_and_label(data: bytes, length: int) -> Tuple[bytes, int]:
+def parse_features(data: bytes, length: int) -> Tuple[bytes, int]:
     """Returns (encoded image, label) of the Example data[:length]; raises ValueError saying what is wrong with it."""
     image, label = _find_features(data, length, IMAGE, LABEL)
     values = list(itertools.islice(_nested_fields(data, *image, _FIELD_1, _FIELD_1), 2))  # there may be millions
     if len(values) != 1 or values[0][0] == values[0][1]:
-        raise ValueError(f"feature {IMAGE.decode()} does not hold exactly one byte string, or an empty one")
+        raise ValueError(f"feature {IMAGE.decode()} must hold one byte string that is not empty")
     return data[slice(*values[0])], _parse_label(data, label)
 
 

@@ -86,8 +86,7 @@ def test_kept_step_has_its_records_and_the_state_before_it(stopped, tmp_path, da
 
 
 def test_replay_of_what_came_from_outside_is_finite(stopped, launch):
-    ended = launch(1, "replay", str(stopped[1] / "run"))
-    assert ended.code == 0, ended.out + ended.err
+    ended = launch(1, "replay", str(stopped[1] / "run"), code=0)
     assert "First the outputs of predictions on rank 1 " in ended.out
     assert "repeated on 1 rank" in ended.out and "not reproduced" in ended.out
 
@@ -107,8 +106,7 @@ def test_replay_of_what_is_damaged_is_refused(stopped, launch, tmp_path, damage,
     for path in (stopped[1] / "run" / "nonfinite" / copy.name).iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     damage(copy)
-    ended = launch(0, "replay", f"--run_dir={tmp_path / 'run'}", f"--step={BAD}")
-    assert ended.code == 78, ended.out + ended.err
+    ended = launch(0, "replay", f"--run_dir={tmp_path / 'run'}", f"--step={BAD}", code=78)
     assert message in message_of(ended)
 
 
@@ -128,8 +126,7 @@ def test_rate_that_diverges_is_reproduced_on_other_ranks(launch, tmp_path, data)
     ended = run(tmp_path / "each", data, 2, *WINDOWS, "--lr=1e30", "--log_every_steps=1", code=81)
     assert "step 1: loss nan" in message_of(ended)
     for ranks in (1, 3):
-        ended = launch(ranks, "replay", str(tmp_path / "run"))
-        assert ended.code == 81, ended.out + ended.err
+        ended = launch(ranks, "replay", str(tmp_path / "run"), code=81)
         assert "not finite again. First the outputs of block" in message_of(ended)
         assert "the weights are at fault" in ended.err
 

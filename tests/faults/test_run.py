@@ -21,8 +21,7 @@ def finished(tmp_path_factory, data):
     """A run of two epochs on two ranks: (its directory, how it ended)."""
     folder = tmp_path_factory.mktemp("finished")
     flags = [f"--data_dir={data}", f"--run_dir={folder / 'run'}", *TINY, "--steps=0", "--epochs=2", "--eval_every_epochs=1"]
-    ended = Started(command_line(2, ["train", *flags, "--device_tflops=0.5"]), folder).wait()
-    assert ended.code == 0, ended.err
+    ended = Started(command_line(2, ["train", *flags, "--device_tflops=0.5"]), folder).wait(code=0)
     return folder / "run", ended
 
 
@@ -34,9 +33,7 @@ def tiny(launch, tmp_path, data):
         faults = [argument for argument in arguments if "@" in argument]
         flags = [argument for argument in arguments if "@" not in argument]
         words = [command, f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY, *flags]
-        ended = launch(ranks, str(tmp_path), *faults, *words, program=INJECT, **environment)
-        assert ended.code == code, ended.out + ended.err
-        return ended
+        return launch(ranks, str(tmp_path), *faults, *words, program=INJECT, **environment, code=code)
 
     return start
 
@@ -104,19 +101,20 @@ def test_tensorboard_has_the_same_numbers(finished):
     assert ("eval/acc@1", 5) in seen
 
 
-def test_finished_run_started_again_trains_nothing(finished, launch):
-    """It evaluates the same, and writes a result that is missing, as after a kill between checkpoint and result."""
-    run_dir, again = finished[0], ["train", f"--flagfile={finished[0] / 'flags.txt'}"]
-    before = result(run_dir)
-    ended = launch(0, *again)
-    assert ended.code == 0, ended.err
+@pytest.mark.parametrize("lost", [True, *full(False)])
+def test_finished_run_started_again_trains_nothing(finished, launch, lost):
+    """It evaluates the same, and writes a result that is lost, as by a kill between checkpoint and result."""
+    run_dir, before = finished[0], result(finished[0])
+    text = (run_dir / "result.json").read_text()
+    if lost:
+        (run_dir / "result.json").unlink()
+    ended = launch(0, "train", f"--flagfile={run_dir / 'flags.txt'}", code=0)
     assert f"continuing from step 5: {run_dir}/checkpoints/step-00000005.safetensors" in ended.out
     assert f"acc@1              {before['acc@1']:.4f}" in ended.out
-    assert result(run_dir) == before
-    (run_dir / "result.json").unlink()
-    assert launch(0, *again).code == 0
     found = result(run_dir)
-    assert (found["steps"], found["top1_hits"], found["fps"]) == (before["steps"], before["top1_hits"], None)
+    assert (found["steps"], found["top1_hits"]) == (before["steps"], before["top1_hits"])
+    assert found["fps"] == (None if lost else before["fps"])
+    (run_dir / "result.json").write_text(text)
 
 
 @pytest.mark.fault(tier=3)
@@ -127,8 +125,7 @@ def test_run_stops_at_a_target_and_keeps_the_best(tiny, launch, tmp_path):
     run_dir, found = tmp_path / "run", result(tmp_path / "run")
     assert found["acc@1"] >= 0.3
     assert found["steps"] < 141
-    ended = launch(2, "train", f"--flagfile={run_dir / 'flags.txt'}")
-    assert ended.code == 0, ended.err
+    ended = launch(2, "train", f"--flagfile={run_dir / 'flags.txt'}", code=0)
     assert f"steps              {found['steps']}" in ended.out
     assert result(run_dir) == found
     names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
@@ -142,8 +139,7 @@ def test_console_dllogger(tiny, launch, tmp_path):
     assert all(line.startswith("DLL ") for line in lines)
     assert sum("train.loss : " in line for line in lines) == 2
     assert sum("eval.acc@1 : " in line for line in lines) == 2  # the evaluation, and the summary
-    ended = launch(2, "evaluate", f"--run_dir={tmp_path / 'run'}")
-    assert ended.code == 0, ended.err
+    ended = launch(2, "evaluate", f"--run_dir={tmp_path / 'run'}", code=0)
     assert "of 37 records, each once" in ended.out
 
 
@@ -156,13 +152,12 @@ def test_console_bar(tiny):
 def test_demo_data_are_the_same_on_ranks_and_never_overwritten(launch, tmp_path):
     flags = ["--train_images=30", "--validation_images=10", "--shards=3"]
     for ranks in (0, 2):
-        assert launch(ranks, "make-demo-data", f"--data_dir={tmp_path / str(ranks)}", *flags).code == 0
+        launch(ranks, "make-demo-data", f"--data_dir={tmp_path / str(ranks)}", *flags, code=0)
     names = sorted(path.name for path in (tmp_path / "0").iterdir())
     assert names == [*(f"train-0000{i}-of-00003" for i in range(3)), *(f"validation-0000{i}-of-00002" for i in range(2))]
     for name in names:
         assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
-    ended = launch(0, "make-demo-data", f"--data_dir={tmp_path / '0'}", *flags)
-    assert ended.code == 65
+    ended = launch(0, "make-demo-data", f"--data_dir={tmp_path / '0'}", *flags, code=65)
     assert ended.err.count("never overwritten") == 1
 
 
@@ -172,8 +167,7 @@ def test_scripts_of_the_published_recipe_train(launch, tmp_path, data, script, r
     flags = [*(flag for flag in TINY if "device_batch" not in flag), "--model=vgg16", "--steps=2"]
     flags += ["--ranks=2"] if ranks == 2 else []
     program = ["bash", str(ROOT / "launch" / f"run_train_vgg16_{script}.sh")]
-    ended = launch(0, *flags, program=program, DATA_DIR=str(data), BATCH_SIZE="5", PYTHONPATH=str(ROOT))
-    assert ended.code == 0, ended.out + ended.err
+    ended = launch(0, *flags, program=program, DATA_DIR=str(data), BATCH_SIZE="5", PYTHONPATH=str(ROOT), code=0)
     assert f"mpirun -np {ranks} " in ended.out
     assert "micro-batches of at most 5" in ended.out
     found = result(tmp_path / "runs" / "vgg16_imagenet")
@@ -195,9 +189,9 @@ def test_slow_rank_is_named_with_its_cause(tiny, tmp_path, cause, fault):
 
 
 def test_saving_of_one_rank_is_excluded_on_all(tiny, tmp_path):
-    """Rank 0 begins each of 12 checkpoints half a second late; rank 1 counts that as saving, not as an update."""
-    tiny(2, "train", "slow_snapshot@0:0:0.5", "--steps=12", "--save_every_steps=1")
-    assert all(row["saving_seconds"] >= 11 * 0.5 for row in result(tmp_path / "run")["by_rank"])
+    """Rank 0 begins each of 6 checkpoints half a second late; rank 1 counts that as saving, not as an update."""
+    tiny(2, "train", "slow_snapshot@0:0:0.5", "--steps=6", "--save_every_steps=1")
+    assert all(row["saving_seconds"] >= 5 * 0.5 for row in result(tmp_path / "run")["by_rank"])
 
 
 @pytest.mark.fault(tier=3)
@@ -274,7 +268,7 @@ def test_benchmark_ranks_that_wait_are_not_taken_for_lost(tiny):
 
 def test_benchmark_of_updates_not_applied_ends_with_81(tiny, tmp_path):
     (tmp_path / "o").write_text("of another day")
-    ended = tiny(2, "benchmark", "--lr=1e9", "--ranks=1", f"--out={tmp_path / 'o'}", code=81)
+    ended = tiny(0, "benchmark", "--lr=1e9", f"--out={tmp_path / 'o'}", code=81)
     (message,) = [line for line in ended.err.splitlines() if line.startswith("hvd-vgg: ")]
     assert "on 1 rank, input device: the loss or gradient is not finite" in message
     assert "--lr=1e+09" in message and "Traceback" not in ended.err

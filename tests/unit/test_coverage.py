@@ -3,6 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from test_seeds import splitmix64
 
 from hvd_vgg.data import coverage
 from hvd_vgg.data.coverage import Coverage, digest_of_all, to_hex
@@ -10,15 +11,6 @@ from hvd_vgg.data.sampler import positions, slice_bounds
 from hvd_vgg.errors import BUG, Failure
 
 RECORDS, BATCH = 75, 32
-
-
-def splitmix64(state):
-    """Vigna's splitmix64.c in Python's integers: the output for the state before the call."""
-    mask = 2**64 - 1
-    z = (state + 0x9E3779B97F4A7C15) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return z ^ (z >> 31)
 
 
 def fmix64(k):
@@ -33,15 +25,16 @@ def words(digest):
     return [int(word) for word in digest.view(np.uint64)]
 
 
-def test_the_hashes_are_the_published_ones():
-    assert splitmix64(1234567) == 6457827717110365317  # the first of the outputs that go round with splitmix64.c
+def test_digest_sums_the_published_hashes():
+    """Of SplitMix64 and MurmurHash3, in Python's integers."""
     for ids in ([0], [1], [2**31], [5, 5, 7], list(range(1000))):
         first, second = sum(map(splitmix64, ids)), sum(fmix64(i ^ 0x9E3779B97F4A7C15) for i in ids)
         assert words(coverage.digest(np.array(ids))) == [len(ids), first % 2**64, second % 2**64]
     assert words(coverage.digest(np.zeros(0, np.int64))) == [0, 0, 0]
 
 
-def test_order_and_division_do_not_matter_and_every_other_change_does():
+def test_digest_notices_all_changes_but_of_order():
+    """And of division: digests of parts add up."""
     ids = np.random.default_rng(1).permutation(5000)
     whole = digest_of_all(5000)
     assert (coverage.digest(ids) == whole).all()
@@ -55,7 +48,7 @@ def test_order_and_division_do_not_matter_and_every_other_change_does():
     assert to_hex(whole) == [f"{word:016x}" for word in words(whole)[1:]]
 
 
-def test_all_ids_are_summed_in_pieces():
+def test_digest_of_all_is_summed_in_pieces():
     records = (1 << 20) + 3
     assert (digest_of_all(records) == coverage.digest(np.arange(records))).all()
 
@@ -94,17 +87,19 @@ def settle(each, step):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_epochs_are_proved_at_the_updates_they_are_complete_with(size):
+def test_coverage_proves_epochs_at_their_last_update(size):
+    """By the first settlement at or after it."""
     each, told = ranks(size, 0, []), []
     for step in range(12):
         train(each, [step])
         if each[0].ended(step + 1):
-            told += [(p.epoch, p.step, step + 1, p.tally.text(RECORDS)) for p in settle(each, step + 1)]
+            told += [(p.epoch, p.step, step + 1, p.records.text(RECORDS)) for p in settle(each, step + 1)]
     text = "75 of 75 records, each once"
     assert told == [(0, 3, 3, text), (1, 5, 5, text), (2, 8, 8, text), (3, 10, 10, text), (4, 12, 12, text)]
 
 
-def test_an_epoch_goes_on_after_a_restart_on_other_ranks():
+def test_coverage_continues_an_epoch_on_other_ranks():
+    """From what the checkpoint keeps, over several restarts."""
     state, at, told = [], 0, []
     for size, until in ((3, 2), (1, 4), (2, 4), (4, 7)):  # the third trains nothing
         each = ranks(size, at, state)
@@ -116,23 +111,24 @@ def test_an_epoch_goes_on_after_a_restart_on_other_ranks():
     assert all(-(2**63) <= number < 2**63 for number in state)
 
 
-def test_a_batch_larger_than_the_data_set_completes_several_epochs_at_once():
+def test_coverage_of_a_batch_larger_than_the_data_set():
+    """One update completes several epochs."""
     each = ranks(2, 0, [], records=5)
     train(each, [0], records=5)
     assert [(proved.epoch, proved.step) for proved in settle(each, 1)] == [(e, -(-(e + 1) * 5 // BATCH)) for e in range(6)]
     assert each[0].state()[0] == 2
 
 
-def test_an_epoch_of_more_updates_than_are_counted_at_once_is_proved():
-    records = (2 * coverage._AT_ONCE + 7) * BATCH - 5
+def test_coverage_of_more_updates_than_are_hashed_at_once():
+    records = (2 * coverage._UPDATES_AT_ONCE + 7) * BATCH - 5
     each = ranks(2, 0, [], records)
-    train(each, range(2 * coverage._AT_ONCE + 7), records)
-    (proved,) = settle(each, 2 * coverage._AT_ONCE + 7)
-    assert proved.tally.text(records) == f"{records} of {records} records, each once"
+    train(each, range(2 * coverage._UPDATES_AT_ONCE + 7), records)
+    (proved,) = settle(each, 2 * coverage._UPDATES_AT_ONCE + 7)
+    assert proved.records.text(records) == f"{records} of {records} records, each once"
     assert each[0].state()[0] == 5
 
 
-def test_replaced_and_skipped_records_are_told_apart():
+def test_coverage_tells_replaced_and_skipped_records_apart():
     each = ranks(2, 0, [])
     for step in range(3):
         for rank, one in enumerate(each):
@@ -146,11 +142,12 @@ def test_replaced_and_skipped_records_are_told_apart():
                 due[rows] = 8
                 one.add(step * BATCH + low, due, bad)
     (proved,) = settle(each, 3)
-    assert proved.tally.text(RECORDS) == "41 of 75 records, each once; 2 replaced (2, 17); 32 skipped"
+    assert proved.records.text(RECORDS) == "41 of 75 records, each once; 2 replaced (2, 17); 32 skipped"
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_record_in_anothers_place_ends_the_run_on_all_ranks(size):
+def test_coverage_notices_a_record_in_anothers_place(size):
+    """And ends the run on all ranks."""
     each = ranks(size, 0, [])
     train(each, range(2))
     ids = positions(2 * BATCH, 3 * BATCH, RECORDS, 1).ids
@@ -162,7 +159,8 @@ def test_a_record_in_anothers_place_ends_the_run_on_all_ranks(size):
     assert "epoch 0, complete with update 3: 75 records were trained on, 0 replaced, 0 skipped" in raised.value.message
 
 
-def test_an_epoch_begun_in_another_order_is_not_proved_and_the_next_is():
+def test_coverage_does_not_prove_an_epoch_it_does_not_know():
+    """Begun in another order, or before a checkpoint that says nothing of it; the next epoch is proved."""
     each = ranks(2, 1, [])  # in the middle of epoch 0, and nothing is known
     train(each, range(1, 2))
     assert settle(each, 2) == []
@@ -170,5 +168,5 @@ def test_an_epoch_begun_in_another_order_is_not_proved_and_the_next_is():
     each = ranks(1, 2, [])
     train(each, range(2, 5))
     unknown, proved = settle(each, 5)
-    assert (unknown.epoch, unknown.step, unknown.tally) == (0, 3, None)
-    assert (proved.epoch, proved.step, proved.tally.text(RECORDS)) == (1, 5, "75 of 75 records, each once")
+    assert (unknown.epoch, unknown.step, unknown.records) == (0, 3, None)
+    assert (proved.epoch, proved.step, proved.records.text(RECORDS)) == (1, 5, "75 of 75 records, each once")

@@ -3,8 +3,8 @@ import os
 from hvd_vgg import provenance
 
 
-def test_git_commit_of_a_clone(tmp_path):
-    """Detached, on a branch, and of a branch that is packed; None without a repository."""
+def test_code_fingerprint_commit_of_a_clone(tmp_path):
+    """Of a branch, loose or packed, and detached; none without a repository."""
     git, commit = tmp_path / ".git", "a" * 40
     git.mkdir()
     assert provenance._git_commit(git) is None

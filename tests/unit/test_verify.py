@@ -446,7 +446,7 @@ def test_verify_survives_any_change_of_a_line(tmp_path):
     """Parts of each kind of line missing, or of another type: a verdict, and no traceback."""
     train(tmp_path, poisoned=[7])
     log = RunDir(tmp_path).log
-    lines, seen = log.read_text().splitlines(), set()
+    lines, seen, pairs = log.read_text().splitlines(), set(), itertools.cycle([(None, "x"), ([], -1), ({"a": 1}, 1e9)])
     for number, line in enumerate(lines):
         row = json.loads(line[5:])
         data = row.get("data", {})
@@ -455,9 +455,9 @@ def test_verify_survives_any_change_of_a_line(tmp_path):
             continue
         seen.add(kind)
         names = list(data) if row.get("step") != "PARAMETER" else list(data)[::7]
-        changes = [("data", {**data, name: value}) for name in names for value in (None, "x", [], -1)]
+        changes = [("data", {**data, name: value}) for name, values in zip(names, pairs) for value in values]
         changes += [("data", {other: data[other] for other in data if other != name}) for name in names]
-        for change in [*changes, *((name, value) for name in row for value in (None, "x", [], -1))]:
+        for change in [*changes, *((name, value) for name, values in zip(row, pairs) for value in values)]:
             changed = {**row, **dict([change])}
             log.write_text("\n".join([*lines[:number], f"DLLL {json.dumps(changed)}", *lines[number + 1 :]]) + "\n")
             assert changed == row or verdicts(tmp_path), (number, change)

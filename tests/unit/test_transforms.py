@@ -31,8 +31,8 @@ def encoded(mode, kind="JPEG"):
     return file.getvalue()
 
 
-def draws_of(n):
-    """The draws of one image."""
+def params_of(n):
+    """The augmentation of one image."""
     return augmentation_params(np.array([[123, n]], np.int64))[0]
 
 
@@ -77,9 +77,10 @@ def reference(data, size, box=None):
     ],
 )
 @pytest.mark.parametrize("augment", ["none", "crop"])
-def test_every_kind_of_image_in_imagenet_becomes_rgb_of_the_asked_size(mode, kind, augment):
+def test_images_of_every_kind_become_rgb_of_the_size(mode, kind, augment):
+    """Every kind that ImageNet holds, and those of PNG."""
     for image in (
-        train_image(encoded(mode, kind), draws_of(1), augment, 32),
+        train_image(encoded(mode, kind), params_of(1), augment, 32),
         eval_image(encoded(mode, kind), augment, 32),
     ):
         assert image.shape == (32, 32, 3)
@@ -90,14 +91,14 @@ def test_every_kind_of_image_in_imagenet_becomes_rgb_of_the_asked_size(mode, kin
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_resizing_is_bilinear_with_half_pixel_centres(kind):
+def test_eval_image_is_bilinear_with_half_pixel_centres(kind):
     data = encoded("RGB", kind)
     difference = np.abs(eval_image(data, "none", 32) - reference(data, 32))
     assert difference.max() <= 1
     assert difference.mean() < 0.5
 
 
-def test_evaluation_takes_the_centre_when_training_takes_crops():
+def test_eval_image_takes_the_centre_with_crops():
     data = encoded("RGB", "PNG")  # 80 by 60: side round(0.875 * 60) = 52, from (4, 14)
     difference = np.abs(eval_image(data, "crop", 32) - reference(data, 32, (4, 14, 52, 52)))
     assert difference.max() <= 1
@@ -105,29 +106,30 @@ def test_evaluation_takes_the_centre_when_training_takes_crops():
 
 @pytest.mark.parametrize(("height", "width"), [(60, 80), (20, 150), (375, 500), (448, 448)])
 @pytest.mark.parametrize("size", [32, 224])
-def test_a_training_crop_is_its_window_resized_by_the_reference(height, width, size):
+def test_train_image_is_its_window_resized(height, width, size):
     """Through shrinking, stretching and, of 448 by 448 whole, the factor of 2 that OpenCV has another way for."""
     file = io.BytesIO()
     Image.fromarray(natural(height, width)).save(file, "JPEG", quality=95)
     data, differences = file.getvalue(), []
     for n in range(8):
-        draws = draws_of(n)
+        draws = params_of(n)
         wanted = reference(data, size, random_window(height, width, draws[3:]))
-        found = train_image(data, draws_of(n), "crop", size)
+        found = train_image(data, params_of(n), "crop", size)
         differences.append(np.abs(found - (wanted[:, ::-1] if draws[0] < 0.5 else wanted)))
-    whole = np.abs(train_image(data, draws_of(0), "none", size) - reference(data, size))
+    whole = np.abs(train_image(data, params_of(0), "none", size) - reference(data, size))
     assert max(each.mean() for each in [*differences, whole]) < 0.5
     # TensorFlow decodes a window without the columns beside it, and so interpolates colour a little differently at its edge.
     assert max(each[2:-2, 2:-2].max() for each in differences) <= 8
     assert whole.max() <= 1
 
 
-def test_draws_never_change():
+def test_augmentation_params_never_change():
     """Literal numbers: a change here means that no old run can be continued or repeated."""
-    assert draws_of(7)[:3] == pytest.approx([0.12491519132416173, 0.8137839508964462, 0.841284325309366], abs=1e-15)
+    assert params_of(7)[:3] == pytest.approx([0.12491519132416173, 0.8137839508964462, 0.841284325309366], abs=1e-15)
 
 
-def test_draws_are_uniform_and_differ_by_either_seed():
+def test_augmentation_params_are_uniform_and_independent():
+    """Of each other and of either seed; a row does not depend on the others."""
     seeds = np.stack(np.meshgrid(np.arange(-50, 50), np.arange(100)), -1).reshape([-1, 2]).astype(np.int64)
     draws = np.array(augmentation_params(seeds))
     assert draws.shape == (10_000, 33) and (draws >= 0).all() and (draws < 1).all()
@@ -140,29 +142,31 @@ def test_draws_are_uniform_and_differ_by_either_seed():
     assert (one == draws[77]).all()
 
 
-def test_augmentation_is_a_function_of_the_seed_and_varies_with_it():
+def test_train_image_is_a_function_of_its_params():
+    """And varies with them."""
     data = encoded("RGB")
     for augment in ("flip", "shift", "crop"):
-        each = [train_image(data, draws_of(n), augment, 32) for n in range(16)]
-        again = [train_image(data, draws_of(n), augment, 32) for n in range(16)]
+        each = [train_image(data, params_of(n), augment, 32) for n in range(16)]
+        again = [train_image(data, params_of(n), augment, 32) for n in range(16)]
         assert all((a == b).all() for a, b in zip(each, again))
         assert len({image.tobytes() for image in each}) >= (2 if augment == "flip" else 12)
-    plain = train_image(data, draws_of(0), "none", 32)
-    flips = {train_image(data, draws_of(n), "flip", 32).tobytes() for n in range(16)}
+    plain = train_image(data, params_of(0), "none", 32)
+    flips = {train_image(data, params_of(n), "flip", 32).tobytes() for n in range(16)}
     assert flips == {plain.tobytes(), plain[:, ::-1].tobytes()}
 
 
-def test_a_shift_moves_the_picture_by_an_eighth_at_most():
-    plain = train_image(encoded("RGB", "PNG"), draws_of(0), "none", 32)
+def test_shift_moves_the_picture_by_an_eighth_at_most():
+    plain = train_image(encoded("RGB", "PNG"), params_of(0), "none", 32)
     padded = np.pad(plain, [(4, 4), (4, 4), (0, 0)])
     allowed = {padded[y : y + 32, x : x + 32].tobytes() for y in range(9) for x in range(9)}
     allowed |= {padded[y : y + 32, x : x + 32][:, ::-1].tobytes() for y in range(9) for x in range(9)}
-    seen = {train_image(encoded("RGB", "PNG"), draws_of(n), "shift", 32).tobytes() for n in range(60)}
+    seen = {train_image(encoded("RGB", "PNG"), params_of(n), "shift", 32).tobytes() for n in range(60)}
     assert seen <= allowed
     assert len(seen) > 40
 
 
-def test_random_windows_have_the_area_and_ratio_of_the_recipe_and_lie_inside():
+def test_random_window_has_the_recipes_area_and_ratio():
+    """And lies inside the image."""
     height, width = 375, 500
     boxes = np.array([random_window(height, width, row) for row in np.random.default_rng(3).random([500, 30])])
     top, left, tall, wide = boxes.T
@@ -177,7 +181,8 @@ def test_random_windows_have_the_area_and_ratio_of_the_recipe_and_lie_inside():
     assert abs(np.log(ratio).mean()) < 0.05
 
 
-def test_a_strip_that_no_try_fits_gives_its_largest_central_window():
+def test_random_window_of_a_strip_is_central():
+    """None of the ten tries fits: the largest central window is taken."""
     assert random_window(10, 1000, [0.9] * 30) == (0, (1000 - 13 + 1) // 2, 10, 13)
 
 
@@ -203,7 +208,7 @@ THUMBNAIL = encoded("L")  # a whole JPEG of another size, within a segment
     ],
     ids=["plain", "progressive", "segments", "restarts", "fill", "garbage", "bare"],
 )
-def test_the_shape_of_a_jpeg_is_what_tensorflow_finds(data):
+def test_image_shape_is_what_tensorflow_finds(data):
     assert image_shape(data) == tuple(tf.io.extract_jpeg_shape(data).numpy()[:2]) == (50, 70)
 
 
@@ -257,14 +262,16 @@ def png_header(height, width):
         "cut-png",
     ],
 )
-def test_what_cannot_be_decoded_or_is_absurd_is_refused(data, told):
-    for make in (lambda: train_image(data, draws_of(1), "crop", 32), lambda: eval_image(data, "none", 32)):
+def test_images_that_cannot_be_decoded_are_refused(data, told):
+    """Or whose header is absurd, before they take memory."""
+    for make in (lambda: train_image(data, params_of(1), "crop", 32), lambda: eval_image(data, "none", 32)):
         with pytest.raises(ValueError, match=told):
             make()
 
 
 @pytest.mark.parametrize("claimed", [(10, 10), (1000, 1000)])
-def test_a_png_whose_size_is_not_in_its_first_chunk_is_refused(claimed):
+def test_png_with_its_size_elsewhere_is_refused(claimed):
+    """The header is read from the first chunk, which decides what is decoded."""
     whole = bytes(tf.io.encode_png(np.zeros((100, 100, 3), np.uint8)).numpy())
     body = struct.pack(">II", *claimed) + b"\x08\x02\0\0\0"
     fake = struct.pack(">I", len(body)) + b"abCd" + body + struct.pack(">I", zlib.crc32(b"abCd" + body))

@@ -26,7 +26,8 @@ def met(*more):
     return [(5, BadRow(0, 10 + comm.rank(), 20, "torn")), *more]
 
 
-def test_bad_records_are_counted_once_in_order_and_told_on_rank_0(index, tmp_path, capsys):
+def test_count_bad_records_reports_each_once_in_order(index, tmp_path, capsys):
+    """On rank 0 alone, though every rank used some."""
     log = RunLog(tmp_path, False, None) if comm.is_root() else None
     console, size = Console("lines", comm.is_root()), comm.size()
     found = count_bad_records(met((4, BadRow(3, 70, 21, "cut"))), [3], 2 + size, index, log, console)
@@ -48,7 +49,8 @@ def test_bad_records_are_counted_once_in_order_and_told_on_rank_0(index, tmp_pat
         assert capsys.readouterr().out == ""
 
 
-def test_more_than_allowed_is_an_agreed_failure_that_lists_them(index):
+def test_count_bad_records_fails_with_a_list(index):
+    """Where there are more than allowed: a collective failure."""
     with pytest.raises(Failure) as raised:
         count_bad_records(met(), [3], comm.size(), index, None, Console("lines", False))
     assert (raised.value.code, raised.value.collective) == (DATA, True)
@@ -56,7 +58,7 @@ def test_more_than_allowed_is_an_agreed_failure_that_lists_them(index):
         assert index.where(record) in raised.value.message
 
 
-def test_nothing_is_said_between_ranks_where_none_is_allowed(index):
+def test_count_bad_records_exchanges_nothing_if_none_may_be(index):
     if comm.is_root():  # alone: it would wait for the others
         assert count_bad_records([], [3], 0, index, None, Console("lines", False)) == [3]
     comm.barrier()

@@ -11,10 +11,9 @@ from hvd_vgg.data.sampler import (
     storage_order,
     window_records,
 )
-from hvd_vgg.seeds import dropout_keys
 
 
-def test_an_epoch_is_a_permutation_and_a_function_of_seed_and_epoch():
+def test_permutation_is_a_function_of_seed_and_epoch():
     first = permutation(1000, 1, 0)
     assert sorted(first.tolist()) == list(range(1000))
     assert (first == permutation(1000, 1, 0)).all()
@@ -22,7 +21,7 @@ def test_an_epoch_is_a_permutation_and_a_function_of_seed_and_epoch():
     assert (first != permutation(1000, 2, 0)).any()
 
 
-def test_the_order_never_changes_between_versions():
+def test_permutation_never_changes():
     """Literal orders: a change here means that no old run can be continued or repeated."""
     assert permutation(10, 1, 0).tolist() == [2, 0, 1, 4, 5, 6, 7, 8, 3, 9]
     assert positions(8, 14, 10, 1).ids.tolist()[:2] == [3, 9]
@@ -30,7 +29,8 @@ def test_the_order_never_changes_between_versions():
 
 @pytest.mark.parametrize("records", [1, 7, 32, 33, 100])
 @pytest.mark.parametrize("global_batch", [1, 8, 32])
-def test_every_record_of_every_epoch_is_read_exactly_once(records, global_batch):
+def test_positions_have_each_record_once_an_epoch(records, global_batch):
+    """Whatever the batch, which need not divide the epoch."""
     epochs = 5
     steps = -(-epochs * records // global_batch)
     parts = [positions(s * global_batch, (s + 1) * global_batch, records, 3) for s in range(steps)]
@@ -43,7 +43,8 @@ def test_every_record_of_every_epoch_is_read_exactly_once(records, global_batch)
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("global_batch", [8, 32, 33])
-def test_slices_tile_the_batch_and_differ_by_one_at_most(global_batch, size):
+def test_slices_tile_the_batch_and_differ_by_one(global_batch, size):
+    """By at most one record."""
     bounds = [slice_bounds(global_batch, rank, size) for rank in range(size)]
     assert bounds[0][0] == 0
     assert bounds[-1][1] == global_batch
@@ -51,34 +52,32 @@ def test_slices_tile_the_batch_and_differ_by_one_at_most(global_batch, size):
     assert max(b - a for a, b in bounds) - min(b - a for a, b in bounds) <= 1
 
 
-def test_three_ranks_take_11_11_10():
+def test_slices_of_three_ranks_are_11_11_10():
     assert [b - a for a, b in (slice_bounds(32, rank, 3) for rank in range(3))] == [11, 11, 10]
 
 
-def test_any_part_of_the_stream_can_be_had_without_what_is_before_it():
+def test_positions_need_nothing_before_them():
+    """Any part of the stream, and its seeds, is that part of the whole."""
     whole = positions(0, 300, 70, 1)
     part = positions(123, 250, 70, 1)
     assert (whole.ids[123:250] == part.ids).all()
     assert (sample_seeds(1, whole)[123:250] == sample_seeds(1, part)).all()
 
 
-def test_seeds_differ_by_record_epoch_and_seed_and_not_by_place():
+def test_sample_seeds_differ_by_record_epoch_and_seed():
+    """Two epochs of 70 records."""
     at = positions(0, 140, 70, 1)
     seeds = sample_seeds(1, at)
     assert len({tuple(row) for row in seeds.tolist()}) == 140
     assert (sample_seeds(2, at)[:, 0] != seeds[:, 0]).all()
 
 
-def test_dropout_keys_differ_by_step_layer_and_seed():
-    keys = [key for seed in (1, 2) for step in (0, 1) for key in dropout_keys(seed, step, 2).tolist()]
-    assert len(set(keys)) == 8
-
-
 BLOCKS = [(1, 2), (7, 3), (1000, 7), (1000, 64), (1000, 1000), (1000, 5000), (50_000, 64), (50_000, 20_000)]
 
 
 @pytest.mark.parametrize(("records", "block"), BLOCKS)
-def test_blocks_are_read_exactly_once_and_are_a_function_of_seed_and_epoch(records, block):
+def test_block_permutation_is_a_function_of_seed_and_epoch(records, block):
+    """And has each record once."""
     first = block_permutation(records, 1, 0, block)
     assert (np.sort(first) == np.arange(records)).all()
     block_permutation.cache_clear()
@@ -88,12 +87,14 @@ def test_blocks_are_read_exactly_once_and_are_a_function_of_seed_and_epoch(recor
         assert (first != block_permutation(records, 2, 0, block)).any()
 
 
-def test_the_order_by_blocks_never_changes_between_versions():
+def test_block_permutation_never_changes():
+    """A literal order: a change here means that no old run can be continued or repeated."""
     assert block_permutation(10, 1, 0, 3).tolist() == [5, 3, 4, 1, 2, 6, 7, 8, 0, 9]
 
 
 @pytest.mark.parametrize("block", [64, 100, 4096, 20_000])
-def test_a_window_reads_from_few_blocks_and_mixes_them(block):
+def test_block_permutation_mixes_few_blocks_per_window(block):
+    """Whole blocks are near each other in the order of a window, and windows are not in the order of the files."""
     records = 100_001
     ids, window = block_permutation(records, 1, 0, block).astype(int), window_records(block)
     starts = range(0, records, window)
@@ -107,7 +108,8 @@ def test_a_window_reads_from_few_blocks_and_mixes_them(block):
 
 
 @pytest.mark.parametrize("block", [2, 100, 8192])
-def test_storage_is_asked_for_the_records_of_a_window_block_by_block(block):
+def test_storage_order_has_a_windows_records_by_blocks(block):
+    """The records of each window of `positions`, in one stretch of the files for each block."""
     records, window = 40_000, window_records(block)
     for start in (0, window, records, records + window):
         stop = min(start + window, (start // records + 1) * records)
@@ -117,7 +119,8 @@ def test_storage_is_asked_for_the_records_of_a_window_block_by_block(block):
         assert np.count_nonzero(np.diff(asked) != 1) + 1 <= -(-(stop - start) // block) + 1
 
 
-def test_a_block_as_large_as_the_data_set_is_a_free_permutation():
+def test_block_of_the_data_sets_size_is_free_permutation():
+    """Or larger: nothing of the order of the files is left."""
     for block in (1000, 5000):
         ids = block_permutation(1000, 1, 0, block).astype(int)
         assert abs(np.corrcoef(ids, np.arange(1000))[0, 1]) < 0.2
@@ -125,7 +128,8 @@ def test_a_block_as_large_as_the_data_set_is_a_free_permutation():
 
 @pytest.mark.parametrize("block", [1, 8, 30, 1000])
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_the_ranks_slices_make_the_stream_whatever_the_block(block, size):
+def test_slices_of_ranks_make_the_stream_of_any_block(block, size):
+    """Which has each record of an epoch once."""
     records, batch, steps = 75, 32, 12
     whole = positions(0, batch * steps, records, 1, block)
     parts = []
@@ -139,17 +143,18 @@ def test_the_ranks_slices_make_the_stream_whatever_the_block(block, size):
         assert (np.sort(whole.ids[epoch * records : (epoch + 1) * records]) == np.arange(records)).all()
 
 
-def test_one_record_a_block_is_the_free_permutation():
+def test_block_of_one_record_is_the_free_permutation():
     assert (positions(0, 150, 75, 1, 1).ids == positions(0, 150, 75, 1).ids).all()
     assert (positions(0, 75, 75, 1).ids == permutation(75, 1, 0)).all()
 
 
-def test_stand_ins_never_change():
+def test_replacement_record_never_changes():
     """Literal numbers: a change here means that a run with bad records cannot be continued or repeated."""
     assert [replacement_record(75, 1, 0, 17, attempt) for attempt in range(5)] == [43, 40, 33, 12, 4]
 
 
-def test_stand_ins_are_any_record_and_differ_by_epoch_record_and_attempt():
+def test_replacement_record_is_uniform_in_all_arguments():
+    """And differs by epoch, record and attempt."""
     drawn = [replacement_record(10, 3, e, r, a) for e in range(10) for r in range(10) for a in range(10)]
     assert set(drawn) == set(range(10))
     counts = np.bincount(drawn)

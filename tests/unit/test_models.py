@@ -11,11 +11,12 @@ from hvd_vgg.parallel.init import cpu_convolves
     ("model", "count"),
     [("vgg11", 132_863_336), ("vgg13", 133_047_848), ("vgg16", 138_357_544), ("vgg19", 143_667_240)],
 )
-def test_parameters_are_those_published(model, count):
+def test_count_parameters_gives_the_published_numbers(model, count):
     assert count_parameters(vgg_layers(model, 1.0, 224, 1000)) == count
 
 
-def test_the_same_weights_give_keras_vgg16s_logits_and_names_and_shapes():
+def test_logits_names_and_shapes_are_those_of_keras():
+    """Of its VGG16, with the same weights."""
     keras = tf.keras.applications.VGG16(weights=None, classifier_activation=None)
     of = vgg_layers("vgg16", 1.0, 224, 1000)
     weights = vgg.initial_weights(of, 3)
@@ -33,7 +34,7 @@ def test_the_same_weights_give_keras_vgg16s_logits_and_names_and_shapes():
 
 
 @pytest.mark.parametrize("model", list(BLOCKS))
-def test_channels_first_gives_the_same_logits_where_the_device_can(model):
+def test_logits_are_the_same_with_channels_first(model):
     """This TensorFlow computes NCHW on CPU through oneDNN; fc1's rows must keep their order."""
     weights = vgg.initial_weights(vgg_layers(model, 0.125, 64, 10), 1)
     images = tf.random.stateless_normal([3, 64, 64, 3], [5, 6])
@@ -45,13 +46,14 @@ def test_channels_first_gives_the_same_logits_where_the_device_can(model):
     np.testing.assert_allclose(first, vgg.logits(weights, model, images, "NHWC"), rtol=1e-4, atol=1e-6)
 
 
-def test_what_is_said_of_bfloat16_on_a_cpu_is_so():
+def test_cpu_convolves_is_right_about_bfloat16():
     images, kernel = tf.ones([1, 4, 4, 3], "bfloat16"), tf.ones([3, 3, 3, 2], "bfloat16")
     right = tf.nn.conv2d(images, kernel, 1, "SAME").dtype == "bfloat16"
     assert right == cpu_convolves("bfloat16") and cpu_convolves("float32") and cpu_convolves("float16")
 
 
-def test_initial_weights_are_a_function_of_the_seed_with_the_recipes_deviations():
+def test_initial_weights_follow_the_seed_and_the_recipe():
+    """Deviations are torchvision's, each layer has draws of its own, biases are 0."""
     of = vgg_layers("vgg16", 1.0, 224, 1000)
     assert [layer.deviation for layer in of[-3:]] == [0.01, 0.01, 0.01]
     assert of[0].deviation == (2 / (9 * 64)) ** 0.5
@@ -66,7 +68,8 @@ def test_initial_weights_are_a_function_of_the_seed_with_the_recipes_deviations(
     assert len({a[f"{layer.name}/kernel"].numpy().flat[0] / layer.deviation for layer in small}) == len(small)
 
 
-def test_hidden_outputs_vary_as_much_in_a_narrow_network_as_in_a_full_one():
+def test_fc1_outputs_vary_as_much_in_a_narrow_network():
+    """As in one of full width."""
     deviations = []
     for width, size in ((1.0, 224), (0.125, 64)):
         fc1 = next(layer for layer in vgg_layers("vgg16", width, size, 10) if layer.name == "fc1")
@@ -74,7 +77,7 @@ def test_hidden_outputs_vary_as_much_in_a_narrow_network_as_in_a_full_one():
     assert deviations[0] == pytest.approx(deviations[1])
 
 
-def test_pixels_are_normalised_by_imagenets_mean_and_deviation():
+def test_normalized_uses_imagenets_mean_and_deviation():
     pixels = np.array([[[[0, 128, 255]]]], np.uint8)
     expected = (pixels / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     np.testing.assert_allclose(vgg.normalized(tf.constant(pixels)), expected, rtol=1e-5, atol=1e-6)

@@ -44,13 +44,15 @@ def assert_equal(found, wanted):
         np.testing.assert_array_equal(a, b)
 
 
-def test_all_ranks_hold_the_whole_index_made_by_all_and_read_from_the_cache(shared):
+def test_open_split_gives_all_ranks_the_whole_index(shared):
+    """Made by all together, then read from the cache."""
     assert_equal(open_train(shared), expected(shared))
     assert (shared / "data" / ".hvd_vgg_index_train.npz").is_file()
     assert_equal(open_train(shared), expected(shared))
 
 
-def test_a_changed_shard_is_read_again_and_its_old_and_new_count_are_told(shared, capsys):
+def test_open_split_scans_a_changed_shard_again(shared, capsys):
+    """And says how many records it held and holds."""
     first = open_train(shared)
     comm.barrier()
     if comm.is_root():
@@ -58,12 +60,13 @@ def test_a_changed_shard_is_read_again_and_its_old_and_new_count_are_told(shared
     comm.barrier()
     found = open_train(shared, Console("lines", comm.is_root()))
     assert_equal(found, expected(shared))
-    told = "train: the shards that changed held 14 records when they were indexed and hold 4 now"
+    told = "train: the changed shards held 14 records when they were indexed and hold 4 now"
     assert (told in capsys.readouterr().out) == comm.is_root()
     assert first.records - found.records == 14 - 4
 
 
-def test_a_shard_cut_between_two_records_is_refused_each_time_until_the_index_is_removed(shared):
+def test_open_split_refuses_a_shard_cut_between_records(shared):
+    """Each time, until the index is removed."""
     first = open_train(shared)
     if comm.is_root():
         with open(first.paths[3], "rb+") as file:
@@ -82,7 +85,8 @@ def test_a_shard_cut_between_two_records_is_refused_each_time_until_the_index_is
     assert open_train(shared).records == first.records - 5
 
 
-def test_a_bad_shard_is_told_to_all_ranks_by_whoever_met_it(shared):
+def test_open_split_fails_on_all_ranks_for_a_bad_shard(shared):
+    """Whichever rank scanned it."""
     path = shared / "data" / "train-00004-of-00005"
     if comm.is_root():
         path.write_bytes(path.read_bytes()[:-5])
@@ -93,7 +97,7 @@ def test_a_bad_shard_is_told_to_all_ranks_by_whoever_met_it(shared):
     assert str(path) in raised.value.message
 
 
-def test_where_the_data_cannot_be_written_the_index_is_kept_under_the_run(shared):
+def test_open_split_caches_under_the_run_if_it_must(shared):
     """A directory of the cache's name stands in for a read-only file system: root may write anywhere else."""
     if comm.is_root():
         (shared / "data" / ".hvd_vgg_index_train.npz").mkdir()
