@@ -177,7 +177,7 @@ def _replay_in_attempt(history: History, attempt: Attempt, line: LogLine) -> Ite
     elif kind == "coverage":
         yield from _coverage_rows(line, attempt)
         attempt.next_epoch = int(data["epoch"]) + 1
-        text = f"{data['skipped']} skipped, replaced {data['replaced']}" if data["known"] else "trained in two orders"
+        text = f"{data['skipped']} skipped, replaced {data['replaced']}" if data["known"] else "was trained in two orders"
         if not data["known"] or data["skipped"] or data["replaced"]:
             history.checks.append(Check(PASS if data["known"] else UNKNOWN, f"epoch {data['epoch']}", text))
     elif kind == "evaluation":

@@ -110,7 +110,7 @@ def _check_file(path: Path, history: History) -> Findings:
     verdict = history.compare(row, saved, number)
     if verdict == FAIL:
         yield f"is not what was saved: its digests are not those of line {number}"
-    attempt = [attempt for attempt in history.attempts if attempt.start.number <= number][-1]
+    attempt = [attempt for attempt in history.attempts if attempt.start.number < number][-1]
     config, records = attempt.config, attempt.records
     expected = {**fingerprint(config), "train_data_sha256": attempt.start.data["data"]["train"]["sha256"]}
     # The log has the length of the run in steps, whichever way it was given.
