@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-sys.modules["matplotlib"] = None  # Keras would import it, an eighth of the time of a start
 
 from patching import replace
 
@@ -251,6 +250,7 @@ def keep_state(initial_state):
 
 def main():
     """Does the faults of step 0, prepares the others, and runs the command."""
+    sys.modules["matplotlib"] = None  # Keras would import it, an eighth of the time of a start
     from hvd_vgg.data import loader
 
     for fault in due(_FAULTS, 0):
