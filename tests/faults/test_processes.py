@@ -157,7 +157,7 @@ def test_rank_that_left_and_does_not_exit_is_ended(tmp_path, data):
 @pytest.mark.fault("F08")
 def test_slow_evaluation_is_no_hang(tmp_path, data):
     """A watchdog that ends healthy runs is a fault too: a batch here takes longer than an update may."""
-    run(tmp_path, data, 2, "slow_evaluation@0:0:3", "slow_evaluation@1:0:3", "--hang_seconds=2", "--steps=3")
+    run(tmp_path, data, 0, "slow_evaluation@0:0:5", "--hang_seconds=4", "--steps=3", "--device_batch=64")
 
 
 @pytest.mark.parametrize(("fault", "rank"), [("term", 1), *full(("usr1", 0))])
