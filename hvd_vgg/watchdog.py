@@ -2,9 +2,10 @@
 
 The trainer calls `heartbeat` whenever it makes progress, and a thread checks on it: a rank that is silent for too long
 writes a hang report, waits a moment for the other ranks to do the same, and exits with code 75, which ends the job. Ranks
-that merely wait for a hung one are silent just as long, and exit with it. Three more nets are below this one: where the GIL
-is never released, so that no thread can run, `faulthandler` writes the stacks from C and SIGALRM ends the process; Horovod's
-stall inspector names the tensor that ranks wait for (`parallel.init`); and the launcher may limit the time of the whole job.
+that merely wait for a hung one are silent just as long, and exit with it. Three more safety nets back this one up: where the
+GIL is never released, so that no thread can run, `faulthandler` writes the stacks from C and SIGALRM ends the process;
+Horovod's stall inspector names the tensor that ranks wait for (`parallel.init`); and the launcher may limit the time of the
+whole job.
 
 Everything goes to RUN_DIR/faults: `fatal.rankN.jsonl` (why this rank alone ended the job), `hang.rankN.jsonl` (the report),
 `stacks.rankN.txt`. Lines are appended, so that what happened before a restart is kept.
@@ -164,7 +165,7 @@ class Watchdog:
             signal.signal(each, request)
 
     def stop_requested(self) -> bool:
-        """Says whether this rank was asked to stop. The ranks must agree before any of them does."""
+        """Returns whether this rank was asked to stop. The ranks must agree before any of them does."""
         return self._stop_requested.is_set()
 
     def _limit_seconds(self, phase: str) -> float:

@@ -65,7 +65,7 @@ class EpochRecords(NamedTuple):
         return [*self.seen.tolist(), *self.skipped.tolist(), *np.sort(self.replaced).tolist()]
 
     def proves(self, records: int) -> bool:
-        """Says whether each id of 0 .. records - 1 was trained on, skipped or replaced exactly once, and no other was."""
+        """Returns whether each id of 0 .. records - 1 was trained on, skipped or replaced exactly once, and no other was."""
         return bool((self.seen + self.skipped + digest(self.replaced) == digest_of_all(records)).all())
 
     def text(self, records: int) -> str:
@@ -149,7 +149,7 @@ class Coverage:
         self.mine[epoch] = self.mine.get(epoch, parse_epoch_records([])).plus(parse_epoch_records([])._replace(**more))
 
     def ended(self, step: int) -> bool:
-        """Says whether `step` updates complete an epoch that is not yet proved; the same on all ranks."""
+        """Returns whether `step` updates complete an epoch that is not yet proved; the same on all ranks."""
         return step * self.global_batch // self.records > self.epoch
 
     def settle(self, step: int, gather: Callable[[Any], List[Any]]) -> List[EpochCoverage]:
