@@ -93,7 +93,7 @@ def _find_same_shards(data_dir: str, split: str, found: List[Finding]) -> List[P
 def _to_finding(error: Failure) -> Finding:
     """Returns a Failure of the data as a finding: its last sentence says what to do."""
     text, _, fix = error.message.rpartition(". ")
-    return failure("data", text or fix, fix if text else "see its text")
+    return failure("data", text or fix, fix if text else "follow the message")
 
 
 def _scan(

@@ -129,7 +129,7 @@ def _join_ranks(report: Report, seconds: float) -> None:
         try:
             join()
         except Failure as error:
-            report.add(failure("ranks", error.message, "see its text"))
+            report.add(failure("ranks", error.message, "follow the message"))
             raise report.finish_alone() from error
 
 
@@ -211,7 +211,8 @@ def _check_links(report: Report, config: DoctorConfig, device: str, hosts_of_ran
     with report.time_limit(_PHASE_SECONDS, "link", "the ranks did not exchange a few MB"):
         link = measure_link(device)
         gbit = config.gbit if comm.local_size() < comm.size() else 0.0
-        report.add(*assess_link(link, device, comm.size(), gbit), *check_pairs(hosts_of_ranks))
+        report.add(*assess_link(link, device, comm.size(), gbit))
+        report.add(*check_pairs(hosts_of_ranks))
     if config.collectives:
         with report.time_limit(_COLLECTIVES_SECONDS, "collectives", "--collectives did not end"):
             report.add(*check_collectives(config, device, link))

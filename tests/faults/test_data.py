@@ -128,10 +128,10 @@ CASES = {
         ["{shard}, record 20, offset ", "expected a header of 12 bytes, but the file ends at byte "],
     ),
     "F24 empty": (lambda d: (d / SHARD).write_bytes(b""), ["{shard} is empty (0 bytes); expected at least one record"]),
-    "F24 missing": (lambda d: (d / SHARD).unlink(), ["lacks 1 of the 3 train shards: " + SHARD]),
+    "F24 missing": (lambda d: (d / SHARD).unlink(), ["lacks 1 of its 3 train shards: " + SHARD]),
     "F24 extra": (
         lambda d: (d / "train-00003-of-00003").write_bytes((d / SHARD).read_bytes()),
-        ["has train shards [3] beyond 2, the last of the set"],
+        ["has shards that are none of its 3 train shards: train-00003-of-00003. Move them away"],
     ),
     "F24 junk appended": (
         lambda d: (d / SHARD).write_bytes((d / SHARD).read_bytes() + b"8 bytes."),
@@ -391,7 +391,7 @@ def test_images_that_are_bad_or_unusual(tmp_path):
     refused = {
         "truncated": (jpeg()[:400], "cannot be decoded"),
         "truncated PNG": (png[:-400], "cannot be decoded"),
-        "empty": (b"", "does not hold exactly one byte string"),
+        "empty": (b"", "must hold one byte string that is not empty"),
         "text": (b"some text\x1b[2J", "neither a JPEG nor a PNG; it begins with b'some tex'"),
         "GIF": (b"GIF89a and more", "neither a JPEG nor a PNG"),
         "13000 x 13000": (claiming(jpeg("L", (16, 16), optimize=True), 13000, 13000), "claims this height and width"),

@@ -10,13 +10,12 @@ import sys
 
 import namespaces
 import pytest
-from support import ROOT, Started, changed, command_line, example, picture, write_shard
+from support import ROOT, Started, changed, command_line, example, full, picture, write_shard
 
 from hvd_vgg.reporting.findings import FAILURE, OK, WARNING
 
 SMALL = ["--num_classes=10", "--model=vgg11", "--width=0.125", "--image_size=32", "--global_batch=32"]
 PROGRAM = [sys.executable, "-m", "hvd_vgg"]
-TIER_3 = pytest.mark.fault(tier=3)
 
 
 def flags(data, tmp_path, *more):
@@ -107,7 +106,7 @@ def test_doctor_full_names_every_bad_record(launch, tmp_path):
 
 
 @pytest.mark.fault("F24")
-@pytest.mark.parametrize("full", ["--full", pytest.param("--nofull", marks=TIER_3)])
+@pytest.mark.parametrize("full", ["--full", *full("--nofull")])
 def test_doctor_names_unreadable_shards(launch, tmp_path, full):
     """The other shards are checked all the same."""
     data = tmp_path / "data"
@@ -165,7 +164,7 @@ def test_doctor_names_rank_and_host_of_a_failure(tmp_path, data):
     assert "train shards differ from those of rank 0: train-00001-of-00003" in ended.out
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(None, marks=TIER_3)])
+@pytest.mark.parametrize("rank", [1, *full(None)])
 @pytest.mark.fault("F02")
 def test_doctor_of_a_broken_installation(tmp_path, data, rank):
     """TensorFlow cannot be imported, on all ranks or on one that the others wait for."""
@@ -192,7 +191,7 @@ def test_doctor_ends_when_a_rank_does_not_join(tmp_path, data):
     assert bad["text"].startswith("the ranks have not met within 2 s; interfaces: lo 127.0.0.1")
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=TIER_3)])
+@pytest.mark.parametrize("rank", [1, *full(0)])
 def test_doctor_names_a_device_that_does_not_start(launch, tmp_path, data, rank):
     """As with errors 801 and 803; raised here in TensorFlow's place on one rank, while the other waits."""
     program = changed(f"""
@@ -254,7 +253,7 @@ def test_doctor_warns_of_a_run_dir_that_is_not_shared(tmp_path, data):
     assert found["text"] == f"what rank 0 writes to {tmp_path / 'runs'} is not visible here"
 
 
-@pytest.mark.parametrize("command", ["train", pytest.param("doctor", marks=TIER_3)])
+@pytest.mark.parametrize("command", ["train", *full("doctor")])
 def test_doctor_host_that_cannot_resolve_its_name(tmp_path, data, command):
     """Without a launcher Gloo looks the name up, and would abort."""
     unnamed = ["unshare", "--uts", "sh", "-c", 'hostname nowhere.invalid && exec "$@"', "sh"]
@@ -405,9 +404,7 @@ def test_doctor_names_a_wrong_interface(emulated_hosts, tmp_path, data, interfac
     assert f"eth0 {emulated_hosts.addresses[0]}" in ended.out + ended.err
 
 
-@pytest.mark.parametrize(
-    "by", ["launch", "mpirun wrong", *(pytest.param(by, marks=TIER_3) for by in ("mpirun", "mpirun right"))]
-)
+@pytest.mark.parametrize("by", ["launch", "mpirun wrong", *full("mpirun", "mpirun right")])
 @pytest.mark.fault("F33")
 def test_doctor_on_hosts_with_docker(emulated_hosts, tmp_path, data, by):
     """Each has a docker0 with the same address: Open MPI would connect to itself. What its user configures is kept."""

@@ -60,7 +60,7 @@ def test_open_split_scans_a_changed_shard_again(shared, capsys):
     comm.barrier()
     found = open_train(shared, Console("lines", comm.is_root()))
     assert_equal(found, expected(shared))
-    told = "train: the shards that changed held 14 records when they were indexed and hold 4 now"
+    told = "train: the changed shards held 14 records when they were indexed and hold 4 now"
     assert (told in capsys.readouterr().out) == comm.is_root()
     assert first.records - found.records == 14 - 4
 

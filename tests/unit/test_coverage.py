@@ -3,7 +3,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-
 from test_seeds import splitmix64
 
 from hvd_vgg.data import coverage
