@@ -1,15 +1,24 @@
-"""Two checkouts of this package side by side: images/s of the same training, in turn.
+"""Two checkouts of this package side by side: images/s of training, or what another benchmark prints, in turn.
 
-    python benchmarks/checkouts.py --before=COMMIT_OR_DIR --data_dir=CIFAR10 [--ranks=2] [--steps=120] [--rounds=5] [FLAGS]
+    python benchmarks/checkouts.py --before=COMMIT_OR_DIR [--rounds=5] [--ranks=2] train --data_dir=CIFAR10 [ITS FLAGS]
+    python benchmarks/checkouts.py --before=COMMIT_OR_DIR [--rounds=5] loop [ITS OPTIONS]
+    python benchmarks/checkouts.py --before=COMMIT_OR_DIR [--rounds=5] input --data_dir=DIR [ITS OPTIONS]
 
-A round trains configs/vgg_cifar10.flags with the one and with the other, in the other order every second round, without
-evaluating or saving; images/s are those of result.json. A ratio is of one round. Other flags go to both.
+    train  configs/vgg_cifar10.flags without evaluating or saving, 120 updates; images/s are those of result.json
+    loop   the table of each checkout's own benchmarks/loop.py: ms an update
+    input  the table of each checkout's own benchmarks/input.py; `decode` is the same in both and shows the noise
+
+A round runs the one and then the other, in the other order every second round. Ratios are of one round. Other checkouts may
+be as old as 42164a1.
 """
 
+import argparse
 import contextlib
 import io
 import json
+import re
 import subprocess
+import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -33,37 +42,58 @@ def checkout(place):
         yield Path(folder)
 
 
-def images_per_second(place, run_dir, options, flags):
-    """Trains with the package in `place` and returns images/s."""
-    recipe = [f"--flagfile={measure.ROOT}/configs/vgg_cifar10.flags", "--eval_every_epochs=0", "--save_every_steps=0"]
-    own = [f"--data_dir={options.data_dir}", f"--run_dir={run_dir}", f"--steps={options.steps}"]
-    command = [*measure.mpirun(options.ranks), *measure.TRAINER, "train", *recipe, *own, *flags]
-    measure.output_of(command, env={"PYTHONPATH": str(place)}, cwd=run_dir.parent)
-    return json.loads((run_dir / "result.json").read_text())["fps"]
+def run(place, options):
+    """Runs what is to be compared with the package in `place`; returns {name: number}."""
+    environment = {"PYTHONPATH": str(place)}
+    if options.what != "train":
+        command = [sys.executable, place / "benchmarks" / f"{options.what}.py", *options.words]
+        return figures(measure.output_of(command, env=environment))
+    with tempfile.TemporaryDirectory() as run_dir:
+        recipe = (
+            f"--flagfile={measure.ROOT}/configs/vgg_cifar10.flags --eval_every_epochs=0 --save_every_steps=0 --steps=120"
+        )
+        train = [*measure.mpirun(options.ranks), *measure.TRAINER, "train", *recipe.split(), *options.words]
+        measure.output_of([*train, f"--run_dir={run_dir}"], env=environment)
+        return {"images/s": json.loads((Path(run_dir) / "result.json").read_text())["fps"]}
+
+
+def figures(printed):
+    """Returns {"row, column": number} of a benchmark's tables, and of the lines that loop.py printed up to 42164a1."""
+    found, head, size = {}, [], ""
+    for line in printed.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if cells and not head:
+            head = cells
+        numbers = [re.match(r"[\d.]+", cell) for cell in cells]
+        found.update({f"{cells[0]}, {name}": float(number[0]) for name, number in zip(head, numbers) if number})
+        size = line[:-1] if re.fullmatch(r"\S+:", line) else size
+        way = re.match(r" *(trainer|bare) +ms an update: ", line)
+        parts = re.findall(r"(\w+) ([\d.]+) \(", line) if way else []
+        found.update({f"{size}, {way[1]}, {part}": float(number) for part, number in parts})
+    return found
 
 
 def main():
     """Runs the rounds and prints the table."""
-    parser = measure.command_line(__doc__, rounds=5)
+    parser = measure.command_line(__doc__, rounds=5, ranks=2)
     parser.add_argument("--before", required=True, help="the other checkout: a commit, or a directory")
-    parser.add_argument("--data_dir", type=Path, required=True, help="TFRecords of ten classes, 32 by 32 pixels")
-    parser.add_argument("--ranks", type=measure.positive, default=2)
-    parser.add_argument("--steps", type=measure.positive, default=120, help="updates of a training")
-    options, flags = parser.parse_known_args()
-    options.data_dir = options.data_dir.resolve()
-    rates = {"before": [], "after": []}
-    with checkout(options.before) as before, tempfile.TemporaryDirectory() as folder:
+    parser.add_argument("what", choices=("train", "loop", "input"))
+    parser.add_argument("words", nargs=argparse.REMAINDER, help="its options, the same for both")
+    options = parser.parse_args()
+    found, rows = {"before": [], "after": []}, []
+    with checkout(options.before) as before:
         places = [("before", before), ("after", measure.ROOT)]
         for number in range(options.rounds):
             for name, place in places[:: 1 if number % 2 else -1]:
-                rates[name].append(images_per_second(place, Path(folder) / f"{name}-{number}", options, flags))
-                print(f"round {number + 1}: {name} {rates[name][-1]:.1f} images/s", flush=True)
-    title = f"{options.rounds} rounds of {options.steps} updates on {options.ranks} ranks"
-    rows = [
-        (name, measure.spread(own, ".1f"), measure.spread(measure.ratios(own, rates["before"]), ".3f"))
-        for name, own in rates.items()
-    ]
-    measure.print_table(title, ("checkout", "images/s", "relative to before"), rows)
+                found[name].append(run(place, options))
+                print(f"round {number + 1}: {name}: {found[name][-1]}", flush=True)
+    for figure in found["after"][0]:
+        if figure in found["before"][0]:
+            before, after = ([each[figure] for each in found[name]] for name in ("before", "after"))
+            cells = measure.spread(before, ".4g"), measure.spread(after, ".4g")
+            rows.append((figure, *cells, measure.spread(measure.ratios(after, before), ".3f")))
+    title = f"{options.what} {' '.join(options.words)}: {options.rounds} rounds, before: {options.before}"
+    measure.print_table(title, ("figure", "before", "after", "after / before"), rows)
 
 
 if __name__ == "__main__":

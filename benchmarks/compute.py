@@ -13,18 +13,14 @@
 
 Every turn is a process of its own, which may use every core; ways take turns, --rounds times, so that what disturbs the
 machine disturbs all of them. A way that has not one of --precisions is left out in it, and a turn that computed in another
-ends the benchmark. What other processes and the hypervisor took of the CPU in a turn is measured, and a turn in which it was
-more than --calm is not counted; some is harmless, for a process that starts leaves cores idle. A turn makes --warmup updates
-that are not counted (tracing, first touch of memory) and then --updates that are. --legacy_python is a Python with
-TensorFlow, Horovod and Keras 2 (from TensorFlow 2.16 on: tf_keras), which the two scripts need. The scripts are run as they
-are, and only at 224 pixels.
+ends the benchmark. A turn makes --warmup updates that are not counted (tracing, first touch of memory) and then --updates
+that are. Ratios are of one round. --legacy_python is a Python with TensorFlow, Horovod and Keras 2 (from TensorFlow 2.16 on:
+tf_keras), which the two scripts need. The scripts are run as they are, and only at 224 pixels.
 """
 
-import argparse
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import time
@@ -61,7 +57,7 @@ def ours(precision, options):
     config = TrainConfig(
         global_batch=batch, device_batch=batch, image_size=size, weight_decay=WEIGHT_DECAY, precision=precision
     )
-    device, factored = start(), [choice.layer for choice in cost.choose(config, 1) if choice.method == "factored"]
+    device, factored = start(), cost.factored_layers(config, 1)
     step = make_train_step(*initial_state(config), config, device.data_format, factored)
     random = np.random.default_rng(0)
     inputs = (
@@ -69,9 +65,11 @@ def ours(precision, options):
         tf.constant(random.integers(0, CLASSES, batch), tf.int32),
         *step_inputs(config, 0, 0, RATE),
     )
-    convolutions = (op for op in step.get_concrete_function(*inputs).graph.get_operations() if op.type == "Conv2D")
-    (computed,) = {op.outputs[0].dtype.name for op in convolutions}
-    return timed(lambda: float(step(*inputs).gradient_norm), options), computed
+    rate = timed(lambda: float(step(*inputs).gradient_norm), options)
+    graph = tf.function(step).get_concrete_function(*inputs).graph.as_graph_def()
+    nodes = (node for function in graph.library.function for node in function.node_def)
+    (computed,) = {tf.DType(node.attr["T"].type).name for node in nodes if node.op == "Conv2D"}
+    return rate, computed
 
 
 def keras(precision, options):
@@ -80,13 +78,7 @@ def keras(precision, options):
     import tensorflow as tf
 
     ends = []
-
-    class Clock(keras.callbacks.Callback):
-        """Notes the time of each batch's end."""
-
-        def on_train_batch_end(self, batch, logs=None):
-            ends.append(time.perf_counter())
-
+    clock = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: ends.append(time.perf_counter()))
     keras.mixed_precision.set_global_policy({"float32": "float32", "bfloat16": "mixed_bfloat16"}[precision])
     shape = [options.size, options.size, 3]
     model = keras.applications.VGG16(weights=None, input_shape=shape, classes=CLASSES)
@@ -94,28 +86,17 @@ def keras(precision, options):
     model.compile(sgd, "sparse_categorical_crossentropy", jit_compile=False)
     labels = tf.random.uniform([options.batch], 0, CLASSES, tf.int32)
     data = tf.data.Dataset.from_tensors((tf.random.normal([options.batch, *shape]), labels)).repeat()
-    model.fit(data, steps_per_epoch=options.warmup + options.updates, verbose=0, callbacks=[Clock()])
+    model.fit(data, steps_per_epoch=options.warmup + options.updates, verbose=0, callbacks=[clock])
     return options.batch * options.updates / (ends[-1] - ends[options.warmup - 1]), model.layers[1].compute_dtype
 
 
 def tf_cnn(precision, options):
     """Returns images/s as tf_cnn_benchmarks prints them; its momentum is Nesterov's."""
-    flags = {
-        "model": "vgg16",
-        "device": "cpu",
-        "data_format": "NHWC",
-        "use_fp16": False,
-        "batch_size": options.batch,
-        "num_warmup_batches": options.warmup,
-        "num_batches": options.updates,
-        "optimizer": "momentum",
-        "weight_decay": WEIGHT_DECAY,
-        "init_learning_rate": RATE,
-    }
-    script = Path(options.tf_cnn_benchmarks, "tf_cnn_benchmarks.py")
-    command = [sys.executable, script, *(f"--{name}={value}" for name, value in flags.items())]
-    found = re.search(r"total images/sec: ([\d.]+)", measure.output_of(command))
-    return float(found.group(1)), "float32"
+    flags = ["--model=vgg16", "--device=cpu", "--data_format=NHWC", "--nouse_fp16", "--optimizer=momentum"]
+    flags += [f"--weight_decay={WEIGHT_DECAY}", f"--init_learning_rate={RATE}", f"--batch_size={options.batch}"]
+    flags += [f"--num_warmup_batches={options.warmup}", f"--num_batches={options.updates}"]
+    printed = measure.output_of([sys.executable, Path(options.tf_cnn_benchmarks, "tf_cnn_benchmarks.py"), *flags])
+    return float(re.search(r"total images/sec: ([\d.]+)", printed)[1]), "float32"
 
 
 def horovod(precision, options):
@@ -137,11 +118,9 @@ def torch(precision, options):
 
     torch.set_num_threads(os.cpu_count())
     parts, inputs = [], 3
-    for count, outputs in ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512)):
-        for _ in range(count):
-            parts += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(True)]
-            inputs = outputs
-        parts.append(nn.MaxPool2d(2))
+    for outputs in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
+        parts += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(True)] if outputs else [nn.MaxPool2d(2)]
+        inputs = outputs or inputs
     parts += [nn.Flatten(), nn.Linear((options.size // 32) ** 2 * 512, 4096), nn.ReLU(True), nn.Dropout()]
     parts += [nn.Linear(4096, 4096), nn.ReLU(True), nn.Dropout(), nn.Linear(4096, CLASSES)]
     model = nn.Sequential(*parts).to(memory_format=torch.channels_last)
@@ -188,51 +167,40 @@ WAYS = {
 
 
 def chosen(options):
-    """Returns the ways and precisions that take turns, and prints which are left out."""
-    found = []
+    """Yields the ways and precisions that take turns, and prints which are left out."""
     for way in options.ways:
         _, precisions, needs = WAYS[way]
-        missing = [f"--{name}" for name in needs if not getattr(options, name)]
-        if missing:
-            print(f"{way}: without {' and '.join(missing)}: left out")
-            continue
+        missing = [f"without --{name}" for name in needs if not getattr(options, name)]
+        missing += ["only at 224 pixels"] * (way in ("tf_cnn", "horovod") and options.size != 224)
         for precision in options.precisions:
-            if precision in precisions:
-                found.append((way, precision))
+            reasons = missing + [f"no {precision}"] * (precision not in precisions)
+            if reasons:
+                print(f"{way}, {precision}: {', '.join(reasons)}: left out")
             else:
-                print(f"{way} has no {precision}: left out")
-    return found
-
-
-def others():
-    """Returns the CPU seconds that were taken from this script and its processes since the machine started, and all."""
-    numbers = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-    counted = [int(number) / os.sysconf("SC_CLK_TCK") for number in numbers]
-    idle = counted[3] + counted[4]
-    return sum(counted) - idle - sum(os.times()[:4]), sum(counted)
+                yield way, precision
 
 
 def run_turn(way, precision, options):
     """Makes one turn in its own process; returns what it found."""
-    needs = WAYS[way][2]
-    python = getattr(options, needs[-1]) if needs else sys.executable
-    environment = {"CUDA_VISIBLE_DEVICES": "-1"}
+    needs, environment = WAYS[way][2], {"CUDA_VISIBLE_DEVICES": "-1"}
     if way == "horovod":  # one rank without a launcher
         environment.update(HOROVOD_CONTROLLER="gloo", HOROVOD_CPU_OPERATIONS="gloo")
     if "legacy_python" in needs:
         environment["TF_USE_LEGACY_KERAS"] = "1"
-    command = [python, __file__, "--worker", way, precision, json.dumps(vars(options))]
-    worker = measure.start(command, env=environment, stdout=subprocess.PIPE)
-    printed, _ = worker.communicate()
-    if worker.returncode:
-        measure.refuse(f"{way} {precision} failed, as said above\n{printed}", 1)
-    return json.loads(printed.splitlines()[-1])
+    python = getattr(options, needs[-1]) if needs else sys.executable
+    command = measure.worker(options, python, way=way, precision=precision)
+    process = measure.start(command, env=environment, stdout=subprocess.PIPE)
+    printed, _ = process.communicate()
+    turn = json.loads(printed.splitlines()[-1]) if process.returncode == 0 else {}
+    if turn.get("computed", precision) != precision or not turn:
+        measure.refuse(f"{way}, {precision}: failed, or computed in another precision: {printed}", 1)
+    return turn
 
 
-def work(way, precision, options):
+def work(options):
     """One turn: prints its rate, the type it computed in, and its software."""
     try:
-        rate, computed = WAYS[way][0](precision, options)
+        rate, computed = WAYS[options.way][0](options.precision, options)
     except ImportError as error:
         print(json.dumps({"missing": str(error)}))
         return
@@ -242,73 +210,39 @@ def work(way, precision, options):
 
 def main():
     """Lets the ways take turns and prints the table."""
-    parser = measure.command_line(__doc__, rounds=3)
-    parser.add_argument("--batch", type=measure.positive, default=8)
-    parser.add_argument("--size", type=measure.positive, default=224, help="pixels of the images")
-    parser.add_argument("--warmup", type=measure.positive, default=2, help="updates of a turn that are not counted")
-    parser.add_argument("--updates", type=measure.positive, default=4, help="updates of a turn that are")
-    precisions = WAYS["ours"][1]
-    parser.add_argument("--precisions", type=measure.some_of(precisions), default="float32,bfloat16")
+    parser = measure.command_line(__doc__, rounds=3, batch=8, size=224, warmup=2, updates=4)
+    parser.add_argument("--precisions", type=measure.some_of(WAYS["ours"][1]), default="float32,bfloat16")
     parser.add_argument("--ways", type=measure.some_of(WAYS), default=",".join(WAYS), help="only these")
     parser.add_argument("--tf_cnn_benchmarks", help="the directory of tf_cnn_benchmarks.py")
     parser.add_argument("--horovod_examples", help="the directory of tensorflow2_synthetic_benchmark.py")
     parser.add_argument("--legacy_python", help="a Python with TensorFlow, Horovod and Keras 2, for these two")
     parser.add_argument("--torch_python", help="a Python with PyTorch")
     parser.add_argument("--matmul_side", type=measure.positive, default=4096, help="rows of the largest matrix")
-    parser.add_argument("--calm", type=float, default=0.3, help="most of the CPU that others may take in a counted turn")
     options = parser.parse_args()
-    if options.size != 224:
-        options.ways = [way for way in options.ways if way not in ("tf_cnn", "horovod")]
-    rates, left_out, missing = {pair: [] for pair in chosen(options)}, 0, set()
-    for number in range(options.rounds):
-        for way, precision in rates:
-            if way in missing:
-                continue
-            used = others()
-            turn = run_turn(way, precision, options)
-            taken = [after - before for before, after in zip(used, others())]
-            if "missing" in turn:
-                print(f"{way}: not installed ({turn['missing']}): left out")
-                missing.add(way)
-                continue
-            if turn["computed"] != precision:
-                measure.refuse(f"{way} computed in {turn['computed']} instead of {precision}", 1)
-            share = taken[0] / taken[1]
-            print(
-                f"round {number + 1}: {way} {precision} {turn['rate']:.2f}, others {share:.0%}; {turn['software']}",
-                flush=True,
-            )
-            # The machine's rate is the best of many short runs, which a disturbed turn has too.
-            calm = share <= options.calm or way == "matmul"
-            left_out += not calm
-            if calm:
-                rates[way, precision].append(turn["rate"])
-    report({pair: found for pair, found in rates.items() if found}, options)
-    print(f"\n{left_out} turns left out: others took more than {options.calm:.0%} of the CPU")
-
-
-def report(rates, options):
-    """Prints the table; ratios are of medians, for turns of a round may have been left out."""
     from hvd_vgg.models.architecture import training_flops, vgg_layers
 
+    rates, rows = {pair: [] for pair in chosen(options)}, []
+    for number in range(options.rounds):
+        for pair in list(rates):
+            turn = run_turn(*pair, options)
+            if "missing" in turn:
+                print(f"{', '.join(pair)}: not installed ({turn['missing']}): left out")
+                del rates[pair]
+                continue
+            rates[pair].append(turn["rate"])
+            print(f"round {number + 1}: {', '.join(pair)}: {turn['rate']:.2f}; {turn['software']}", flush=True)
     gflop = training_flops(vgg_layers("vgg16", 1.0, options.size, CLASSES), options.size) / 1e9
-    medians = {pair: statistics.median(found) for pair, found in rates.items()}
-    base, rows = medians.get(("ours", "float32")), []
-    for (way, precision), found in rates.items():
-        rate, machine = measure.spread(found), medians.get(("matmul", precision))
-        if way == "matmul":
-            rows.append((f"{way}, {precision}", len(found), f"{measure.spread(found, '.0f')} GFLOP/s", "-", "-"))
-            continue
-        ratio = measure.spread([each / base for each in found]) if base else "-"
-        share = f"{medians[way, precision] * gflop / machine:.0%}" if machine else "-"
-        rows.append((f"{way}, {precision}", len(found), rate, ratio, share))
-    title = f"VGG16 at {options.size} pixels, batch {options.batch}, {gflop:.2f} GFLOP an image, {options.updates} updates"
-    head = ("way", "turns", "images/s", "relative to ours in float32", "of matmul")
-    measure.print_table(title, head, rows)
+    for (way, precision), own in rates.items():
+        per_image, unit = (1, " GFLOP/s") if way == "matmul" else (gflop, "")
+        of_matmul = measure.ratios([rate * per_image for rate in own], rates.get(("matmul", precision)))
+        of_ours = [] if way == "matmul" else measure.ratios(own, rates.get(("ours", "float32")))
+        rows.append((way, precision, measure.spread(own) + unit, measure.spread(of_ours), measure.spread(of_matmul, ".0%")))
+    title = (
+        f"VGG16 at {options.size} pixels, {gflop:.2f} GFLOP an image, {options.rounds} rounds of {options.updates} updates "
+    )
+    head = ("way", "precision", "images/s", "relative to ours in float32", "of matmul's rate")
+    measure.print_table(f"{title}of {options.batch} images", head, rows)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        work(*sys.argv[2:4], argparse.Namespace(**json.loads(sys.argv[4])))
-    else:
-        measure.run(main)
+    measure.run(main, work)

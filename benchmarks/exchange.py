@@ -27,7 +27,6 @@ import contextlib
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -40,14 +39,11 @@ WAYS = ("local", "horovod", "allreduce", "factored", "factored16")
 
 def main():
     """Makes the hosts, searches if asked, runs the job in them and prints the table."""
-    parser = measure.command_line(__doc__, rounds=3)
+    parser = measure.command_line(__doc__, rounds=3, images=1, size=224, steps=2)
     parser.add_argument("--hosts", type=measure.positive, default=2)
     parser.add_argument("--mbit", type=float, default=300.0, help="rate of a host's link, each way")
-    parser.add_argument("--images", type=measure.positive, default=1, help="per rank")
     parser.add_argument("--device_batch", type=measure.positive, default=8)
-    parser.add_argument("--size", type=measure.positive, default=224, help="pixels of the images")
     parser.add_argument("--width", type=float, default=1.0, help="multiplier on the width of every layer")
-    parser.add_argument("--steps", type=measure.positive, default=2, help="updates in a turn")
     parser.add_argument("--ways", type=measure.some_of(WAYS), default=",".join(WAYS), help="these beside local")
     parser.add_argument("--efficiency", type=float, help="search for the images at which horovod has it, such as 0.68")
     parser.add_argument("--shared", action="store_true", help="--hosts ranks on this host, through its memory")
@@ -61,10 +57,8 @@ def main():
         measure.refuse(f"needs {missing(('ip', 'tc'))}, or --shared")
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         options.out = f"{folder}/result.json"
-        if options.shared:
-            launcher = measure.mpirun(options.hosts)
-        else:
-            launcher = stack.enter_context(Hosts(options.hosts, Path(folder), options.mbit)).mpirun()
+        hosts = None if options.shared else stack.enter_context(Hosts(options.hosts, Path(folder), options.mbit))
+        launcher = hosts.mpirun() if hosts else measure.mpirun(options.hosts)
         if options.efficiency:
             options.images = options.device_batch = search(options, launcher)
         report(options, **run_job(options, launcher))
@@ -75,7 +69,7 @@ def run_job(options, launcher):
     if options.images > options.device_batch and "horovod" in options.ways:
         options.ways.remove("horovod")
         print(f"horovod: --images={options.images} is above --device_batch={options.device_batch}: left out")
-    job = measure.start([*launcher, sys.executable, __file__, "--worker", json.dumps(vars(options))])
+    job = measure.start([*launcher, *measure.worker(options)])
     if job.wait():
         measure.refuse(f"the job ended with {job.returncode}, as said above", 1)
     return json.loads(Path(options.out).read_text())
@@ -105,14 +99,10 @@ def config_of(options, way="local"):
     """Returns the configuration of a way."""
     from hvd_vgg.config import TrainConfig
 
-    return TrainConfig(
-        global_batch=options.images * options.hosts,
-        device_batch=options.device_batch,
-        image_size=options.size,
-        width=options.width,
-        exchange="factored" if way.startswith("factored") else "allreduce",
-        wire_dtype="float16" if way == "factored16" else "float32",
-    )
+    shape = {"image_size": options.size, "width": options.width, "device_batch": options.device_batch}
+    exchange = "factored" if way.startswith("factored") else "allreduce"
+    wire_dtype = "float16" if way == "factored16" else "float32"
+    return TrainConfig(global_batch=options.images * options.hosts, **shape, exchange=exchange, wire_dtype=wire_dtype)
 
 
 def make_step(way, weights, slots, options):
@@ -136,10 +126,8 @@ def make_step(way, weights, slots, options):
     def mean_gradients(images, labels, position, keys):
         masks = draw_dropout_masks(weights, config, images, position, keys)
         with tf.GradientTape() as tape:
-            normalized = vgg.normalized(images)
-            logits = vgg.logits(
-                weights, "vgg16", normalized, "NHWC", lambda x, n: apply_dropout(x, masks[n], config.dropout)
-            )
+            dropout = lambda x, layer: apply_dropout(x, masks[layer], config.dropout)  # noqa: E731
+            logits = vgg.logits(weights, "vgg16", vgg.normalized(images), "NHWC", dropout)
             loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
         return hvd.DistributedGradientTape(tape).gradient(loss, list(weights.values()))
 
@@ -158,10 +146,8 @@ def work(options):
     import numpy as np
     import tensorflow as tf
 
-    from hvd_vgg.models import vgg
-    from hvd_vgg.models.architecture import vgg_layers
     from hvd_vgg.parallel import comm, init
-    from hvd_vgg.training.optimizer import make_slots
+    from hvd_vgg.training.state import initial_state
     from hvd_vgg.training.train_step import step_inputs
 
     init.join()
@@ -176,9 +162,8 @@ def work(options):
     )
     counter = Path("/dev/null" if options.shared else "/sys/class/net/eth0/statistics/tx_bytes")
     found = {"mbit": 0 if options.shared else measure_link(options), "seconds": {}, "sent": {}}
-    weights = vgg.initial_weights(vgg_layers("vgg16", options.width, options.size, 1000), 1)
-    slots = make_slots(weights)
-    steps = {way: make_step(way, weights, slots, options) for way in options.ways}
+    state = initial_state(config_of(options))
+    steps = {way: make_step(way, *state, options) for way in options.ways}
     for turn in range(-1, options.rounds):  # the first traces and is not counted
         for way, step in steps.items():
             comm.barrier()
@@ -227,15 +212,10 @@ def report(options, seconds, sent, mbit):
         efficiency = measure.spread(measure.ratios(seconds["local"], own), ".1%")
         rows.append((way, megabytes, share, measure.spread(own), efficiency, predicted))
     place = f"hosts, {options.mbit:g} Mbit/s ({mbit:.0f} when busy both ways)" if mbit else "ranks of one host"
-    title = (
-        f"VGG16, {options.hosts} {place}, {options.images} images a rank, {options.rounds} rounds of {options.steps} updates"
-    )
+    title = f"VGG16, {options.hosts} {place}, {options.images} images a rank"
     head = ("way", "MB sent by a rank", "of the plan's", "seconds of an update", "efficiency", "plan, seconds")
-    measure.print_table(title, head, rows)
+    measure.print_table(f"{title}, {options.rounds} rounds of {options.steps} updates", head, rows)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        work(argparse.Namespace(**json.loads(sys.argv[2])))
-    else:
-        measure.run(main)
+    measure.run(main, work)

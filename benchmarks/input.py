@@ -1,7 +1,7 @@
 """Images a second that one core decodes: this package's pipelines beside others, on any directory of ImageNet's TFRecords.
 
     python benchmarks/input.py --data_dir=DIR [--tf_cnn_benchmarks=DIR [--peer_python=FILE]] [--rounds=9] [--images=512]
-        [--size=224] [--core=0] [--ways=decode,train,...] [--before=COMMIT_OR_DIR]
+        [--size=224] [--core=0] [--ways=decode,train,...]
 
 Each way runs in a process of its own, pinned to one core (or to those of --core) with one thread to decode. The ways take
 turns, round by round, so that whatever disturbs the machine disturbs all of them. A ratio is of one round's times per image,
@@ -14,23 +14,17 @@ to decode-and-crop alone of the same images with the same windows in that round.
     tf_cnn        tf_cnn_benchmarks' own preprocessing.py (RecordInputImagePreprocessor, no colour distortion, decoding fused
                   with cropping), from the directory scripts/tf_cnn_benchmarks of github.com/tensorflow/benchmarks; float32
     tf_data       a plain tf.data pipeline as in TensorFlow's ImageNet examples; float32
-    pillow        a PyTorch-style loader: Pillow decodes, crops (RandomResizedCrop), resizes and flips, as uint8; torch's
-                  DataLoader without workers if torch is installed, else a plain loop
+    pillow        a PyTorch-style loader, as its DataLoader without workers does it: Pillow decodes, crops
+                  (RandomResizedCrop), resizes and flips, as uint8
     trainer       only if --ways names it: `hvd-vgg train` on the same images, of a network too small to matter (VGG11 at
                   width 0.02), started anew each round; images/s are those of its result.json, beside those of `train`
-
-With --before, `train` and `evaluate` of another checkout of this package take turns with the others, by that checkout's own
-input.py; a table of their ratios, after / before, follows.
 
 Beside wall time stands the processor time of all threads of the process, which other load on the core disturbs less.
 The pipelines of this package are timed from their start to their end over a stretch of the stream, nothing made before. The
 others are timed in the middle of theirs, after as many batches as they may have made ahead.
 """
 
-import argparse
-import contextlib
 import json
-import math
 import os
 import subprocess
 import sys
@@ -39,7 +33,6 @@ import time
 from pathlib import Path
 
 import measure
-from checkouts import checkout
 
 BATCH, SEED = 32, 1
 DRAINED = 8  # batches taken untimed before a round from a pipeline that has worked ahead in the meantime
@@ -159,16 +152,9 @@ def tf_cnn(options):
         def tf_record_pattern(self, subset):
             return str(Path(options.data_dir) / f"{subset}-*-of-*")
 
-    maker = preprocessing.RecordInputImagePreprocessor(
-        BATCH,
-        [[BATCH, options.size, options.size, 3], [BATCH]],
-        num_splits=1,
-        dtype=tf.float32,
-        train=True,
-        distortions=False,
-        resize_method="bilinear",
-        fuse_decode_and_crop=True,
-    )
+    shapes = [[BATCH, options.size, options.size, 3], [BATCH]]
+    settings = {"distortions": False, "resize_method": "bilinear", "fuse_decode_and_crop": True}
+    maker = preprocessing.RecordInputImagePreprocessor(BATCH, shapes, 1, dtype=tf.float32, train=True, **settings)
     return in_the_middle(one_thread(maker.create_dataset(BATCH, 1, BATCH, Dataset(), "train", True, False)), options)
 
 
@@ -176,23 +162,14 @@ def tf_data(options):
     """Returns the rounds of tf.data as in TensorFlow's ImageNet examples: float32, mean subtracted."""
     import tensorflow as tf
 
-    features = {
-        "image/encoded": tf.io.FixedLenFeature([], tf.string),
-        "image/class/label": tf.io.FixedLenFeature([], tf.int64),
-    }
+    types = {"image/encoded": tf.string, "image/class/label": tf.int64}
+    features = {name: tf.io.FixedLenFeature([], kind) for name, kind in types.items()}
 
     def parse(serialized):
         parsed = tf.io.parse_single_example(serialized, features)
         encoded = parsed["image/encoded"]
-        begin, size, _ = tf.image.sample_distorted_bounding_box(
-            tf.io.extract_jpeg_shape(encoded),
-            bounding_boxes=tf.zeros([1, 0, 4]),
-            min_object_covered=0.1,
-            aspect_ratio_range=[3 / 4, 4 / 3],
-            area_range=[0.08, 1.0],
-            max_attempts=10,
-            use_image_if_no_bounding_boxes=True,
-        )
+        shape, boxes, ranges = tf.io.extract_jpeg_shape(encoded), tf.zeros([1, 0, 4]), ([3 / 4, 4 / 3], [0.08, 1.0])
+        begin, size, _ = tf.image.sample_distorted_bounding_box(shape, boxes, 0, 0.1, *ranges, 10, True)
         window = tf.stack([begin[0], begin[1], size[0], size[1]])
         image = tf.io.decode_and_crop_jpeg(encoded, window, channels=3)
         image = tf.image.resize(image, [options.size, options.size])
@@ -218,37 +195,21 @@ def pillow(options):
 
     index, draw = load(options), random.Random(SEED)  # noqa: S311
 
-    class Records:
-        """An image and its label by number, as a map-style data set of PyTorch."""
+    def example(record):
+        encoded, label = parse_example(index, record, read_record(index, record))
+        image = Image.open(io.BytesIO(encoded)).convert("RGB")
+        top, left, height, width = random_window(image.height, image.width, [draw.random() for _ in range(30)])
+        image = image.crop((left, top, left + width, top + height)).resize((options.size, options.size), Image.BILINEAR)
+        if draw.random() < 0.5:
+            image = image.transpose(Image.FLIP_LEFT_RIGHT)
+        return np.asarray(image), label
 
-        def __len__(self):
-            return int(index.records)
-
-        def __getitem__(self, record):
-            encoded, label = parse_example(index, record, read_record(index, record))
-            image = Image.open(io.BytesIO(encoded)).convert("RGB")
-            top, left, height, width = random_window(image.height, image.width, [draw.random() for _ in range(30)])
-            image = image.crop((left, top, left + width, top + height)).resize((options.size, options.size), Image.BILINEAR)
-            if draw.random() < 0.5:
-                image = image.transpose(Image.FLIP_LEFT_RIGHT)
-            return np.asarray(image), label
-
-    def plain():
-        data = Records()
+    def batches():
         while True:
-            chosen = [data[draw.randrange(len(data))] for _ in range(BATCH)]
+            chosen = [example(draw.randrange(index.records)) for _ in range(BATCH)]
             yield np.stack([image for image, _ in chosen]), np.array([label for _, label in chosen])
 
-    def with_torch():
-        torch.set_num_threads(1)
-        while True:
-            yield from torch.utils.data.DataLoader(Records(), BATCH, shuffle=True, drop_last=True)
-
-    try:
-        import torch
-    except ImportError:
-        return in_the_middle(plain(), options)
-    return in_the_middle(with_torch(), options)
+    return in_the_middle(batches(), options)
 
 
 def trainer(options):
@@ -256,24 +217,12 @@ def trainer(options):
 
     def once():
         with tempfile.TemporaryDirectory() as folder:
-            flags = {
-                "data_dir": options.data_dir,
-                "run_dir": folder,
-                "model": "vgg11",
-                "width": 0.02,
-                "image_size": options.size,
-                "augment": "crop",
-                "global_batch": BATCH,
-                "device_batch": BATCH,
-                "steps": options.images // BATCH,
-                "eval_every_epochs": 0,
-                "save_every_steps": 0,
-                "lr": 0.001,
-                "input_threads": 1,
-            }
-            command = [*measure.TRAINER, "train", *(f"--{name}={value}" for name, value in flags.items())]
+            flags = f"--global_batch={BATCH} --device_batch={BATCH} --steps={options.images // BATCH} --augment=crop "
+            flags += f"--image_size={options.size} --model=vgg11 --width=0.02 --eval_every_epochs=0 --save_every_steps=0"
+            place = [f"--data_dir={options.data_dir}", f"--run_dir={folder}", "--lr=0.001", "--input_threads=1"]
+            command = [*measure.TRAINER, "train", *flags.split(), *place]
             subprocess.run(command, check=True, stdout=sys.stderr)
-            return 1 / json.loads((Path(folder) / "result.json").read_text())["fps"], math.nan
+            return (1 / json.loads((Path(folder) / "result.json").read_text())["fps"],)
 
     return once
 
@@ -291,12 +240,8 @@ WAYS = {
 
 
 def work(options):
-    """One way, in a process of its own: a line of its software, then for each line of stdin a round's seconds an image.
-
-    Other checkouts' drivers start it too (--before): its options, its lines and their order stay.
-    """
-    way = options.worker
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    """One way, in a process of its own: a line of its software, then for each line of stdin a round's seconds an image."""
+    way, answers = options.way, os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a peer prints
     os.sched_setaffinity(0, options.core)  # before any thread is made
     try:
@@ -316,100 +261,66 @@ def work(options):
         print(*once(), file=answers)
 
 
-def start(way, options, place):
-    """Returns the worker of a way of the checkout `place`."""
-    words = {name: getattr(options, name) for name in ("data_dir", "images", "size", "tf_cnn_benchmarks")}
-    words.update(worker=way, core=",".join(map(str, options.core)))
+def start(way, options):
+    """Returns the worker of a way, or None where it could not be started."""
     python = options.peer_python if way == "tf_cnn" else sys.executable
-    command = [python, place / "benchmarks" / "input.py", *(f"--{name}={value}" for name, value in words.items())]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 1}
-    return measure.start(command, env={"PYTHONPATH": str(place)}, **pipes)
-
-
-def ready(name, worker):
-    """Says whether a worker has started, and prints what it runs on; ends the benchmark where one of ours has not."""
+    worker = measure.start(
+        measure.worker(options, python, way=way), stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1
+    )
     line = worker.stdout.readline().strip()
-    if not line and name.split()[0] in OURS:
-        measure.refuse(f"{name} could not be started, as said above", 1)
+    if not line and way in OURS:
+        measure.refuse(f"{way} could not be started, as said above", 1)
     left_out = not line or line.startswith("not installed")
-    print(f"{name}: {line or 'could not be started'}{': left out' * left_out}", flush=True)
-    return not left_out
-
-
-def drive(options):
-    """Starts the ways, lets them take turns and prints the tables."""
-    from hvd_vgg.data.index import find_shards
-
-    find_shards(options.data_dir, "train")  # raises a Failure
-    with contextlib.ExitStack() as stack:
-        if "tf_cnn" in options.ways and not options.tf_cnn_benchmarks:
-            options.ways.remove("tf_cnn")
-            print("tf_cnn: --tf_cnn_benchmarks was not given: left out")
-        workers = {way: start(way, options, measure.ROOT) for way in options.ways}
-        if options.before:
-            before = stack.enter_context(checkout(options.before))
-            for way in {"train", "evaluate"} & set(options.ways):
-                workers[f"{way} before"] = start(way, options, before)
-        seconds = {name: [] for name, worker in workers.items() if ready(name, worker)}
-        for _ in range(options.rounds):
-            for name, own in seconds.items():
-                time.sleep(IDLE_SECONDS)
-                print("go", file=workers[name].stdin, flush=True)
-                answer = workers[name].stdout.readline().split()
-                if not answer:
-                    measure.refuse(f"{name} ended in a round", 1)
-                own.append([float(value) for value in answer])
-    report(seconds, options)
-
-
-def report(seconds, options):
-    """Prints the tables."""
-    wall = {name: [own[0] for own in rounds] for name, rounds in seconds.items()}
-    processor = {name: [own[1] for own in rounds if own[1] == own[1]] for name, rounds in seconds.items()}
-    rows = []
-    for name in seconds:
-        base = BASES.get(name.split()[0], "decode")
-        row = [name, measure.spread([1 / each for each in wall[name]], ".0f")]
-        row.append(measure.spread(measure.ratios(wall[name], wall.get(base))))
-        row.append(measure.spread([1000 * each for each in processor[name]], ".3f"))
-        rows.append([*row, measure.spread(measure.ratios(processor[name], processor.get(base)))])
-    title = f"{options.rounds} rounds of {options.images} images, 1 thread, core {','.join(map(str, options.core))}"
-    head = ("way", "images/s", "of wall time, relative to decode-and-crop alone", "ms of processor time", "relative")
-    measure.print_table(title, head, rows)
-    pairs = [("trainer", "train"), *((name.split()[0], name) for name in seconds if name.endswith(" before"))]
-    rows = [
-        (f"{own} / {other}", *(measure.spread(measure.ratios(kind[other], kind[own]), ".3f") for kind in (wall, processor)))
-        for own, other in pairs
-        if {own, other} <= set(seconds)
-    ]
-    if rows:
-        measure.print_table("Of one round", ("ratio of", "images/s", "images a second of processor time"), rows)
+    print(f"{way}: {line or 'could not be started'}{': left out' * left_out}", flush=True)
+    return None if left_out else worker
 
 
 def main():
-    """Drives, or is one way."""
+    """Starts the ways, lets them take turns and prints the table."""
     here = sorted(os.sched_getaffinity(0))
-    parser = measure.command_line(__doc__, rounds=9)
+    parser = measure.command_line(__doc__, rounds=9, images=512, size=224)
     parser.add_argument("--data_dir", required=True, help="TFRecords train-?????-of-?????, of JPEG")
-    parser.add_argument("--tf_cnn_benchmarks", default="", help="its directory; without it that way is left out")
+    parser.add_argument("--tf_cnn_benchmarks", help="its directory; without it that way is left out")
     parser.add_argument("--peer_python", default=sys.executable, help="a Python whose TensorFlow tf_cnn_benchmarks runs on")
-    parser.add_argument("--images", type=measure.positive, default=512, help=f"a round, of each way; a multiple of {BATCH}")
     parser.add_argument("--core", type=measure.list_of(int), default=str(here[0]), help="what ways are pinned to, as 0,1")
-    parser.add_argument("--size", type=measure.positive, default=224, help="pixels of the images made")
     usual = ",".join(way for way in WAYS if way != "trainer")
     parser.add_argument("--ways", type=measure.some_of(WAYS), default=usual, help="only these")
-    parser.add_argument("--before", help="another checkout: a commit, or a directory")
-    parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.images % BATCH:
         parser.error(f"--images={options.images}: expected a multiple of {BATCH}")
     if not set(options.core) <= set(here):
         parser.error(f"--core: expected some of {','.join(map(str, here))}")
-    if options.worker:
-        work(options)
-    else:
-        measure.run(lambda: drive(options))
+    from hvd_vgg.data.index import find_shards
+
+    find_shards(options.data_dir, "train")  # raises a Failure
+    if "tf_cnn" in options.ways and not options.tf_cnn_benchmarks:
+        options.ways.remove("tf_cnn")
+        print("tf_cnn: --tf_cnn_benchmarks was not given: left out")
+    workers = {way: start(way, options) for way in options.ways}
+    wall = {way: [] for way, worker in workers.items() if worker}
+    processor = {way: [] for way in wall}
+    for _ in range(options.rounds):
+        for way in wall:
+            time.sleep(IDLE_SECONDS)
+            print("go", file=workers[way].stdin, flush=True)
+            answer = workers[way].stdout.readline().split()
+            if not answer:
+                measure.refuse(f"{way} ended in a round", 1)
+            wall[way].append(float(answer[0]))
+            processor[way] += map(float, answer[1:])
+    rows = []
+    for way, own in wall.items():
+        base = BASES.get(way, "decode")
+        row = [way, measure.spread([1 / each for each in own], ".0f"), measure.spread(measure.ratios(own, wall.get(base)))]
+        row.append(measure.spread([1000 * each for each in processor[way]], ".3f"))
+        rows.append([*row, measure.spread(measure.ratios(processor[way], processor.get(base)))])
+    title = f"{options.rounds} rounds of {options.images} images, 1 thread, core {','.join(map(str, options.core))}"
+    head = ("way", "images/s", "of wall time, relative to decode-and-crop alone", "ms of processor time", "relative")
+    measure.print_table(title, head, rows)
+    if {"trainer", "train"} <= set(wall):
+        ratio = measure.spread(measure.ratios(wall["train"], wall["trainer"]), ".3f")
+        print(f"\nimages/s of the trainer, relative to its pipeline alone: {ratio}")
 
 
 if __name__ == "__main__":
-    main()
+    measure.run(main, work)

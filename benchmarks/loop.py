@@ -12,146 +12,111 @@ turn of each is warm-up. Of an update's wall time `step` is the call of the step
 is left: what the trainer does beside. Without --data_dir pictures are drawn by `hvd-vgg make-demo-data` and removed again.
 """
 
-import argparse
-import statistics
-import subprocess
-import sys
+import contextlib
+import json
+import re
 import tempfile
 import time
-from pathlib import Path
-from typing import Dict, List
+
+import measure
 
 SIZES = {
     "vgg16-224": (3, "--model=vgg16 --image_size=224 --global_batch=8 --augment=crop --log_every_steps=6"),
     "vgg16-64": (20, "--model=vgg16 --width=0.125 --image_size=64 --global_batch=16 --augment=none"),
     "vgg11-32": (20, "--model=vgg11 --width=0.25 --image_size=32 --global_batch=128 --device_batch=128 --augment=none"),
 }
-# No learning that matters, and nothing apart from updates.
+# No learning that matters, and nothing but updates.
 COMMON = "--lr=1e-5 --lr_schedule=constant --warmup_epochs=0 --eval_every_epochs=0 --save_every_steps=0 --hang_seconds=600"
 
 
-class Through(Exception):
-    """All turns are made; the evaluation that ends a run is none of them."""
+class AllTurnsMade(Exception):
+    """The evaluation that ends a run is not measured."""
 
 
-class Turns:
-    """Turns of the trainer and of the bare loop: ms an update in all, of its step, and of waiting for its batch."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.found: Dict[str, List[Dict[str, float]]] = {"trainer": [], "bare": []}
-        self.now = {"total": 0.0, "step": 0.0, "input": 0.0}
-
-    def timed(self, what, call, *arguments):
-        """Returns `call(*arguments)` and adds its seconds to `what` of this turn."""
-        began = time.perf_counter()
-        result = call(*arguments)
-        self.now[what] += time.perf_counter() - began
-        return result
-
-    def step(self, call):
-        """Returns the step `call`, timed."""
-        return lambda *arguments: self.timed("step", call, *arguments)
-
-    def taken(self, way, make):
-        """Yields what `make()` does as a turn of `way`."""
-        self.now = {"total": 0.0, "step": 0.0, "input": 0.0}
-        began = time.perf_counter()
-        yield from make()
-        self.now["total"] = time.perf_counter() - began
-        self.found[way].append({name: 1000 * seconds / self.size for name, seconds in self.now.items()})
-
-    def some(self, batches):
-        """Yields the next batches of a turn; the wait for each is timed."""
-        for _ in range(self.size):
-            yield self.timed("input", next, batches)
-
-
-def work(rounds: int, size: int, flags: List[str]) -> None:
-    """One size: trains, with a bare loop between the trainer's turns, and prints what was found."""
+def work(options):
+    """One size: trains, with a bare loop between the trainer's turns; prints ms an update of each turn as JSON."""
     from hvd_vgg.config import TrainConfig
+    from hvd_vgg.data.loader import train_batches
     from hvd_vgg.flags import parse_flags
     from hvd_vgg.parallel import comm
-    from hvd_vgg.training import loop
-    from hvd_vgg.training.loop import train
+    from hvd_vgg.training.loop import fit
     from hvd_vgg.training.train_step import step_inputs
+    from hvd_vgg.training.trainer import Trainer
 
-    turns = Turns(size)
-    make_step, batches_of = loop._make_train_step, loop._batches
+    updates = options.updates
+    turns, spent = {"trainer": [], "bare": []}, {}
 
-    def bare(job, batches):
-        arguments = step_inputs(job.config, 0, 0, job.config.lr)
-        for batch in turns.some(batches):
-            job.train_step(*batch[:2], *arguments)
-        return ()
+    def timed(part, call, *inputs):
+        began = time.perf_counter()
+        result = call(*inputs)
+        spent[part] += time.perf_counter() - began
+        return result
 
-    def in_turn(job, steps):
-        own, other = batches_of(job, steps), batches_of(job, steps)
-        for _ in range(rounds + 1):
-            # The trainer asks for the next batch when it is through with the one before.
-            yield from turns.taken("trainer", lambda: turns.some(own))
-            list(turns.taken("bare", lambda: bare(job, other)))
-        raise Through
+    @contextlib.contextmanager
+    def turn(way):
+        spent.update(step=0.0, input=0.0)
+        began = time.perf_counter()
+        yield
+        total = time.perf_counter() - began
+        parts = {"total": total, **spent, "rest": total - sum(spent.values())}
+        turns[way].append({name: 1000 * seconds / updates for name, seconds in parts.items()})
 
-    loop._make_train_step = lambda *arguments: turns.step(make_step(*arguments))
-    loop._batches = in_turn
-    try:
-        train(parse_flags(TrainConfig, [*flags, f"--steps={(rounds + 2) * size}"]))
-    except Through:
-        comm.shutdown()
-    report({way: found[1:] for way, found in turns.found.items()})
+    class MeasuredTrainer(Trainer):
+        """A trainer whose batches come in turns; between them the bare loop makes as many updates."""
+
+        def batches(self):
+            config, data, step = self.config, self.data, self.train_step
+            steps = range(self.total_steps)
+            own = super().batches()
+            other = train_batches(data.train, config, data.label_base, steps, 0, 1, self.device.input_threads)
+            inputs = step_inputs(config, 0, 0, config.lr)
+            self.train_step = lambda *inputs: timed("step", step, *inputs)
+            for _ in range(options.turns + 1):
+                with turn("trainer"):  # it asks for the next batch when it is through with the one before
+                    for _ in range(updates):
+                        yield timed("input", next, own)
+                with turn("bare"):
+                    for _ in range(updates):
+                        batch = timed("input", next, other)
+                        timed("step", step, batch.images, batch.labels, *inputs)
+            raise AllTurnsMade
+
+    with contextlib.suppress(AllTurnsMade), MeasuredTrainer(
+        parse_flags(TrainConfig, [*options.words, f"--steps={(options.turns + 2) * updates}"])
+    ) as trainer:
+        fit(trainer)
+    comm.shutdown()
+    print(json.dumps({way: found[1:] for way, found in turns.items()}))
 
 
-def report(found: Dict[str, List[Dict[str, float]]]) -> None:
-    """Prints ms an update of both, and how much longer the trainer's takes."""
-    for way, turns in found.items():
-        parts = {name: [turn[name] for turn in turns] for name in ("total", "step", "input")}
-        parts["rest"] = [turn["total"] - turn["step"] - turn["input"] for turn in turns]
-        print(f"{way:8s} ms an update: " + ", ".join(f"{name} {spread(ms, '.2f')}" for name, ms in parts.items()))
-    pairs = list(zip(found["trainer"], found["bare"]))
-    longer = [100 * (own["total"] / bare["total"] - 1) for own, bare in pairs]
-    beside = [100 * (own["total"] - own["step"] - own["input"]) / own["step"] for own, _ in pairs]
-    print(
-        f"an update of the trainer takes {spread(longer, '.1f')} % longer; its rest is {spread(beside, '.1f')} % of its step"
-    )
-
-
-def spread(values: List[float], form: str) -> str:
-    """Returns median (smallest to largest) of `values`."""
-    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
-
-
-def main() -> None:
-    """Starts each size and shows what it prints."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def main():
+    """Runs each size and prints the table."""
+    parser = measure.command_line(__doc__)
     parser.add_argument("--data_dir", help="TFRecords of at most 1000 classes")
-    parser.add_argument("--sizes", default=",".join(SIZES))
-    parser.add_argument("--rounds", type=int, default=0, help="turns of each that count; 0: 3 of the largest, else 20")
-    if sys.argv[1:2] == ["--worker"]:
-        work(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
-        return
+    parser.add_argument("--sizes", type=measure.some_of(SIZES), default=",".join(SIZES))
+    parser.add_argument(
+        "--rounds", type=measure.positive, help="turns of each that count; else 3 of the largest, 20 of others"
+    )
     options, flags = parser.parse_known_args()
-    chosen = options.sizes.split(",")
-    if set(chosen) - set(SIZES) or options.rounds < 0:
-        parser.error(f"expected --sizes of {', '.join(SIZES)}, and --rounds from 0 up")
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         data = options.data_dir or f"{folder}/data"
         if not options.data_dir:
-            drawn = [sys.executable, "-m", "hvd_vgg", "make-demo-data", f"--data_dir={data}"]
-            subprocess.run(drawn, check=True, stdout=subprocess.DEVNULL)
-        for name in chosen:
-            rounds, own = SIZES[name]
-            run_dir = Path(folder) / name
-            words = [*COMMON.split(), *own.split(), f"--data_dir={data}", f"--run_dir={run_dir}", *flags]
-            every = next((word.split("=")[1] for word in words[::-1] if word.startswith("--log_every_steps=")), "20")
-            command = [sys.executable, __file__, "--worker", str(options.rounds or rounds), every, *words]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-            if done.returncode:
-                sys.exit(f"{name} ended with {done.returncode}:\n{done.stdout}")
-            print(f"{name}:", *done.stdout.splitlines()[-3:], sep="\n  ", flush=True)
+            measure.output_of([*measure.TRAINER, "make-demo-data", f"--data_dir={data}"])
+        for name in options.sizes:
+            rounds, own = options.rounds or SIZES[name][0], SIZES[name][1].split()
+            words = [*COMMON.split(), *own, f"--data_dir={data}", f"--run_dir={folder}/{name}", *flags]
+            updates = re.findall(r"--log_every_steps=(\d+)", " ".join(["--log_every_steps=20", *words]))[-1]
+            printed = measure.output_of(measure.worker(options, turns=rounds, updates=int(updates), words=words))
+            turns = json.loads(re.findall(r"^{.*", printed, re.MULTILINE)[-1])
+            for way, own in turns.items():
+                parts = [measure.spread(turn[part] for turn in own) for part in ("total", "step", "input", "rest")]
+                ratio = measure.ratios(*([turn["total"] for turn in each] for each in (own, turns["bare"])))
+                rows.append([f"{name}, {way}", rounds, *parts, measure.spread(ratio, ".3f")])
+    measure.print_table(
+        "ms an update", ["loop", "turns", "total", "step", "input", "rest", "relative to bare, of one turn"], rows
+    )
 
 
 if __name__ == "__main__":
-    main()
+    measure.run(main, work)

@@ -6,6 +6,7 @@ Peers import this in environments of their own, so that only the standard librar
 import argparse
 import contextlib
 import ctypes
+import json
 import os
 import re
 import shutil
@@ -26,36 +27,43 @@ GRACE_SECONDS = 10
 sys.path.insert(0, str(ROOT))  # what is measured is the package of this checkout, whatever is installed
 
 
+NUMBERS = {
+    "rounds": "turns of each row of the table",
+    "images": "of a turn, of each way",
+    "batch": "images of an update",
+    "size": "pixels of the images",
+    "steps": "updates of a turn",
+    "updates": "of a turn that are counted",
+    "warmup": "updates of a turn that are not counted",
+    "ranks": "of the job",
+    "threads": "that decode",
+}
+
+
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         return super()._get_help_string(action) if action.default else action.help
 
 
-def command_line(description, rounds):
-    """Returns a parser with --rounds, whose --help begins with a benchmark's docstring and shows every default."""
+def command_line(description, **defaults):
+    """Returns a parser with some of NUMBERS as options, whose --help begins with a benchmark's docstring."""
     parser = argparse.ArgumentParser(description=description, formatter_class=_Help, allow_abbrev=False)
-    parser.add_argument("--rounds", type=positive, default=rounds, help="turns of each row of the table")
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=positive, default=default, help=NUMBERS[name])
     return parser
 
 
 def positive(text):
     """Converts an option to an integer above 0."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected an integer of at least 1")
     return int(text)
-
-
-positive.__name__ = "integer"
 
 
 def list_of(convert):
     """Returns the conversion of an option to a list: `convert` of each of its parts, which commas separate."""
 
-    def convert_all(text):
-        return [convert(part) for part in text.split(",")]
-
-    convert_all.__name__ = f"list of {convert.__name__}"
-    return convert_all
+    return lambda text: [convert(part) for part in text.split(",")]
 
 
 def some_of(known):
@@ -71,6 +79,7 @@ def some_of(known):
 
 def refuse(message, code=CONFIGURATION):
     """Ends the benchmark with one line on stderr."""
+    end_processes()  # before directories are removed that they write to
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(code)
 
@@ -82,19 +91,30 @@ def require(*programs):
         refuse(f"needs {' and '.join(missing)}, not found on PATH")
 
 
-def run(main):
-    """Runs the `main` of a benchmark; however it ends, no process that it has started is left."""
+def worker(options, python=sys.executable, **more):
+    """Returns the command of a process that calls the benchmark's `work` with `options` and `more`."""
+    return [python, sys.argv[0], "--worker", json.dumps({**vars(options), **more})]
+
+
+def run(main, work=None):
+    """Runs the `main` of a benchmark, or of a `worker` its `work`; when `main` ends, no process of it is left."""
+    if sys.argv[1:2] == ["--worker"]:
+        work(argparse.Namespace(**json.loads(sys.argv[2])))
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # What a worker leaves behind becomes this process's child, not init's, and is found.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
     def leave(number, _):
         for each in signals:  # a second Ctrl-C must not interrupt the cleaning up
             signal.signal(each, signal.SIG_IGN)
+        end_processes()
         sys.exit(128 + number)
 
     for number in signals:
-        signal.signal(number, leave)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, leave)
     try:
         import psutil  # noqa: F401
 
@@ -106,16 +126,13 @@ def run(main):
             raise
         refuse(error.message, error.code)
     finally:
-        if "psutil" in sys.modules:
-            end_processes()
+        end_processes()
 
 
 def processes():
     """Returns what this process has started, directly or not, and is still running."""
-    import psutil
-
-    running = []
-    for process in psutil.Process().children(recursive=True):
+    psutil, running = sys.modules.get("psutil"), []  # a peer's Python may not have it
+    for process in psutil.Process().children(recursive=True) if psutil else []:
         with contextlib.suppress(psutil.NoSuchProcess):
             running += [process] * (process.status() != psutil.STATUS_ZOMBIE)
     return running
@@ -136,7 +153,6 @@ def start(command, **options):
     """Starts a command, away from the terminal's Ctrl-C; `env` adds to the environment that all ways have alike."""
     environment = {
         **os.environ,
-        "TF_CPP_MIN_LOG_LEVEL": "3",
         "PYTHONPATH": str(ROOT),
         "ONEDNN_DEFAULT_FPMATH_MODE": "STRICT",  # else oneDNN may compute in bfloat16 what is asked for in float32
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -194,8 +210,9 @@ def ratios(values, base):
 
 def print_table(title, head, rows):
     """Prints a table in Markdown below its title, this machine and the software that measured."""
-    print(f"\n{title}; median (smallest to largest)")
+    rows = [list(map(str, row)) for row in rows]
+    print(f"\n{title}" + "; median (smallest to largest)" * any("(" in cell for row in rows for cell in row))
     print(f"{machine()}; {software('tensorflow', 'tensorflow-cpu', 'horovod', 'numpy')}\n")
     for row in (head, ["---"] * len(head), *rows):
-        print(f"| {' | '.join(map(str, row))} |")
+        print(f"| {' | '.join(row)} |")
     sys.stdout.flush()

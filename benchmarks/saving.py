@@ -1,95 +1,83 @@
-"""What a checkpoint of VGG16 at width 1 costs training: written in the background, and in the foreground.
+"""What a checkpoint of VGG16 costs training: written in the background, and in the foreground.
 
-    python benchmarks/saving.py [--rounds=5] [--images=2] [--width=1] [--out=DIR]
+    python benchmarks/saving.py [--rounds=5] [--batch=2] [--size=224] [--width=1] [--out=DIR]
 
-One rank trains on synthetic images of 224 pixels. A round is, in turn: updates with no save; a save in the background, with
-updates until it is on disk; the same save with the loop waiting for it. Prints the loop's pause, the time until the file
-is on disk, and how much slower updates are meanwhile, with their spread over the rounds. --out is where checkpoints go.
+One rank trains on synthetic images. A round is, in turn: updates with no save; a save in the background, with updates until
+it is on disk; the same save with the loop waiting for it. Prints the loop's pause, the time until the file is on disk, and
+how much slower updates are meanwhile. --out is where checkpoints go.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-import tensorflow as tf
-
-from hvd_vgg.config import TrainConfig
-from hvd_vgg.models.architecture import DENSE
-from hvd_vgg.parallel.init import start
-from hvd_vgg.run_dir import RunDir
-from hvd_vgg.seeds import dropout_keys
-from hvd_vgg.training.checkpoint_writer import CheckpointWriter
-from hvd_vgg.training.state import TrainProgress, initial_state, save_state
-from hvd_vgg.training.train_step import make_train_step
-
-
-def parse():
-    """Returns the options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=2)
-    parser.add_argument("--width", type=float, default=1.0)
-    parser.add_argument("--out", help="directory on the disk to measure (default: a temporary one)")
-    return parser.parse_args()
-
-
-def told(name, values, unit="s"):
-    """Prints a median and its spread."""
-    print(f"{name:52} {statistics.median(values):8.2f} {unit}  ({min(values):.2f} to {max(values):.2f})", flush=True)
+import measure
 
 
 def main():
     """Runs the rounds and prints the table."""
-    options = parse()
-    device = start()
-    config = TrainConfig(width=options.width, global_batch=options.images, device_batch=options.images)
-    run = initial_state(config)
-    train_step = make_train_step(run.weights, run.slots, config, device.data_format, [])
-    images = tf.constant(np.random.default_rng(1).integers(0, 256, (options.images, 224, 224, 3)).astype(np.uint8))
-    batch = [images, tf.zeros([options.images], tf.int32), tf.constant(0, tf.int64)]
-    keys = tf.constant(dropout_keys(1, 0, len(DENSE) - 1))
+    parser = measure.command_line(__doc__, rounds=5, batch=2, size=224)
+    parser.add_argument("--width", type=float, default=1.0, help="multiplier on the width of every layer")
+    parser.add_argument("--out", help="directory on the disk to measure; else a temporary one")
+    options = parser.parse_args()
+    import tensorflow as tf
+
+    from hvd_vgg.config import TrainConfig
+    from hvd_vgg.parallel.init import start
+    from hvd_vgg.run_dir import RunDir
+    from hvd_vgg.training.checkpoint_writer import CheckpointWriter
+    from hvd_vgg.training.state import TrainProgress, initial_state, save_state
+    from hvd_vgg.training.train_step import make_train_step, step_inputs
+
+    device, count, size = start(), options.batch, options.size
+    config = TrainConfig(width=options.width, image_size=size, global_batch=count, device_batch=count)
+    state = initial_state(config)
+    train_step = make_train_step(*state, config, device.data_format, [])
+    images = tf.cast(tf.random.uniform([count, size, size, 3], 0, 256, tf.int32), tf.uint8)
+    inputs = (images, tf.zeros([count], tf.int32), *step_inputs(config, 0, 0, 1e-6))
 
     def update():
         began = time.perf_counter()
-        float(train_step(*batch, keys, tf.constant(1e-6, tf.float32)).loss)
+        float(train_step(*inputs).loss)
         return time.perf_counter() - began
+
+    def begin_save(step):
+        began = time.perf_counter()
+        save_state(state, TrainProgress(step=step), {}, writer, False)
+        return began
 
     for _ in range(3):
         update()
-    rows = {name: [] for name in ("alone", "pause", "behind", "slower", "foreground", "lost")}
+    rounds = []
     with tempfile.TemporaryDirectory(dir=options.out) as folder:
-        writer = CheckpointWriter(RunDir(Path(folder)), 1, lambda *_, **__: None)
-        position = TrainProgress()
+        writer = CheckpointWriter(RunDir(folder), 1, lambda *_, **__: None)
         for number in range(options.rounds):
-            alone = statistics.median(update() for _ in range(4))
-            began = time.perf_counter()
-            save_state(run, position._replace(step=2 * number), {}, writer, False)
-            pause, during = time.perf_counter() - began, []
+            alone, during = statistics.median(update() for _ in range(4)), []
+            began = begin_save(2 * number)
+            pause = time.perf_counter() - began
             while not writer.saving.done():
                 during.append(update())
-            behind = time.perf_counter() - began
-            if writer.wait():
-                raise SystemExit("a save failed")
-            began = time.perf_counter()
-            save_state(run, position._replace(step=2 * number + 1), {}, writer, False)
-            writer.wait()
+            on_disk, failure = time.perf_counter() - began, writer.wait()
+            began = begin_save(2 * number + 1)
+            failure = writer.wait() or failure
             foreground = time.perf_counter() - began
-            lost = pause + sum(during) - alone * len(during)
-            values = (alone, pause, behind, statistics.mean(during) / alone, foreground, lost)
-            for name, value in zip(rows, values):
-                rows[name].append(value)
-        size = max(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
-    print(f"checkpoint of {size / 1e6:.0f} MB; {options.images} images an update; {options.rounds} rounds; median (spread)")
-    told("an update with no save", rows["alone"])
-    told("background: the loop waits for the copy", rows["pause"])
-    told("background: on disk after", rows["behind"])
-    told("background: an update meanwhile takes", rows["slower"], "times")
-    told("background: training loses in all", rows["lost"])
-    told("foreground: the loop waits", rows["foreground"])
+            if failure:
+                raise failure
+            slower = statistics.mean(during) / alone if during else 1.0
+            rounds.append((alone, pause, on_disk, slower, pause + sum(during) - alone * len(during), foreground))
+        megabytes = max(path.stat().st_size for path in Path(folder).rglob("*.safetensors")) / 1e6
+    title = f"A checkpoint of {megabytes:.0f} MB, {count} images of {size} pixels an update, {options.rounds} rounds"
+    names = [
+        "an update with no save, seconds",
+        "background: the loop waits for the copy, seconds",
+        "background: on disk after, seconds",
+        "background: an update meanwhile takes, times",
+        "background: training loses in all, seconds",
+        "foreground: the loop waits, seconds",
+    ]
+    measure.print_table(title, ("what", "found"), zip(names, map(measure.spread, zip(*rounds))))
 
 
 if __name__ == "__main__":
-    main()
+    measure.run(main)

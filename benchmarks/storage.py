@@ -50,15 +50,11 @@ def images_per_second(index, options, block):
 
 def main():
     """Lets the ways take turns and prints the table."""
-    parser = measure.command_line(__doc__, rounds=3)
+    parser = measure.command_line(__doc__, rounds=3, images=8192, batch=256, size=224, threads=2)
     parser.add_argument("--data_dir", required=True, help="TFRecords train-?????-of-?????, of JPEG")
     parser.add_argument(
         "--blocks", type=measure.list_of(int), default="1,256,4096", help="values of --shuffle_block_records"
     )
-    parser.add_argument("--images", type=measure.positive, default=8192, help="of a turn; a multiple of --batch")
-    parser.add_argument("--batch", type=measure.positive, default=256)
-    parser.add_argument("--size", type=measure.positive, default=224, help="pixels of the images made")
-    parser.add_argument("--threads", type=measure.positive, default=2, help="that decode")
     options = parser.parse_args()
     if options.images % options.batch:
         parser.error(f"--images={options.images}: expected a multiple of --batch={options.batch}")

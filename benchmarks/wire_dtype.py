@@ -5,20 +5,23 @@
 256 rows of 4096 inputs as after ReLU and dropout and 1000 output gradients of a mean; norm of the difference over norm.
 """
 
-import numpy as np
-import tensorflow as tf
-
-from hvd_vgg.data.sampler import slice_bounds
-from hvd_vgg.parallel import comm, exchange
-from hvd_vgg.parallel.init import start
+import measure
 
 ROWS, INPUTS, OUTPUTS = 256, 4096, 1000
 
 
-def main() -> None:
+def main():
     """Prints the table on rank 0."""
+    measure.command_line(__doc__).parse_args()
+    import numpy as np
+    import tensorflow as tf
+
+    from hvd_vgg.data.sampler import slice_bounds
+    from hvd_vgg.parallel import comm, exchange
+    from hvd_vgg.parallel.init import start
+
     start()
-    random = np.random.default_rng(0)
+    random, rows = np.random.default_rng(0), []
     dropped = 2 * (random.random((ROWS, INPUTS)) < 0.5)
     x = (np.maximum(random.normal(size=(ROWS, INPUTS)), 0) * dropped).astype(np.float32)
     d = (random.normal(size=(ROWS, OUTPUTS)) * 1e-2 / ROWS).astype(np.float32)
@@ -34,10 +37,12 @@ def main() -> None:
 
         found = both(tf.constant(x[low:high]), tf.constant(d[low:high]))
         errors = [np.linalg.norm(kernel.numpy() - exact) / np.linalg.norm(exact) for kernel in found]
-        if comm.is_root():
-            print(f"{comm.size()} ranks, {wire_dtype}: factored {errors[0]:.1e}, allreduce {errors[1]:.1e}")
+        rows.append((wire_dtype, *(f"{error:.1e}" for error in errors)))
+    if comm.is_root():
+        title = f"Relative error of a gradient on {comm.size()} ranks"
+        measure.print_table(title, ("--wire_dtype", "--exchange=factored", "--exchange=allreduce"), rows)
     comm.shutdown()
 
 
 if __name__ == "__main__":
-    main()
+    measure.run(main)

@@ -28,7 +28,7 @@ _PACKAGES = ("absl", "crc32c", "cv2", "dllogger", "horovod", "mpi4py", "numpy", 
 
 
 def describe_process() -> Dict[str, Any]:
-    """Returns what this rank runs: `code`, `packages`, part of the `environment`, and whether `hvd-vgg launch` started it."""
+    """Returns what this rank runs: `code`, `packages`, a part of `environment`, and whether it was `launched` by hvd-vgg."""
     versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in _PACKAGES}
     return {
         "code": code_fingerprint(),
@@ -51,13 +51,12 @@ def _git_commit(git: Path) -> Optional[str]:
 
     None where the package is installed without its repository, or in a worktree of it: the SHA-256 identifies the code.
     """
-    with contextlib.suppress(OSError, ValueError):
-        head = (git / "HEAD").read_text().strip()
-        if not head.startswith("ref: "):
+    with contextlib.suppress(OSError):
+        head = (git / "HEAD").read_text().split()[-1]  # a commit, or the ref of a branch
+        if not head.startswith("refs/"):
             return head
-        ref = head[len("ref: ") :]
-        if (git / ref).exists():
-            return (git / ref).read_text().strip()
+        if (git / head).exists():
+            return (git / head).read_text().strip()
         lines = (git / "packed-refs").read_text().splitlines()
-        return next((line.split()[0] for line in lines if line.endswith(f" {ref}")), None)
+        return next((line.split()[0] for line in lines if line.endswith(f" {head}")), None)
     return None

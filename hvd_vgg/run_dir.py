@@ -87,17 +87,6 @@ def checkpoint_step(path: Path) -> Optional[int]:
     return int(match[1]) if match else None
 
 
-def find_flag_file(folder: Path) -> Optional[Path]:
-    """Returns the flag file in what a run left, or None."""
-    path = folder / "flags.txt"
-    return path if path.is_file() else None
-
-
-def nonfinite_folder(run_dir: Path, step: int) -> Path:
-    """Returns `RunDir(run_dir).nonfinite_step(step).path`."""
-    return RunDir(run_dir).nonfinite_step(step).path
-
-
 def lock_run_dir(run_dir: Path) -> IO[str]:
     """Returns the open file `RUN_DIR/lock`, locked until it is closed or this process ends in any way.
 

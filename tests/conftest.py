@@ -1,5 +1,6 @@
 """Fixtures of all tests; tiers and the table of faults; which skips are allowed."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
@@ -51,6 +52,16 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     _reports.append(report)
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints the seconds of each folder and of the slowest files."""
+    for parts, most in ((2, 9), (3, 5)):
+        seconds: Counter = Counter()
+        for report in _reports:
+            seconds["/".join(report.nodeid.split("::")[0].split("/")[:parts])] += report.duration
+        line = ", ".join(f"{name} {value:.0f}" for name, value in seconds.most_common(most))
+        terminalreporter.write_line(f"seconds: {line}")
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fails for a skip that is not allowed; writes the table of faults."""
     reasons = [report.longrepr[2] for report in _reports if report.skipped and isinstance(report.longrepr, tuple)]
@@ -78,10 +89,16 @@ def _nothing_is_left() -> Iterator[None]:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Launch:
-    """Runs `hvd-vgg` on real ranks in an empty directory and returns how it ended."""
+    """Runs `hvd-vgg` on real ranks in an empty directory and returns how it ended: with `code`, where that is given."""
 
-    def run(ranks: int, *arguments: str, program: Optional[Sequence[str]] = None, **environment: str) -> Ended:
-        return Started(command_line(ranks, arguments, program), tmp_path, **environment).wait()
+    def run(
+        ranks: int,
+        *arguments: str,
+        program: Optional[Sequence[str]] = None,
+        code: Optional[int] = None,
+        **environment: str,
+    ) -> Ended:
+        return Started(command_line(ranks, arguments, program), tmp_path, **environment).wait(code=code)
 
     return run
 

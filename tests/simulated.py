@@ -1,46 +1,28 @@
-"""SIMULATED hosts of vendors, for tests alone: directory trees and tools that print what public transcripts show.
+"""SIMULATED hosts of vendors, for tests only: directory trees, and tools that print what public transcripts show.
 
-No device, driver or SDK is behind them; the package knows nothing of this. What such a host has is from public sources.
+There is no device, driver or SDK behind them, and the package knows nothing of them. What such a host has is from public
+sources.
 """
 
 from pathlib import Path
 
-from hvd_vgg.doctor.packages import Host
+from hvd_vgg.doctor.packages import HostView
 
-MODULES = {
-    "tensorflow": "tensorflow",
-    "horovod": "horovod",
-    "numpy": "numpy",
-    "absl": "absl-py",
-    "crc32c": "crc32c",
-    "safetensors": "safetensors",
-    "cv2": "opencv-python",
-    "cloudpickle": "cloudpickle",
-    "psutil": "psutil",
-    "yaml": "PyYAML",
-    "packaging": "packaging",
-    "mpi4py": "mpi4py",
-    "dllogger": "DLLogger",
-    "tensorboard": "tensorboard",
-}
+PACKAGES = {"absl": "absl-py", "cv2": "opencv-python", "yaml": "PyYAML", "dllogger": "DLLogger"}
+PACKAGES.update({name: name for name in ("tensorflow", "horovod", "numpy", "crc32c", "safetensors", "cloudpickle")})
+PACKAGES.update({name: name for name in ("psutil", "packaging", "mpi4py", "tensorboard")})
 
 
-def tool(path, text, **answers):
-    """Writes a script that prints `text`, or what is given for its first argument up to a =, without dashes."""
+def write_tool(path, text, **answers):
+    """Writes a script that prints `text`, or one of `answers` if its first argument is that name, with dashes before it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    cases = "".join(f"--{name}* | -{name}) cat <<'END'\n{told}\nEND\n;;\n" for name, told in answers.items())
-    path.write_text(
-        f"#!/bin/sh\ncase \"$1\" in\n{cases}*) cat <<'END'\n{text}\nEND\n;;\nesac\n".replace("query_gpu", "query-gpu")
-    )
+    answers = {name.replace("_", "-"): answer for name, answer in answers.items()}
+    cases = "".join(f"--{name}* | -{name}) cat <<'END'\n{answer}\nEND\n;;\n" for name, answer in answers.items())
+    path.write_text(f"#!/bin/sh\ncase \"$1\" in\n{cases}*) cat <<'END'\n{text}\nEND\n;;\nesac\n")
     path.chmod(0o755)
 
 
-def listed(names):
-    """Returns what `ixsmi -L` prints, by its likeness to NVIDIA's; seen in no public transcript."""
-    return "\n".join(f"GPU {number}: {name} (UUID: GPU-{number:08x}-0000)" for number, name in enumerate(names))
-
-
-def table(names, driver, cuda):
+def ixsmi_table(names, driver, cuda):
     """Returns what ixsmi prints, as seen for drivers 3.1.0 to 4.4.0."""
     rows = [
         f"| {number:<4d} {name:24s} | 00000000:{number + 16:02X}:00.0     | 1500MHz   1600MHz    |\n"
@@ -51,18 +33,17 @@ def table(names, driver, cuda):
     return "\n".join(["Timestamp    Wed Nov 12 14:01:27 2025", head, *rows])
 
 
-def site(folder, versions, missing=(), built_for="", requires=()):
-    """Writes packages of these versions (1.0 where none is given) but for `missing`; requires: what TensorFlow asks for."""
-    for module, name in MODULES.items():
+def write_packages(folder, versions, missing=(), built_for=""):
+    """Writes packages of these versions (others: 1.0) but for `missing`; returns the folder."""
+    for module, name in PACKAGES.items():
         if module in missing:
             continue
+        version = versions.get(module, "1.0")
         (folder / module).mkdir(parents=True)
-        (folder / module / "__init__.py").write_text("")
-        info = folder / f"{name.replace('-', '_')}-{versions.get(module, '1.0')}.dist-info"
-        info.mkdir()
-        asks = "".join(f"Requires-Dist: {each}\n" for each in requires if module == "tensorflow")
-        text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {versions.get(module, '1.0')}\n{asks}"
-        (info / "METADATA").write_text(text)
+        (folder / module / "__init__.py").touch()
+        metadata = folder / f"{name.replace('-', '_')}-{version}.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     if built_for:
         (folder / "horovod" / "metadata.json").write_text(f'{{"tensorflow": "{built_for}"}}')
     return str(folder)
@@ -79,35 +60,50 @@ def iluvatar(
     horovod="0.27.0+corex.4.3.0",
     built_for="2.16.2",
     missing=(),
-    requires=(),
     **environ,
 ):
-    """Returns a simulated host of Iluvatar's; nodes: device nodes, as many as names unless given."""
+    """Returns a simulated Iluvatar host; nodes: device nodes, as many as names by default."""
     prefix = root / "usr/local" / f"corex-{sdk}"
-    packages = site(
-        prefix / "lib64/python3/dist-packages", {"tensorflow": tensorflow, "horovod": horovod}, missing, built_for, requires
-    )
+    versions = {"tensorflow": tensorflow, "horovod": horovod}
+    packages = write_packages(prefix / "lib64/python3/dist-packages", versions, missing, built_for)
     (prefix.parent / "corex").symlink_to(prefix.name)
     (prefix / "lib64/libcudart.so.10.2").touch()
     (root / "dev").mkdir()
     for number in range(len(names) if nodes is None else nodes):
         (root / f"dev/iluvatar{number}").touch()
-    tool(prefix / "bin/ixsmi", table(names, driver, cuda), L=listed(names))
-    variables = {
-        "PATH": f"{prefix.parent}/corex/bin:/usr/bin:/bin",
-        "LD_LIBRARY_PATH": f"{prefix.parent}/corex/lib64",
-        "COREX_VERSION": sdk,
-    }
-    return Host(root, {**variables, **environ}, [packages])
+    write_tool(prefix / "bin/ixsmi", ixsmi_table(names, driver, cuda))
+    corex = f"{prefix.parent}/corex"
+    variables = {"PATH": f"{corex}/bin:/usr/bin:/bin", "LD_LIBRARY_PATH": f"{corex}/lib64", "COREX_VERSION": sdk}
+    return HostView(root, {**variables, **environ}, [packages])
 
 
 def nvidia(root: Path, cuda="12.8", used=1, tensorflow="2.16.2"):
-    """Returns a simulated host of two H200; cuda: the newest that its driver runs; used: MiB of the second one's memory."""
-    packages = site(root / "site", {"tensorflow": tensorflow, "horovod": "0.28.1"}, built_for=tensorflow)
+    """Returns a simulated host with two H200; cuda: the newest that its driver runs; used: MiB in use on the second."""
+    packages = write_packages(root / "site", {"tensorflow": tensorflow, "horovod": "0.28.1"}, built_for=tensorflow)
     rows = [f"570.124.06, {each}, 143771, NVIDIA H200" for each in (1, used)]
     head = f"| NVIDIA-SMI 570.124.06             Driver Version: 570.124.06     CUDA Version: {cuda:9s}|"
-    tool(root / "bin/nvidia-smi", head, query_gpu="\n".join(rows))
+    write_tool(root / "bin/nvidia-smi", head, query_gpu="\n".join(rows))
     (root / "dev").mkdir()
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
         (root / "dev" / name).touch()
-    return Host(root, {"PATH": f"{root}/bin:/usr/bin:/bin"}, [packages])
+    return HostView(root, {"PATH": f"{root}/bin:/usr/bin:/bin"}, [packages])
+
+
+def findings(host, computed=False, cuda=""):
+    """Returns the accelerators of a host, and what doctor finds without TensorFlow; cuda: what TensorFlow was built with."""
+    from hvd_vgg.doctor import driver, packages
+
+    accelerators = driver.find_accelerators(host)
+    found = [
+        *packages.check_packages(host),
+        *packages.check_tensorflow(host, accelerators.vendor),
+        *driver.check_device_nodes(accelerators),
+        *driver.check_driver(accelerators, cuda, computed),
+    ]
+    return accelerators, found
+
+
+def only(found, verdict):
+    """Returns the one finding of a verdict."""
+    (one,) = [finding for finding in found if finding.verdict == verdict]
+    return one

@@ -92,16 +92,17 @@ class Started:
             os.kill(process, signal.SIGKILL)
         return left
 
-    def wait(self, limit_seconds: float = LIMIT_SECONDS) -> Ended:
-        """Returns how it ended; fails the test when it takes too long or leaves a process."""
+    def wait(self, limit_seconds: float = LIMIT_SECONDS, code: Optional[int] = None) -> Ended:
+        """Returns how it ended; fails the test when it takes too long, leaves a process, or does not exit with `code`."""
         try:
-            code = self.process.wait(limit_seconds)
+            ended_with = self.process.wait(limit_seconds)
         except subprocess.TimeoutExpired:
             pytest.fail(f"still running after {limit_seconds} s\n{self.out.read_text()}\n{self.err.read_text()}")
         finally:
             left = self.end()
-        ended = Ended(code, self.out.read_text(), self.err.read_text())
+        ended = Ended(ended_with, self.out.read_text(), self.err.read_text())
         assert not left, f"processes left: {left}\n{ended.out}\n{ended.err}"
+        assert code in (None, ended.code), f"exit code {ended.code}, expected {code}\n{ended.out}\n{ended.err}"
         return ended
 
 

@@ -93,7 +93,7 @@ def _measure(
 ) -> None:
     """Adds a row to `rows` for each kind of input, measured on the ranks of `group`. Collective over the group."""
     state, size = initial_state(config), comm.size(group)
-    factored = [choice.layer for choice in cost.choose(config, size) if choice.method == "factored"]
+    factored = cost.factored_layers(config, size)
     train_step = make_train_step(state.weights, state.slots, config, device.data_format, factored, group)
     low, _ = slice_bounds(config.global_batch, comm.rank(group), size)
     for kind in ("device", "host", "real"):

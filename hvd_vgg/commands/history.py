@@ -1,148 +1,255 @@
-"""A run as its log has it: starts, what each was told, and the passes between rewinds."""
+"""Replays the log of a run: its attempts (process starts), their segments (between rewinds), and where it is inconsistent.
+
+Lines are checked against the configuration of their attempt and the lines before. A kill may have torn the last line of an
+attempt, or come before the evaluation, coverage or checkpoint of its last updates: that is no fault.
+"""
 
 import dataclasses
-from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
+import itertools
+import math
+from pathlib import Path
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+
+import numpy as np
 
 from hvd_vgg.config import TrainConfig
-from hvd_vgg.reporting import receipt
+from hvd_vgg.data.coverage import digest, digest_of_all, to_hex
+from hvd_vgg.data.sampler import positions
+from hvd_vgg.errors import Failure
+from hvd_vgg.models.architecture import training_flops, vgg_layers
+from hvd_vgg.reporting.receipt import LogLine
+from hvd_vgg.reporting.throughput import Throughput, per_host
+from hvd_vgg.run_dir import checkpoint_step
+from hvd_vgg.text import plural
+from hvd_vgg.training.schedule import evaluation_steps, learning_rate
+
+PASS, FAIL, UNKNOWN = "pass", "fail", "unknown"
+_PROGRESS = ("train", "evaluation", "end")
+DAMAGED = (AttributeError, Failure, IndexError, KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError)
+_Row = Tuple[str, Any, Any]  # name, found, expected
 
 
-class Segment(NamedTuple):
-    """Lines of a start that no rewind comes between, and the updates that the run had at first."""
+class Check(NamedTuple):
+    """What was checked, with PASS, FAIL or UNKNOWN, and the figures, or the reason."""
 
-    first: int
-    lines: List[receipt.LogLine]
-
-    @property
-    def trained(self) -> List[receipt.LogLine]:
-        """The lines of its updates."""
-        return [line for line in self.lines if trains(line)]
-
-    @property
-    def last(self) -> int:
-        """The updates that the run had at last."""
-        stopped = [int(line.data["step"]) for line in self.lines if line.event == "stopped"]
-        return max([self.first, *(int(line.step[1]) for line in self.trained), *stopped])
+    verdict: str
+    subject: str
+    text: str
 
 
-class Attempt(NamedTuple):
-    """One start of a run as the log has it: its configuration, its `start` line, and its lines after that."""
+class Attempt:
+    """One process start: its configuration, its lines, and where its replay has come."""
 
-    number: int  # from 1
-    parameters: Dict[str, Any]
-    line: receipt.LogLine
-    lines: List[receipt.LogLine]
+    def __init__(self, number: int, start: LogLine, parameters: Dict[str, Any]) -> None:
+        self.number, self.start = number, start  # from 1
+        self.lines: List[LogLine] = []  # after `start`
+        flags = {field.name: parameters[field.name] for field in dataclasses.fields(TrainConfig) if field.name in parameters}
+        flags.update({name: tuple(value) for name, value in flags.items() if isinstance(value, list)})
+        self.config = TrainConfig(**flags)  # with the length of the run in steps
+        self.batch, self.ranks = self.config.global_batch, int(start.data["ranks"])
+        self.records = int(start.data["data"]["train"]["records"])
+        self.begin_segment(start.step, start)
 
-    @property
-    def config(self) -> TrainConfig:
-        """The configuration, with the length of the run in steps."""
-        known = {field.name for field in dataclasses.fields(TrainConfig)}
-        told: Dict[str, Any] = {name: value for name, value in self.parameters.items() if name in known}
-        chosen: Dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
-        return TrainConfig(**chosen)
+    def begin_segment(self, step: int, line: LogLine) -> None:
+        """Begins the lines up to the next rewind, after `step` updates; `line` names the steps to leave out."""
+        self.first = self.last = step  # updates at the beginning of the segment, and by now
+        self.next_epoch = step * self.batch // self.records  # the next to be complete
+        self.skipped = {int(skipped) for skipped in line.data["skipped_steps"]}
+        self.evaluated = -1  # the step of the newest evaluation
 
-    @property
-    def first(self) -> int:
-        """The updates that the run had when this began."""
-        return int(self.line.data["step"])
-
-    @property
-    def last(self) -> int:
-        """The updates that the run had when this wrote its last line of them."""
-        return self.passes[-1].last
-
-    @property
-    def passes(self) -> List[Segment]:
-        """Its lines from one rewind to the next; one if there was none."""
-        found = [Segment(self.first, [])]
-        for line in self.lines:
-            if line.event == "rewind":
-                found.append(Segment(int(line.data["to"]), []))
-            else:
-                found[-1].lines.append(line)
-        return found
-
-    @property
-    def trained(self) -> List[receipt.LogLine]:
-        """The lines of its updates."""
-        return [line for line in self.lines if trains(line)]
-
-    @property
-    def evaluated(self) -> List[receipt.LogLine]:
-        """The lines of its evaluations."""
-        return [line for line in self.lines if evaluates(line)]
-
-    @property
-    def stopped(self) -> List[int]:
-        """The update after which it stopped on request, or nothing."""
-        return [int(line.data["step"]) for line in self.lines if line.event == "stopped"]
-
-    @property
-    def end(self) -> Optional[receipt.LogLine]:
-        """The line of its end, if it came to one."""
-        return next((line for line in self.lines if ends(line)), None)
-
-    def records(self, split: str) -> int:
-        """The records of a split."""
-        return int(self.line.data["data"][split]["records"])
-
-    def seconds(self, before: Optional[receipt.LogLine] = None, of: str = "update") -> List[float]:
-        """The seconds of its updates, or of those logged before a line; of: `update` in all, or `input` waited for."""
-        lines = [line for line in self.lines if before is None or line.number < before.number]
-        # Those of a window with a step that is not finite are told by the rewind.
-        each = [line.data[f"train.{of}_seconds" if trains(line) else f"{of}_seconds"] for line in lines if timed(line)]
-        return [float(one) for seconds in each for one in seconds]
+    def select(self, kind: str) -> List[LogLine]:
+        """Returns its lines of a kind."""
+        return [line for line in self.lines if line.kind == kind]
 
 
-def trains(line: receipt.LogLine) -> bool:
-    """Says whether a line is one of updates."""
-    return "train.loss" in line.data
+class History:
+    """What a log says of a run."""
+
+    def __init__(self, lines: List[LogLine]) -> None:
+        self.lines = lines
+        self.attempts: List[Attempt] = []
+        self.checks: List[Check] = []
+        self.faults: List[str] = []  # of lines
+        self.saved: Dict[int, Tuple[int, Any]] = {}  # by step: number of the newest line about its checkpoint, and the row
+        self.scores: Dict[int, LogLine] = {}  # by step: its newest evaluation
+        self.parameters: Optional[Dict[str, Any]] = None  # of the start to come
+        self.current: Optional[Attempt] = None  # None between the first line of a process and its start
+        self.over = ""  # `end` or `stopped` if the newest attempt has come to that
+        self.damaged = {line.data.get("file") for line in lines if line.kind == "checkpoint_damaged"}
+
+    def select(self, kind: str) -> List[LogLine]:
+        """Returns the lines of all attempts of a kind."""
+        return [line for attempt in self.attempts for line in attempt.select(kind)]
+
+    def compare(self, row: Any, known: Any, after: int, before: float = math.inf) -> str:
+        """Returns PASS for equal rows of `receipt.checkpoint_row`, else FAIL, or UNKNOWN where a kill may explain it.
+
+        A checkpoint that is evaluated on resume is saved again, with the result: a kill may keep that out of the log. Then
+        there is an evaluation between the lines `after` and `before`, and only the header has changed.
+        """
+        if row is None or row["sha256"] != known["sha256"]:
+            return FAIL
+        step = checkpoint_step(Path(row["file"]))
+        scores = (line for attempt in self.attempts if attempt.start.step == step for line in attempt.select("evaluation"))
+        explained = any(line.step == step and after < line.number < before for line in scores)
+        return PASS if all(row[name] == known[name] for name in row) else UNKNOWN if explained else FAIL
 
 
-def timed(line: receipt.LogLine) -> bool:
-    """Says whether a line has seconds of updates."""
-    return trains(line) or line.event == "rewind"
+def read_history(lines: List[LogLine]) -> History:
+    """Returns what `lines` say, and what is wrong with them."""
+    history = History(lines)
+    for line, following in zip(lines, [*lines[1:], None]):
+        try:
+            history.faults += [f"line {line.number}: {fault}" for fault in _replay(history, line, following)]
+        except DAMAGED as error:
+            history.faults.append(f"line {line.number}: is damaged, or not what a run writes: {error!r}")
+    return history
 
 
-def evaluates(line: receipt.LogLine) -> bool:
-    """Says whether a line is one of an evaluation."""
-    return "eval.records" in line.data and not ends(line)
+def equal(a: Any, b: Any) -> bool:
+    """Compares JSON values; floats up to the last bits: sums may differ there between versions of Python."""
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    numbers = isinstance(a, (int, float)) and isinstance(b, (int, float))
+    return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12) if numbers else bool(a == b)
 
 
-def ends(line: receipt.LogLine) -> bool:
-    """Says whether a line is that of a run's end."""
-    return line.kind == "LOG" and not line.step
+def mismatches(rows: Iterable[_Row]) -> Iterator[str]:
+    """Yields a sentence for each (name, found, expected) that differ, of long values the beginning."""
+    for name, found, expected in rows:
+        if not equal(found, expected):
+            yield f"{name} is {found!r:.100}, expected {expected!r:.100}"
 
 
-def read_attempts(lines: List[receipt.LogLine]) -> Tuple[List[Attempt], List[str]]:
-    """Returns the starts that a log tells of, and what in its lines belongs to none."""
-    starts: List[Attempt] = []
-    faults: List[str] = []
-    parameters: Optional[Dict[str, Any]] = None
-    current: Optional[Attempt] = None
-    for at, line in enumerate(lines):
-        if not line.kind:
-            torn = at + 1 == len(lines) or lines[at + 1].kind == "METADATA"
-            if not torn:
-                faults.append(f"line {line.number} cannot be read, and no kill has cut it off: others follow it")
-        elif line.kind == "METADATA":
-            parameters = current = None
-        elif line.step == "PARAMETER":
-            parameters, current = line.data, None
-        elif line.event == "start":
-            if parameters is None:
-                faults.append(f"line {line.number}: a start without its configuration")
-            current = Attempt(len(starts) + 1, parameters or {}, line, [])
-            starts.append(current)
-            parameters = None
-        elif current:
-            current.lines.append(line)
-        elif trains(line) or evaluates(line) or ends(line):
-            faults.append(f"line {line.number}: an update, evaluation or end before a start")
-    return starts, faults
+def _replay(history: History, line: LogLine, following: Optional[LogLine]) -> Iterator[str]:
+    if not line.kind:
+        if following and following.kind != "METADATA":
+            yield "cannot be read, and no kill tore it: the process wrote on"
+    elif line.kind in ("METADATA", "PARAMETER"):
+        history.current, history.parameters = None, line.data if line.kind == "PARAMETER" else None
+    elif line.kind == "start" and history.parameters:
+        attempt = Attempt(len(history.attempts) + 1, line, history.parameters)
+        verdict, text = _check_origin(history, line)
+        history.checks.append(Check(verdict, f"start {attempt.number}", text))
+        history.attempts.append(attempt)
+        history.current, history.parameters, history.over = attempt, None, ""
+        if line.data["checkpoint"]:
+            history.saved.setdefault(line.step, (line.number, line.data["checkpoint"]))
+    elif history.current and line.kind != "start":
+        yield from mismatches(_replay_in_attempt(history, history.current, line))
+    elif line.kind in ("start", *_PROGRESS):
+        yield f"`{line.kind}` without the configuration or the start that comes before it"
 
 
-def skipped_steps(starts: List[Attempt]) -> Set[int]:
-    """Returns the steps that rewinds have left out: whatever is logged of them was without an update."""
-    lines = [line for start in starts for line in [start.line, *start.lines] if line.event in ("start", "rewind")]
-    return {int(step) for line in lines for step in line.data["skipped_steps"]}
+def _check_origin(history: History, line: LogLine) -> Tuple[str, str]:
+    step, row, before = line.step, line.data["checkpoint"], history.attempts[-1] if history.attempts else None
+    number, saved = history.saved.get(step, (0, None))
+    verdict = FAIL
+    if step == 0 and row is None:
+        verdict = FAIL if history.saved else PASS
+    elif before and step <= before.last and saved is None:
+        verdict = UNKNOWN if any(each.step == step for each in [before.start, *before.select("train")]) else FAIL
+    elif before and step <= before.last:
+        verdict = history.compare(row, saved, number, line.number)
+    source = f"the checkpoint of line {number}" if number else "no checkpoint"
+    text = {PASS: source, UNKNOWN: "a kill kept its save out of the log", FAIL: f"not what had been saved ({source})"}
+    return verdict, f"from step {step} on {plural(int(line.data['ranks']), 'rank')}: {text[verdict]}"
+
+
+def _replay_in_attempt(history: History, attempt: Attempt, line: LogLine) -> Iterator[_Row]:
+    kind, data, last = line.kind, line.data, attempt.last
+    complete = last * attempt.batch // attempt.records  # epochs
+    attempt.lines.append(line)
+    if abs(line.began - attempt.start.began) > 0.01:
+        yield f"start of its process (one after start {attempt.number} is missing)", line.began, attempt.start.began
+    if history.over == "end" or (history.over and kind in _PROGRESS):
+        yield "kind of line", kind, f"none after `{history.over}`"
+    history.over = kind if kind in ("end", "stopped") else history.over
+    if kind in ("train", "end", "stopped"):
+        covered = max(complete, attempt.next_epoch) if kind == "train" else complete
+        yield "number of covered epochs", attempt.next_epoch, covered
+    if kind in ("train", "end") and last > attempt.first and last in evaluation_steps(attempt.config, attempt.records):
+        yield "step of the newest evaluation", attempt.evaluated, last
+
+    if kind == "train":
+        yield from _train_rows(line, attempt)
+        attempt.last = line.step
+    elif kind == "coverage":
+        yield from _coverage_rows(line, attempt)
+        attempt.next_epoch = int(data["epoch"]) + 1
+        text = f"{data['skipped']} skipped, replaced {data['replaced']}" if data["known"] else "was trained in two orders"
+        if not data["known"] or data["skipped"] or data["replaced"]:
+            history.checks.append(Check(PASS if data["known"] else UNKNOWN, f"epoch {data['epoch']}", text))
+    elif kind == "evaluation":
+        yield from [("step", line.step, last), ("epoch", line.epoch, complete), *_evaluation_rows(line, attempt)]
+        attempt.evaluated, history.scores[line.step] = line.step, line
+    elif kind == "throughput":
+        rows = data.get("by_rank", [])
+        yield from [("step", line.step, attempt.evaluated), ("by_host", data.get("by_host", []), per_host(rows))]
+        yield "number of ranks in by_rank", len(rows), attempt.ranks if data["fps"] else 0
+    elif kind == "end":
+        yield from ((name, data.get(name), value) for name, value in attempt.select("evaluation")[-1].data.items())
+        yield from throughput_rows(line, attempt)
+    elif kind == "stopped":
+        yield "step", line.step, last
+    elif kind == "checkpoint":
+        history.saved[line.step] = line.number, data
+    elif kind == "rewind":
+        step = data["to"]
+        yield f"whether step {step} had been saved", step in history.saved or not (step or history.saved), True
+        attempt.begin_segment(step, line)
+
+
+def _train_rows(line: LogLine, attempt: Attempt) -> Iterator[_Row]:
+    data, batch, before = line.data, attempt.batch, attempt.last
+    seconds, waits = data["train.update_seconds"], data["train.input_seconds"]
+    images = batch * max(1, line.step - before - sum(before <= step < line.step for step in attempt.skipped))
+    accuracies = [data["train.acc@1"], data["train.acc@5"]]
+    shares = [min(max(0, round(share * images)), images) / images for share in accuracies]
+    yield "number of updates since the last line", len(seconds), line.step - before
+    yield "epoch", line.epoch, line.step * batch // attempt.records
+    # A wait and the update around it are read from one clock, but summed differently.
+    limits = itertools.zip_longest(waits, seconds, fillvalue=-1)
+    yield "train.input_seconds", waits, [min(max(0, wait), total + 1e-6) for wait, total in limits]
+    yield "train.fps", data["train.fps"], batch * len(seconds) / sum(seconds)
+    yield "train.lr", data["train.lr"], learning_rate(line.step - 1, attempt.config, attempt.records)
+    yield f"train.acc@1, acc@5 of {images} images", accuracies, sorted(shares)
+
+
+def _evaluation_rows(line: LogLine, attempt: Attempt) -> Iterator[_Row]:
+    data, records = line.data, attempt.start.data["data"]["validation"]["records"]
+    hits = [data["eval.top1_hits"], data["eval.top5_hits"], data["eval.records"]]
+    yield "eval.top1_hits, top5_hits, records", hits, sorted([*(max(0, int(each)) for each in hits[:2]), records])
+    yield "eval.acc@1, acc@5", [data["eval.acc@1"], data["eval.acc@5"]], [each / records for each in hits[:2]]
+
+
+def throughput_rows(line: LogLine, attempt: Attempt) -> Iterator[_Row]:
+    """Computes again, from the seconds of every update of an attempt before a line, what the line says of the speed."""
+    throughput, config = Throughput(), attempt.config
+    for data in [each.data for each in attempt.lines if each.number < line.number]:
+        # The updates between the last line of updates and a rewind are in the latter.
+        throughput.total_seconds += data.get("train.update_seconds", data.get("update_seconds", []))
+        throughput.input_seconds += data.get("train.input_seconds", data.get("input_seconds", []))
+    expected = throughput.summary(attempt.batch)
+    if expected["fps"]:
+        layers = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
+        expected["tflops_per_rank"] = training_flops(layers, config.image_size) * expected["fps"] / attempt.ranks / 1e12
+        most = attempt.batch * len(throughput.total_seconds) / sum(throughput.total_seconds)
+        expected["fps_wall"] = min(line.data["fps_wall"], most * (1 + 1e-6))  # whose time is longer than the updates'
+    return ((name, line.data.get(name), value) for name, value in expected.items())
+
+
+def _coverage_rows(line: LogLine, attempt: Attempt) -> Iterator[_Row]:
+    data, config, records, batch = line.data, attempt.config, attempt.records, attempt.batch
+    epoch = int(data["epoch"])
+    yield "epoch", epoch, attempt.next_epoch
+    yield "step", line.step, min(-(-(epoch + 1) * records // batch), attempt.last + config.log_every_steps)
+    yield "records", data["records"], records
+    if data["known"]:
+        left_out = np.zeros(3, np.int64)
+        for step in attempt.skipped if data["skipped"] else ():
+            due = positions(step * batch, (step + 1) * batch, records, config.seed, config.shuffle_block_records)
+            left_out += digest(due.ids[due.epochs == epoch])
+        seen = digest_of_all(records) - left_out - digest(np.array(data["replaced"], np.int64))
+        for name, part in (("skipped", left_out), ("seen", seen)):
+            yield name, [data[name], *data[f"{name}_digest"]], [int(part[0]), *to_hex(part)]

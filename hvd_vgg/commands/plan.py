@@ -1,4 +1,4 @@
-"""The `plan` command: what each way of exchanging gradients would cost on a given cluster. Needs no TensorFlow."""
+"""The `plan` command: what each method of exchanging gradients would cost on a cluster. Needs no TensorFlow."""
 
 import dataclasses
 from pathlib import Path
@@ -11,7 +11,7 @@ from hvd_vgg.text import plural
 
 
 class Method(NamedTuple):
-    """A way to exchange: its name in tables, and the flags that choose it."""
+    """A method of exchange: its name in tables, and the flags that choose it."""
 
     name: str
     exchange: str
@@ -19,7 +19,7 @@ class Method(NamedTuple):
 
 
 def methods(config: PlanConfig) -> List[Method]:
-    """Returns the ways that are compared: summing everything, and this configuration's exchange on both wires."""
+    """Returns the methods to compare: allreduce of everything, and this configuration's exchange with both wire dtypes."""
     ours = f"ours ({config.exchange})"
     return [
         Method("allreduce of everything", "allreduce", "float32"),
@@ -29,56 +29,57 @@ def methods(config: PlanConfig) -> List[Method]:
 
 
 def plan(config: PlanConfig) -> None:
-    """Prints the bytes of each layer, then predicted seconds and efficiency of each way; draws the sweep if asked to."""
+    """Prints the bytes of each layer, and the predicted time and efficiency of each method; plots the sweep."""
     choices = cost.choose(config, config.ranks)
     hosts = -(-config.ranks // config.ranks_per_host)
     per_rank = config.global_batch / config.ranks
     print(
-        f"{config.model}, {config.global_batch} images an update on {config.ranks} ranks ({per_rank:g} each), {hosts} hosts "
-        f"of {config.ranks_per_host}, {config.gbit:g} Gbit/s a host, {config.fps_per_rank:g} images/s a rank alone\n"
+        f"{config.model}, {config.global_batch} images per update on {config.ranks} ranks ({per_rank:g} each), "
+        f"{hosts} hosts of {config.ranks_per_host}, {config.gbit:g} Gbit/s per host, "
+        f"{config.fps_per_rank:g} images/s per rank alone\n"
     )
     print(f"Sent by each rank in an update, {config.wire_dtype} on the wire:")
     print(cost.table(choices), "\n")
     print(_ASSUMPTIONS)
-    print(f"{'':28s} {'MB a rank':>10s} {'seconds an update':>20s} {'efficiency':>16s} {'images/s':>16s}")
-    for way in methods(config):
-        print(_row(way, config))
+    print(f"{'':28s} {'MB/rank':>10s} {'seconds per update':>20s} {'efficiency':>16s} {'images/s':>16s}")
+    for method in methods(config):
+        print(_row(method, config))
     if config.sweep_ranks:
         _sweep(config)
 
 
 _ASSUMPTIONS = """\
-Predicted, each from "nothing overlaps" to "all overlaps with the backward pass". Assumed: computing takes images / rate, two
-thirds of it the backward pass; forming dense gradients from all rows adds its multiplications; messages take no time but
-bytes / rate of the host's link, which is one ring through all ranks, those of a host side by side. Not counted: what stays
-inside a host, the processor's own share of sending, stragglers.
+Predictions range from no overlap to full overlap of the exchange with the backward pass. Assumed: computing takes
+images / rate, two thirds of it in the backward pass; products of gathered factors add their multiplications; messages take
+bytes / bandwidth of a host's link, in one ring through all ranks, those of a host next to each other. Not counted: traffic
+within a host, the processor time of sending, stragglers.
 """
 
 
-def _predicted(way: Method, config: PlanConfig) -> Tuple[float, cost.Prediction]:
+def _predicted(method: Method, config: PlanConfig) -> Tuple[float, cost.Prediction]:
     link = cost.Link(config.ranks, config.ranks_per_host, config.gbit, config.fps_per_rank)
-    chosen = dataclasses.replace(config, exchange=way.exchange, wire_dtype=way.wire_dtype)
+    chosen = dataclasses.replace(config, exchange=method.exchange, wire_dtype=method.wire_dtype)
     return cost.sent(cost.choose(chosen, config.ranks)) / 1e6, cost.predict(chosen, link)
 
 
-def _row(way: Method, config: PlanConfig) -> str:
-    megabytes, found = _predicted(way, config)
+def _row(method: Method, config: PlanConfig) -> str:
+    megabytes, found = _predicted(method, config)
     seconds = f"{found.seconds_apart:.3f} .. {found.seconds_overlapped:.3f}"
     efficiency = f"{found.efficiency_apart:.1%} .. {found.efficiency_overlapped:.1%}"
     rates = [config.fps_per_rank * config.ranks * e for e in (found.efficiency_apart, found.efficiency_overlapped)]
-    return f"{way.name:28s} {megabytes:10.1f} {seconds:>20s} {efficiency:>16s} {rates[0]:7.0f} .. {rates[1]:.0f}"
+    return f"{method.name:28s} {megabytes:10.1f} {seconds:>20s} {efficiency:>16s} {rates[0]:7.0f} .. {rates[1]:.0f}"
 
 
 def _sweep(config: PlanConfig) -> None:
     """Prints, and draws into --out, efficiency against ranks, with the images of each rank held fixed."""
     per_rank = config.global_batch / config.ranks
-    curves: Dict[str, List[Tuple[int, cost.Prediction]]] = {way.name: [] for way in methods(config)}
+    curves: Dict[str, List[Tuple[int, cost.Prediction]]] = {method.name: [] for method in methods(config)}
     print(f"\nEfficiency with {per_rank:g} images a rank:")
     print(f"{'ranks':>6s} " + " ".join(f"{name:>30s}" for name in curves))
     for ranks in (int(number) for number in config.sweep_ranks):
         at = dataclasses.replace(config, ranks=ranks, global_batch=max(ranks, round(per_rank * ranks)))
-        for way in methods(config):
-            curves[way.name].append((ranks, _predicted(way, at)[1]))
+        for method in methods(config):
+            curves[method.name].append((ranks, _predicted(method, at)[1]))
         last = [points[-1][1] for points in curves.values()]
         cells = [f"{found.efficiency_apart:.1%} .. {found.efficiency_overlapped:.1%}" for found in last]
         print(f"{ranks:6d} " + " ".join(f"{cell:>30s}" for cell in cells))

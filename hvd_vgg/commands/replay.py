@@ -33,7 +33,7 @@ def replay(config: ReplayConfig) -> None:
     state = initial_state(config)
     run_on_root(lambda: _load_state(state, folder))
     comm.broadcast_variables(list(state.variables().values()))
-    factored = [choice.layer for choice in cost.choose(config, comm.size()) if choice.method == "factored"]
+    factored = cost.factored_layers(config, comm.size())
     train_step = make_train_step(state.weights, state.slots, config, device.data_format, factored)
     console.say(
         f"step {report['step']} of {config.run_dir}: loss {report['loss']}, gradient norm {report['gradient_norm']}\n"

@@ -5,6 +5,7 @@ every bit. All functions are collective except `assess_*`, `pattern` and `expect
 """
 
 import functools
+import math
 import time
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
@@ -13,6 +14,7 @@ import tensorflow as tf
 
 from hvd_vgg.config import DoctorConfig
 from hvd_vgg.data.sampler import slice_bounds
+from hvd_vgg.doctor.report import Report
 from hvd_vgg.models.architecture import DENSE, vgg_layers
 from hvd_vgg.parallel import comm, cost, exchange
 from hvd_vgg.parallel.init import mpi_version, transports
@@ -21,13 +23,14 @@ from hvd_vgg.reporting.findings import Finding, failure, ok, warning
 # A prime, so that parts that are swapped, or added to their neighbours, differ from what was sent.
 _PERIOD = 251
 _LATENCY_REPEATS, _REPEATS, _LINK_BYTES, _PAIR_BYTES = 30, 3, 16_000_000, 4_000_000
+_COLLECTIVES_SECONDS = 600.0
 # Slower by this factor than `plan` assumes, or than other links, is worth a warning.
 _SLOWER = 2.0
 # Bytes/s per rank below which devices of one host do not exchange directly: 4 lanes of PCI Express 3.0 carry twice this.
 _DEVICE_RATE = 2e9
 # The time of shorter messages is mostly latency.
 _RATE_BYTES = 16_000_000
-STAGED = (
+_STAGED = (
     "are not exchanged by NCCL, for which Horovod was not built: unless its MPI accepts device memory, they are copied "
     "through the host (sums: about 0.85 s per update of VGG16, scaled up from the one published record of such a build)"
 )
@@ -36,8 +39,8 @@ STAGED = (
 class Link(NamedTuple):
     """What a short measurement found; equal on all ranks except `correct`.
 
-    transports: NCCL, mpi or gloo for `sums` and `gathers`; seconds of a small sum; bytes/s that each rank sends in a large
-    one; whether that one was correct on this rank.
+    transports: NCCL, mpi or gloo for `sums` and `gathers`; seconds of a small sum, 0 on a single rank; bytes/s that each
+    rank sends in a large one; whether that one was correct on this rank.
     """
 
     transports: Dict[str, str]
@@ -47,12 +50,24 @@ class Link(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """One kind of exchange: its name, the bytes that each rank sent, its seconds, and the latencies of its messages."""
+    """One kind of exchange: its name, bytes that each rank sent, number of messages, seconds, names of wrong results."""
 
     name: str
     sent_bytes: float
+    messages: int
     seconds: float
-    latency_seconds: float
+    wrong: List[str]
+
+
+def check_links(report: Report, config: DoctorConfig, device: str, hosts: Sequence[str]) -> None:
+    """Adds to the report what a short measurement and --collectives find; hosts: the host name of each rank."""
+    with report.time_limit("link", "the ranks did not exchange a few MB"):
+        link = measure_link(device)
+        report.findings += assess_link(link, device, config.gbit if comm.local_size() < comm.size() else 0.0)
+        report.findings += check_pairs(hosts)
+    if config.collectives:
+        with report.time_limit("collectives", "--collectives did not end", _COLLECTIVES_SECONDS):
+            report.findings += check_collectives(config, device, link)
 
 
 def measure_link(device: str) -> Link:
@@ -60,7 +75,9 @@ def measure_link(device: str) -> Link:
 
     Tensors are on the device before and after: the times include no copies from and to the host, except Horovod's own.
     """
-    count, ranks = _LINK_BYTES // 4, comm.size()
+    count, ranks, carriers = _LINK_BYTES // 4, comm.size(), transports(device)
+    if ranks == 1:
+        return Link(carriers, 0.0, 0.0, True)
     with tf.device(device):
         small, large = (tf.constant(pattern(size, comm.rank())) for size in (1, count))
 
@@ -70,18 +87,16 @@ def measure_link(device: str) -> Link:
             total = comm.sum_gradients([value], f"doctor_{value.shape[0]}")[0]
             return total, total[-1]
 
-    carriers = transports(device)
-    latency = _median_seconds(lambda: sum_over_ranks(small)[1].numpy(), _LATENCY_REPEATS)
-    seconds = _median_seconds(lambda: sum_over_ranks(large)[1].numpy(), _REPEATS)
+    latency = float(np.median(_seconds(lambda: sum_over_ranks(small)[1].numpy(), _LATENCY_REPEATS)))
+    seconds = float(np.median(_seconds(lambda: sum_over_ranks(large)[1].numpy(), _REPEATS)))
     correct = np.array_equal(sum_over_ranks(large)[0].numpy(), expected_sum(count, ranks))
     return Link(carriers, latency, cost.allreduce_bytes(count, ranks, "float32") / seconds, correct)
 
 
-def assess_link(link: Link, device: str, ranks: int, gbit: float) -> List[Finding]:
+def assess_link(link: Link, device: str, gbit: float) -> List[Finding]:
     """Returns what a measured link means; gbit: Gbit/s between hosts as given to `plan`, 0 if unknown or on one host."""
-    found = assess_transports(link.transports, device)
-    path = link.transports["sums"]
-    if ranks == 1:
+    found, path = assess_transports(link.transports, device), link.transports["sums"]
+    if not link.latency_seconds:
         return found
     if not link.correct:
         text = f"a sum of {_LINK_BYTES // 1_000_000} MB over all ranks by {path} is wrong"
@@ -100,11 +115,11 @@ def assess_transports(carriers: Mapping[str, str], device: str) -> List[Finding]
     """Returns a warning if what ranks exchange is copied from the device to its host and back."""
     copied = [kind for kind, carrier in carriers.items() if "GPU" in device and carrier != "NCCL"]
     fix = "use a Horovod built with NCCL (HOROVOD_GPU_OPERATIONS=NCCL), or the vendor's newer wheel"
-    return [warning("link", f"{' and '.join(copied)} of device tensors {STAGED}", fix)] if copied else []
+    return [warning("link", f"{' and '.join(copied)} of device tensors {_STAGED}", fix)] if copied else []
 
 
 def check_pairs(hosts_of_ranks: Sequence[str]) -> List[Finding]:
-    """Has each host and the next send each other 4 MB, one pair at a time; hosts_of_ranks: the host name of each rank.
+    """Has each host and the next send each other 4 MB, one pair at a time.
 
     A host with a slow link slows down everybody's sums; only pairs show which one it is.
     """
@@ -141,43 +156,36 @@ def assess_pairs(rates: Mapping[Tuple[str, str], float], path: str) -> Finding:
 
 def check_collectives(config: DoctorConfig, device: str, link: Link) -> List[Finding]:
     """Sums gradients of the network's own shapes, and gathers rows of its dense layers, as training does."""
-    ranks = comm.size()
-    if ranks == 1:
+    if comm.size() == 1:
         return [warning("collectives", "not checked: one rank exchanges nothing", "start all ranks of the job to come")]
-    layers = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
-    gbit = 0.0 if comm.local_size() == ranks else config.gbit or None
+    gbit = 0.0 if comm.local_size() == comm.size() else config.gbit or None
+    exchanges = sum_all(config, device, link.transports["sums"]), gather_all(config, device, link.transports["gathers"])
+    return [assess_exchange(each, link.latency_seconds, gbit, device) for each in exchanges]
 
-    seconds, wrong = sum_all(config, device)
-    sent = sum(cost.allreduce_bytes(layer.parameters, ranks, config.wire_dtype) for layer in layers)
+
+def sum_all(config: DoctorConfig, device: str, carrier: str) -> Exchange:
+    """Sums every gradient of the network."""
+    layers = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
+    shapes: Dict[str, Tuple[int, ...]] = {f"{layer.name}/kernel": layer.kernel for layer in layers}
+    shapes.update({f"{layer.name}/bias": layer.kernel[-1:] for layer in layers})
+    with tf.device(device):
+        mine = {name: tf.constant(pattern(math.prod(shape), comm.rank()), shape=shape) for name, shape in shapes.items()}
+    seconds, wrong = _measure(
+        lambda: exchange.sum_gradients(mine, config.wire_dtype, 1.0),
+        lambda name: expected_sum(math.prod(shapes[name]), comm.size()),
+        device,
+    )
+    sent = sum(cost.allreduce_bytes(layer.parameters, comm.size(), config.wire_dtype) for layer in layers)
     # An upper bound: layers that share a message are counted separately.
     messages = sum(-(-layer.parameters * 4 // exchange.CHUNK_BYTES) for layer in layers)
-    name = f"sums of gradients of {config.model} by {link.transports['sums']}"
-    sums = assess_exchange(Exchange(name, sent, seconds, messages * link.latency_seconds), wrong, gbit, device)
-
-    seconds, wrong = gather_all(config, device)
-    sent = sum(choice.factored_bytes or 0.0 for choice in cost.choose(config, ranks))
-    name = f"gathers of rows of its dense layers by {link.transports['gathers']}"
-    latency = 2 * len(DENSE) * link.latency_seconds
-    return [sums, assess_exchange(Exchange(name, sent, seconds, latency), wrong, gbit, device)]
+    return Exchange(f"sums of gradients of {config.model} by {carrier}", sent, messages, seconds, wrong)
 
 
-def sum_all(config: DoctorConfig, device: str) -> Tuple[float, List[str]]:
-    """Returns the median seconds to sum every gradient of the network, and the names of those that came out wrong."""
-    shapes: Dict[str, Tuple[int, ...]] = {}
-    for layer in vgg_layers(config.model, config.width, config.image_size, config.num_classes):
-        shapes.update({f"{layer.name}/kernel": layer.kernel, f"{layer.name}/bias": layer.kernel[-1:]})
-    sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
-    with tf.device(device):
-        mine = {name: tf.constant(pattern(sizes[name], comm.rank()).reshape(shape)) for name, shape in shapes.items()}
-    seconds, sums = _measure(lambda: exchange.sum_gradients(mine, config.wire_dtype, 1.0), device)
-    right = {name: np.array_equal(sums[name].numpy().ravel(), expected_sum(sizes[name], comm.size())) for name in sizes}
-    return seconds, [name for name in sizes if not right[name]]
-
-
-def gather_all(config: DoctorConfig, device: str) -> Tuple[float, List[str]]:
-    """Returns the median seconds to gather the dense layers' rows of the global batch, and the names of wrong ones."""
+def gather_all(config: DoctorConfig, device: str, carrier: str) -> Exchange:
+    """Gathers the dense layers' rows of the global batch."""
     layers = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
-    kernels = {layer.name: layer.kernel for layer in layers if layer.name in DENSE}
+    ends = ("inputs", "outputs")
+    widths = {(layer.name, end): width for layer in layers if layer.name in DENSE for end, width in zip(ends, layer.kernel)}
     bounds = [slice_bounds(config.global_batch, rank, comm.size()) for rank in range(comm.size())]
 
     def rows_of(rank: int, width: int) -> np.ndarray:
@@ -185,26 +193,29 @@ def gather_all(config: DoctorConfig, device: str) -> Tuple[float, List[str]]:
         return pattern(rows * width, rank).reshape(rows, width)
 
     with tf.device(device):
-        mine = {name: [tf.constant(rows_of(comm.rank(), width)) for width in kernel] for name, kernel in kernels.items()}
+        mine = {name: tf.constant(rows_of(comm.rank(), width)) for name, width in widths.items()}
 
     def gather() -> Dict[str, Any]:
-        pairs = {
-            name: exchange.gather_factors(name, x, d, config.global_batch, config.wire_dtype, 1.0)
-            for name, (x, d) in mine.items()
-        }
-        return {f"{name} {end}": pair[i] for name, pair in pairs.items() for i, end in enumerate(("inputs", "outputs"))}
+        results = {}
+        for layer in DENSE:
+            x, d = (mine[layer, end] for end in ends)
+            pair = exchange.gather_factors(layer, x, d, config.global_batch, config.wire_dtype, 1.0)
+            results.update({f"{layer} {end}": value for end, value in zip(ends, pair)})
+        return results
 
-    seconds, gathered = _measure(gather, device)
-    wrong = []
-    for name, value in gathered.items():
-        width = value.shape[1]
-        if not np.array_equal(value.numpy(), np.concatenate([rows_of(rank, width) for rank in range(comm.size())])):
-            wrong.append(name)
-    return seconds, wrong
+    def expected(name: str) -> np.ndarray:
+        layer, end = name.split()
+        return np.concatenate([rows_of(rank, widths[layer, end]) for rank in range(comm.size())])
+
+    seconds, wrong = _measure(gather, expected, device)
+    sent = sum(choice.factored_bytes or 0.0 for choice in cost.choose(config, comm.size()))
+    return Exchange(f"gathers of rows of its dense layers by {carrier}", sent, len(widths), seconds, wrong)
 
 
-def _measure(exchange_all: Callable[[], Dict[str, Any]], device: str) -> Tuple[float, Dict[str, Any]]:
-    """Returns the median seconds of a compiled exchange on `device`, and its results."""
+def _measure(
+    exchange_all: Callable[[], Dict[str, Any]], expected: Callable[[str], np.ndarray], device: str
+) -> Tuple[float, List[str]]:
+    """Returns the median seconds of an exchange, compiled for `device`, and the names of results that are wrong."""
 
     @tf.function
     def compiled() -> Any:
@@ -220,7 +231,9 @@ def _measure(exchange_all: Callable[[], Dict[str, Any]], device: str) -> Tuple[f
         last.numpy()
         results.update(new)
 
-    return _median_seconds(once, _REPEATS), results
+    seconds = float(np.median(_seconds(once, _REPEATS)))
+    wrong = [name for name, value in results.items() if not np.array_equal(value.numpy().ravel(), expected(name).ravel())]
+    return seconds, wrong
 
 
 def pattern(count: int, rank: int) -> np.ndarray:
@@ -237,10 +250,6 @@ def expected_sum(count: int, ranks: int) -> np.ndarray:
     return np.resize(np.sum([pattern(_PERIOD, rank) for rank in range(ranks)], axis=0), count)
 
 
-def _median_seconds(action: Callable[[], Any], repeats: int) -> float:
-    return float(np.median(_seconds(action, repeats)))
-
-
 def _seconds(action: Callable[[], Any], repeats: int) -> List[float]:
     """Returns the slowest rank's seconds of each repeat, after a warm-up; all ranks start together.
 
@@ -255,15 +264,15 @@ def _seconds(action: Callable[[], Any], repeats: int) -> List[float]:
     return seconds[1:] or seconds
 
 
-def assess_exchange(one: Exchange, wrong: Sequence[str], gbit: Optional[float], device: str) -> Finding:
+def assess_exchange(one: Exchange, latency_seconds: float, gbit: Optional[float], device: str) -> Finding:
     """Returns what an exchange's results and time mean.
 
-    wrong: names of wrong results; gbit: Gbit/s between hosts as given to `plan`, None if unknown, 0 for a single host.
-    Latencies are allowed for in full, although messages may overlap.
+    gbit: Gbit/s between hosts as given to `plan`, None if unknown, 0 for a single host. The latency of each message is
+    allowed for, although messages may overlap.
     """
-    if wrong:
+    if one.wrong:
         fix = "do not train like this: try another path (NCCL_P2P_DISABLE=1, NCCL_SHM_DISABLE=1, MPI's own)"
-        return failure("collectives", f"{one.name}: wrong: {', '.join(wrong)}", fix)
+        return failure("collectives", f"{one.name}: wrong: {', '.join(one.wrong)}", fix)
     rate = one.sent_bytes / one.seconds
     text = f"{one.name}: correct; {one.sent_bytes / 1e6:.1f} MB per rank in {one.seconds:.3g} s, {rate / 1e9:.3g} GB/s"
     long = one.sent_bytes >= _RATE_BYTES
@@ -276,9 +285,9 @@ def assess_exchange(one: Exchange, wrong: Sequence[str], gbit: Optional[float], 
     for_plan = f"--gbit={rate * 8 / 1e9:.3g}" if long else ""
     if gbit is None:
         return ok("collectives", f"{text}; for `plan`: {for_plan}" if for_plan else text)
-    assumed = one.sent_bytes * 8 / (gbit * 1e9)
-    text += f"; `plan` with --gbit={gbit:g} assumes {assumed:.3g} s; latencies add up to {one.latency_seconds:.2g} s"
-    if one.seconds <= _SLOWER * assumed + one.latency_seconds:
+    assumed, latency = one.sent_bytes * 8 / (gbit * 1e9), one.messages * latency_seconds
+    text += f"; `plan` with --gbit={gbit:g} assumes {assumed:.3g} s; latencies add up to {latency:.2g} s"
+    if one.seconds <= _SLOWER * assumed + latency:
         return ok("collectives", text)
     fix = "find what is slow: interface, NCCL_NET, staging, processor"
     return warning("collectives", text, f"{fix}; or plan with {for_plan}" if for_plan else fix)

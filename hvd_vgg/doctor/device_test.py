@@ -3,13 +3,24 @@
 On hosts whose driver does not fit their SDK, devices are listed and the first allocation fails.
 """
 
+import os
 from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import tensorflow as tf
 
-from hvd_vgg.parallel.init import cpu_convolves
-from hvd_vgg.reporting.findings import Finding, failure, ok, warning
+from hvd_vgg.config import DoctorConfig
+from hvd_vgg.doctor.driver import Accelerators, check_driver
+from hvd_vgg.doctor.packages import device_nodes
+from hvd_vgg.doctor.report import PHASE_SECONDS, Report
+from hvd_vgg.doctor.settings import check_flags, check_rank_count, check_visible_devices
+from hvd_vgg.environment import launched_rank
+from hvd_vgg.errors import Failure
+from hvd_vgg.models.architecture import count_parameters, vgg_layers
+from hvd_vgg.parallel import comm
+from hvd_vgg.parallel.init import cpu_convolves, take_device
+from hvd_vgg.reporting.findings import FAILURE, Finding, failure, ok, warning
+from hvd_vgg.text import plural
 
 # Largest relative error of a product of random matrices in each precision, compared with float64 on the same rounded
 # inputs: ten times what accumulation in float32 gives, or for 16 bits what accumulation in those 16 bits gives.
@@ -20,15 +31,63 @@ _MATRIX_SIZE, _IMAGE_SIZE, _CHANNELS = 256, 16, 32
 _EXCLUDE = "driver and SDK must fit (see driver); until then exclude this device by CUDA_VISIBLE_DEVICES"
 
 
-class Operands(NamedTuple):
-    """Inputs of one dtype, on the CPU, and the exact results in float64: a @ b, and image convolved with kernel (NHWC)."""
+class Case(NamedTuple):
+    """An operation: its inputs on the CPU and its exact result. layout: of a convolution, "" for a matrix product."""
 
-    a: Any
-    b: Any
-    image: Any
-    kernel: Any
-    product: np.ndarray
-    convolution: np.ndarray
+    dtype: str
+    layout: str
+    inputs: Tuple[Any, Any]
+    expected: np.ndarray
+
+    @property
+    def name(self) -> str:
+        """`float32` for a matrix product, `float32 NCHW` for a convolution, and so on."""
+        return f"{self.dtype} {self.layout}".strip()
+
+
+def check_devices(report: Report, config: DoctorConfig, accelerators: Accelerators) -> Tuple[str, int]:
+    """Tries this rank's device, or without a launcher all of this host.
+
+    Returns the name of the device to exchange from, and the number of threads that may decode images.
+    """
+    alone, mask = launched_rank() is None, accelerators.host.environ.get("CUDA_VISIBLE_DEVICES")
+    cuda = str(tf.sysconfig.get_build_info().get("cuda_version", ""))
+    with report.time_limit("devices", "the devices were not listed"):
+        gpus = tf.config.list_physical_devices("GPU")
+    with report.time_limit("devices", "the devices did not answer", PHASE_SECONDS * len(gpus) if alone else 0.0):
+        threads = _take_devices(config, gpus, alone)
+        try:
+            devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")[:1]
+        except (RuntimeError, tf.errors.OpError) as error:
+            text = f"TensorFlow lists {plural(len(gpus), 'device')} but cannot initialize them: {error}"
+            fix = "driver and SDK must fit; exclude a broken device by CUDA_VISIBLE_DEVICES"
+            # Nothing computed, which decides about the driver; without a device this rank cannot exchange findings.
+            report.findings += [failure("devices", text, fix), *check_driver(accelerators, cuda, False)]
+            raise report.finish_alone() from error
+        parameters = count_parameters(vgg_layers(config.model, config.width, config.image_size, config.num_classes))
+        tried = check_computation(devices, config.precision, 4 * parameters)
+    computed = bool(gpus) and all(finding.verdict != FAILURE for finding in tried)
+    nodes = device_nodes(accelerators.host, accelerators.vendor)
+    report.findings += [
+        *tried,
+        *check_driver(accelerators, cuda, computed),
+        *check_visible_devices(len(nodes), len(gpus), mask),
+        *check_rank_count(len(gpus), comm.local_size(), alone, mask),
+        *check_flags(config, comm.size(), len(gpus)),
+    ]
+    return str(devices[0].name), threads
+
+
+def _take_devices(config: DoctorConfig, gpus: Sequence[Any], alone: bool) -> int:
+    """Takes this rank's device as training does, or all `gpus` if they are to be tried; returns the decoding threads."""
+    if gpus and (alone or len(gpus) < comm.local_size()):
+        for gpu in gpus:
+            tf.config.experimental.set_memory_growth(gpu, True)
+        return os.cpu_count() or 1
+    try:
+        return take_device(config.input_threads, config.precision).input_threads
+    except Failure:  # a precision that the device does not support, which `check_computation` reports
+        return 1
 
 
 def check_computation(devices: Sequence[Any], precision: str, gradient_bytes: int) -> List[Finding]:
@@ -36,27 +95,32 @@ def check_computation(devices: Sequence[Any], precision: str, gradient_bytes: in
 
     precision: what training will use; gradient_bytes: a GPU must be able to hold this twice, as training holds gradients.
     """
-    operands = {dtype: make_operands(dtype) for dtype in BOUNDS}
+    cases = make_cases()
     found: List[Finding] = []
     for device in devices:
         # Ranks have one device each; a process without a launcher tries all, and numbers them.
         name = _device_name(device) + (f" {device.name.rsplit(':', 1)[1]}" if len(devices) > 1 else "")
         broken = _check_allocation(device.name, name, gradient_bytes) if device.device_type == "GPU" else []
-        found += broken or assess_errors(name, device.device_type, *measure_errors(device.name, operands), precision)
+        found += broken or assess_errors(name, device.device_type, *measure_errors(device.name, cases), precision)
     return found
 
 
-def make_operands(dtype: str) -> Operands:
-    """Returns the inputs of `dtype`, the same in each call.
+def make_cases() -> List[Case]:
+    """Returns all operations in all precisions.
 
-    Results come from NumPy: not every device supports float64, and the device under test may be broken.
+    The exact results come from NumPy: not every device supports float64, and the device under test may be broken.
     """
     random = np.random.default_rng(1)
-    shapes = (_MATRIX_SIZE, _MATRIX_SIZE), (_MATRIX_SIZE, _MATRIX_SIZE), (2, _IMAGE_SIZE, _IMAGE_SIZE, _CHANNELS)
-    with tf.device("/CPU:0"):
-        rounded = [tf.constant(random.standard_normal(each), dtype) for each in (*shapes, (3, 3, _CHANNELS, _CHANNELS))]
-        a, b, image, kernel = (np.asarray(tf.cast(each, tf.float64)) for each in rounded)
-    return Operands(*rounded, a @ b, convolve(image, kernel))
+    shapes = [[_MATRIX_SIZE] * 2] * 2 + [[2, _IMAGE_SIZE, _IMAGE_SIZE, _CHANNELS], [3, 3, _CHANNELS, _CHANNELS]]
+    values = [random.standard_normal(shape) for shape in shapes]
+    cases = []
+    for dtype in BOUNDS:
+        with tf.device("/CPU:0"):
+            a, b, image, kernel = (tf.constant(value, dtype) for value in values)
+            a64, b64, image64, kernel64 = (np.asarray(tf.cast(each, tf.float64)) for each in (a, b, image, kernel))
+        cases.append(Case(dtype, "", (a, b), a64 @ b64))
+        cases += [Case(dtype, layout, (image, kernel), convolve(image64, kernel64)) for layout in ("NHWC", "NCHW")]
+    return cases
 
 
 def convolve(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
@@ -67,28 +131,21 @@ def convolve(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     return np.asarray(sum(parts))
 
 
-def measure_errors(device: str, operands: Dict[str, Operands]) -> Tuple[Dict[str, float], Dict[str, str]]:
-    """Returns the relative error of each operation on `device`, and by name why others failed.
-
-    Names: `float32`, `float16`, `bfloat16` for a matrix product; `float32 NCHW` and so on for a convolution.
-    """
+def measure_errors(device: str, cases: Sequence[Case]) -> Tuple[Dict[str, float], Dict[str, str]]:
+    """Returns the relative error of each case on `device`, and why others failed; both by `Case.name`."""
     errors: Dict[str, float] = {}
     failed: Dict[str, str] = {}
-    for dtype, inputs in operands.items():
-        for layout in ("", "NHWC", "NCHW"):
-            name = f"{dtype} {layout}".strip()
-            if layout and "CPU" in device and not cpu_convolves(dtype):  # trying could end the process
-                failed[name] = f"not on a CPU with TensorFlow {tf.__version__}"
-                continue
-            expected = inputs.convolution if layout else inputs.product
-            try:
-                with tf.device(device):
-                    result = _convolve(inputs, layout) if layout else tf.matmul(inputs.a, inputs.b)
-                    value = np.asarray(tf.cast(result, tf.float32), np.float64)
-            except (tf.errors.OpError, ValueError, TypeError) as error:
-                failed[name] = _first_line(error)
-            else:
-                errors[name] = float(np.linalg.norm(value - expected) / np.linalg.norm(expected))
+    for case in cases:
+        if case.layout and "CPU" in device and not cpu_convolves(case.dtype):  # trying could end the process
+            failed[case.name] = f"not on a CPU with TensorFlow {tf.__version__}"
+            continue
+        try:
+            with tf.device(device):
+                value = np.asarray(tf.cast(_compute(case), tf.float32), np.float64)
+        except (tf.errors.OpError, ValueError, TypeError) as error:
+            failed[case.name] = _first_line(error)
+        else:
+            errors[case.name] = float(np.linalg.norm(value - case.expected) / np.linalg.norm(case.expected))
     return errors, failed
 
 
@@ -114,12 +171,12 @@ def assess_errors(
         yield warning("devices", text, "NVIDIA_TF32_OVERRIDE=0 gives full float32, slower")
     correct = [test for test in errors if test not in wrong and test not in rough]
     if correct:
-        products = ", ".join(test for test in correct if " " not in test) or "nothing"
-        convolutions: Dict[str, List[str]] = {}
-        for dtype, where in sorted(test.split() for test in correct if " " in test):
-            convolutions.setdefault(where, []).append(dtype)
-        listed = "; ".join(f"{where} in {', '.join(dtypes)}" for where, dtypes in sorted(convolutions.items())) or "nothing"
-        yield ok("devices", f"{name} allocates, multiplies {products}, convolves {listed}: all correct")
+        dtypes: Dict[str, List[str]] = {}
+        for test in correct:
+            dtype, _, where = test.partition(" ")
+            dtypes.setdefault(f"conv2d {where}" if where else "matmul", []).append(dtype)
+        listed = "; ".join(f"{operation} in {', '.join(names)}" for operation, names in dtypes.items())
+        yield ok("devices", f"{name} allocates; correct: {listed}")
 
 
 def _check_allocation(device: str, name: str, gradient_bytes: int) -> List[Finding]:
@@ -148,12 +205,12 @@ def _device_name(device: Any) -> str:
     return str(details.get("device_name", "GPU"))
 
 
-def _convolve(inputs: Operands, layout: str) -> Any:
-    """Returns the convolution in NHWC, computed in `layout`."""
-    if layout == "NHWC":
-        return tf.nn.conv2d(inputs.image, inputs.kernel, 1, "SAME", layout)
-    image = tf.transpose(inputs.image, [0, 3, 1, 2])
-    return tf.transpose(tf.nn.conv2d(image, inputs.kernel, 1, "SAME", layout), [0, 2, 3, 1])
+def _compute(case: Case) -> Any:
+    a, b = case.inputs
+    if case.layout == "NCHW":
+        a = tf.transpose(a, [0, 3, 1, 2])
+        return tf.transpose(tf.nn.conv2d(a, b, 1, "SAME", "NCHW"), [0, 2, 3, 1])
+    return tf.nn.conv2d(a, b, 1, "SAME", "NHWC") if case.layout else tf.matmul(a, b)
 
 
 def _first_line(error: Exception) -> str:

@@ -4,18 +4,18 @@ Nothing here asks TensorFlow. What is known of Iluvatar hosts comes from public 
 says what it rests on.
 """
 
+import contextlib
 import os
 import re
-import subprocess
 from collections import Counter
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from hvd_vgg.doctor.packages import HostView, device_nodes, find_tool, find_vendor, parse_version, sdk_version
+from hvd_vgg.doctor.system import run_tool
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
+from hvd_vgg.text import plural
 
 _PCI_VENDORS = {"0x1e3e": "Iluvatar", "0x10de": "NVIDIA"}
-# Iluvatar's products, by the vendor's own guide to its containers.
-_PCI_PRODUCTS = {"0x0001": "BI-V100", "0x0002": "MR-V100", "0x0003": "BI-V150"}
 # Fraction of a device's memory in use before the job starts that is more than a driver takes for itself.
 _IN_USE = 0.1
 # With a rank on each of 16 devices, 16 run the tool at once.
@@ -35,7 +35,7 @@ class Listing(NamedTuple):
 
 
 class Accelerators(NamedTuple):
-    """The accelerators of a host: vendor (Iluvatar, NVIDIA or CPU), the evidence for it, and what its tool reports, if it does."""
+    """A host's accelerators: the vendor (Iluvatar, NVIDIA or CPU), the evidence for it, and its tool's report, if any."""
 
     host: HostView
     vendor: str
@@ -63,14 +63,12 @@ def _list_nvidia(host: HostView) -> Optional[Listing]:
 
 
 def _list_iluvatar(host: HostView) -> Optional[Listing]:
-    # All public transcripts show the table; --query-gpu is only known to support index and uuid.
+    # All public transcripts show this table; --query-gpu is only known to support index and uuid.
     table = _run(host, "ixsmi")
     head = re.search(r"Driver Version:\s*(\S+)\s+CUDA Version:\s*(\S+)", table)
     names = re.findall(r"^\|\s*\d+\s+(\S.*?)\s*\|\s*[0-9A-Fa-f]+:[0-9A-Fa-f]+:[0-9A-Fa-f.]+\s*\|", table, re.MULTILINE)
     mebibytes = [(int(used), int(total)) for used, total in re.findall(r"(\d+)MiB\s*/\s*(\d+)MiB", table)]
-    if not names:  # an unknown table layout
-        names = re.findall(r"^GPU\s+\d+:\s*(\S.*?)\s*(?:\(UUID.*)?$", _run(host, "ixsmi", "-L"), re.MULTILINE)
-    return Listing(head[1] if head else "", head[2] if head else "", names, mebibytes) if head or names else None
+    return Listing(head[1], head[2], names, mebibytes) if head else None
 
 
 def count_cards(names: Sequence[str]) -> int:
@@ -85,8 +83,9 @@ def check_device_nodes(accelerators: Accelerators) -> Iterator[Finding]:
         return
     nodes = device_nodes(host, vendor)
     if not nodes:
-        on_bus = ", ".join(f"{count} {name}" for name, count in _pci_devices(host, vendor).items())
-        text = f"no {vendor} device node in /dev" + (f", although {on_bus} are on the PCI bus" if on_bus else "")
+        on_bus = _count_on_bus(host, vendor)
+        text = f"no {vendor} device node in /dev"
+        text += f", although the PCI bus has {plural(on_bus, 'device')}" if on_bus else ""
         iluvatar = "--runtime iluvatar -e IX_VISIBLE_DEVICES=all, or --device /dev/iluvatar0 ..."
         fix = f"load the driver on the host; in a container: docker run {iluvatar if vendor == 'Iluvatar' else '--gpus all'}"
         # NVIDIA's tool without a device is normal on login nodes; Iluvatar's software is in no image without a reason.
@@ -97,9 +96,9 @@ def check_device_nodes(accelerators: Accelerators) -> Iterator[Finding]:
         fix = "join the group that owns them (docker run --group-add)"
         yield failure("devices", f"this user may not open {', '.join(closed)}", fix)
     if listing is None:
-        text = f"{len(nodes)} nodes; {'ixsmi' if vendor == 'Iluvatar' else 'nvidia-smi'} is missing or does not answer"
-        fix = "add the vendor's libraries to LD_LIBRARY_PATH; until then driver and memory are not checked"
-        yield warning("devices", text, fix)
+        tool = "ixsmi" if vendor == "Iluvatar" else "nvidia-smi"
+        text = f"{len(nodes)} nodes; {tool} is missing, fails or prints something unknown: the driver is not checked"
+        yield warning("devices", text, f"{tool} must work by hand; it needs the vendor's libraries on LD_LIBRARY_PATH")
         return
     if vendor == "Iluvatar" and parse_version(listing.driver) >= (4, 4) and not (host.root / "dev/itrctl").exists():
         yield warning("devices", "/dev/itrctl is missing, which drivers since 4.4.0 have", "docker run --device /dev/itrctl")
@@ -148,17 +147,14 @@ def check_driver(accelerators: Accelerators, cuda: str, computed: bool) -> Itera
     host, vendor, _, listing = accelerators
     if listing is None:
         return
-    text, problem, fix = (
-        _assess_nvidia(listing, cuda) if vendor == "NVIDIA" else _assess_iluvatar(listing, sdk_version(host))
-    )
+    nvidia = vendor == "NVIDIA"
+    text, problem, fix = _assess_nvidia(listing, cuda) if nvidia else _assess_iluvatar(listing, sdk_version(host))
     if not problem:
         yield ok("driver", text)
-    elif not listing.driver:
-        yield warning("driver", f"{text}: {problem}", fix)
     elif computed:
         yield warning("driver", f"{text}: {problem}; the devices computed correctly all the same", fix)
     else:
-        fails = "; devices are then listed but fail to allocate (errors 801, 803)" if vendor == "Iluvatar" else ""
+        fails = "" if nvidia else "; devices are then listed but fail to allocate (errors 801, 803)"
         yield failure("driver", f"{text}: {problem}{fails}", fix)
 
 
@@ -183,10 +179,7 @@ def _assess_iluvatar(listing: Listing, sdk: str) -> Tuple[str, str, str]:
     fails with 801 at the first allocation; ixsmi then prints CUDA Version: N/A. SDK 4.3.0 was shipped with driver 4.3.8,
     so the third number may differ.
     """
-    text = f"Iluvatar {listing.driver or 'unknown'}, SDK {sdk or 'unknown'}, CUDA {listing.cuda or 'unknown'}"
-    if not listing.driver:
-        fix = "read the driver's version in the output of ixsmi: it must be that of the SDK, or newer"
-        return text, "ixsmi prints an unknown table layout", fix
+    text = f"Iluvatar {listing.driver}, SDK {sdk or 'unknown'}, CUDA {listing.cuda}"
     driver = parse_version(listing.driver)
     fix = f"install the driver of SDK {sdk or 'that the image has'} on the host, or use the image of SDK {listing.driver}"
     if sdk and driver[:2] < parse_version(sdk)[:2]:
@@ -202,20 +195,14 @@ def _half_cards(names: Sequence[str]) -> int:
     return sum(bool(re.search(r"BI-?V?150(?!S)", name)) for name in names)
 
 
-def _pci_devices(host: HostView, vendor: str) -> Dict[str, int]:
-    """Returns the number of the vendor's accelerators on the PCI bus, by product if that is known."""
-    products: Dict[str, int] = Counter()
-    for folder in sorted((host.root / "sys/bus/pci/devices").glob("*")):
-        try:
-            maker, kind, product = ((folder / name).read_text().strip() for name in ("vendor", "class", "device"))
-        except OSError:
-            continue
-        if _PCI_VENDORS.get(maker) == vendor and kind[:4] in (
-            "0x03",
-            "0x12",
-        ):  # displays and accelerators, no audio, bridges
-            products[f"{vendor} {_PCI_PRODUCTS.get(product, product) if vendor == 'Iluvatar' else product}"] += 1
-    return products
+def _count_on_bus(host: HostView, vendor: str) -> int:
+    """Returns the number of the vendor's displays and accelerators on the PCI bus, without its audio devices and bridges."""
+    count = 0
+    for folder in (host.root / "sys/bus/pci/devices").glob("*"):
+        with contextlib.suppress(OSError):
+            maker, kind = ((folder / name).read_text().strip() for name in ("vendor", "class"))
+            count += _PCI_VENDORS.get(maker) == vendor and kind[:4] in ("0x03", "0x12")
+    return count
 
 
 def _run(host: HostView, name: str, *arguments: str) -> str:
@@ -226,16 +213,5 @@ def _run(host: HostView, name: str, *arguments: str) -> str:
     # An empty entry would mean the current directory.
     libraries = [host.environ.get("LD_LIBRARY_PATH"), str(host.root / "usr/local/corex/lib64")]
     environ = {**host.environ, "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries))}
-    try:
-        done = subprocess.run(  # noqa: S603
-            [path, *arguments],
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_TOOL_SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
+    done = run_tool([path, *arguments], environ, _TOOL_SECONDS)
+    return done.stdout if done and done.returncode == 0 else ""

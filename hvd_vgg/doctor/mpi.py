@@ -1,12 +1,13 @@
 """Which MPI Horovod and mpi4py use, and whether mpirun can start ranks."""
 
 import json
+import os
 import re
 import shutil
-import subprocess
 import sys
 from typing import Any, Dict, List, Mapping, Optional
 
+from hvd_vgg.doctor.system import run_tool
 from hvd_vgg.environment import launched_rank
 from hvd_vgg.parallel.mpi import mpi_libraries_in, root_refusal
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
@@ -25,13 +26,11 @@ print(json.dumps({"mpi4py": mpi4py.__version__, "mpi": MPI.Get_library_version()
 def query_mpi4py(environ: Mapping[str, str]) -> Dict[str, Any]:
     """Returns `mpi4py` (its version), `mpi` (its MPI's version string) and `libraries` (paths); or `error`."""
     environ = {name: value for name, value in environ.items() if not name.startswith(("OMPI_", "PMIX_", "PMI_"))}
-    try:
-        done = subprocess.run(  # noqa: S603
-            [sys.executable, "-c", _QUERY], env=environ, capture_output=True, text=True, timeout=20, check=False
-        )
-        reply = json.loads(done.stdout)
-    except (OSError, subprocess.TimeoutExpired):
+    done = run_tool([sys.executable, "-c", _QUERY], environ, 20)
+    if done is None:
         return {"error": "no answer"}
+    try:
+        reply = json.loads(done.stdout)
     except ValueError:
         return {"error": "".join(done.stderr.strip().splitlines()[-1:]) or f"exit code {done.returncode}"}
     return {"mpi4py": reply["mpi4py"], "mpi": reply["mpi"], "libraries": mpi_libraries_in(reply["maps"])}
@@ -50,13 +49,8 @@ def check_mpirun(path: Optional[str]) -> Finding:
     fix = "install Open MPI 4, or add its bin to PATH; horovodrun --gloo needs none"
     if mpirun is None:
         return warning("mpi", "mpirun is not on PATH: `hvd-vgg launch` cannot start ranks", fix)
-    try:
-        done = subprocess.run(  # noqa: S603
-            [mpirun, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=5, check=False
-        )
-        answer = (done.stdout.strip() or done.stderr.strip()).partition("\n")[0]
-    except (OSError, subprocess.TimeoutExpired):
-        answer = "no answer"
+    done = run_tool([mpirun, "--version"], os.environ, 5)
+    answer = (done.stdout.strip() or done.stderr.strip()).partition("\n")[0] if done else "no answer"
     version = re.match(r"mpirun \((Open MPI)\) (\S+)", answer)
     text = f"mpirun is {mpirun}: {' '.join(version.groups()) if version else answer}"
     if version and version[2].startswith("4."):

@@ -26,23 +26,16 @@ _DISTRIBUTIONS = {
     "tensorflow": ("tensorflow", "tensorflow-cpu", "tensorflow-gpu"),
     "yaml": ("PyYAML",),
 }
-# Modules besides TensorFlow and Horovod, and how to install them.
-_REQUIRED = {
+# Modules besides TensorFlow and Horovod. Horovod imports the last four, of which a vendor's image may lack some: the one
+# public list of its packages lacks cloudpickle.
+_REQUIRED = ("numpy", "absl", "crc32c", "safetensors", "cv2", "cloudpickle", "psutil", "yaml", "packaging")
+# Without mpi4py something is lost; without the others nothing is.
+_OPTIONAL = ("mpi4py", "dllogger", "tensorboard")
+# How to install those for which plain `pip install --no-deps` is not enough.
+_FIXES = {
     "numpy": "pip install numpy, in the version that TensorFlow was built for",
-    "absl": "pip install absl-py",
-    "crc32c": "pip install crc32c",
-    "safetensors": "pip install safetensors",
     "cv2": 'pip install --no-deps "opencv-python-headless<4.12"',
-    # Horovod imports these. A vendor's image may lack some: the one public list of its packages lacks cloudpickle.
-    "cloudpickle": "pip install --no-deps cloudpickle: Horovod imports it",
-    "psutil": "pip install --no-deps psutil: Horovod imports it",
-    "yaml": "pip install --no-deps pyyaml: Horovod imports it",
-    "packaging": "pip install --no-deps packaging: Horovod imports it",
-}
-_RECOMMENDED = {"mpi4py": "without it mpirun may exit with another rank's code; build it with this MPI's mpicc"}
-_OPTIONAL = {
-    "dllogger": "the same log lines are written without it",
-    "tensorboard": "events are written without it; install it wherever you want to view them",
+    "mpi4py": "without it mpirun may exit with another rank's code; build it with this MPI's mpicc",
 }
 _COREX = re.compile(r"\+corex\.(\d+(?:\.\d+)*)")
 
@@ -106,19 +99,12 @@ def check_packages(host: HostView) -> Iterator[Finding]:
         yield ok("python", python)
     else:
         yield warning("python", f"{python} is not known to work", "use Python 3.8 to 3.12")
-    modules = {**_REQUIRED, **_RECOMMENDED, **_OPTIONAL}
-    for module in (each for each in modules if not is_installed(host, each)):
-        text = f"{_names(module)[0]} is not installed"
-        if module in _OPTIONAL:
-            yield ok("packages", f"{text}: {modules[module]}")
-        else:
-            yield (failure if module in _REQUIRED else warning)("packages", text, modules[module])
-    for module in ("tensorflow", "horovod"):
-        missing = _missing_requirements(host, module)
-        if missing:
-            fix = f"pip install --no-deps {' '.join(missing)}, if importing it fails (see software)"
-            yield warning("packages", f"{module} requires {', '.join(missing)}: not installed", fix)
-    versions = {_names(each)[0]: installed_version(host, each) for each in ("tensorflow", "horovod", *modules)}
+    for module in (each for each in (*_REQUIRED, "mpi4py") if not is_installed(host, each)):
+        name = _names(module)[0]
+        fix = _FIXES.get(module, f"pip install --no-deps {name}")
+        yield (failure if module in _REQUIRED else warning)("packages", f"{name} is not installed", fix)
+    modules = ("tensorflow", "horovod", *_REQUIRED, *_OPTIONAL)
+    versions = {_names(each)[0]: installed_version(host, each) for each in modules}
     yield ok("packages", ", ".join(f"{name} {version}" for name, version in versions.items() if version))
 
 
@@ -134,12 +120,12 @@ def check_tensorflow(host: HostView, vendor: str) -> Iterator[Finding]:
     for name, version, (low, high) in (("tensorflow", tensorflow, _TENSORFLOW), ("horovod", horovod, _HOROVOD)):
         if not version:
             yield failure(name, "not installed, or not on this Python's search path", fix)
-        elif not low <= parse_version(version)[:2] <= high:
-            supported = f"use {'.'.join(map(str, low))} to {'.'.join(map(str, high))}"
-            yield warning(name, f"{version} is not known to work", supported)
-        else:
+        elif low <= parse_version(version)[:2] <= high:
             built = f", built for TensorFlow {built_for or 'of unknown version'}" if name == "horovod" else ""
             yield ok(name, version + built)
+        else:
+            supported = f"use {'.'.join(map(str, low))} to {'.'.join(map(str, high))}"
+            yield warning(name, f"{version} is not known to work", supported)
     if tensorflow and built_for and parse_version(built_for) != parse_version(tensorflow):
         text = f"Horovod was built for TensorFlow {built_for}, but {tensorflow} is installed: it warns, and may not load"
         yield warning("horovod", text, rebuild)
@@ -192,22 +178,6 @@ def _distribution(host: HostView, module: str) -> Optional[importlib.metadata.Di
         for found in importlib.metadata.distributions(name=name, path=list(host.path)):
             return found
     return None
-
-
-def _missing_requirements(host: HostView, module: str) -> List[str]:
-    """Returns what `module` requires by its metadata and is not installed, except packages that are reported anyway."""
-    try:
-        from packaging.requirements import InvalidRequirement, Requirement
-    except ImportError:  # reported as missing
-        return []
-    found = _distribution(host, module)
-    try:
-        wanted = [Requirement(line) for line in (found.requires if found else None) or []]
-    except InvalidRequirement:
-        return []
-    wanted = [each for each in wanted if each.marker is None or each.marker.evaluate({"extra": ""})]
-    known = {name.lower() for each in (*_REQUIRED, "tensorflow", "horovod") for name in _names(each)}
-    return sorted(each.name for each in wanted if each.name.lower() not in known and not installed_version(host, each.name))
 
 
 def _prefix_version(host: HostView) -> str:

@@ -16,30 +16,23 @@ from hvd_vgg.doctor.system import probe_file
 from hvd_vgg.environment import launched_local_rank, launched_rank
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
 from hvd_vgg.parallel import network
-from hvd_vgg.reporting.findings import (
-    FAILURE,
-    Finding,
-    MergedFinding,
-    as_json,
-    counts,
-    failure,
-    format_findings,
-    merge,
-)
+from hvd_vgg.reporting.findings import FAILURE, Finding, MergedFinding, as_json, counts, failure, format_findings, merge
 from hvd_vgg.streams import write_line
 from hvd_vgg.text import plural
 
+# No import, device, link or directory that works takes as long: the first use of a GPU compiles and loads libraries.
+PHASE_SECONDS = 120.0
 # How long the other ranks have to report what they know, before the end of the first one ends them.
 _GRACE_SECONDS = 2.0
 # What to do when a time limit is over, by what it is about.
 _FIXES = {
     "software": "a file system hangs, or the machine is very slow",
     "devices": "driver and SDK must fit (see driver); until then exclude this device by CUDA_VISIBLE_DEVICES",
-    "data": "find out whether `ls` of the data directory answers on each host",
+    "data": "a file system or a rank hangs: find out whether `ls` of the data directory answers on each host",
 }
 _NETWORK_FIX = (
     "a host is down, a firewall, or a wrong interface: hvd-vgg launch --network=NAME or NETWORK/BITS, or mpirun --mca "
-    "btl_tcp_if_include with one; if importing TensorFlow takes long on a host: --join_seconds=60"
+    "btl_tcp_if_include with one; if a host takes long to import TensorFlow: a larger --join_seconds"
 )
 
 
@@ -54,10 +47,6 @@ class Report:
         if self._out:
             with self._writing():  # now, not after minutes
                 probe_file(Path(self._out).absolute().parent).close()
-
-    def add(self, *findings: Finding) -> None:
-        """Adds findings."""
-        self.findings += findings
 
     def failures(self) -> List[Finding]:
         """Returns the findings that are failures."""
@@ -92,9 +81,13 @@ class Report:
         return Failure(CONFIGURATION, f"doctor on {self.host}: {text}")
 
     @contextlib.contextmanager
-    def time_limit(self, seconds: float, about: str, text: str) -> Iterator[None]:
-        """Ends this rank with 78, and so the job, unless the block ends within `seconds`; `text` says what took too long."""
-        timer = threading.Timer(seconds, self._end_at_limit, [about, text])
+    def time_limit(self, about: str, text: str, seconds: float = 0.0) -> Iterator[None]:
+        """Ends this rank with 78, and so the job, unless the block ends within `seconds`; 0: 120.
+
+        text: what was not done by then.
+        """
+        seconds = seconds or PHASE_SECONDS
+        timer = threading.Timer(seconds, self._end_at_limit, [about, f"{text} within {seconds:g} s"])
         timer.daemon = True
         timer.start()
         # Ends with 1 even if the block never releases the GIL.
@@ -113,7 +106,7 @@ class Report:
         text += f"; mpirun's host is reached by {toward}" if toward else ""
         configured = [f"{name}={os.environ[name]}" for name in network.INCLUDE if os.environ.get(name)]
         text += f"; configured: {', '.join(configured)}" if configured else ""
-        self.add(failure(about, text, _FIXES.get(about, _NETWORK_FIX)))
+        self.findings.append(failure(about, text, _FIXES.get(about, _NETWORK_FIX)))
         try:
             # All ranks of a host wait for the same, so one reports it; a device is each rank's own.
             if about == "devices" or self.rank == 0 or launched_local_rank() == 0:

@@ -2,12 +2,16 @@
 
 import contextlib
 import os
+import re
 import resource
 import shutil
 import socket
+import subprocess
 import tempfile
 from pathlib import Path
-from typing import IO, Iterator, List, Tuple
+from typing import IO, Iterator, List, Mapping, Optional, Sequence, Tuple
+
+import psutil
 
 from hvd_vgg.parallel.cores import control_groups, read_int
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
@@ -23,8 +27,6 @@ _PROCESS_BYTES = 1e9
 
 def check_memory(root: Path, ranks: int, parameters: int) -> Finding:
     """Checks the memory that `ranks` on this host share, for a network of `parameters` weights."""
-    import psutil  # here: doctor must be able to report that it is missing
-
     host = psutil.virtual_memory()
     return assess_memory(*memory_within_limits(root, host.total, host.available), ranks, parameters)
 
@@ -50,18 +52,11 @@ def memory_within_limits(root: Path, total: float, available: float) -> Tuple[fl
         limit = read_int(group / "memory.max") or read_int(group / "memory.limit_in_bytes")
         if limit and limit < host_total:
             used = read_int(group / "memory.current") or read_int(group / "memory.usage_in_bytes") or 0
-            # The kernel counts cached pages of files too, and reclaims them.
-            used -= _statistic(group / "memory.stat", "total_inactive_file", "inactive_file")
+            with contextlib.suppress(OSError, IndexError):  # it counts cached pages of files, which the kernel reclaims
+                cached = re.findall(r"^(?:total_)?inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+                used -= int(cached[-1])  # in cgroup v1 the second one, which includes the groups below
             total, available = min(total, limit), min(available, limit - used)
     return total, available
-
-
-def _statistic(path: Path, *names: str) -> int:
-    """Returns the first of `names` that a file of `NAME NUMBER` lines has; 0 if it has none."""
-    with contextlib.suppress(OSError, ValueError):
-        rows = dict(line.split() for line in path.read_text().splitlines())
-        return next((int(rows[name]) for name in names if name in rows), 0)
-    return 0
 
 
 def check_shared_memory(root: Path, ranks: int) -> Finding:
@@ -127,11 +122,10 @@ def probe_file(directory: Path) -> IO[bytes]:
 
 def processor_name(root: Path) -> str:
     """Returns the model name of the host's first processor; "" if the kernel does not give one."""
-    try:
-        lines = (root / "proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name") and ":" in line), "")
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.*)$", (root / "proc/cpuinfo").read_text(errors="replace"), re.MULTILINE)
+        return found[1] if found else ""
+    return ""
 
 
 def check_other_jobs() -> List[Finding]:
@@ -148,8 +142,6 @@ def check_other_jobs() -> List[Finding]:
 
 def find_other_jobs() -> List[str]:
     """Returns Open MPI's daemons and training ranks of this package that this process does not descend from."""
-    import psutil
-
     own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     jobs = []
     for process in psutil.process_iter(["name", "cmdline", "status"]):
@@ -159,3 +151,15 @@ def find_other_jobs() -> List[str]:
         if other and (training or name in ("orted", "prted")):
             jobs.append(f"{'hvd-vgg train' if training else name} (process {process.pid})")
     return jobs
+
+
+def run_tool(
+    command: Sequence[str], environ: Mapping[str, str], seconds: float
+) -> "Optional[subprocess.CompletedProcess[str]]":
+    """Runs a program without input and returns how it ended; None if it cannot be started or takes longer."""
+    try:
+        return subprocess.run(  # noqa: S603
+            command, env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None

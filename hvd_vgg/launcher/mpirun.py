@@ -9,12 +9,12 @@ import select
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from subprocess import DEVNULL, PIPE, Popen
 from typing import IO, Any, Callable, Dict, List, Mapping, NamedTuple, Sequence, Set
 
 import psutil
@@ -41,6 +41,7 @@ _LINGER_SECONDS = 30.0
 _START_SECONDS = 120.0
 # Once a stop was requested, the reader of our stdout and stderr gets this long to take what mpirun printed.
 _COPY_SECONDS = 1.0
+_POLL_SECONDS = 0.1
 _TAIL_BYTES = 20_000
 _STOP_REQUESTED, _TIME_LIMIT = "stopped on request", "--time_limit_seconds has passed"
 _NOT_STARTED = f"mpirun started no rank within {_START_SECONDS:g} s and was terminated"
@@ -125,18 +126,20 @@ def log_line(text: str) -> None:
 class StopRequests:
     """Requests to stop the job: SIGTERM, SIGINT, SIGHUP and SIGUSR1 inside the `with` block, and its time limit.
 
-    until: time.monotonic() at which the job is to be stopped. Main thread only.
+    grace_seconds: how long ranks may take to stop; until: time.monotonic() at which the job is to be stopped. Main thread
+    only.
     """
 
-    def __init__(self, until: float = math.inf) -> None:
-        self.until = until
+    def __init__(self, grace_seconds: float, until: float = math.inf) -> None:
+        self.grace_seconds, self.until = grace_seconds, until
         self.count = 0  # of signals
-        self._woken: SimpleQueue[int] = SimpleQueue()  # its put() may be called by a signal handler
         self._previous: Dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequests":
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD):
-            if number == signal.SIGCHLD or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+        # A parent may have left SIGCHLD ignored; then the kernel keeps no exit codes.
+        self._previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -145,8 +148,7 @@ class StopRequests:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: Any) -> None:
-        self.count += number != signal.SIGCHLD
-        self._woken.put(number)
+        self.count += 1
 
     def reason(self) -> str:
         """Returns why the job is to be stopped; "" if it is not."""
@@ -154,34 +156,18 @@ class StopRequests:
             return _STOP_REQUESTED
         return _TIME_LIMIT if time.monotonic() > self.until else ""
 
-    def wait(self, seconds: float) -> None:
-        """Waits until a signal arrives, a child's end included, for `seconds` at most."""
-        with contextlib.suppress(Empty):
-            self._woken.get(timeout=max(0.0, seconds))
 
-
-def run(
-    command: Sequence[str],
-    requests: StopRequests,
-    grace_seconds: float,
-    look: Callable[[], None],
-    ranks_here: bool = True,
-) -> ExitStatus:
+def run(command: Sequence[str], requests: StopRequests, look: Callable[[], None], ranks_here: bool = True) -> ExitStatus:
     """Runs mpirun to its end and returns how it ended; the kernel kills it if this process dies.
 
     Copies its stdout and stderr as they come. The terminal's Ctrl-C does not reach it: a request makes it send SIGUSR1 to
-    all ranks, which save and exit; if they have not after `grace_seconds`, or at another request, it is terminated. Calls
+    all ranks, which save and exit; if they have not after the grace period, or at another request, it is terminated. Calls
     `look` about once a second. ranks_here: whether any ranks are on this host.
     """
     kills_before = oom_kills()
-    process = subprocess.Popen(  # noqa: S603 (what it runs is the user's)
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        bufsize=0,
-        start_new_session=True,
-        preexec_fn=_dies_with(os.getpid()),
+    parent_death = _dies_with(os.getpid())
+    process = Popen(  # noqa: S603 (what it runs is the user's)
+        command, bufsize=0, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True, preexec_fn=parent_death
     )
     tail, ended = bytearray(), threading.Event()
     streams = ((process.stdout, 1, bytearray(), ended), (process.stderr, 2, tail, ended))
@@ -189,14 +175,13 @@ def run(
     for pump in pumps:
         pump.start()
     reason = _watch(process, requests, look, ranks_here)
-    terminated = _stop(process, requests, grace_seconds, reason) if reason else False
+    terminated = _stop(process, requests, reason) if reason else False
     ended.set()
     patience = time.monotonic() + _COPY_SECONDS
     for pump in pumps:
         while pump.is_alive() and not ((reason or requests.count) and time.monotonic() > patience):
-            pump.join(0.1)
-    risen = {name: count - kills_before.get(name, 0) for name, count in oom_kills().items()}
-    status = explain(process.returncode, tail.decode(errors="replace"), {name: n for name, n in risen.items() if n > 0})
+            pump.join(_POLL_SECONDS)
+    status = explain(process.returncode, tail.decode(errors="replace"), oom_kills() - kills_before)
     return _stopped_status(reason, terminated, status)
 
 
@@ -206,7 +191,6 @@ def _copy_output(source: IO[bytes], target: int, tail: bytearray, ended: threadi
     Where our reader is slow, as a pager is, mpirun waits for it, while the main thread goes on handling requests. Returns at
     the end of `source`; or, for a process that mpirun left behind may keep it open, when `ended` is set and all is copied.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they must wake the main thread
     with source:
         while True:
             last = ended.is_set()  # asked first: all that mpirun wrote can then be read
@@ -230,35 +214,36 @@ def _write(descriptor: int, data: bytes) -> None:
                 select.select([], [descriptor], [])
 
 
-def _watch(process: "subprocess.Popen[bytes]", requests: StopRequests, look: Callable[[], None], ranks_here: bool) -> str:
+def _watch(process: "Popen[bytes]", requests: StopRequests, look: Callable[[], None], ranks_here: bool) -> str:
     """Waits until mpirun has ended and returns "", or until there is a reason to stop it and returns that."""
     ranks: Set[psutil.Process] = set()
-    seen, start_by = math.inf, time.monotonic() + _START_SECONDS if ranks_here else math.inf
+    next_look, seen, start_by = 0.0, math.inf, time.monotonic() + _START_SECONDS if ranks_here else math.inf
     while process.poll() is None:
-        look()
         now = time.monotonic()
-        # Looking for new children reads all of /proc, which takes a while on a large host.
-        ranks = {rank for rank in ranks if _is_rank(rank)} or _local_ranks(process.pid)
-        if ranks:
-            seen, start_by = now, math.inf
-        if requests.reason():
-            return requests.reason()
-        if now > start_by:
-            return _NOT_STARTED
+        if now > next_look:
+            next_look = now + 1.0
+            look()
+            # Looking for new children reads all of /proc, which takes a while on a large host.
+            ranks = {rank for rank in ranks if _is_rank(rank)} or _local_ranks(process.pid)
+            if ranks:
+                seen, start_by = now, math.inf
+        reason = requests.reason()
+        if reason or now > start_by:
+            return reason or _NOT_STARTED
         if now - seen > _LINGER_SECONDS:
             return _RANKS_GONE
-        requests.wait(1.0)
+        time.sleep(_POLL_SECONDS)
     return ""
 
 
-def _stop(process: "subprocess.Popen[bytes]", requests: StopRequests, grace_seconds: float, reason: str) -> bool:
+def _stop(process: "Popen[bytes]", requests: StopRequests, reason: str) -> bool:
     """Stops mpirun; returns whether it was terminated while it had ranks."""
     terminate = True
     if reason in (_STOP_REQUESTED, _TIME_LIMIT):
         count = requests.count
-        log_line(f"{reason}: all ranks save and exit within {grace_seconds:g} s; Ctrl-C terminates them now")
         process.send_signal(signal.SIGUSR1)
-        if _ends_within(grace_seconds, process, requests, count):
+        log_line(f"{reason}: all ranks save and exit within {requests.grace_seconds:g} s; Ctrl-C terminates them now")
+        if _ends_within(requests.grace_seconds, process, requests, count):
             return False
         # An mpirun whose ranks have exited is about to end, and crashes on SIGTERM.
         terminate = bool(_local_ranks(process.pid))
@@ -272,13 +257,11 @@ def _stop(process: "subprocess.Popen[bytes]", requests: StopRequests, grace_seco
     return terminate
 
 
-def _ends_within(
-    seconds: float, process: "subprocess.Popen[bytes]", requests: StopRequests, most_requests: float = math.inf
-) -> bool:
-    """Waits for mpirun to end, for `seconds` and `most_requests` at most; returns whether it has ended."""
+def _ends_within(seconds: float, process: "Popen[bytes]", requests: StopRequests, most: float = math.inf) -> bool:
+    """Waits for mpirun to end, for `seconds` and `most` requests at most; returns whether it has ended."""
     until = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < until and requests.count <= most_requests:
-        requests.wait(min(1.0, until - time.monotonic()))
+    while process.poll() is None and time.monotonic() < until and requests.count <= most:
+        time.sleep(_POLL_SECONDS)
     return process.poll() is not None
 
 
@@ -354,15 +337,14 @@ def _dies_with(parent: int) -> Callable[[], None]:
     return prepare
 
 
-def oom_kills() -> Dict[str, int]:
+def oom_kills() -> "Counter[str]":
     """Returns the kernel's counters of out-of-memory kills, of this host and of this control group, by file."""
     files = [Path("/proc/vmstat")]
     for group in control_groups(Path("/"), "memory")[:1]:
         files += [folder / name for folder in (group, *group.glob("*/")) for name in ("memory.oom_control", "memory.events")]
-    counters = {}
+    counters: Counter[str] = Counter()
     for file in files:
         with contextlib.suppress(OSError):
             match = re.search(r"^oom_kill (\d+)", file.read_text(), re.M)
-            if match:
-                counters[str(file)] = int(match[1])
+            counters[str(file)] = int(match[1]) if match else 0
     return counters

@@ -57,7 +57,8 @@ def launch(config: LaunchConfig, spec: LaunchSpec) -> int:
     refusal = root_refusal(os.environ) or network.network_flag_error(config.network, network.interfaces())
     if refusal:
         raise Failure(CONFIGURATION, refusal)
-    with StopRequests(time.monotonic() + (config.time_limit_seconds or math.inf)) as requests:
+    until = time.monotonic() + (config.time_limit_seconds or math.inf)
+    with StopRequests(config.grace_seconds, until) as requests:
         return _supervise(config, spec, hosts, ranks, token, requests)
 
 
@@ -65,10 +66,8 @@ def _rank_count(config: LaunchConfig, spec: LaunchSpec, hosts: List[Host]) -> in
     """Returns the number of ranks asked for, or one for each slot or device."""
     slots = sum(host.slots for host in hosts)
     if hosts and config.ranks > slots:
-        listed = ", ".join(f"{host.name}: {host.slots}" for host in hosts)
-        raise Failure(
-            CONFIGURATION, f"--ranks={config.ranks}: {config.hostfile} has {plural(slots, 'slot')} ({listed}): add some"
-        )
+        has = f"has {plural(slots, 'slot')} ({', '.join(f'{host.name}: {host.slots}' for host in hosts)})"
+        raise Failure(CONFIGURATION, f"--ranks={config.ranks}: {config.hostfile} {has}: add some")
     if spec.most_ranks is not None and config.ranks > spec.most_ranks:
         raise Failure(USAGE, f"--global_batch={spec.most_ranks} leaves nothing to do for some of --ranks={config.ranks}")
     ranks = config.ranks or slots or _device_count()
@@ -83,7 +82,7 @@ def _device_count() -> int:
         error = ended.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise Failure(CONFIGURATION, f"{sys.executable} cannot import tensorflow: {''.join(error)}")
     devices = int(ended.stdout.split()[-1])
-    ranks = devices or 1
+    ranks = max(1, devices)
     write_line(f"{plural(ranks, 'rank')}: TensorFlow sees {plural(devices, 'device')} (--ranks overrides)", sys.stdout)
     return ranks
 
@@ -110,7 +109,7 @@ def _supervise(
         write_line(f"+ {shell_quoted(command)}", sys.stdout)
         first_update, started = _FirstUpdate(run_dir, ended_at), time.monotonic()
         ranks_here = not answering or network.is_this_host(answering[0].name)  # the first host is filled first
-        status = run(command, requests, config.grace_seconds, first_update.look, ranks_here)
+        status = run(command, requests, first_update.look, ranks_here)
         first_update.look()
         ended_at = time.time()
         _clear_leftovers(token)
@@ -158,7 +157,7 @@ def _answering_hosts(config: LaunchConfig, hosts: List[Host], token: str, first:
             log_line(f"no host answers: {why}. Asking again every {_ASK_AGAIN_SECONDS:g} s, {left} times")
         again_at = min(time.monotonic() + _ASK_AGAIN_SECONDS, requests.until)
         while time.monotonic() < again_at and not requests.count:
-            requests.wait(again_at - time.monotonic())
+            time.sleep(0.1)
         if requests.reason():
             return []
     if silent and (first or not answering):
@@ -203,7 +202,7 @@ def _clear_leftovers(token: str) -> None:
         time.sleep(0.1)
     _report_leftovers("this host", foreign)
     if ours:
-        log_line(f"killing processes {_list(ours)}, which a job of this run left behind")
+        log_line(f"killing processes {ours}, which a job of this run left behind")
     for pid in ours:
         with contextlib.suppress(ProcessLookupError, PermissionError):  # gone, or another user's by now
             os.kill(pid, signal.SIGKILL)
@@ -211,11 +210,7 @@ def _clear_leftovers(token: str) -> None:
 
 def _report_leftovers(host: str, pids: List[int]) -> None:
     if pids:
-        log_line(f"{host}: another job of this run left processes {_list(pids)} behind; if they stay, kill -9 them there")
-
-
-def _list(pids: List[int]) -> str:
-    return ", ".join(map(str, pids))
+        log_line(f"{host}: another job of this run left processes {pids} behind; if they stay, kill -9 them there")
 
 
 def _progress(run_dir: RunDir) -> Tuple[int, int]:
@@ -250,8 +245,9 @@ def _log_rows(path: Path, offset: int) -> List[Dict[str, Any]]:
     A line that a killed rank left incomplete is skipped.
     """
     rows = []
-    with contextlib.suppress(OSError):
-        for line in path.read_bytes()[offset:].splitlines(keepends=True):
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        file.seek(offset if offset >= 0 else max(0, path.stat().st_size + offset))
+        for line in file:
             if line.startswith(b"DLLL {") and line.endswith(b"\n"):
                 with contextlib.suppress(ValueError):
                     rows.append(json.loads(line[5:]))

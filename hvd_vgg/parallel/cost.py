@@ -1,9 +1,9 @@
-"""Bytes and seconds of each way a gradient can cross the network; what `auto` chooses.
+"""Bytes and seconds of each method to exchange a gradient, and which one `auto` chooses.
 
 A dense layer's gradient is X^T D over the rows of the global batch, X its inputs [G, K] and D its output gradients [G, N].
-Summing the products of P ranks by a ring sends 2 (P-1)/P * K*N numbers from each rank; gathering the factors' rows sends
-(P-1)/P * G * (K+N) and gives the same to rounding (sufficient factors: Xie et al., arXiv 1512.06216). Gathering is cheaper
-while G < 2 K N / (K + N), whatever P.
+A ring allreduce of the products of P ranks sends 2 (P-1)/P * K*N numbers from each rank. An allgather of the factors' rows
+sends (P-1)/P * G * (K+N), and the product of the gathered factors is the same gradient to rounding (sufficient factors:
+Xie et al., arXiv 1512.06216). It is cheaper while G < 2 K N / (K + N), whatever P.
 """
 
 from typing import Dict, List, NamedTuple, Optional
@@ -13,14 +13,14 @@ from hvd_vgg.models.architecture import DENSE, macs_per_image, vgg_layers
 
 BYTES = {"float32": 4, "float16": 2}
 _MB = 1e6
-# The backward pass takes two of the three thirds of an update: it forms two products for each one of the forward pass.
+# The backward pass takes two thirds of an update: it computes two products for each one of the forward pass.
 _BACKWARD = 2 / 3
 
 
 class Choice(NamedTuple):
-    """How one layer's gradient crosses: `method` is allreduce or factored; bytes sent by each rank in an update, each way.
+    """How one layer's gradient is exchanged: `method`, and the bytes that each rank sends in an update by either method.
 
-    `factored_bytes` is None for a convolution, whose gradient is no product of two small factors.
+    method: allreduce or factored. factored_bytes: None for a convolution, whose gradient is not a product of small factors.
     """
 
     layer: str
@@ -36,7 +36,7 @@ class Choice(NamedTuple):
 
 
 class Link(NamedTuple):
-    """What a plan assumes: ranks, ranks on each host, the rate of a host's link, one rank's rate without exchange."""
+    """A cluster: ranks, ranks per host, bandwidth of a host's link, and images/s of one rank without exchange."""
 
     ranks: int
     ranks_per_host: int
@@ -45,7 +45,7 @@ class Link(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """Seconds an update takes, and scaling efficiency, when nothing overlaps and when all does."""
+    """Seconds per update and scaling efficiency: with no overlap, and with all of the exchange overlapped."""
 
     seconds_apart: float
     seconds_overlapped: float
@@ -54,12 +54,12 @@ class Prediction(NamedTuple):
 
 
 def allreduce_bytes(numbers: int, ranks: int, wire_dtype: str) -> float:
-    """Returns the bytes each rank sends to sum `numbers` over ranks by a ring."""
+    """Returns the bytes each rank sends in a ring allreduce of `numbers`."""
     return 2 * (ranks - 1) / ranks * numbers * BYTES[wire_dtype]
 
 
 def factored_bytes(inputs: int, outputs: int, global_batch: int, ranks: int, wire_dtype: str) -> float:
-    """Returns the bytes each rank sends to gather the rows of a dense layer's two factors."""
+    """Returns the bytes each rank sends in an allgather of the rows of a dense layer's two factors."""
     return (ranks - 1) / ranks * global_batch * (inputs + outputs) * BYTES[wire_dtype]
 
 
@@ -72,11 +72,16 @@ def choose(config: ExchangeConfig, ranks: int) -> List[Choice]:
             choices.append(Choice(layer.name, "allreduce", summed, None))
             continue
         gathered = factored_bytes(layer.kernel[0], layer.kernel[1], config.global_batch, ranks, config.wire_dtype)
-        # By numbers, which hold for one rank too: what a run does must not depend on how many there are.
+        # By numbers rather than bytes, so that one rank chooses alike: what a run computes must not depend on their number.
         crossover = 2 * layer.kernel[0] * layer.kernel[1] / (layer.kernel[0] + layer.kernel[1])
         cheaper = "factored" if config.global_batch < crossover else "allreduce"
         choices.append(Choice(layer.name, cheaper if config.exchange == "auto" else config.exchange, summed, gathered))
     return choices
+
+
+def factored_layers(config: ExchangeConfig, ranks: int) -> List[str]:
+    """Returns the layers whose gradient is exchanged by gathering factors."""
+    return [choice.layer for choice in choose(config, ranks) if choice.method == "factored"]
 
 
 def sent(choices: List[Choice]) -> float:
@@ -99,15 +104,15 @@ def table(choices: List[Choice]) -> str:
 
 
 def as_log(choices: List[Choice]) -> Dict[str, str]:
-    """Returns the choices of dense layers as the run's log holds them: `exchange.fc1: factored, 37.400 MB`."""
+    """Returns the choices of dense layers for the log: `exchange.fc1: factored, 37.400 MB`."""
     dense = [choice for choice in choices if choice.factored_bytes is not None]
     return {f"exchange.{choice.layer}": f"{choice.method}, {choice.sent / _MB:.3f} MB" for choice in dense}
 
 
 def predict(config: ExchangeConfig, link: Link) -> Prediction:
-    """Returns the time of an update by a model of two lines: computing takes images / rate, sending takes bytes / rate.
+    """Returns the time of an update, in which computing takes images / rate and sending takes bytes / bandwidth.
 
-    The ring visits the ranks of a host in turn, so that a host's link carries in each direction what one rank sends.
+    The ring visits the ranks of a host in turn, so a host's link carries in each direction what one rank sends.
     """
     choices = choose(config, link.ranks)
     own = config.global_batch / link.ranks / link.fps_per_rank
@@ -120,8 +125,7 @@ def predict(config: ExchangeConfig, link: Link) -> Prediction:
 
 
 def _extra_compute(config: ExchangeConfig, choices: List[Choice]) -> float:
-    """Returns what part of an update's work each other rank adds where gradients are formed from all ranks' rows."""
-    of = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
-    factored = {choice.layer for choice in choices if choice.method == "factored"}
-    again = sum(macs_per_image(layer, config.image_size) for layer in of if layer.name in factored)
-    return again / (3 * sum(macs_per_image(layer, config.image_size) for layer in of))
+    """Returns the work that each further rank adds, as a fraction of an update: products are over the rows of all ranks."""
+    layers = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
+    macs = {layer.name: macs_per_image(layer, config.image_size) for layer in layers}
+    return sum(macs[choice.layer] for choice in choices if choice.method == "factored") / (3 * sum(macs.values()))

@@ -25,9 +25,9 @@ from hvd_vgg.watchdog import MIN_HANG_SECONDS, SLOW_PHASE_FACTOR, watchdog
 _NOT_COMPARED = re.compile(
     r"^HOROVOD_(RANK|SIZE|LOCAL_|CROSS_|HOSTNAME|GLOO_|LOG_|TIMELINE)|^TF_CPP_|^TF2_BEHAVIOR|TOKEN|KEY|SECRET|PASS|CRED"
 )
-# Open MPI 4 sends what follows a large message's first 128 kB over TCP in one piece, and its leave for the other side's
-# message waits behind it: both directions of a link are then used one after the other. In pieces of 256 kB an allreduce of
-# 64 MB is 1.5 times faster between 2 hosts, 1.6 times between 4 (README, "How gradients cross the network").
+# Open MPI 4 sends all but the first 128 kB of a large message over TCP in one piece, and its acknowledgement of the other
+# side's message queues behind it, so the two directions of a link take turns. In pieces of 256 kB an allreduce of 64 MB is
+# 1.5 times faster between 2 hosts, and 1.6 times between 4 (docs/distributed.md, "Open MPI over TCP").
 _TCP_FRAGMENT_BYTES = 256 * 1024
 
 
@@ -71,15 +71,15 @@ def join(timeline: bool = False, hang_seconds: float = 0.0, group_sizes: Sequenc
         if not network.is_local_address(socket.gethostname()):  # Gloo would abort the process
             raise Failure(
                 CONFIGURATION,
-                f"this host's name, {socket.gethostname()}, leads to no address of it: add the line "
+                f"this host's name, {socket.gethostname()}, does not resolve to an address of it: add the line "
                 f"`127.0.1.1 {socket.gethostname()}` to /etc/hosts",
             )
     elif launched_rank() is not None and gloo_under_mpi_error(os.environ):
         raise Failure(CONFIGURATION, f"{gloo_under_mpi_error(os.environ)}: {UNSET_GLOO}")
     if timeline:
         os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")
-    # Horovod's own default is to wait for ever. Its inspector names the tensor and the ranks that are missing; the watchdog
-    # ends the job sooner, unless it is itself what hangs.
+    # By default Horovod waits for ever. Its stall inspector names the tensor and the missing ranks; the watchdog ends the
+    # job sooner, unless it is itself what hangs.
     longest = SLOW_PHASE_FACTOR * (hang_seconds or MIN_HANG_SECONDS)
     check_seconds = max(1, round(min(60.0, longest / 2 / SLOW_PHASE_FACTOR)))
     os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(check_seconds))
@@ -93,11 +93,11 @@ def join(timeline: bool = False, hang_seconds: float = 0.0, group_sizes: Sequenc
     started = launched_size()
     if started is not None and started != comm.size():
         mine, seen = describe_software(""), comm.size()
-        hvd.shutdown()  # each may be rank 0 here: who speaks for all is the launcher's to say
+        hvd.shutdown()  # every process may be rank 0 here; only the launcher's rank says which one reports
         raise Failure(
             CONFIGURATION,
-            f"the launcher started {started} processes, but Horovod sees {seen}: each would train alone and write over "
-            f"the others. Horovod is {mine['horovod']} and uses {mine['controller']}: start it with the launcher of the "
+            f"the launcher started {started} processes, but Horovod sees {seen}: each would train alone and overwrite the "
+            f"others' files. Horovod is {mine['horovod']} and uses {mine['controller']}: start it with the launcher of the "
             f"MPI it was built with, or without MPI by horovodrun --gloo",
         )
     return {count: groups.get(count, comm.WORLD) for count in group_sizes}
@@ -106,12 +106,12 @@ def join(timeline: bool = False, hang_seconds: float = 0.0, group_sizes: Sequenc
 def take_device(input_threads: int = 0, precision: str = "float32") -> Device:
     """Makes this rank's device the only one that TensorFlow uses; after `join`, before TensorFlow computes.
 
-    Raises Failure(CONFIGURATION) when there are more ranks on this host than devices, or these do not know the precision.
+    Raises Failure(CONFIGURATION) when there are more ranks on this host than devices, or they do not support the precision.
     """
     threads = share_of_cores(hvd.local_size())
     tf.config.threading.set_intra_op_parallelism_threads(threads)
-    # Never fewer than 4, whatever TF_NUM_INTEROP_THREADS says: with 1 or 2 a run of Horovod can wait for ever for a
-    # thread to issue a collective that the other ranks are already in.
+    # Never fewer than 4, whatever TF_NUM_INTEROP_THREADS says: with 1 or 2 Horovod can wait for ever for a thread to
+    # enqueue a collective that the other ranks are already in.
     tf.config.threading.set_inter_op_parallelism_threads(max(4, threads))
     input_threads = input_threads or threads_for_input(threads)
     devices = tf.config.list_physical_devices("GPU")
@@ -123,7 +123,7 @@ def take_device(input_threads: int = 0, precision: str = "float32") -> Device:
             )
         return Device("CPU", "NHWC", threads, input_threads)
     if hvd.local_size() > len(devices):
-        tf.config.set_visible_devices([], "GPU")  # the ranks tell each other by the CPU
+        tf.config.set_visible_devices([], "GPU")  # the failure is exchanged on the CPU
         raise Failure(
             CONFIGURATION,
             f"{hvd.local_size()} ranks on this host, but TensorFlow sees {len(devices)} devices "

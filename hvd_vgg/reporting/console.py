@@ -1,4 +1,4 @@
-"""What rank 0 prints for a person: lines, or a progress bar on a terminal."""
+"""Console output for people: lines, or a progress bar on a terminal."""
 
 import sys
 import time
@@ -7,12 +7,15 @@ from typing import Optional
 from hvd_vgg.streams import write_line
 from hvd_vgg.text import format_duration
 
+_BAR_SECONDS, _LINE_SECONDS = 0.1, 10.0  # how often progress is shown
+_BAR_WIDTH = 24
+
 
 class Console:
-    """What rank 0 prints for a person; silent on other ranks and where DLLogger's lines are asked for.
+    """Prints if `speaks`, that is on rank 0, and unless DLLogger's lines are asked for.
 
-    mode: bar, lines, dllogger or auto. Under mpirun stdout always looks like a terminal, so auto looks at stderr too;
-    launch/ scripts, which know, say `bar`.
+    mode: bar, lines, dllogger or auto. Under mpirun stdout always looks like a terminal, so that auto checks stderr too; the
+    scripts in launch/ know better and pass `bar`.
     """
 
     def __init__(self, mode: str, speaks: bool) -> None:
@@ -20,7 +23,7 @@ class Console:
             mode = "bar" if sys.stdout.isatty() and sys.stderr.isatty() else "lines"
         self.bar = mode == "bar"
         self.speaks = speaks and mode != "dllogger"
-        self.drawn = 0
+        self.drawn = 0  # characters of the bar on the screen
 
     def say(self, text: str) -> None:
         """Prints a line that stays."""
@@ -28,7 +31,7 @@ class Console:
             write_line(self._clear() + text, sys.stdout)
 
     def redraw(self, text: str) -> None:
-        """Shows `text` in place of the line shown before it; on terminals only."""
+        """Shows `text` in place of the last redrawn line, in bar mode only."""
         if self.speaks and self.bar:
             clear, self.drawn = self._clear(), len(text)
             write_line(clear + text, sys.stdout, end="")
@@ -38,41 +41,40 @@ class Console:
         return clear
 
     def progress(self, title: str, total: int, unit: str, start: int = 0) -> "Progress":
-        """Returns the progress of work of `total` units, of which `start` are done."""
+        """Returns the progress of a task of `total` units, of which `start` are done."""
         return Progress(self, title, total, unit, start)
 
 
 class Progress:
-    """How far a piece of work is and what is left: a bar on a terminal, else a line every ten seconds."""
+    """The progress of a task, with the time left: a bar on a terminal, else a line every ten seconds."""
 
     def __init__(self, console: Console, title: str, total: int, unit: str, start: int) -> None:
         self.console, self.title, self.total, self.unit, self.start = console, title, total, unit, start
         self.began = self.shown = time.monotonic()
 
     def restart(self, done: int) -> None:
-        """Leaves what was done until now out of the estimate."""
+        """Excludes what was done before from the estimate of the time left."""
         self.start, self.began = done, time.monotonic()
 
     def left_seconds(self, done: int) -> Optional[float]:
-        """Returns an estimate of the time left, or None before there is one."""
+        """Returns an estimate of the time left; None before there is one."""
         elapsed, fresh = time.monotonic() - self.began, done - self.start
         return elapsed / fresh * (self.total - done) if fresh > 0 else None
 
     def say(self, text: str) -> None:
-        """Prints a line that stays and shows how far the work is, so that another need not soon follow."""
+        """Prints a line that stays and itself shows the progress, so that the next one is due later."""
         self.shown = time.monotonic()
         self.console.say(text)
 
     def update(self, done: int, note: str = "") -> None:
-        """Shows that `done` units are done; `note` is what else to show."""
+        """Shows, if it is time to, that `done` units are done, with a note."""
         now = time.monotonic()
-        if now - self.shown < (0.1 if self.console.bar else 10.0):
+        if now - self.shown < (_BAR_SECONDS if self.console.bar else _LINE_SECONDS):
             return
         left = self.left_seconds(done)
         tail = (f"  {note}" if note else "") + (f"  left {format_duration(left)}" if left is not None else "")
         if self.console.bar:
-            filled = 24 * done // max(1, self.total)
-            bar = "#" * filled + "." * (24 - filled)
+            bar = ("#" * (_BAR_WIDTH * done // max(1, self.total))).ljust(_BAR_WIDTH, ".")
             self.shown = now
             self.console.redraw(f"{self.title} [{bar}] {done}/{self.total} {self.unit}{tail}")
         else:

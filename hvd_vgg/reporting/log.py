@@ -1,6 +1,6 @@
-"""What a run tells: DLLogger's JSON lines in a file, a console a person can read, TensorBoard events.
+"""What a run logs: DLLogger's JSON lines in a file, DLLogger's lines on stdout, and TensorBoard events.
 
-The names in METRICS, their units and formats are an interface: others parse them.
+The names in METRICS, their units and formats are an interface: other programs parse them.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import sys
 import threading
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 from hvd_vgg.errors import NOT_WRITTEN, Failure
 from hvd_vgg.streams import ignore_broken_pipe
@@ -48,122 +48,98 @@ Step = Union[str, Tuple[int, ...]]
 
 
 def _format_metric(name: str, metadata: Dict[str, str], value: Any) -> str:
-    """Returns a metric as DLLogger prints it; its own function fails on the text that NaN has become."""
+    """Returns a metric as DLLogger prints it; its own function fails on NaN, which is text here."""
     text = value if isinstance(value, str) else ("{" + metadata.get("format", "") + "}").format(value)
     return f"{name} : {text} {metadata.get('unit', '')}"
 
 
-class _StdoutBackend:
-    """DLLogger's stdout format, for when the package is not installed: `DLL TIME - STEP NAME : VALUE UNIT ...`."""
-
-    def __init__(self) -> None:
-        self.known: Dict[str, Dict[str, str]] = {}
-
-    def metadata(self, now: datetime, elapsed: float, metric: str, metadata: Dict[str, str]) -> None:
-        self.known[metric] = metadata
-
-    def log(self, now: datetime, elapsed: float, step: Step, data: Dict[str, Any]) -> None:
-        parts = [_format_metric(name, self.known.get(name, {}), value) for name, value in data.items()]
-        print(f"DLL {now.replace(tzinfo=None)} - {step} {' '.join(parts)}")
-
-    def flush(self) -> None:
-        sys.stdout.flush()
-
-
-class _JsonBackend:
-    """DLLogger's JSON format, for when the package is not installed: `DLLL {...}` a line."""
+class _JsonFile:
+    """Writes DLLogger's JSON format, `DLLL {...}` a line, where the package is not installed."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.waiting = b""
+        self.path, self.began, self.unwritten = path, datetime.now().astimezone(), b""
 
-    def _write(self, now: datetime, elapsed: float, kind: str, **more: Any) -> None:
+    def _append(self, kind: str, **fields: Any) -> None:
+        now = datetime.now().astimezone()
         times = {
             "timestamp": str(now.timestamp()),
             "datetime": str(now),
-            "elapsedtime": str(elapsed),
-            "type": kind,
+            "elapsedtime": str((now - self.began).total_seconds()),
         }
-        self.waiting += f"DLLL {json.dumps({**times, **more})}\n".encode()
+        self.unwritten += f"DLLL {json.dumps({**times, 'type': kind, **fields})}\n".encode()
 
-    def metadata(self, now: datetime, elapsed: float, metric: str, metadata: Dict[str, str]) -> None:
-        self._write(now, elapsed, "METADATA", metric=metric, metadata=metadata)
+    def metadata(self, metric: str, metadata: Dict[str, str]) -> None:
+        self._append("METADATA", metric=metric, metadata=metadata)
 
-    def log(self, now: datetime, elapsed: float, step: Step, data: Dict[str, Any]) -> None:
-        self._write(now, elapsed, "LOG", step=step, data=data)
+    def log(self, step: Step, data: Dict[str, Any]) -> None:
+        self._append("LOG", step=step, data=data)
 
     def flush(self) -> None:
-        """Appends the lines that wait, all or none."""
+        """Appends the unwritten lines to the file, all or none."""
         with open(self.path, "ab", buffering=0) as file:
             end = file.tell()
             try:
-                written = file.write(self.waiting)
-                if written < len(self.waiting):
+                if file.write(self.unwritten) < len(self.unwritten):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError:
                 file.truncate(end)
                 raise
-        self.waiting = b""
+        self.unwritten = b""
 
 
-class _Logger:
-    """The part of dllogger.Logger that is used here."""
+class _Stdout:
+    """Prints DLLogger's stdout format, `DLL TIME - STEP NAME : VALUE UNIT ...`, where the package is not installed."""
 
-    def __init__(self, backends: List[Any]) -> None:
-        self.backends = backends
-        self.started = datetime.now().astimezone()
-
-    def _each(self, call: str, *arguments: Any) -> None:
-        now = datetime.now().astimezone()
-        for backend in self.backends:
-            getattr(backend, call)(now, (now - self.started).total_seconds(), *arguments)
+    def __init__(self) -> None:
+        self.known: Dict[str, Dict[str, str]] = {}
 
     def metadata(self, metric: str, metadata: Dict[str, str]) -> None:
-        self._each("metadata", metric, metadata)
+        self.known[metric] = metadata
 
     def log(self, step: Step, data: Dict[str, Any]) -> None:
-        self._each("log", step, data)
+        parts = [_format_metric(name, self.known.get(name, {}), value) for name, value in data.items()]
+        print(f"DLL {datetime.now()} - {step} {' '.join(parts)}")
 
-    def flush(self) -> None:
-        for backend in self.backends:
-            backend.flush()
+
+def _open(path: Path, stdout: bool) -> Tuple[Any, Any]:
+    """Returns what writes to the file and what prints, or None: both have `metadata` and `log`, and the first has `flush`.
+
+    They are separate, so that a stdout that is gone keeps no line from the file.
+    """
+    if not dllogger:
+        return _JsonFile(path), _Stdout() if stdout else None
+    verbosity = dllogger.Verbosity.VERBOSE
+    printer = dllogger.Logger([dllogger.StdOutBackend(verbosity, metric_format=_format_metric)]) if stdout else None
+    return dllogger.Logger([dllogger.JSONStreamBackend(verbosity, str(path), append=True)]), printer
 
 
 class RunLog:
-    """The log files of a run, for rank 0: `dllogger.json` (appended to on resume) and TensorBoard's events.
+    """The log of a run, for rank 0: `dllogger.json` (appended to on resume), TensorBoard's events, and lines on stdout.
 
-    `tensorboard` is a function (name, value, step), or None.
+    tensorboard: a function (name, value, step), or None.
     """
 
     def __init__(self, run_dir: Path, stdout: bool, tensorboard: Optional[Callable[[str, float, int], None]]) -> None:
-        self.path = path = run_dir / "dllogger.json"
-        self.one_at_a_time = threading.Lock()
-        _terminate_last_line(path)
-        if dllogger:
-            kind, file = dllogger.Logger, dllogger.JSONStreamBackend(dllogger.Verbosity.VERBOSE, str(path), append=True)
-            lines = dllogger.StdOutBackend(dllogger.Verbosity.VERBOSE, metric_format=_format_metric)
-        else:
-            kind, file, lines = _Logger, _JsonBackend(path), _StdoutBackend()
-        # Two loggers, for a stdout that is gone must not keep a line from the file.
-        self.logger, self.printer = kind([file]), kind([lines]) if stdout else None
-        self.tensorboard = tensorboard
+        self.path, self.tensorboard = run_dir / "dllogger.json", tensorboard
+        self.lock = threading.Lock()  # checkpoints are logged by the thread that writes them
+        _terminate_last_line(self.path)
+        self.file, self.printer = _open(self.path, stdout)
         for name, metadata in METRICS.items():
-            self.logger.metadata(name, metadata)
+            self.file.metadata(name, metadata)
             if self.printer:
                 self.printer.metadata(name, metadata)
 
     def log(self, step: Step, data: Dict[str, Any]) -> None:
         """Writes one line; step: (epoch, update), "PARAMETER" for what the run is, "EVENT", or () for its end.
 
-        The line is with the kernel when this returns; where the disk is full it waits for the next one, or for `close`.
+        The kernel has the line when this returns; on a full disk it is retried with the next one, and by `close`.
         """
-        # NaN and Inf are no JSON: strict parsers would refuse the line that matters most.
+        # NaN and Inf are not JSON: strict parsers would refuse the line that matters most.
         finite = {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in data.items()}
-        # A full disk is no reason to stop before the end. Checkpoints are told by the thread that writes them.
-        with self.one_at_a_time:
-            with contextlib.suppress(OSError):
-                self.logger.log(step, finite)
-                self.logger.flush()
+        with self.lock:
+            with contextlib.suppress(OSError):  # a full disk is no reason to stop before the end
+                self.file.log(step, finite)
+                self.file.flush()
             if self.printer:
                 with ignore_broken_pipe(sys.stdout):
                     self.printer.log(step, finite)
@@ -173,23 +149,23 @@ class RunLog:
                     self.tensorboard(name.replace(".", "/"), float(value), step[1])
 
     def event(self, name: str, **data: Any) -> None:
-        """Writes a line for something that happened, such as `start` or `save_failed`."""
+        """Writes a line about something that happened, such as `start` or `save_failed`."""
         self.log("EVENT", {"event": name, **data})
 
     def close(self) -> None:
-        """Writes what still waits; raises Failure(NOT_WRITTEN) where that cannot be."""
+        """Writes what a full disk has kept back; raises Failure(NOT_WRITTEN) if it still does."""
         try:
-            self.logger.flush()
+            self.file.flush()
         except OSError as error:
             raise Failure(
-                NOT_WRITTEN, f"the log {self.path} cannot be written: {error.strerror}. Make room, start again"
+                NOT_WRITTEN, f"the log {self.path} cannot be written: {error.strerror}. Make room, then start again"
             ) from error
 
 
 def _terminate_last_line(path: Path) -> None:
-    """Ends a line that a killed run left unfinished, so that the next is whole."""
-    if path.exists() and path.stat().st_size:
-        with open(path, "rb+") as file:
-            file.seek(-1, 2)
+    """Ends a line that a kill left unfinished, so that the next one is whole."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.write(b"\n")

@@ -1,193 +1,167 @@
-"""The receipt of a run: `receipt.json`, by which what is in its directory can be held against what was there.
+"""The receipt of a run, `receipt.json`: facts and digests that the contents of its directory can be compared with.
 
-It holds the configuration, the data's digests, the code's and packages' versions, every start with its hosts, every restart,
-every epoch's coverage, every evaluation with the checkpoint's digest; and the SHA-256 of the log, the result and the
-checkpoints at the time of writing, the log's also as it was at each start. It is made of what the log says: `write` may be
-called at any time, and a run that was killed is as good as one that was not.
+It has the configuration, digests of data and code, packages, every start, restart, epoch and evaluation, and the SHA-256 of
+log, result and checkpoints, and of the log at each start. It proves integrity, not authenticity: whoever can rewrite the
+directory can rewrite it too. To prove a run to others, give them the receipt's SHA-256 when the run ends, or the data.
 
-It proves integrity, not authenticity: whoever can rewrite the whole directory can rewrite the receipt too. To prove a run to
-someone else, give them the receipt's own SHA-256 when it ends, or the data to evaluate again (`hvd-vgg verify-run`).
-
-A checkpoint's digests: `sha256` is over its tensors and is written in the file's own header; `header_sha256` is over that
-header, which also has the names, shapes, position and configuration. The two stand for the whole file, and to write them
-takes no reading of it.
+A checkpoint's digests stand for the file, but only its header is read: `sha256`, of its tensors, is stored there, and
+`header_sha256` is of the header, which also has names, shapes, position and configuration.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-import struct
 import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
 from hvd_vgg.errors import NOT_WRITTEN, Failure
-from hvd_vgg.run_dir import atomic_write_text, write_error
+from hvd_vgg.run_dir import RunDir, atomic_write_text, write_error
 
-ABOUT = (
-    "Integrity, not authenticity: whoever can rewrite this whole directory can rewrite this file. Check it by "
-    "hvd-vgg verify-run RUN_DIR [--data_dir=DIR]."
-)
-_HEADER_LIMIT = 100_000_000  # bytes, as the safetensors library has it
+ABOUT = "Integrity, not authenticity: whoever can rewrite the directory can rewrite this file. Check: hvd-vgg verify-run."
+_HEADER_LIMIT = 100_000_000  # bytes, that of the safetensors library
 
 
 class LogLine(NamedTuple):
-    """A line of the log; `kind` is METADATA, LOG, or "" for one that cannot be read."""
+    """A line of the log."""
 
     number: int  # from 1
-    kind: str
-    step: Any  # [epoch, update], "PARAMETER", "EVENT" or []
+    kind: str  # METADATA, PARAMETER, train, evaluation, end (of a run), the name of an event, or "" if it cannot be read
+    end: int  # bytes of the log up to the end of this line
+    epoch: int  # -1 where the line has none
+    step: int  # updates made by then; -1 where the line does not say
     data: Dict[str, Any]
     timestamp: float  # seconds since 1970
-    began: float  # when the process that wrote it began to log: the same on all its lines, whatever becomes of the clock
-    end: int  # bytes of the log up to the end of this line
-
-    @property
-    def event(self) -> str:
-        """The event's name, or ""."""
-        return str(self.data.get("event", "")) if self.step == "EVENT" else ""
+    began: float  # when its process opened the log: equal in all its lines, even if the clock is set meanwhile
 
 
 def read_log(path: Path) -> List[LogLine]:
-    """Returns the lines of dllogger.json, or [] where there is none."""
+    """Returns the lines of dllogger.json; [] if there is none."""
     lines, end = [], 0
     for number, text in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], 1):
         end += len(text)
         try:
-            if not text.startswith(b"DLLL ") or not text.endswith(b"\n"):
-                raise ValueError("torn, or not DLLogger's")
-            row = json.loads(text[5:])
-            kind, step, data = row["type"], row.get("step"), row.get("data", {})
-            if not isinstance(data, dict):
-                raise ValueError("no data")
-            timestamp = float(row["timestamp"])
-            lines.append(LogLine(number, str(kind), step, data, timestamp, timestamp - float(row["elapsedtime"]), end))
-        except (ValueError, KeyError, TypeError):
-            lines.append(LogLine(number, "", None, {}, 0.0, 0.0, end))
+            lines.append(_parse_line(number, text, end))
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError):
+            lines.append(LogLine(number, "", end, -1, -1, {}, 0.0, 0.0))
     return lines
 
 
+def _parse_line(number: int, text: bytes, end: int) -> LogLine:
+    if not text.startswith(b"DLLL ") or not text.endswith(b"\n"):
+        raise ValueError("torn, or not a line of DLLogger's")
+    row = json.loads(text[5:])
+    step, data, timestamp = row.get("step"), row.get("data", {}), float(row["timestamp"])
+    began, epoch, done, kind = timestamp - float(row["elapsedtime"]), -1, data.get("step", -1), row["type"]
+    if kind == "LOG" and isinstance(step, str):
+        kind = data["event"] if step == "EVENT" else step
+    elif kind == "LOG" and step:
+        (epoch, done), kind = map(int, step), "train" if "train.loss" in data else "evaluation"
+    elif kind == "LOG":
+        kind = "end"
+    return LogLine(number, str(kind), end, epoch, done, data, timestamp, began)
+
+
 def read_json_lines(path: Path, length: Optional[int] = None) -> List[Dict[str, Any]]:
-    """Returns the objects, one a line, in the first `length` bytes of a file, or all, without what a kill left torn."""
+    """Returns the objects, one a line, in the first `length` bytes of a file or in all of it, without what a kill tore."""
     rows = []
     for text in path.read_bytes()[:length].splitlines() if path.exists() else []:
-        try:
-            row = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(text))
+    return [row for row in rows if isinstance(row, dict)]
 
 
-def read(run_dir: Path) -> Optional[Dict[str, Any]]:
-    """Returns the receipt in a run directory, or None where there is none that can be read."""
+def read(run: RunDir) -> Optional[Dict[str, Any]]:
+    """Returns the receipt of a run; None if there is none that can be read."""
     try:
-        found = json.loads((run_dir / "receipt.json").read_bytes())
+        found = json.loads(run.receipt.read_bytes())
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and isinstance(found.get("starts"), list) else None
 
 
 def checkpoint_row(path: Path) -> Dict[str, Any]:
-    """Returns file, bytes, sha256 and header_sha256 of a checkpoint, from its header; OSError, ValueError."""
+    """Returns file, bytes, sha256 and header_sha256 of a checkpoint, reading its header only. Raises OSError, ValueError."""
     with open(path, "rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _HEADER_LIMIT + 1
-        if length > _HEADER_LIMIT:
-            raise ValueError("not a safetensors file")
-        header = file.read(length)
+        length = file.read(8)
+        header = file.read(min(int.from_bytes(length, "little"), _HEADER_LIMIT))
     try:
-        meta = json.loads(json.loads(header)["__metadata__"]["hvd_vgg"])
-        digest = str(meta["sha256"])
-    except (KeyError, TypeError) as error:
+        digest = str(json.loads(json.loads(header)["__metadata__"]["hvd_vgg"])["sha256"])
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError("not a checkpoint of hvd_vgg") from error
-    bytes_there, header_digest = path.stat().st_size, hashlib.sha256(start + header).hexdigest()
-    return {"file": path.name, "bytes": bytes_there, "sha256": digest, "header_sha256": header_digest}
+    header_digest = hashlib.sha256(length + header).hexdigest()
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest, "header_sha256": header_digest}
 
 
 def file_row(path: Path, length: Optional[int] = None) -> Optional[Dict[str, Any]]:
-    """Returns the bytes of a file and their SHA-256, of the first `length` of it; None where it is not, or is shorter."""
-    if not path.is_file():
-        return None
-    data = path.read_bytes()[:length]
-    if length is not None and len(data) < length:
-        return None
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    """Returns bytes and sha256 of a file, or of its first `length` bytes; None if it is missing, or shorter than that."""
+    data = path.read_bytes()[:length] if path.is_file() else b""
+    row = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return row if path.is_file() and len(data) >= (length or 0) else None
 
 
 def sync(path: Path) -> None:
-    """Puts on disk what was written to a file: what it is later held against must not outlive it in a power cut."""
-    if path.exists():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
+    """Puts what was written to a file on disk: digests of it must not outlive it in a power cut."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
-def write(run_dir: Path) -> None:
-    """Writes the receipt of what is in a run directory now, whole or not at all; rank 0 alone. Failure(NOT_WRITTEN)."""
-    path = run_dir / "receipt.json"
+def write(run: RunDir) -> None:
+    """Writes the receipt of a run as it is now, whole or not at all. Rank 0 only. Raises Failure(NOT_WRITTEN)."""
+    earlier = (read(run) or {"starts": []})["starts"]
     try:
-        sync(run_dir / "dllogger.json")
-        atomic_write_text(path, json.dumps(_content(run_dir), indent=1) + "\n")
+        sync(run.log)
+        found = content(run)
+        found["starts"][: len(earlier)] = earlier  # as they were: evidence of the log as it was then
+        atomic_write_text(run.receipt, json.dumps(found, indent=1) + "\n")
     except OSError as error:
-        raise Failure(NOT_WRITTEN, write_error(path, error)) from error
+        raise Failure(NOT_WRITTEN, write_error(run.receipt, error)) from error
 
 
-def _checkpoints(run_dir: Path) -> Iterator[Dict[str, Any]]:
-    for path in sorted((run_dir / "checkpoints").glob("step-*.safetensors")):
-        try:
-            yield checkpoint_row(path)
-        except (FileNotFoundError, ValueError):
-            continue  # pruned while this was written, or damaged since: when the run goes on, that is told
-
-
-def _content(run_dir: Path) -> Dict[str, Any]:
-    log = run_dir / "dllogger.json"
-    lines = read_log(log)
-    known, starts = read(run_dir), [line for line in lines if line.event == "start"]
-    # What an earlier receipt says of a start stays as it was: the log can be held against it later.
-    kept: List[Any] = known["starts"] if known else []
-    rows = [{"timestamp": line.timestamp, **line.data, "log": file_row(log, line.end)} for line in starts[len(kept) :]]
+def content(run: RunDir, files: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
+    """Returns the receipt of a run as it is now; of log and restarts only the bytes that the `files` of another name."""
+    length = {name: row["bytes"] if row else 0 for name, row in (files or {}).items()}
+    lines = [line for line in read_log(run.log) if line.end <= length.get("dllogger.json", line.end)]
+    starts = [line for line in lines if line.kind == "start"]
+    parameters = next((line.data for line in reversed(lines) if line.kind == "PARAMETER"), {})
     return {
         "about": ABOUT,
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        **from_log(lines),
-        "starts": [*kept, *rows],
-        "restarts": read_json_lines(run_dir / "restarts.jsonl"),
-        "checkpoints": list(_checkpoints(run_dir)),
+        "configuration": parameters,
+        "seed": parameters.get("seed"),
+        **{name: starts[-1].data.get(name) if starts else None for name in ("data", "code", "packages", "environment")},
+        "epochs": [{"line": line.number, **line.data} for line in lines if line.kind == "coverage"],
+        "evaluations": _evaluations(lines),
+        "starts": [{"timestamp": line.timestamp, **line.data, "log": file_row(run.log, line.end)} for line in starts],
+        "restarts": read_json_lines(run.restarts, length.get("restarts.jsonl")),
+        "checkpoints": list(_checkpoints(run)),
         "files": {
-            "dllogger.json": file_row(log, lines[-1].end) if lines else None,  # what was read above: it may have grown
-            **{name: file_row(run_dir / name) for name in ("restarts.jsonl", "result.json")},
+            "dllogger.json": file_row(run.log, lines[-1].end) if lines else None,  # up to what was read above: it may grow
+            "restarts.jsonl": file_row(run.restarts, length.get("restarts.jsonl")),
+            "result.json": file_row(run.result),
         },
     }
 
 
-def from_log(lines: List[LogLine]) -> Dict[str, Any]:
-    """Returns the part of a receipt that is a function of the log."""
-    parameters = [line.data for line in lines if line.step == "PARAMETER"]
-    starts = [line.data for line in lines if line.event == "start"]
-    return {
-        "configuration": parameters[-1] if parameters else {},
-        "seed": parameters[-1].get("seed") if parameters else None,
-        **{name: starts[-1].get(name) if starts else None for name in ("data", "code", "packages", "environment")},
-        "epochs": [{"line": line.number, **line.data} for line in lines if line.event == "coverage"],
-        "evaluations": _evaluations(lines),
-    }
+def _checkpoints(run: RunDir) -> Iterator[Dict[str, Any]]:
+    for path in reversed(run.list_checkpoints()):
+        with contextlib.suppress(FileNotFoundError, ValueError):  # pruned meanwhile, or damaged: the next start reports that
+            yield checkpoint_row(path)
 
 
 def _evaluations(lines: List[LogLine]) -> List[Dict[str, Any]]:
-    """Returns every evaluation with the digest of the checkpoint that was then saved of the same step, or None."""
+    """Returns every evaluation with the digest of the checkpoint that the same process then saved of its step, or None."""
     rows: List[Dict[str, Any]] = []
     newest: Dict[str, Any] = {}
     for line in lines:
-        if line.event == "start":
-            newest = {}
-        elif line.event == "checkpoint" and line.data["step"] == newest.get("step"):
-            newest["checkpoint_sha256"] = line.data["sha256"]
-        elif "eval.records" in line.data and line.step:
-            counts = {
-                name: line.data.get(name) for name in ("eval.top1_hits", "eval.top5_hits", "eval.records", "eval.loss")
-            }
-            newest = {"line": line.number, "step": line.step[1], **counts, "checkpoint_sha256": None}
+        if line.kind == "evaluation":
+            names = ("eval.top1_hits", "eval.top5_hits", "eval.records", "eval.loss")
+            counts = {name: line.data.get(name) for name in names}
+            newest = {"line": line.number, "step": line.step, **counts, "checkpoint_sha256": None}
             rows.append(newest)
+        elif line.kind == "start":
+            newest = {}
+        elif line.kind == "checkpoint" and line.step == newest.get("step"):
+            newest["checkpoint_sha256"] = line.data["sha256"]
     return rows

@@ -28,7 +28,7 @@ def write_run_files(config: TrainConfig, console: Optional[Console] = None) -> N
     run_dir = RunDir(config.run_dir)
     for path, write in (
         (run_dir.flags, lambda: _write_if_changed(run_dir.flags, to_flag_file(config))),
-        (run_dir.receipt, lambda: receipt.write(run_dir.path)),
+        (run_dir.receipt, lambda: receipt.write(run_dir)),
     ):
         try:
             write()
@@ -129,7 +129,7 @@ def finish_log(
     reporter.say("  files              result.json, dllogger.json, receipt.json, flags.txt, checkpoints/, tensorboard/")
     reporter.say(f"  to verify it       hvd-vgg verify-run {shlex.quote(str(folder))}")
     run_on_root(lambda: reporter.log.close() if reporter.log else None)
-    run_on_root(lambda: receipt.write(RunDir(config.run_dir).path))
+    run_on_root(lambda: receipt.write(RunDir(config.run_dir)))
 
 
 def _print_throughput(measured: Dict[str, Any], reporter: Reporter) -> None:

@@ -74,7 +74,7 @@ def _restore_root(
 
 def _check_none_was_saved(run_dir: RunDir) -> None:
     """Raises Failure(CONFIGURATION) where checkpoints in the log are gone: a run never starts over silently."""
-    saved = [line.data["file"] for line in receipt.read_log(run_dir.log) if line.event == "checkpoint"]
+    saved = [line.data["file"] for line in receipt.read_log(run_dir.log) if line.kind == "checkpoint"]
     if saved:
         raise Failure(
             CONFIGURATION,

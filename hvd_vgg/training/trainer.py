@@ -92,7 +92,7 @@ class Trainer:
         self.bar = self.reporter.console.progress("training", self.total_steps, "steps", self.progress.step)
         self.window: Window = []
         self.bad_rows: List[Tuple[int, BadRow]] = []
-        factored = [choice.layer for choice in cost.choose(config, comm.size()) if choice.method == "factored"]
+        factored = cost.factored_layers(config, comm.size())
         self.train_step: Callable[..., StepMetrics] = make_train_step(
             self.state.weights, self.state.slots, config, self.device.data_format, factored
         )

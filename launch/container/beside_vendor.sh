@@ -36,7 +36,7 @@ if python3 -c 'import sys; sys.exit(sys.version_info < (3, 9))'; then
 fi
 install() { python3 -m pip install --disable-pip-version-check --no-cache-dir --no-deps "$@"; }
 
-# The module, and what brings it. The last four are Horovod's own, which the one package list of a vendor's image that is public lacks in part.
+# The module, and what brings it. The last three are Horovod's own, which the one package list of a vendor's image that is public lacks in part.
 while read -r module requirement; do
   if has "$module"; then
     say "$module is there"
@@ -47,10 +47,10 @@ done <<'MODULES'
 absl absl-py
 crc32c crc32c
 cv2 opencv-python-headless<4.12
+psutil psutil
 safetensors safetensors
 cloudpickle cloudpickle
 packaging packaging
-psutil psutil
 yaml PyYAML
 MODULES
 

@@ -7,15 +7,15 @@ FAULTS = {
     "F01": "rank 1 raises",
     "F02": "rank 0 raises; a rank raises before it has joined",
     "F03": "rank 1 is killed (SIGKILL)",
-    "F04": "rank 1 is killed for want of memory, in a memory cgroup",
+    "F04": "rank 1 is killed by the out-of-memory killer, in a memory cgroup",
     "F05": "segmentation fault in native code",
-    "F06": "rank 1 leaves early with success",
+    "F06": "rank 1 exits early with success",
     "F07": "a record cannot be preprocessed on rank 1",
     "F08": "rank 1 sleeps in Python",
     "F09": "rank 1 is frozen (SIGSTOP)",
-    "F10": "rank 1 holds Python's lock for ever",
-    "F11": "SIGKILL to mpirun; to the supervisor",
-    "F12": "SIGTERM to the supervisor",
+    "F10": "rank 1 holds the GIL for ever",
+    "F11": "SIGKILL to mpirun; to the launcher",
+    "F12": "SIGTERM to the launcher",
     "F13": "SIGTERM or SIGUSR1 to one rank",
     "F14": "SIGTERM to mpirun; death while a checkpoint is written",
     "F15": "chaos: 20 random faults, another number of ranks at each start",
@@ -46,22 +46,23 @@ FAULTS = {
 
 _ABOUT = """# What runs are put through
 
-Faults are put into real ranks from outside ({worker}, {poison}); the package has no switches for them. Every test has
-a limit, and fails when a process is left. Judged are: the exit code; that nobody is left; who is blamed, in
+Faults are put into real ranks from outside, by `tests/programs/inject.py`; the package has no switches for them. Every test
+has a time limit, and fails when a process is left. Judged are: the exit code; that no process is left; who is blamed, in
 `RUN_DIR/faults`; that the newest checkpoint loads; that the run, started again, ends with the weights of one that nothing
 happened to, bit for bit on as many ranks, and has read every record as often; the log, by `hvd-vgg verify-run`.
 
 Written by pytest's `--fault_table` in a run of tier {tier} on {machine}; seconds are those of the tests together, with
 set-up. `bash launch/test.sh` runs tier 1 on every change; `bash launch/test.sh --all` runs all and writes this file.
 
+| id | fault | tests | tier | result | seconds |
+|---|---|---|---|---|---|
 """
 
 
 def table(faults, reports, ids, tiers, tier):
     """Returns Markdown: of each fault its tests, how they ended, and their seconds with set-up, in this session."""
     machine = f"{os.cpu_count()} cores, Python {platform.python_version()}"
-    about = _ABOUT.format(worker="`tests/worker.py`", poison="`tests/poison.py`", machine=machine, tier=tier)
-    lines = [about + "| id | fault | tests | tier | result | seconds |", "|---|---|---|---|---|---|"]
+    lines = []
     for fault, text in faults.items():
         mine = [report for report in reports if fault in ids.get(report.nodeid, [])]
         nodes = sorted({report.nodeid for report in mine})
@@ -73,4 +74,4 @@ def table(faults, reports, ids, tiers, tier):
         of = ", ".join(map(str, sorted({tiers[node] for node in ids if fault in ids[node]})))
         count, seconds = len(nodes), sum(report.duration for report in mine)
         lines.append(f"| {fault} | {text} | {names} ({count}) | {of} | {result} | {seconds:.0f} |")
-    return "\n".join(lines) + "\n"
+    return _ABOUT.format(machine=machine, tier=tier) + "\n".join(lines) + "\n"

@@ -38,9 +38,7 @@ def start(out, data, ranks, *arguments, **environment):
 
 def run(out, data, ranks, *arguments, code=0, **environment):
     """Runs it to its end, which must be `code`, and returns how it ended."""
-    ended = start(out, data, ranks, *arguments, **environment).wait()
-    assert ended.code == code, ended.out + ended.err
-    return ended
+    return start(out, data, ranks, *arguments, **environment).wait(code=code)
 
 
 def injected_ranks(started):
@@ -99,7 +97,7 @@ def newest(out):
 
 def assert_true(run_dir):
     """Asserts that all that a run claims, and that can be computed from its log, holds."""
-    failed = [f"{claim.what}: {claim.why}" for claim in check(run_dir) if claim.verdict == FAIL]
+    failed = [f"{each.subject}: {each.text}" for each in check(run_dir) if each.verdict == FAIL]
     assert not failed
 
 

@@ -16,10 +16,10 @@ PROGRAM = """
         hvd_vgg.train(TrainConfig(width=-1.0))
     except Failure as failure:
         assert failure.code == 64 and "--width=-1: expected more than 0" in failure.message
-    config = dict(num_classes=10, image_size=32, model="vgg11", width=0.125, global_batch=32, lr=0.05, lr_schedule="constant",
-                  eval_every_epochs=0.0, save_every_steps=0, log_every_steps=1, data_dir=sys.argv[1], steps=3)
+    config = dict(num_classes=10, image_size=32, model="vgg11", width=0.125, global_batch=32, lr=0.05, steps=3)
+    config.update(lr_schedule="constant", eval_every_epochs=0.0, save_every_steps=0, log_every_steps=1)
     try:
-        hvd_vgg.train(TrainConfig(run_dir="python", **config))
+        hvd_vgg.train(TrainConfig(data_dir=sys.argv[1], run_dir="python", **config))
     except Failure as failure:
         sys.exit(failure.code)
 """

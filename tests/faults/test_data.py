@@ -167,7 +167,7 @@ CASES = {
 }
 
 # One of each kind is run on every change: they differ in the message, which the index finds without ranks.
-FIRST = ("F24 missing", "F26 header of 13000 x 13000", "F27 label >= classes", "a FIFO in place of a shard")
+FIRST = ("F24 missing", "F27 label >= classes")
 
 
 def message_of(ended, code=65):
@@ -208,6 +208,7 @@ def test_byte_that_flips_during_the_run_is_noticed(launch, tmp_path):
     assert (rank in (0, 1), 2 <= step < 20, phase, code) == (True, True, "update", 65)
 
 
+@pytest.mark.fault(tier=3)
 def test_bad_validation_record_is_named_by_evaluation(launch, tmp_path):
     data = write_data(tmp_path / "data")
     shard = data / "validation-00001-of-00002"
@@ -223,8 +224,7 @@ def test_bad_data_under_horovodrun(launch, tmp_path, launcher, code):
     flip_byte(data / SHARD, 3, 300)
     flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *FLAGS, "--steps=40"]
     program = [*launcher, "-np", "2", sys.executable, "-m", "hvd_vgg"]
-    ended = launch(0, "train", *flags, program=program, PYTHONPATH=str(ROOT))
-    assert ended.code == code, ended.out + ended.err
+    ended = launch(0, "train", *flags, program=program, PYTHONPATH=str(ROOT), code=code)
     assert f"{data / SHARD}, record 3, offset " in ended.out + ended.err
     # The launcher itself has a traceback under Gloo; what ranks say it marks with their number.
     assert not [line for line in (ended.out + ended.err).splitlines() if "]<std" in line and "Traceback" in line]
@@ -341,8 +341,7 @@ def test_bad_records_are_replaced_by_the_same_on_any_ranks(launch, tmp_path, spo
         assert_true(out / "run")
 
     for ranks in (0, 3):
-        ended = launch(ranks, "evaluate", f"--run_dir={one / 'run'}")
-        assert ended.code == 0, ended.err
+        ended = launch(ranks, "evaluate", f"--run_dir={one / 'run'}", code=0)
         assert f"({found['top1_hits']} and {found['top5_hits']} of 37 records, each once" in ended.out
         assert "(2 bad records counted as missed)" in ended.out
     message = message_of(launch(2, "evaluate", f"--run_dir={one / 'run'}", "--bad_records_allowed=1"))

@@ -79,7 +79,8 @@ def test_ranks_change_less_than_a_low_precisions_rounding(tmp_path, data, undist
         assert (distances(newest(out).tensors, wanted) <= 2 * rounding).all(), ranks
 
 
-@pytest.mark.parametrize("ranks", [2, *full(0)])
+@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.fault(tier=3)
 def test_shuffled_blocks_and_input_threads_on_ranks(tmp_path, data, ranks):
     """The order is the sampler's, which knows of no ranks and no threads."""
     run(tmp_path, data, ranks, "--shuffle_block_records=8", f"--input_threads={1 + ranks}")
@@ -121,8 +122,7 @@ def test_killed_on_two_ranks_and_resumed_on_one(tmp_path, data, undisturbed):
     ids = tmp_path / "ids.rank1"
     wait_for(lambda: ids.exists() and len(ids.read_text().splitlines()) >= 5)
     os.kill(injected_ranks(started)[1], signal.SIGKILL)
-    ended = started.wait()
-    assert ended.code == 137, ended.err
+    ended = started.wait(code=137)
     before, found = ids_by_step(tmp_path, 2), newest(tmp_path)
     resumed_at = found.meta["step"] if found else 0
     for rank in (0, 1):
@@ -141,8 +141,7 @@ def test_killed_on_two_ranks_and_resumed_on_one(tmp_path, data, undisturbed):
 )
 def test_launchers_give_the_same_losses(launch, tmp_path, data, undisturbed, launcher):
     flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *FLAGS]
-    ended = launch(0, "train", *flags, program=[*launcher, sys.executable, "-m", "hvd_vgg"], PYTHONPATH=str(ROOT))
-    assert ended.code == 0, ended.out + ended.err
+    launch(0, "train", *flags, program=[*launcher, sys.executable, "-m", "hvd_vgg"], PYTHONPATH=str(ROOT), code=0)
     np.testing.assert_allclose(*(list(losses(out / "run").values()) for out in (tmp_path, undisturbed)), rtol=1e-5)
 
 
@@ -153,13 +152,10 @@ def test_one_inter_op_thread_does_not_hang_a_run(tmp_path, data, undisturbed):
 
 
 def test_evaluation_gives_the_same_integers_on_ranks(launch, tmp_path, data):
-    """On 2 after training in batches of 5, on 1 and 3 by the command."""
+    """On 2 after training in batches of 5, on 3 by the command."""
     flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY, "--steps=20", "--device_batch=5"]
-    ended = launch(2, "train", *flags)
-    assert ended.code == 0, ended.err
+    ended = launch(2, "train", *flags, code=0)
     found = result(tmp_path / "run")
     assert found["records_evaluated"] == 37
-    for ranks in (0, 3):
-        ended = launch(ranks, "evaluate", f"--run_dir={tmp_path / 'run'}")
-        assert ended.code == 0, ended.err
-        assert f"({found['top1_hits']} and {found['top5_hits']} of 37 records, each once" in ended.out
+    ended = launch(3, "evaluate", f"--run_dir={tmp_path / 'run'}", code=0)
+    assert f"({found['top1_hits']} and {found['top5_hits']} of 37 records, each once" in ended.out

@@ -2,8 +2,8 @@
 
 import pytest
 import tensorflow as tf
-from oracles import blamed, losses, run
-from support import ROOT, TINY, full
+from oracles import assert_exact, blamed, losses, run
+from support import ROOT, full
 
 OPTIONAL = ("dllogger", "mpi4py", "tensorboard")
 
@@ -14,26 +14,25 @@ def without(*packages):
     return {"PYTHONPATH": f"{hide}:{ROOT}", "HIDDEN_PACKAGES": ",".join(packages)}
 
 
+def shown(run_dir):
+    """Returns (tag, plugin, step) of all values in TensorBoard's events."""
+    (path,) = (run_dir / "tensorboard").iterdir()
+    events = [tf.compat.v1.Event.FromString(bytes(record.numpy())) for record in tf.data.TFRecordDataset(str(path))]
+    values = [(event.step, value) for event in events for value in event.summary.value]
+    return {(value.tag, value.metadata.plugin_data.plugin_name, step) for step, value in values}
+
+
 @pytest.mark.fault("F37")
-def test_run_without_optional_packages_is_the_same(launch, tmp_path, data):
+def test_run_without_optional_packages_is_the_same(tmp_path, data, undisturbed):
     """What is lost is said once; losses and TensorBoard's events are those of a run with all packages."""
-    flags = [f"--data_dir={data}", *TINY, "--steps=4", "--eval_every_epochs=1"]
-    said, shown = {}, {}
-    for name, environment in (("with", {}), ("without", without(*OPTIONAL))):
-        ended = launch(2, "train", *flags, f"--run_dir={tmp_path / name}", **environment)
-        assert ended.code == 0, ended.out + ended.err
-        said[name] = ended.out + ended.err
-        (path,) = (tmp_path / name / "tensorboard").iterdir()
-        events = [tf.compat.v1.Event.FromString(bytes(record.numpy())) for record in tf.data.TFRecordDataset(str(path))]
-        values = [(event.step, value) for event in events for value in event.summary.value]
-        shown[name] = {(value.tag, value.metadata.plugin_data.plugin_name, step) for step, value in values}
+    ended = run(tmp_path, data, 2, **without(*OPTIONAL))
     for package in OPTIONAL:
-        assert said["without"].count(f"{package} is not installed: ") == 1
+        assert (ended.out + ended.err).count(f"{package} is not installed: ") == 1
     # TensorFlow's own warning, up to 2.15, which each rank would give.
-    assert "missing TensorBoard" not in said["without"]
-    assert len(losses(tmp_path / "with")) == 4
-    assert losses(tmp_path / "without") == pytest.approx(losses(tmp_path / "with"), rel=1e-5)
-    assert ("train/loss", "scalars", 4) in shown["without"] and shown["without"] == shown["with"]
+    assert "missing TensorBoard" not in ended.out + ended.err
+    assert_exact(tmp_path, 2, undisturbed)
+    assert losses(tmp_path / "run") == losses(undisturbed / "run")
+    assert ("train/loss", "scalars", 4) in shown(tmp_path / "run") and shown(tmp_path / "run") == shown(undisturbed / "run")
 
 
 @pytest.mark.parametrize("rank", [1, *full(0)])

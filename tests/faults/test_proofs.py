@@ -1,7 +1,7 @@
-"""What a run claims can be checked, and whoever changes it is found out (`hvd-vgg verify-run`; oracle LOG of README.md).
+"""What a run says of itself can be checked, and whoever changes it is found out (`hvd-vgg verify-run`; LOG in README.md).
 
-One honest run is killed on two ranks and goes on alone. Copies of what it left are changed, each in one way. What can be
-computed from the raw lines is found although the receipt was written anew to fit the change.
+One honest run is killed on two ranks and continues on one. Copies of what it left are changed, each in one way. What can be
+computed from the lines of the log is found although the receipt was written anew to fit the change.
 """
 
 import json
@@ -10,10 +10,11 @@ import subprocess
 import sys
 
 import pytest
-from oracles import SEED, STEPS, assert_true, start
+from oracles import SEED, STEPS, assert_true, run, start
 from support import ROOT
 
-from hvd_vgg.commands.verify import FAIL, PASS, check
+from hvd_vgg.commands.history import FAIL, PASS
+from hvd_vgg.commands.verify import check
 from hvd_vgg.reporting import receipt
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.training import checkpoint
@@ -21,93 +22,86 @@ from hvd_vgg.training import checkpoint
 
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory, data):
-    """A run of five epochs whose rank 1 was killed in the third, and that went on on one rank."""
+    """A run of five epochs whose rank 1 was killed in the third, and that continued on one rank."""
     out = tmp_path_factory.mktemp("honest")
     # The checkpoint of step 5 is on disk by the time of the kill, and logged.
-    ended = start(out, data, 2, "sleep@1:6:2", "kill@1:6", "--eval_every_epochs=1", "--keep_checkpoints=5").wait()
-    assert ended.code == 137, ended.out + ended.err
+    run(out, data, 2, "sleep@1:6:2", "kill@1:6", "--eval_every_epochs=1", "--keep_checkpoints=5", code=137)
     assert_true(out / "run")  # as the kill left it
-    ended = start(out, data, 1, "--eval_every_epochs=1", "--keep_checkpoints=5").wait()
-    assert ended.code == 0, ended.out + ended.err
-    return out / "run"
+    run(out, data, 1, "--eval_every_epochs=1", "--keep_checkpoints=5")
+    return RunDir(out / "run")
 
 
 @pytest.fixture
-def run_dir(honest, tmp_path):
+def copy(honest, tmp_path):
     """A copy of the honest run."""
-    return shutil.copytree(honest, tmp_path / "copy")
+    return RunDir(shutil.copytree(honest.path, tmp_path / "copy"))
 
 
-def failed(run_dir):
-    """Returns the claims that do not hold, as text."""
-    return [f"{claim.what}: {claim.why}" for claim in check(run_dir) if claim.verdict == FAIL]
+def faults(run):
+    return [f"{each.subject}: {each.text}" for each in check(run.path) if each.verdict == FAIL]
 
 
-def change(run_dir, alter):
-    """Rewrites the log: `alter(row)` returns a line's row, changed or not, or None to leave it out."""
-    path, lines = run_dir / "dllogger.json", []
-    for text in path.read_text().splitlines():
-        row = alter(json.loads(text[5:]))
-        lines += [f"DLLL {json.dumps(row)}\n"] if row is not None else []
-    path.write_text("".join(lines))
+def change_log(run, alter):
+    """Rewrites the log: `alter(row)` changes the row of a line in place, and returns True to leave it out."""
+    rows = [json.loads(line[5:]) for line in run.log.read_text().splitlines()]
+    run.log.write_text("".join(f"DLLL {json.dumps(row)}\n" for row in rows if not alter(row)))
 
 
-def seal(run_dir):
+def change_result(run, **changes):
+    run.result.write_text(json.dumps({**json.loads(run.result.read_text()), **changes}))
+
+
+def seal(run):
     """Makes the receipt fit what is there now, as whoever can rewrite the directory may."""
-    (run_dir / "receipt.json").unlink()
-    receipt.write(run_dir)
+    run.receipt.unlink()
+    receipt.write(run)
 
 
-def at(row, step, name):
-    """Says whether a log row is of `step` and has `name`."""
-    return row.get("step", "")[1:] == [step] and name in row["data"]
+def is_row(row, step, name):
+    """Says whether a row is of `step` and has `name`, or is an event of that name."""
+    data = row.get("data", {})
+    return (row.get("step", "")[1:] == [step] and name in data) or (data.get("event") == name and data.get("step") == step)
 
 
-def test_the_honest_run_is_accepted_and_evaluates_the_same_again(honest, launch, data):
-    ended = launch(0, "verify-run", str(honest))
+def test_verify_run_accepts_an_honest_run(honest, launch, data):
+    """With the data on two ranks, its checkpoints are evaluated again, to the same hits."""
+    ended = launch(0, "verify-run", str(honest.path))
     assert (ended.code, ended.err) == (0, "")
     lines = ended.out.splitlines()
-    assert not [line for line in lines if line.startswith(FAIL)]
     for part in (
         "log: ",
-        "start 1: from step 0 on 2 ranks",
-        "start 2: from step 5 on 1 rank, by the checkpoint saved then",
-        "epochs: ",
-        "evaluations: ",
-        f"step-{STEPS:08d}.safetensors: whole",
-        "result.json, accuracy: ",
-        "result.json, fps: ",
-        "receipt.json, log: ",
+        "start 1: from step 0 on 2 ranks: no checkpoint",
+        "start 2: from step 5 on 1 rank: the checkpoint of line ",
+        f"step-{STEPS:08d}.safetensors: whole, as saved (line ",
+        "best: ",
+        f"result.json: of step {STEPS}, as line ",
+        "receipt.json: ",
         "flags.txt: ",
     ):
         assert any(line.startswith(PASS) and part in line for line in lines), part
-    ended = launch(2, "verify-run", f"--run_dir={honest}", f"--data_dir={data}")
+    assert lines[-1].endswith(" passed, 0 unknown")
+    ended = launch(2, "verify-run", f"--run_dir={honest.path}", f"--data_dir={data}")
     assert ended.code == 0, ended.out + ended.err
-    assert ended.out.count("evaluated again, newest: ") == 1
-    assert ended.out.count("log: ") == 2  # and the receipt's: rank 0 alone speaks
+    assert ended.out.count(f"{PASS}     evaluated again: newest: ") == 1
+    assert ended.out.count("receipt.json: ") == 1  # rank 0 alone prints
 
 
-def test_the_log_and_the_receipt_hold_what_is_promised(honest):
-    found = receipt.read(honest)
-    log = receipt.read_log(honest / "dllogger.json")
-    assert (honest / "receipt.json").stat().st_mode & 0o777 == 0o640
+def test_log_and_receipt_hold_what_is_promised(honest):
+    found, log = receipt.read(honest), receipt.read_log(honest.log)
+    assert honest.receipt.stat().st_mode & 0o777 == 0o640
     assert [row["ranks"] for row in found["starts"]] == [2, 1]
     assert found["seed"] == SEED and found["configuration"]["global_batch"] == 32
     assert found["data"]["train"]["records"] == 75 and len(found["data"]["validation"]["sha256"]) == 64
     assert {"python", "tensorflow", "horovod", "numpy", "cv2", "mpi"} <= set(found["packages"])
     assert [row["epoch"] for row in found["epochs"]][-1] == 4
-    assert found["evaluations"][-1]["checkpoint_sha256"] == checkpoint_digest(honest)
-    assert found["files"]["dllogger.json"]["bytes"] == (honest / "dllogger.json").stat().st_size
-    assert sum(line.event == "coverage" for line in log) >= 5
-    seconds = [one for line in log for one in line.data.get("train.update_seconds", [])]
-    assert len(seconds) >= STEPS
+    digest = receipt.checkpoint_row(honest.checkpoint(STEPS))["sha256"]
+    assert found["evaluations"][-1]["checkpoint_sha256"] == digest
+    assert found["files"]["dllogger.json"]["bytes"] == honest.log.stat().st_size
+    assert sum(line.kind == "coverage" for line in log) >= 5
+    assert sum(len(line.data.get("train.update_seconds", [])) for line in log) >= STEPS
 
 
-def checkpoint_digest(run_dir):
-    return receipt.checkpoint_row(run_dir / "checkpoints" / f"step-{STEPS:08d}.safetensors")["sha256"]
-
-
-def test_nothing_of_the_environment_is_in_the_run(tmp_path, data):
+def test_run_dir_holds_no_other_environment(tmp_path, data):
     ended = start(tmp_path, data, 1, "--steps=1", HVD_VGG_CANARY_SECRET="swordfish").wait()  # noqa: S106
     assert ended.code == 0, ended.err
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
@@ -116,120 +110,108 @@ def test_nothing_of_the_environment_is_in_the_run(tmp_path, data):
     assert "swordfish" not in ended.out + ended.err
 
 
-# ---- a log line changed
-
-
-def test_a_loss_changed_breaks_the_receipt(run_dir):
-    def alter(row):
-        if at(row, 8, "train.loss"):
-            row["data"]["train.loss"] *= 0.9
-        return row
-
-    change(run_dir, alter)
-    assert any("dllogger.json are not what they were" in claim for claim in failed(run_dir))
+# ---- a line of the log changed, left out, or moved
 
 
 @pytest.mark.parametrize(
-    ("step", "name", "value", "told"),
+    ("step", "name", "value", "fault"),
     [
-        (9, "train.update_seconds", [1e-4], "train.fps"),
-        (9, "train.fps", 1e6, "train.fps"),
-        (9, "train.lr", 0.006, "train.lr 0.006, but the schedule has 0.005"),
-        (9, "train.acc@1", 0.3, "are no shares of 32 images"),
-        (10, "eval.top1_hits", 37, "evaluations: line "),
-        (10, "eval.acc@1", 0.99, "shares that"),
+        (8, "train.loss", 0.1, "receipt.json: digest of dllogger.json "),
+        (9, "train.update_seconds", [1e-4], "train.fps "),
+        (9, "train.input_seconds", [1e4], "train.input_seconds "),
+        (9, "train.fps", 1e6, "train.fps is 1000000.0, expected "),
+        (9, "train.lr", 0.006, "train.lr is 0.006, expected 0.005"),
+        (9, "train.acc@1", 0.3, "train.acc@1, acc@5 of 32 images "),
+        (10, "eval.top1_hits", 37, "eval.top1_hits, top5_hits, records "),
+        (10, "eval.acc@1", 0.99, "eval.acc@1, acc@5 "),
+        (10, "eval.records", 36, "eval.top1_hits, top5_hits, records "),
     ],
 )
-def test_a_number_changed_contradicts_the_others_even_under_a_new_receipt(run_dir, step, name, value, told):
+def test_verify_finds_a_number_changed(copy, step, name, value, fault):
+    """It contradicts the others even under a new receipt; the loss, of which nothing else depends, under the old one."""
+
     def alter(row):
-        if at(row, step, name):
+        if is_row(row, step, name):
             assert row["data"][name] != value
             row["data"][name] = value
-        return row
 
-    change(run_dir, alter)
-    seal(run_dir)
-    assert any(told in claim for claim in failed(run_dir)), failed(run_dir)
+    change_log(copy, alter)
+    assert any(text.startswith("receipt.json: digest of dllogger.json ") for text in faults(copy))
+    if name != "train.loss":
+        seal(copy)
+    assert any(fault in text for text in faults(copy)), faults(copy)
 
 
-def test_faster_updates_throughout_contradict_the_result(run_dir):
+def test_verify_finds_faster_updates_throughout(copy):
+    """The result and the end of the run were measured from the same seconds."""
+
     def alter(row):
         if "train.update_seconds" in row.get("data", {}):
-            row["data"]["train.update_seconds"] = [one / 2 for one in row["data"]["train.update_seconds"]]
+            row["data"]["train.update_seconds"] = [seconds / 2 for seconds in row["data"]["train.update_seconds"]]
+            row["data"]["train.input_seconds"] = [seconds / 2 for seconds in row["data"]["train.input_seconds"]]
             row["data"]["train.fps"] *= 2
-        return row
 
-    change(run_dir, alter)
-    seal(run_dir)
-    assert any(claim.startswith("result.json, fps: fps ") for claim in failed(run_dir))
+    change_log(copy, alter)
+    seal(copy)
+    assert {"log", "result.json"} == {text.split(":")[0] for text in faults(copy) if " fps " in text}
 
 
-def test_a_better_last_evaluation_contradicts_result_and_data(run_dir, launch, data):
+def test_verify_finds_a_better_evaluation_by_the_data(copy, launch, data):
+    """A lie that holds together: it is the weights that speak against it."""
+    better = {"top1_hits": 37, "top5_hits": 37, "acc@1": 1.0, "acc@5": 1.0}
+
     def alter(row):
-        if at(row, STEPS, "eval.records") or row.get("step") == []:
-            row["data"].update({"eval.top1_hits": 37, "eval.top5_hits": 37, "eval.acc@1": 1.0, "eval.acc@5": 1.0})
-        return row
+        if is_row(row, STEPS, "eval.records") or row.get("step") == []:
+            row["data"].update({f"eval.{name}": value for name, value in better.items()})
 
-    change(run_dir, alter)
-    seal(run_dir)
-    assert any(claim.startswith("result.json, accuracy: ") for claim in failed(run_dir))
-    result = json.loads((run_dir / "result.json").read_text())
-    result.update({"top1_hits": 37, "top5_hits": 37, "acc@1": 1.0, "acc@5": 1.0})
-    (run_dir / "result.json").write_text(json.dumps(result))
-    (run_dir / "checkpoints" / "best").write_text(f"step-{STEPS:08d}.safetensors\n")
-    seal(run_dir)
-    assert not failed(run_dir)  # a lie that holds together; it is the weights that speak against it
-    ended = launch(0, "verify-run", str(run_dir), f"--data_dir={data}")
+    change_log(copy, alter)
+    seal(copy)
+    assert any(text.startswith("result.json: acc@1 ") for text in faults(copy))
+    change_result(copy, **better)
+    copy.best.write_text(f"{copy.checkpoint(STEPS).name}\n")
+    seal(copy)
+    assert not faults(copy)
+    ended = launch(0, "verify-run", str(copy.path), f"--data_dir={data}")
     assert ended.code == 65
-    assert "does not hold      evaluated again, newest: " in ended.out
+    assert f"{FAIL}     evaluated again: newest: " in ended.out
 
 
-# ---- lines removed or in another order
+@pytest.mark.parametrize("name", ["train.loss", "eval.records", "coverage", "throughput", "checkpoint"])
+def test_verify_misses_a_line_left_out(copy, name):
+    length = copy.log.read_bytes().count(b"\n")
+    step = STEPS if name == "throughput" else 10
+    change_log(copy, lambda row: is_row(row, step, name))
+    assert copy.log.read_bytes().count(b"\n") == length - 1
+    assert any(text.startswith("receipt.json: digest of dllogger.json ") for text in faults(copy))
+    seal(copy)
+    # Without the line of a checkpoint the file is whole, but nothing says any more what was in it when it was saved.
+    notes = [each for each in check(copy.path) if each.verdict != PASS]
+    assert any(each.verdict == FAIL for each in notes) or notes[0].subject == "step-00000010.safetensors"
 
 
-@pytest.mark.parametrize("what", ["train.loss", "eval.records", "coverage", "checkpoint"])
-def test_a_line_removed_is_missed(run_dir, what):
-    def alter(row):
-        data = row.get("data", {})
-        gone = at(row, 10, what) or (data.get("event") == what and data["step"] == 10)
-        return None if gone else row
-
-    before = (run_dir / "dllogger.json").read_bytes()
-    change(run_dir, alter)
-    assert (run_dir / "dllogger.json").read_bytes().count(b"\n") == before.count(b"\n") - 1
-    assert any("dllogger.json are not what they were" in claim for claim in failed(run_dir))
-    seal(run_dir)
-    told = [claim for claim in check(run_dir) if claim.verdict != PASS]
-    if what == "checkpoint":  # the file is whole, but nothing says any more what was in it when it was saved
-        assert any("step-00000010.safetensors" in claim.what for claim in told)
-    else:
-        assert failed(run_dir)
-
-
-def test_two_epochs_lines_exchanged_are_noticed(run_dir):
-    lines = (run_dir / "dllogger.json").read_text().splitlines(keepends=True)
+def test_verify_finds_lines_of_epochs_exchanged(copy):
+    lines = copy.log.read_text().splitlines(keepends=True)
     first, second = [number for number, line in enumerate(lines) if '"event": "coverage"' in line][-2:]
     lines[first], lines[second] = lines[second], lines[first]
-    (run_dir / "dllogger.json").write_text("".join(lines))
-    seal(run_dir)
-    assert any("tells of epochs" in claim for claim in failed(run_dir))
+    copy.log.write_text("".join(lines))
+    seal(copy)
+    assert any(": epoch is 4, expected 3" in text for text in faults(copy))
 
 
-def test_a_record_less_in_an_epoch_is_noticed(run_dir):
+def test_verify_finds_a_record_less_in_an_epoch(copy):
     def alter(row):
         if row.get("data", {}).get("event") == "coverage" and row["data"]["epoch"] == 3:
             row["data"]["seen_digest"][1] = "0" * 16
-        return row
 
-    change(run_dir, alter)
-    seal(run_dir)
-    assert any("whose digest is not that of all 75" in claim for claim in failed(run_dir))
-
-
-# ---- a restart removed
+    change_log(copy, alter)
+    seal(copy)
+    assert any(": seen is [75, " in text for text in faults(copy))
 
 
-def test_a_restart_made_to_look_like_one_start_is_noticed(run_dir):
+# ---- a start left out, or from elsewhere
+
+
+def test_verify_finds_two_starts_made_one(copy):
     starts = []
 
     def alter(row):
@@ -237,103 +219,102 @@ def test_a_restart_made_to_look_like_one_start_is_noticed(run_dir):
         if data.get("event") == "start":
             starts.append(data["step"])
         heading = row["type"] == "METADATA" or row.get("step") == "PARAMETER" or data.get("event") in ("start", "resume")
-        return None if heading and (len(starts) == 2 or (starts and data.get("event") != "start")) else row
+        return heading and (len(starts) == 2 or (starts and data.get("event") != "start"))
 
-    change(run_dir, alter)
+    change_log(copy, alter)
     assert len(starts) == 2
-    assert any("dllogger.json are not what they were" in claim for claim in failed(run_dir))
-    seal(run_dir)
-    assert any("a start between them is missing" in claim for claim in failed(run_dir))
+    assert any(text.startswith("receipt.json: digest of dllogger.json ") for text in faults(copy))
+    seal(copy)
+    assert any("one after start 1 is missing" in text for text in faults(copy))
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_all_lines_of_a_start_removed_are_missed(run_dir, number):
+@pytest.mark.parametrize(
+    ("number", "fault"),
+    [(1, "start 1: from step 5 on 1 rank: not what had been saved"), (2, "result.json: is of step 12, ")],
+)
+def test_verify_misses_all_lines_of_a_start(copy, number, fault):
     seen = [0, "LOG"]
 
     def alter(row):
         seen[0] += row["type"] == "METADATA" and seen[1] != "METADATA"
         seen[1] = row["type"]
-        return None if seen[0] == number else row
+        return seen[0] == number
 
-    change(run_dir, alter)
+    change_log(copy, alter)
     assert seen[0] == 2
-    assert any(claim.startswith("receipt.json") for claim in failed(run_dir))
-    seal(run_dir)
-    told = "but no start before it is in the log" if number == 1 else "result.json: of step 12, at which the log has no"
-    assert any(told in claim for claim in failed(run_dir)), failed(run_dir)
+    assert any(text.startswith("receipt.json: ") for text in faults(copy))
+    seal(copy)
+    assert any(text.startswith(fault) for text in faults(copy)), faults(copy)
 
 
-# ---- a checkpoint swapped
-
-
-def test_an_older_checkpoint_in_the_newest_ones_place_is_noticed(run_dir):
-    place = run_dir / "checkpoints"
-    shutil.copy(place / f"step-{STEPS - 1:08d}.safetensors", place / f"step-{STEPS:08d}.safetensors")
-    seal(run_dir)
-    assert any("what is in it is of step 11" in claim for claim in failed(run_dir))
-
-
-def test_other_weights_under_the_same_heading_are_noticed(run_dir):
-    path = run_dir / "checkpoints" / f"step-{STEPS:08d}.safetensors"
-    found = checkpoint.load(path)
-    tensors = {name: tensor.copy() for name, tensor in found.tensors.items()}
-    next(iter(tensors.values()))[...] += 1
-    checkpoint.save(RunDir(run_dir), tensors, found.meta, 5, False)
-    assert sum(path.name in claim for claim in failed(run_dir)) == 2  # by the log, and by the receipt
-    seal(run_dir)
-    assert any("is not what was saved" in claim for claim in failed(run_dir))
-
-
-def test_a_start_from_another_checkpoint_than_was_saved_is_noticed(run_dir):
+def test_verify_finds_a_start_from_another_checkpoint(copy):
     def alter(row):
         data = row.get("data", {})
         if data.get("event") == "start" and data["checkpoint"]:
             data["checkpoint"]["sha256"] = "0" * 64
-        return row
 
-    change(run_dir, alter)
-    seal(run_dir)
-    assert any("but by another checkpoint than was saved then" in claim for claim in failed(run_dir))
+    change_log(copy, alter)
+    seal(copy)
+    assert any(text.startswith("start 2: from step 5 on 1 rank: not what had been saved") for text in faults(copy))
 
 
-# ---- a result edited
+# ---- a checkpoint exchanged
+
+
+def test_verify_finds_an_older_checkpoint_as_the_newest(copy):
+    shutil.copy(copy.checkpoint(STEPS - 1), copy.checkpoint(STEPS))
+    seal(copy)
+    assert any("its contents are of step 11" in text for text in faults(copy))
+
+
+def test_verify_finds_other_weights(copy):
+    """Under the same heading: by the log, and by the receipt."""
+    path = copy.checkpoint(STEPS)
+    found = checkpoint.load(path)
+    tensors = {name: tensor.copy() for name, tensor in found.tensors.items()}
+    next(iter(tensors.values()))[...] += 1
+    checkpoint.save(copy, tensors, found.meta, 5, False)
+    saved = f"{path.name}: is not what was saved"
+    assert sum(saved in text or f"receipt.json: {path.name} is not what it was" in text for text in faults(copy)) == 2
+    seal(copy)
+    assert [text for text in faults(copy) if text.startswith(saved)] == faults(copy)
+
+
+# ---- a result or flags edited
 
 
 @pytest.mark.parametrize("name", ["acc@1", "top1_hits", "fps", "fps_updates", "steps", "epochs", "ranks", "seconds"])
-def test_a_result_edited_is_noticed(run_dir, name):
-    result = json.loads((run_dir / "result.json").read_text())
-    result[name] = result[name] - 1 if name in ("steps", "fps_updates") else result[name] * 2 + 1
-    (run_dir / "result.json").write_text(json.dumps(result))
-    assert "receipt.json, result: result.json is not what it was" in failed(run_dir)
-    seal(run_dir)
-    assert bool(failed(run_dir)) == (name != "seconds")  # the wall's time is in no log: the receipt alone has it
+def test_verify_finds_a_result_edited(copy, name):
+    """The receipt alone has its wall-clock time, which is in no log."""
+    value = json.loads(copy.result.read_text())[name]
+    change_result(copy, **{name: value - 1 if name in ("steps", "fps_updates") else value * 2 + 1})
+    assert any(text.startswith("receipt.json: digest of result.json ") for text in faults(copy))
+    seal(copy)
+    assert bool(faults(copy)) == (name != "seconds")
 
 
 @pytest.mark.parametrize("name", ["by_rank", "by_host", "bottleneck", "fps_wall"])
-def test_what_a_result_says_of_all_ranks_is_held_against_the_log(run_dir, name):
-    result = json.loads((run_dir / "result.json").read_text())
+def test_verify_compares_all_ranks_with_the_log(copy, name):
+    value = json.loads(copy.result.read_text())[name]
     if name.startswith("by_"):
-        result[name][0]["fps"] *= 0.99
-    else:
-        result[name] = "network" if name == "bottleneck" else 0.99 * result[name]
-    (run_dir / "result.json").write_text(json.dumps(result))
-    seal(run_dir)
-    assert [claim.split(f": {name} ")[0] for claim in failed(run_dir)] == ["result.json, by_rank, by_host"]
+        value[0]["fps"] *= 0.99
+    change_result(copy, **{name: {"bottleneck": "none", "fps_wall": 1.0}.get(name, value)})
+    seal(copy)
+    assert [text.split(f"{name} ")[0] for text in faults(copy)] == ["result.json: "]
 
 
-def test_flags_edited_are_noticed(run_dir):
-    path = run_dir / "flags.txt"
-    path.write_text(path.read_text().replace(f"--seed={SEED}", "--seed=7"))
-    assert failed(run_dir) == ["flags.txt: seed: not what start 2 was given"]
+def test_verify_finds_flags_edited(copy):
+    copy.flags.write_text(copy.flags.read_text().replace(f"--seed={SEED}", "--seed=7"))
+    assert faults(copy) == [f"flags.txt: seed is 7, expected {SEED}"]
 
 
-def test_what_is_no_run_is_told(launch, tmp_path):
+def test_verify_run_refuses_what_is_no_run(launch, tmp_path):
     ended = launch(0, "verify-run", str(tmp_path))
     assert ended.code == 78
     assert "has no dllogger.json" in ended.err
 
 
-def test_verifying_needs_no_tensorflow(honest):
-    program = f"import sys; sys.argv = ['hvd-vgg', 'verify-run', {str(honest)!r}]\n"
+def test_verify_run_needs_no_tensorflow(honest):
+    program = f"import sys; sys.argv = ['hvd-vgg', 'verify-run', {str(honest.path)!r}]\n"
     program += "from hvd_vgg.__main__ import run\nassert run(sys.argv[1:]) == 0\nassert 'tensorflow' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)

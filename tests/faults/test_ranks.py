@@ -9,8 +9,8 @@ import time
 from hvd_vgg.doctor import dataset
 from hvd_vgg.environment import launched_rank
 
-dataset._BLOCK, decodes = 4, dataset._decodes
-dataset._decodes = lambda *what: (time.sleep(0.3 * launched_rank()), decodes(*what))[1]
+dataset._BLOCK, record_error = 4, dataset._record_error
+dataset._record_error = lambda *args: (time.sleep(0.3 * launched_rank()), record_error(*args))[1]
 """)
 FLAGS = ["--num_classes=10", "--model=vgg11", "--width=0.125", "--image_size=32", "--global_batch=32"]
 
@@ -19,8 +19,7 @@ FLAGS = ["--num_classes=10", "--model=vgg11", "--width=0.125", "--image_size=32"
 def test_slow_rank_is_no_stall(launch, data, tmp_path):
     flags = [*FLAGS, "--full", "--input_threads=1", f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}"]
     limits = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "1", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "6"}
-    ended = launch(2, "doctor", *flags, program=SLOW, **limits)
-    assert ended.code == 0, ended.out + ended.err
+    ended = launch(2, "doctor", *flags, program=SLOW, **limits, code=0)
     for split in ("train", "validation"):
         assert f"every record of {split} is read and decoded" in ended.out
 
@@ -29,6 +28,5 @@ def test_slow_rank_is_no_stall(launch, data, tmp_path):
 def test_gloo_under_mpirun_is_refused(launch, data, tmp_path, command):
     """It would end the ranks by signal 11, and doctor with them."""
     flags = [*FLAGS, f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}"]
-    ended = launch(2, command, *flags, HOROVOD_CPU_OPERATIONS="gloo")
-    assert ended.code == 78, ended.out + ended.err
+    ended = launch(2, command, *flags, HOROVOD_CPU_OPERATIONS="gloo", code=78)
     assert "HOROVOD_CPU_OPERATIONS=gloo ends all ranks of mpirun" in ended.out + ended.err

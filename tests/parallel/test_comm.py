@@ -13,26 +13,30 @@ from hvd_vgg.parallel.cores import share_of_cores
 from hvd_vgg.parallel.init import threads_for_input
 
 
-def test_sums_of_integers_are_exact_beyond_what_floats_hold():
+def test_sum_over_ranks_of_integers_is_exact():
+    """Beyond what floats hold."""
     values = np.array([2**60 + comm.rank(), -(2**59), 0], np.int64)
     expected = [comm.size() * 2**60 + sum(range(comm.size())), -comm.size() * 2**59, 0]
     assert comm.sum_over_ranks(values).tolist() == expected
     assert comm.sum_over_ranks(np.array([0.5])).tolist() == [0.5 * comm.size()]
 
 
-def test_gather_keeps_order_and_lengths_even_of_nothing():
+def test_gather_keeps_order_and_lengths():
+    """Even of nothing; and rank 0's bytes reach all."""
     assert comm.gather_bytes(b"x" * comm.rank()) == [b"x" * rank for rank in range(comm.size())]
     assert comm.gather_bytes(b"") == [b""] * comm.size()
     assert comm.broadcast_bytes(b"root" if comm.is_root() else b"other") == b"root"
 
 
-def test_variables_become_rank_0s():
+def test_broadcast_variables_are_rank_0s():
+    """On all ranks."""
     variables = [tf.Variable([1.0 * comm.rank(), 2.0]), tf.Variable([[7.0 + comm.rank()]])]
     comm.broadcast_variables(variables)
     assert [variable.numpy().tolist() for variable in variables] == [[0.0, 2.0], [[7.0]]]
 
 
-def test_a_failure_on_one_rank_is_raised_on_all_with_its_rank():
+def test_run_on_all_ranks_names_the_rank_that_failed():
+    """All raise one collective Failure."""
     last = comm.size() - 1
 
     def fail_on_last():
@@ -46,7 +50,9 @@ def test_a_failure_on_one_rank_is_raised_on_all_with_its_rank():
     assert run_on_all_ranks(comm.rank) == comm.rank()
 
 
-def test_a_failure_on_all_ranks_is_told_once():
+def test_run_on_all_ranks_lists_a_message_once():
+    """If all ranks fail alike."""
+
     def fail():
         raise Failure(DATA, "the same")
 
@@ -55,7 +61,8 @@ def test_a_failure_on_all_ranks_is_told_once():
     assert raised.value.message == "the same"
 
 
-def test_disagreement_is_raised_on_all_with_both_values():
+def test_require_equal_shows_both_values():
+    """On all ranks."""
     require_equal("x", {"a": 1})
     with pytest.raises(Failure) as raised:
         require_equal("the flags", {"lr": 0.1 * (1 + min(comm.rank(), 1)), "same": 3})
@@ -65,7 +72,8 @@ def test_disagreement_is_raised_on_all_with_both_values():
     assert "same" not in raised.value.message.split("Start all ranks")[0]
 
 
-def test_gradients_of_all_layers_are_summed_over_ranks():
+def test_sum_gradients_sums_all_layers():
+    """In one message per block."""
     weights = vgg.initial_weights(vgg_layers("vgg11", 0.125, 32, 10), 1)
 
     @tf.function
@@ -77,11 +85,12 @@ def test_gradients_of_all_layers_are_summed_over_ranks():
         np.testing.assert_allclose(value, factor * weights[name].numpy(), rtol=1e-6)
 
 
-def test_one_core_is_left_to_horovod_where_there_are_more_than_two():
+def test_threads_for_input_leave_a_core_to_horovod():
+    """If there are more than two."""
     assert [threads_for_input(threads) for threads in (1, 2, 3, 8)] == [1, 2, 2, 7]
 
 
-def test_a_rank_that_is_bound_uses_the_cores_it_is_bound_to():
+def test_share_of_cores_of_a_bound_rank():
     """mpirun itself is not."""
     whole = os.sched_getaffinity(0)
     try:

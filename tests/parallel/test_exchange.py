@@ -9,8 +9,8 @@ from hvd_vgg.errors import NOT_FINITE, Failure
 from hvd_vgg.models import vgg
 from hvd_vgg.models.architecture import vgg_layers
 from hvd_vgg.parallel import comm, exchange
-from hvd_vgg.training.state import check_replicas
-from hvd_vgg.training.train_step import make_checksums
+from hvd_vgg.parallel.consensus import check_replicas
+from hvd_vgg.training.state import make_checksums
 
 ROWS, INPUTS, OUTPUTS = 29, 96, 40
 
@@ -43,20 +43,23 @@ def exchanged(way, wire_dtype):
 
 @pytest.mark.parametrize("way", ["factored", "allreduce"])
 @pytest.mark.parametrize(("wire_dtype", "bound"), [("float32", 5e-7), ("float16", 1e-3)])
-def test_the_gradient_is_that_of_the_whole_batch(way, wire_dtype, bound):
+def test_exchange_gradient_is_that_of_the_whole_batch(way, wire_dtype, bound):
+    """By sums and by factors, within each wire dtype's rounding."""
     x, d, _ = factors()
     found = exchanged(way, wire_dtype)
     assert relative_error(found["fc1/kernel"], x.astype(np.float64).T @ d.astype(np.float64)) < bound
     assert relative_error(found["fc1/bias"], d.astype(np.float64).sum(axis=0)) < bound
 
 
-def test_every_rank_holds_the_same_gradient():
+def test_exchange_gives_every_rank_the_same_gradient():
+    """In every bit."""
     for way in ("factored", "allreduce"):
         told = comm.gather_bytes(exchanged(way, "float32")["fc1/kernel"].numpy().tobytes())
         assert len(set(told)) == 1
 
 
-def test_a_large_kernel_crosses_in_parts(monkeypatch):
+def test_exchange_sends_a_large_kernel_in_parts(monkeypatch):
+    """And the sum is the same."""
     monkeypatch.setattr(exchange, "CHUNK_BYTES", 1000)  # 96 * 40 * 4 bytes: 16 parts
     sent = []
     original = comm.sum_gradients
@@ -67,7 +70,8 @@ def test_a_large_kernel_crosses_in_parts(monkeypatch):
     assert len(set(sent)) == len(sent)
 
 
-def test_replicas_that_drift_apart_are_told_by_layer_and_rank():
+def test_check_replicas_names_layer_and_rank():
+    """Of weights that differ."""
     weights = vgg.initial_weights(vgg_layers("vgg11", 0.125, 32, 10), 1)
     checksums = make_checksums(weights)
     check_replicas(list(weights), checksums().numpy(), 7)

@@ -21,18 +21,36 @@ ROOT = Path(__file__).resolve().parents[2]
 # This Python stands for the image's.
 PYTHON = Path(sys.base_prefix).resolve() / "bin" / "python3.11"
 PATH = f"{PYTHON.parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-NOBODY = [
-    "setpriv",
-    "--reuid=1000",
-    "--regid=1000",
-    "--clear-groups",
-    "--no-new-privs",
-    "--bounding-set=-all",
-    "--inh-caps=-all",
-]
+NOBODY = shlex.split("setpriv --reuid=1000 --regid=1000 --clear-groups --no-new-privs --bounding-set=-all --inh-caps=-all")
 SMOKE = ["train", "--flagfile=/opt/hvd_vgg/configs/smoke.flags", "--data_dir=/runs/demo"]
 # What an instruction may see of this machine's environment: the way to package indexes.
 _PASSED = re.compile(r"\w+_proxy|PIP_\w+|SSL_CERT_FILE|REQUESTS_CA_BUNDLE", re.I)
+
+
+# A writable copy of this machine at $1, whose changes are in memory at $2.
+_MOUNTS = """
+mkdir -p "$1" "$2"
+mount -t tmpfs -o size=5g tmpfs "$2"
+mkdir "$2/upper" "$2/work"
+mount -t overlay -o "lowerdir=/,upperdir=$2/upper,workdir=$2/work" overlay "$1"
+mount -t proc proc "$1/proc"
+mount -t sysfs -o ro sysfs "$1/sys"
+mount -t tmpfs tmpfs "$1/dev"
+for name in null zero full random urandom tty; do
+  touch "$1/dev/$name"
+  mount --bind "/dev/$name" "$1/dev/$name"
+done
+ln -s /proc/self/fd "$1/dev/fd"
+ln -s fd/0 "$1/dev/stdin"
+ln -s fd/1 "$1/dev/stdout"
+ln -s fd/2 "$1/dev/stderr"
+ln -s pts/ptmx "$1/dev/ptmx"
+mkdir "$1/dev/pts" "$1/dev/shm"
+mount -t devpts -o newinstance,ptmxmode=0666 devpts "$1/dev/pts"
+for name in dev/shm tmp; do
+  mount -t tmpfs -o mode=1777 tmpfs "$1/$name"
+done
+"""
 
 
 class Stage(NamedTuple):
@@ -67,32 +85,7 @@ class Container:
         self.entrypoint: List[str] = []
         self.environment = {name: value for name, value in os.environ.items() if _PASSED.fullmatch(name)}
         self.environment.update(PATH=PATH, HOME="/root")
-        for each in (self.root, self.layers):
-            each.mkdir(parents=True)
-        mount("-t", "tmpfs", "-o", "size=5g", "tmpfs", str(self.layers))
-        for name in ("upper", "work"):
-            (self.layers / name).mkdir()
-        options = f"lowerdir=/,upperdir={self.layers}/upper,workdir={self.layers}/work"
-        mount("-t", "overlay", "-o", options, "overlay", str(self.root))
-        mount("-t", "proc", "proc", f"{self.root}/proc")
-        mount("-t", "sysfs", "-o", "ro", "sysfs", f"{self.root}/sys")
-        mount("-t", "tmpfs", "tmpfs", f"{self.root}/dev")
-        for name in ("null", "zero", "full", "random", "urandom", "tty"):
-            (self.root / "dev" / name).touch()
-            mount("--bind", f"/dev/{name}", f"{self.root}/dev/{name}")
-        for name, target in (
-            ("fd", "/proc/self/fd"),
-            ("stdin", "fd/0"),
-            ("stdout", "fd/1"),
-            ("stderr", "fd/2"),
-            ("ptmx", "pts/ptmx"),
-        ):
-            (self.root / "dev" / name).symlink_to(target)
-        for name in ("dev/pts", "dev/shm"):
-            (self.root / name).mkdir()
-        mount("-t", "devpts", "-o", "newinstance,ptmxmode=0666", "devpts", f"{self.root}/dev/pts")
-        for name in ("dev/shm", "tmp"):
-            mount("-t", "tmpfs", "-o", "mode=1777", "tmpfs", f"{self.root}/{name}")
+        subprocess.run(["bash", "-euc", _MOUNTS, "_", str(self.root), str(self.layers)], check=True)
         # The image has no user yet.
         for name in ("passwd", "group"):
             lines = (self.root / "etc" / name).read_text().splitlines(keepends=True)
@@ -111,46 +104,30 @@ class Container:
 
     def command(self, words: List[str], prefix: Tuple[str, ...] = ()) -> List[str]:
         """Returns the command that runs `words` in it, as its user: who has no capability and may not gain any."""
-        inside = f"cd {shlex.quote(self.cwd)} && exec " + " ".join(
-            map(shlex.quote, [*(NOBODY if self.user else []), *words])
-        )
+        inside = f"cd {shlex.quote(self.cwd)} && exec {shlex.join([*(NOBODY if self.user else []), *words])}"
         return [*prefix, "chroot", str(self.root), "/bin/bash", "-c", inside]
 
     def run(self, *words: str, code: int = 0, prefix: Tuple[str, ...] = ()) -> str:
         """Runs words in it, and returns what they said; fails when they end otherwise than with `code`."""
-        ended = subprocess.run(
-            self.command(list(words), prefix),
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        merged = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        ended = subprocess.run(self.command(list(words), prefix), env=self.environment, **merged)
         if ended.returncode != code:
             sys.exit(f"{shlex.join(words)}: exit code {ended.returncode}, expected {code}\n{ended.stdout[-6000:]}")
         return ended.stdout
 
 
-def mount(*words: str) -> None:
-    subprocess.run(["mount", *words], check=True)
-
-
 def context(folder: Path) -> Path:
     """Returns a copy of what .dockerignore lets through; of its patterns, those that it uses."""
-    lines = (ROOT / ".dockerignore").read_text().split("\n")
-    for line in lines:
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
         if line.startswith("!"):
-            source = ROOT / line[1:]
-            if source.is_dir():
-                shutil.copytree(source, folder / line[1:], ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                shutil.copy2(source, folder)
+            copy(ROOT / line[1:], folder / line[1:], into=False)
     return folder
 
 
 def copy(source: Path, target: Path, into: bool) -> None:
     """Copies a file, or what a directory holds, as COPY does."""
     if source.is_dir():
-        shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
+        shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     else:
         (target if into else target.parent).mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, target / source.name if into else target)
@@ -168,8 +145,7 @@ def carry_out(container: Container, stage: Stage, files: Path, made: Dict[str, C
             start = files
             if words[0].startswith("--from="):
                 start = made[words.pop(0)[len("--from=") :]].root
-            target = container.root / container.cwd.lstrip("/") / words[-1] if words[-1][0] != "/" else None
-            target = target or container.root / words[-1].lstrip("/")
+            target = container.root / (Path(container.cwd) / words[-1]).relative_to("/")  # an absolute one replaces it
             for source in words[:-1]:
                 copy(start / source.lstrip("/"), target, words[-1].endswith("/"))
         elif instruction == "ENV":

@@ -9,6 +9,7 @@ step. The package has no switch for any of this: its functions are replaced from
 
 import atexit
 import ctypes
+import importlib
 import os
 import re
 import signal
@@ -60,13 +61,6 @@ def hold_gil(seconds):
     ctypes.PyDLL(None).usleep(ctypes.c_uint(int(seconds * 1e6)))
 
 
-def fill_memory(seconds):
-    """Takes memory until there is no more."""
-    taken = []
-    while True:
-        taken.append(b"x" * 10_000_000)
-
-
 def flip_byte(seconds):
     """Damages a file as the line `OFFSET PATH` of OUT_DIR/flip says."""
     offset, path = (OUT / "flip").read_text().split(maxsplit=1)
@@ -82,11 +76,9 @@ def delayed(seconds):
     return lambda call: lambda *arguments, **named: (time.sleep(seconds), call(*arguments, **named))[1]
 
 
-def slow_save(seconds):
-    """Makes each checkpoint take longer to write, in the background."""
-    from hvd_vgg.training import checkpoint
-
-    replace(checkpoint, "save", delayed(seconds))
+def slow(module, name):
+    """Returns a fault that makes each call of a function take longer."""
+    return lambda seconds: replace(importlib.import_module(f"hvd_vgg.{module}"), name, delayed(seconds))
 
 
 def hold_save(step):
@@ -103,20 +95,6 @@ def hold_save(step):
         return held
 
     replace(checkpoint, "save", wrap)
-
-
-def slow_snapshot(seconds):
-    """Makes each checkpoint take longer to begin, between two updates."""
-    from hvd_vgg.training import state
-
-    replace(state, "save_state", delayed(seconds))
-
-
-def slow_read(seconds):
-    """Makes each record take longer to read."""
-    from hvd_vgg.data import reader
-
-    replace(reader, "read_record", delayed(seconds))
 
 
 def slow_evaluation(seconds):
@@ -188,13 +166,12 @@ _FAULTS = {
     "exit": lambda seconds: sys.exit(0),
     "sleep": time.sleep,
     "hold_gil": hold_gil,
-    "fill": fill_memory,
     "linger": lambda seconds: atexit.register(time.sleep, seconds),  # Python takes longer to exit
     "flip": flip_byte,
-    "slow_save": slow_save,
     "hold_save": hold_save,
-    "slow_snapshot": slow_snapshot,
-    "slow_read": slow_read,
+    "slow_save": slow("training.checkpoint", "save"),  # writing a checkpoint, in the background
+    "slow_snapshot": slow("training.state", "save_state"),  # beginning one, between two updates
+    "slow_read": slow("data.reader", "read_record"),
     "slow_evaluation": slow_evaluation,
     "slow_compute": slow_compute,
     "overflow": overflow,
@@ -273,6 +250,7 @@ def keep_state(initial_state):
 
 def main():
     """Does the faults of step 0, prepares the others, and runs the command."""
+    sys.modules["matplotlib"] = None  # Keras would import it, an eighth of the time of a start
     from hvd_vgg.data import loader
 
     for fault in due(_FAULTS, 0):

@@ -20,7 +20,8 @@ def save(run_dir, step, keep=3, best=False):
     return checkpoint.save(RunDir(run_dir), tensors(step), {"step": step, "run": {"seed": 1}}, keep, best)
 
 
-def test_a_saved_checkpoint_is_read_back_equal(tmp_path):
+def test_checkpoint_is_read_back_equal(tmp_path):
+    """What is saved is what is loaded."""
     path = save(tmp_path, 12)
     found, faults = checkpoint.newest(RunDir(tmp_path))
     assert not faults
@@ -31,14 +32,16 @@ def test_a_saved_checkpoint_is_read_back_equal(tmp_path):
         assert found.tensors[name].dtype == value.dtype
 
 
-def test_the_newest_are_kept_and_the_best(tmp_path):
+def test_checkpoint_prune_keeps_the_newest_and_the_best(tmp_path):
+    """All others are removed."""
     for step in (1, 2, 3, 4, 5, 6):
         save(tmp_path, step, keep=2, best=step == 2)
     assert [path.name[5:13] for path in RunDir(tmp_path).list_checkpoints()] == ["00000006", "00000005", "00000002"]
     assert checkpoint.best(RunDir(tmp_path)).name == "step-00000002.safetensors"
 
 
-def test_what_was_just_written_is_kept_although_there_are_later_steps(tmp_path):
+def test_checkpoint_prune_keeps_what_was_just_written(tmp_path):
+    """Although later steps, from before a rewind, exist."""
     for step in (40, 60, 80, 100):
         save(tmp_path, step, keep=9)
     save(tmp_path, 50, keep=1)  # after a rewind to 40
@@ -51,7 +54,8 @@ def test_what_was_just_written_is_kept_although_there_are_later_steps(tmp_path):
 
 
 @pytest.mark.fault("F18")
-def test_no_checkpoints_is_none_and_all_damaged_is_an_error(tmp_path):
+def test_checkpoint_newest_refuses_if_none_is_whole(tmp_path):
+    """No files at all are no error."""
     assert checkpoint.newest(RunDir(tmp_path)) == (None, {})
     path = save(tmp_path, 1)
     path.write_bytes(path.read_bytes()[:-4])
@@ -65,7 +69,7 @@ def test_no_checkpoints_is_none_and_all_damaged_is_an_error(tmp_path):
 
 
 @pytest.mark.fault("F18")
-def test_any_bit_of_the_file_flipped_is_noticed(tmp_path):
+def test_checkpoint_any_flipped_bit_is_detected(tmp_path):
     """In the tensors, and in the header: step, coverage and what the run is are as good as weights."""
     path = save(tmp_path, 12)
     whole = checkpoint.load(path)
@@ -85,7 +89,8 @@ def test_any_bit_of_the_file_flipped_is_noticed(tmp_path):
 
 
 @pytest.mark.fault("F18")
-def test_a_checkpoint_under_the_name_of_another_step_is_noticed(tmp_path):
+def test_checkpoint_of_another_step_is_detected(tmp_path):
+    """A file renamed to another step."""
     path = save(tmp_path, 12)
     with pytest.raises(ValueError, match="of step 12"):
         checkpoint.load(path.rename(path.with_name("step-00000013.safetensors")))
@@ -93,7 +98,8 @@ def test_a_checkpoint_under_the_name_of_another_step_is_noticed(tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "junk", "foreign"])
 @pytest.mark.fault("F18")
-def test_a_damaged_newest_is_passed_over_for_the_one_before(tmp_path, damage):
+def test_checkpoint_newest_skips_damaged_files(tmp_path, damage):
+    """And says what is wrong with them."""
     save(tmp_path, 1)
     path = save(tmp_path, 2)
     data = bytearray(path.read_bytes())
@@ -117,21 +123,24 @@ def test_a_damaged_newest_is_passed_over_for_the_one_before(tmp_path, damage):
 
 
 @pytest.mark.fault("F18")
-def test_pointers_lead_nowhere_but_to_checkpoints(tmp_path):
+def test_checkpoint_best_names_nothing_but_checkpoints(tmp_path):
+    """No path leads out of the folder."""
     save(tmp_path, 1, best=True)
     for text in ("../../x", "/etc/passwd", "", "step-1.safetensors", "step-00000001.safetensors/../x"):
         (RunDir(tmp_path).checkpoints / "best").write_text(text)
         assert checkpoint.best(RunDir(tmp_path)) is None
 
 
-def test_a_place_that_cannot_be_written_is_told(tmp_path):
+def test_checkpoint_save_reports_an_unwritable_folder(tmp_path):
+    """Exit code 74."""
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(Failure) as raised:
         save(tmp_path, 1)
     assert raised.value.code == NOT_WRITTEN
 
 
-def test_leftovers_of_a_killed_save_are_removed_and_nothing_else(tmp_path):
+def test_checkpoint_clean_removes_leftovers_alone(tmp_path):
+    """Of a save that was killed."""
     save(tmp_path, 1)
     place = RunDir(tmp_path).checkpoints
     (place / "step-00000002.safetensors.tmp").write_bytes(b"half")
@@ -152,7 +161,8 @@ for step in range(1, 10**6):
 
 
 @pytest.mark.fault("F16", "F19")
-def test_sigkill_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path):
+def test_checkpoint_survives_sigkill_at_any_moment(tmp_path):
+    """Twenty kills at random moments of saving: the newest whole checkpoint is one that was reported."""
     random = np.random.default_rng(5)
     for attempt in range(20):
         run_dir = tmp_path / str(attempt)
@@ -174,7 +184,7 @@ def test_sigkill_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path):
 
 
 @pytest.mark.fault("F20")
-def test_bytes_are_on_disk_before_the_name_is(tmp_path, monkeypatch):
+def test_checkpoint_bytes_are_synced_before_the_rename(tmp_path, monkeypatch):
     """Write, flush to disk, rename, flush the directory; only then the pointer: the order that survives power loss."""
     events = order_of_writes(monkeypatch)
     save(tmp_path, 1, best=True)
@@ -189,7 +199,8 @@ def test_bytes_are_on_disk_before_the_name_is(tmp_path, monkeypatch):
     ]
 
 
-def test_metadata_is_json_in_the_safetensors_header(tmp_path):
+def test_checkpoint_metadata_is_json_in_the_header(tmp_path):
+    """Any safetensors reader can show it."""
     data = save(tmp_path, 3).read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     assert json.loads(header["__metadata__"]["hvd_vgg"])["step"] == 3

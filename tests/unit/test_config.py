@@ -200,7 +200,7 @@ def test_flag_file_of_a_run_serves_other_commands(tmp_path):
         parse_flags(PlanConfig, [f"--flagfile={path}"], shared=TrainConfig)
 
 
-def test_flags_defaults_of_a_run_are_overridden_by_the_command_line():
+def test_flags_of_a_run_are_defaults_of_the_command_line():
     """What `evaluate` takes from the run's own flags."""
     run = TrainConfig(width=0.5, device_batch=7, augment="none")
     config = parse_flags(EvaluateConfig, ["--device_batch=9"], defaults=run)

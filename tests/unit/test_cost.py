@@ -28,7 +28,8 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("ranks", "per_rank", "everything", "convolutions", "dense"), PUBLISHED)
-def test_bytes_are_those_of_the_formulas(ranks, per_rank, everything, convolutions, dense):
+def test_cost_bytes_are_those_of_the_formulas(ranks, per_rank, everything, convolutions, dense):
+    """Of ring allreduce and gathered factors."""
     found = megabytes(ranks, per_rank, exchange="factored")
     assert sum(choice.allreduce_bytes for choice in found.values()) / 1e6 == pytest.approx(everything, abs=0.6)
     summed = [choice.allreduce_bytes for choice in found.values() if choice.factored_bytes is None]
@@ -38,7 +39,8 @@ def test_bytes_are_those_of_the_formulas(ranks, per_rank, everything, convolutio
 
 
 @pytest.mark.parametrize(("layer", "crossover"), [("fc1", 7042), ("fc2", 4096), ("predictions", 1607)])
-def test_auto_changes_at_the_crossover_on_any_number_of_ranks(layer, crossover):
+def test_cost_auto_changes_at_the_crossover(layer, crossover):
+    """On any number of ranks."""
     for ranks in (1, 2, 8):
         ways = []
         for global_batch in (crossover - 1, crossover + 1):
@@ -47,13 +49,15 @@ def test_auto_changes_at_the_crossover_on_any_number_of_ranks(layer, crossover):
         assert ways == ["factored", "allreduce"]
 
 
-def test_float16_halves_every_byte():
+def test_cost_float16_halves_every_byte():
+    """For every layer."""
     for exchange in ("allreduce", "factored"):
         full, half = (megabytes(8, 32, exchange=exchange, wire_dtype=wire) for wire in ("float32", "float16"))
         assert cost.sent(list(half.values())) == cost.sent(list(full.values())) / 2
 
 
-def test_the_allreduce_bracket_holds_horovods_published_68_percent_on_512_devices():
+def test_cost_bracket_holds_horovods_68_percent():
+    """Its published scaling efficiency of VGG16 on 512 devices."""
     link = cost.Link(ranks=512, ranks_per_host=4, gbit=25, fps_per_rank=150)
     found = cost.predict(dataclasses.replace(VGG16, global_batch=512 * 64, exchange="allreduce"), link)
     assert found.efficiency_apart < 0.68 < found.efficiency_overlapped
@@ -61,19 +65,22 @@ def test_the_allreduce_bracket_holds_horovods_published_68_percent_on_512_device
     assert found.efficiency_overlapped == pytest.approx(0.86, abs=0.005)
 
 
-def test_forming_gradients_from_all_rows_adds_its_multiplications():
+def test_cost_factored_adds_its_multiplications():
+    """Every rank forms the product of all rows."""
     config = dataclasses.replace(VGG16, exchange="factored")
     extra = cost._extra_compute(config, cost.choose(config, 8))
     assert extra == pytest.approx(0.2473 / 92.65, rel=0.02)
     assert cost._extra_compute(VGG16, cost.choose(dataclasses.replace(VGG16, exchange="allreduce"), 8)) == 0
 
 
-def test_on_one_host_nothing_crosses_a_link():
+def test_cost_on_one_host_nothing_crosses_a_link():
+    """Efficiency is limited by computing alone."""
     found = cost.predict(dataclasses.replace(VGG16, exchange="allreduce"), cost.Link(8, 8, 0.001, 100))
     assert found.efficiency_apart == 1
 
 
-def test_the_table_has_each_dense_layer_and_the_sum():
+def test_cost_table_has_dense_layers_and_the_sum():
+    """Convolutions are one row."""
     choices = list(megabytes(8, 32).values())
     text = cost.table(choices)
     assert [line.split()[0] for line in text.splitlines()] == ["layer", "convolutions", "fc1", "fc2", "predictions", "all"]
@@ -82,6 +89,7 @@ def test_the_table_has_each_dense_layer_and_the_sum():
 
 
 def test_plan_needs_no_tensorflow_and_draws(launch, tmp_path):
+    """A table, a sweep and a picture."""
     (tmp_path / "tensorflow.py").write_text("raise ImportError('TensorFlow was imported')")
     flags = ["--ranks=512", "--ranks_per_host=4", "--gbit=25", "--fps_per_rank=150", "--global_batch=32768"]
     picture = tmp_path / "plan.png"

@@ -12,7 +12,7 @@ from hvd_vgg.training.kept_step import save_step
 from hvd_vgg.training.state import initial_state
 
 
-def test_the_report_is_on_disk_last_and_whole(tmp_path, data, monkeypatch):
+def test_kept_step_report_is_on_disk_last(tmp_path, data, monkeypatch):
     """What a power cut leaves is either no report or one whose records, state and flags are there."""
     config = parse_flags(TrainConfig, [f"--data_dir={data}", f"--run_dir={tmp_path}", *TINY])
     paths = find_shards(str(data), "train")

@@ -169,6 +169,7 @@ def test_leftovers_found_here_and_on_other_hosts(tmp_path):
         assert local_processes(run) == {f"{run}.elsewhere.1.2": [left.pid]}
         assert launcher_is_alive(f"{run}.elsewhere.1.2") is None
         assert launcher_is_alive(own_token(run)) is True
+        assert launcher_is_alive(f"{own_token(run).rpartition('.')[0]}.1") is False  # its process number was given again
     finally:
         for process in (left, other):
             process.kill()
@@ -227,7 +228,7 @@ FAR, TOKEN = [Host("b.invalid", 1)], "0123456789abcdef.here.1.2"
 def test_answering_hosts_restart_asks_again(tmp_path, monkeypatch, capfd):
     """Before a restart hosts are asked until one answers; that is said once."""
     monkeypatch.setattr(supervisor, "_ASK_AGAIN_SECONDS", 0.1)
-    with StopRequests() as requests:
+    with StopRequests(60.0) as requests:
         assert supervisor._answering_hosts(flaky_agent(tmp_path, 3), FAR, TOKEN, False, requests) == FAR
     assert asked_times(tmp_path) == 4
     assert capfd.readouterr().err.count("no host answers: b.invalid (b.invalid: ") == 1
@@ -237,7 +238,7 @@ def test_answering_hosts_restart_asks_again(tmp_path, monkeypatch, capfd):
 def test_answering_hosts_gives_up(tmp_path, monkeypatch, first, times):
     """Hosts that never answer are given up at the first start at once, before a restart after some minutes."""
     monkeypatch.setattr(supervisor, "_ASK_AGAIN_SECONDS", 0.1)
-    with StopRequests() as requests, pytest.raises(Failure, match="cannot use b.invalid") as raised:
+    with StopRequests(60.0) as requests, pytest.raises(Failure, match="cannot use b.invalid") as raised:
         supervisor._answering_hosts(flaky_agent(tmp_path, 99), FAR, TOKEN, first, requests)
     assert (raised.value.code, asked_times(tmp_path)) == (78, times)
 
@@ -245,7 +246,7 @@ def test_answering_hosts_gives_up(tmp_path, monkeypatch, first, times):
 @pytest.mark.parametrize("how", ["request", "limit"])
 def test_answering_hosts_stops_on_request_or_limit(tmp_path, how):
     """A request and the time limit are heeded while hosts are asked again."""
-    with StopRequests(time.monotonic() + (1 if how == "limit" else 600)) as requests:
+    with StopRequests(60.0, time.monotonic() + (1 if how == "limit" else 600)) as requests:
         if how == "request":
             threading.Timer(1, os.kill, [os.getpid(), signal.SIGTERM]).start()
         assert supervisor._answering_hosts(flaky_agent(tmp_path, 99), FAR, TOKEN, False, requests) == []

@@ -4,45 +4,48 @@ import re
 import subprocess
 import sys
 
+import pytest
 from support import ROOT
 
-from hvd_vgg.reporting.console import Console
-from hvd_vgg.reporting.log import METRICS, RunLog, time
+from hvd_vgg.errors import NOT_WRITTEN, Failure
+from hvd_vgg.reporting import log
+from hvd_vgg.reporting.console import Console, time
+from hvd_vgg.reporting.log import METRICS, RunLog
 from hvd_vgg.streams import write_line
 from hvd_vgg.text import format_duration
 
 
-def lines_of(run_dir):
+def rows_of(run_dir):
     text = (run_dir / "dllogger.json").read_text()
     assert text.endswith("\n")
     return [json.loads(line[len("DLLL ") :]) for line in text.splitlines() if line.startswith("DLLL ")]
 
 
-def test_json_lines_are_dlloggers(tmp_path):
+def test_log_json_lines_are_dlloggers(tmp_path):
     run = RunLog(tmp_path, False, None)
     run.log("PARAMETER", {"seed": 1})
     run.log((0, 5), {"train.loss": 8.56})
-    metadata, (parameter, row) = lines_of(tmp_path)[:-2], lines_of(tmp_path)[-2:]
+    *metadata, parameter, row = rows_of(tmp_path)
     assert {line["metric"]: line["metadata"] for line in metadata} == METRICS
     assert all(line["type"] == "METADATA" for line in metadata)
     assert (parameter["type"], parameter["step"], parameter["data"]) == ("LOG", "PARAMETER", {"seed": 1})
     assert (row["type"], row["step"], row["data"]) == ("LOG", [0, 5], {"train.loss": 8.56})
     assert set(row) == {"timestamp", "datetime", "elapsedtime", "type", "step", "data"}
     assert re.fullmatch(r"\d+\.\d+", row["timestamp"])
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+[+-]\d\d:\d\d", row["datetime"])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+([+-]\d\d:\d\d)?", row["datetime"])
     assert float(row["elapsedtime"]) >= 0
 
 
-def test_stdout_lines_are_dlloggers(tmp_path, capsys):
-    run = RunLog(tmp_path, True, None)
-    run.log((0, 5), {"train.loss": 8.56, "train.fps": 12.345})
+def test_log_stdout_lines_are_dlloggers(tmp_path, capsys):
+    RunLog(tmp_path, True, None).log((0, 5), {"train.loss": 8.56, "train.fps": 12.345})
     (line,) = capsys.readouterr().out.splitlines()
     assert re.fullmatch(
         r"DLL \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+ - \(0, 5\) train\.loss : 8\.56000 nats train\.fps : 12\.3 images/s", line
     )
 
 
-def test_a_log_is_appended_to_even_after_a_torn_line_and_each_line_is_written_at_once(tmp_path):
+def test_log_is_appended_to_after_a_torn_line(tmp_path):
+    """Each line is in the file as soon as it is written."""
     RunLog(tmp_path, False, None).log((0, 1), {"train.loss": 1.0})
     with open(tmp_path / "dllogger.json", "a") as file:
         file.write('DLLL {"torn')
@@ -53,7 +56,7 @@ def test_a_log_is_appended_to_even_after_a_torn_line_and_each_line_is_written_at
     assert [row["step"] for row in rows if row["type"] == "LOG"] == [[0, 1], [0, 2]]
 
 
-def test_what_is_no_number_is_valid_json_and_can_be_printed(tmp_path, capsys):
+def test_log_of_nan_is_valid_json_and_can_be_printed(tmp_path, capsys):
     RunLog(tmp_path, True, None).log((0, 1), {"train.loss": float("nan"), "train.gradient_norm": float("inf")})
 
     def refuse(name):
@@ -64,13 +67,31 @@ def test_what_is_no_number_is_valid_json_and_can_be_printed(tmp_path, capsys):
     assert "train.loss : nan nats" in capsys.readouterr().out
 
 
-def test_metrics_go_to_tensorboard_by_group_and_step(tmp_path):
+def test_log_sends_metrics_to_tensorboard(tmp_path):
+    """By group and step; no lists, and no events."""
     seen = []
-    RunLog(tmp_path, False, lambda *row: seen.append(row)).log((1, 7), {"train.loss": 2.0, "eval.records": 5})
+    run = RunLog(tmp_path, False, lambda *row: seen.append(row))
+    run.log((1, 7), {"train.loss": 2.0, "eval.records": 5, "train.update_seconds": [0.1]})
+    run.event("stopped", step=7)
     assert seen == [("train/loss", 2.0, 7), ("eval/records", 5.0, 7)]
 
 
-def test_a_terminal_gets_a_bar_and_a_file_gets_lines(capsys, monkeypatch):
+def test_log_that_cannot_be_written_fails_at_its_end(tmp_path, monkeypatch):
+    """Not before: training continues, and the own writer writes the lines as soon as it can."""
+    monkeypatch.setattr(log, "dllogger", None)
+    run = RunLog(tmp_path, False, None)
+    path = tmp_path / "dllogger.json"
+    path.symlink_to("/dev/full")
+    run.log((0, 1), {"train.loss": 1.0})
+    with pytest.raises(Failure) as raised:
+        run.close()
+    assert raised.value.code == NOT_WRITTEN
+    path.unlink()
+    run.close()
+    assert rows_of(tmp_path)[-1]["step"] == [0, 1]
+
+
+def test_console_draws_a_bar_on_terminals_alone(capsys, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     for mode in ("bar", "lines"):
@@ -83,28 +104,26 @@ def test_a_terminal_gets_a_bar_and_a_file_gets_lines(capsys, monkeypatch):
     assert out.splitlines()[-1] == "training: 50 of 100 steps  note  left 1 min 00 s"
 
 
-def test_only_rank_0_speaks_and_not_beside_dlloggers_lines(capsys):
+def test_console_is_silent_on_other_ranks(capsys):
+    """And where DLLogger's lines are asked for."""
     Console("lines", False).say("x")
     Console("dllogger", True).say("x")
     assert capsys.readouterr().out == ""
 
 
-def test_durations_are_as_people_say_them():
-    assert [format_duration(s) for s in (0.4, 59, 60, 185, 7620)] == [
-        "0 s",
-        "59 s",
-        "1 min 00 s",
-        "3 min 05 s",
-        "2 h 07 min",
-    ]
+def test_format_duration_rounds_to_two_units():
+    durations = {0.4: "0 s", 59: "59 s", 60: "1 min 00 s", 185: "3 min 05 s", 7620: "2 h 07 min"}
+    assert {seconds: format_duration(seconds) for seconds in durations} == durations
 
 
-def written_to(stream, run_dir, lines=2000):
-    """Returns how a process ended that logs `lines` lines and prints them to `stream`, and what it said of that."""
+def log_and_print(stream, run_dir, lines=2000):
+    """Returns the exit code and stderr of a process that logs `lines` lines and prints them to `stream`."""
     program = f"""
 import pathlib
-from hvd_vgg.run import log
-run, console = log.RunLog(pathlib.Path({str(run_dir)!r}), True, None), log.Console("bar", True)
+from hvd_vgg.reporting import log
+from hvd_vgg.reporting.console import Console
+from hvd_vgg.reporting.log import RunLog
+run, console = RunLog(pathlib.Path({str(run_dir)!r}), True, None), Console("bar", True)
 for number in range({lines}):
     run.log((0, number), {{"train.loss": 1.0}})
     console.redraw("a bar")
@@ -115,29 +134,33 @@ run.close()
     return ended.returncode, ended.stderr
 
 
-def test_a_full_stdout_ends_nothing_and_keeps_no_line_from_the_file(tmp_path):
-    """2000 lines are more than Python holds back for a stream that takes none; at exit it must have none left."""
+def steps_logged(run_dir):
+    return [row["step"][1] for row in rows_of(run_dir) if row["type"] == "LOG"]
+
+
+def test_log_is_complete_where_stdout_is_full(tmp_path):
+    """2000 lines are more than Python buffers for a stream that takes none; at exit it must have none left."""
     with open("/dev/full", "w") as full:
-        assert written_to(full, tmp_path) == (0, "")
-    assert [row["step"][1] for row in lines_of(tmp_path) if row["type"] == "LOG"] == list(range(2000))
+        assert log_and_print(full, tmp_path) == (0, "")
+    assert steps_logged(tmp_path) == list(range(2000))
 
 
-def test_a_closed_stdout_ends_nothing_and_keeps_no_line_from_the_file(tmp_path):
+def test_log_is_complete_where_stdout_is_closed(tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as gone:
-        assert written_to(gone, tmp_path) == (0, "")
-    assert [row["step"][1] for row in lines_of(tmp_path) if row["type"] == "LOG"] == list(range(2000))
+        assert log_and_print(gone, tmp_path) == (0, "")
+    assert steps_logged(tmp_path) == list(range(2000))
 
 
-def test_a_stdout_that_takes_lines_again_gets_them(tmp_path, capfd):
+def test_write_line_recovers_where_a_stream_does(capfd):
     """As when room is made on a full disk: what was lost meanwhile does not come late, in half lines."""
     kept, full = os.dup(1), os.open("/dev/full", os.O_WRONLY)
     with open(1, "w", closefd=False) as stream:
         os.dup2(full, 1)
         write_line("lost", stream)
         os.dup2(kept, 1)
-        write_line("told", stream)
+        write_line("printed", stream)
     os.close(kept)
     os.close(full)
-    assert capfd.readouterr().out == "told\n"
+    assert capfd.readouterr().out == "printed\n"

@@ -32,16 +32,14 @@ def test_help_of_a_command_lists_its_flags(launch, command):
     ],
 )
 def test_wrong_command_line_is_one_message(launch, arguments, message):
-    ended = launch(0, *arguments)
-    assert ended.code == 64
+    ended = launch(0, *arguments, code=64)
     assert ended.err.startswith("hvd-vgg: ")
     assert message in ended.err
     assert "Traceback" not in ended.err
 
 
 def test_wrong_command_line_of_two_ranks_is_one_message(launch):
-    ended = launch(2, "train", "--lr=0")
-    assert ended.code == 64
+    ended = launch(2, "train", "--lr=0", code=64)
     assert ended.err.count("--lr=0: expected more than 0") == 1
 
 
@@ -62,8 +60,7 @@ def test_missing_package_is_one_message(tmp_path, module, arguments, message):
 
 
 def test_missing_interface_is_named_before_mpirun_starts(launch, tmp_path):
-    ended = launch(0, "launch", "--ranks=2", "--network=eth9", "doctor", f"--data_dir={tmp_path}")
-    assert ended.code == 78
+    ended = launch(0, "launch", "--ranks=2", "--network=eth9", "doctor", f"--data_dir={tmp_path}", code=78)
     assert "--network=eth9: no interface has this name or an address in this network; here are: lo 127.0.0.1" in ended.err
 
 
@@ -72,8 +69,7 @@ def test_run_whose_streams_are_closed_is_a_run(launch, tmp_path, data, closed):
     words = command_line(0, ["launch", "--ranks=2", "train", f"--data_dir={data}", *TINY, "--epochs=1", "--run_dir=run"])
     ended = Started(["bash", "-c", f'"$@" {closed}', "bash", *words], tmp_path).wait()
     assert (ended.code, "Traceback" in ended.err) == (0, False), ended.err
-    verified = launch(0, "verify-run", "run")
-    assert verified.code == 0, verified.out
+    launch(0, "verify-run", "run", code=0)
 
 
 def test_closed_streams_put_nothing_into_files(tmp_path):
@@ -88,7 +84,7 @@ with open("shard", "wb") as file:
     file.write(b"data")
 """
     words = ["bash", "-c", '"$@" <&- >&- 2>&-', "bash", sys.executable, "-c", program]
-    assert Started(words, tmp_path, PYTHONPATH=str(ROOT)).wait().code == 0
+    Started(words, tmp_path, PYTHONPATH=str(ROOT)).wait(code=0)
     assert (tmp_path / "shard").read_bytes() == b"data"
 
 
@@ -99,6 +95,6 @@ def test_demo_data_with_closed_streams_are_the_same(tmp_path):
     for place, closed in (("open", ""), ("closed", "<&- >&- 2>&-")):
         flags = [f"--data_dir={place}", "--train_images=20", "--validation_images=10", "--shards=2"]
         words = ["bash", "-c", f'"$@" {closed}', "bash", *command_line(0, ["make-demo-data", *flags])]
-        assert Started(words, tmp_path, TF_CPP_MIN_LOG_LEVEL="0").wait().code == 0
+        Started(words, tmp_path, TF_CPP_MIN_LOG_LEVEL="0").wait(code=0)
         written.append({path.name: path.read_bytes() for path in (tmp_path / place).iterdir()})
     assert written[0] == written[1]

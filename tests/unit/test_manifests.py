@@ -37,12 +37,12 @@ def container_of(job, role):
     return container, pod
 
 
-def test_both_vendors_are_there():
+def test_manifests_are_there_for_both_vendors():
     assert set(JOBS) == {"mpijob-bi-v150", "mpijob-nvidia"}
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_a_job_fits_the_operators_schema(name):
+def test_manifest_fits_the_operators_schema(name):
     jsonschema.validate(JOBS[name], strict(SCHEMA))
 
 
@@ -58,7 +58,7 @@ def test_a_job_fits_the_operators_schema(name):
         ),
     ],
 )
-def test_the_schema_finds_what_is_wrong(path, value):
+def test_schema_finds_what_is_wrong(path, value):
     job = json.loads(json.dumps(JOBS["mpijob-nvidia"]))
     at = job
     for step in path[:-1]:
@@ -68,7 +68,8 @@ def test_the_schema_finds_what_is_wrong(path, value):
         jsonschema.validate(job, strict(SCHEMA))
 
 
-def test_claims_of_volumes_fit_their_schema_and_are_those_of_the_jobs():
+def test_volumes_are_those_that_the_jobs_claim():
+    """And fit the schema of a claim."""
     pod = SCHEMA["properties"]["spec"]["properties"]["mpiReplicaSpecs"]["additionalProperties"]["properties"]["template"]
     volume = pod["properties"]["spec"]["properties"]["volumes"]["items"]["properties"]
     claim = volume["ephemeral"]["properties"]["volumeClaimTemplate"]["properties"]["spec"]
@@ -86,7 +87,7 @@ def test_claims_of_volumes_fit_their_schema_and_are_those_of_the_jobs():
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_nobody_is_root_and_the_data_cannot_be_written(name):
+def test_pods_are_not_root_and_cannot_write_data(name):
     for role in ("Launcher", "Worker"):
         container, pod = container_of(JOBS[name], role)
         assert pod["securityContext"]["runAsNonRoot"] is True
@@ -104,14 +105,14 @@ def test_nobody_is_root_and_the_data_cannot_be_written(name):
 @pytest.mark.parametrize(
     ("name", "resource", "devices"), [("mpijob-bi-v150", "iluvatar.com/gpu", 2), ("mpijob-nvidia", "nvidia.com/gpu", 1)]
 )
-def test_a_worker_has_a_rank_for_each_device(name, resource, devices):
+def test_worker_has_a_rank_for_each_device(name, resource, devices):
     limits = container_of(JOBS[name], "Worker")[0]["resources"]["limits"]
     assert JOBS[name]["spec"]["slotsPerWorker"] == devices * limits[resource]
     assert resource not in container_of(JOBS[name], "Launcher")[0]["resources"]["limits"]
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_the_launcher_starts_a_rank_in_every_slot(name, tmp_path):
+def test_launcher_starts_a_rank_in_every_slot(name, tmp_path):
     spec = JOBS[name]["spec"]
     container, _ = container_of(JOBS[name], "Launcher")
     assert (container["command"], container["args"][0]) == (["hvd-vgg"], "launch")
@@ -129,7 +130,8 @@ def test_the_launcher_starts_a_rank_in_every_slot(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_workers_listen_with_the_jobs_key_where_the_launcher_looks(name):
+def test_workers_listen_where_the_launcher_connects(name):
+    """With the key of the job."""
     container, _ = container_of(JOBS[name], "Worker")
     words = (ROOT / "launch" / "container" / "sshd_config").read_text().split()
     keys = JOBS[name]["spec"]["sshAuthMountPath"]
@@ -143,14 +145,13 @@ def test_workers_listen_with_the_jobs_key_where_the_launcher_looks(name):
     assert container["command"] + container["args"] == ["/usr/sbin/sshd", "-D", "-e", "-f", "/etc/hvd-vgg/sshd_config"]
 
 
-def doctor(path, *flags):
+def doctor(*words):
     """Runs the script that makes a job of doctor of a job of training, and returns it, ended."""
-    script = FOLDER / "doctor.sh"
-    return subprocess.run(["bash", script, path, *flags], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(["bash", FOLDER / "doctor.sh", *words], capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_doctor_looks_from_the_pods_that_would_train(name):
+def test_doctor_runs_in_the_pods_that_would_train(name):
     flags = ["--network=eth0", "--collectives", "--out=/runs/it's here.json"]
     ended = doctor(FOLDER / f"{name}.yaml", *flags)
     assert ended.returncode == 0, ended.stderr
@@ -176,29 +177,17 @@ def test_doctor_looks_from_the_pods_that_would_train(name):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
-    [([], "doctor.sh: expected a manifest, such as "), (["none.yaml"], "doctor.sh: none.yaml: no such file")],
-)
-def test_doctor_needs_a_manifest(words, told):
-    script = FOLDER / "doctor.sh"
-    ended = subprocess.run(["bash", script, *words], capture_output=True, text=True, timeout=60, check=False)
-    assert (ended.returncode, ended.stdout) == (78, "")
-    assert ended.stderr.startswith(told)
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "code", "message"),
     [
-        (["bogus"], "doctor.sh: bogus: expected --FLAG=VALUE, or the word doctor\n"),
-        (["--network", "eth0"], "doctor.sh: --network eth0: expected --network=eth0\n"),
+        ([], 78, "doctor.sh: expected a manifest, such as "),
+        (["none.yaml"], 78, "doctor.sh: none.yaml: no such file"),
+        ([FOLDER / "mpijob-bi-v150.yaml", "bogus"], 64, "doctor.sh: bogus: expected --FLAG=VALUE, or the word doctor\n"),
+        ([FOLDER / "mpijob-bi-v150.yaml", "--network", "eth0"], 64, "doctor.sh: --network eth0: expected --network=eth0\n"),
+        ([FOLDER / "volumes.yaml"], 78, f"doctor.sh: {FOLDER / 'volumes.yaml'}: no line like `^    Launcher:$`"),
     ],
 )
-def test_words_that_are_no_flags_of_doctor_are_refused(words, told):
-    ended = doctor(FOLDER / "mpijob-bi-v150.yaml", *words)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (64, "", told)
-
-
-def test_what_is_no_job_of_training_is_refused_before_anything_is_printed():
-    ended = doctor(FOLDER / "volumes.yaml")
-    assert (ended.returncode, ended.stdout) == (78, "")
-    assert "volumes.yaml: no line like `^    Launcher:$`" in ended.stderr
+def test_doctor_refuses_what_it_cannot_make_a_job_of(words, code, message):
+    """Before anything is printed."""
+    ended = doctor(*words)
+    assert (ended.returncode, ended.stdout) == (code, "")
+    assert ended.stderr.startswith(message)

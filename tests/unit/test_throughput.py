@@ -10,6 +10,7 @@ from hvd_vgg.reporting.throughput import (
     find_bottleneck,
     format_table,
     limiting_part,
+    mean_shares,
     per_host,
     per_rank,
     slowest,
@@ -18,7 +19,8 @@ from hvd_vgg.reporting.throughput import (
 )
 
 
-def test_images_are_counted_over_the_time_of_steady_updates_alone(monkeypatch):
+def test_throughput_counts_steady_updates_alone(monkeypatch):
+    """Neither the warm-up nor what is excluded counts, but for fps_wall."""
     clock = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     measured = Throughput()
@@ -69,11 +71,11 @@ def test_images_are_counted_over_the_time_of_steady_updates_alone(monkeypatch):
         ([3.0] * 20 + [1.0] * 60, 20, True),
     ],
 )
-def test_the_steady_state_is_found_in_the_times(seconds, first, found):
+def test_steady_from_finds_the_first_steady_update(seconds, first, found):
     assert steady_from(seconds) == (first, found)
 
 
-def test_waiting_for_input_is_no_warm_up():
+def test_throughput_counts_slow_input_as_no_warm_up():
     measured = Throughput()
     measured.input_seconds = [0.2] + [0.3] * 49 + [0.0] * 50  # the first half comes from cold storage
     measured.total_seconds = [5.2] + [0.4] * 49 + [0.1] * 50
@@ -83,7 +85,7 @@ def test_waiting_for_input_is_no_warm_up():
 
 
 @pytest.mark.parametrize(
-    ("splits", "cause", "ranks"),
+    ("times", "cause", "ranks"),
     [
         ([StepTime(10, 0.1, 0.0)], "compute", ()),
         ([StepTime(10, 7.0, 0.0)], "input", ()),
@@ -105,12 +107,18 @@ def test_waiting_for_input_is_no_warm_up():
         ([StepTime(10, 0.1, 1.0), StepTime(10, 0.1, 1.0), StepTime(10, 0.1, 6.0)], "compute", ()),  # most are slow: all are
     ],
 )
-def test_what_holds_back_is_named_with_its_ranks(splits, cause, ranks):
-    assert find_bottleneck(splits) == Bottleneck(cause, ranks)
-    assert find_bottleneck(splits).rank == (ranks[0] if ranks else None)
+def test_find_bottleneck_names_cause_and_ranks(times, cause, ranks):
+    assert find_bottleneck(times) == Bottleneck(cause, ranks)
+    assert find_bottleneck(times).rank == (ranks[0] if ranks else None)
 
 
-def test_the_slowest_rank_is_told_even_where_it_holds_nobody_back():
+def test_mean_shares_are_of_all_ranks_together():
+    """Of 40 s: 6 s of input, twice the least exchange of 2 s, 6 s for the straggler, and the rest."""
+    shares = mean_shares([StepTime(10, 1.0, 2.0), StepTime(30, 5.0, 8.0)])
+    assert shares == pytest.approx({"input": 0.15, "compute": 0.6, "network": 0.1, "straggler_wait": 0.15})
+
+
+def test_slowest_rank_need_not_be_a_straggler():
     rows = per_rank([StepTime(10, 0.1, 6.0), StepTime(10, 0.1, 5.5), StepTime(10, 0.1, 5.9)], ["a"] * 3, [100] * 3)
     assert find_bottleneck([StepTime(10, 0.1, 6.0), StepTime(10, 0.1, 5.5), StepTime(10, 0.1, 5.9)]).rank is None
     assert (slowest(rows)["rank"], limiting_part(slowest(rows))) == (1, "network")
@@ -118,9 +126,10 @@ def test_the_slowest_rank_is_told_even_where_it_holds_nobody_back():
     assert [limiting_part(row) for row in rows] == ["compute", "input"]
 
 
-def test_a_table_shows_every_rank_of_a_small_job_and_hosts_and_the_slowest_of_a_large_one():
-    splits = [StepTime(10, 1.0, 3.0), StepTime(10, 4.0, 1.0)]
-    rows = per_rank(splits, ["a", "b"], [100, 90])
+def test_format_table_of_a_small_and_a_large_job():
+    """Every rank of the small one; hosts, and the slowest three ranks, of the large one."""
+    times = [StepTime(10, 1.0, 3.0), StepTime(10, 4.0, 1.0)]
+    rows = per_rank(times, ["a", "b"], [100, 90])
     assert [(row["fps"], row["fps_alone"]) for row in rows] == [(10, pytest.approx(100 / 7)), (9, 10)]
     assert [(row["input"], row["compute"], row["network"], row["straggler_wait"]) for row in rows] == [
         (0.1, 0.6, 0.1, 0.2),
@@ -128,12 +137,12 @@ def test_a_table_shows_every_rank_of_a_small_job_and_hosts_and_the_slowest_of_a_
     ]
     assert [(row["host"], row["ranks"], row["fps"]) for row in per_host(rows)] == [("a", 1, 10), ("b", 1, 9)]
     assert len(format_table(rows).splitlines()) == 1 + 2 + 2
-    many = per_rank([*splits] * 16, [f"host{rank // 8}" for rank in range(32)], [100] * 32)
+    many = per_rank([*times] * 16, [f"host{rank // 8}" for rank in range(32)], [100] * 32)
     lines = format_table(many).splitlines()
     assert len(lines) == 1 + 4 + 3
     assert lines[1].split()[:4] == ["all", "8", "host0", "80.0"]
     assert [line.split()[0] for line in lines[5:]] == ["1", "3", "5"]
 
 
-def test_training_vgg16_costs_what_was_counted_by_hand():
+def test_training_flops_of_vgg16_as_counted_by_hand():
     assert training_flops(vgg_layers("vgg16", 1.0, 224, 1000), 224) == pytest.approx(92.65e9, rel=1e-3)

@@ -17,7 +17,7 @@ from hvd_vgg.seeds import dropout_keys
 from hvd_vgg.training.nonfinite import diagnose
 from hvd_vgg.training.optimizer import LOSS_SCALE, make_slots
 from hvd_vgg.training.state import initial_state
-from hvd_vgg.training.train_step import make_train_step
+from hvd_vgg.training.train_step import Backward, exchange_gradients, make_train_step
 
 
 def skip_unless_computed(precision):
@@ -26,7 +26,8 @@ def skip_unless_computed(precision):
 
 
 @pytest.mark.parametrize("factored", [[], ["fc1", "fc2", "predictions"], ["fc2"]])
-def test_an_update_is_that_of_the_mean_loss_over_the_whole_batch(factored):
+def test_train_step_is_that_of_the_mean_loss(factored):
+    """Over the whole global batch, on any number of ranks."""
     config = TrainConfig(
         model="vgg11", width=0.125, image_size=32, num_classes=10, global_batch=13, device_batch=3, dropout=0.0, lr=0.1
     )
@@ -62,7 +63,8 @@ def test_an_update_is_that_of_the_mean_loss_over_the_whole_batch(factored):
 
 
 @pytest.mark.parametrize("factored", [[], ["fc1", "fc2", "predictions"]])
-def test_an_update_that_overflows_in_float16_is_skipped_and_the_next_ones_train(factored):
+def test_train_step_skips_a_float16_overflow(factored):
+    """And the next ones train."""
     config = TrainConfig(model="vgg11", width=0.125, image_size=32, num_classes=10, global_batch=8, precision="float16")
     weights = vgg.initial_weights(vgg_layers("vgg11", 0.125, 32, 10), 1)
     slots = make_slots(weights, config.precision)
@@ -88,7 +90,8 @@ def test_an_update_that_overflows_in_float16_is_skipped_and_the_next_ones_train(
 @pytest.mark.parametrize(
     ("kind", "within"), [({"xla": True}, 1e-5), ({"precision": "bfloat16"}, 0.2), ({"precision": "float16"}, 0.1)]
 )
-def test_xla_and_low_precision_compute_the_same_update_to_rounding(kind, within):
+def test_train_step_in_xla_and_low_precision(kind, within):
+    """The same update to rounding."""
     skip_unless_computed(kind.get("precision", "float32"))
     config = TrainConfig(model="vgg11", width=0.0625, image_size=32, num_classes=10, global_batch=11, device_batch=3, lr=0.1)
     random = np.random.default_rng(3)
@@ -107,7 +110,8 @@ def test_xla_and_low_precision_compute_the_same_update_to_rounding(kind, within)
         assert np.linalg.norm(found[1][name] - moved) <= within * np.linalg.norm(moved), name
 
 
-def test_an_infinite_loss_on_one_rank_stops_the_updates_of_all_though_its_gradient_is_finite():
+def test_train_step_infinite_loss_of_one_rank_stops_all():
+    """Though its gradient is finite."""
     config = TrainConfig(model="vgg11", width=0.0625, image_size=32, num_classes=10, global_batch=8, dropout=0.0)
     weights = vgg.initial_weights(vgg_layers("vgg11", 0.0625, 32, 10), 1)
     slots = make_slots(weights)
@@ -132,7 +136,8 @@ def test_an_infinite_loss_on_one_rank_stops_the_updates_of_all_though_its_gradie
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_the_rank_the_layer_and_the_records_that_are_not_finite_are_found(precision):
+def test_diagnose_finds_rank_layer_and_records(precision):
+    """That are not finite first."""
     skip_unless_computed(precision)
     config = TrainConfig(
         model="vgg11", width=0.0625, image_size=32, num_classes=10, global_batch=9, device_batch=2, precision=precision
@@ -154,3 +159,28 @@ def test_the_rank_the_layer_and_the_records_that_are_not_finite_are_found(precis
     if precision != "float16":  # which halves its scale and goes on
         assert not found.finite
         assert all((run.variables()[name].numpy() == before[name]).all() for name in before if "block1_conv1" not in name)
+
+
+@pytest.mark.parametrize("factored", [["fc1", "fc2"], []])
+def test_exchange_gradients_sums_over_ranks(factored):
+    """Gradients are summed, factors gathered and multiplied; one rank's loss that is not finite is known to all."""
+    config = TrainConfig(model="vgg11", width=0.0625, image_size=32, num_classes=10, global_batch=2 * comm.size())
+    names = ["block1_conv1/kernel", *(f"{name}/kernel" for name in ("fc1", "fc2") if name not in factored)]
+    one = float(comm.rank() + 1)
+    total = comm.size() * (comm.size() + 1) / 2
+    rows = [tf.fill([2, 3], one) for _ in factored]
+    outputs = [tf.fill([2, 4], 2.0) for _ in factored]
+
+    @tf.function(autograph=False)
+    def exchanged(loss):
+        local = Backward(loss, 0, 0, [tf.fill([3, 4], one) for _ in names], rows, outputs)
+        return exchange_gradients(local, names, factored, config, comm.WORLD)
+
+    gradients, finite, seconds = exchanged(tf.constant(1.0))
+    assert bool(finite) and float(seconds) >= 0
+    for name in names:
+        assert (gradients[name].numpy() == total).all()
+    for name in factored:
+        assert (gradients[f"{name}/kernel"].numpy() == 2 * 2 * total).all()
+        assert (gradients[f"{name}/bias"].numpy() == 2 * 2 * comm.size()).all()
+    assert not bool(exchanged(tf.constant(math.inf if comm.rank() == comm.size() - 1 else 1.0))[1])

@@ -45,7 +45,8 @@ def room(monkeypatch, request):
 
 
 @pytest.mark.fault("F17")
-def test_on_a_full_disk_older_checkpoints_make_room_but_for_the_newest_whole_and_the_best(tmp_path, room):
+def test_writer_full_disk_removes_older_checkpoints(tmp_path, room):
+    """All but the newest whole one and the best make room."""
     events = []
     writer = CheckpointWriter(RunDir(tmp_path), 4, lambda name, **data: events.append((name, data["step"])))
     for step in (1, 2, 3, 4):
@@ -62,7 +63,8 @@ def test_on_a_full_disk_older_checkpoints_make_room_but_for_the_newest_whole_and
 
 
 @pytest.mark.fault("F17")
-def test_on_a_full_disk_that_nothing_may_be_removed_for_the_save_has_failed_and_the_last_stays(tmp_path, room):
+def test_writer_full_disk_keeps_the_last_checkpoint(tmp_path, room):
+    """If nothing may be removed the save fails and the last one stays."""
     writer = CheckpointWriter(RunDir(tmp_path), 4, lambda name, **data: None)
     begin(writer, 1)
     assert writer.wait() is None
@@ -73,7 +75,8 @@ def test_on_a_full_disk_that_nothing_may_be_removed_for_the_save_has_failed_and_
     assert steps(tmp_path) == [1]
 
 
-def test_a_checkpoint_that_cannot_be_read_once_written_is_a_save_that_failed(tmp_path, monkeypatch):
+def test_writer_unreadable_checkpoint_is_a_failed_save(tmp_path, monkeypatch):
+    """One that was written and cannot be read."""
     save = checkpoint.save
 
     def save_and_lose(*arguments):

@@ -1,0 +1,153 @@
+"""Every benchmark runs, at toy size; says in a line what it lacks; and ends its workers when it is ended."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import checkouts
+import measure
+import namespaces
+import pytest
+from support import ROOT, Started, command_line, wait_for
+
+# Of each benchmark: its options, where DATA is a directory of records, and how rows of its table begin.
+SMOKE = {
+    "index": ("--records=64 --rounds=2", []),
+    "storage": ("--data_dir=DATA --blocks=1,8 --images=32 --batch=16 --size=32 --rounds=2", ["1", "8"]),
+    "wire_dtype": ("", ["float32", "float16"]),
+    "saving": ("--rounds=1 --batch=1 --size=32 --width=0.05", ["foreground: the loop waits, seconds"]),
+    "loop": (
+        "--data_dir=DATA --sizes=vgg11-32 --rounds=1 --num_classes=10 --width=0.05 --global_batch=8 --log_every_steps=3",
+        ["vgg11-32, trainer", "vgg11-32, bare"],
+    ),
+    "input": (
+        "--data_dir=DATA --images=64 --size=32 --rounds=1 --ways=decode,train,evaluate,tf_cnn,tf_data,pillow",
+        ["decode", "train", "evaluate", "tf_data", "pillow"],
+    ),
+    "compute": (
+        f"--size=32 --batch=1 --warmup=1 --updates=1 --matmul_side=64 --rounds=1 --torch_python={sys.executable} "
+        "--precisions=bfloat16 --ways=matmul,ours,keras,torch,tf_cnn",
+        ["matmul", "ours", "keras"],
+    ),
+    "chaos": ("--data_dir=DATA --faults=1 --ranks=1 --steps=200 --seed=1", ["faults"]),
+    "doctor": ("--cases=unreachable --hosts=2 --rounds=1", ["unreachable"]),
+    "exchange": (
+        "--size=32 --width=0.05 --mbit=1000 --steps=1 --rounds=1 --ways=horovod,factored16",
+        ["local", "horovod", "factored16"],
+    ),
+    "checkouts": (
+        f"--before={ROOT} --rounds=1 --ranks=1 train --data_dir=DATA --steps=6 --width=0.05 --global_batch=8",
+        ["images/s"],
+    ),
+}
+NEED_HOSTS = ("doctor", "exchange")
+
+
+def command(name, options, data):
+    """Returns the command of a benchmark; skips the test where there are no hosts for it."""
+    if name in NEED_HOSTS and "--shared" not in options and namespaces.missing(("ip", "tc")):
+        pytest.skip(f"capability: network namespaces: {namespaces.missing(('ip', 'tc'))}")
+    words = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *options.replace("DATA", str(data)).split()]
+    return command_line(2, [], words) if name == "wire_dtype" else words
+
+
+@pytest.mark.parametrize("name", SMOKE)
+def test_benchmark_runs_at_toy_size(tmp_path, data, name):
+    """The table has the rows asked for, and nothing is left."""
+    options, rows = SMOKE[name]
+    ended = Started(command(name, options, data), tmp_path).wait()
+    assert ended.code == 0, ended.out + ended.err
+    for row in rows:
+        assert f"\n| {row} | " in ended.out, (row, ended.out + ended.err)
+    assert f"{measure.machine().split(';')[0]}; load" in ended.out
+    if name == "compute":
+        assert "torch, bfloat16: not installed (No module named 'torch'): left out" in ended.out
+        assert "tf_cnn, bfloat16: without --tf_cnn_benchmarks" in ended.out and "no bfloat16" in ended.out
+
+
+def test_benchmark_exists_for_every_smoke_test():
+    """And the reverse: no benchmark is without one."""
+    programs = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "measure.run(main" in path.read_text()}
+    assert programs == set(SMOKE)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "programs", "lacking"),
+    [
+        ("exchange", "", ["ip", "tc"], "needs mpirun, not found on PATH"),
+        ("exchange", "", ["mpirun", "ip"], "needs tc (Debian: apt-get install iproute2), or --shared"),
+        ("doctor", "", ["mpirun"], "needs ip (Debian: apt-get install iproute2)"),
+        ("chaos", "--data_dir=DATA", [], "needs mpirun, not found on PATH"),
+        ("checkouts", "--before=0000000 loop", [], "needs git, not found on PATH"),
+        ("storage", "--data_dir=/nowhere", [], "/nowhere"),
+    ],
+    ids=["mpirun", "tc", "ip", "chaos", "git", "data"],
+)
+def test_benchmark_says_what_it_lacks(tmp_path, data, name, options, programs, lacking):
+    """In one line, and ends with 78, or 65 for data."""
+    for program in programs:
+        (tmp_path / program).symlink_to("/bin/true")
+    words = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *options.replace("DATA", str(data)).split()]
+    ended = Started(words, tmp_path, PATH=str(tmp_path)).wait()
+    assert ended.code == (65 if name == "storage" else measure.CONFIGURATION), ended.out + ended.err
+    (line,) = ended.err.splitlines()
+    assert line.startswith(f"{name}.py: ") and lacking in line, line
+
+
+def test_hosts_need_root(monkeypatch):
+    """Which is said first."""
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
+    assert namespaces.missing().startswith("root")
+
+
+def count_with(variable, started):
+    """Returns how many of the processes started have an environment variable."""
+    count = 0
+    for pid in started.alive():
+        with contextlib.suppress(OSError):
+            count += variable in Path(f"/proc/{pid}/environ").read_bytes()
+    return count
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "number"),
+    [
+        ("exchange", "--width=0.05 --size=32 --rounds=1000", signal.SIGTERM),
+        ("exchange", "--width=0.05 --size=32 --rounds=1000 --shared", signal.SIGHUP),
+        ("input", "--data_dir=DATA --images=64 --size=32 --rounds=1000 --ways=decode,train", signal.SIGINT),
+        ("chaos", "--data_dir=DATA --ranks=2 --steps=100000", signal.SIGTERM),
+    ],
+    ids=["hosts", "shared", "pipes", "chaos"],
+)
+def test_benchmark_ends_its_workers(tmp_path, data, name, options, number):
+    """Whatever it has started; the hosts of exchange.py are gone too."""
+    started = Started(command(name, options, data), tmp_path)
+    variable = b"HVD_VGG_TEST" if name == "input" else b"OMPI_COMM_WORLD_RANK="  # which the ranks of a job have
+    wait_for(lambda: count_with(variable, started) > 1 or started.process.poll() is not None)
+    os.kill(started.process.pid, number)
+    ended = started.wait()
+    assert ended.code == 128 + number, ended.out + ended.err
+    assert "Traceback" not in ended.err
+    assert f"hvgg{started.process.pid}" not in subprocess.run(["ip", "link"], capture_output=True, text=True).stdout
+
+
+def test_checkouts_reads_what_loop_printed_before():
+    """Up to 42164a1 it was no table."""
+    printed = "vgg16-64:\n  trainer  ms an update: total 18.18 (17.25 to 23.81), rest 1.03 (0.79 to 5.47)\n"
+    assert checkouts.figures(printed) == {"vgg16-64, trainer, total": 18.18, "vgg16-64, trainer, rest": 1.03}
+    table = "| loop | turns | total |\n| --- | --- | --- |\n| vgg16-64, trainer | 20 | 18.18 (17.25 to 23.81) |\n"
+    assert checkouts.figures(table) == {"vgg16-64, trainer, turns": 20.0, "vgg16-64, trainer, total": 18.18}
+
+
+def test_checkouts_takes_a_commit():
+    """Its files are copied; the repository is left as it is."""
+    if subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, check=False).returncode:
+        with pytest.raises(SystemExit):
+            checkouts.checkout("HEAD").__enter__()
+        return
+    with checkouts.checkout("HEAD") as place:
+        assert (place / "hvd_vgg" / "__init__.py").is_file() and place != ROOT
+    assert not place.exists()

@@ -1,0 +1,71 @@
+"""What doctor concludes from the packages of SIMULATED hosts (tests/simulated.py): no vendor's software is on them."""
+
+import pytest
+from simulated import findings, iluvatar, only, write_packages
+
+from hvd_vgg.doctor.packages import HostView
+from hvd_vgg.reporting.findings import FAILURE, OK, WARNING, worst
+
+
+def test_packages_of_a_host_without_a_vendor(tmp_path):
+    packages = write_packages(tmp_path, {"tensorflow": "2.16.2", "horovod": "0.28.1"})
+    accelerators, found = findings(HostView(tmp_path, {"PATH": ""}, [packages]))
+    assert accelerators.vendor == "CPU"
+    assert worst(found) == OK
+
+
+def test_packages_tensorflow_is_not_the_vendors(tmp_path):
+    """The finding says where the vendor's is."""
+    own = write_packages(tmp_path / "venv", {"tensorflow": "2.16.2", "horovod": "0.28.1"}, built_for="2.16.2")
+    accelerators, found = findings(iluvatar(tmp_path)._replace(path=[own]))
+    assert accelerators.vendor == "Iluvatar"
+    bad = only(found, FAILURE)
+    assert "TensorFlow 2.16.2 is not the vendor's" in bad.text
+    assert "mpirun -x PYTHONPATH" in bad.fix
+
+
+def test_packages_missing(tmp_path):
+    _, found = findings(iluvatar(tmp_path, missing=("cloudpickle", "mpi4py", "dllogger", "tensorflow")))
+    bad = {finding.text: finding for finding in found if finding.verdict == FAILURE}
+    assert "pip install --no-deps cloudpickle" in bad["cloudpickle is not installed"].fix
+    assert "pip must install neither" in bad["not installed, or not on this Python's search path"].fix
+    assert {finding.text for finding in found if finding.verdict == WARNING} == {"mpi4py is not installed"}
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        (
+            {"horovod": "0.28.1", "built_for": "2.15.1"},  # whether it works is decided when it is imported
+            [
+                "Horovod was built for TensorFlow 2.15.1, but 2.16.2+corex.4.3.0 is installed: it warns, and may not load",
+                "Horovod 0.28.1 is not the vendor's (+corex)",
+            ],
+        ),
+        (
+            {"tensorflow": "2.19.0+corex.4.3.0", "horovod": "0.26.1+corex.4.3.0", "built_for": "2.19.0"},
+            ["2.19.0+corex.4.3.0 is not known to work", "0.26.1+corex.4.3.0 is not known to work"],
+        ),
+        (
+            {"sdk": "4.3.0", "driver": "4.4.0", "tensorflow": "2.16.2+corex.4.4.0", "LD_LIBRARY_PATH": ""},
+            [
+                "LD_LIBRARY_PATH does not contain /usr/local/corex/lib64",
+                "TensorFlow was built for SDK 4.4.0, but /usr/local/corex is SDK 4.3.0",
+                "/dev/itrctl is missing, which drivers since 4.4.0 have",
+            ],
+        ),
+    ],
+)
+def test_packages_that_hardly_fit(tmp_path, host, expected):
+    found = findings(iluvatar(tmp_path, **host))[1]
+    assert worst(found) == WARNING
+    assert [finding.text for finding in found if finding.verdict == WARNING] == expected
+
+
+def test_packages_sdk_that_is_a_dangling_link(tmp_path):
+    host = iluvatar(tmp_path)
+    (tmp_path / "usr/local/corex").unlink()
+    (tmp_path / "usr/local/corex").symlink_to("corex-9")
+    accelerators, found = findings(host)
+    assert accelerators.vendor == "Iluvatar"
+    assert "a dangling link" in only(found, FAILURE).text

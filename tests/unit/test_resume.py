@@ -1,0 +1,99 @@
+"""Continuing a run: what differs from the checkpoint is refused, unless allowed by name."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+from hvd_vgg.config import TrainConfig, fingerprint
+from hvd_vgg.errors import CONFIGURATION, Failure
+from hvd_vgg.reporting.console import Console
+from hvd_vgg.run_dir import RunDir
+from hvd_vgg.training import checkpoint
+from hvd_vgg.training.reporter import Reporter
+from hvd_vgg.training.resume import _restore_root
+from hvd_vgg.training.state import CHECKPOINT_FORMAT, TrainProgress, initial_state
+
+CONFIG = TrainConfig(model="vgg11", width=0.0625, image_size=32, num_classes=10, lr=0.05)
+DATA = {"train_records": 75, "train_data_sha256": "a1", "label_base": 1}
+
+
+@pytest.fixture
+def resume(tmp_path):
+    """Continues a run that was saved after 4 updates with other flags, data or format; returns (progress, state)."""
+    run_dir = RunDir(tmp_path)
+    tensors = {name: value.numpy() + 1 for name, value in initial_state(CONFIG).variables().items()}
+    meta = {**dataclasses.asdict(TrainProgress(step=4)), "format": CHECKPOINT_FORMAT, "run": {**fingerprint(CONFIG), **DATA}}
+    checkpoint.save(run_dir, tensors, meta, 3, False)
+
+    def restore(data=(), **flags):
+        config = dataclasses.replace(CONFIG, **flags)
+        state, run = initial_state(config), {**fingerprint(config), **DATA, **dict(data)}
+        return _restore_root(state, config, run_dir, run, Reporter(None, Console("lines", True))), state, tensors
+
+    return restore
+
+
+def test_resume_brings_back_progress_and_variables(resume):
+    progress, state, tensors = resume()
+    assert progress == TrainProgress(step=4)
+    assert all((value.numpy() == tensors[name]).all() for name, value in state.variables().items())
+
+
+@pytest.mark.fault("F22")
+@pytest.mark.parametrize(
+    ("flags", "data", "differs", "fix"),
+    [
+        ({"lr": 0.07, "seed": 5}, {}, [("lr", "0.05", "0.07"), ("seed", "1", "5")], "--allow_config_change=seed,lr"),
+        ({"lr": 0.07, "seed": 5, "allow_config_change": "lr"}, {}, [("seed", "1", "5")], "--allow_config_change=seed"),
+        (
+            {"lr": 0.07},
+            {"train_records": 76, "train_data_sha256": "b2"},
+            [("train_records", "75", "76")],
+            "Another data set",
+        ),
+        ({"model": "vgg13"}, {}, [("model", "'vgg11'", "'vgg13'")], "Another network is another run: use another --run_dir"),
+        ({"num_classes": 11}, {"label_base": 0}, [("label_base", "1", "0")], "Another network"),
+        ({}, {"label_base": 0}, [("label_base", "1", "0")], ", or another --run_dir"),
+    ],
+)
+def test_resume_refuses_another_run(resume, flags, data, differs, fix):
+    with pytest.raises(Failure) as raised:
+        resume(data, **flags)
+    message = raised.value.message
+    assert raised.value.code == CONFIGURATION
+    assert re.search(r"^ +checkpoint +command$", message, re.M)
+    for row in differs:
+        assert re.search("^ +" + " +".join(row) + "$", message, re.M), message
+    assert len(re.findall(r"^ +lr ", message, re.M)) == int(
+        "lr" in flags and "lr" not in flags.get("allow_config_change", ())
+    )
+    assert fix in message
+    assert ("--allow_config_change" in message) == fix.startswith("--allow")
+
+
+def test_resume_allows_a_change_by_name(resume, capsys):
+    progress, _, _ = resume(lr=0.07, allow_config_change="lr")
+    assert progress.step == 4
+    assert "--lr was 0.05, is 0.07 from here on" in capsys.readouterr().out
+
+
+def test_resume_never_or_required(resume, tmp_path):
+    with pytest.raises(Failure, match="never overwritten"):
+        resume(resume="never")
+    for path in RunDir(tmp_path).list_checkpoints():
+        path.unlink()
+    with pytest.raises(Failure, match="--resume=required, but .* holds no checkpoint"):
+        resume(resume="required")
+    progress, state, tensors = resume()
+    assert progress == TrainProgress()
+    assert all((value.numpy() != tensors[name]).any() or not np.any(value) for name, value in state.weights.items())
+
+
+def test_resume_refuses_another_format(resume, tmp_path):
+    (path,) = RunDir(tmp_path).list_checkpoints()
+    found = checkpoint.load(path)
+    checkpoint.write(path, found.tensors, {**found.meta, "format": CHECKPOINT_FORMAT - 1})
+    with pytest.raises(Failure, match="written by another version"):
+        resume()
