@@ -101,7 +101,7 @@ def central_window(height: int, width: int) -> Crop:
 
 
 def image_shape(encoded: bytes) -> Tuple[int, int]:
-    """Returns (height, width) from the header alone; raises ValueError where that is not of an image to be decoded."""
+    """Returns (height, width) from the header alone; raises ValueError where that is not the header of a supported image."""
     channels, limit = 3, MAX_PIXELS
     if encoded.startswith(_JPEG):
         limit = min(limit, _JPEG_PIXELS_PER_BYTE * len(encoded))
