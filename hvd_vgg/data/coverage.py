@@ -1,4 +1,4 @@
-"""Proves that every record of an epoch was trained on: an order-free digest of the record ids that the ranks really trained on.
+"""Proves that every record of an epoch was trained on, by an order-free digest of the ids trained on.
 
 The digest of a multiset of ids is its size, and the sums modulo 2^64 of two 64-bit hashes of each id. Sums are free of
 order, so the digests of parts add up to the digest of the whole, however an epoch was divided over ranks, updates and
