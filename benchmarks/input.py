@@ -221,7 +221,7 @@ def trainer(options):
             flags += f"--image_size={options.size} --model=vgg11 --width=0.02 --eval_every_epochs=0 --save_every_steps=0"
             place = [f"--data_dir={options.data_dir}", f"--run_dir={folder}", "--lr=0.001", "--input_threads=1"]
             command = [*measure.TRAINER, "train", *flags.split(), *place]
-            subprocess.run(command, check=True, stdout=sys.stderr)
+            measure.output_of(command)
             return (1 / json.loads((Path(folder) / "result.json").read_text())["fps"],)
 
     return once
