@@ -87,7 +87,6 @@ COMMANDS = {
         "hvd_vgg.commands.verify:verify_run",
         "hvd-vgg verify-run RUN_DIR [--data_dir=DIR]: recompute what the raw logs of a run allow, and report which of its "
         "claims hold. Exit code 0: all that can be checked; 65: one does not. Needs no TensorFlow without --data_dir.",
-        watched=True,
     ),
     "benchmark": Command(
         configs.BenchmarkConfig,
@@ -173,9 +172,8 @@ def run_command(name: str, config: Any) -> Optional[Failure]:
     try:
         if name == "train":
             watchdog.exit_when_asked()
-        if COMMANDS[name].watched and getattr(config, "data_dir", True):  # verify-run computes only with data
-            run_dir = Path(config.run_dir) if name == "train" else None
-            watchdog.start(run_dir, launched_rank() or 0, getattr(config, "hang_seconds", 0.0))
+        if COMMANDS[name].watched:
+            watchdog.start(Path(config.run_dir) if name == "train" else None, launched_rank() or 0, config.hang_seconds)
         module, function = COMMANDS[name].target.split(":")
         getattr(importlib.import_module(module), function)(config)
         return None

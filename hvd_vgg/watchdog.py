@@ -47,6 +47,7 @@ class Watchdog:
 
     def __init__(self) -> None:
         self._stop_requested = threading.Event()
+        self._handlers: Dict[int, Any] = {}  # those in place before this one's
         self._reset()
 
     def _reset(self) -> None:
@@ -66,6 +67,8 @@ class Watchdog:
         hang_seconds: how long an update may take; 0: 20 times the median one, at least 60. Starting, evaluating and saving
         may take SLOW_PHASE_FACTOR times as long. Where RUN_DIR/faults cannot be written, reports go to stderr.
         """
+        if self.thread is not None:
+            raise RuntimeError("the watchdog of this process is running already")
         self._reset()
         self.rank, self.hang_seconds = rank, hang_seconds
         if run_dir is not None:
@@ -153,7 +156,7 @@ class Watchdog:
             os._exit(STOPPED)
 
         for each in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(each, leave)
+            self._handle(each, leave)
 
     def save_when_asked(self) -> None:
         """From now on SIGTERM, SIGINT and SIGUSR1 set `stop_requested`; another SIGINT interrupts at once. Main thread."""
@@ -164,7 +167,19 @@ class Watchdog:
             self._stop_requested.set()
 
         for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(each, request)
+            self._handle(each, request)
+
+    def _handle(self, number: int, handler: Callable[[int, Any], None]) -> None:
+        self._handlers.setdefault(number, signal.signal(number, handler))
+
+    def release(self) -> None:
+        """Returns a process that goes on after `stop` to what it was: no timer that ends it, its own signal handlers."""
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        faulthandler.cancel_dump_traceback_later()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+        self._stop_requested.clear()
 
     def stop_requested(self) -> bool:
         """Returns whether this rank was asked to stop. The ranks must agree before any of them does."""

@@ -154,7 +154,7 @@ def gather_rows(tensor: Any, name: str, rows: int, group: Group = WORLD) -> Any:
 
 
 def start_timeline(path: str) -> None:
-    """Starts Horovod's timeline of all ranks in the file `path`; rank 0 alone, after `init.start(timeline=True)`."""
+    """Starts Horovod's timeline of all ranks in the file `path`; rank 0 alone, after `init.join(timeline=True)`."""
     hvd.start_timeline(path, mark_cycles=True)
 
 

@@ -92,7 +92,10 @@ def load_report(folder: StepDir) -> Dict[str, Any]:
             f"nonfinite/step-????????; --step names another",
         ) from error
     if not _is_report(report):
-        raise Failure(CONFIGURATION, f"{path} is not the report of a step: a field is missing, or of another kind")
+        raise Failure(
+            CONFIGURATION,
+            f"{path} is not the report of a step, or of another version of hvd_vgg: a field is missing, or of another kind",
+        )
     return dict(report)
 
 

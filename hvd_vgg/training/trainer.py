@@ -4,7 +4,7 @@ import dataclasses
 import os
 import time
 from pathlib import Path
-from typing import IO, Any, Callable, Iterator, List, NoReturn, Optional, Tuple
+from typing import IO, Any, Callable, Generator, Iterator, List, NoReturn, Optional, Tuple
 
 from hvd_vgg.config import TrainConfig
 from hvd_vgg.data.coverage import Coverage
@@ -63,28 +63,31 @@ class Trainer:
         self.writer: Optional[CheckpointWriter] = None
         if self.reporter.log:
             self.writer = CheckpointWriter(RunDir(config.run_dir), config.keep_checkpoints, self.reporter.event)
-        self.throughput = Throughput()
-        self.result: Optional[Evaluation] = None
-        self.saved_step = -1
-        self._restore()
+        self.stream: Optional[Generator[Batch, None, None]] = None
+        self._restore(config.resume)
         introduce(config, self.data, self.device, self.total_steps, self.progress, self.reporter)
         self.started = time.monotonic() - self.progress.seconds
         self.eval_step = make_eval_step(self.state.weights, config, self.device.data_format)
         self.checksums = make_checksums(self.state.weights)
+        self.throughput = Throughput()  # last: its clock starts now, and the first update is to have nothing of the above
 
     def __enter__(self) -> "Trainer":
         return self
 
     def __exit__(self, kind: Any, error: Optional[BaseException], trace: Any) -> None:
-        if isinstance(error, Failure) and error.collective and self.writer:
-            self.writer.wait()  # all ranks will leave, and the launcher would kill whoever is still writing
+        if isinstance(error, Failure) and error.collective:
+            self._close_stream()
+            if self.writer:
+                self.writer.wait()  # all ranks will leave, and the launcher would kill whoever is still writing
 
-    def _restore(self) -> None:
-        """Brings the state to the newest checkpoint, and prepares to train from there."""
+    def _restore(self, resume: str) -> None:
+        """Brings the state to the newest checkpoint, as --resume says, and prepares to train from there. Collective."""
         config, records = self.config, self.data.train.records
         self.progress: TrainProgress = restore_state(
-            self.state, config, RunDir(config.run_dir), self.fingerprint, self.reporter
+            self.state, dataclasses.replace(config, resume=resume), RunDir(config.run_dir), self.fingerprint, self.reporter
         )
+        self.result: Optional[Evaluation] = None
+        self.saved_step = -1
         # A checkpoint knows the steps skipped before it; a later one, which it was itself rewound to, is kept beside it.
         skipped = comm.broadcast_json(run_on_root(lambda: read_skipped_steps(RunDir(config.run_dir))))
         self.progress.skipped_steps = sorted({*self.progress.skipped_steps, *skipped})
@@ -127,6 +130,11 @@ class Trainer:
         )
         self.stream = profiled(self.throughput.timed(source), steps, self.config, self.throughput)
         return zip(steps, self.stream)
+
+    def _close_stream(self) -> None:
+        """Ends the threads that decode batches which nobody will take, and a profile in progress."""
+        if self.stream:
+            self.stream.close()
 
     def update(self, step: int, batch: Batch) -> None:
         """Makes one update, or skips its records if --on_nonfinite=rewind says so; waits for nothing."""
@@ -200,7 +208,7 @@ class Trainer:
         self.progress.coverage = self.coverage.state()
 
     def check_replicas(self) -> None:
-        """Raises a collective Failure(NOT_FINITE) unless the weights of all ranks are equal in every bit; 0 turns it off."""
+        """Raises a collective Failure(NOT_FINITE) unless all ranks' weights are equal in every bit; see --drift_every_steps."""
         if self.config.drift_every_steps:
             check_replicas(list(self.state.weights), self.checksums().numpy(), self.progress.step - 1)
 
@@ -247,12 +255,14 @@ class Trainer:
     def _write_result(self) -> Any:
         assert self.result is not None  # noqa: S101
         measured = measure_run(self.throughput, self.config, self.config.device_tflops)
+        updates = len(self.throughput.total_seconds)
         seconds = time.monotonic() - self.started
-        write_result(self.config, self.result, measured, self.progress.step, self.epoch(), seconds, self.reporter)
+        write_result(self.config, self.result, measured, updates, self.progress.step, self.epoch(), seconds, self.reporter)
         return measured
 
     def stop(self) -> NoReturn:
         """Ends a run that was asked to stop, with a checkpoint; raises a collective Failure(STOPPED)."""
+        self._close_stream()
         step = self.progress.step
         if self.saved_step != step:
             self.save()
@@ -269,7 +279,7 @@ class Trainer:
     def rewind_or_stop(self, error: NonFiniteStep) -> None:
         """Returns to the newest checkpoint, to skip the step that was not finite, or raises a Failure that ends the run."""
         config, throughput = self.config, self.throughput
-        self.stream.close()  # else its threads would decode batches that nobody will take
+        self._close_stream()
         known = len(throughput.exchange_seconds)
         unlogged = {
             "update_seconds": throughput.total_seconds[known:],
@@ -290,8 +300,7 @@ class Trainer:
                 self.reporter,
             )
             reset_state(self.state, config)
-            self.config = dataclasses.replace(config, resume="auto")
-            self._restore()  # with another train step, since this one applies no update any more
+            self._restore("auto")  # with another train step, since this one applies no update any more
         skipped = self.progress.skipped_steps
         steps = {"from": error.step, "to": self.progress.step, "skipped_steps": skipped, "records": ids}
         self.reporter.event("rewind", **steps, **unlogged)
@@ -299,6 +308,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Ends a run that is complete, with the evaluation, checkpoint, result and summary that it must have."""
+        self._close_stream()
         if self.target_reached() and self.progress.step < self.total_steps:
             self.reporter.say(f"acc@1 has reached --stop_at_top1={self.config.stop_at_top1}")
         if self.result is None or self.progress.evaluated < self.progress.step:  # nothing was left to train
