@@ -208,7 +208,7 @@ class Trainer:
         self.progress.coverage = self.coverage.state()
 
     def check_replicas(self) -> None:
-        """Raises a collective Failure(NOT_FINITE) unless all ranks' weights are equal in every bit; see --drift_every_steps."""
+        """Raises a collective Failure(NOT_FINITE) if the ranks' weights differ in any bit; see --drift_every_steps."""
         if self.config.drift_every_steps:
             check_replicas(list(self.state.weights), self.checksums().numpy(), self.progress.step - 1)
 
