@@ -112,15 +112,19 @@ def write(run: RunDir) -> None:
     earlier = (read(run) or {"starts": []})["starts"]
     try:
         sync(run.log)
-        found = content(run)
+        found = content(run, known=len(earlier))
         found["starts"][: len(earlier)] = earlier  # as they were: evidence of the log as it was then
         atomic_write_text(run.receipt, json.dumps(found, indent=1) + "\n")
     except OSError as error:
         raise Failure(NOT_WRITTEN, write_error(run.receipt, error)) from error
 
 
-def content(run: RunDir, files: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
-    """Returns the receipt of a run as it is now; of log and restarts only the bytes that the `files` of another name."""
+def content(run: RunDir, files: Optional[Dict[str, Any]] = None, known: int = 0) -> Dict[str, Any]:
+    """Returns the receipt of a run as it is now.
+
+    files: of another receipt: only the bytes of log and restarts that it covers are read. known: how many first starts to
+    leave without a digest of the log, which takes reading all of it for each.
+    """
     length = {name: row["bytes"] if row else 0 for name, row in (files or {}).items()}
     lines = [line for line in read_log(run.log) if line.end <= length.get("dllogger.json", line.end)]
     starts = [line for line in lines if line.kind == "start"]
@@ -133,7 +137,10 @@ def content(run: RunDir, files: Optional[Dict[str, Any]] = None) -> Dict[str, An
         **{name: starts[-1].data.get(name) if starts else None for name in ("data", "code", "packages", "environment")},
         "epochs": [{"line": line.number, **line.data} for line in lines if line.kind == "coverage"],
         "evaluations": _evaluations(lines),
-        "starts": [{"timestamp": line.timestamp, **line.data, "log": file_row(run.log, line.end)} for line in starts],
+        "starts": [
+            {"timestamp": line.timestamp, **line.data, "log": file_row(run.log, line.end) if number >= known else None}
+            for number, line in enumerate(starts)
+        ],
         "restarts": read_json_lines(run.restarts, length.get("restarts.jsonl")),
         "checkpoints": list(_checkpoints(run)),
         "files": {
