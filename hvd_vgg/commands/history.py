@@ -1,7 +1,7 @@
 """Replays the log of a run: its attempts (process starts), their segments (between rewinds), and where it is inconsistent.
 
-Each line is checked against the configuration of its attempt and the lines before it. A kill may have torn the last line of
-an attempt, or have come before the evaluation, coverage or checkpoint of its last updates: that is no fault.
+Lines are checked against the configuration of their attempt and the lines before. A kill may have torn the last line of an
+attempt, or come before the evaluation, coverage or checkpoint of its last updates: that is no fault.
 """
 
 import dataclasses
@@ -24,9 +24,8 @@ from hvd_vgg.text import plural
 from hvd_vgg.training.schedule import evaluation_steps, learning_rate
 
 PASS, FAIL, UNKNOWN = "pass", "fail", "unknown"
-# Raised by content that no run writes.
-DAMAGED = (AttributeError, Failure, IndexError, KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError)
 _PROGRESS = ("train", "evaluation", "end")
+DAMAGED = (AttributeError, Failure, IndexError, KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError)
 _Row = Tuple[str, Any, Any]  # name, found, expected
 
 
@@ -85,8 +84,8 @@ class History:
     def compare(self, row: Any, known: Any, after: int, before: float = math.inf) -> str:
         """Returns PASS for equal rows of `receipt.checkpoint_row`, else FAIL, or UNKNOWN where a kill may explain it.
 
-        An attempt that first evaluates the checkpoint it began from saves it again with the result. If a kill keeps that out
-        of the log, there is an evaluation between the lines `after` and `before`, and only the header has changed.
+        A checkpoint that is evaluated on resume is saved again, with the result: a kill may keep that out of the log. Then
+        there is an evaluation between the lines `after` and `before`, and only the header has changed.
         """
         if row is None or row["sha256"] != known["sha256"]:
             return FAIL
@@ -103,7 +102,7 @@ def read_history(lines: List[LogLine]) -> History:
         try:
             history.faults += [f"line {line.number}: {fault}" for fault in _replay(history, line, following)]
         except DAMAGED as error:
-            history.faults.append(f"line {line.number}: no run writes this: {type(error).__name__} {error}")
+            history.faults.append(f"line {line.number}: is damaged, or not what a run writes: {error!r}")
     return history
 
 
@@ -117,9 +116,9 @@ def equal(a: Any, b: Any) -> bool:
 
 def mismatches(rows: Iterable[_Row]) -> Iterator[str]:
     """Yields a sentence for each (name, found, expected) that differ, of long values the beginning."""
-    return (
-        f"{name} {found!r:.100}, expected {expected!r:.100}" for name, found, expected in rows if not equal(found, expected)
-    )
+    for name, found, expected in rows:
+        if not equal(found, expected):
+            yield f"{name} is {found!r:.100}, expected {expected!r:.100}"
 
 
 def _replay(history: History, line: LogLine, following: Optional[LogLine]) -> Iterator[str]:
@@ -162,13 +161,13 @@ def _replay_in_attempt(history: History, attempt: Attempt, line: LogLine) -> Ite
     complete = last * attempt.batch // attempt.records  # epochs
     attempt.lines.append(line)
     if abs(line.began - attempt.start.began) > 0.01:
-        yield f"time of its process: a start after start {attempt.number} is missing;", line.began, attempt.start.began
+        yield f"start of its process (one after start {attempt.number} is missing)", line.began, attempt.start.began
     if history.over == "end" or (history.over and kind in _PROGRESS):
-        yield "line", kind, f"none after `{history.over}`"
+        yield "kind of line", kind, f"none after `{history.over}`"
     history.over = kind if kind in ("end", "stopped") else history.over
     if kind in ("train", "end", "stopped"):
         covered = max(complete, attempt.next_epoch) if kind == "train" else complete
-        yield "epochs with coverage", attempt.next_epoch, covered
+        yield "number of covered epochs", attempt.next_epoch, covered
     if kind in ("train", "end") and last > attempt.first and last in evaluation_steps(attempt.config, attempt.records):
         yield "step of the newest evaluation", attempt.evaluated, last
 
@@ -178,7 +177,7 @@ def _replay_in_attempt(history: History, attempt: Attempt, line: LogLine) -> Ite
     elif kind == "coverage":
         yield from _coverage_rows(line, attempt)
         attempt.next_epoch = int(data["epoch"]) + 1
-        text = f"{data['skipped']} skipped, replaced {data['replaced']}" if data["known"] else "trained in two orders"
+        text = f"{data['skipped']} skipped, replaced {data['replaced']}" if data["known"] else "was trained in two orders"
         if not data["known"] or data["skipped"] or data["replaced"]:
             history.checks.append(Check(PASS if data["known"] else UNKNOWN, f"epoch {data['epoch']}", text))
     elif kind == "evaluation":
@@ -187,7 +186,7 @@ def _replay_in_attempt(history: History, attempt: Attempt, line: LogLine) -> Ite
     elif kind == "throughput":
         rows = data.get("by_rank", [])
         yield from [("step", line.step, attempt.evaluated), ("by_host", data.get("by_host", []), per_host(rows))]
-        yield "ranks in by_rank", len(rows), attempt.ranks if data["fps"] else 0
+        yield "number of ranks in by_rank", len(rows), attempt.ranks if data["fps"] else 0
     elif kind == "end":
         yield from ((name, data.get(name), value) for name, value in attempt.select("evaluation")[-1].data.items())
         yield from throughput_rows(line, attempt)
@@ -197,7 +196,7 @@ def _replay_in_attempt(history: History, attempt: Attempt, line: LogLine) -> Ite
         history.saved[line.step] = line.number, data
     elif kind == "rewind":
         step = data["to"]
-        yield f"to saved step {step}", step in history.saved or not (step or history.saved), True
+        yield f"whether step {step} had been saved", step in history.saved or not (step or history.saved), True
         attempt.begin_segment(step, line)
 
 
@@ -207,7 +206,7 @@ def _train_rows(line: LogLine, attempt: Attempt) -> Iterator[_Row]:
     images = batch * max(1, line.step - before - sum(before <= step < line.step for step in attempt.skipped))
     accuracies = [data["train.acc@1"], data["train.acc@5"]]
     shares = [min(max(0, round(share * images)), images) / images for share in accuracies]
-    yield "updates", len(seconds), line.step - before  # or a line is missing or repeated
+    yield "number of updates since the last line", len(seconds), line.step - before
     yield "epoch", line.epoch, line.step * batch // attempt.records
     # A wait and the update around it are read from one clock, but summed differently.
     limits = itertools.zip_longest(waits, seconds, fillvalue=-1)

@@ -1,9 +1,7 @@
 """Checks a run against what its directory holds: `hvd-vgg verify-run`.
 
-Whatever the lines of the log allow is computed again (`read_history`): images/s from the seconds of each update, accuracies
-from hits, coverage from record ids, learning rates, and the order of starts, lines and checkpoints. The digests of the
-receipt hold the rest together; with the data, checkpoints are evaluated again. A kill may leave files newer than the last
-receipt or line about them: what cannot be checked for that reason is unknown, and no failure.
+What the log allows is computed again (`read_history`); the digests of the receipt hold the rest together; with the data,
+checkpoints are evaluated again. What a kill leaves newer than the last line or receipt about it is unknown, and no failure.
 """
 
 import dataclasses
@@ -26,6 +24,7 @@ from hvd_vgg.run_dir import RunDir, checkpoint_step
 from hvd_vgg.text import plural
 from hvd_vgg.training import checkpoint
 from hvd_vgg.training.schedule import total_steps
+from hvd_vgg.watchdog import watchdog
 
 Findings = Generator[str, None, Tuple[str, str]]  # yields what is wrong; returns verdict and text if nothing is
 
@@ -38,6 +37,8 @@ def verify_run(config: VerifyConfig) -> None:
     run, console, verdicts = RunDir(config.run_dir), Console("lines", not launched_rank()), []
     if not run.log.is_file():
         raise Failure(CONFIGURATION, f"--run_dir={run.path} has no dllogger.json: expected the directory of a run")
+    if config.data_dir:
+        watchdog.start(None, launched_rank() or 0, 0.0)  # evaluation sends heartbeats
     again = _conclude("evaluated again", _evaluate_again(run, config)) if config.data_dir else iter([])
     for verdict, subject, text in itertools.chain(check(run.path) if console.speaks else [], again):
         console.say(f"{verdict:7s}  {subject}: {text}")
@@ -71,15 +72,15 @@ def _conclude(subject: str, findings: Findings) -> Iterator[Check]:
     except StopIteration as done:
         conclusion = done.value
     except DAMAGED as error:
-        faults.append(f"has content that no run writes: {type(error).__name__} {error}")
+        faults.append(f"is damaged, or not what a run writes: {error!r}")
     shown = faults[:10] + ([f"and {len(faults) - 10} more"] if len(faults) > 10 else [])
     yield from [Check(FAIL, subject, fault) for fault in shown] or [Check(conclusion[0], subject, conclusion[1])]
 
 
 def _check_log(history: History) -> Findings:
     yield from history.faults
-    counts = [(len(history.attempts), "start"), (len(history.select("coverage")), "whole epoch")]
-    return PASS, f"{len(history.lines)} lines in order: {', '.join(plural(*count) for count in counts)}"
+    starts, epochs = plural(len(history.attempts), "start"), plural(len(history.select("coverage")), "whole epoch")
+    return PASS, f"{len(history.lines)} lines in order: {starts}, {epochs}"
 
 
 def _check_restarts(run: RunDir, history: History) -> Findings:
@@ -112,7 +113,7 @@ def _check_file(path: Path, history: History) -> Findings:
     verdict = history.compare(row, saved, number)
     if verdict == FAIL:
         yield f"is not what was saved: its digests are not those of line {number}"
-    attempt = [attempt for attempt in history.attempts if attempt.start.number <= number][-1]
+    attempt = [attempt for attempt in history.attempts if attempt.start.number < number][-1]
     config, records = attempt.config, attempt.records
     expected = {**fingerprint(config), "train_data_sha256": attempt.start.data["data"]["train"]["sha256"]}
     # The log has the length of the run in steps, whichever way it was given.
@@ -179,7 +180,8 @@ def _check_receipt(run: RunDir, history: History) -> Findings:
         launched = any(line.kind == "start" and line.data["launched"] for line in lines[:covered])
         expected["files"]["restarts.jsonl"] = "those of `hvd-vgg launch`" if launched else None
     yield from _checkpoint_faults(run, history, covered, found["checkpoints"], expected.pop("checkpoints"))
-    yield from mismatches((name, found["files"].get(name), row) for name, row in expected.pop("files").items())
+    rows = expected.pop("files")
+    yield from mismatches((f"digest of {name}", found["files"].get(name), rows[name]) for name in rows)
     yield from mismatches((name, found.get(name), value) for name, value in expected.items() if name != "written")
     newer = f"; {len(lines) - covered} lines are newer, as in a run that goes on or was killed" if lines[covered:] else ""
     return PASS, f"log, restarts, result and checkpoints are as they were{newer}"
@@ -228,10 +230,9 @@ def _evaluate_again(run: RunDir, config: VerifyConfig) -> Findings:
         now, line = score.result, history.scores.get(score.step)
         then = [int(line.data[f"eval.top{k}_hits"]) for k in (1, 5)] if line else None
         texts.append(f"{name}: {now.top1} and {now.top5} hits of {now.records} at step {score.step}; logged: {then}")
+        verdict = verdict if then else UNKNOWN
         if attempt.start.data["data"]["validation"]["sha256"] != score.data_sha256:
             yield f"--data_dir={config.data_dir} has other validation records than the run had"
-        elif then is None:
-            verdict = UNKNOWN
-        elif max(abs(now.top1 - then[0]), abs(now.top5 - then[1])) > config.hits_tolerance:
+        elif then and max(abs(now.top1 - then[0]), abs(now.top5 - then[1])) > config.hits_tolerance:
             yield texts[-1]
     return verdict, "; ".join(texts)

@@ -1,12 +1,11 @@
 """The receipt of a run, `receipt.json`: facts and digests that the contents of its directory can be compared with.
 
-It may be written at any time, from the files: the configuration, digests of data and code, packages, every start, restart,
-epoch and evaluation, and the SHA-256 of log, result and checkpoints, and of the log as it was at each start. It proves
-integrity, not authenticity: whoever can rewrite the directory can rewrite the receipt. To prove a run to someone else, give
-them the SHA-256 of the receipt when the run ends, or the data, to evaluate the checkpoints again.
+It has the configuration, digests of data and code, packages, every start, restart, epoch and evaluation, and the SHA-256 of
+log, result and checkpoints, and of the log at each start. It proves integrity, not authenticity: whoever can rewrite the
+directory can rewrite it too. To prove a run to others, give them the receipt's SHA-256 when the run ends, or the data.
 
-A checkpoint has two digests, which stand for the whole file but take reading its header only: `sha256`, of its tensors, is
-stored in the header; `header_sha256` is of the header, which also has names, shapes, position and configuration.
+A checkpoint's digests stand for the file, but only its header is read: `sha256`, of its tensors, is stored there, and
+`header_sha256` is of the header, which also has names, shapes, position and configuration.
 """
 
 import contextlib
@@ -97,10 +96,9 @@ def checkpoint_row(path: Path) -> Dict[str, Any]:
 
 def file_row(path: Path, length: Optional[int] = None) -> Optional[Dict[str, Any]]:
     """Returns bytes and sha256 of a file, or of its first `length` bytes; None if it is missing, or shorter than that."""
-    data = path.read_bytes()[:length] if path.is_file() else None
-    if data is None or len(data) < (length or 0):
-        return None
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    data = path.read_bytes()[:length] if path.is_file() else b""
+    row = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return row if path.is_file() and len(data) >= (length or 0) else None
 
 
 def sync(path: Path) -> None:
@@ -111,12 +109,11 @@ def sync(path: Path) -> None:
 
 def write(run: RunDir) -> None:
     """Writes the receipt of a run as it is now, whole or not at all. Rank 0 only. Raises Failure(NOT_WRITTEN)."""
-    earlier = read(run)
+    earlier = (read(run) or {"starts": []})["starts"]
     try:
         sync(run.log)
         found = content(run)
-        # What an earlier receipt says of a start stays as it was: it is evidence of the log as it was then.
-        found["starts"][: len(earlier["starts"]) if earlier else 0] = earlier["starts"] if earlier else []
+        found["starts"][: len(earlier)] = earlier  # as they were: evidence of the log as it was then
         atomic_write_text(run.receipt, json.dumps(found, indent=1) + "\n")
     except OSError as error:
         raise Failure(NOT_WRITTEN, write_error(run.receipt, error)) from error
@@ -159,9 +156,8 @@ def _evaluations(lines: List[LogLine]) -> List[Dict[str, Any]]:
     newest: Dict[str, Any] = {}
     for line in lines:
         if line.kind == "evaluation":
-            counts = {
-                f"eval.{name}": line.data.get(f"eval.{name}") for name in ("top1_hits", "top5_hits", "records", "loss")
-            }
+            names = ("eval.top1_hits", "eval.top5_hits", "eval.records", "eval.loss")
+            counts = {name: line.data.get(name) for name in names}
             newest = {"line": line.number, "step": line.step, **counts, "checkpoint_sha256": None}
             rows.append(newest)
         elif line.kind == "start":

@@ -116,11 +116,11 @@ def test_run_dir_holds_no_other_environment(tmp_path, data):
 @pytest.mark.parametrize(
     ("step", "name", "value", "fault"),
     [
-        (8, "train.loss", 0.1, "receipt.json: dllogger.json "),
+        (8, "train.loss", 0.1, "receipt.json: digest of dllogger.json "),
         (9, "train.update_seconds", [1e-4], "train.fps "),
         (9, "train.input_seconds", [1e4], "train.input_seconds "),
-        (9, "train.fps", 1e6, "train.fps 1000000.0, expected "),
-        (9, "train.lr", 0.006, "train.lr 0.006, expected 0.005"),
+        (9, "train.fps", 1e6, "train.fps is 1000000.0, expected "),
+        (9, "train.lr", 0.006, "train.lr is 0.006, expected 0.005"),
         (9, "train.acc@1", 0.3, "train.acc@1, acc@5 of 32 images "),
         (10, "eval.top1_hits", 37, "eval.top1_hits, top5_hits, records "),
         (10, "eval.acc@1", 0.99, "eval.acc@1, acc@5 "),
@@ -136,7 +136,7 @@ def test_verify_finds_a_number_changed(copy, step, name, value, fault):
             row["data"][name] = value
 
     change_log(copy, alter)
-    assert any(text.startswith("receipt.json: dllogger.json ") for text in faults(copy))
+    assert any(text.startswith("receipt.json: digest of dllogger.json ") for text in faults(copy))
     if name != "train.loss":
         seal(copy)
     assert any(fault in text for text in faults(copy)), faults(copy)
@@ -182,7 +182,7 @@ def test_verify_misses_a_line_left_out(copy, name):
     step = STEPS if name == "throughput" else 10
     change_log(copy, lambda row: is_row(row, step, name))
     assert copy.log.read_bytes().count(b"\n") == length - 1
-    assert any(text.startswith("receipt.json: dllogger.json ") for text in faults(copy))
+    assert any(text.startswith("receipt.json: digest of dllogger.json ") for text in faults(copy))
     seal(copy)
     # Without the line of a checkpoint the file is whole, but nothing says any more what was in it when it was saved.
     notes = [each for each in check(copy.path) if each.verdict != PASS]
@@ -195,7 +195,7 @@ def test_verify_finds_lines_of_epochs_exchanged(copy):
     lines[first], lines[second] = lines[second], lines[first]
     copy.log.write_text("".join(lines))
     seal(copy)
-    assert any(": epoch 4, expected 3" in text for text in faults(copy))
+    assert any(": epoch is 4, expected 3" in text for text in faults(copy))
 
 
 def test_verify_finds_a_record_less_in_an_epoch(copy):
@@ -205,7 +205,7 @@ def test_verify_finds_a_record_less_in_an_epoch(copy):
 
     change_log(copy, alter)
     seal(copy)
-    assert any(": seen [75, " in text for text in faults(copy))
+    assert any(": seen is [75, " in text for text in faults(copy))
 
 
 # ---- a start left out, or from elsewhere
@@ -223,9 +223,9 @@ def test_verify_finds_two_starts_made_one(copy):
 
     change_log(copy, alter)
     assert len(starts) == 2
-    assert any(text.startswith("receipt.json: dllogger.json ") for text in faults(copy))
+    assert any(text.startswith("receipt.json: digest of dllogger.json ") for text in faults(copy))
     seal(copy)
-    assert any("a start after start 1 is missing" in text for text in faults(copy))
+    assert any("one after start 1 is missing" in text for text in faults(copy))
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_verify_finds_a_result_edited(copy, name):
     """The receipt alone has its wall-clock time, which is in no log."""
     value = json.loads(copy.result.read_text())[name]
     change_result(copy, **{name: value - 1 if name in ("steps", "fps_updates") else value * 2 + 1})
-    assert any(text.startswith("receipt.json: result.json ") for text in faults(copy))
+    assert any(text.startswith("receipt.json: digest of result.json ") for text in faults(copy))
     seal(copy)
     assert bool(faults(copy)) == (name != "seconds")
 
@@ -305,7 +305,7 @@ def test_verify_compares_all_ranks_with_the_log(copy, name):
 
 def test_verify_finds_flags_edited(copy):
     copy.flags.write_text(copy.flags.read_text().replace(f"--seed={SEED}", "--seed=7"))
-    assert faults(copy) == [f"flags.txt: seed 7, expected {SEED}"]
+    assert faults(copy) == [f"flags.txt: seed is 7, expected {SEED}"]
 
 
 def test_verify_run_refuses_what_is_no_run(launch, tmp_path):

@@ -20,11 +20,11 @@ from typing import NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from patching import replace  # noqa: E402
+from patching import replace
 
-from hvd_vgg.__main__ import run  # noqa: E402
-from hvd_vgg.environment import launched_rank  # noqa: E402
-from hvd_vgg.watchdog import Watchdog, watchdog  # noqa: E402
+from hvd_vgg.__main__ import run
+from hvd_vgg.environment import launched_rank
+from hvd_vgg.watchdog import Watchdog, watchdog
 
 
 class Fault(NamedTuple):
