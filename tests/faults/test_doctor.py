@@ -401,7 +401,8 @@ def test_doctor_names_a_wrong_interface(emulated_hosts, tmp_path, data, interfac
     ended = Started(words, tmp_path, PYTHONPATH=str(ROOT)).wait()
     assert ended.code == 78, ended.out + ended.err
     assert text in ended.out + ended.err
-    assert f"eth0 {emulated_hosts.addresses[0]}" in ended.out + ended.err
+    # Of the host that ends first; on a loaded machine that need not be rank 0's.
+    assert any(f"eth0 {address}" in ended.out + ended.err for address in emulated_hosts.addresses)
 
 
 @pytest.mark.parametrize("by", ["launch", "mpirun wrong", *full("mpirun", "mpirun right")])
