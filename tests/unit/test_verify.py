@@ -396,6 +396,84 @@ def test_verify_finds_a_change_of_files(run, name):
     assert any(expected in fault for fault in verdicts(run.path)), verdicts(run.path)
 
 
+def seal(run):
+    """Makes the receipt fit what is there now, as whoever can rewrite the directory may."""
+    run.receipt.unlink()
+    receipt.write(run)
+
+
+def change_line(run, kind, of_step=None, **changes):
+    """Changes the data of the last line of a kind, or of a step; `at`: its [epoch, step]."""
+    lines = [line for line in receipt.read_log(run.log) if line.kind == kind and of_step in (None, line.step)]
+    number = lines[-1].number - 1
+    lines = run.log.read_text().splitlines()
+    row = json.loads(lines[number][5:])
+    row["step"] = changes.pop("at", row.get("step"))
+    row["data"].update(changes)
+    lines[number] = f"DLLL {json.dumps(row)}"
+    run.log.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "fault"),
+    [
+        ("train", {"at": [4, STEPS]}, "epoch is 4, expected 5"),
+        ("train", {"train.update_seconds": [0.1]}, "number of updates since the last line is 1, expected 2"),
+        ("train", {"train.input_seconds": [9.0, 0.0]}, "train.input_seconds is [9.0, 0.0]"),
+        ("train", {"train.input_seconds": [0.0]}, "train.input_seconds is [0.0]"),
+        ("train", {"train.fps": 1.0}, "train.fps is 1.0"),
+        ("train", {"train.lr": 1.0}, "train.lr is 1.0"),
+        ("train", {"train.acc@5": 0.0}, "train.acc@1, acc@5 of 64 images is [0.046875, 0.0]"),
+        ("evaluation", {"at": [5, 11]}, "step is 11, expected 12"),
+        ("evaluation", {"eval.top5_hits": 1}, "eval.top1_hits, top5_hits, records is [11, 1, 37]"),
+        ("evaluation", {"eval.records": 36}, "eval.top1_hits, top5_hits, records is [11, 30, 36]"),
+        ("evaluation", {"eval.acc@5": 1.0}, "eval.acc@1, acc@5 is "),
+        ("coverage", {"epoch": 3}, "epoch is 3, expected 4"),
+        ("coverage", {"step": 11}, "step is 11, expected 12"),
+        ("coverage", {"records": 74}, "records is 74, expected 75"),
+        ("coverage", {"skipped": 1}, "skipped is [1, "),
+        ("coverage", {"known": False}, ""),
+        ("throughput", {"step": 11}, "step is 11, expected 12"),
+        ("throughput", {"by_rank": []}, "number of ranks in by_rank is 0, expected 2"),
+        ("throughput", {"by_host": []}, "by_host is [], expected "),
+        ("throughput", {"fps": 1.0}, "result.json: fps is "),
+        ("end", {"eval.loss": 0.0}, "eval.loss is 0.0"),
+        ("end", {"fps": 1.0}, "fps is 1.0"),
+        ("end", {"fps_wall": 1e9}, "fps_wall is 1000000000.0"),
+        ("end", {"tflops_per_rank": 1.0}, "tflops_per_rank is 1.0"),
+        ("end", {"warm_up_updates": 0}, "warm_up_updates is 0, expected 1"),
+        ("checkpoint", {"sha256": "0"}, "step-00000012.safetensors: is not what was saved"),
+        ("start", {"ranks": 3}, "result.json: ranks is 2, expected 3"),
+        ("start", {"step": 2}, "start 1: from step 2 on 2 ranks: not what had been saved"),
+        ("PARAMETER", {"lr": 1.0}, "flags.txt: lr is 0.01, expected 1.0"),
+    ],
+)
+def test_verify_finds_a_change_under_a_new_receipt(run, kind, changes, fault):
+    """What is computed again from other lines needs no receipt. An epoch that is not known is unknown, and no failure."""
+    change_line(run, kind, **changes)
+    assert any(text.startswith("receipt.json: digest of dllogger.json is ") for text in verdicts(run.path))
+    seal(run)
+    assert any(fault in text for text in verdicts(run.path)) if fault else len(verdicts(run.path, UNKNOWN)) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"run": {"lr": 9.0}}, "lr is 9.0, expected 0.01"),
+        ({"run": {"train_data_sha256": "u"}}, "train_data_sha256 is 'u', expected 't'"),
+        ({"coverage": [5, 0, 0, 0, 0, 0]}, "digest of the epoch in progress is [5, 0, 0]"),
+    ],
+)
+def test_verify_finds_a_checkpoint_of_another_run(run, changes, fault):
+    """Though log and receipt have its digests."""
+    found = checkpoint.load(run.checkpoint(10))
+    meta = {**found.meta, **changes, "run": {**found.meta["run"], **changes.get("run", {})}}
+    checkpoint.write(found.path, found.tensors, meta)
+    change_line(run, "checkpoint", of_step=10, **receipt.checkpoint_row(found.path))
+    seal(run)
+    assert [text for text in verdicts(run.path) if fault in text] == verdicts(run.path) != []
+
+
 def test_verify_finds_checkpoints_that_are_gone(run):
     paths = run.list_checkpoints()
     assert len(paths) > 2
