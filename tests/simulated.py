@@ -22,11 +22,6 @@ def write_tool(path, text, **answers):
     path.chmod(0o755)
 
 
-def ixsmi_list(names):
-    """Returns what `ixsmi -L` prints if it is like NVIDIA's; it is in no public transcript."""
-    return "\n".join(f"GPU {number}: {name} (UUID: GPU-{number:08x}-0000)" for number, name in enumerate(names))
-
-
 def ixsmi_table(names, driver, cuda):
     """Returns what ixsmi prints, as seen for drivers 3.1.0 to 4.4.0."""
     rows = [
@@ -38,8 +33,8 @@ def ixsmi_table(names, driver, cuda):
     return "\n".join(["Timestamp    Wed Nov 12 14:01:27 2025", head, *rows])
 
 
-def write_packages(folder, versions, missing=(), built_for="", requires=()):
-    """Writes packages of these versions (others: 1.0) but for `missing`, TensorFlow with `requires`; returns the folder."""
+def write_packages(folder, versions, missing=(), built_for=""):
+    """Writes packages of these versions (others: 1.0) but for `missing`; returns the folder."""
     for module, name in PACKAGES.items():
         if module in missing:
             continue
@@ -48,9 +43,7 @@ def write_packages(folder, versions, missing=(), built_for="", requires=()):
         (folder / module / "__init__.py").touch()
         metadata = folder / f"{name.replace('-', '_')}-{version}.dist-info" / "METADATA"
         metadata.parent.mkdir()
-        lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
-        lines += [f"Requires-Dist: {each}" for each in requires if module == "tensorflow"]
-        metadata.write_text("\n".join(lines) + "\n")
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     if built_for:
         (folder / "horovod" / "metadata.json").write_text(f'{{"tensorflow": "{built_for}"}}')
     return str(folder)
@@ -67,19 +60,18 @@ def iluvatar(
     horovod="0.27.0+corex.4.3.0",
     built_for="2.16.2",
     missing=(),
-    requires=(),
     **environ,
 ):
     """Returns a simulated Iluvatar host; nodes: device nodes, as many as names by default."""
     prefix = root / "usr/local" / f"corex-{sdk}"
     versions = {"tensorflow": tensorflow, "horovod": horovod}
-    packages = write_packages(prefix / "lib64/python3/dist-packages", versions, missing, built_for, requires)
+    packages = write_packages(prefix / "lib64/python3/dist-packages", versions, missing, built_for)
     (prefix.parent / "corex").symlink_to(prefix.name)
     (prefix / "lib64/libcudart.so.10.2").touch()
     (root / "dev").mkdir()
     for number in range(len(names) if nodes is None else nodes):
         (root / f"dev/iluvatar{number}").touch()
-    write_tool(prefix / "bin/ixsmi", ixsmi_table(names, driver, cuda), L=ixsmi_list(names))
+    write_tool(prefix / "bin/ixsmi", ixsmi_table(names, driver, cuda))
     corex = f"{prefix.parent}/corex"
     variables = {"PATH": f"{corex}/bin:/usr/bin:/bin", "LD_LIBRARY_PATH": f"{corex}/lib64", "COREX_VERSION": sdk}
     return HostView(root, {**variables, **environ}, [packages])

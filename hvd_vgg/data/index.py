@@ -29,11 +29,11 @@ _SHARD_NAME = re.compile(r"(?P<split>[a-z]+)-(?P<number>[0-9]{5})-of-(?P<count>[
 MAX_RECORD_BYTES = 64 * 2**20
 # A label is searched for in this much of a record's beginning and end before the whole record is read.
 _SEARCH_BYTES = 512
-# The map entry of a label of one byte (0..127) or two, packed or not: what every writer of Examples produces. A match is a
+# The name and Feature of a label of one byte (0..127) or two, packed or not: what writers of Examples produce. A match is a
 # shortcut to what `parse_label` would find; reading the record whole verifies it.
 _LABEL_ENTRY = re.compile(
-    rb"\n(?:\x1a\n\x11image/class/label\x12\x05\x1a\x03\n\x01|\x19\n\x11image/class/label\x12\x04\x1a\x02\x08)([\x00-\x7f])"
-    rb"|\n(?:\x1b\n\x11image/class/label\x12\x06\x1a\x04\n\x02|\x1a\n\x11image/class/label\x12\x05\x1a\x03\x08)([\x80-\xff][\x01-\x7f])"
+    rb"\n\x11image/class/label\x12(?:(?:\x05\x1a\x03\n\x01|\x04\x1a\x02\x08)([\x00-\x7f])"
+    rb"|(?:\x06\x1a\x04\n\x02|\x05\x1a\x03\x08)([\x80-\xff][\x01-\x7f]))"
 )
 
 

@@ -13,7 +13,7 @@ windows of 16,384 records, 3.6 GB at ImageNet's mean, of each host's page cache.
 
 A bad record (its checksum, features, image or label) ends the run, unless --bad_records_allowed is above 0. Then in training
 another record takes its place, a function of the seed, the epoch and the bad record, with the row's own crop and flip; in
-evaluation the row stays empty. The batch says so, and `train.bad_records` keeps count.
+evaluation the row stays empty. The batch says so, and `training.bad_records` keeps count.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ class Batch(NamedTuple):
     """A batch on the host: images uint8 [n, image_size, image_size, 3], labels int32 [n] from 0, record ids int64 [n].
 
     In training `ids` are the records that the images show; `bad` says which of them replace others. In evaluation `bad` are
-    black rows with the label PADDING, as are the rows that fill up the last batch.
+    black rows with the label PADDING, which also marks the rows that fill up the last batch.
     """
 
     images: Any
@@ -82,7 +82,7 @@ class Dataset:
     augment: str
     training: bool  # or evaluation: nothing is random, and no record takes another's place
     seed: int = 0
-    replace_bad: bool = False  # or end the run
+    bad_allowed: int = 0  # with 0 a bad record ends the run
 
     def read(self, record: int) -> Union[Sample, BadRecord]:
         """Returns a record, or what is wrong with it. Raises Failure(DATA) where its shard cannot be read at all."""
@@ -92,7 +92,7 @@ class Dataset:
             return bad
         if label != self.index.labels[record]:
             reason = f"its label is {label}, but was {self.index.labels[record]} when the shard was indexed"
-            return BadRecord(self.index.where(record), reason, "Did the shard change while in use? Start again")
+            return BadRecord(self.index, record, reason, "Did the shard change while in use? Start again")
         return Sample(record, encoded, label - self.label_base)
 
     def decode(self, sample: Union[Sample, BadRecord], params: List[float], out: np.ndarray) -> int:
@@ -102,33 +102,33 @@ class Dataset:
         """
         if isinstance(sample, BadRecord):
             raise sample
-        where, size = self.index.where, len(sample.encoded)
         try:
             if self.training:
                 train_image(sample.encoded, params, self.augment, out)
             else:
                 eval_image(sample.encoded, self.augment, out)
         except ValueError as error:
-            reason = f"the image ({size} bytes) cannot be decoded: {error}"
-            raise BadRecord(where(sample.record), reason, "Expected a whole JPEG or PNG: replace the record") from error
+            reason = f"the image ({len(sample.encoded)} bytes) cannot be decoded: {error}"
+            advice = "Expected a whole JPEG or PNG: replace the record"
+            raise BadRecord(self.index, sample.record, reason, advice) from error
         except Exception as error:
-            raise RuntimeError(f"{where(sample.record)}: the image ({size} bytes) broke the program") from error
+            where = self.index.where(sample.record)
+            raise RuntimeError(f"{where}: the image ({len(sample.encoded)} bytes) broke the program") from error
         return sample.label
 
-    def replace(
-        self, bad: BadRecord, record: int, epoch: int, params: List[float], out: np.ndarray
-    ) -> Tuple[int, Optional[int]]:
-        """Writes what takes the place of a bad record to `out` and returns its label and id: PADDING and None in evaluation.
+    def replace(self, bad: BadRecord, epoch: int, params: List[float], out: np.ndarray) -> Tuple[int, Optional[int]]:
+        """Writes what takes the place of a bad record to `out`, and returns its label and id.
 
-        Raises Failure(DATA) where bad records are not allowed, or too many of those tried are bad as well.
+        Training takes another record; evaluation a black image, PADDING and None. Raises Failure(DATA) where bad records
+        are not allowed, or those tried are all bad.
         """
-        if not self.replace_bad:
+        if not self.bad_allowed:
             raise Failure(DATA, f"{bad.message}, or go on without: --bad_records_allowed=1 (or more)") from bad
         if not self.training:
             out[:] = 0
             return PADDING, None
         for attempt in range(MAX_REPLACEMENTS):
-            by = replacement_record(self.index.records, self.seed, epoch, record, attempt)
+            by = replacement_record(self.index.records, self.seed, epoch, bad.record, attempt)
             with contextlib.suppress(BadRecord):  # each is reported in its own place
                 return self.decode(self.read(by), params, out), by
         raise Failure(DATA, f"{bad.message} ({MAX_REPLACEMENTS} others tried in its place are bad too)") from bad
@@ -163,9 +163,7 @@ def train_batches(
         begin = start - start % index.records % window if first else start + window
         return storage_order(begin, start + config.global_batch + window, index.records, config.seed, block)
 
-    dataset = Dataset(
-        index, label_base, config.image_size, config.augment, True, config.seed, config.bad_records_allowed > 0
-    )
+    dataset = Dataset(index, label_base, config.image_size, config.augment, True, config.seed, config.bad_records_allowed)
     return load_batches(dataset, specs(), high - low, threads)
 
 
@@ -194,9 +192,7 @@ def eval_batches(
         ids = np.arange(start, min(start + rows, index.records))
         return BatchSpec(ids, np.zeros(len(ids), np.int64), np.zeros([len(ids), 2], np.int64), ids)
 
-    dataset = Dataset(
-        index, label_base, config.image_size, config.augment, False, replace_bad=config.bad_records_allowed > 0
-    )
+    dataset = Dataset(index, label_base, config.image_size, config.augment, False, bad_allowed=config.bad_records_allowed)
     starts = range(rank * rows, index.records, size * rows)
     return load_batches(dataset, map(spec, starts), rows, threads)
 
@@ -256,10 +252,9 @@ def _fill(batch: Batch, spec: BatchSpec, rows: np.ndarray, dataset: Dataset) -> 
         try:
             batch.labels[row] = dataset.decode(sample, params, batch.images[row])
         except BadRecord as bad:
-            record = int(spec.ids[row])
-            batch.labels[row], by = dataset.replace(bad, record, int(spec.epochs[row]), params, batch.images[row])
-            batch.ids[row] = record if by is None else by
-            batch.bad.append(BadRow(row, record, by, bad.reason))
+            batch.labels[row], by = dataset.replace(bad, int(spec.epochs[row]), params, batch.images[row])
+            batch.ids[row] = bad.record if by is None else by
+            batch.bad.append(BadRow(row, bad.record, by, bad.reason))
 
 
 def _finish(batch: Batch, filled: int, tasks: List["Future[None]"]) -> Batch:

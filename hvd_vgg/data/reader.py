@@ -16,11 +16,11 @@ from hvd_vgg.errors import DATA, Failure
 
 
 class BadRecord(Failure):
-    """One record that cannot be used, though others of its shard may be intact; `reason` says what is wrong with it."""
+    """One record that cannot be used, though others of its shard may be intact."""
 
-    def __init__(self, where: str, reason: str, advice: str) -> None:
-        super().__init__(DATA, f"data: {where}: {reason}. {advice}")
-        self.reason = reason
+    def __init__(self, index: Index, record: int, reason: str, advice: str) -> None:
+        super().__init__(DATA, f"data: {index.where(record)}: {reason}. {advice}")
+        self.record, self.reason = record, reason
 
 
 def _max_open_shards() -> int:
@@ -61,16 +61,12 @@ def read_record(index: Index, record: int) -> bytes:
     except OSError as error:
         raise Failure(DATA, f"data: {index.where(record)}: cannot be read: {error.strerror}") from error
     if len(found) < length + FOOTER_BYTES:
-        raise BadRecord(
-            index.where(record),
-            f"expected {length} bytes of data and a checksum, found {len(found)} bytes: the shard has become shorter since "
-            f"it was indexed",
-            "Copy it again",
-        )
+        reason = f"expected {length} bytes and a checksum, found {len(found)}: the shard has shrunk since it was indexed"
+        raise BadRecord(index, record, reason, "Copy it again")
     computed, (stored,) = masked_crc(memoryview(found)[:length]), struct.unpack_from("<I", found, length)
     if computed != stored:
         reason = f"the checksum of its {length} bytes of data is {computed:08x}, the file says {stored:08x}: damaged"
-        raise BadRecord(index.where(record), reason, "Copy the shard again")
+        raise BadRecord(index, record, reason, "Copy the shard again")
     return found
 
 
@@ -91,4 +87,4 @@ def parse_example(index: Index, record: int, data: bytes) -> Tuple[bytes, int]:
     try:
         return parse_features(data, int(index.lengths[record]))
     except ValueError as error:
-        raise BadRecord(index.where(record), str(error), EXPECTED_FEATURES) from error
+        raise BadRecord(index, record, str(error), EXPECTED_FEATURES) from error

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from hvd_vgg.config import DoctorConfig
 from hvd_vgg.data.sampler import slice_bounds
+from hvd_vgg.doctor.report import Report
 from hvd_vgg.models.architecture import DENSE, vgg_layers
 from hvd_vgg.parallel import comm, cost, exchange
 from hvd_vgg.parallel.init import mpi_version, transports
@@ -22,13 +23,14 @@ from hvd_vgg.reporting.findings import Finding, failure, ok, warning
 # A prime, so that parts that are swapped, or added to their neighbours, differ from what was sent.
 _PERIOD = 251
 _LATENCY_REPEATS, _REPEATS, _LINK_BYTES, _PAIR_BYTES = 30, 3, 16_000_000, 4_000_000
+_COLLECTIVES_SECONDS = 600.0
 # Slower by this factor than `plan` assumes, or than other links, is worth a warning.
 _SLOWER = 2.0
 # Bytes/s per rank below which devices of one host do not exchange directly: 4 lanes of PCI Express 3.0 carry twice this.
 _DEVICE_RATE = 2e9
 # The time of shorter messages is mostly latency.
 _RATE_BYTES = 16_000_000
-STAGED = (
+_STAGED = (
     "are not exchanged by NCCL, for which Horovod was not built: unless its MPI accepts device memory, they are copied "
     "through the host (sums: about 0.85 s per update of VGG16, scaled up from the one published record of such a build)"
 )
@@ -37,8 +39,8 @@ STAGED = (
 class Link(NamedTuple):
     """What a short measurement found; equal on all ranks except `correct`.
 
-    transports: NCCL, mpi or gloo for `sums` and `gathers`; seconds of a small sum; bytes/s that each rank sends in a large
-    one; whether that one was correct on this rank.
+    transports: NCCL, mpi or gloo for `sums` and `gathers`; seconds of a small sum, 0 on a single rank; bytes/s that each
+    rank sends in a large one; whether that one was correct on this rank.
     """
 
     transports: Dict[str, str]
@@ -57,12 +59,25 @@ class Exchange(NamedTuple):
     wrong: List[str]
 
 
+def check_links(report: Report, config: DoctorConfig, device: str, hosts: Sequence[str]) -> None:
+    """Adds to the report what a short measurement and --collectives find; hosts: the host name of each rank."""
+    with report.time_limit("link", "the ranks did not exchange a few MB"):
+        link = measure_link(device)
+        report.findings += assess_link(link, device, config.gbit if comm.local_size() < comm.size() else 0.0)
+        report.findings += check_pairs(hosts)
+    if config.collectives:
+        with report.time_limit("collectives", "--collectives did not end", _COLLECTIVES_SECONDS):
+            report.findings += check_collectives(config, device, link)
+
+
 def measure_link(device: str) -> Link:
     """Sums a number and 16 MB over all ranks on this rank's device.
 
     Tensors are on the device before and after: the times include no copies from and to the host, except Horovod's own.
     """
-    count, ranks = _LINK_BYTES // 4, comm.size()
+    count, ranks, carriers = _LINK_BYTES // 4, comm.size(), transports(device)
+    if ranks == 1:
+        return Link(carriers, 0.0, 0.0, True)
     with tf.device(device):
         small, large = (tf.constant(pattern(size, comm.rank())) for size in (1, count))
 
@@ -72,18 +87,16 @@ def measure_link(device: str) -> Link:
             total = comm.sum_gradients([value], f"doctor_{value.shape[0]}")[0]
             return total, total[-1]
 
-    carriers = transports(device)
     latency = float(np.median(_seconds(lambda: sum_over_ranks(small)[1].numpy(), _LATENCY_REPEATS)))
     seconds = float(np.median(_seconds(lambda: sum_over_ranks(large)[1].numpy(), _REPEATS)))
     correct = np.array_equal(sum_over_ranks(large)[0].numpy(), expected_sum(count, ranks))
     return Link(carriers, latency, cost.allreduce_bytes(count, ranks, "float32") / seconds, correct)
 
 
-def assess_link(link: Link, device: str, ranks: int, gbit: float) -> List[Finding]:
+def assess_link(link: Link, device: str, gbit: float) -> List[Finding]:
     """Returns what a measured link means; gbit: Gbit/s between hosts as given to `plan`, 0 if unknown or on one host."""
-    found = assess_transports(link.transports, device)
-    path = link.transports["sums"]
-    if ranks == 1:
+    found, path = assess_transports(link.transports, device), link.transports["sums"]
+    if not link.latency_seconds:
         return found
     if not link.correct:
         text = f"a sum of {_LINK_BYTES // 1_000_000} MB over all ranks by {path} is wrong"
@@ -102,11 +115,11 @@ def assess_transports(carriers: Mapping[str, str], device: str) -> List[Finding]
     """Returns a warning if what ranks exchange is copied from the device to its host and back."""
     copied = [kind for kind, carrier in carriers.items() if "GPU" in device and carrier != "NCCL"]
     fix = "use a Horovod built with NCCL (HOROVOD_GPU_OPERATIONS=NCCL), or the vendor's newer wheel"
-    return [warning("link", f"{' and '.join(copied)} of device tensors {STAGED}", fix)] if copied else []
+    return [warning("link", f"{' and '.join(copied)} of device tensors {_STAGED}", fix)] if copied else []
 
 
 def check_pairs(hosts_of_ranks: Sequence[str]) -> List[Finding]:
-    """Has each host and the next send each other 4 MB, one pair at a time; hosts_of_ranks: the host name of each rank.
+    """Has each host and the next send each other 4 MB, one pair at a time.
 
     A host with a slow link slows down everybody's sums; only pairs show which one it is.
     """

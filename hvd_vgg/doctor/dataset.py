@@ -1,15 +1,16 @@
 """The data set: shards, records, labels, and whether images decode. `check_dataset` is collective."""
 
+import contextlib
 import dataclasses
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Dict, Iterator, List, Optional
 
 import numpy as np
 
-from hvd_vgg.config import TrainConfig
+from hvd_vgg.config import DoctorConfig
 from hvd_vgg.data.index import (
     Index,
     cache_places,
@@ -22,6 +23,8 @@ from hvd_vgg.data.index import (
 )
 from hvd_vgg.data.reader import parse_example, read_record
 from hvd_vgg.data.transforms import eval_image
+from hvd_vgg.doctor.report import Report
+from hvd_vgg.doctor.settings import check_schedule
 from hvd_vgg.errors import Failure
 from hvd_vgg.parallel import comm
 from hvd_vgg.reporting.console import Console
@@ -50,25 +53,27 @@ class SplitScan:
         return self.scanned == self.shards
 
 
-def check_dataset(config: TrainConfig, full: bool, threads: int, console: Console) -> Tuple[List[Finding], int]:
-    """Returns this rank's findings, and about how many records there are to train on. Collective.
+def check_dataset(report: Report, config: DoctorConfig, threads: int) -> None:
+    """Adds to the report what is found in both splits, and with their size whether the learning rate decays. Collective.
 
-    Shards that are not indexed yet are scanned for a few seconds. With `full` all are, and the index is kept; each record is
+    Shards that are not indexed yet are scanned for a few seconds. With --full all are, and the index is kept; each record is
     read, checked and decoded once, by `threads` threads per rank.
     """
-    found: List[Finding] = []
+    console, found = Console(config.console, comm.is_root()), report.findings
     scans: Dict[str, SplitScan] = {}
-    for split in ("train", "validation"):
-        paths = _find_same_shards(config.data_dir, split, found)
-        if paths:
-            scans[split] = _scan(config, split, paths, full, console, found)
-    if len(scans) == 2:
-        found += assess_splits(config, scans["train"], scans["validation"])
-    for split, scan in scans.items():
-        if scan.index is not None and scan.index.records:
-            found += _check_records(config, split, scan.index, full and scan.complete, threads, console)
+    limit = report.time_limit("data", f"{config.data_dir} was not scanned")
+    with contextlib.nullcontext() if config.full else limit:
+        for split in ("train", "validation"):
+            paths = _find_same_shards(config.data_dir, split, found)
+            if paths:
+                scans[split] = _scan(config, split, paths, console, found)
+        if len(scans) == 2:
+            found += assess_splits(config, scans["train"], scans["validation"])
+        for split, scan in scans.items():
+            if scan.index is not None and scan.index.records:
+                found += _check_records(config, split, scan.index, config.full and scan.complete, threads, console)
     train = scans.get("train")
-    return found, train.records * train.shards // max(1, train.scanned) if train else 0
+    found += check_schedule(config, train.records * train.shards // max(1, train.scanned) if train else 0)
 
 
 def _find_same_shards(data_dir: str, split: str, found: List[Finding]) -> List[Path]:
@@ -96,11 +101,9 @@ def _to_finding(error: Failure) -> Finding:
     return failure("data", text or fix, fix if text else "follow the message")
 
 
-def _scan(
-    config: TrainConfig, split: str, paths: List[Path], full: bool, console: Console, found: List[Finding]
-) -> SplitScan:
-    """Returns a scan of the whole split with `full`, else of what is cached and a few seconds' worth; adds bad shards."""
-    if full:
+def _scan(config: DoctorConfig, split: str, paths: List[Path], console: Console, found: List[Finding]) -> SplitScan:
+    """Returns a scan of the whole split with --full, else of what is cached and a few seconds' worth; adds bad shards."""
+    if config.full:
         try:
             index = open_split(config.data_dir, split, Path(config.run_dir), console)
             return SplitScan(index, len(paths), len(paths), 0, index.records, np.unique(index.labels))
@@ -112,7 +115,7 @@ def _scan(
     return _scan_shards(config, split, paths, TURN_SECONDS, found)
 
 
-def _scan_shards(config: TrainConfig, split: str, paths: List[Path], seconds: float, found: List[Finding]) -> SplitScan:
+def _scan_shards(config: DoctorConfig, split: str, paths: List[Path], seconds: float, found: List[Finding]) -> SplitScan:
     """Scans this rank's part of the shards that are not in the cache, for `seconds`; adds those that cannot be read."""
     cached = cached_shards(cache_places(config.data_dir, split, Path(config.run_dir)), paths)
     started, shards, unreadable = time.monotonic(), {}, 0
@@ -133,7 +136,7 @@ def _scan_shards(config: TrainConfig, split: str, paths: List[Path], seconds: fl
     return SplitScan(index, len(paths), scanned, failed, records, distinct)
 
 
-def assess_splits(config: TrainConfig, train: SplitScan, validation: SplitScan) -> Iterator[Finding]:
+def assess_splits(config: DoctorConfig, train: SplitScan, validation: SplitScan) -> Iterator[Finding]:
     """Yields what the counts and labels of both splits mean; the same on all ranks."""
     for split, scan in (("train", train), ("validation", validation)):
         text = f"{split}: {scan.records:,} records in {plural(scan.shards, 'shard')}"
@@ -165,7 +168,7 @@ def assess_splits(config: TrainConfig, train: SplitScan, validation: SplitScan) 
 
 
 def _check_records(
-    config: TrainConfig, split: str, index: Index, full: bool, threads: int, console: Console
+    config: DoctorConfig, split: str, index: Index, full: bool, threads: int, console: Console
 ) -> List[Finding]:
     """Reads and decodes this rank's part of all records with `full` (collective), else one record of the index."""
     bounds = [index.records * part // comm.size() for part in (comm.rank(), comm.rank() + 1)] if full else [0, 1]
@@ -188,7 +191,7 @@ def _check_records(
     return found or [ok("data", what if full else f"a record of {split} is read and decoded on each rank that scanned any")]
 
 
-def _record_error(index: Index, record: int, config: TrainConfig) -> str:
+def _record_error(index: Index, record: int, config: DoctorConfig) -> str:
     """Returns what is wrong with a record; "" if it decodes."""
     try:
         encoded, _ = parse_example(index, record, read_record(index, record))

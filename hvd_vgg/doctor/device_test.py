@@ -3,13 +3,24 @@
 On hosts whose driver does not fit their SDK, devices are listed and the first allocation fails.
 """
 
+import os
 from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import tensorflow as tf
 
-from hvd_vgg.parallel.init import cpu_convolves
-from hvd_vgg.reporting.findings import Finding, failure, ok, warning
+from hvd_vgg.config import DoctorConfig
+from hvd_vgg.doctor.driver import Accelerators, check_driver
+from hvd_vgg.doctor.packages import device_nodes
+from hvd_vgg.doctor.report import PHASE_SECONDS, Report
+from hvd_vgg.doctor.settings import check_flags, check_rank_count, check_visible_devices
+from hvd_vgg.environment import launched_rank
+from hvd_vgg.errors import Failure
+from hvd_vgg.models.architecture import count_parameters, vgg_layers
+from hvd_vgg.parallel import comm
+from hvd_vgg.parallel.init import cpu_convolves, take_device
+from hvd_vgg.reporting.findings import FAILURE, Finding, failure, ok, warning
+from hvd_vgg.text import plural
 
 # Largest relative error of a product of random matrices in each precision, compared with float64 on the same rounded
 # inputs: ten times what accumulation in float32 gives, or for 16 bits what accumulation in those 16 bits gives.
@@ -32,6 +43,51 @@ class Case(NamedTuple):
     def name(self) -> str:
         """`float32` for a matrix product, `float32 NCHW` for a convolution, and so on."""
         return f"{self.dtype} {self.layout}".strip()
+
+
+def check_devices(report: Report, config: DoctorConfig, accelerators: Accelerators) -> Tuple[str, int]:
+    """Tries this rank's device, or without a launcher all of this host.
+
+    Returns the name of the device to exchange from, and the number of threads that may decode images.
+    """
+    alone, mask = launched_rank() is None, accelerators.host.environ.get("CUDA_VISIBLE_DEVICES")
+    cuda = str(tf.sysconfig.get_build_info().get("cuda_version", ""))
+    with report.time_limit("devices", "the devices were not listed"):
+        gpus = tf.config.list_physical_devices("GPU")
+    with report.time_limit("devices", "the devices did not answer", PHASE_SECONDS * len(gpus) if alone else 0.0):
+        threads = _take_devices(config, gpus, alone)
+        try:
+            devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")[:1]
+        except (RuntimeError, tf.errors.OpError) as error:
+            text = f"TensorFlow lists {plural(len(gpus), 'device')} but cannot initialize them: {error}"
+            fix = "driver and SDK must fit; exclude a broken device by CUDA_VISIBLE_DEVICES"
+            # Nothing computed, which decides about the driver; without a device this rank cannot exchange findings.
+            report.findings += [failure("devices", text, fix), *check_driver(accelerators, cuda, False)]
+            raise report.finish_alone() from error
+        parameters = count_parameters(vgg_layers(config.model, config.width, config.image_size, config.num_classes))
+        tried = check_computation(devices, config.precision, 4 * parameters)
+    computed = bool(gpus) and all(finding.verdict != FAILURE for finding in tried)
+    nodes = device_nodes(accelerators.host, accelerators.vendor)
+    report.findings += [
+        *tried,
+        *check_driver(accelerators, cuda, computed),
+        *check_visible_devices(len(nodes), len(gpus), mask),
+        *check_rank_count(len(gpus), comm.local_size(), alone, mask),
+        *check_flags(config, comm.size(), len(gpus)),
+    ]
+    return str(devices[0].name), threads
+
+
+def _take_devices(config: DoctorConfig, gpus: Sequence[Any], alone: bool) -> int:
+    """Takes this rank's device as training does, or all `gpus` if they are to be tried; returns the decoding threads."""
+    if gpus and (alone or len(gpus) < comm.local_size()):
+        for gpu in gpus:
+            tf.config.experimental.set_memory_growth(gpu, True)
+        return os.cpu_count() or 1
+    try:
+        return take_device(config.input_threads, config.precision).input_threads
+    except Failure:  # a precision that the device does not support, which `check_computation` reports
+        return 1
 
 
 def check_computation(devices: Sequence[Any], precision: str, gradient_bytes: int) -> List[Finding]:

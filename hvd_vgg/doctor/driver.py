@@ -63,14 +63,12 @@ def _list_nvidia(host: HostView) -> Optional[Listing]:
 
 
 def _list_iluvatar(host: HostView) -> Optional[Listing]:
-    # All public transcripts show the table; --query-gpu is only known to support index and uuid.
+    # All public transcripts show this table; --query-gpu is only known to support index and uuid.
     table = _run(host, "ixsmi")
     head = re.search(r"Driver Version:\s*(\S+)\s+CUDA Version:\s*(\S+)", table)
     names = re.findall(r"^\|\s*\d+\s+(\S.*?)\s*\|\s*[0-9A-Fa-f]+:[0-9A-Fa-f]+:[0-9A-Fa-f.]+\s*\|", table, re.MULTILINE)
     mebibytes = [(int(used), int(total)) for used, total in re.findall(r"(\d+)MiB\s*/\s*(\d+)MiB", table)]
-    if not names:  # an unknown table layout
-        names = re.findall(r"^GPU\s+\d+:\s*(\S.*?)\s*(?:\(UUID.*)?$", _run(host, "ixsmi", "-L"), re.MULTILINE)
-    return Listing(head[1] if head else "", head[2] if head else "", names, mebibytes) if head or names else None
+    return Listing(head[1], head[2], names, mebibytes) if head else None
 
 
 def count_cards(names: Sequence[str]) -> int:
@@ -98,9 +96,9 @@ def check_device_nodes(accelerators: Accelerators) -> Iterator[Finding]:
         fix = "join the group that owns them (docker run --group-add)"
         yield failure("devices", f"this user may not open {', '.join(closed)}", fix)
     if listing is None:
-        text = f"{len(nodes)} nodes; {'ixsmi' if vendor == 'Iluvatar' else 'nvidia-smi'} is missing or does not answer"
-        fix = "add the vendor's libraries to LD_LIBRARY_PATH; until then driver and memory are not checked"
-        yield warning("devices", text, fix)
+        tool = "ixsmi" if vendor == "Iluvatar" else "nvidia-smi"
+        text = f"{len(nodes)} nodes; {tool} is missing, fails or prints something unknown: the driver is not checked"
+        yield warning("devices", text, f"{tool} must work by hand; it needs the vendor's libraries on LD_LIBRARY_PATH")
         return
     if vendor == "Iluvatar" and parse_version(listing.driver) >= (4, 4) and not (host.root / "dev/itrctl").exists():
         yield warning("devices", "/dev/itrctl is missing, which drivers since 4.4.0 have", "docker run --device /dev/itrctl")
@@ -153,8 +151,6 @@ def check_driver(accelerators: Accelerators, cuda: str, computed: bool) -> Itera
     text, problem, fix = _assess_nvidia(listing, cuda) if nvidia else _assess_iluvatar(listing, sdk_version(host))
     if not problem:
         yield ok("driver", text)
-    elif not listing.driver:
-        yield warning("driver", f"{text}: {problem}", fix)
     elif computed:
         yield warning("driver", f"{text}: {problem}; the devices computed correctly all the same", fix)
     else:
@@ -183,10 +179,7 @@ def _assess_iluvatar(listing: Listing, sdk: str) -> Tuple[str, str, str]:
     fails with 801 at the first allocation; ixsmi then prints CUDA Version: N/A. SDK 4.3.0 was shipped with driver 4.3.8,
     so the third number may differ.
     """
-    text = f"Iluvatar {listing.driver or 'unknown'}, SDK {sdk or 'unknown'}, CUDA {listing.cuda or 'unknown'}"
-    if not listing.driver:
-        fix = "read the driver's version in the output of ixsmi: it must be that of the SDK, or newer"
-        return text, "ixsmi prints an unknown table layout", fix
+    text = f"Iluvatar {listing.driver}, SDK {sdk or 'unknown'}, CUDA {listing.cuda}"
     driver = parse_version(listing.driver)
     fix = f"install the driver of SDK {sdk or 'that the image has'} on the host, or use the image of SDK {listing.driver}"
     if sdk and driver[:2] < parse_version(sdk)[:2]:

@@ -54,7 +54,7 @@ def this_host() -> HostView:
 
 
 def is_installed(host: HostView, module: str) -> bool:
-    """Says whether Python would find `module`, without importing it."""
+    """Returns whether Python would find `module`, without importing it."""
     return importlib.machinery.PathFinder.find_spec(module, list(host.path)) is not None
 
 
@@ -103,11 +103,6 @@ def check_packages(host: HostView) -> Iterator[Finding]:
         name = _names(module)[0]
         fix = _FIXES.get(module, f"pip install --no-deps {name}")
         yield (failure if module in _REQUIRED else warning)("packages", f"{name} is not installed", fix)
-    for module in ("tensorflow", "horovod"):
-        missing = _missing_requirements(host, module)
-        if missing:
-            fix = f"pip install --no-deps {' '.join(missing)}, if importing it fails (see software)"
-            yield warning("packages", f"{module} requires {', '.join(missing)}: not installed", fix)
     modules = ("tensorflow", "horovod", *_REQUIRED, *_OPTIONAL)
     versions = {_names(each)[0]: installed_version(host, each) for each in modules}
     yield ok("packages", ", ".join(f"{name} {version}" for name, version in versions.items() if version))
@@ -183,22 +178,6 @@ def _distribution(host: HostView, module: str) -> Optional[importlib.metadata.Di
         for found in importlib.metadata.distributions(name=name, path=list(host.path)):
             return found
     return None
-
-
-def _missing_requirements(host: HostView, module: str) -> List[str]:
-    """Returns what `module` requires by its metadata and is not installed, except packages that are reported anyway."""
-    try:
-        from packaging.requirements import InvalidRequirement, Requirement
-    except ImportError:  # reported as missing
-        return []
-    found = _distribution(host, module)
-    try:
-        wanted = [Requirement(line) for line in (found.requires if found else None) or []]
-    except InvalidRequirement:
-        return []
-    wanted = [each for each in wanted if each.marker is None or each.marker.evaluate({"extra": ""})]
-    known = {name.lower() for each in (*_REQUIRED, "tensorflow", "horovod") for name in _names(each)}
-    return sorted(each.name for each in wanted if each.name.lower() not in known and not installed_version(host, each.name))
 
 
 def _prefix_version(host: HostView) -> str:

@@ -8,15 +8,20 @@ import dataclasses
 import os
 import time
 from pathlib import Path
-from typing import List, Mapping, Sequence
+from typing import List, Mapping
 
 import numpy as np
 
 from hvd_vgg.config import DoctorConfig
+from hvd_vgg.data.transforms import IMAGE_LIBRARY
+from hvd_vgg.doctor.mpi import check_mpi, query_mpi4py
+from hvd_vgg.doctor.packages import HostView, is_installed
+from hvd_vgg.doctor.report import Report
 from hvd_vgg.doctor.settings import link_variables
 from hvd_vgg.doctor.system import nearest_existing, probe_file
 from hvd_vgg.parallel import comm
-from hvd_vgg.parallel.init import compared_environment
+from hvd_vgg.parallel.init import compared_environment, describe_software
+from hvd_vgg.parallel.mpi import loaded_mpi_libraries
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
 from hvd_vgg.text import plural
 
@@ -26,10 +31,21 @@ _MAX_CLOCK_SKEW_SECONDS = 1.0
 _PER_HOST_FLAGS = ("data_dir", "run_dir", "console", "out")
 
 
-def describe_ranks(hosts: Sequence[str]) -> Finding:
-    """Returns the number of ranks, in all and on each host; hosts: the host name of each rank."""
-    per_host = ", ".join(f"{host} ({hosts.count(host)})" for host in dict.fromkeys(hosts))
-    return ok("ranks", f"{plural(len(hosts), 'rank')} on {per_host}")
+def check_ranks(report: Report, config: DoctorConfig, host: HostView) -> List[str]:
+    """Checks all of this and adds it to the report; returns the host name of each rank."""
+    # A rank whose own device hangs reaches its limit before those that wait for it here, and is the one to be named.
+    with report.time_limit("devices", "the devices of another rank did not answer"):
+        hosts = comm.gather_json(report.host)
+    per_host = ", ".join(f"{name} ({hosts.count(name)})" for name in dict.fromkeys(hosts))
+    software = describe_software(IMAGE_LIBRARY)
+    mpi4py = query_mpi4py(host.environ) if is_installed(host, "mpi4py") else {}
+    report.findings.append(ok("ranks", f"{plural(len(hosts), 'rank')} on {per_host}"))
+    report.findings.append(check_mpi(loaded_mpi_libraries(), mpi4py, software))
+    with report.time_limit("ranks", "the ranks did not compare settings and clocks"):
+        report.findings += compare_with_root(config, software)
+        report.findings += check_shared_run_dir(Path(config.run_dir))
+        report.findings += check_clocks()
+    return hosts
 
 
 def compare_with_root(config: DoctorConfig, software: Mapping[str, str]) -> List[Finding]:

@@ -20,6 +20,8 @@ from hvd_vgg.reporting.findings import FAILURE, Finding, MergedFinding, as_json,
 from hvd_vgg.streams import write_line
 from hvd_vgg.text import plural
 
+# No import, device, link or directory that works takes as long: the first use of a GPU compiles and loads libraries.
+PHASE_SECONDS = 120.0
 # How long the other ranks have to report what they know, before the end of the first one ends them.
 _GRACE_SECONDS = 2.0
 # What to do when a time limit is over, by what it is about.
@@ -45,10 +47,6 @@ class Report:
         if self._out:
             with self._writing():  # now, not after minutes
                 probe_file(Path(self._out).absolute().parent).close()
-
-    def add(self, *findings: Finding) -> None:
-        """Adds findings."""
-        self.findings += findings
 
     def failures(self) -> List[Finding]:
         """Returns the findings that are failures."""
@@ -83,8 +81,12 @@ class Report:
         return Failure(CONFIGURATION, f"doctor on {self.host}: {text}")
 
     @contextlib.contextmanager
-    def time_limit(self, seconds: float, about: str, text: str) -> Iterator[None]:
-        """Ends this rank with 78, and so the job, unless the block ends in time; text: what was then not done."""
+    def time_limit(self, about: str, text: str, seconds: float = 0.0) -> Iterator[None]:
+        """Ends this rank with 78, and so the job, unless the block ends within `seconds`; 0: 120.
+
+        text: what was not done by then.
+        """
+        seconds = seconds or PHASE_SECONDS
         timer = threading.Timer(seconds, self._end_at_limit, [about, f"{text} within {seconds:g} s"])
         timer.daemon = True
         timer.start()
@@ -104,7 +106,7 @@ class Report:
         text += f"; mpirun's host is reached by {toward}" if toward else ""
         configured = [f"{name}={os.environ[name]}" for name in network.INCLUDE if os.environ.get(name)]
         text += f"; configured: {', '.join(configured)}" if configured else ""
-        self.add(failure(about, text, _FIXES.get(about, _NETWORK_FIX)))
+        self.findings.append(failure(about, text, _FIXES.get(about, _NETWORK_FIX)))
         try:
             # All ranks of a host wait for the same, so one reports it; a device is each rank's own.
             if about == "devices" or self.rank == 0 or launched_local_rank() == 0:

@@ -14,18 +14,17 @@ from hvd_vgg.parallel.mpi import UNSET_GLOO, gloo_under_mpi_error
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
 from hvd_vgg.text import plural
 
-_BUILD_TIME = "is read when Horovod is built, never when it runs"
-_OWN_THREADS = "has no effect: the package sets threads itself (see --input_threads)"
 # Variables in the vendor's and others' scripts, and what they do here.
 _VARIABLES = {
+    **dict.fromkeys(
+        ("HOROVOD_GPU", "HOROVOD_GPU_ALLREDUCE", "HOROVOD_GPU_OPERATIONS", "HOROVOD_NCCL_HOME", "HOROVOD_WITH_TENSORFLOW"),
+        "is read when Horovod is built, never when it runs",
+    ),
+    **dict.fromkeys(
+        ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"),
+        "has no effect: the package sets threads itself (see --input_threads)",
+    ),
     "IX_NUM_CUDA_VISIBLE_DEVICES": "has no effect: only the vendor's shell scripts read it; mpirun -np sets the ranks",
-    "HOROVOD_GPU_ALLREDUCE": _BUILD_TIME,
-    "HOROVOD_GPU_OPERATIONS": _BUILD_TIME,
-    "HOROVOD_GPU": _BUILD_TIME,
-    "HOROVOD_WITH_TENSORFLOW": _BUILD_TIME,
-    "HOROVOD_NCCL_HOME": _BUILD_TIME,
-    "TF_NUM_INTRAOP_THREADS": _OWN_THREADS,
-    "TF_NUM_INTEROP_THREADS": _OWN_THREADS,
     "TF_USE_LEGACY_KERAS": "has no effect: Keras is not used",
     "TF_FORCE_GPU_ALLOW_GROWTH": "has no effect: memory growth is always on",
     "HOROVOD_USE_GLOOGPU": "is unknown to all published versions of Horovod",

@@ -127,7 +127,7 @@ def take_device(input_threads: int = 0, precision: str = "float32") -> Device:
         raise Failure(
             CONFIGURATION,
             f"{hvd.local_size()} ranks on this host, but TensorFlow sees {len(devices)} devices "
-            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}): start one rank a device",
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}): start one rank per device",
         )
     mine = devices[hvd.local_rank()]
     tf.config.set_visible_devices(mine, "GPU")
@@ -136,7 +136,7 @@ def take_device(input_threads: int = 0, precision: str = "float32") -> Device:
 
 
 def cpu_convolves(precision: str) -> bool:
-    """Says whether this TensorFlow can compute convolutions in `precision` on a CPU.
+    """Returns whether this TensorFlow can compute convolutions in `precision` on a CPU.
 
     In bfloat16 those of 2.6 come out as float32, or end the process where oneDNN is on; of 2.12 they are right.
     """
@@ -168,8 +168,8 @@ def describe_software(image_library: str) -> Dict[str, str]:
 def transports(device: str) -> Dict[str, str]:
     """Returns what carries `sums` and `gathers` of tensors on TensorFlow's `device`: NCCL, mpi or gloo; all ranks call.
 
-    It is tried, for Horovod is built for devices one operation at a time (HOROVOD_GPU_ALLREDUCE, HOROVOD_GPU_ALLGATHER):
-    one that it is not built for TensorFlow runs on the CPU, copying there and back.
+    Determined by trying, since device support is a build option of each operation of Horovod (HOROVOD_GPU_ALLREDUCE,
+    HOROVOD_GPU_ALLGATHER): TensorFlow runs one that lacks it on the CPU, and copies there and back.
     """
     watchdog.note_collective("transports")
     with tf.device(device):

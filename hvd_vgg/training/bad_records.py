@@ -1,6 +1,6 @@
 """The bad records that a run continues without: counted over ranks and restarts, reported, and no more than allowed."""
 
-from typing import List, Optional, Sequence, Tuple
+from typing import List, Optional, Tuple
 
 from hvd_vgg.data.index import Index
 from hvd_vgg.data.loader import BadRow
@@ -13,12 +13,7 @@ MAX_LISTED = 20  # on the console per call, and in a message; the log has all
 
 
 def count_bad_records(
-    rows: Sequence[Tuple[int, BadRow]],
-    known: Sequence[int],
-    allowed: int,
-    index: Index,
-    log: Optional[RunLog],
-    console: Console,
+    rows: List[Tuple[int, BadRow]], known: List[int], allowed: int, index: Index, log: Optional[RunLog], console: Console
 ) -> List[int]:
     """Returns the ids of a split's bad records that any rank has used: `known`, then those of `rows`, ordered. Collective.
 

@@ -35,7 +35,9 @@ def write_run_files(config: TrainConfig, console: Optional[Console] = None) -> N
         except Failure as failure:
             if console is None or getattr(failure.__cause__, "errno", None) not in DISK_FULL or not path.exists():
                 raise
-            console.say(f"{path} is an earlier start's: the disk is full. It is rewritten with the next result")
+            console.say(
+                f"{path} is from an earlier start, since the disk is full; it will be rewritten with the next result"
+            )
 
 
 def _write_if_changed(path: Path, text: str) -> None:

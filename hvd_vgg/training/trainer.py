@@ -21,7 +21,7 @@ from hvd_vgg.training.dataset import open_data
 from hvd_vgg.training.evaluate import Evaluation, evaluate, make_eval_step
 from hvd_vgg.training.introduction import introduce
 from hvd_vgg.training.kept_step import read_skipped_steps
-from hvd_vgg.training.metrics import NonFiniteStep, Window, measure_run, measure_window, reduce_metrics
+from hvd_vgg.training.metrics import NonFiniteStep, PendingUpdates, measure_run, measure_window, reduce_metrics
 from hvd_vgg.training.profile import profiled
 from hvd_vgg.training.reporter import open_reporter
 from hvd_vgg.training.result import finish_log, write_result, write_run_files
@@ -45,7 +45,8 @@ from hvd_vgg.watchdog import StopRequested, watchdog
 class Trainer:
     """A run: its data, state, compiled functions, progress, and what it reports and saves.
 
-    Every method is collective, but for `batches` and `update`, which communicate only within the update itself.
+    Collective: all methods but `batches`, `update` (which communicates only within the update), `end_update`, `epoch`,
+    `target_reached` and `evaluation_missed`.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -90,7 +91,7 @@ class Trainer:
         self.cadence = make_cadence(config, records, self.progress.step)
         self.coverage = Coverage(records, config.global_batch, self.progress.step, self.progress.coverage)
         self.bar = self.reporter.console.progress("training", self.total_steps, "steps", self.progress.step)
-        self.window: Window = []
+        self.window: PendingUpdates = []
         self.bad_rows: List[Tuple[int, BadRow]] = []
         factored = cost.factored_layers(config, comm.size())
         self.train_step: Callable[..., StepMetrics] = make_train_step(
@@ -99,16 +100,16 @@ class Trainer:
         self.part = slice_bounds(config.global_batch, comm.rank(), comm.size())  # of the global batch, this rank's
 
     def epoch(self) -> float:
-        """Returns how many epochs the updates made so far are."""
+        """Returns the epochs trained so far, as a fraction."""
         return self.progress.step * self.config.global_batch / self.data.train.records
 
     def target_reached(self) -> bool:
-        """Says whether an evaluation has reached --stop_at_top1."""
+        """Returns whether an evaluation has reached --stop_at_top1."""
         target = self.config.stop_at_top1
         return target > 0 and self.progress.best_top1 >= target * self.data.validation.records
 
     def evaluation_missed(self) -> bool:
-        """Says whether the run was stopped at a step before that could be evaluated."""
+        """Returns whether the evaluation due at this step was missed, since the run was stopped before it."""
         return self.progress.step in self.cadence.evaluation_steps and self.progress.evaluated < self.progress.step
 
     def batches(self) -> Iterator[Tuple[int, Batch]]:
@@ -153,11 +154,11 @@ class Trainer:
         self.bar.update(self.progress.step)
 
     def any_stop_requested(self) -> bool:
-        """Says whether any rank was asked to stop; equal on all."""
+        """Returns whether any rank was asked to stop; equal on all."""
         return comm.any_rank(watchdog.stop_requested())
 
     def log_metrics(self) -> None:
-        """Sums the metrics since the last log line over all ranks, and reports them: the one wait for device and ranks.
+        """Sums the metrics since the last log line over all ranks, and reports them; waits for the device and all ranks.
 
         Raises NonFiniteStep on all ranks if one of these updates was not finite.
         """
@@ -199,8 +200,9 @@ class Trainer:
         self.progress.coverage = self.coverage.state()
 
     def check_replicas(self) -> None:
-        """Raises a collective Failure(NOT_FINITE) unless the weights of all ranks are equal in every bit."""
-        check_replicas(list(self.state.weights), self.checksums().numpy(), self.progress.step - 1)
+        """Raises a collective Failure(NOT_FINITE) unless the weights of all ranks are equal in every bit; 0 turns it off."""
+        if self.config.drift_every_steps:
+            check_replicas(list(self.state.weights), self.checksums().numpy(), self.progress.step - 1)
 
     def evaluate(self) -> bool:
         """Evaluates the weights; returns whether they are better than all before. Stops instead if asked to."""
@@ -224,7 +226,7 @@ class Trainer:
         return improved
 
     def save(self, best: bool = False) -> None:
-        """Starts writing a checkpoint in the background; best: and points to it as the best one."""
+        """Starts writing a checkpoint in the background; best: and marks it as the best."""
         with self.throughput.exclude("saving"), watchdog.phase("saving"):
             if self.writer:
                 self.reporter.save_failed(self.writer.wait())
@@ -317,7 +319,7 @@ def _claim_run_dir(config: TrainConfig) -> Optional[IO[str]]:
     """Returns the run directory's lock on rank 0; raises Failure where this number of ranks cannot run."""
     if config.global_batch < comm.size():
         raise Failure(
-            USAGE, f"--global_batch={config.global_batch} leaves nothing to do for some of {comm.size()} ranks: start fewer"
+            USAGE, f"--global_batch={config.global_batch} has fewer images than the {comm.size()} ranks: start fewer"
         )
     if config.profile_steps and max(config.profile_ranks, default=0) >= comm.size():
         raise Failure(USAGE, f"--profile_ranks: expected numbers below {comm.size()}, the number of ranks")

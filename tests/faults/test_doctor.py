@@ -226,9 +226,9 @@ def test_doctor_device_that_hangs_is_named_by_its_rank(launch, tmp_path, data):
     """Rank 1's does not answer; its limit is 120 s, here 4."""
     program = changed("""
         import time
-        from hvd_vgg.doctor import device_test, runner
+        from hvd_vgg.doctor import device_test, report, runner
         from hvd_vgg.environment import launched_rank
-        runner._PHASE_SECONDS = 4.0 if launched_rank() else 60.0
+        report.PHASE_SECONDS = 4.0 if launched_rank() else 60.0
         if launched_rank() == 1:
             runner._import_tensorflow = lambda *rest: None  # may take longer
             device_test.check_computation = lambda *rest: time.sleep(600)

@@ -32,7 +32,8 @@ def tiny(launch, tmp_path, data):
     def start(ranks, command, *arguments, code=0, **environment):
         faults = [argument for argument in arguments if "@" in argument]
         flags = [argument for argument in arguments if "@" not in argument]
-        words = [command, f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY, *flags]
+        own = TINY if command == "train" else TINY[:7]
+        words = [command, f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *own, *flags]
         return launch(ranks, str(tmp_path), *faults, *words, program=INJECT, **environment, code=code)
 
     return start

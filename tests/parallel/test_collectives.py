@@ -41,7 +41,7 @@ def test_link_with_a_wrong_sum(monkeypatch):
     large = collectives._LINK_BYTES // 4
     one_off = np.eye(1, large, 5, dtype=np.float32)[0] if comm.rank() == 1 else 0.0
     monkeypatch.setattr(collectives, "pattern", lambda n, rank: pattern(n, rank) + (one_off if n == large else 0.0))
-    (found,) = assess_link(measure_link("/CPU:0"), "/CPU:0", comm.size(), 0.0)
+    (found,) = assess_link(measure_link("/CPU:0"), "/CPU:0", 0.0)
     assert (found.verdict, "a sum of 16 MB over all ranks by mpi is wrong" in found.text) == (FAILURE, True)
 
 
@@ -71,7 +71,7 @@ def test_sums_and_gathers_that_are_wrong(monkeypatch, link):
 def test_rates_are_compared_with_plan(monkeypatch, link, gbit, verdict):
     """As on several hosts, with one rank each."""
     monkeypatch.setattr(comm, "local_size", lambda: 1)
-    assert assess_link(link, "/CPU:0", comm.size(), gbit)[0].verdict == verdict
+    assert assess_link(link, "/CPU:0", gbit)[0].verdict == verdict
     found = check_collectives(dataclasses.replace(SMALL, gbit=gbit), "/CPU:0", link)
     assert all(f"`plan` with --gbit={gbit:g} assumes" in each.text for each in found)
     # This network sends too little to show a rate: its latencies alone take as long.

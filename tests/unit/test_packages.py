@@ -54,10 +54,6 @@ def test_packages_missing(tmp_path):
                 "/dev/itrctl is missing, which drivers since 4.4.0 have",
             ],
         ),
-        (  # the one public list of a vendor's packages lacks some of these
-            {"requires": ["gast!=0.5.0", "h5py", "numpy<2", 'intel; platform_system == "Windows"', "x; extra == 'x'"]},
-            ["tensorflow requires gast, h5py: not installed"],
-        ),
     ],
 )
 def test_packages_that_hardly_fit(tmp_path, host, expected):

@@ -56,7 +56,7 @@ def test_read_record_names_damaged_data(tmp_path):
 def test_read_record_names_a_shard_that_became_shorter(tmp_path):
     path, index = one_shard(tmp_path)
     os.truncate(path, int(index.offsets[2]) + 10)
-    assert "has become shorter since it was indexed" in failure_of(lambda: read_record(index, 2), BadRecord)
+    assert "has shrunk since it was indexed" in failure_of(lambda: read_record(index, 2), BadRecord)
 
 
 def test_read_record_survives_eviction_by_other_threads(data, monkeypatch):
