@@ -1,5 +1,6 @@
 """`verify-run` on what runs leave: the real loop, with a trainer that computes nothing and writes all that a run writes."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -62,7 +63,7 @@ class Killed(Exception):
 class Trainer:
     """Does for the loop what training.trainer.Trainer does, on paper; kill_at: the number of the write that is its last."""
 
-    total_steps = STEPS
+    total_steps, target_reached = STEPS, staticmethod(lambda: False)
 
     def __init__(self, path, kill_at=None, bad=(), poisoned=(), skipped=(), stop_at=None, launched=False):
         self.run, self.kill_at, self.bad, self.poisoned, self.stop_at = RunDir(path), kill_at, bad, poisoned, stop_at
@@ -76,14 +77,9 @@ class Trainer:
         self.write(self.run.flags.write_text, to_flag_file(CONFIG))
         self.reporter.row("PARAMETER", dataclasses.asdict(CONFIG))
         digests = {"train": {"records": RECORDS, "sha256": "t"}, "validation": {"records": VALIDATION, "sha256": "v"}}
-        start = {
-            **describe_process(),
-            "launched": launched,
-            "step": self.progress.step,
-            "skipped_steps": sorted(self.skipped),
-        }
-        row = receipt.checkpoint_row(found.path) if found else None
-        self.reporter.event("start", **start, ranks=2, hosts=["a", "a"], checkpoint=row, data=digests)
+        start = {"step": self.progress.step, "skipped_steps": sorted(self.skipped), "ranks": 2, "hosts": ["a", "a"]}
+        start["checkpoint"] = receipt.checkpoint_row(found.path) if found else None
+        self.reporter.event("start", **{**describe_process(), "launched": launched}, **start, data=digests)
         self.write(receipt.write, self.run)
 
     def write(self, function, *arguments):
@@ -92,12 +88,6 @@ class Trainer:
         if self.writes == self.kill_at:
             raise Killed
         return found
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
 
     def restore(self):
         found, _ = checkpoint.newest(self.run)
@@ -114,17 +104,12 @@ class Trainer:
     def evaluation_missed(self):
         return self.progress.evaluated < self.progress.step in self.cadence.evaluation_steps
 
-    def target_reached(self):
-        return False
-
     def any_stop_requested(self):
         return self.progress.step == self.stop_at
 
     def batches(self):
-        return (
-            (step, positions(step * 32, step * 32 + 32, RECORDS, CONFIG.seed).ids)
-            for step in range(self.progress.step, STEPS)
-        )
+        for step in range(self.progress.step, STEPS):
+            yield step, positions(step * 32, step * 32 + 32, RECORDS, CONFIG.seed).ids
 
     def update(self, step, ids):
         if step in self.skipped:
@@ -143,26 +128,19 @@ class Trainer:
 
     def log_metrics(self):
         self.end_update()
+        self.unlogged = [times[-self.window :] for times in (self.throughput.total_seconds, self.throughput.input_seconds)]
         steps = set(range(self.progress.step - self.window, self.progress.step))
         for step in sorted(steps & set(self.poisoned) - self.skipped):
             raise NonFiniteStep(step, float("nan"), 1.0)
         if self.coverage.ended(self.progress.step):
             self.settle()
-        seconds, waits = self.newest_seconds()
+        seconds, waits = self.unlogged
         images = 32 * max(1, len(steps - self.skipped))
-        row = {
-            "train.loss": 1.0,
-            "train.acc@1": 3 / images,
-            "train.acc@5": 5 / images,
-            "train.fps": 32 * self.window / sum(seconds),
-        }
-        row["train.lr"] = learning_rate(self.progress.step - 1, CONFIG, RECORDS)
-        row.update({"train.update_seconds": seconds, "train.input_seconds": waits})
+        row = {"train.loss": 1.0, "train.acc@1": 3 / images, "train.acc@5": 5 / images}
+        row.update({"train.fps": 32 * self.window / sum(seconds), "train.update_seconds": seconds})
+        row.update({"train.input_seconds": waits, "train.lr": learning_rate(self.progress.step - 1, CONFIG, RECORDS)})
         self.reporter.row((int(self.epoch()), self.progress.step), row)
         self.window = 0
-
-    def newest_seconds(self):
-        return self.throughput.total_seconds[-self.window :], self.throughput.input_seconds[-self.window :]
 
     def settle(self):
         for covered in self.coverage.settle(self.progress.step, lambda data: [data]):
@@ -211,7 +189,7 @@ class Trainer:
         raise Failure(80, "stopped")
 
     def rewind_or_stop(self, error):
-        unlogged = dict(zip(("update_seconds", "input_seconds"), self.newest_seconds()))
+        unlogged = dict(zip(("update_seconds", "input_seconds"), self.unlogged))
         self.skipped.add(error.step)
         self.write(self.skipped_file.write_text, json.dumps(sorted(self.skipped)))
         self.restore()
@@ -227,10 +205,10 @@ class Trainer:
 
 def train(path, **how):
     """Runs to the end, or raises Killed, or the Failure of a stop; returns the number of writes."""
-    trainer = []
-    with mock.patch.object(loop, "Trainer", lambda config: trainer.append(Trainer(path, **how)) or trainer[0]):
-        loop.train(CONFIG)
-    return trainer[0].writes
+    trainer = Trainer(path, **how)
+    with mock.patch.object(loop, "Trainer", contextlib.nullcontext):
+        loop.train(trainer)
+    return trainer.writes
 
 
 def verdicts(path, verdict=FAIL):
