@@ -1,5 +1,6 @@
 """`verify-run` on what runs leave: the real loop, with a trainer that computes nothing and writes all that a run writes."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -62,7 +63,7 @@ class Killed(Exception):
 class Trainer:
     """Does for the loop what training.trainer.Trainer does, on paper; kill_at: the number of the write that is its last."""
 
-    total_steps = STEPS
+    total_steps, target_reached = STEPS, staticmethod(lambda: False)
 
     def __init__(self, path, kill_at=None, bad=(), poisoned=(), skipped=(), stop_at=None, launched=False):
         self.run, self.kill_at, self.bad, self.poisoned, self.stop_at = RunDir(path), kill_at, bad, poisoned, stop_at
@@ -76,14 +77,9 @@ class Trainer:
         self.write(self.run.flags.write_text, to_flag_file(CONFIG))
         self.reporter.row("PARAMETER", dataclasses.asdict(CONFIG))
         digests = {"train": {"records": RECORDS, "sha256": "t"}, "validation": {"records": VALIDATION, "sha256": "v"}}
-        start = {
-            **describe_process(),
-            "launched": launched,
-            "step": self.progress.step,
-            "skipped_steps": sorted(self.skipped),
-        }
-        row = receipt.checkpoint_row(found.path) if found else None
-        self.reporter.event("start", **start, ranks=2, hosts=["a", "a"], checkpoint=row, data=digests)
+        start = {"step": self.progress.step, "skipped_steps": sorted(self.skipped), "ranks": 2, "hosts": ["a", "a"]}
+        start["checkpoint"] = receipt.checkpoint_row(found.path) if found else None
+        self.reporter.event("start", **{**describe_process(), "launched": launched}, **start, data=digests)
         self.write(receipt.write, self.run)
 
     def write(self, function, *arguments):
@@ -92,12 +88,6 @@ class Trainer:
         if self.writes == self.kill_at:
             raise Killed
         return found
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
 
     def restore(self):
         found, _ = checkpoint.newest(self.run)
@@ -114,17 +104,12 @@ class Trainer:
     def evaluation_missed(self):
         return self.progress.evaluated < self.progress.step in self.cadence.evaluation_steps
 
-    def target_reached(self):
-        return False
-
     def any_stop_requested(self):
         return self.progress.step == self.stop_at
 
     def batches(self):
-        return (
-            (step, positions(step * 32, step * 32 + 32, RECORDS, CONFIG.seed).ids)
-            for step in range(self.progress.step, STEPS)
-        )
+        for step in range(self.progress.step, STEPS):
+            yield step, positions(step * 32, step * 32 + 32, RECORDS, CONFIG.seed).ids
 
     def update(self, step, ids):
         if step in self.skipped:
@@ -143,26 +128,19 @@ class Trainer:
 
     def log_metrics(self):
         self.end_update()
+        self.unlogged = [times[-self.window :] for times in (self.throughput.total_seconds, self.throughput.input_seconds)]
         steps = set(range(self.progress.step - self.window, self.progress.step))
         for step in sorted(steps & set(self.poisoned) - self.skipped):
             raise NonFiniteStep(step, float("nan"), 1.0)
         if self.coverage.ended(self.progress.step):
             self.settle()
-        seconds, waits = self.newest_seconds()
+        seconds, waits = self.unlogged
         images = 32 * max(1, len(steps - self.skipped))
-        row = {
-            "train.loss": 1.0,
-            "train.acc@1": 3 / images,
-            "train.acc@5": 5 / images,
-            "train.fps": 32 * self.window / sum(seconds),
-        }
-        row["train.lr"] = learning_rate(self.progress.step - 1, CONFIG, RECORDS)
-        row.update({"train.update_seconds": seconds, "train.input_seconds": waits})
+        row = {"train.loss": 1.0, "train.acc@1": 3 / images, "train.acc@5": 5 / images}
+        row.update({"train.fps": 32 * self.window / sum(seconds), "train.update_seconds": seconds})
+        row.update({"train.input_seconds": waits, "train.lr": learning_rate(self.progress.step - 1, CONFIG, RECORDS)})
         self.reporter.row((int(self.epoch()), self.progress.step), row)
         self.window = 0
-
-    def newest_seconds(self):
-        return self.throughput.total_seconds[-self.window :], self.throughput.input_seconds[-self.window :]
 
     def settle(self):
         for covered in self.coverage.settle(self.progress.step, lambda data: [data]):
@@ -211,7 +189,7 @@ class Trainer:
         raise Failure(80, "stopped")
 
     def rewind_or_stop(self, error):
-        unlogged = dict(zip(("update_seconds", "input_seconds"), self.newest_seconds()))
+        unlogged = dict(zip(("update_seconds", "input_seconds"), self.unlogged))
         self.skipped.add(error.step)
         self.write(self.skipped_file.write_text, json.dumps(sorted(self.skipped)))
         self.restore()
@@ -227,10 +205,10 @@ class Trainer:
 
 def train(path, **how):
     """Runs to the end, or raises Killed, or the Failure of a stop; returns the number of writes."""
-    trainer = []
-    with mock.patch.object(loop, "Trainer", lambda config: trainer.append(Trainer(path, **how)) or trainer[0]):
-        loop.train(CONFIG)
-    return trainer[0].writes
+    trainer = Trainer(path, **how)
+    with mock.patch.object(loop, "Trainer", contextlib.nullcontext):
+        loop.train(trainer)
+    return trainer.writes
 
 
 def verdicts(path, verdict=FAIL):
@@ -394,6 +372,84 @@ def test_verify_finds_a_change_of_files(run, name):
     tamper, expected = TAMPERINGS[name]
     tamper(run)
     assert any(expected in fault for fault in verdicts(run.path)), verdicts(run.path)
+
+
+def seal(run):
+    """Makes the receipt fit what is there now, as whoever can rewrite the directory may."""
+    run.receipt.unlink()
+    receipt.write(run)
+
+
+def change_line(run, kind, of_step=None, **changes):
+    """Changes the data of the last line of a kind, or of a step; `at`: its [epoch, step]."""
+    lines = [line for line in receipt.read_log(run.log) if line.kind == kind and of_step in (None, line.step)]
+    number = lines[-1].number - 1
+    lines = run.log.read_text().splitlines()
+    row = json.loads(lines[number][5:])
+    row["step"] = changes.pop("at", row.get("step"))
+    row["data"].update(changes)
+    lines[number] = f"DLLL {json.dumps(row)}"
+    run.log.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "fault"),
+    [
+        ("train", {"at": [4, STEPS]}, "epoch is 4, expected 5"),
+        ("train", {"train.update_seconds": [0.1]}, "number of updates since the last line is 1, expected 2"),
+        ("train", {"train.input_seconds": [9.0, 0.0]}, "train.input_seconds is [9.0, 0.0]"),
+        ("train", {"train.input_seconds": [0.0]}, "train.input_seconds is [0.0]"),
+        ("train", {"train.fps": 1.0}, "train.fps is 1.0"),
+        ("train", {"train.lr": 1.0}, "train.lr is 1.0"),
+        ("train", {"train.acc@5": 0.0}, "train.acc@1, acc@5 of 64 images is [0.046875, 0.0]"),
+        ("evaluation", {"at": [5, 11]}, "step is 11, expected 12"),
+        ("evaluation", {"eval.top5_hits": 1}, "eval.top1_hits, top5_hits, records is [11, 1, 37]"),
+        ("evaluation", {"eval.records": 36}, "eval.top1_hits, top5_hits, records is [11, 30, 36]"),
+        ("evaluation", {"eval.acc@5": 1.0}, "eval.acc@1, acc@5 is "),
+        ("coverage", {"epoch": 3}, "epoch is 3, expected 4"),
+        ("coverage", {"step": 11}, "step is 11, expected 12"),
+        ("coverage", {"records": 74}, "records is 74, expected 75"),
+        ("coverage", {"skipped": 1}, "skipped is [1, "),
+        ("coverage", {"known": False}, ""),
+        ("throughput", {"step": 11}, "step is 11, expected 12"),
+        ("throughput", {"by_rank": []}, "number of ranks in by_rank is 0, expected 2"),
+        ("throughput", {"by_host": []}, "by_host is [], expected "),
+        ("throughput", {"fps": 1.0}, "result.json: fps is "),
+        ("end", {"eval.loss": 0.0}, "eval.loss is 0.0"),
+        ("end", {"fps": 1.0}, "fps is 1.0"),
+        ("end", {"fps_wall": 1e9}, "fps_wall is 1000000000.0"),
+        ("end", {"tflops_per_rank": 1.0}, "tflops_per_rank is 1.0"),
+        ("end", {"warm_up_updates": 0}, "warm_up_updates is 0, expected 1"),
+        ("checkpoint", {"sha256": "0"}, "step-00000012.safetensors: is not what was saved"),
+        ("start", {"ranks": 3}, "result.json: ranks is 2, expected 3"),
+        ("start", {"step": 2}, "start 1: from step 2 on 2 ranks: not what had been saved"),
+        ("PARAMETER", {"lr": 1.0}, "flags.txt: lr is 0.01, expected 1.0"),
+    ],
+)
+def test_verify_finds_a_change_under_a_new_receipt(run, kind, changes, fault):
+    """What is computed again from other lines needs no receipt. An epoch that is not known is unknown, and no failure."""
+    change_line(run, kind, **changes)
+    assert any(text.startswith("receipt.json: digest of dllogger.json is ") for text in verdicts(run.path))
+    seal(run)
+    assert any(fault in text for text in verdicts(run.path)) if fault else len(verdicts(run.path, UNKNOWN)) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"run": {"lr": 9.0}}, "lr is 9.0, expected 0.01"),
+        ({"run": {"train_data_sha256": "u"}}, "train_data_sha256 is 'u', expected 't'"),
+        ({"coverage": [5, 0, 0, 0, 0, 0]}, "digest of the epoch in progress is [5, 0, 0]"),
+    ],
+)
+def test_verify_finds_a_checkpoint_of_another_run(run, changes, fault):
+    """Though log and receipt have its digests."""
+    found = checkpoint.load(run.checkpoint(10))
+    meta = {**found.meta, **changes, "run": {**found.meta["run"], **changes.get("run", {})}}
+    checkpoint.write(found.path, found.tensors, meta)
+    change_line(run, "checkpoint", of_step=10, **receipt.checkpoint_row(found.path))
+    seal(run)
+    assert [text for text in verdicts(run.path) if fault in text] == verdicts(run.path) != []
 
 
 def test_verify_finds_checkpoints_that_are_gone(run):
