@@ -64,8 +64,7 @@ def pid_of(rank):
 
 def updates_logged(run_dir):
     """Returns (time, update) of the log's lines of updates so far."""
-    lines = read_log(RunDir(run_dir).log)
-    return [(line.timestamp, line.step[1]) for line in lines if isinstance(line.step, list) and line.step]
+    return [(line.timestamp, line.step) for line in read_log(RunDir(run_dir).log) if line.kind == "train"]
 
 
 def bytes_in(folder):

@@ -54,9 +54,8 @@ def ours(precision, options):
     from hvd_vgg.training.train_step import make_train_step, step_inputs
 
     batch, size = options.batch, options.size
-    config = TrainConfig(
-        global_batch=batch, device_batch=batch, image_size=size, weight_decay=WEIGHT_DECAY, precision=precision
-    )
+    shape = {"global_batch": batch, "device_batch": batch, "image_size": size}
+    config = TrainConfig(**shape, weight_decay=WEIGHT_DECAY, precision=precision)
     device, factored = start(), cost.factored_layers(config, 1)
     step = make_train_step(*initial_state(config), config, device.data_format, factored)
     random = np.random.default_rng(0)

@@ -205,7 +205,7 @@ def report(options, seconds, sent, mbit):
     for way, own in seconds.items():
         config, share, predicted = config_of(options, way), "-", "-"
         if mbit and way != "local":
-            plan = cost.predict(config, cost.Link(options.hosts, 1, mbit / 1000, options.images / local))
+            plan = cost.predict(config, cost.Cluster(options.hosts, 1, mbit / 1000, options.images / local))
             share = f"{statistics.median(sent[way]) / cost.sent(cost.choose(config, options.hosts)):.3f}"
             predicted = f"{plan.seconds_overlapped:.2f} to {plan.seconds_apart:.2f}"
         megabytes = measure.spread([each / 1e6 for each in sent[way]], ".1f") if mbit else "-"

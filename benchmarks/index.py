@@ -68,11 +68,8 @@ def main():
                 scan_shard(path)
             rates.append(index.records / (time.perf_counter() - began))
     bytes_each = sum(column.nbytes for column in (index.offsets, index.lengths, index.labels)) / index.records
-    row = [
-        measure.spread(rates, ",.0f"),
-        measure.spread([IMAGENET_RECORDS / rate for rate in rates], ".1f"),
-        f"{bytes_each * IMAGENET_RECORDS / 1e6:.1f}",
-    ]
+    seconds, megabytes = [IMAGENET_RECORDS / rate for rate in rates], f"{bytes_each * IMAGENET_RECORDS / 1e6:.1f}"
+    row = [measure.spread(rates, ",.0f"), measure.spread(seconds, ".1f"), megabytes]
     title = f"{options.rounds} rounds over {index.records:,} records of {options.bytes:,} bytes, one process"
     measure.print_table(title, ("records/s", "ImageNet's 1,281,167: seconds", "MB of its index"), [row])
 

@@ -66,11 +66,6 @@ def load(options):
     return Index(whole.paths, starts, whole.offsets[:count], whole.lengths[:count], whole.labels[:count])
 
 
-def passes(options, index):
-    """Returns how often evaluation goes through all records in a round of --images images at least."""
-    return -(-options.images // index.records)
-
-
 def pipeline(options, split):
     """Returns the rounds of this package's pipeline for training or evaluation."""
     from hvd_vgg.config import TrainConfig
@@ -83,7 +78,7 @@ def pipeline(options, split):
         if split == "train":
             batches = train_batches(index, config, 0, range(options.images // BATCH), 0, 1, 1)
             return sum(len(batch.ids) for batch in batches)
-        splits = (eval_batches(index, config, 0, 0, 1, 1) for _ in range(passes(options, index)))
+        splits = (eval_batches(index, config, 0, 0, 1, 1) for _ in range(-(-options.images // index.records)))
         return sum(int((batch.labels.numpy() != PADDING).sum()) for batches in splits for batch in batches)
 
     return lambda: timed(make)
@@ -100,7 +95,7 @@ def decode_alone(options, split):
     index, work = load(options), []
     drawn = positions(0, options.images, index.records, SEED)
     draws = augmentation_params(sample_seeds(SEED, drawn))
-    ids = drawn.ids.tolist() if split == "train" else list(range(index.records)) * passes(options, index)
+    ids = drawn.ids.tolist() if split == "train" else list(range(index.records)) * -(-options.images // index.records)
     for number, record in enumerate(ids):
         encoded, _ = parse_example(index, record, read_record(index, record))
         height, width = image_shape(encoded)
@@ -221,7 +216,7 @@ def trainer(options):
             flags += f"--image_size={options.size} --model=vgg11 --width=0.02 --eval_every_epochs=0 --save_every_steps=0"
             place = [f"--data_dir={options.data_dir}", f"--run_dir={folder}", "--lr=0.001", "--input_threads=1"]
             command = [*measure.TRAINER, "train", *flags.split(), *place]
-            subprocess.run(command, check=True, stdout=sys.stderr)
+            measure.output_of(command)
             return (1 / json.loads((Path(folder) / "result.json").read_text())["fps"],)
 
     return once
@@ -264,9 +259,8 @@ def work(options):
 def start(way, options):
     """Returns the worker of a way, or None where it could not be started."""
     python = options.peer_python if way == "tf_cnn" else sys.executable
-    worker = measure.start(
-        measure.worker(options, python, way=way), stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1
-    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 1}
+    worker = measure.start(measure.worker(options, python, way=way), **pipes)
     line = worker.stdout.readline().strip()
     if not line and way in OURS:
         measure.refuse(f"{way} could not be started, as said above", 1)
@@ -297,8 +291,7 @@ def main():
         options.ways.remove("tf_cnn")
         print("tf_cnn: --tf_cnn_benchmarks was not given: left out")
     workers = {way: start(way, options) for way in options.ways}
-    wall = {way: [] for way, worker in workers.items() if worker}
-    processor = {way: [] for way in wall}
+    wall, processor = ({way: [] for way, worker in workers.items() if worker} for _ in range(2))
     for _ in range(options.rounds):
         for way in wall:
             time.sleep(IDLE_SECONDS)

@@ -83,17 +83,11 @@ class Hosts:
 
     def mpirun(self, interface=f"{NETWORK}.0/24"):
         """Returns the beginning of a command on one rank of each host; MPI's messages take `interface`."""
-        settings = {
-            "plm_rsh_agent": str(self.agent),
-            "plm_rsh_no_tree_spawn": "1",
-            "oob_tcp_if_include": f"{NETWORK}.0/24",
-            "btl_tcp_if_include": interface,
-            "btl": "self,tcp",
-            "pml": "ob1",
-        }
+        settings = {"plm_rsh_agent": self.agent, "plm_rsh_no_tree_spawn": 1, "btl": "self,tcp", "pml": "ob1"}
+        settings.update(oob_tcp_if_include=f"{NETWORK}.0/24", btl_tcp_if_include=interface)
         words = ["mpirun", "-np", str(self.count), "--bind-to", "none", "-x", "PATH", "-x", "PYTHONPATH"]
         words += ["-H", ",".join(f"{address}:1" for address in self.addresses)]
-        return self.on(1, words + [word for name, value in settings.items() for word in ("--mca", name, value)])
+        return self.on(1, words + [word for name, value in settings.items() for word in ("--mca", name, str(value))])
 
     def add_dead_end(self, name):
         """Gives each host an interface `name` of another network, the same on all, which leads to none of them."""

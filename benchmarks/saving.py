@@ -68,14 +68,9 @@ def main():
             rounds.append((alone, pause, on_disk, slower, pause + sum(during) - alone * len(during), foreground))
         megabytes = max(path.stat().st_size for path in Path(folder).rglob("*.safetensors")) / 1e6
     title = f"A checkpoint of {megabytes:.0f} MB, {count} images of {size} pixels an update, {options.rounds} rounds"
-    names = [
-        "an update with no save, seconds",
-        "background: the loop waits for the copy, seconds",
-        "background: on disk after, seconds",
-        "background: an update meanwhile takes, times",
-        "background: training loses in all, seconds",
-        "foreground: the loop waits, seconds",
-    ]
+    names = ["an update with no save, seconds", "background: the loop waits for the copy, seconds"]
+    names += ["background: on disk after, seconds", "background: an update meanwhile takes, times"]
+    names += ["background: training loses in all, seconds", "foreground: the loop waits, seconds"]
     measure.print_table(title, ("what", "found"), zip(names, map(measure.spread, zip(*rounds))))
 
 

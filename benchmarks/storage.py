@@ -34,13 +34,8 @@ def images_per_second(index, options, block):
     from hvd_vgg.config import TrainConfig
     from hvd_vgg.data.loader import train_batches
 
-    config = TrainConfig(
-        global_batch=options.batch,
-        device_batch=options.batch,
-        image_size=options.size,
-        augment="crop",
-        shuffle_block_records=block,
-    )
+    shape = {"global_batch": options.batch, "device_batch": options.batch, "image_size": options.size}
+    config = TrainConfig(**shape, augment="crop", shuffle_block_records=block)
     forget(index)
     began, made = time.perf_counter(), 0
     for batch in train_batches(index, config, 0, range(options.images // options.batch), 0, 1, options.threads):

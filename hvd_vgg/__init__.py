@@ -11,7 +11,10 @@ __version__ = "0.2.0"
 def train(config: "TrainConfig") -> None:
     """Trains as `hvd-vgg train` does, with the flags of that command as fields: `train(TrainConfig(lr=0.02, steps=100))`.
 
-    To be called once in a process, alone or by all ranks of a launcher: `hvd-vgg launch --ranks=8 -- python train.py`.
+    Call this at most once per process, alone or on all ranks of a launcher: `hvd-vgg launch --ranks=8 -- python train.py`.
+    Most scripts set data_dir, run_dir, model, width, image_size, num_classes, global_batch, epochs or steps, lr, lr_schedule
+    and seed; `hvd-vgg train --help` lists all fields with units and limits.
+
     Returns when the run is complete; what it leaves is in `config.run_dir`. Raises `hvd_vgg.errors.Failure`, which has the
     command's exit code and message, where the run ended otherwise; illegal flags are in one Failure of code 64. A failure of
     one rank alone ends the processes of all ranks, as it does for the command.
@@ -19,10 +22,14 @@ def train(config: "TrainConfig") -> None:
     from hvd_vgg.__main__ import run_command
     from hvd_vgg.errors import USAGE, Failure
     from hvd_vgg.flags import validate
+    from hvd_vgg.watchdog import watchdog
 
     errors = validate(config)
     if errors:
         raise Failure(USAGE, "\n".join(errors))
-    failure = run_command("train", config)
+    try:
+        failure = run_command("train", config)
+    finally:
+        watchdog.release()
     if failure:
         raise Failure(failure.code, failure.message)

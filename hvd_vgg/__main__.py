@@ -1,4 +1,4 @@
-"""hvd-vgg COMMAND [--flags]: the table of commands, and the one way out of a process."""
+"""hvd-vgg COMMAND [--flags]: the table of commands, and the single exit path of a process."""
 
 import dataclasses
 import importlib
@@ -34,7 +34,7 @@ USAGE_TEXT = f"""hvd-vgg {__version__}: trains VGG networks on ImageNet-style TF
   hvd-vgg benchmark [--flags]                         measure throughput without input, with it, and on fewer ranks
   hvd-vgg plan --ranks=N --gbit=X [--flags]           predict what exchanging gradients costs on a cluster
   hvd-vgg doctor [--flagfile=FILE] [--flags]          check whether this host, or these ranks, can train, and what to do
-  hvd-vgg make-demo-data --data_dir=DIR [--flags]     draw a small data set to try things with
+  hvd-vgg make-demo-data --data_dir=DIR [--flags]     generate a small synthetic data set
 
   hvd-vgg launch --ranks=N [--flags] COMMAND ...      start any of them on many ranks; stops and restarts runs
 
@@ -87,14 +87,13 @@ COMMANDS = {
         "hvd_vgg.commands.verify:verify_run",
         "hvd-vgg verify-run RUN_DIR [--data_dir=DIR]: recompute what the raw logs of a run allow, and report which of its "
         "claims hold. Exit code 0: all that can be checked; 65: one does not. Needs no TensorFlow without --data_dir.",
-        watched=True,
     ),
     "benchmark": Command(
         configs.BenchmarkConfig,
         "hvd_vgg.commands.benchmark:benchmark",
         "hvd-vgg benchmark [--out=FILE] [--flagfile=FILE] [--flags], or on many ranks and fewer of them:\n"
         "hvd-vgg launch --ranks=4 benchmark --ranks=1,2,4 [--flags]: images/s of training on images that "
-        "stay on the device, that come from the host, and of --data_dir if it exists, so that you see which part limits. "
+        "stay on the device, that come from the host, and of --data_dir if it exists, to show the bottleneck. "
         "Each rank keeps its images, --global_batch / ranks started, on any number of --ranks.",
     ),
     "plan": Command(
@@ -112,7 +111,7 @@ COMMANDS = {
     "make-demo-data": Command(
         configs.DemoConfig,
         "hvd_vgg.commands.demo_data:make_demo_data",
-        "hvd-vgg make-demo-data [--flags]: draw a data set.",
+        "hvd-vgg make-demo-data [--flags]: generate a synthetic data set.",
     ),
 }
 
@@ -136,7 +135,7 @@ _NOT_A_LOST_RANK = re.compile(r"Mismatched|OOM|out of memory|ResourceExhausted")
 def main() -> None:
     """Runs the command line and exits with the codes of `hvd_vgg.errors`."""
     ensure_std_streams()
-    sys.dont_write_bytecode = True  # TensorFlow would leave some in the temporary directory, of code that it generates
+    sys.dont_write_bytecode = True  # else TensorFlow leaves .pyc files of generated code in $TMPDIR
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Where TensorBoard is not installed, TensorFlow before 2.16 warns of it on every rank; a run reports it once itself.
     logging.getLogger().addFilter(lambda record: "missing TensorBoard" not in record.getMessage())
@@ -173,9 +172,8 @@ def run_command(name: str, config: Any) -> Optional[Failure]:
     try:
         if name == "train":
             watchdog.exit_when_asked()
-        if COMMANDS[name].watched and getattr(config, "data_dir", True):  # verify-run computes only with data
-            run_dir = Path(config.run_dir) if name == "train" else None
-            watchdog.start(run_dir, launched_rank() or 0, getattr(config, "hang_seconds", 0.0))
+        if COMMANDS[name].watched:
+            watchdog.start(Path(config.run_dir) if name == "train" else None, launched_rank() or 0, config.hang_seconds)
         module, function = COMMANDS[name].target.split(":")
         getattr(importlib.import_module(module), function)(config)
         return None
@@ -239,7 +237,7 @@ def _parse_command(argv: List[str]) -> Any:
     if name in ("replay", "verify-run") and given and not given[0].startswith("-"):
         given = [f"--run_dir={given[0]}", *given[1:]]
     kind = COMMANDS[name].config
-    shared = configs.TrainConfig if issubclass(kind, configs.NetworkConfig) else None
+    shared = configs.TrainConfig if issubclass(kind, configs.ModelConfig) else None
     config = parse_flags(kind, given, shared=shared)
     if name not in ("evaluate", "replay"):
         return config

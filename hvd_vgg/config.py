@@ -1,7 +1,7 @@
 """Every flag, once: its default, unit, range and meaning, in sections. A command's configuration is the sections it uses.
 
 Sections are dataclasses that are combined by inheritance: a function asks for the section it needs, and may be given any
-configuration that has it. What takes a NetworkConfig takes a TrainConfig too, but cannot read its learning rate.
+configuration that has it. What takes a ModelConfig takes a TrainConfig too, but cannot read its learning rate.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from hvd_vgg.flags import flag, format_value, same_flag
 
 
 @dataclasses.dataclass(frozen=True)
-class NetworkConfig:
+class ModelConfig:
     """The network: what decides the shapes of its weights, and the images it takes."""
 
     num_classes: int = flag(1000, "Data", "Classes; a label outside them is an error.", at_least=2, hyperparameter=True)
@@ -25,7 +25,7 @@ class NetworkConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ExchangeConfig(NetworkConfig):
+class ExchangeConfig(ModelConfig):
     """The global batch of a network, and how its gradients are exchanged."""
 
     global_batch: int = flag(
@@ -89,8 +89,8 @@ class UpdateConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ComputeConfig(NetworkConfig):
-    """What every command needs that runs a network on images."""
+class ComputeConfig(ModelConfig):
+    """Settings of every command that runs the network on images."""
 
     augment: str = flag(
         "crop",
@@ -226,11 +226,13 @@ class RecipeConfig:
         hyperparameter=True,
     )
     lr_step_epochs: Tuple[float, ...] = flag(
-        (30.0, 60.0), "Recipe", "When `step` divides, separated by commas.", "epochs", hyperparameter=True
+        (30.0, 60.0),
+        "Recipe",
+        "Epochs at which --lr_schedule=step divides the rate, separated by commas.",
+        "epochs",
+        hyperparameter=True,
     )
-    warmup_epochs: float = flag(
-        0.0, "Recipe", "The learning rate rises linearly over these.", "epochs", at_least=0.0, hyperparameter=True
-    )
+    warmup_epochs: float = flag(0.0, "Recipe", "Length of the linear warm-up.", "epochs", at_least=0.0, hyperparameter=True)
 
     def conflicts(self) -> Iterator[str]:
         """Yields the combinations that cannot run."""
@@ -280,7 +282,7 @@ class TrainConfig(RecipeConfig, BatchConfig, EvaluationConfig):
         "updates",
         at_least=0,
     )
-    keep_checkpoints: int = flag(3, "Run", "Newest checkpoints to keep; the best one is kept besides.", at_least=1)
+    keep_checkpoints: int = flag(3, "Run", "Newest checkpoints to keep; the best one is kept as well.", at_least=1)
     log_every_steps: int = flag(20, "Run", "One log line per this many.", "updates", at_least=1)
     stop_at_top1: float = flag(
         0.0, "Run", "End when an evaluation reaches this acc@1; 0: never.", "fraction", at_least=0.0, at_most=1.0
@@ -403,7 +405,7 @@ class BenchmarkConfig(BatchConfig):
             yield "--console=dllogger is for train; --out writes the measurements"
 
 
-# Unknown keys are refused, never learned: who adds a host's key must have it from its administrator.
+# Unknown host keys are refused, never added automatically: a host's key has to come from its administrator.
 RSH_AGENT = "ssh -o BatchMode=yes -o ConnectTimeout=5 -o StrictHostKeyChecking=yes"
 
 
@@ -522,7 +524,7 @@ class DemoConfig:
     validation_images: int = flag(1000, "Data", "Images to evaluate on.", "images", at_least=10)
     shards: int = flag(4, "Data", "Files of the train split; the validation split has half as many.", at_least=1)
     image_size: int = flag(80, "Data", "Mean height and width; drawn from 0.75 to 1.25 of it.", "pixels", at_least=32)
-    seed: int = flag(1, "Data", "The images are a function of it.", at_least=0)
+    seed: int = flag(1, "Data", "Seed of the generated images.", at_least=0)
     console: str = flag("auto", "Run", "Progress as a bar or as lines.", choices=("auto", "bar", "lines"))
 
     def conflicts(self) -> Iterator[str]:
@@ -547,8 +549,7 @@ def allowed_changes(config: TrainConfig) -> Set[str]:
 
 
 def profiled_steps(text: str) -> range:
-    """Returns the updates that --profile_steps names, first and last included; empty for none, or where `text` is "
-    "invalid."""
+    """Returns the updates that --profile_steps names, first and last included; empty if `text` is empty or invalid."""
     first, _, last = text.partition(":")
     return range(int(first), int(last) + 1) if first.isdecimal() and last.isdecimal() else range(0)
 

@@ -1,7 +1,7 @@
 """Exit codes, and the one exception whose text is for the user."""
 
 DONE = 0
-USAGE = 64  # a flag is unknown, illegal, or does not go with another
+USAGE = 64  # a flag is unknown, illegal, or conflicts with another
 DATA = 65  # the data set is absent, incomplete or damaged; or what a run claims does not hold
 BUG = 70  # an error of the program: the only case with a traceback
 NOT_WRITTEN = 74  # a result or checkpoint could not be written

@@ -16,6 +16,9 @@ from absl import flags
 
 from hvd_vgg.errors import USAGE, Failure
 
+# What a value of each type is called in messages; the other types are tuples of numbers.
+_EXPECTED: Dict[Any, str] = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+_NUMBERS = "numbers separated by commas"
 # The order of groups in --help and in flag files; others follow.
 _GROUPS = ("Data", "Model", "Recipe", "Run", "Device")
 
@@ -58,7 +61,7 @@ class _Parser(flags.ArgumentParser):
                 return self.kind(argument)
             return tuple(float(part) for part in argument.split(",") if part.strip())
         except ValueError:
-            return _Invalid(argument, {int: "an integer", float: "a number"}.get(self.kind, "numbers separated by commas"))
+            return _Invalid(argument, _EXPECTED.get(self.kind, _NUMBERS))
 
 
 class _BooleanParser(flags.BooleanParser):
@@ -68,7 +71,7 @@ class _BooleanParser(flags.BooleanParser):
         try:
             return super().parse(argument)
         except ValueError:
-            return _Invalid(argument, "true or false")
+            return _Invalid(argument, _EXPECTED[bool])
 
 
 def parse_flags(kind: Any, argv: Sequence[str], defaults: Any = None, shared: Any = None) -> Any:
@@ -150,6 +153,12 @@ def validate(config: Any) -> List[str]:
     errors = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if not _has_type(value, field.type):
+            errors.append(f"--{field.name}={value!r}: expected {_EXPECTED.get(field.type, _NUMBERS)}")
+    if errors:
+        return errors
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
         for number in value if isinstance(value, tuple) else (value,):
             expected = _range_error(number, field.metadata)
             if expected:
@@ -157,6 +166,16 @@ def validate(config: Any) -> List[str]:
     for section in reversed(type(config).__mro__):
         errors += vars(section).get("conflicts", lambda _: [])(config)
     return errors
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    """Returns whether a field's value is of its type: a command line always gives one, a Python script may not."""
+    if kind in (bool, str):
+        return type(value) is kind
+    numbers = (int,) if kind is int else (int, float)
+    if kind in (int, float):
+        return isinstance(value, numbers) and not isinstance(value, bool)
+    return isinstance(value, tuple) and all(_has_type(each, float) for each in value)
 
 
 def _range_error(value: Any, limits: Any) -> str:

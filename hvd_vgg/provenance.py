@@ -1,6 +1,7 @@
 """What a process runs: the code and version of this package, other packages, and selected environment variables."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import sys
@@ -38,6 +39,7 @@ def describe_process() -> Dict[str, Any]:
     }
 
 
+@functools.lru_cache(maxsize=1)
 def code_fingerprint() -> Dict[str, Any]:
     """Returns the package's version, a SHA-256 over the names and contents of its .py files, and its git commit or None."""
     package, digest = Path(__file__).resolve().parent, hashlib.sha256()
@@ -51,7 +53,7 @@ def _git_commit(git: Path) -> Optional[str]:
 
     None where the package is installed without its repository, or in a worktree of it: the SHA-256 identifies the code.
     """
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, IndexError, UnicodeDecodeError):  # a repository may be damaged
         head = (git / "HEAD").read_text().split()[-1]  # a commit, or the ref of a branch
         if not head.startswith("refs/"):
             return head

@@ -107,7 +107,7 @@ def lock_run_dir(run_dir: Path) -> IO[str]:
     except BlockingIOError as error:
         with file:
             file.seek(0)
-            holder = file.read().strip() or "it left no name"
+            holder = file.read().strip() or "holder unknown"
         text = f"--run_dir={run_dir} is in use by another job ({holder})"
         raise Failure(CONFIGURATION, f"{text}. Wait for it, stop it, or use another --run_dir") from error
     except OSError as error:

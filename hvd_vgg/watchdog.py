@@ -2,9 +2,10 @@
 
 The trainer calls `heartbeat` whenever it makes progress, and a thread checks on it: a rank that is silent for too long
 writes a hang report, waits a moment for the other ranks to do the same, and exits with code 75, which ends the job. Ranks
-that merely wait for a hung one are silent just as long, and exit with it. Three more nets are below this one: where the GIL
-is never released, so that no thread can run, `faulthandler` writes the stacks from C and SIGALRM ends the process; Horovod's
-stall inspector names the tensor that ranks wait for (`parallel.init`); and the launcher may limit the time of the whole job.
+that merely wait for a hung one are silent just as long, and exit with it. Three more safety nets back this one up: where the
+GIL is never released, so that no thread can run, `faulthandler` writes the stacks from C and SIGALRM ends the process;
+Horovod's stall inspector names the tensor that ranks wait for (`parallel.init`); and the launcher may limit the time of the
+whole job.
 
 Everything goes to RUN_DIR/faults: `fatal.rankN.jsonl` (why this rank alone ended the job), `hang.rankN.jsonl` (the report),
 `stacks.rankN.txt`. Lines are appended, so that what happened before a restart is kept.
@@ -27,6 +28,7 @@ from typing import IO, Any, Callable, Deque, Dict, Iterator, Optional, Tuple
 
 from hvd_vgg.environment import launched_rank
 from hvd_vgg.errors import LOST_RANK, STOPPED
+from hvd_vgg.run_dir import RunDir
 
 # How much longer than an update a start, an evaluation or a save may take.
 SLOW_PHASE_FACTOR = 10
@@ -45,11 +47,12 @@ class Watchdog:
 
     def __init__(self) -> None:
         self._stop_requested = threading.Event()
+        self._handlers: Dict[int, Any] = {}  # those in place before this one's
         self._reset()
 
     def _reset(self) -> None:
         self.rank, self.hang_seconds = 0, 0.0
-        self.folder: Optional[Path] = None
+        self.run_dir: Optional[RunDir] = None  # None where RUN_DIR/faults cannot be written
         self.stacks: Optional[IO[str]] = None
         self.last: Tuple[float, str, Optional[int]] = (time.monotonic(), "start", None)  # replaced whole: no lock needed
         self.update_seconds: Deque[float] = deque(maxlen=101)
@@ -64,14 +67,17 @@ class Watchdog:
         hang_seconds: how long an update may take; 0: 20 times the median one, at least 60. Starting, evaluating and saving
         may take SLOW_PHASE_FACTOR times as long. Where RUN_DIR/faults cannot be written, reports go to stderr.
         """
+        if self.thread is not None:
+            raise RuntimeError("the watchdog of this process is running already")
         self._reset()
         self.rank, self.hang_seconds = rank, hang_seconds
         if run_dir is not None:
             os.umask(os.umask(0o027) | 0o027)  # what a run writes is for its owner and group
             with contextlib.suppress(OSError):  # whoever must write there reports it better
-                (run_dir / "faults").mkdir(parents=True, exist_ok=True, mode=0o750)
-                self.stacks = open(run_dir / "faults" / f"stacks.rank{rank}.txt", "a", encoding="utf-8")  # noqa: SIM115
-                self.folder = run_dir / "faults"
+                paths = RunDir(run_dir)
+                paths.faults.mkdir(parents=True, exist_ok=True, mode=0o750)
+                self.stacks = open(paths.stacks(rank), "a", encoding="utf-8")  # noqa: SIM115 (it stays open)
+                self.run_dir = paths
         faulthandler.enable(self.stacks or sys.stderr)
         self.thread = threading.Thread(target=self._watch, args=[self.wake], name="watchdog", daemon=True)
         self.thread.start()
@@ -97,13 +103,13 @@ class Watchdog:
         limit = self._limit_seconds("leaving")
         faulthandler.dump_traceback_later(limit, file=sys.stderr)
         signal.setitimer(signal.ITIMER_REAL, limit + _REPORT_SECONDS / 2)  # Python's own shutdown may hold the GIL
-        if self.stacks and self.folder:
+        if self.stacks and self.run_dir:
             self.stacks.close()
             with contextlib.suppress(OSError):
                 path = Path(self.stacks.name)
                 if path.stat().st_size == 0:
                     path.unlink()
-                self.folder.rmdir()  # only if it is empty: nothing went wrong on any rank
+                self.run_dir.faults.rmdir()  # only if it is empty: nothing went wrong on any rank
 
     def heartbeat(self, step: Optional[int] = None, phase: str = "update") -> None:
         """Notes that this rank made progress: with `step` updates done, or in another phase than updates."""
@@ -150,7 +156,7 @@ class Watchdog:
             os._exit(STOPPED)
 
         for each in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(each, leave)
+            self._handle(each, leave)
 
     def save_when_asked(self) -> None:
         """From now on SIGTERM, SIGINT and SIGUSR1 set `stop_requested`; another SIGINT interrupts at once. Main thread."""
@@ -161,10 +167,22 @@ class Watchdog:
             self._stop_requested.set()
 
         for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(each, request)
+            self._handle(each, request)
+
+    def _handle(self, number: int, handler: Callable[[int, Any], None]) -> None:
+        self._handlers.setdefault(number, signal.signal(number, handler))
+
+    def release(self) -> None:
+        """Returns a process that goes on after `stop` to what it was: no timer that ends it, its own signal handlers."""
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        faulthandler.cancel_dump_traceback_later()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+        self._stop_requested.clear()
 
     def stop_requested(self) -> bool:
-        """Says whether this rank was asked to stop. The ranks must agree before any of them does."""
+        """Returns whether this rank was asked to stop. The ranks must agree before any of them does."""
         return self._stop_requested.is_set()
 
     def _limit_seconds(self, phase: str) -> float:
@@ -208,11 +226,11 @@ class Watchdog:
 
     def _append(self, name: str, data: Dict[str, Any]) -> Optional[Path]:
         """Appends one line, on disk when this returns; returns the file, or None where none can be written."""
-        if self.folder is None:
+        if self.run_dir is None:
             return None
         _, phase, step = self.last
         line = {"time": time.time(), "rank": self.rank, "host": socket.gethostname(), "step": step, "phase": phase, **data}
-        path = self.folder / f"{name}.rank{self.rank}.jsonl"
+        path = self.run_dir.fault_report(name, self.rank)
         try:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

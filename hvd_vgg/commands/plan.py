@@ -57,7 +57,7 @@ within a host, the processor time of sending, stragglers.
 
 
 def _predicted(method: Method, config: PlanConfig) -> Tuple[float, cost.Prediction]:
-    link = cost.Link(config.ranks, config.ranks_per_host, config.gbit, config.fps_per_rank)
+    link = cost.Cluster(config.ranks, config.ranks_per_host, config.gbit, config.fps_per_rank)
     chosen = dataclasses.replace(config, exchange=method.exchange, wire_dtype=method.wire_dtype)
     return cost.sent(cost.choose(chosen, config.ranks)) / 1e6, cost.predict(chosen, link)
 

@@ -83,7 +83,7 @@ def _open_records(folder: StepDir, config: ReplayConfig, label_base: int, rows: 
             f"--global_batch={config.global_batch} of both",
         )
     if config.global_batch < comm.size():
-        raise Failure(USAGE, f"{plural(rows, 'record')} leave nothing to do for some of {comm.size()} ranks: start fewer")
+        raise Failure(USAGE, f"{plural(rows, 'record')} are fewer than the {comm.size()} ranks: start fewer")
     return index
 
 

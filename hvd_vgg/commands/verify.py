@@ -24,6 +24,7 @@ from hvd_vgg.run_dir import RunDir, checkpoint_step
 from hvd_vgg.text import plural
 from hvd_vgg.training import checkpoint
 from hvd_vgg.training.schedule import total_steps
+from hvd_vgg.watchdog import watchdog
 
 Findings = Generator[str, None, Tuple[str, str]]  # yields what is wrong; returns verdict and text if nothing is
 
@@ -36,6 +37,8 @@ def verify_run(config: VerifyConfig) -> None:
     run, console, verdicts = RunDir(config.run_dir), Console("lines", not launched_rank()), []
     if not run.log.is_file():
         raise Failure(CONFIGURATION, f"--run_dir={run.path} has no dllogger.json: expected the directory of a run")
+    if config.data_dir:
+        watchdog.start(None, launched_rank() or 0, 0.0)  # evaluation sends heartbeats
     again = _conclude("evaluated again", _evaluate_again(run, config)) if config.data_dir else iter([])
     for verdict, subject, text in itertools.chain(check(run.path) if console.speaks else [], again):
         console.say(f"{verdict:7s}  {subject}: {text}")

@@ -1,4 +1,4 @@
-"""Proves that an epoch was trained on whole: an order-free digest of the record ids that the ranks really trained on.
+"""Proves that every record of an epoch was trained on, by an order-free digest of the ids trained on.
 
 The digest of a multiset of ids is its size, and the sums modulo 2^64 of two 64-bit hashes of each id. Sums are free of
 order, so the digests of parts add up to the digest of the whole, however an epoch was divided over ranks, updates and
@@ -65,7 +65,7 @@ class EpochRecords(NamedTuple):
         return [*self.seen.tolist(), *self.skipped.tolist(), *np.sort(self.replaced).tolist()]
 
     def proves(self, records: int) -> bool:
-        """Says whether each id of 0 .. records - 1 was trained on, skipped or replaced exactly once, and no other was."""
+        """Returns whether each id of 0 .. records - 1 was trained on, skipped or replaced exactly once, and no other was."""
         return bool((self.seen + self.skipped + digest(self.replaced) == digest_of_all(records)).all())
 
     def text(self, records: int) -> str:
@@ -150,7 +150,7 @@ class Coverage:
         self.mine[epoch] = self.mine.get(epoch, parse_epoch_records([])).plus(parse_epoch_records([])._replace(**more))
 
     def ended(self, step: int) -> bool:
-        """Says whether `step` updates complete an epoch that is not yet proved; the same on all ranks."""
+        """Returns whether `step` updates complete an epoch that is not yet proved; the same on all ranks."""
         return step * self.global_batch // self.records > self.epoch
 
     def settle(self, step: int, gather: Callable[[Any], List[Any]]) -> List[EpochCoverage]:

@@ -13,7 +13,7 @@ windows of 16,384 records, 3.6 GB at ImageNet's mean, of each host's page cache.
 
 A bad record (its checksum, features, image or label) ends the run, unless --bad_records_allowed is above 0. Then in training
 another record takes its place, a function of the seed, the epoch and the bad record, with the row's own crop and flip; in
-evaluation the row stays empty. The batch says so, and `train.bad_records` keeps count.
+evaluation the row stays empty. The batch says so, and `training.bad_records` keeps count.
 """
 
 import contextlib

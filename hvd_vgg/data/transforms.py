@@ -33,7 +33,7 @@ _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _FRAMES = frozenset((0xC0, 0xC1, 0xC2))
 _SEGMENTS = frozenset((0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)))
 cv2.setNumThreads(0)  # the loader has threads of its own
-Window = Tuple[int, int, int, int]  # top, left, height, width
+Crop = Tuple[int, int, int, int]  # top, left, height, width
 
 
 def train_image(encoded: bytes, params: Sequence[float], augment: str, out: np.ndarray) -> None:
@@ -75,7 +75,7 @@ def augmentation_params(seeds: np.ndarray) -> List[List[float]]:
     return list(uniform_draws(seeds, 3 + 3 * _TRIES).tolist())
 
 
-def random_window(height: int, width: int, params: Sequence[float]) -> Window:
+def random_window(height: int, width: int, params: Sequence[float]) -> Crop:
     """Returns a random part of an image: top, left, height and width in pixels.
 
     Its area is uniform in 0.08..1 of the image, its ratio of width to height log-uniform in 3/4..4/3. The first of ten
@@ -95,14 +95,14 @@ def random_window(height: int, width: int, params: Sequence[float]) -> Window:
     return (height - box_height + 1) // 2, (width - box_width + 1) // 2, box_height, box_width
 
 
-def central_window(height: int, width: int) -> Window:
+def central_window(height: int, width: int) -> Crop:
     """Returns the central square that is evaluated: top, left, height and width in pixels."""
     side = round(_CENTRE * min(height, width))
     return (height - side) // 2, (width - side) // 2, side, side
 
 
 def image_shape(encoded: bytes) -> Tuple[int, int]:
-    """Returns (height, width) from the header alone; raises ValueError where that is not of an image to be decoded."""
+    """Returns (height, width) from the header alone; raises ValueError where that is not the header of a supported image."""
     channels, limit = 3, MAX_PIXELS
     if encoded.startswith(_JPEG):
         limit = min(limit, _JPEG_PIXELS_PER_BYTE * len(encoded))
@@ -140,7 +140,7 @@ def _jpeg_shape(encoded: bytes) -> Tuple[int, int, int]:
     return height, width, channels
 
 
-def _decode_and_resize(encoded: bytes, window: Window, out: np.ndarray) -> None:
+def _decode_and_resize(encoded: bytes, window: Crop, out: np.ndarray) -> None:
     """Writes the bilinear resize, with half-pixel centres, of a window of the image to `out`."""
     top, left, height, width = window
     data = tf.constant(encoded)

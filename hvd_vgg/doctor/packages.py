@@ -54,7 +54,7 @@ def this_host() -> HostView:
 
 
 def is_installed(host: HostView, module: str) -> bool:
-    """Says whether Python would find `module`, without importing it."""
+    """Returns whether Python would find `module`, without importing it."""
     return importlib.machinery.PathFinder.find_spec(module, list(host.path)) is not None
 
 

@@ -326,7 +326,7 @@ def explain(status: int, stderr: str, oom_kills: Mapping[str, int]) -> ExitStatu
 
 
 def _dies_with(parent: int) -> Callable[[], None]:
-    """Returns what a child must call before it becomes mpirun for the kernel to kill it when this process dies."""
+    """Returns a preexec function with which the kernel kills mpirun when this process dies."""
     libc = ctypes.CDLL(None)  # loaded here: little may be done between fork and exec
 
     def prepare() -> None:

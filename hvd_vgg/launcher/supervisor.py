@@ -69,7 +69,7 @@ def _rank_count(config: LaunchConfig, spec: LaunchSpec, hosts: List[Host]) -> in
         has = f"has {plural(slots, 'slot')} ({', '.join(f'{host.name}: {host.slots}' for host in hosts)})"
         raise Failure(CONFIGURATION, f"--ranks={config.ranks}: {config.hostfile} {has}: add some")
     if spec.most_ranks is not None and config.ranks > spec.most_ranks:
-        raise Failure(USAGE, f"--global_batch={spec.most_ranks} leaves nothing to do for some of --ranks={config.ranks}")
+        raise Failure(USAGE, f"--global_batch={spec.most_ranks} has fewer images than --ranks={config.ranks}")
     ranks = config.ranks or slots or _device_count()
     return min(ranks, spec.most_ranks or ranks)
 

@@ -51,7 +51,7 @@ def local_size() -> int:
 
 
 def is_root(group: Group = WORLD) -> bool:
-    """Says whether this is rank 0, which alone writes files and prints."""
+    """Returns whether this is rank 0, which writes checkpoints and logs, and prints."""
     return rank(group) == 0
 
 
@@ -69,12 +69,12 @@ def sum_over_ranks(values: np.ndarray, group: Group = WORLD) -> np.ndarray:
 
 
 def any_rank(here: bool) -> bool:
-    """Says whether `here` holds on any rank; equal on all. Collective."""
+    """Returns whether `here` holds on any rank; equal on all. Collective."""
     return bool(sum_over_ranks(np.array([here], np.int64))[0])
 
 
 def gather_numbers(values: Sequence[float], group: Group = WORLD) -> np.ndarray:
-    """Returns every rank's `values`, float64 [ranks, len(values)]; all must bring equally many. Collective."""
+    """Returns every rank's `values`, float64 [ranks, len(values)]; all ranks must pass equally many. Collective."""
     watchdog.note_collective("gather_numbers")
     with tf.device("/CPU:0"):
         row = tf.constant([values], tf.float64)
@@ -154,7 +154,7 @@ def gather_rows(tensor: Any, name: str, rows: int, group: Group = WORLD) -> Any:
 
 
 def start_timeline(path: str) -> None:
-    """Starts Horovod's timeline of all ranks in the file `path`; rank 0 alone, after `init.start(timeline=True)`."""
+    """Starts Horovod's timeline of all ranks in the file `path`; rank 0 alone, after `init.join(timeline=True)`."""
     hvd.start_timeline(path, mark_cycles=True)
 
 

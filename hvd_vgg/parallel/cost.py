@@ -35,7 +35,7 @@ class Choice(NamedTuple):
         return self.factored_bytes if gathered else self.allreduce_bytes  # type: ignore[return-value]
 
 
-class Link(NamedTuple):
+class Cluster(NamedTuple):
     """A cluster: ranks, ranks per host, bandwidth of a host's link, and images/s of one rank without exchange."""
 
     ranks: int
@@ -109,16 +109,16 @@ def as_log(choices: List[Choice]) -> Dict[str, str]:
     return {f"exchange.{choice.layer}": f"{choice.method}, {choice.sent / _MB:.3f} MB" for choice in dense}
 
 
-def predict(config: ExchangeConfig, link: Link) -> Prediction:
+def predict(config: ExchangeConfig, cluster: Cluster) -> Prediction:
     """Returns the time of an update, in which computing takes images / rate and sending takes bytes / bandwidth.
 
     The ring visits the ranks of a host in turn, so a host's link carries in each direction what one rank sends.
     """
-    choices = choose(config, link.ranks)
-    own = config.global_batch / link.ranks / link.fps_per_rank
-    compute = own * (1 + _extra_compute(config, choices) * (link.ranks - 1))
-    hosts = -(-link.ranks // link.ranks_per_host)
-    sending = sent(choices) * 8 / (link.gbit * 1e9) if hosts > 1 else 0.0
+    choices = choose(config, cluster.ranks)
+    own = config.global_batch / cluster.ranks / cluster.fps_per_rank
+    compute = own * (1 + _extra_compute(config, choices) * (cluster.ranks - 1))
+    hosts = -(-cluster.ranks // cluster.ranks_per_host)
+    sending = sent(choices) * 8 / (cluster.gbit * 1e9) if hosts > 1 else 0.0
     apart = compute + sending
     overlapped = compute * (1 - _BACKWARD) + max(compute * _BACKWARD, sending)
     return Prediction(apart, overlapped, own / apart, own / overlapped)

@@ -1,7 +1,7 @@
 """How each layer's gradient crosses the network: sums of products, or gathered factors.
 
 All functions are for use inside a tf.function, on all ranks, outside of gradient tapes. Every message has a name and a
-static shape, so that Horovod agrees on it once and knows it again by one bit afterwards.
+static shape, so that Horovod negotiates it once and finds it in its response cache afterwards.
 """
 
 from typing import Any, Dict, List, Tuple

@@ -40,26 +40,19 @@ class Device(NamedTuple):
     input_threads: int
 
 
-def start(
-    input_threads: int = 0,
-    timeline: bool = False,
-    hang_seconds: float = 0.0,
-    precision: str = "float32",
-) -> Device:
-    """Joins the run and takes this rank's device; the first call of every rank. Collective.
+def start() -> Device:
+    """Joins the run and takes this rank's device, with the defaults of `join` and `take_device`. Collective.
 
-    input_threads: 0 for as many as fit; timeline: whether Horovod's may be started later; hang_seconds: how long an update
-    may take, 0 for the default; precision: what the network will be computed in.
-
-    Raises a collective Failure(CONFIGURATION) when there are more ranks on a host than devices, or they do not support the
-    precision; and as `join` does.
+    For programs without a configuration; commands call `training.startup.join_ranks`.
     """
-    join(timeline, hang_seconds)
-    return run_on_all_ranks(lambda: take_device(input_threads, precision))
+    join()
+    return run_on_all_ranks(take_device)
 
 
 def join(timeline: bool = False, hang_seconds: float = 0.0, group_sizes: Sequence[int] = ()) -> Dict[int, comm.Group]:
-    """Joins the run as `start` does, without taking a device. Collective.
+    """Joins the run; the first call of every rank. Collective.
+
+    timeline: whether Horovod's may be started later; hang_seconds: how long an update may take, 0 for the default.
 
     Returns for each of `group_sizes` the group of that many first ranks; sizes of all ranks or more give `comm.WORLD`.
     Raises Failure(CONFIGURATION), on this rank alone, where Horovod finds another number of ranks than the launcher started,
@@ -100,6 +93,9 @@ def join(timeline: bool = False, hang_seconds: float = 0.0, group_sizes: Sequenc
             f"others' files. Horovod is {mine['horovod']} and uses {mine['controller']}: start it with the launcher of the "
             f"MPI it was built with, or without MPI by horovodrun --gloo",
         )
+    missing = [count for count in group_sizes if count < comm.size() and count not in groups]
+    if missing:
+        raise Failure(CONFIGURATION, f"the launcher gives no number of ranks, so that no group of {missing[0]} can be made")
     return {count: groups.get(count, comm.WORLD) for count in group_sizes}
 
 
@@ -127,7 +123,7 @@ def take_device(input_threads: int = 0, precision: str = "float32") -> Device:
         raise Failure(
             CONFIGURATION,
             f"{hvd.local_size()} ranks on this host, but TensorFlow sees {len(devices)} devices "
-            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}): start one rank a device",
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}): start one rank per device",
         )
     mine = devices[hvd.local_rank()]
     tf.config.set_visible_devices(mine, "GPU")
@@ -136,7 +132,7 @@ def take_device(input_threads: int = 0, precision: str = "float32") -> Device:
 
 
 def cpu_convolves(precision: str) -> bool:
-    """Says whether this TensorFlow can compute convolutions in `precision` on a CPU.
+    """Returns whether this TensorFlow can compute convolutions in `precision` on a CPU.
 
     In bfloat16 those of 2.6 come out as float32, or end the process where oneDNN is on; of 2.12 they are right.
     """
@@ -168,8 +164,8 @@ def describe_software(image_library: str) -> Dict[str, str]:
 def transports(device: str) -> Dict[str, str]:
     """Returns what carries `sums` and `gathers` of tensors on TensorFlow's `device`: NCCL, mpi or gloo; all ranks call.
 
-    It is tried, for Horovod is built for devices one operation at a time (HOROVOD_GPU_ALLREDUCE, HOROVOD_GPU_ALLGATHER):
-    one that it is not built for TensorFlow runs on the CPU, copying there and back.
+    Determined by trying, since device support is a build option of each operation of Horovod (HOROVOD_GPU_ALLREDUCE,
+    HOROVOD_GPU_ALLGATHER): TensorFlow runs one that lacks it on the CPU, and copies there and back.
     """
     watchdog.note_collective("transports")
     with tf.device(device):

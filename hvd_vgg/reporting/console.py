@@ -67,7 +67,7 @@ class Progress:
         self.console.say(text)
 
     def update(self, done: int, note: str = "") -> None:
-        """Shows, if it is time to, that `done` units are done, with a note."""
+        """Redraws the progress, `done` units, if the interval has elapsed, with a note."""
         now = time.monotonic()
         if now - self.shown < (_BAR_SECONDS if self.console.bar else _LINE_SECONDS):
             return

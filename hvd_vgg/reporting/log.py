@@ -104,7 +104,7 @@ class _Stdout:
 def _open(path: Path, stdout: bool) -> Tuple[Any, Any]:
     """Returns what writes to the file and what prints, or None: both have `metadata` and `log`, and the first has `flush`.
 
-    They are separate, so that a stdout that is gone keeps no line from the file.
+    They are separate, so that a closed stdout keeps no line out of the file.
     """
     if not dllogger:
         return _JsonFile(path), _Stdout() if stdout else None

@@ -163,7 +163,7 @@ def best(run_dir: RunDir) -> Optional[Path]:
 
 
 def point_to_best(path: Path) -> None:
-    """Has `best` name the checkpoint `path`, on disk when this returns."""
+    """Points `best` at the checkpoint `path`; on disk when this returns."""
     atomic_write_text(path.with_name("best"), path.name + "\n")
     _sync_directory(path.parent)
 

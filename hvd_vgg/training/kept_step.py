@@ -1,4 +1,4 @@
-"""What a run keeps of a step that was not finite, for `hvd-vgg replay`; and the steps that it skips since.
+"""What a run keeps of a step that was not finite, for `hvd-vgg replay`; and the steps that it skips from then on.
 
 `RUN_DIR/nonfinite/step-00000123/` holds the records of the step's global batch in order, as they lie in the data
 (`records-00000-of-00001`), the weights and momentum before it (`state.safetensors`), the flags (`flags.txt`) and what was
@@ -92,7 +92,10 @@ def load_report(folder: StepDir) -> Dict[str, Any]:
             f"nonfinite/step-????????; --step names another",
         ) from error
     if not _is_report(report):
-        raise Failure(CONFIGURATION, f"{path} is not the report of a step: a field is missing, or of another kind")
+        raise Failure(
+            CONFIGURATION,
+            f"{path} is not the report of a step, or of another version of hvd_vgg: a field is missing, or of another kind",
+        )
     return dict(report)
 
 

@@ -27,12 +27,12 @@ def fit(trainer: Trainer) -> None:
         trainer.update(step, batch)  # device tensors; waits for nothing
         due = trainer.cadence.due(progress.step)  # a pure function of the step: equal on all ranks
         stopping = due.poll and trainer.any_stop_requested()
-        if not (due.log or stopping):
+        if not (due.log or stopping):  # whatever else is due, a log line is
             trainer.end_update()
             continue
 
-        trainer.log_metrics()  # the one wait for device and ranks; raises NonFiniteStep
-        if due.check_replicas:  # before weights are scored or saved
+        trainer.log_metrics()  # waits for the device and all ranks; raises NonFiniteStep
+        if due.check_replicas or stopping:  # before weights are scored or saved
             trainer.check_replicas()
         improved = due.evaluate and trainer.evaluate()
         done = progress.step == trainer.total_steps or trainer.target_reached()

@@ -1,4 +1,4 @@
-"""What is counted of a batch beside its loss."""
+"""Top-k accuracy of a batch."""
 
 from typing import Any
 

@@ -22,7 +22,7 @@ from hvd_vgg.reporting.throughput import (
 )
 from hvd_vgg.training.train_step import SKIPPED_STEP, StepMetrics
 
-Window = List[Tuple[int, StepMetrics]]  # (step, metrics), the updates since the last log line
+PendingUpdates = List[Tuple[int, StepMetrics]]  # (step, metrics), the updates since the last log line
 
 
 class NonFiniteStep(Exception):
@@ -36,7 +36,7 @@ class NonFiniteStep(Exception):
         self.step, self.loss, self.gradient_norm = step, loss, gradient_norm
 
 
-def reduce_metrics(window: Window, config: StepConfig) -> Tuple[Dict[str, Any], List[NonFiniteStep]]:
+def reduce_metrics(window: PendingUpdates, config: StepConfig) -> Tuple[Dict[str, Any], List[NonFiniteStep]]:
     """Returns the means of the window's metrics over its images, and its steps that are not finite, the first one first.
 
     Collective: here the host waits for the device and for all ranks. Skipped steps count for nothing.
@@ -62,7 +62,7 @@ def reduce_metrics(window: Window, config: StepConfig) -> Tuple[Dict[str, Any], 
     return row, nonfinite
 
 
-def measure_window(window: Window, throughput: Throughput, global_batch: int) -> Tuple[Dict[str, Any], Bottleneck]:
+def measure_window(window: PendingUpdates, throughput: Throughput, global_batch: int) -> Tuple[Dict[str, Any], Bottleneck]:
     """Returns the window's images/s and where its time went, for the log, and what limited it. Collective."""
     updates = len(window)
     totals = throughput.total_seconds[-updates:]

@@ -1,4 +1,4 @@
-"""Where a step went wrong whose loss or gradient is not finite: on which rank, in which layer, for which records."""
+"""Locates where a non-finite step went wrong: on which rank, in which layer, for which records."""
 
 import socket
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
@@ -54,7 +54,9 @@ class Diagnosis(NamedTuple):
 
     def __str__(self) -> str:
         if not self.repeated:
-            return "Computed again from the same weights and records, everything is finite: a transient fault, of hardware?"
+            return (
+                "Computed again from the same weights and records, everything is finite: possibly a transient hardware fault"
+            )
         if self.rank is None:
             return "Finite on each rank, not finite in the sums over micro-batches and ranks"
         found, others = self.ranks[self.rank], [r for r in self.ranks if r["first"] is not None]

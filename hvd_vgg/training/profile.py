@@ -1,6 +1,5 @@
 """Profiles of some updates: TensorFlow's, for TensorBoard, and Horovod's timeline, for chrome://tracing."""
 
-from pathlib import Path
 from typing import Generator, Iterable, TypeVar
 
 import tensorflow as tf
@@ -10,6 +9,7 @@ from hvd_vgg.errors import NOT_WRITTEN, Failure
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import run_on_all_ranks
 from hvd_vgg.reporting.throughput import Throughput
+from hvd_vgg.run_dir import RunDir
 from hvd_vgg.watchdog import watchdog
 
 T = TypeVar("T")
@@ -23,7 +23,7 @@ def profiled(batches: Iterable[T], steps: range, config: TrainConfig, throughput
     """
     wanted = profiled_steps(config.profile_steps)
     chosen = range(max(steps.start, wanted.start), min(steps.stop, wanted.stop))
-    folder = Path(config.run_dir) / "profile"
+    run_dir = RunDir(config.run_dir)
     traces, running = comm.rank() in config.profile_ranks, False
     try:
         for now, batch in zip(steps, batches):
@@ -34,7 +34,7 @@ def profiled(batches: Iterable[T], steps: range, config: TrainConfig, throughput
                     comm.barrier()  # else the others wait for the slowest inside their next update
             if chosen and now == chosen[0]:
                 with throughput.exclude("profiling"), watchdog.phase("profiling"):
-                    run_on_all_ranks(lambda: _begin(folder, traces))
+                    run_on_all_ranks(lambda: _begin(run_dir, traces))
                 running = True
             yield batch
     finally:
@@ -42,17 +42,16 @@ def profiled(batches: Iterable[T], steps: range, config: TrainConfig, throughput
             _end(traces)
 
 
-def _begin(folder: Path, traces: bool) -> None:
+def _begin(run_dir: RunDir, traces: bool) -> None:
     try:
         if traces:
-            own = folder / f"rank{comm.rank()}"
-            own.mkdir(parents=True, exist_ok=True)
-            tf.profiler.experimental.start(str(own))
+            run_dir.trace(comm.rank()).mkdir(parents=True, exist_ok=True)
+            tf.profiler.experimental.start(str(run_dir.trace(comm.rank())))
         if comm.is_root():
-            folder.mkdir(parents=True, exist_ok=True)
-            comm.start_timeline(str(folder / "horovod_timeline.json"))
+            run_dir.profile.mkdir(parents=True, exist_ok=True)
+            comm.start_timeline(str(run_dir.horovod_timeline))
     except (OSError, tf.errors.OpError) as error:
-        raise Failure(NOT_WRITTEN, f"--profile_steps: {folder} cannot be written: {error}") from error
+        raise Failure(NOT_WRITTEN, f"--profile_steps: {run_dir.profile} cannot be written: {error}") from error
 
 
 def _end(traces: bool) -> None:

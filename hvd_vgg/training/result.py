@@ -35,7 +35,9 @@ def write_run_files(config: TrainConfig, console: Optional[Console] = None) -> N
         except Failure as failure:
             if console is None or getattr(failure.__cause__, "errno", None) not in DISK_FULL or not path.exists():
                 raise
-            console.say(f"{path} is an earlier start's: the disk is full. It is rewritten with the next result")
+            console.say(
+                f"{path} is from an earlier start, since the disk is full; it will be rewritten with the next result"
+            )
 
 
 def _write_if_changed(path: Path, text: str) -> None:
@@ -58,6 +60,7 @@ def write_result(
     config: TrainConfig,
     evaluation: Evaluation,
     measured: Dict[str, Any],
+    updates: int,
     step: int,
     epochs: float,
     seconds: float,
@@ -65,13 +68,15 @@ def write_result(
 ) -> None:
     """Writes result.json, flags and receipt, on rank 0, and logs `measured` (of `measure_run`). Collective.
 
+    updates: those that this process made; step, epochs, seconds: of the run so far.
+
     Raises a collective Failure(NOT_WRITTEN).
     """
     path = RunDir(config.run_dir).result
 
     def write() -> None:
         # A process that trained nothing has measured nothing, and may find the result of the one that did.
-        if not measured["fps"] and _is_result_of(path, step):
+        if not updates and _is_result_of(path, step):
             return
         reporter.event("throughput", step=step, **measured)
         content = {

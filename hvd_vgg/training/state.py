@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional
 import numpy as np
 import tensorflow as tf
 
-from hvd_vgg.config import NetworkConfig, StepConfig, TrainConfig, fingerprint
+from hvd_vgg.config import ModelConfig, StepConfig, TrainConfig, fingerprint
 from hvd_vgg.data.index import Index
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.models import vgg
@@ -50,7 +50,7 @@ class TrainProgress:
     skipped_steps: List[int] = dataclasses.field(default_factory=list)
 
 
-def initial_weights(config: NetworkConfig, seed: int) -> vgg.Weights:
+def initial_weights(config: ModelConfig, seed: int) -> vgg.Weights:
     """Returns the weights before the first update, as variables: a function of the network and the seed."""
     return vgg.initial_weights(vgg_layers(config.model, config.width, config.image_size, config.num_classes), seed)
 
@@ -62,7 +62,7 @@ def initial_state(config: StepConfig) -> State:
 
 
 def reset_state(state: State, config: StepConfig) -> None:
-    """Returns `state` to before the first update."""
+    """Resets `state` to what it was before the first update."""
     for variable, value in zip(state.variables().values(), initial_state(config).variables().values()):
         variable.assign(value)
 

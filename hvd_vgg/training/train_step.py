@@ -86,7 +86,7 @@ def make_train_step(
     summed = [name for name in weights if name.split("/")[0] not in factored]
     backward = make_backward(weights, slots, config, data_format, summed, factored)
     local_sums = accumulate(backward, weights, summed, factored, config.device_batch)
-    with tf.device("/CPU:0"):  # where it is decided what is computed next
+    with tf.device("/CPU:0"):  # control flow is decided on the host
         stopped = tf.Variable(False)
 
     @tf.function(jit_compile=False, autograph=False)

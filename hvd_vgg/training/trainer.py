@@ -4,7 +4,7 @@ import dataclasses
 import os
 import time
 from pathlib import Path
-from typing import IO, Any, Callable, Iterator, List, NoReturn, Optional, Tuple
+from typing import IO, Any, Callable, Generator, Iterator, List, NoReturn, Optional, Tuple
 
 from hvd_vgg.config import TrainConfig
 from hvd_vgg.data.coverage import Coverage
@@ -21,7 +21,7 @@ from hvd_vgg.training.dataset import open_data
 from hvd_vgg.training.evaluate import Evaluation, evaluate, make_eval_step
 from hvd_vgg.training.introduction import introduce
 from hvd_vgg.training.kept_step import read_skipped_steps
-from hvd_vgg.training.metrics import NonFiniteStep, Window, measure_run, measure_window, reduce_metrics
+from hvd_vgg.training.metrics import NonFiniteStep, PendingUpdates, measure_run, measure_window, reduce_metrics
 from hvd_vgg.training.profile import profiled
 from hvd_vgg.training.reporter import open_reporter
 from hvd_vgg.training.result import finish_log, write_result, write_run_files
@@ -45,7 +45,8 @@ from hvd_vgg.watchdog import StopRequested, watchdog
 class Trainer:
     """A run: its data, state, compiled functions, progress, and what it reports and saves.
 
-    Every method is collective, but for `batches` and `update`, which communicate only within the update itself.
+    Collective: all methods but `batches`, `update` (which communicates only within the update), `end_update`, `epoch`,
+    `target_reached` and `evaluation_missed`.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -62,35 +63,38 @@ class Trainer:
         self.writer: Optional[CheckpointWriter] = None
         if self.reporter.log:
             self.writer = CheckpointWriter(RunDir(config.run_dir), config.keep_checkpoints, self.reporter.event)
-        self.throughput = Throughput()
-        self.result: Optional[Evaluation] = None
-        self.saved_step = -1
-        self._restore()
+        self.stream: Optional[Generator[Batch, None, None]] = None
+        self._restore(config.resume)
         introduce(config, self.data, self.device, self.total_steps, self.progress, self.reporter)
         self.started = time.monotonic() - self.progress.seconds
         self.eval_step = make_eval_step(self.state.weights, config, self.device.data_format)
         self.checksums = make_checksums(self.state.weights)
+        self.throughput = Throughput()  # last: its clock starts now, and the first update is to have nothing of the above
 
     def __enter__(self) -> "Trainer":
         return self
 
     def __exit__(self, kind: Any, error: Optional[BaseException], trace: Any) -> None:
-        if isinstance(error, Failure) and error.collective and self.writer:
-            self.writer.wait()  # all ranks will leave, and the launcher would kill whoever is still writing
+        if isinstance(error, Failure) and error.collective:
+            self._close_stream()
+            if self.writer:
+                self.writer.wait()  # all ranks will leave, and the launcher would kill whoever is still writing
 
-    def _restore(self) -> None:
-        """Brings the state to the newest checkpoint, and prepares to train from there."""
+    def _restore(self, resume: str) -> None:
+        """Brings the state to the newest checkpoint, as --resume says, and prepares to train from there. Collective."""
         config, records = self.config, self.data.train.records
         self.progress: TrainProgress = restore_state(
-            self.state, config, RunDir(config.run_dir), self.fingerprint, self.reporter
+            self.state, dataclasses.replace(config, resume=resume), RunDir(config.run_dir), self.fingerprint, self.reporter
         )
+        self.result: Optional[Evaluation] = None
+        self.saved_step = -1
         # A checkpoint knows the steps skipped before it; a later one, which it was itself rewound to, is kept beside it.
         skipped = comm.broadcast_json(run_on_root(lambda: read_skipped_steps(RunDir(config.run_dir))))
         self.progress.skipped_steps = sorted({*self.progress.skipped_steps, *skipped})
         self.cadence = make_cadence(config, records, self.progress.step)
         self.coverage = Coverage(records, config.global_batch, self.progress.step, self.progress.coverage)
         self.bar = self.reporter.console.progress("training", self.total_steps, "steps", self.progress.step)
-        self.window: Window = []
+        self.window: PendingUpdates = []
         self.bad_rows: List[Tuple[int, BadRow]] = []
         factored = cost.factored_layers(config, comm.size())
         self.train_step: Callable[..., StepMetrics] = make_train_step(
@@ -99,16 +103,16 @@ class Trainer:
         self.part = slice_bounds(config.global_batch, comm.rank(), comm.size())  # of the global batch, this rank's
 
     def epoch(self) -> float:
-        """Returns how many epochs the updates made so far are."""
+        """Returns the epochs trained so far, as a fraction."""
         return self.progress.step * self.config.global_batch / self.data.train.records
 
     def target_reached(self) -> bool:
-        """Says whether an evaluation has reached --stop_at_top1."""
+        """Returns whether an evaluation has reached --stop_at_top1."""
         target = self.config.stop_at_top1
         return target > 0 and self.progress.best_top1 >= target * self.data.validation.records
 
     def evaluation_missed(self) -> bool:
-        """Says whether the run was stopped at a step before that could be evaluated."""
+        """Returns whether the evaluation due at this step was missed, since the run was stopped before it."""
         return self.progress.step in self.cadence.evaluation_steps and self.progress.evaluated < self.progress.step
 
     def batches(self) -> Iterator[Tuple[int, Batch]]:
@@ -126,6 +130,11 @@ class Trainer:
         )
         self.stream = profiled(self.throughput.timed(source), steps, self.config, self.throughput)
         return zip(steps, self.stream)
+
+    def _close_stream(self) -> None:
+        """Ends the threads that decode batches which nobody will take, and a profile in progress."""
+        if self.stream:
+            self.stream.close()
 
     def update(self, step: int, batch: Batch) -> None:
         """Makes one update, or skips its records if --on_nonfinite=rewind says so; waits for nothing."""
@@ -153,11 +162,11 @@ class Trainer:
         self.bar.update(self.progress.step)
 
     def any_stop_requested(self) -> bool:
-        """Says whether any rank was asked to stop; equal on all."""
+        """Returns whether any rank was asked to stop; equal on all."""
         return comm.any_rank(watchdog.stop_requested())
 
     def log_metrics(self) -> None:
-        """Sums the metrics since the last log line over all ranks, and reports them: the one wait for device and ranks.
+        """Sums the metrics since the last log line over all ranks, and reports them; waits for the device and all ranks.
 
         Raises NonFiniteStep on all ranks if one of these updates was not finite.
         """
@@ -199,8 +208,9 @@ class Trainer:
         self.progress.coverage = self.coverage.state()
 
     def check_replicas(self) -> None:
-        """Raises a collective Failure(NOT_FINITE) unless the weights of all ranks are equal in every bit."""
-        check_replicas(list(self.state.weights), self.checksums().numpy(), self.progress.step - 1)
+        """Raises a collective Failure(NOT_FINITE) unless all ranks' weights are equal in every bit; see --drift_every_steps."""
+        if self.config.drift_every_steps:
+            check_replicas(list(self.state.weights), self.checksums().numpy(), self.progress.step - 1)
 
     def evaluate(self) -> bool:
         """Evaluates the weights; returns whether they are better than all before. Stops instead if asked to."""
@@ -224,7 +234,7 @@ class Trainer:
         return improved
 
     def save(self, best: bool = False) -> None:
-        """Starts writing a checkpoint in the background; best: and points to it as the best one."""
+        """Starts writing a checkpoint in the background; best: and marks it as the best."""
         with self.throughput.exclude("saving"), watchdog.phase("saving"):
             if self.writer:
                 self.reporter.save_failed(self.writer.wait())
@@ -245,12 +255,14 @@ class Trainer:
     def _write_result(self) -> Any:
         assert self.result is not None  # noqa: S101
         measured = measure_run(self.throughput, self.config, self.config.device_tflops)
+        updates = len(self.throughput.total_seconds)
         seconds = time.monotonic() - self.started
-        write_result(self.config, self.result, measured, self.progress.step, self.epoch(), seconds, self.reporter)
+        write_result(self.config, self.result, measured, updates, self.progress.step, self.epoch(), seconds, self.reporter)
         return measured
 
     def stop(self) -> NoReturn:
         """Ends a run that was asked to stop, with a checkpoint; raises a collective Failure(STOPPED)."""
+        self._close_stream()
         step = self.progress.step
         if self.saved_step != step:
             self.save()
@@ -267,7 +279,7 @@ class Trainer:
     def rewind_or_stop(self, error: NonFiniteStep) -> None:
         """Returns to the newest checkpoint, to skip the step that was not finite, or raises a Failure that ends the run."""
         config, throughput = self.config, self.throughput
-        self.stream.close()  # else its threads would decode batches that nobody will take
+        self._close_stream()
         known = len(throughput.exchange_seconds)
         unlogged = {
             "update_seconds": throughput.total_seconds[known:],
@@ -288,8 +300,7 @@ class Trainer:
                 self.reporter,
             )
             reset_state(self.state, config)
-            self.config = dataclasses.replace(config, resume="auto")
-            self._restore()  # with another train step, since this one applies no update any more
+            self._restore("auto")  # with another train step, since this one applies no update any more
         skipped = self.progress.skipped_steps
         steps = {"from": error.step, "to": self.progress.step, "skipped_steps": skipped, "records": ids}
         self.reporter.event("rewind", **steps, **unlogged)
@@ -297,6 +308,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Ends a run that is complete, with the evaluation, checkpoint, result and summary that it must have."""
+        self._close_stream()
         if self.target_reached() and self.progress.step < self.total_steps:
             self.reporter.say(f"acc@1 has reached --stop_at_top1={self.config.stop_at_top1}")
         if self.result is None or self.progress.evaluated < self.progress.step:  # nothing was left to train
@@ -317,7 +329,7 @@ def _claim_run_dir(config: TrainConfig) -> Optional[IO[str]]:
     """Returns the run directory's lock on rank 0; raises Failure where this number of ranks cannot run."""
     if config.global_batch < comm.size():
         raise Failure(
-            USAGE, f"--global_batch={config.global_batch} leaves nothing to do for some of {comm.size()} ranks: start fewer"
+            USAGE, f"--global_batch={config.global_batch} has fewer images than the {comm.size()} ranks: start fewer"
         )
     if config.profile_steps and max(config.profile_ranks, default=0) >= comm.size():
         raise Failure(USAGE, f"--profile_ranks: expected numbers below {comm.size()}, the number of ranks")

@@ -7,6 +7,7 @@ import textwrap
 from support import TINY
 
 PROGRAM = """
+    import signal
     import sys
     import hvd_vgg
     from hvd_vgg.config import TrainConfig
@@ -18,15 +19,23 @@ PROGRAM = """
         assert failure.code == 64 and "--width=-1: expected more than 0" in failure.message
     config = dict(num_classes=10, image_size=32, model="vgg11", width=0.125, global_batch=32, lr=0.05, steps=3)
     config.update(lr_schedule="constant", eval_every_epochs=0.0, save_every_steps=0, log_every_steps=1)
+    for wrong in (dict(steps="10"), dict(lr_step_epochs=[30.0])):
+        try:
+            hvd_vgg.train(TrainConfig(**wrong))
+        except Failure as failure:
+            assert failure.code == 64 and "expected" in failure.message
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     try:
         hvd_vgg.train(TrainConfig(data_dir=sys.argv[1], run_dir="python", **config))
     except Failure as failure:
         sys.exit(failure.code)
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0  # nothing ends this process later
+    assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
 """
 
 
 def test_train_from_python_equals_the_command(launch, data, tmp_path):
-    """On 2 ranks, to the last bit; a second call on the finished directory reports that nothing is left."""
+    """On 2 ranks, to the last bit; illegal fields are refused, and the process is its own again afterwards."""
     program = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(data)]
     assert launch(2, program=program).code == 0
     assert launch(2, "train", f"--data_dir={data}", "--run_dir=command", "--steps=3", *TINY).code == 0

@@ -32,7 +32,7 @@ SMOKE = {
         "--precisions=bfloat16 --ways=matmul,ours,keras,torch,tf_cnn",
         ["matmul", "ours", "keras"],
     ),
-    "chaos": ("--data_dir=DATA --faults=1 --ranks=1 --steps=200 --seed=1", ["faults"]),
+    "chaos": ("--data_dir=DATA --faults=1 --ranks=1 --steps=80 --seed=1", ["faults"]),
     "doctor": ("--cases=unreachable --hosts=2 --rounds=1", ["unreachable"]),
     "exchange": (
         "--size=32 --width=0.05 --mbit=1000 --steps=1 --rounds=1 --ways=horovod,factored16",

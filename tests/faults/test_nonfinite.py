@@ -143,15 +143,25 @@ def skipping(tmp_path_factory, data):
 
 @pytest.mark.parametrize(("ranks", "save_every_steps"), [(2, 4), *full((1, 4), (2, 0))])
 def test_rewound_run_is_the_run_that_skipped_the_step(tmp_path, data, skipping, ranks, save_every_steps):
-    """With --save_every_steps=0 it goes back to the initial weights."""
-    run(tmp_path, data, ranks, f"nan@{ranks - 1}:{BAD}", *WINDOWS, REWIND, f"--save_every_steps={save_every_steps}")
+    """With --save_every_steps=0 it goes back to the initial weights; whatever --resume says, which its flags keep."""
+    run(
+        tmp_path,
+        data,
+        ranks,
+        f"nan@{ranks - 1}:{BAD}",
+        *WINDOWS,
+        REWIND,
+        "--resume=never",
+        f"--save_every_steps={save_every_steps}",
+    )
     found, run_dir = newest(tmp_path), tmp_path / "run"
     assert (found.meta["step"], found.meta["skipped_steps"]) == (10, [BAD])
     assert_same_weights(found, skipping)
     (event,) = events(run_dir, "rewind")
     assert (event["from"], event["to"], event["skipped_steps"]) == (BAD, save_every_steps, [BAD])
     assert event["records"] == positions(32 * BAD, 32 * BAD + 32, 75, 1).ids.tolist()
-    assert "a transient fault" in events(run_dir, "nonfinite")[0]["diagnosis"]  # it happened once only
+    assert "transient hardware fault" in events(run_dir, "nonfinite")[0]["diagnosis"]  # it happened once only
+    assert "--resume=never" in (run_dir / "flags.txt").read_text()
     assert_true(run_dir)
 
 

@@ -22,4 +22,4 @@ def test_startup_refuses_more_ranks_than_images():
     with pytest.raises(Failure) as raised:
         run_on_all_ranks(lambda: _claim_run_dir(TrainConfig(global_batch=1)))
     assert (raised.value.code, raised.value.collective) == (USAGE, True)
-    assert f"leaves nothing to do for some of {comm.size()} ranks" in raised.value.message
+    assert f"has fewer images than the {comm.size()} ranks" in raised.value.message

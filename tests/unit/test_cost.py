@@ -58,7 +58,7 @@ def test_cost_float16_halves_every_byte():
 
 def test_cost_bracket_holds_horovods_68_percent():
     """Its published scaling efficiency of VGG16 on 512 devices."""
-    link = cost.Link(ranks=512, ranks_per_host=4, gbit=25, fps_per_rank=150)
+    link = cost.Cluster(ranks=512, ranks_per_host=4, gbit=25, fps_per_rank=150)
     found = cost.predict(dataclasses.replace(VGG16, global_batch=512 * 64, exchange="allreduce"), link)
     assert found.efficiency_apart < 0.68 < found.efficiency_overlapped
     assert found.efficiency_apart == pytest.approx(0.55, abs=0.005)
@@ -75,7 +75,7 @@ def test_cost_factored_adds_its_multiplications():
 
 def test_cost_on_one_host_nothing_crosses_a_link():
     """Efficiency is limited by computing alone."""
-    found = cost.predict(dataclasses.replace(VGG16, exchange="allreduce"), cost.Link(8, 8, 0.001, 100))
+    found = cost.predict(dataclasses.replace(VGG16, exchange="allreduce"), cost.Cluster(8, 8, 0.001, 100))
     assert found.efficiency_apart == 1
 
 

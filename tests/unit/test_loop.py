@@ -112,12 +112,12 @@ def test_loop_checks_replicas_before_scores_and_checkpoints(monkeypatch):
 
 
 def test_loop_stops_on_request_at_a_polled_step(monkeypatch):
-    """Between log lines too: the metrics so far are reported first."""
+    """Between log lines too: the metrics so far are reported, and replicas compared, before the checkpoint."""
     trainer = FakeTrainer(stop_at=5)
     with pytest.raises(Failure) as raised:
         train(monkeypatch, trainer)
     assert raised.value.code == STOPPED
-    assert trainer.done[-4:] == [4, "log", "stop", "exit"]
+    assert trainer.done[-5:] == [4, "log", "check", "stop", "exit"]
 
 
 def test_loop_stop_request_does_not_skip_what_is_due(monkeypatch):
@@ -125,7 +125,7 @@ def test_loop_stop_request_does_not_skip_what_is_due(monkeypatch):
     trainer = FakeTrainer(stop_at=6)
     with pytest.raises(Failure):
         train(monkeypatch, trainer)
-    assert trainer.done[-6:] == ["log", "evaluate", "save best", "result", "stop", "exit"]
+    assert trainer.done[-7:] == ["log", "check", "evaluate", "save best", "result", "stop", "exit"]
 
 
 def test_loop_rewinds_after_a_nonfinite_step(monkeypatch):
