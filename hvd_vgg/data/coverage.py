@@ -25,7 +25,7 @@ _UPDATES_AT_ONCE = 64  # updates whose ids are hashed together: a call takes nea
 
 def digest(ids: np.ndarray) -> np.ndarray:
     """Returns the digest of record ids (integers from 0 up, any shape): int64 [3], to be added with wrap-around."""
-    ids = np.asarray(ids).astype(np.uint64).ravel()
+    ids = np.asarray(ids).astype(np.uint64).ravel()  # whose arithmetic wraps around
     first = splitmix64(ids + GOLDEN_GAMMA)
     second = ids ^ GOLDEN_GAMMA  # fmix64 maps 0 to itself
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
@@ -140,6 +140,7 @@ class Coverage:
 
     def _epochs(self, position: int, count: int) -> Iterator[Tuple[int, slice]]:
         """Yields the epochs of `count` positions of the stream, and the rows that belong to each."""
+        # A batch may begin in one epoch and end in the next, or beyond it where the data set is smaller.
         first, last = position // self.records, (position + count - 1) // self.records
         for epoch in range(first, last + 1):
             start = epoch * self.records - position
@@ -164,6 +165,7 @@ class Coverage:
         for rank in gather([self.mine.pop(epoch, parse_epoch_records([])).numbers() for epoch in epochs]):
             totals = [total and total.plus(parse_epoch_records(more)) for total, more in zip(totals, rank)]
         self.epoch, self.total = epochs[-1], totals[-1]
+        # An epoch ends within the batch of update ceil((e + 1) * N / G), counted from 1.
         proved = [EpochCoverage(e, -(-(e + 1) * self.records // self.global_batch), t) for e, t in zip(epochs[:-1], totals)]
         for epoch, complete_at, total in proved:
             if total and not total.proves(self.records):

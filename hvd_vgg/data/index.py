@@ -231,7 +231,7 @@ def check_labels(index: Index, label_base: int, num_classes: int) -> None:
         )
 
 
-# The index on disk and between ranks: an .npz of the index's arrays, and one array or two with an entry a shard.
+# The index on disk and between ranks is an .npz of its arrays, with the shards' names and stamps, or their numbers.
 
 
 def cache_places(data_dir: str, split: str, fallback_dir: Path) -> List[Path]:

@@ -49,7 +49,7 @@ def read_ahead(index: Index, ids: np.ndarray) -> None:
 
 
 def read_record(index: Index, record: int) -> bytes:
-    """Returns a record's data and, to save a copy of it, the 4 bytes of checksum behind it. Any thread may call.
+    """Returns a record's data followed by its 4-byte checksum, left on to save a copy. May be called on any thread.
 
     Raises BadRecord naming file, record and offset, or Failure(DATA) where the file itself cannot be read.
     """

@@ -36,6 +36,7 @@ def block_permutation(records: int, seed: int, epoch: int, block: int) -> np.nda
     Blocks of `block` consecutive ids (the last may be shorter) are laid end to end in random order. The result is cut into
     windows of WINDOW_RECORDS // block whole blocks, two at least, and each window is permuted.
     """
+    # Sorted by window, and within one by a random number: each window keeps its records and loses their order.
     windows = np.arange(records) // window_records(block)
     within = np.lexsort((raw_draws(records, seed, ORDER, epoch), windows))
     return _read_only(_shuffled_blocks(records, seed, epoch, block)[within])

@@ -19,7 +19,7 @@ Span = Tuple[int, int]  # start and stop within the bytes of a record
 
 
 def data_failure(message: str) -> Failure:
-    """Returns the Failure(DATA) of a data set."""
+    """Returns a Failure(DATA); all messages about a data set begin alike."""
     return Failure(DATA, f"data: {message}")
 
 

@@ -86,6 +86,7 @@ def random_window(height: int, width: int, params: Sequence[float]) -> Crop:
     for attempt in range(_TRIES):
         area = height * width * (_AREA[0] + params[attempt] * (_AREA[1] - _AREA[0]))
         ratio = math.exp(low + params[_TRIES + attempt] * (high - low))
+        # height * width = area and width / height = ratio, rounded to pixels
         box_height, box_width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < box_height <= height and 0 < box_width <= width:
             down, across = params[2 * _TRIES : 2 * _TRIES + 2]

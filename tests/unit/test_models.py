@@ -16,18 +16,18 @@ def test_count_parameters_gives_the_published_numbers(model, count):
 
 
 def test_logits_names_and_shapes_are_those_of_keras():
-    """Of its VGG16, with the same weights."""
-    keras = tf.keras.applications.VGG16(weights=None, classifier_activation=None)
-    of = vgg_layers("vgg16", 1.0, 224, 1000)
-    weights = vgg.initial_weights(of, 3)
+    """Of its VGG16, with the same weights, where fc1 sees 2 by 2 pixels."""
+    keras = tf.keras.applications.VGG16(weights=None, classifier_activation=None, input_shape=(64, 64, 3), classes=10)
+    layers = vgg_layers("vgg16", 1.0, 64, 10)
+    weights = vgg.initial_weights(layers, 3)
     theirs = {layer.name: layer for layer in keras.layers if layer.weights}
-    assert [layer.name for layer in of] == list(theirs)
+    assert [layer.name for layer in layers] == list(theirs)
     for name, layer in theirs.items():
         kernel, bias = weights[f"{name}/kernel"], weights[f"{name}/bias"]
         assert (tuple(layer.kernel.shape), tuple(layer.bias.shape)) == (tuple(kernel.shape), tuple(bias.shape))
         bias.assign(tf.random.stateless_normal(bias.shape, [1, 2]) * 0.1)
         layer.set_weights([kernel.numpy(), bias.numpy()])
-    images = tf.random.stateless_normal([2, 224, 224, 3], [5, 6])
+    images = tf.random.stateless_normal([2, 64, 64, 3], [5, 6])
     ours, expected = vgg.logits(weights, "vgg16", images, "NHWC").numpy(), keras(images).numpy()
     assert np.abs(expected).max() > 0.01
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
@@ -54,9 +54,9 @@ def test_cpu_convolves_is_right_about_bfloat16():
 
 def test_initial_weights_follow_the_seed_and_the_recipe():
     """Deviations are torchvision's, each layer has draws of its own, biases are 0."""
-    of = vgg_layers("vgg16", 1.0, 224, 1000)
-    assert [layer.deviation for layer in of[-3:]] == [0.01, 0.01, 0.01]
-    assert of[0].deviation == (2 / (9 * 64)) ** 0.5
+    layers = vgg_layers("vgg16", 1.0, 224, 1000)
+    assert [layer.deviation for layer in layers[-3:]] == [0.01, 0.01, 0.01]
+    assert layers[0].deviation == (2 / (9 * 64)) ** 0.5
     small = vgg_layers("vgg11", 0.25, 32, 10)
     a, b, other = (vgg.initial_weights(small, seed) for seed in (1, 1, 2))
     for layer in small:
