@@ -63,7 +63,9 @@ def test_exchange_sends_a_large_kernel_in_parts(monkeypatch):
     monkeypatch.setattr(exchange, "CHUNK_BYTES", 1000)  # 96 * 40 * 4 bytes: 16 parts
     sent = []
     original = comm.sum_gradients
-    monkeypatch.setattr(comm, "sum_gradients", lambda tensors, name: sent.append(name) or original(tensors, name))
+    monkeypatch.setattr(
+        comm, "sum_gradients", lambda tensors, name, group: sent.append(name) or original(tensors, name, group)
+    )
     x, d, _ = factors()
     assert relative_error(exchanged("allreduce", "float32")["fc1/kernel"], x.T @ d) < 1e-6
     assert len([name for name in sent if "kernel" in name]) == 16
