@@ -148,7 +148,7 @@ def test_time_limit_ends_with_75(tmp_path, how, end):
 
 def test_mpirun_without_ranks_is_terminated(monkeypatch):
     """As when the link to another host is cut: a process in mpirun's place, whose rank leaves and which stays."""
-    monkeypatch.setattr(mpirun, "_LINGER_SECONDS", 0.5)
+    monkeypatch.setattr(mpirun, "_LINGER_SECONDS", 1.5)
     with StopRequests(60.0) as requests:
         command = ["bash", "-c", "OMPI_COMM_WORLD_RANK=0 sleep 3; sleep 300 & wait"]
         ended = mpirun.run(command, requests, lambda: None)
