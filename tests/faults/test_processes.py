@@ -135,7 +135,7 @@ import os, signal
 from hvd_vgg import watchdog
 from hvd_vgg.parallel import comm, init
 watchdog.MIN_HANG_SECONDS = 0.3
-init.start(hang_seconds=60)
+init.join(hang_seconds=60)
 comm.barrier()
 if comm.rank() == 1:
     os.kill(os.getpid(), signal.SIGSTOP)
