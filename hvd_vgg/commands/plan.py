@@ -74,7 +74,7 @@ def _sweep(config: PlanConfig) -> None:
     """Prints, and draws into --out, efficiency against ranks, with the images of each rank held fixed."""
     per_rank = config.global_batch / config.ranks
     curves: Dict[str, List[Tuple[int, cost.Prediction]]] = {method.name: [] for method in methods(config)}
-    print(f"\nEfficiency with {per_rank:g} images a rank:")
+    print(f"\nEfficiency with {per_rank:g} images per rank:")
     print(f"{'ranks':>6s} " + " ".join(f"{name:>30s}" for name in curves))
     for ranks in (int(number) for number in config.sweep_ranks):
         at = dataclasses.replace(config, ranks=ranks, global_batch=max(ranks, round(per_rank * ranks)))
@@ -108,7 +108,7 @@ def _draw(curves: Dict[str, List[Tuple[int, cost.Prediction]]], per_rank: float,
     axes.set(xscale="log", xlabel="ranks", ylabel="scaling efficiency", ylim=(0, 1.02))
     axes.set_xticks(ranks, [str(number) for number in ranks])
     axes.set_title(
-        f"{config.model}, {per_rank:g} images a rank; a host has {plural(config.ranks_per_host, 'rank')} and "
+        f"{config.model}, {per_rank:g} images per rank; a host has {plural(config.ranks_per_host, 'rank')} and "
         f"{config.gbit:g} Gbit/s\n"
         "dotted: nothing overlaps; line: all overlaps with the backward pass"
     )

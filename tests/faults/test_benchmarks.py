@@ -11,7 +11,7 @@ import checkouts
 import measure
 import namespaces
 import pytest
-from support import ROOT, Started, command_line, wait_for
+from support import ROOT, Started, command_line, full, wait_for
 
 # Of each benchmark: its options, where DATA is a directory of records, and how rows of its table begin.
 SMOKE = {
@@ -116,7 +116,7 @@ def count_with(variable, started):
     ("name", "options", "number"),
     [
         ("exchange", "--width=0.05 --size=32 --rounds=1000", signal.SIGTERM),
-        ("exchange", "--width=0.05 --size=32 --rounds=1000 --shared", signal.SIGHUP),
+        *full(("exchange", "--width=0.05 --size=32 --rounds=1000 --shared", signal.SIGHUP)),
         ("input", "--data_dir=DATA --images=64 --size=32 --rounds=1000 --ways=decode,train", signal.SIGINT),
         ("chaos", "--data_dir=DATA --ranks=2 --steps=100000", signal.SIGTERM),
     ],

@@ -105,8 +105,8 @@ def test_doctor_full_names_every_bad_record(launch, tmp_path):
         assert [where for text, where in bad.items() if part in text] == [ranks], bad
 
 
-@pytest.mark.fault("F24")
-@pytest.mark.parametrize("full", ["--full", *full("--nofull")])
+@pytest.mark.fault("F24", tier=3)
+@pytest.mark.parametrize("full", ["--full", "--nofull"])
 def test_doctor_names_unreadable_shards(launch, tmp_path, full):
     """The other shards are checked all the same."""
     data = tmp_path / "data"
@@ -140,6 +140,7 @@ def test_doctor_reports_all_that_is_wrong_at_once(launch, data, tmp_path):
     assert "hvd-vgg: doctor: 3 failures, see above" in ended.err
 
 
+@pytest.mark.fault(tier=3)
 def test_doctor_finds_labels_outside_the_classes(launch, data, tmp_path):
     ended = launch(0, *flags(data, tmp_path, "--num_classes=3"))
     assert ended.code == 78, ended.out + ended.err
@@ -164,8 +165,8 @@ def test_doctor_names_rank_and_host_of_a_failure(tmp_path, data):
     assert "train shards differ from those of rank 0: train-00001-of-00003" in ended.out
 
 
-@pytest.mark.parametrize("rank", [1, *full(None)])
-@pytest.mark.fault("F02")
+@pytest.mark.parametrize("rank", [1, None])
+@pytest.mark.fault("F02", tier=3)
 def test_doctor_of_a_broken_installation(tmp_path, data, rank):
     """TensorFlow cannot be imported, on all ranks or on one that the others wait for."""
     (tmp_path / "shadow").mkdir()
@@ -191,7 +192,8 @@ def test_doctor_ends_when_a_rank_does_not_join(tmp_path, data):
     assert bad["text"].startswith("the ranks have not met within 2 s; interfaces: lo 127.0.0.1")
 
 
-@pytest.mark.parametrize("rank", [1, *full(0)])
+@pytest.mark.parametrize("rank", [1, 0])
+@pytest.mark.fault(tier=3)
 def test_doctor_names_a_device_that_does_not_start(launch, tmp_path, data, rank):
     """As with errors 801 and 803; raised here in TensorFlow's place on one rank, while the other waits."""
     program = changed(f"""
@@ -210,6 +212,7 @@ def test_doctor_names_a_device_that_does_not_start(launch, tmp_path, data, rank)
     assert "Traceback" not in ended.out + ended.err
 
 
+@pytest.mark.fault(tier=3)
 def test_doctor_finds_a_precision_the_cpu_lacks(launch, tmp_path, data):
     """As bfloat16 under TensorFlow 2.6; pretended here of this one."""
     program = changed("""
@@ -239,6 +242,7 @@ def test_doctor_device_that_hangs_is_named_by_its_rank(launch, tmp_path, data):
     assert "the devices did not answer within 4 s" in ended.err
 
 
+@pytest.mark.fault(tier=3)
 def test_doctor_warns_of_a_run_dir_that_is_not_shared(tmp_path, data):
     """Rank 1 has another file system where rank 0's run directory will be."""
     (tmp_path / "runs").mkdir()
@@ -290,6 +294,7 @@ def test_doctor_without_permission_to_look(tmp_path):
     assert "Traceback" not in ended.err
 
 
+@pytest.mark.fault(tier=3)
 def test_doctor_under_srun_takes_a_device_per_rank(launch, tmp_path, data):
     """srun sets PMIX_RANK, and the number of ranks in a variable of Slurm's only; mpirun stands in for it."""
     program = changed("""
@@ -388,7 +393,7 @@ def test_doctor_names_a_host_with_a_slow_link(emulated_hosts, tmp_path, data):
     ("interface", "text"),
     [
         ("lo", "OMPI_MCA_btl_tcp_if_include=lo never leaves this host, but the job has several; this host has "),
-        ("dum0", "the ranks have not met within 8 s; interfaces: "),
+        *full(("dum0", "the ranks have not met within 8 s; interfaces: ")),
     ],
 )
 @pytest.mark.fault("F33")
@@ -405,8 +410,8 @@ def test_doctor_names_a_wrong_interface(emulated_hosts, tmp_path, data, interfac
     assert any(f"eth0 {address}" in ended.out + ended.err for address in emulated_hosts.addresses)
 
 
-@pytest.mark.parametrize("by", ["launch", "mpirun wrong", *full("mpirun", "mpirun right")])
-@pytest.mark.fault("F33")
+@pytest.mark.parametrize("by", ["launch", "mpirun wrong", "mpirun", "mpirun right"])
+@pytest.mark.fault("F33", tier=3)
 def test_doctor_on_hosts_with_docker(emulated_hosts, tmp_path, data, by):
     """Each has a docker0 with the same address: Open MPI would connect to itself. What its user configures is kept."""
     emulated_hosts.add_bridge("docker0")
@@ -424,7 +429,7 @@ def test_doctor_on_hosts_with_docker(emulated_hosts, tmp_path, data, by):
         assert ("MPI leaves out docker0" in found["text"]) == (by not in files), found
 
 
-@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("cut", [True, *full(False)])
 @pytest.mark.fault("F34")
 def test_doctor_asks_hosts_before_mpirun_does(emulated_hosts, tmp_path, data, cut):
     """One of three hosts is unknown to the agent; with this host's link cut, the second cannot connect back."""

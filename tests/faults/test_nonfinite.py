@@ -110,6 +110,7 @@ def test_replay_of_what_is_damaged_is_refused(stopped, launch, tmp_path, damage,
     assert message in message_of(ended)
 
 
+@pytest.mark.fault(tier=3)
 def test_replay_of_a_step_that_was_not_kept_is_refused(launch, tmp_path):
     ended = launch(0, "replay", str(tmp_path / "run"))
     assert (ended.code, "has kept no such step: no step was not finite" in message_of(ended)) == (78, True)
@@ -177,6 +178,7 @@ def test_rewound_run_that_is_killed_still_skips_the_step(tmp_path, data, skippin
     assert_true(tmp_path / "run")
 
 
+@pytest.mark.fault(tier=3)
 def test_rewinds_are_no_more_than_allowed(tmp_path, data):
     ended = run(tmp_path, data, 2, "nan@1:3x1-9", "nan@1:6x1-9", *WINDOWS, REWIND, "--max_rewinds=1", code=81)
     assert "step 6: loss nan" in message_of(ended)

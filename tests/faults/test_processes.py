@@ -28,7 +28,7 @@ from oracles import (
 from support import ROOT, Started, command_line, full, wait_for
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [1, *full(0)])
 @pytest.mark.fault("F01", "F02")
 def test_rank_that_raises_is_blamed_and_ends_all(tmp_path, data, undisturbed, rank):
     """70, one message of the program, one traceback."""
@@ -53,7 +53,7 @@ def test_rank_that_raises_before_it_joined_is_blamed(tmp_path, data):
     assert blamed(tmp_path) == (1, None, "start", 70)
 
 
-@pytest.mark.fault("F03")
+@pytest.mark.fault("F03", tier=3)
 def test_rank_that_is_killed_ends_all(tmp_path, data):
     """137; that the run goes on to the same end is in test_launch.py and test_equality.py."""
     run(tmp_path, data, 2, "kill@1:5", code=137)
@@ -154,7 +154,7 @@ def test_rank_that_left_and_does_not_exit_is_ended(tmp_path, data):
     assert_true(tmp_path / "run")
 
 
-@pytest.mark.fault("F08")
+@pytest.mark.fault("F08", tier=3)
 def test_slow_evaluation_is_no_hang(tmp_path, data):
     """A watchdog that ends healthy runs is a fault too: a batch here takes longer than an update may."""
     run(tmp_path, data, 0, "slow_evaluation@0:0:5", "--hang_seconds=4", "--steps=3", "--device_batch=64")
