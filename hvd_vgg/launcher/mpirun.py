@@ -6,7 +6,6 @@ import math
 import os
 import re
 import select
-import shlex
 import shutil
 import signal
 import sys
@@ -111,11 +110,6 @@ def exported_variables(environ: Mapping[str, str], export_env: str) -> List[str]
     """Returns the names of the variables that ranks on other hosts get; export_env: more names, separated by commas."""
     allowed = {name for name in environ if _EXPORTED.fullmatch(name) and not SECRET_NAME.search(name)}
     return sorted(allowed | (set(export_env.split(",")) & set(environ)))
-
-
-def shell_quoted(command: Sequence[str]) -> str:
-    """Returns a command as a shell reads it."""
-    return " ".join(shlex.quote(word) for word in command)
 
 
 def log_line(text: str) -> None:

@@ -6,11 +6,11 @@ Nothing here imports TensorFlow, and no value of the environment is printed, wri
 
 import contextlib
 import datetime
-import errno
 import hashlib
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,12 +22,13 @@ from hvd_vgg.config import LaunchConfig
 from hvd_vgg.errors import CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure
 from hvd_vgg.launcher.hostfile import Host, read_hostfile
 from hvd_vgg.launcher.jobs import launcher_is_alive, local_processes, own_token, search_command
-from hvd_vgg.launcher.mpirun import ExitStatus, StopRequests, compose_mpirun, log_line, run, shell_quoted
+from hvd_vgg.launcher.mpirun import ExitStatus, StopRequests, compose_mpirun, log_line, run
 from hvd_vgg.launcher.ssh import HostReply, ask_hosts
 from hvd_vgg.parallel import network
 from hvd_vgg.parallel.mpi import root_refusal
 from hvd_vgg.reporting.findings import FAILURE
-from hvd_vgg.run_dir import DISK_FULL, RunDir, checkpoint_step, write_error
+from hvd_vgg.reporting.receipt import LogLine, read_log
+from hvd_vgg.run_dir import DISK_FULL, RunDir, append_whole, checkpoint_step, write_error
 from hvd_vgg.streams import write_line
 from hvd_vgg.text import plural
 
@@ -52,7 +53,7 @@ def launch(config: LaunchConfig, spec: LaunchSpec) -> int:
     run_path = str((spec.run_dir or Path(f"/{os.getpid()}")).resolve())
     token = own_token(hashlib.sha256(run_path.encode()).hexdigest()[:16])
     if config.dry_run:
-        print("+", shell_quoted(compose_mpirun(config, ranks, hosts, token, spec.program)))
+        print("+", shlex.join(compose_mpirun(config, ranks, hosts, token, spec.program)))
         return DONE
     refusal = root_refusal(os.environ) or network.network_flag_error(config.network, network.interfaces())
     if refusal:
@@ -93,7 +94,7 @@ def _supervise(
     """Starts the command, and restarts it while that is worth it; returns the exit code."""
     run_dir = RunDir(spec.run_dir) if spec.run_dir else None
     log = _RestartLog(run_dir)
-    ended_at: Optional[float] = None
+    ended_at = 0.0
     last_progress: Optional[Tuple[int, int]] = None
     attempt = 0
     while True:
@@ -106,8 +107,8 @@ def _supervise(
         command = compose_mpirun(config, count, answering, token, spec.program)
         facts = {"attempt": attempt, "ranks": count, "hosts": [f"{host.name}:{host.slots}" for host in answering]}
         log.append("start", **facts, command=command)
-        write_line(f"+ {shell_quoted(command)}", sys.stdout)
-        first_update, started = _FirstUpdate(run_dir, ended_at), time.monotonic()
+        write_line(f"+ {shlex.join(command)}", sys.stdout)
+        first_update, started = _FirstUpdate(run_dir.log if run_dir and attempt else None, ended_at), time.monotonic()
         ranks_here = not answering or network.is_this_host(answering[0].name)  # the first host is filled first
         status = run(command, requests, first_update.look, ranks_here)
         first_update.look()
@@ -215,43 +216,34 @@ def _report_leftovers(host: str, pids: List[int]) -> None:
 
 def _progress(run_dir: RunDir) -> Tuple[int, int]:
     """Returns the step of the newest checkpoint and that of the last line of the log; -1 for none."""
-    saved = [step for step in map(checkpoint_step, run_dir.list_checkpoints()) if step is not None]
-    steps = [row["step"] for row in _log_rows(run_dir.log, -65536) if row["type"] == "LOG"]
-    return max(saved, default=-1), next((step[1] for step in reversed(steps) if len(step) == 2), -1)
+    saved = checkpoint_step(next(iter(run_dir.list_checkpoints()), Path()))
+    steps = [line.step for line in _read_log(run_dir.log) if line.epoch >= 0]
+    return -1 if saved is None else saved, steps[-1] if steps else -1
+
+
+def _read_log(path: Path, start: int = 0) -> List[LogLine]:
+    """Returns the lines of the log from byte `start`; none if it cannot be read now."""
+    with contextlib.suppress(OSError):
+        return read_log(path, start)
+    return []
 
 
 class _FirstUpdate:
     """Looks for the first update of a restart in the log; `lost_seconds` without training are then known."""
 
-    def __init__(self, run_dir: Optional[RunDir], ended_at: Optional[float]) -> None:
+    def __init__(self, log: Optional[Path], ended_at: float) -> None:
         self.lost_seconds: Optional[float] = None
-        self._ended_at = ended_at  # the time.time() at which the start before ended; None if there was none
-        self._log = run_dir.log if run_dir and ended_at is not None else None
-        self._offset = self._log.stat().st_size if self._log and self._log.exists() else 0
+        self._log, self._ended_at = log, ended_at  # None: this is no restart; time.time() of the end of the start before
+        self._offset = log.stat().st_size if log and log.exists() else 0
 
     def look(self) -> None:
         """Reads what the log has now."""
-        if self._log is None or self._ended_at is None or self.lost_seconds is not None:
+        if self._log is None or self.lost_seconds is not None:
             return
-        for row in _log_rows(self._log, self._offset):
-            if row.get("data", {}).get("event") == "first_update":
-                self.lost_seconds = round(float(row["timestamp"]) - self._ended_at, 1)
+        for line in _read_log(self._log, self._offset):
+            if line.kind == "first_update":
+                self.lost_seconds = round(line.timestamp - self._ended_at, 1)
                 log_line(f"training again, {self.lost_seconds} s after the last start ended")
-
-
-def _log_rows(path: Path, offset: int) -> List[Dict[str, Any]]:
-    """Returns DLLogger's complete lines in a file from `offset`, or in its last `-offset` bytes; none if it cannot be read.
-
-    A line that a killed rank left incomplete is skipped.
-    """
-    rows = []
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        file.seek(offset if offset >= 0 else max(0, path.stat().st_size + offset))
-        for line in file:
-            if line.startswith(b"DLLL {") and line.endswith(b"\n"):
-                with contextlib.suppress(ValueError):
-                    rows.append(json.loads(line[5:]))
-    return rows
 
 
 class _RestartLog:
@@ -274,23 +266,10 @@ class _RestartLog:
         try:
             os.umask(os.umask(0o027) | 0o027)  # what a run writes is for its owner and group
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            _append_whole(self._path, self._unwritten)
+            append_whole(self._path, self._unwritten, sync=True)
             self._unwritten = b""
         except OSError as error:
             first = not self._path.exists() or self._path.stat().st_size == 0
             if event == "start" and (first or error.errno not in DISK_FULL):
                 raise Failure(CONFIGURATION, write_error(self._path, error)) from error
             log_line(write_error(self._path, error))
-
-
-def _append_whole(path: Path, data: bytes) -> None:
-    """Appends all of `data` and puts it on disk, or leaves the file as it was and raises OSError."""
-    with open(path, "ab", buffering=0) as file:
-        end = file.tell()
-        try:
-            if file.write(data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(file.fileno())
-        except OSError:
-            file.truncate(end)  # the next line must not be appended to half a line
-            raise

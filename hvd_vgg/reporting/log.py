@@ -4,7 +4,6 @@ The names in METRICS, their units and formats are an interface: other programs p
 """
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -14,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Tuple, Union
 
-from hvd_vgg.errors import NOT_WRITTEN, Failure
+from hvd_vgg.run_dir import append_whole, writing
 from hvd_vgg.streams import ignore_broken_pipe
 
 try:
@@ -76,14 +75,7 @@ class _JsonFile:
 
     def flush(self) -> None:
         """Appends the unwritten lines to the file, all or none."""
-        with open(self.path, "ab", buffering=0) as file:
-            end = file.tell()
-            try:
-                if file.write(self.unwritten) < len(self.unwritten):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:
-                file.truncate(end)
-                raise
+        append_whole(self.path, self.unwritten)
         self.unwritten = b""
 
 
@@ -154,12 +146,8 @@ class RunLog:
 
     def close(self) -> None:
         """Writes what a full disk has kept back; raises Failure(NOT_WRITTEN) if it still does."""
-        try:
+        with writing(self.path):
             self.file.flush()
-        except OSError as error:
-            raise Failure(
-                NOT_WRITTEN, f"the log {self.path} cannot be written: {error.strerror}. Make room, then start again"
-            ) from error
 
 
 def _terminate_last_line(path: Path) -> None:
