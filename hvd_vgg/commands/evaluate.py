@@ -75,6 +75,11 @@ def _load(name: str, run_dir: RunDir) -> checkpoint.Checkpoint:
             f"{run_dir.checkpoints} has no {name} checkpoint: is --run_dir a run's, and has it been evaluated yet? "
             f"--checkpoint=newest needs no evaluation",
         )
+    return load_checkpoint(path)
+
+
+def load_checkpoint(path: Path) -> checkpoint.Checkpoint:
+    """Returns the checkpoint in `path`; raises Failure(CONFIGURATION) if it is not whole."""
     try:
         return checkpoint.load(path)
     except ValueError as error:
