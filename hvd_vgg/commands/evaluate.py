@@ -63,12 +63,8 @@ def _score(config: EvaluationConfig, name: str, index: Index, device: Device, co
 
 
 def _load(name: str, run_dir: RunDir) -> checkpoint.Checkpoint:
-    if name == "best":
-        path = checkpoint.best(run_dir)
-    elif name == "newest":
-        path = next(iter(run_dir.list_checkpoints()), None)
-    else:
-        path = Path(name)
+    known = {"best": checkpoint.best(run_dir), "newest": next(iter(run_dir.list_checkpoints()), None)}
+    path = known.get(name, Path(name))
     if path is None:
         raise Failure(
             CONFIGURATION,

@@ -117,7 +117,7 @@ def log_line(text: str) -> None:
     write_line(f"hvd-vgg launch: {text}", sys.stderr)
 
 
-class StopRequests:
+class StopRequests(contextlib.ExitStack):
     """Requests to stop the job: SIGTERM, SIGINT, SIGHUP and SIGUSR1 inside the `with` block, and its time limit.
 
     grace_seconds: how long ranks may take to stop; until: time.monotonic() at which the job is to be stopped. Main thread
@@ -125,21 +125,17 @@ class StopRequests:
     """
 
     def __init__(self, grace_seconds: float, until: float = math.inf) -> None:
+        super().__init__()
         self.grace_seconds, self.until = grace_seconds, until
         self.count = 0  # of signals
-        self._previous: Dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequests":
         # A parent may have left SIGCHLD ignored; then the kernel keeps no exit codes.
-        self._previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self.callback(signal.signal, signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                self._previous[number] = signal.signal(number, self._handle)
+                self.callback(signal.signal, number, signal.signal(number, self._handle))
         return self
-
-    def __exit__(self, *error: Any) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: Any) -> None:
         self.count += 1
@@ -151,12 +147,12 @@ class StopRequests:
         return _TIME_LIMIT if time.monotonic() > self.until else ""
 
 
-def run(command: Sequence[str], requests: StopRequests, look: Callable[[], None], ranks_here: bool = True) -> ExitStatus:
+def run(command: Sequence[str], requests: StopRequests, ranks_here: bool = True) -> ExitStatus:
     """Runs mpirun to its end and returns how it ended; the kernel kills it if this process dies.
 
     Copies its stdout and stderr as they come. The terminal's Ctrl-C does not reach it: a request makes it send SIGUSR1 to
-    all ranks, which save and exit; if they have not after the grace period, or at another request, it is terminated. Calls
-    `look` about once a second. ranks_here: whether any ranks are on this host.
+    all ranks, which save and exit; if they have not after the grace period, or at another request, it is terminated.
+    ranks_here: whether any ranks are on this host.
     """
     kills_before = oom_kills()
     parent_death = _dies_with(os.getpid())
@@ -168,7 +164,7 @@ def run(command: Sequence[str], requests: StopRequests, look: Callable[[], None]
     pumps = [threading.Thread(target=_copy_output, args=stream, daemon=True) for stream in streams]
     for pump in pumps:
         pump.start()
-    reason = _watch(process, requests, look, ranks_here)
+    reason = _watch(process, requests, ranks_here)
     terminated = _stop(process, requests, reason) if reason else False
     ended.set()
     patience = time.monotonic() + _COPY_SECONDS
@@ -208,24 +204,22 @@ def _write(descriptor: int, data: bytes) -> None:
                 select.select([], [descriptor], [])
 
 
-def _watch(process: "Popen[bytes]", requests: StopRequests, look: Callable[[], None], ranks_here: bool) -> str:
+def _watch(process: "Popen[bytes]", requests: StopRequests, ranks_here: bool) -> str:
     """Waits until mpirun has ended and returns "", or until there is a reason to stop it and returns that."""
     ranks: Set[psutil.Process] = set()
-    next_look, seen, start_by = 0.0, math.inf, time.monotonic() + _START_SECONDS if ranks_here else math.inf
+    next_look, overdue = 0.0, _NOT_STARTED
+    deadline = time.monotonic() + _START_SECONDS if ranks_here else math.inf
     while process.poll() is None:
         now = time.monotonic()
         if now > next_look:
             next_look = now + 1.0
-            look()
             # Looking for new children reads all of /proc, which takes a while on a large host.
             ranks = {rank for rank in ranks if _is_rank(rank)} or _local_ranks(process.pid)
             if ranks:
-                seen, start_by = now, math.inf
-        reason = requests.reason()
-        if reason or now > start_by:
-            return reason or _NOT_STARTED
-        if now - seen > _LINGER_SECONDS:
-            return _RANKS_GONE
+                deadline, overdue = now + _LINGER_SECONDS, _RANKS_GONE
+        reason = requests.reason() or (overdue if now > deadline else "")
+        if reason:
+            return reason
         time.sleep(_POLL_SECONDS)
     return ""
 

@@ -16,14 +16,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 from hvd_vgg.config import LaunchConfig
 from hvd_vgg.errors import CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure
 from hvd_vgg.launcher.hostfile import Host, read_hostfile
 from hvd_vgg.launcher.jobs import launcher_is_alive, local_processes, own_token, search_command
 from hvd_vgg.launcher.mpirun import ExitStatus, StopRequests, compose_mpirun, log_line, run
-from hvd_vgg.launcher.ssh import HostReply, ask_hosts
+from hvd_vgg.launcher.ssh import ask_hosts
 from hvd_vgg.parallel import network
 from hvd_vgg.parallel.mpi import root_refusal
 from hvd_vgg.reporting.findings import FAILURE
@@ -94,10 +94,9 @@ def _supervise(
     """Starts the command, and restarts it while that is worth it; returns the exit code."""
     run_dir = RunDir(spec.run_dir) if spec.run_dir else None
     log = _RestartLog(run_dir)
-    ended_at = 0.0
+    ended_at = math.inf  # of the last start, in time.time()
     last_progress: Optional[Tuple[int, int]] = None
-    attempt = 0
-    while True:
+    for attempt in range(config.max_restarts + 1):
         _clear_leftovers(token)
         answering = _answering_hosts(config, hosts, token, attempt == 0, requests)
         if requests.reason():
@@ -108,28 +107,26 @@ def _supervise(
         facts = {"attempt": attempt, "ranks": count, "hosts": [f"{host.name}:{host.slots}" for host in answering]}
         log.append("start", **facts, command=command)
         write_line(f"+ {shlex.join(command)}", sys.stdout)
-        first_update, started = _FirstUpdate(run_dir.log if run_dir and attempt else None, ended_at), time.monotonic()
+        started = time.monotonic()
         ranks_here = not answering or network.is_this_host(answering[0].name)  # the first host is filled first
-        status = run(command, requests, first_update.look, ranks_here)
-        first_update.look()
+        status = run(command, requests, ranks_here)
+        seconds, lost_seconds = round(time.monotonic() - started, 1), _lost_seconds(run_dir, ended_at)
         ended_at = time.time()
         _clear_leftovers(token)
-        seconds, lost_seconds = round(time.monotonic() - started, 1), first_update.lost_seconds
         log.append("end", **facts, code=status.code, reason=status.reason, seconds=seconds, lost_seconds=lost_seconds)
         if run_dir is None or requests.reason() or not _may_pass(status):
             if status.code not in (DONE, *range(64, 128)) or requests.reason():  # otherwise the ranks have said it
                 log_line(status.reason)
             return status.code
         progress = _progress(run_dir)
-        if attempt == config.max_restarts:
-            log_line(f"{status.reason}. --max_restarts={attempt} is used up; the same command resumes the run")
-            return status.code
         if progress == last_progress:
             log_line(f"{status.reason}, for the second time at step {progress[1]} without a new checkpoint: not restarted")
             return status.code
-        log_line(f"{status.reason}. Restarting, {attempt + 1} of at most {config.max_restarts}")
+        if attempt < config.max_restarts:
+            log_line(f"{status.reason}. Restarting, {attempt + 1} of at most {config.max_restarts}")
         last_progress = progress
-        attempt += 1
+    log_line(f"{status.reason}. --max_restarts={config.max_restarts} is used up; the same command resumes the run")
+    return status.code
 
 
 def _may_pass(status: ExitStatus) -> bool:
@@ -142,17 +139,22 @@ def _may_pass(status: ExitStatus) -> bool:
 
 
 def _answering_hosts(config: LaunchConfig, hosts: List[Host], token: str, first: bool, requests: StopRequests) -> List[Host]:
-    """Returns the hosts that answer and can connect back; at the first start all must.
+    """Returns the hosts that answer and can connect back, as mpirun's daemons must; at the first start all must.
 
     Before a restart, asks again for some minutes while no host answers. Returns none if it is asked to stop meanwhile.
     """
     others = [host for host in hosts if not network.is_this_host(host.name)]
+    if not others:
+        return hosts
+    environ = {network.INCLUDE[0]: config.network} if config.network else os.environ
+    search = search_command(token.split(".")[0])
     for left in reversed(range(1 if first else _ASK_TIMES)):
-        replies = _ask(config, others, token, first)
-        silent = {name: f"{name} ({f.text}; {f.fix})" for name, (f, _) in replies.items() if f.verdict == FAILURE}
-        answering = [host for host in hosts if host.name not in silent]
+        addresses = network.chosen_addresses(environ, network.interfaces())
+        replies = dict(zip(others, ask_hosts(others, config.rsh_agent, addresses, search)))
+        silent = {host: f"{host.name} ({f.text}; {f.fix})" for host, (f, _) in replies.items() if f.verdict == FAILURE}
+        answering = [host for host in hosts if host not in silent]
         why = "; ".join(silent.values())
-        if answering or not silent or not left:
+        if answering or not left:
             break
         if left == _ASK_TIMES - 1:
             log_line(f"no host answers: {why}. Asking again every {_ASK_AGAIN_SECONDS:g} s, {left} times")
@@ -165,23 +167,9 @@ def _answering_hosts(config: LaunchConfig, hosts: List[Host], token: str, first:
         raise Failure(CONFIGURATION, f"cannot use {why}. Tried: {config.rsh_agent} HOST")
     if silent:
         log_line(f"continuing without {why}")
-    for name, (_, pids) in replies.items():
-        _report_leftovers(name, pids)
+    for host, (_, pids) in replies.items():
+        _report_leftovers(host.name, pids)
     return answering
-
-
-def _ask(config: LaunchConfig, others: List[Host], token: str, first: bool) -> Dict[str, HostReply]:
-    """Returns the replies of other hosts by name; mpirun would wait forever for a daemon that cannot connect back."""
-    if not others:
-        return {}
-    interfaces = network.interfaces()
-    environ = {network.INCLUDE[0]: config.network} if config.network else os.environ
-    addresses = network.chosen_addresses(environ, interfaces)
-    if first and not addresses:
-        here = network.format_interfaces(interfaces)
-        raise Failure(CONFIGURATION, f"no interface may lead to other hosts; here are: {here}")
-    replies = ask_hosts(others, config.rsh_agent, addresses, search_command(token.split(".")[0]))
-    return {host.name: reply for host, reply in zip(others, replies)}
 
 
 def _clear_leftovers(token: str) -> None:
@@ -217,33 +205,23 @@ def _report_leftovers(host: str, pids: List[int]) -> None:
 def _progress(run_dir: RunDir) -> Tuple[int, int]:
     """Returns the step of the newest checkpoint and that of the last line of the log; -1 for none."""
     saved = checkpoint_step(next(iter(run_dir.list_checkpoints()), Path()))
-    steps = [line.step for line in _read_log(run_dir.log) if line.epoch >= 0]
+    steps = [line.step for line in _read_log(run_dir) if line.epoch >= 0]
     return -1 if saved is None else saved, steps[-1] if steps else -1
 
 
-def _read_log(path: Path, start: int = 0) -> List[LogLine]:
-    """Returns the lines of the log from byte `start`; none if it cannot be read now."""
+def _read_log(run_dir: RunDir) -> List[LogLine]:
     with contextlib.suppress(OSError):
-        return read_log(path, start)
+        return read_log(run_dir.log)
     return []
 
 
-class _FirstUpdate:
-    """Looks for the first update of a restart in the log; `lost_seconds` without training are then known."""
-
-    def __init__(self, log: Optional[Path], ended_at: float) -> None:
-        self.lost_seconds: Optional[float] = None
-        self._log, self._ended_at = log, ended_at  # None: this is no restart; time.time() of the end of the start before
-        self._offset = log.stat().st_size if log and log.exists() else 0
-
-    def look(self) -> None:
-        """Reads what the log has now."""
-        if self._log is None or self.lost_seconds is not None:
-            return
-        for line in _read_log(self._log, self._offset):
-            if line.kind == "first_update":
-                self.lost_seconds = round(line.timestamp - self._ended_at, 1)
-                log_line(f"training again, {self.lost_seconds} s after the last start ended")
+def _lost_seconds(run_dir: Optional[RunDir], ended_at: float) -> Optional[float]:
+    """Returns how long after `ended_at` (a time.time()) the run made its first update; None if it has made none since."""
+    for line in _read_log(run_dir) if run_dir else []:
+        if line.kind == "first_update" and line.timestamp > ended_at:
+            log_line(f"trained again {line.timestamp - ended_at:.1f} s after the last start ended")
+            return round(line.timestamp - ended_at, 1)
+    return None
 
 
 class _RestartLog:
@@ -256,7 +234,7 @@ class _RestartLog:
     def append(self, event: str, **data: Any) -> None:
         """Appends a line, on disk when this returns; on a full disk it is kept for the next call.
 
-        Raises Failure(CONFIGURATION) if a start cannot be written for another reason, or the first one for any.
+        Raises Failure(CONFIGURATION) if a start cannot be written for another reason.
         """
         if self._path is None:
             return
@@ -269,7 +247,6 @@ class _RestartLog:
             append_whole(self._path, self._unwritten, sync=True)
             self._unwritten = b""
         except OSError as error:
-            first = not self._path.exists() or self._path.stat().st_size == 0
-            if event == "start" and (first or error.errno not in DISK_FULL):
+            if event == "start" and error.errno not in DISK_FULL:
                 raise Failure(CONFIGURATION, write_error(self._path, error)) from error
             log_line(write_error(self._path, error))

@@ -35,10 +35,10 @@ class LogLine(NamedTuple):
     began: float  # when its process opened the log: equal in all its lines, even if the clock is set meanwhile
 
 
-def read_log(path: Path, start: int = 0) -> List[LogLine]:
-    """Returns the lines of dllogger.json from byte `start`; [] if there is none."""
+def read_log(path: Path) -> List[LogLine]:
+    """Returns the lines of dllogger.json; [] if there is none."""
     lines, sha256, size = [], hashlib.sha256(), 0
-    for number, text in enumerate(path.read_bytes()[start:].splitlines(keepends=True) if path.exists() else [], 1):
+    for number, text in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], 1):
         sha256.update(text)
         size += len(text)
         digest = {"bytes": size, "sha256": sha256.hexdigest()}
