@@ -33,11 +33,9 @@ def local_processes(run_token: str) -> Dict[str, List[int]]:
     jobs: Dict[str, List[int]] = {}
     for process in psutil.process_iter(["uids", "cmdline", "environ"]):
         users, words, environ = (process.info[name] for name in ("uids", "cmdline", "environ"))  # None: gone, or a zombie
-        if users is None or users.effective != os.getuid():
-            continue
-        arguments = dict(zip(words or [], (words or [])[1:]))
-        token = arguments.get(JOB_PARAMETER) or (environ or {}).get(_VARIABLE, "")
-        if token.startswith(f"{run_token}."):
+        candidates = [*(words or []), (environ or {}).get(_VARIABLE, "")]
+        token = next((word for word in candidates if word.startswith(f"{run_token}.")), None)
+        if token and users and users.effective == os.getuid():
             jobs.setdefault(token, []).append(process.pid)
     return jobs
 

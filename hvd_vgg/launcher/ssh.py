@@ -119,9 +119,7 @@ def _explain_silence(host: str, agent: str, seconds: float, code: int, output: s
     if code == -signal.SIGKILL:
         text = f"{host} did not answer {shell} within {seconds:g} s"
         return text, "is it up, its name right, the network between the hosts up? Leave it out of the job until then"
-    message = " ".join(output.split()) or "it printed nothing"
-    if len(message) > _QUOTED_CHARACTERS:
-        message = f"... {message[-_QUOTED_CHARACTERS:].partition(' ')[2]}"
+    message = " ".join(output.split())[-_QUOTED_CHARACTERS:] or "it printed nothing"
     fix = f"`{agent} {host} true` must work without asking anything: mpirun starts its daemon in this way"
     if "key verification failed" in output.lower():
         fix = f"{shell} accepts no unknown host key: get it from the host's administrator and add it to ~/.ssh/known_hosts"
