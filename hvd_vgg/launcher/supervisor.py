@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Tuple
 
+import psutil
+
 from hvd_vgg.config import LaunchConfig
 from hvd_vgg.errors import CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure
 from hvd_vgg.launcher.hostfile import Host, read_hostfile
@@ -177,24 +179,20 @@ def _clear_leftovers(token: str) -> None:
 
     Raises Failure(CONFIGURATION) if another launcher is running it now. What another host launched is only reported.
     """
-    deadline = time.monotonic() + _EXIT_SECONDS
-    while True:
-        ours: List[int] = []
-        foreign: List[int] = []
-        for job, pids in local_processes(token.split(".")[0]).items():
-            alive = job != token and launcher_is_alive(job)
-            if alive:
-                raise Failure(CONFIGURATION, f"another launcher, process {job.split('.')[2]}, is running this --run_dir")
-            (foreign if alive is None else ours).extend(pids)
-        if not ours or time.monotonic() > deadline:
-            break
-        time.sleep(0.1)
-    _report_leftovers("this host", foreign)
-    if ours:
-        log_line(f"killing processes {ours}, which a job of this run left behind")
-    for pid in ours:
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # gone, or another user's by now
-            os.kill(pid, signal.SIGKILL)
+    ours: List[psutil.Process] = []
+    foreign: List[psutil.Process] = []
+    for job, processes in local_processes(token.split(".")[0]).items():
+        alive = job != token and launcher_is_alive(job)
+        if alive:
+            raise Failure(CONFIGURATION, f"another launcher, process {job.split('.')[2]}, is running this --run_dir")
+        (foreign if alive is None else ours).extend(processes)
+    _report_leftovers("this host", [process.pid for process in foreign])
+    _, left = psutil.wait_procs(ours, _EXIT_SECONDS)
+    if left:
+        log_line(f"killing processes {[process.pid for process in left]}, which a job of this run left behind")
+    for process in left:
+        with contextlib.suppress(psutil.Error):  # gone, or another user's by now
+            process.kill()
 
 
 def _report_leftovers(host: str, pids: List[int]) -> None:

@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hvd_vgg.config import LaunchConfig
@@ -167,7 +168,7 @@ def test_leftovers_found_here_and_on_other_hosts(tmp_path):
     try:
         (asked,) = ask_hosts([Host("b.invalid", 1)], str(agent), ["127.0.0.1"], search_command(run))
         assert (asked.finding.verdict, asked.processes) == (OK, [left.pid])
-        assert local_processes(run) == {f"{run}.elsewhere.1.2": [left.pid]}
+        assert local_processes(run) == {f"{run}.elsewhere.1.2": [psutil.Process(left.pid)]}
         assert launcher_is_alive(f"{run}.elsewhere.1.2") is None
         assert launcher_is_alive(own_token(run)) is True
         assert launcher_is_alive(f"{own_token(run).rpartition('.')[0]}.1") is False  # its process number was given again
@@ -182,7 +183,7 @@ def test_leftovers_of_other_users_ignored(monkeypatch):
     run = "0123456789abcdef"
     process = subprocess.Popen(["sleep", "60"], env={f"OMPI_MCA_{JOB_PARAMETER}": f"{run}.elsewhere.1.2"})
     try:
-        assert local_processes(run) == {f"{run}.elsewhere.1.2": [process.pid]}
+        assert local_processes(run) == {f"{run}.elsewhere.1.2": [psutil.Process(process.pid)]}
         user = os.getuid()
         monkeypatch.setattr(os, "getuid", lambda: user + 1)
         assert local_processes(run) == {}
