@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Tuple, Union
 
-from hvd_vgg.run_dir import append_whole, writing
+from hvd_vgg.run_dir import RunDir, append_whole, writing
 from hvd_vgg.streams import ignore_broken_pipe
 
 try:
@@ -104,7 +104,7 @@ class RunLog:
     """
 
     def __init__(self, run_dir: Path, stdout: bool, tensorboard: Optional[Callable[[str, float, int], None]]) -> None:
-        self.path, self.tensorboard = run_dir / "dllogger.json", tensorboard
+        self.path, self.tensorboard = RunDir(run_dir).log, tensorboard
         self.lock = threading.Lock()  # checkpoints are logged by the thread that writes them
         _terminate_last_line(self.path)
         self.file, self.print = _open(self.path)
