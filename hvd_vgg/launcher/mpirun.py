@@ -284,25 +284,23 @@ def explain(status: int, stderr: str, oom_kills: int) -> ExitStatus:
 
     status: negative for a signal that killed mpirun itself; stderr: the end of it; oom_kills: of this host, meanwhile.
     """
-    killed = re.search(r"process rank (\d+) with PID \d+ on node (\S+) exited on\s+signal (\d+)", stderr)
-    lost = re.search(r"lost communication with a remote daemon.*?Remote daemon:.*? on node (\S+)", stderr, re.S)
-    silent = re.search(r"process rank (\d+) with PID \d+ on\s+node (\S+) exiting improperly", stderr)
-    first = re.search(r"Process name: \[\[\d+,\d+\],(\d+)\]\s+Exit code:\s+(\d+)", stderr)
-    if killed:
+    if killed := re.search(r"process rank (\d+) with PID \d+ on node (\S+) exited on\s+signal (\d+)", stderr):
         number = int(killed[3])
         hint = f" ({_HINTS[number]})" if number in _HINTS else ""
         risen = f"; oom_kill in /proc/vmstat rose by {oom_kills}" if oom_kills and number == signal.SIGKILL else ""
         return ExitStatus(128 + number, f"rank {killed[1]} killed by signal {number}{hint}, on {killed[2]}{risen}")
     if status < 0:
         return ExitStatus(128 - status, f"mpirun killed by signal {-status}")
-    if lost:
+    if lost := re.search(r"lost communication with a remote daemon.*?Remote daemon:.*? on node (\S+)", stderr, re.S):
         return ExitStatus(LOST_RANK, f"host {lost[1]} is gone: mpirun lost its daemon there")
-    if silent:  # with exit code 0, but without MPI_Finalize: a library may do so
+    # With exit code 0, but without MPI_Finalize: a library may do so.
+    if silent := re.search(r"process rank (\d+) with PID \d+ on\s+node (\S+) exiting improperly", stderr):
         return ExitStatus(LOST_RANK, f"rank {silent[1]} exited without leaving MPI, on {silent[2]}")
     if status == 1 and "ORTE" in stderr:
         return ExitStatus(LOST_RANK, "mpirun could not reach all of its hosts: see above")
     if status == 1 and "-----" not in stderr:  # the frame of all its messages about ranks; a SIGTERM is no such message
         return ExitStatus(LOST_RANK, "mpirun was terminated from outside")
+    first = re.search(r"Process name: \[\[\d+,\d+\],(\d+)\]\s+Exit code:\s+(\d+)", stderr)
     known = {DONE: "done", STOPPED: "all ranks stopped in order", LOST_RANK: "a rank hung or was lost"}
     # Ranks that exit with a code of this package have said who found what; which of them mpirun noticed first means nothing.
     rank = f"; rank {first[1]} exited first" if first and not 64 <= status < 128 else ""
