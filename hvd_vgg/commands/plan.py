@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 from hvd_vgg.config import PlanConfig
-from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
 from hvd_vgg.parallel import cost
+from hvd_vgg.run_dir import writing
 from hvd_vgg.text import plural
 
 
@@ -79,15 +79,10 @@ def _sweep(config: PlanConfig) -> None:
 
 
 def _draw(curves: Dict[str, List[cost.Prediction]], per_rank: float, config: PlanConfig) -> None:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise Failure(CONFIGURATION, "--out needs matplotlib: pip install matplotlib (or hvd_vgg[plot])") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    figure: Any
-    figure, axes = pyplot.subplots(figsize=(8, 5), constrained_layout=True)
+    figure: Any = Figure(figsize=(8, 5), constrained_layout=True)
+    axes = figure.subplots()
     ranks = list(map(int, config.sweep_ranks))
     for name, points in curves.items():
         _, _, low, high = zip(*points)  # the efficiencies
@@ -102,7 +97,5 @@ def _draw(curves: Dict[str, List[cost.Prediction]], per_rank: float, config: Pla
         "dotted: nothing overlaps; line: all overlaps with the backward pass"
     )
     axes.legend(loc="lower left")
-    try:
-        figure.savefig(Path(config.out), dpi=120)
-    except (OSError, ValueError) as error:
-        raise Failure(NOT_WRITTEN, f"--out={config.out} cannot be written: {error}") from error
+    with writing(Path(config.out)):
+        figure.savefig(config.out, dpi=120)
