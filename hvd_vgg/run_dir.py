@@ -11,9 +11,9 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import IO, List, Optional, Union
+from typing import IO, Iterator, List, Optional, Union
 
-from hvd_vgg.errors import CONFIGURATION, Failure
+from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
 from hvd_vgg.streams import write_line
 
 _CHECKPOINT = re.compile(r"step-(\d{8})\.safetensors")
@@ -91,19 +91,13 @@ def lock_run_dir(run_dir: Path) -> IO[str]:
     """Returns the open file `RUN_DIR/lock`, locked until it is closed or this process ends in any way.
 
     Raises Failure(CONFIGURATION) naming the job that holds it, or why it cannot be opened. Locking a file that exists takes
-    no disk space. On a file system without locks (NFS and Lustre may be mounted so), prints that and goes on.
+    no disk space. Where it cannot be locked (NFS and Lustre may be mounted without locks), prints that and goes on.
     """
     path = RunDir(run_dir).lock
-    try:
+    with writing(path, CONFIGURATION):
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (stays open)
-    except OSError as error:
-        raise Failure(CONFIGURATION, f"{path} cannot be locked: {write_error(path, error)}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        signature = {"host": socket.gethostname(), "process": os.getpid(), "since": time.ctime()}
-        with contextlib.suppress(OSError):  # on a full disk it is locked all the same
-            file.truncate(0)
-            os.write(file.fileno(), json.dumps(signature).encode() + b"\n")
     except BlockingIOError as error:
         with file:
             file.seek(0)
@@ -111,10 +105,12 @@ def lock_run_dir(run_dir: Path) -> IO[str]:
         text = f"--run_dir={run_dir} is in use by another job ({holder})"
         raise Failure(CONFIGURATION, f"{text}. Wait for it, stop it, or use another --run_dir") from error
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise Failure(CONFIGURATION, f"{path} cannot be locked: {error.strerror}") from error
         text = f"hvd-vgg: {run_dir} cannot be locked ({error.strerror}): make sure that only one job uses it"
         write_line(text, sys.stdout)
+    signature = {"host": socket.gethostname(), "process": os.getpid(), "since": time.ctime()}
+    with contextlib.suppress(OSError):  # on a full disk it is locked all the same
+        file.truncate(0)
+        os.write(file.fileno(), json.dumps(signature).encode() + b"\n")
     return file
 
 
@@ -135,6 +131,29 @@ def atomic_write_text(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()  # on a full disk half a file takes the space of others
         raise
+
+
+def append_whole(path: Path, data: bytes, sync: bool = False) -> None:
+    """Appends all of `data`, and puts it on disk if asked to; or leaves the file as it was and raises OSError."""
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if sync:
+                os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)  # the next line must not be appended to half a line
+            raise
+
+
+@contextlib.contextmanager
+def writing(path: Path, code: int = NOT_WRITTEN) -> Iterator[None]:
+    """Raises Failure(code) that says why `path` cannot be written, for an OSError inside the block."""
+    try:
+        yield
+    except OSError as error:
+        raise Failure(code, write_error(path, error)) from error
 
 
 def write_error(path: Path, error: OSError) -> str:

@@ -9,7 +9,7 @@ import os
 import socket
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional
+from typing import Any, Dict, Iterable, List, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -21,19 +21,18 @@ from hvd_vgg.data.transforms import IMAGE_LIBRARY
 from hvd_vgg.doctor.driver import find_accelerators
 from hvd_vgg.doctor.packages import this_host
 from hvd_vgg.doctor.system import probe_file, processor_name
-from hvd_vgg.errors import CONFIGURATION, NOT_FINITE, NOT_WRITTEN, USAGE, Failure
+from hvd_vgg.errors import CONFIGURATION, NOT_FINITE, USAGE, Failure
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.parallel.consensus import keep_alive, run_in_subgroup, run_on_root
 from hvd_vgg.parallel.init import Device, describe_software
-from hvd_vgg.reporting.console import Console
 from hvd_vgg.reporting.throughput import Throughput
-from hvd_vgg.run_dir import atomic_write_text, write_error
+from hvd_vgg.run_dir import atomic_write_text, writing
 from hvd_vgg.text import plural
 from hvd_vgg.training.dataset import Splits, open_data
 from hvd_vgg.training.metrics import measure_run
-from hvd_vgg.training.startup import join_ranks
+from hvd_vgg.training.startup import Session, join_ranks
 from hvd_vgg.training.state import initial_state
-from hvd_vgg.training.train_step import StepMetrics, make_train_step, step_inputs
+from hvd_vgg.training.train_step import make_train_step, step_inputs
 
 _UPDATES = 30
 # Weights that hardly move stay as they were drawn, however long a row is; the time of an update does not depend on them.
@@ -46,8 +45,8 @@ def benchmark(config: BenchmarkConfig) -> None:
     """Measures each kind of input on each number of --ranks, prints a table and writes --out. Collective."""
     wanted = sorted({int(number) for number in config.ranks})
     here = _hardware()
-    device, console, groups = join_ranks(config, group_sizes=wanted)
-    started = comm.size()
+    session = join_ranks(config, group_sizes=wanted)
+    console, started = session.console, comm.size()
     if wanted and wanted[-1] > started:
         fix = f"hvd-vgg launch --ranks={wanted[-1]} benchmark --ranks={','.join(map(str, wanted))} ..."
         text = f"--ranks={wanted[-1]}: expected at most the {plural(started, 'rank')} started: {fix}"
@@ -59,21 +58,11 @@ def benchmark(config: BenchmarkConfig) -> None:
         data = open_data(config, Path(config.run_dir), console)
     else:
         console.say(f"no real data: --data_dir={config.data_dir} does not exist")
-    hosts = _all_hardware(here, device)
-    _print_heading(config, device, hosts[0], per_rank, console)
-    rows: List[Dict[str, Any]] = []
-    for number in wanted or [started]:
-        group, own = groups.get(number, comm.WORLD), dataclasses.replace(config, global_batch=per_rank * number)
-        run_in_subgroup(group, functools.partial(_measure, own, device, data, group, rows, console))
-    run_on_root(lambda: _write(config, device, hosts, rows))
-    comm.shutdown()
-
-
-def _print_heading(config: BenchmarkConfig, device: Device, host: Dict[str, Any], per_rank: int, console: Console) -> None:
-    updates, name = config.steps or _UPDATES, host["gpu"] or host["cpu"] or "unknown"
+    hosts = _all_hardware(here, session.device)
+    updates, name = config.steps or _UPDATES, hosts[0]["gpu"] or hosts[0]["cpu"] or "unknown"
     console.say(
         f"{config.model} at width {config.width:g}, {config.image_size} pixels, {per_rank} images per rank and update, "
-        f"{config.precision}, on {device.kind} ({name}); {updates} updates per row, "
+        f"{config.precision}, on {session.device.kind} ({name}); {updates} updates per row, "
         f"{plural(updates * per_rank, 'image')} per rank"
     )
     peak = f" {'of peak':>8s}" if config.device_tflops else ""
@@ -81,20 +70,21 @@ def _print_heading(config: BenchmarkConfig, device: Device, host: Dict[str, Any]
         f"{'ranks':>5s}  {'input':12s} {'images/s':>9s} {'deviation':>9s} {'per rank':>9s} {'efficiency':>10s} "
         f"{'TFLOP/s/rank':>14s}{peak}  bottleneck"
     )
+    rows: List[Dict[str, Any]] = []
+    for number in wanted or [started]:
+        group, own = session.groups.get(number, comm.WORLD), dataclasses.replace(config, global_batch=per_rank * number)
+        run_in_subgroup(group, functools.partial(_measure, own, session, data, group, rows))
+    run_on_root(lambda: _write(config, session.device, hosts, rows))
+    comm.shutdown()
 
 
 def _measure(
-    config: BenchmarkConfig,
-    device: Device,
-    data: Optional[Splits],
-    group: comm.Group,
-    rows: List[Dict[str, Any]],
-    console: Console,
+    config: BenchmarkConfig, session: Session, data: Optional[Splits], group: comm.Group, rows: List[Dict[str, Any]]
 ) -> None:
     """Adds a row to `rows` for each kind of input, measured on the ranks of `group`. Collective over the group."""
-    state, size = initial_state(config), comm.size(group)
+    state, size, console = initial_state(config), comm.size(group), session.console
     factored = cost.factored_layers(config, size)
-    train_step = make_train_step(state.weights, state.slots, config, device.data_format, factored, group)
+    train_step = make_train_step(state.weights, state.slots, config, session.device.data_format, factored, group)
     low, _ = slice_bounds(config.global_batch, comm.rank(group), size)
     for kind in ("device", "host", "real"):
         if kind == "real" and data is None:
@@ -102,12 +92,18 @@ def _measure(
         throughput, keep_alive_at = Throughput(), 0
         throughput.excluded_seconds["keep_alive"] = 0.0
         progress = console.progress(f"{plural(size, 'rank')}, {kind}", config.steps or _UPDATES, "updates")
-        for step, batch in enumerate(throughput.timed(_batches(kind, config, device, data, group))):
+        for step, batch in enumerate(throughput.timed(_batches(kind, config, session.device, data, group))):
             metrics = train_step(*batch[:2], *step_inputs(config, step, low, config.lr * _LR_FACTOR))
             throughput.exchange_seconds.append(float(metrics.exchange_seconds))
             throughput.end_update()
             progress.update(step + 1)
-            _require_finite(metrics, step, size, kind, config)
+            if not metrics.finite:  # equal on all ranks
+                raise Failure(
+                    NOT_FINITE,
+                    f"update {step + 1} on {plural(size, 'rank')}, input {kind}: the loss or gradient is not finite, and "
+                    f"updates that are not applied measure nothing: lower --lr={config.lr:g} or try --precision=float32",
+                    collective=True,
+                )
             if step >= keep_alive_at:
                 with throughput.exclude("keep_alive"):
                     keep_alive(group)
@@ -118,18 +114,6 @@ def _measure(
         row["efficiency"] = row["fps"] / row["ranks"] / (first["fps"] / first["ranks"])
         rows.append(row)
         console.say(_format_row(row))
-
-
-def _require_finite(metrics: StepMetrics, step: int, size: int, kind: str, config: BenchmarkConfig) -> None:
-    """Raises a collective Failure(NOT_FINITE) where an update is not applied: it would take less time than one that is."""
-    if not metrics.finite:  # equal on all ranks
-        raise Failure(
-            NOT_FINITE,
-            f"update {step + 1} on {plural(size, 'rank')}, input {kind}: the loss or gradient is not finite, and updates "
-            f"that are not applied measure nothing: lower --lr={config.lr:g}, of which {_LR_FACTOR:g} is used here, or try "
-            f"--precision=float32",
-            collective=True,
-        )
 
 
 def _format_row(row: Dict[str, Any]) -> str:
@@ -153,12 +137,7 @@ def _batches(kind: str, config: BenchmarkConfig, device: Device, data: Optional[
     labels = random.integers(0, config.num_classes, high - low).astype(np.int32)
     if kind == "device":
         return itertools.repeat((tf.identity(tf.constant(images)), tf.constant(labels)), len(steps))
-    return _copied(images, labels, len(steps))
-
-
-def _copied(images: np.ndarray, labels: np.ndarray, times: int) -> Iterator[Any]:
-    for _ in range(times):
-        yield tf.constant(images), tf.constant(labels)
+    return ((tf.constant(images), tf.constant(labels)) for _ in steps)
 
 
 def _hardware() -> Dict[str, Any]:
@@ -186,15 +165,12 @@ def _all_hardware(here: Dict[str, Any], device: Device) -> List[Dict[str, Any]]:
 
 def _check_out(config: BenchmarkConfig) -> None:
     """Raises Failure(CONFIGURATION) if --out cannot be written: hours of measuring should not end in a wrong path."""
-    if not config.out:
-        return
-    out = Path(config.out).absolute()
-    try:
-        if out.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        probe_file(out.parent).close()
-    except OSError as error:
-        raise Failure(CONFIGURATION, f"--out={config.out} cannot be written: {error.strerror}") from error
+    if config.out:
+        out = Path(config.out).absolute()
+        with writing(out, CONFIGURATION):
+            if out.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            probe_file(out.parent).close()
 
 
 def _write(config: BenchmarkConfig, device: Device, hosts: List[Dict[str, Any]], rows: List[Dict[str, Any]]) -> None:
@@ -208,7 +184,5 @@ def _write(config: BenchmarkConfig, device: Device, hosts: List[Dict[str, Any]],
         "machine": {**device._asdict(), "hosts": hosts},
         "rows": rows,
     }
-    try:
+    with writing(Path(config.out)):
         atomic_write_text(Path(config.out).absolute(), json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise Failure(NOT_WRITTEN, write_error(Path(config.out), error)) from error

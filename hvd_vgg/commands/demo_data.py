@@ -13,6 +13,7 @@ from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import run_on_root
 from hvd_vgg.parallel.init import start
 from hvd_vgg.reporting.console import Console
+from hvd_vgg.run_dir import writing
 
 # A class covers the points where its function of (x, y) is above 0. A shape extends from -1 to 1, a texture over all of the
 # image.
@@ -61,10 +62,8 @@ def make_demo_data(config: DemoConfig) -> None:
 
 
 def _make_folder(folder: Path) -> None:
-    try:
+    with writing(folder, DATA):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Failure(DATA, f"--data_dir={folder} cannot be created: {error.strerror}") from error
     if any(folder.glob("train-?????-of-?????")) or any(folder.glob("validation-?????-of-?????")):
         raise Failure(DATA, f"{folder} has shards already, which are never overwritten: choose another --data_dir")
 

@@ -63,18 +63,19 @@ def _score(config: EvaluationConfig, name: str, index: Index, device: Device, co
 
 
 def _load(name: str, run_dir: RunDir) -> checkpoint.Checkpoint:
-    if name == "best":
-        path = checkpoint.best(run_dir)
-    elif name == "newest":
-        path = next(iter(run_dir.list_checkpoints()), None)
-    else:
-        path = Path(name)
+    known = {"best": checkpoint.best(run_dir), "newest": next(iter(run_dir.list_checkpoints()), None)}
+    path = known.get(name, Path(name))
     if path is None:
         raise Failure(
             CONFIGURATION,
             f"{run_dir.checkpoints} has no {name} checkpoint: is --run_dir a run's, and has it been evaluated yet? "
             f"--checkpoint=newest needs no evaluation",
         )
+    return load_checkpoint(path)
+
+
+def load_checkpoint(path: Path) -> checkpoint.Checkpoint:
+    """Returns the checkpoint in `path`; raises Failure(CONFIGURATION) if it is not whole."""
     try:
         return checkpoint.load(path)
     except ValueError as error:

@@ -4,6 +4,7 @@ from typing import Any, Dict, List
 
 import numpy as np
 
+from hvd_vgg.commands.evaluate import load_checkpoint
 from hvd_vgg.config import ReplayConfig
 from hvd_vgg.data.index import Index, check_labels, scan_split
 from hvd_vgg.data.loader import Batch, load_records
@@ -13,11 +14,10 @@ from hvd_vgg.parallel import comm, cost
 from hvd_vgg.parallel.consensus import run_on_all_ranks, run_on_root
 from hvd_vgg.run_dir import RunDir, StepDir
 from hvd_vgg.text import plural
-from hvd_vgg.training import checkpoint
 from hvd_vgg.training.kept_step import load_report
 from hvd_vgg.training.nonfinite import diagnose
 from hvd_vgg.training.startup import join_ranks
-from hvd_vgg.training.state import State, assign_variables, initial_state
+from hvd_vgg.training.state import assign_variables, initial_state
 from hvd_vgg.training.train_step import make_train_step
 
 
@@ -31,7 +31,7 @@ def replay(config: ReplayConfig) -> None:
     report = run_on_all_ranks(lambda: load_report(folder))
     rows = _load_batch(folder, report, config, device.input_threads)
     state = initial_state(config)
-    run_on_root(lambda: _load_state(state, folder))
+    run_on_root(lambda: assign_variables(state.variables(), load_checkpoint(folder.state)))
     comm.broadcast_variables(list(state.variables().values()))
     factored = cost.factored_layers(config, comm.size())
     train_step = make_train_step(state.weights, state.slots, config, device.data_format, factored)
@@ -85,11 +85,3 @@ def _open_records(folder: StepDir, config: ReplayConfig, label_base: int, rows: 
     if config.global_batch < comm.size():
         raise Failure(USAGE, f"{plural(rows, 'record')} are fewer than the {comm.size()} ranks: start fewer")
     return index
-
-
-def _load_state(state: State, folder: StepDir) -> None:
-    try:
-        found = checkpoint.load(folder.state)
-    except ValueError as error:
-        raise Failure(CONFIGURATION, f"{folder.state}: {error}") from error
-    assign_variables(state.variables(), found)

@@ -171,17 +171,15 @@ def _check_receipt(run: RunDir, history: History) -> Findings:
         if any(attempt.lines for attempt in history.attempts) or run.receipt.exists():
             yield "is missing or unreadable, though each start writes it before its first update"
         return UNKNOWN, "there is none yet"
-    expected = receipt.content(run, found["files"])
-    covered = sum(line.end <= found["files"]["dllogger.json"]["bytes"] for line in lines)
+    files, restarts = found["files"], found["files"]["restarts.jsonl"]
+    covered = sum(line.digest["bytes"] <= files["dllogger.json"]["bytes"] for line in lines)
+    expected = receipt.content(run, lines[:covered], restarts["bytes"] if restarts else 0)
     if any(line.kind == "evaluation" for line in lines[covered:]):  # a kill may have come before the newer result's receipt
-        expected["files"]["result.json"] = found["files"]["result.json"]
-    if not found["files"]["restarts.jsonl"]:
-        # The launcher notes a start before its ranks begin, and so before any receipt of theirs.
-        launched = any(line.kind == "start" and line.data["launched"] for line in lines[:covered])
-        expected["files"]["restarts.jsonl"] = "those of `hvd-vgg launch`" if launched else None
+        expected["files"]["result.json"] = files["result.json"]
+    if not restarts:  # the run was launched since
+        expected["files"]["restarts.jsonl"] = None
     yield from _checkpoint_faults(run, history, covered, found["checkpoints"], expected.pop("checkpoints"))
-    rows = expected.pop("files")
-    yield from mismatches((f"digest of {name}", found["files"].get(name), rows[name]) for name in rows)
+    yield from mismatches((f"digest of {name}", files.get(name), row) for name, row in expected.pop("files").items())
     yield from mismatches((name, found.get(name), value) for name, value in expected.items() if name != "written")
     newer = f"; {len(lines) - covered} lines are newer, as in a run that goes on or was killed" if lines[covered:] else ""
     return PASS, f"log, restarts, result and checkpoints are as they were{newer}"

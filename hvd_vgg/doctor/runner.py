@@ -17,7 +17,7 @@ from hvd_vgg.doctor.report import Report
 from hvd_vgg.environment import launched_local_rank, launched_local_size, launched_size
 from hvd_vgg.errors import USAGE, Failure
 from hvd_vgg.launcher.hostfile import Host, read_hostfile
-from hvd_vgg.launcher.ssh import check_hosts
+from hvd_vgg.launcher.ssh import ask_hosts
 from hvd_vgg.models.architecture import count_parameters, vgg_layers
 from hvd_vgg.parallel import network
 from hvd_vgg.reporting.findings import FAILURE, Finding, failure, ok
@@ -89,7 +89,7 @@ def _check_network(config: DoctorConfig, accelerators: Accelerators, hosts: Sequ
         yield failure("interfaces", error, "name one that leads to the other hosts")
     elif others:
         addresses = network.chosen_addresses({network.INCLUDE[0]: config.network} if config.network else environ, interfaces)
-        yield from check_hosts(others, config.rsh_agent, addresses)
+        yield from (reply.finding for reply in ask_hosts(others, config.rsh_agent, addresses))
     elif hosts:
         yield ok("hosts", f"{config.hostfile} lists this host only")
 

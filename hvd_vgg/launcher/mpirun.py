@@ -6,16 +6,14 @@ import math
 import os
 import re
 import select
-import shlex
 import shutil
 import signal
 import sys
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
-from typing import IO, Any, Callable, Dict, List, Mapping, NamedTuple, Sequence, Set
+from typing import IO, Any, Dict, List, Mapping, NamedTuple, Sequence, Set
 
 import psutil
 
@@ -23,7 +21,6 @@ from hvd_vgg.config import LaunchConfig
 from hvd_vgg.environment import JOB_PARAMETER, SECRET_NAME
 from hvd_vgg.errors import CONFIGURATION, DONE, LOST_RANK, STOPPED, Failure
 from hvd_vgg.launcher.hostfile import Host
-from hvd_vgg.parallel.cores import control_groups
 from hvd_vgg.streams import write_line
 
 # The variables that ranks on other hosts get, besides --export_env; ranks on this host inherit all.
@@ -57,7 +54,7 @@ _HINTS: Dict[int, str] = {
     signal.SIGALRM: "hung while holding the GIL: see RUN_DIR/faults; or hung at exit: see above",
     signal.SIGTERM: "terminated from outside the job",
 }
-_PR_SET_PDEATHSIG = 1
+_LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 
 
 class ExitStatus(NamedTuple):
@@ -113,17 +110,12 @@ def exported_variables(environ: Mapping[str, str], export_env: str) -> List[str]
     return sorted(allowed | (set(export_env.split(",")) & set(environ)))
 
 
-def shell_quoted(command: Sequence[str]) -> str:
-    """Returns a command as a shell reads it."""
-    return " ".join(shlex.quote(word) for word in command)
-
-
 def log_line(text: str) -> None:
     """Prints a line of the launcher to stderr."""
     write_line(f"hvd-vgg launch: {text}", sys.stderr)
 
 
-class StopRequests:
+class StopRequests(contextlib.ExitStack):
     """Requests to stop the job: SIGTERM, SIGINT, SIGHUP and SIGUSR1 inside the `with` block, and its time limit.
 
     grace_seconds: how long ranks may take to stop; until: time.monotonic() at which the job is to be stopped. Main thread
@@ -131,21 +123,17 @@ class StopRequests:
     """
 
     def __init__(self, grace_seconds: float, until: float = math.inf) -> None:
+        super().__init__()
         self.grace_seconds, self.until = grace_seconds, until
         self.count = 0  # of signals
-        self._previous: Dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequests":
         # A parent may have left SIGCHLD ignored; then the kernel keeps no exit codes.
-        self._previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self.callback(signal.signal, signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                self._previous[number] = signal.signal(number, self._handle)
+                self.callback(signal.signal, number, signal.signal(number, self._handle))
         return self
-
-    def __exit__(self, *error: Any) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: Any) -> None:
         self.count += 1
@@ -157,24 +145,23 @@ class StopRequests:
         return _TIME_LIMIT if time.monotonic() > self.until else ""
 
 
-def run(command: Sequence[str], requests: StopRequests, look: Callable[[], None], ranks_here: bool = True) -> ExitStatus:
+def run(command: Sequence[str], requests: StopRequests, ranks_here: bool = True) -> ExitStatus:
     """Runs mpirun to its end and returns how it ended; the kernel kills it if this process dies.
 
     Copies its stdout and stderr as they come. The terminal's Ctrl-C does not reach it: a request makes it send SIGUSR1 to
-    all ranks, which save and exit; if they have not after the grace period, or at another request, it is terminated. Calls
-    `look` about once a second. ranks_here: whether any ranks are on this host.
+    all ranks, which save and exit; if they have not after the grace period, or at another request, it is terminated.
+    ranks_here: whether any ranks are on this host.
     """
     kills_before = oom_kills()
-    parent_death = _dies_with(os.getpid())
     process = Popen(  # noqa: S603 (what it runs is the user's)
-        command, bufsize=0, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True, preexec_fn=parent_death
+        command, bufsize=0, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True, preexec_fn=_die_with_launcher
     )
     tail, ended = bytearray(), threading.Event()
     streams = ((process.stdout, 1, bytearray(), ended), (process.stderr, 2, tail, ended))
     pumps = [threading.Thread(target=_copy_output, args=stream, daemon=True) for stream in streams]
     for pump in pumps:
         pump.start()
-    reason = _watch(process, requests, look, ranks_here)
+    reason = _watch(process, requests, ranks_here)
     terminated = _stop(process, requests, reason) if reason else False
     ended.set()
     patience = time.monotonic() + _COPY_SECONDS
@@ -214,24 +201,22 @@ def _write(descriptor: int, data: bytes) -> None:
                 select.select([], [descriptor], [])
 
 
-def _watch(process: "Popen[bytes]", requests: StopRequests, look: Callable[[], None], ranks_here: bool) -> str:
+def _watch(process: "Popen[bytes]", requests: StopRequests, ranks_here: bool) -> str:
     """Waits until mpirun has ended and returns "", or until there is a reason to stop it and returns that."""
     ranks: Set[psutil.Process] = set()
-    next_look, seen, start_by = 0.0, math.inf, time.monotonic() + _START_SECONDS if ranks_here else math.inf
+    next_look, overdue = 0.0, _NOT_STARTED
+    deadline = time.monotonic() + _START_SECONDS if ranks_here else math.inf
     while process.poll() is None:
         now = time.monotonic()
         if now > next_look:
             next_look = now + 1.0
-            look()
             # Looking for new children reads all of /proc, which takes a while on a large host.
             ranks = {rank for rank in ranks if _is_rank(rank)} or _local_ranks(process.pid)
             if ranks:
-                seen, start_by = now, math.inf
-        reason = requests.reason()
-        if reason or now > start_by:
-            return reason or _NOT_STARTED
-        if now - seen > _LINGER_SECONDS:
-            return _RANKS_GONE
+                deadline, overdue = now + _LINGER_SECONDS, _RANKS_GONE
+        reason = requests.reason() or (overdue if now > deadline else "")
+        if reason:
+            return reason
         time.sleep(_POLL_SECONDS)
     return ""
 
@@ -294,57 +279,42 @@ def _stopped_status(reason: str, terminated: bool, status: ExitStatus) -> ExitSt
     return ExitStatus(STOPPED if reason == _STOP_REQUESTED else LOST_RANK, f"{reason}; {how}")
 
 
-def explain(status: int, stderr: str, oom_kills: Mapping[str, int]) -> ExitStatus:
+def explain(status: int, stderr: str, oom_kills: int) -> ExitStatus:
     """Returns what an exit status of mpirun means.
 
-    status: negative for a signal that killed mpirun itself; stderr: the end of it; oom_kills: the counters of out-of-memory
-    kills that rose meanwhile, and by how much.
+    status: negative for a signal that killed mpirun itself; stderr: the end of it; oom_kills: of this host, meanwhile.
     """
-    killed = re.search(r"process rank (\d+) with PID \d+ on node (\S+) exited on\s+signal (\d+)", stderr)
-    lost = re.search(r"lost communication with a remote daemon.*?Remote daemon:.*? on node (\S+)", stderr, re.S)
-    silent = re.search(r"process rank (\d+) with PID \d+ on\s+node (\S+) exiting improperly", stderr)
-    first = re.search(r"Process name: \[\[\d+,\d+\],(\d+)\]\s+Exit code:\s+(\d+)", stderr)
-    if killed:
+    if killed := re.search(r"process rank (\d+) with PID \d+ on node (\S+) exited on\s+signal (\d+)", stderr):
         number = int(killed[3])
         hint = f" ({_HINTS[number]})" if number in _HINTS else ""
-        risen = "".join(f"; oom_kill in {name} rose by {n}" for name, n in oom_kills.items() if number == signal.SIGKILL)
+        risen = f"; oom_kill in /proc/vmstat rose by {oom_kills}" if oom_kills and number == signal.SIGKILL else ""
         return ExitStatus(128 + number, f"rank {killed[1]} killed by signal {number}{hint}, on {killed[2]}{risen}")
     if status < 0:
         return ExitStatus(128 - status, f"mpirun killed by signal {-status}")
-    if lost:
+    if lost := re.search(r"lost communication with a remote daemon.*?Remote daemon:.*? on node (\S+)", stderr, re.S):
         return ExitStatus(LOST_RANK, f"host {lost[1]} is gone: mpirun lost its daemon there")
-    if silent:  # with exit code 0, but without MPI_Finalize: a library may do so
+    # With exit code 0, but without MPI_Finalize: a library may do so.
+    if silent := re.search(r"process rank (\d+) with PID \d+ on\s+node (\S+) exiting improperly", stderr):
         return ExitStatus(LOST_RANK, f"rank {silent[1]} exited without leaving MPI, on {silent[2]}")
     if status == 1 and "ORTE" in stderr:
         return ExitStatus(LOST_RANK, "mpirun could not reach all of its hosts: see above")
     if status == 1 and "-----" not in stderr:  # the frame of all its messages about ranks; a SIGTERM is no such message
         return ExitStatus(LOST_RANK, "mpirun was terminated from outside")
+    first = re.search(r"Process name: \[\[\d+,\d+\],(\d+)\]\s+Exit code:\s+(\d+)", stderr)
     known = {DONE: "done", STOPPED: "all ranks stopped in order", LOST_RANK: "a rank hung or was lost"}
     # Ranks that exit with a code of this package have said who found what; which of them mpirun noticed first means nothing.
     rank = f"; rank {first[1]} exited first" if first and not 64 <= status < 128 else ""
     return ExitStatus(status, known.get(status, f"exit code {status}") + rank)
 
 
-def _dies_with(parent: int) -> Callable[[], None]:
-    """Returns a preexec function with which the kernel kills mpirun when this process dies."""
-    libc = ctypes.CDLL(None)  # loaded here: little may be done between fork and exec
-
-    def prepare() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it has died already
-            os._exit(CONFIGURATION)
-
-    return prepare
+def _die_with_launcher() -> None:
+    """Has the kernel kill mpirun when this process dies. Runs in the child before mpirun does."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def oom_kills() -> "Counter[str]":
-    """Returns the kernel's counters of out-of-memory kills, of this host and of this control group, by file."""
-    files = [Path("/proc/vmstat")]
-    for group in control_groups(Path("/"), "memory")[:1]:
-        files += [folder / name for folder in (group, *group.glob("*/")) for name in ("memory.oom_control", "memory.events")]
-    counters: Counter[str] = Counter()
-    for file in files:
-        with contextlib.suppress(OSError):
-            match = re.search(r"^oom_kill (\d+)", file.read_text(), re.M)
-            counters[str(file)] = int(match[1]) if match else 0
-    return counters
+def oom_kills() -> int:
+    """Returns how many processes the kernel of this host has killed for lack of memory, in any control group."""
+    with contextlib.suppress(OSError):
+        match = re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(), re.M)
+        return int(match[1]) if match else 0
+    return 0

@@ -9,12 +9,12 @@ import os
 import re
 import shlex
 import signal
-import socket
+import socketserver
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import List, NamedTuple, Sequence, Tuple
 
 from hvd_vgg.launcher.hostfile import Host
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
@@ -45,45 +45,40 @@ class HostReply(NamedTuple):
     processes: List[int]
 
 
-def check_hosts(hosts: Sequence[Host], agent: str, addresses: List[str], seconds: float = ANSWER_SECONDS) -> List[Finding]:
-    """Asks all hosts at once, through `agent` (a command line), to connect back to one of `addresses`; one finding each."""
-    return [reply.finding for reply in ask_hosts(hosts, agent, addresses, "true", seconds)]
+class _Listener(socketserver.TCPServer):
+    """Accepts connections and closes them: the kernel's queue of connections that nobody accepts is short."""
+
+    request_queue_size = 128
 
 
 def ask_hosts(
-    hosts: Sequence[Host], agent: str, addresses: List[str], search: str, seconds: float = ANSWER_SECONDS
+    hosts: Sequence[Host], agent: str, addresses: List[str], search: str = "true", seconds: float = ANSWER_SECONDS
 ) -> List[HostReply]:
-    """Does what `check_hosts` does; before it, the remote shells run `search`, which prints the /proc paths of processes."""
-    with socket.create_server(("", 0), backlog=128) as server, ThreadPoolExecutor(len(hosts) + 1) as pool:
-        pool.submit(_accept, server)
-        connect_back = [sys.executable, "-c", _CONNECT_BACK, str(server.getsockname()[1]), *addresses]
-        remote = f"{search}; {' '.join(map(shlex.quote, connect_back))}"
+    """Asks all hosts at once, through `agent` (a command line), to connect back to one of `addresses`; one reply each.
+
+    Before it, the remote shells run `search`, which prints the /proc paths of processes.
+    """
+    with _Listener(("", 0), socketserver.BaseRequestHandler) as server, ThreadPoolExecutor(len(hosts) + 1) as pool:
+        pool.submit(server.serve_forever, poll_interval=0.05)
+        connect_back = [sys.executable, "-c", _CONNECT_BACK, str(server.server_address[1]), *addresses]
+        remote = f"{search}; {shlex.join(connect_back)}"
         try:
             return list(pool.map(lambda host: _ask(host.name, agent, remote, addresses, seconds), hosts))
         finally:
-            server.shutdown(socket.SHUT_RDWR)  # ends `_accept`
-
-
-def _accept(server: socket.socket) -> None:
-    """Accepts connections until `server` is shut down: the kernel's queue of connections that nobody accepts is short."""
-    while True:
-        try:
-            server.accept()[0].close()
-        except OSError:
-            return
+            server.shutdown()
 
 
 def _ask(host: str, agent: str, remote: str, addresses: List[str], seconds: float) -> HostReply:
     """Runs the command `remote` on a host and judges what it prints; `agent`: a command line."""
     started = time.time()
-    code, out, err = _run_agent([*shlex.split(agent), host, remote], seconds)
+    code, output = _run_agent([*shlex.split(agent), host, remote], seconds)
     read = time.time()
-    processes = sorted({int(pid) for pid in re.findall(r"/proc/(\d+)/", out)})
-    try:
-        answer = json.loads(out.strip().splitlines()[-1])
-        reached, clock = str(answer["reached"]), float(answer["time"])
-    except (ValueError, IndexError, KeyError, TypeError):
-        return HostReply(failure("hosts", *_explain_silence(host, agent, seconds, code, err)), processes)
+    processes = sorted({int(pid) for pid in re.findall(r"/proc/(\d+)/", output)})
+    answers = re.findall(r'\{"reached": .*\}', output)
+    if not answers:
+        return HostReply(failure("hosts", *_explain_silence(host, agent, seconds, code, output)), processes)
+    answer = json.loads(answers[-1])
+    reached, clock = answer["reached"], answer["time"]
     # The other clock was read between these two readings of ours.
     skew = max(started - clock, clock - read, 0.0)
     if reached not in addresses:
@@ -96,44 +91,38 @@ def _ask(host: str, agent: str, remote: str, addresses: List[str], seconds: floa
     return HostReply(ok("hosts", f"{host} answers and reaches {reached}"), processes)
 
 
-def _run_agent(command: List[str], seconds: float) -> Tuple[Optional[int], str, str]:
-    """Returns an agent's exit code, None if it had to be killed after `seconds`, and what it wrote to stdout and stderr.
+def _run_agent(command: List[str], seconds: float) -> Tuple[int, str]:
+    """Returns an agent's exit code, -SIGKILL if it had to be killed after `seconds`, and what it wrote.
 
     Does not wait for what it leaves behind, such as ssh's ControlPersist master: a pipe would end with the last process that
-    holds it, so its output goes to files. They are in memory, because the disk may be full.
+    holds it, so its output goes to a file. It is in memory, because the disk may be full.
     """
-    with open(os.memfd_create("out"), "w+", errors="replace") as out, open(
-        os.memfd_create("err"), "w+", errors="replace"
-    ) as err:
+    with open(os.memfd_create("output"), "w+", errors="replace") as output:
         try:
             process = subprocess.Popen(  # noqa: S603
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
         except OSError as error:
-            return 127, "", f"{command[0]}: {error.strerror}"
-        code: Optional[int] = None
+            return 127, f"{command[0]}: {error.strerror}"
         try:
-            code = process.wait(seconds)
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        out.seek(0)
-        err.seek(0)
-        return code, out.read(), err.read()
+        output.seek(0)
+        return process.returncode, output.read()
 
 
-def _explain_silence(host: str, agent: str, seconds: float, code: Optional[int], err: str) -> Tuple[str, str]:
+def _explain_silence(host: str, agent: str, seconds: float, code: int, output: str) -> Tuple[str, str]:
     """Returns what happened to an agent that brought no answer, and what to do."""
     shell = agent.split()[0]
-    if code is None:
+    if code == -signal.SIGKILL:
         text = f"{host} did not answer {shell} within {seconds:g} s"
         return text, "is it up, its name right, the network between the hosts up? Leave it out of the job until then"
-    message = " ".join(err.split()) or "it printed no error"
-    if len(message) > _QUOTED_CHARACTERS:
-        message = f"... {message[-_QUOTED_CHARACTERS:].partition(' ')[2]}"
+    message = " ".join(output.split())[-_QUOTED_CHARACTERS:] or "it printed nothing"
     fix = f"`{agent} {host} true` must work without asking anything: mpirun starts its daemon in this way"
-    if "key verification failed" in err.lower():
+    if "key verification failed" in output.lower():
         fix = f"{shell} accepts no unknown host key: get it from the host's administrator and add it to ~/.ssh/known_hosts"
-    elif sys.executable in err:
+    elif sys.executable in output:
         fix = f"install the same environment at the same path on {host}"
     return f"{host}: {shell} exited with {code}: {message}", fix

@@ -9,6 +9,7 @@ from hvd_vgg.text import format_duration
 
 _BAR_SECONDS, _LINE_SECONDS = 0.1, 10.0  # how often progress is shown
 _BAR_WIDTH = 24
+_CLEAR = "\r\x1b[K"  # erases the line that the cursor is in
 
 
 class Console:
@@ -23,22 +24,16 @@ class Console:
             mode = "bar" if sys.stdout.isatty() and sys.stderr.isatty() else "lines"
         self.bar = mode == "bar"
         self.speaks = speaks and mode != "dllogger"
-        self.drawn = 0  # characters of the bar on the screen
 
     def say(self, text: str) -> None:
         """Prints a line that stays."""
         if self.speaks:
-            write_line(self._clear() + text, sys.stdout)
+            write_line(f"{_CLEAR}{text}" if self.bar else text, sys.stdout)
 
     def redraw(self, text: str) -> None:
         """Shows `text` in place of the last redrawn line, in bar mode only."""
         if self.speaks and self.bar:
-            clear, self.drawn = self._clear(), len(text)
-            write_line(clear + text, sys.stdout, end="")
-
-    def _clear(self) -> str:
-        clear, self.drawn = ("\r" + " " * self.drawn + "\r") if self.drawn else "", 0
-        return clear
+            write_line(f"{_CLEAR}{text}", sys.stdout, end="")
 
     def progress(self, title: str, total: int, unit: str, start: int = 0) -> "Progress":
         """Returns the progress of a task of `total` units, of which `start` are done."""

@@ -4,7 +4,6 @@ The names in METRICS, their units and formats are an interface: other programs p
 """
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -14,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Tuple, Union
 
-from hvd_vgg.errors import NOT_WRITTEN, Failure
+from hvd_vgg.run_dir import RunDir, append_whole, writing
 from hvd_vgg.streams import ignore_broken_pipe
 
 try:
@@ -47,8 +46,9 @@ METRICS: Dict[str, Dict[str, str]] = {
 Step = Union[str, Tuple[int, ...]]
 
 
-def _format_metric(name: str, metadata: Dict[str, str], value: Any) -> str:
+def _format_metric(name: str, _: Dict[str, str], value: Any) -> str:
     """Returns a metric as DLLogger prints it; its own function fails on NaN, which is text here."""
+    metadata = METRICS.get(name, {})
     text = value if isinstance(value, str) else ("{" + metadata.get("format", "") + "}").format(value)
     return f"{name} : {text} {metadata.get('unit', '')}"
 
@@ -76,41 +76,25 @@ class _JsonFile:
 
     def flush(self) -> None:
         """Appends the unwritten lines to the file, all or none."""
-        with open(self.path, "ab", buffering=0) as file:
-            end = file.tell()
-            try:
-                if file.write(self.unwritten) < len(self.unwritten):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:
-                file.truncate(end)
-                raise
+        append_whole(self.path, self.unwritten)
         self.unwritten = b""
 
 
-class _Stdout:
+def _print(step: Step, data: Dict[str, Any]) -> None:
     """Prints DLLogger's stdout format, `DLL TIME - STEP NAME : VALUE UNIT ...`, where the package is not installed."""
-
-    def __init__(self) -> None:
-        self.known: Dict[str, Dict[str, str]] = {}
-
-    def metadata(self, metric: str, metadata: Dict[str, str]) -> None:
-        self.known[metric] = metadata
-
-    def log(self, step: Step, data: Dict[str, Any]) -> None:
-        parts = [_format_metric(name, self.known.get(name, {}), value) for name, value in data.items()]
-        print(f"DLL {datetime.now()} - {step} {' '.join(parts)}")
+    print(f"DLL {datetime.now()} - {step} {' '.join(_format_metric(name, {}, value) for name, value in data.items())}")
 
 
-def _open(path: Path, stdout: bool) -> Tuple[Any, Any]:
-    """Returns what writes to the file and what prints, or None: both have `metadata` and `log`, and the first has `flush`.
+def _open(path: Path) -> Tuple[Any, Callable[[Step, Dict[str, Any]], None]]:
+    """Returns what writes to the file, with `metadata`, `log` and `flush`, and a function that prints a line.
 
     They are separate, so that a closed stdout keeps no line out of the file.
     """
     if not dllogger:
-        return _JsonFile(path), _Stdout() if stdout else None
+        return _JsonFile(path), _print
     verbosity = dllogger.Verbosity.VERBOSE
-    printer = dllogger.Logger([dllogger.StdOutBackend(verbosity, metric_format=_format_metric)]) if stdout else None
-    return dllogger.Logger([dllogger.JSONStreamBackend(verbosity, str(path), append=True)]), printer
+    printer = dllogger.Logger([dllogger.StdOutBackend(verbosity, metric_format=_format_metric)])
+    return dllogger.Logger([dllogger.JSONStreamBackend(verbosity, str(path), append=True)]), printer.log
 
 
 class RunLog:
@@ -120,14 +104,13 @@ class RunLog:
     """
 
     def __init__(self, run_dir: Path, stdout: bool, tensorboard: Optional[Callable[[str, float, int], None]]) -> None:
-        self.path, self.tensorboard = run_dir / "dllogger.json", tensorboard
+        self.path, self.tensorboard = RunDir(run_dir).log, tensorboard
         self.lock = threading.Lock()  # checkpoints are logged by the thread that writes them
         _terminate_last_line(self.path)
-        self.file, self.printer = _open(self.path, stdout)
+        self.file, self.print = _open(self.path)
+        self.stdout = stdout
         for name, metadata in METRICS.items():
             self.file.metadata(name, metadata)
-            if self.printer:
-                self.printer.metadata(name, metadata)
 
     def log(self, step: Step, data: Dict[str, Any]) -> None:
         """Writes one line; step: (epoch, update), "PARAMETER" for what the run is, "EVENT", or () for its end.
@@ -140,9 +123,9 @@ class RunLog:
             with contextlib.suppress(OSError):  # a full disk is no reason to stop before the end
                 self.file.log(step, finite)
                 self.file.flush()
-            if self.printer:
+            if self.stdout:
                 with ignore_broken_pipe(sys.stdout):
-                    self.printer.log(step, finite)
+                    self.print(step, finite)
         if self.tensorboard and step and not isinstance(step, str):
             for name, value in data.items():
                 if name in METRICS and not isinstance(value, list):
@@ -154,12 +137,8 @@ class RunLog:
 
     def close(self) -> None:
         """Writes what a full disk has kept back; raises Failure(NOT_WRITTEN) if it still does."""
-        try:
+        with writing(self.path):
             self.file.flush()
-        except OSError as error:
-            raise Failure(
-                NOT_WRITTEN, f"the log {self.path} cannot be written: {error.strerror}. Make room, then start again"
-            ) from error
 
 
 def _terminate_last_line(path: Path) -> None:

@@ -16,8 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
-from hvd_vgg.errors import NOT_WRITTEN, Failure
-from hvd_vgg.run_dir import RunDir, atomic_write_text, write_error
+from hvd_vgg.run_dir import RunDir, atomic_write_text, writing
 
 ABOUT = "Integrity, not authenticity: whoever can rewrite the directory can rewrite this file. Check: hvd-vgg verify-run."
 _HEADER_LIMIT = 100_000_000  # bytes, that of the safetensors library
@@ -28,7 +27,7 @@ class LogLine(NamedTuple):
 
     number: int  # from 1
     kind: str  # METADATA, PARAMETER, train, evaluation, end (of a run), the name of an event, or "" if it cannot be read
-    end: int  # bytes of the log up to the end of this line
+    digest: Dict[str, Any]  # bytes and sha256 of the log up to the end of this line
     epoch: int  # -1 where the line has none
     step: int  # updates made by then; -1 where the line does not say
     data: Dict[str, Any]
@@ -38,17 +37,19 @@ class LogLine(NamedTuple):
 
 def read_log(path: Path) -> List[LogLine]:
     """Returns the lines of dllogger.json; [] if there is none."""
-    lines, end = [], 0
+    lines, sha256, size = [], hashlib.sha256(), 0
     for number, text in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], 1):
-        end += len(text)
+        sha256.update(text)
+        size += len(text)
+        digest = {"bytes": size, "sha256": sha256.hexdigest()}
         try:
-            lines.append(_parse_line(number, text, end))
+            lines.append(_parse_line(number, text, digest))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError):
-            lines.append(LogLine(number, "", end, -1, -1, {}, 0.0, 0.0))
+            lines.append(LogLine(number, "", digest, -1, -1, {}, 0.0, 0.0))
     return lines
 
 
-def _parse_line(number: int, text: bytes, end: int) -> LogLine:
+def _parse_line(number: int, text: bytes, digest: Dict[str, Any]) -> LogLine:
     if not text.startswith(b"DLLL ") or not text.endswith(b"\n"):
         raise ValueError("torn, or not a line of DLLogger's")
     row = json.loads(text[5:])
@@ -60,7 +61,7 @@ def _parse_line(number: int, text: bytes, end: int) -> LogLine:
         (epoch, done), kind = map(int, step), "train" if "train.loss" in data else "evaluation"
     elif kind == "LOG":
         kind = "end"
-    return LogLine(number, str(kind), end, epoch, done, data, timestamp, began)
+    return LogLine(number, str(kind), digest, epoch, done, data, timestamp, began)
 
 
 def read_json_lines(path: Path, length: Optional[int] = None) -> List[Dict[str, Any]]:
@@ -95,10 +96,9 @@ def checkpoint_row(path: Path) -> Dict[str, Any]:
 
 
 def file_row(path: Path, length: Optional[int] = None) -> Optional[Dict[str, Any]]:
-    """Returns bytes and sha256 of a file, or of its first `length` bytes; None if it is missing, or shorter than that."""
-    data = path.read_bytes()[:length] if path.is_file() else b""
-    row = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    return row if path.is_file() and len(data) >= (length or 0) else None
+    """Returns bytes and sha256 of a file, or of its first `length` bytes; None if it is missing."""
+    data = path.read_bytes()[:length] if path.is_file() else None
+    return None if data is None else {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def sync(path: Path) -> None:
@@ -110,23 +110,15 @@ def sync(path: Path) -> None:
 def write(run: RunDir) -> None:
     """Writes the receipt of a run as it is now, whole or not at all. Rank 0 only. Raises Failure(NOT_WRITTEN)."""
     earlier = (read(run) or {"starts": []})["starts"]
-    try:
+    with writing(run.receipt):
         sync(run.log)
-        found = content(run, known=len(earlier))
+        found = content(run, read_log(run.log))
         found["starts"][: len(earlier)] = earlier  # as they were: evidence of the log as it was then
         atomic_write_text(run.receipt, json.dumps(found, indent=1) + "\n")
-    except OSError as error:
-        raise Failure(NOT_WRITTEN, write_error(run.receipt, error)) from error
 
 
-def content(run: RunDir, files: Optional[Dict[str, Any]] = None, known: int = 0) -> Dict[str, Any]:
-    """Returns the receipt of a run as it is now.
-
-    files: of another receipt: only the bytes of log and restarts that it covers are read. known: how many first starts to
-    leave without a digest of the log, which takes reading all of it for each.
-    """
-    length = {name: row["bytes"] if row else 0 for name, row in (files or {}).items()}
-    lines = [line for line in read_log(run.log) if line.end <= length.get("dllogger.json", line.end)]
+def content(run: RunDir, lines: List[LogLine], restarts_bytes: Optional[int] = None) -> Dict[str, Any]:
+    """Returns the receipt of a run whose log has `lines`; restarts_bytes: of restarts.jsonl to read; None: all."""
     starts = [line for line in lines if line.kind == "start"]
     parameters = next((line.data for line in reversed(lines) if line.kind == "PARAMETER"), {})
     return {
@@ -137,15 +129,12 @@ def content(run: RunDir, files: Optional[Dict[str, Any]] = None, known: int = 0)
         **{name: starts[-1].data.get(name) if starts else None for name in ("data", "code", "packages", "environment")},
         "epochs": [{"line": line.number, **line.data} for line in lines if line.kind == "coverage"],
         "evaluations": _evaluations(lines),
-        "starts": [
-            {"timestamp": line.timestamp, **line.data, "log": file_row(run.log, line.end) if number >= known else None}
-            for number, line in enumerate(starts)
-        ],
-        "restarts": read_json_lines(run.restarts, length.get("restarts.jsonl")),
+        "starts": [{"timestamp": line.timestamp, **line.data, "log": line.digest} for line in starts],
+        "restarts": read_json_lines(run.restarts, restarts_bytes),
         "checkpoints": list(_checkpoints(run)),
         "files": {
-            "dllogger.json": file_row(run.log, lines[-1].end) if lines else None,  # up to what was read above: it may grow
-            "restarts.jsonl": file_row(run.restarts, length.get("restarts.jsonl")),
+            "dllogger.json": lines[-1].digest if lines else None,  # up to what was read: it may grow meanwhile
+            "restarts.jsonl": file_row(run.restarts, restarts_bytes),
             "result.json": file_row(run.result),
         },
     }

@@ -218,9 +218,8 @@ def slowest(rows: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
 
 def per_host(rows: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
     """Returns the rows of `per_rank` reduced to one a host: images/s summed, shares averaged over its ranks."""
-    by_host: Dict[str, List[Dict[str, Any]]] = {}
-    for row in rows:
-        by_host.setdefault(row["host"], []).append(row)
+    hosts = dict.fromkeys(row["host"] for row in rows)
+    by_host = {host: [row for row in rows if row["host"] == host] for host in hosts}
     return [
         {
             "host": host,

@@ -5,14 +5,14 @@ from typing import Any, Dict, Optional, Sequence
 
 from hvd_vgg.config import TrainConfig
 from hvd_vgg.data.coverage import EpochCoverage, to_hex
-from hvd_vgg.errors import NOT_WRITTEN, Failure
+from hvd_vgg.errors import Failure
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import run_on_root
 from hvd_vgg.reporting.console import Console, Progress
 from hvd_vgg.reporting.log import RunLog
 from hvd_vgg.reporting.tensorboard import open_scalars
 from hvd_vgg.reporting.throughput import Bottleneck
-from hvd_vgg.run_dir import RunDir, write_error
+from hvd_vgg.run_dir import RunDir, writing
 from hvd_vgg.text import format_duration
 from hvd_vgg.training.evaluate import Evaluation
 
@@ -89,11 +89,9 @@ def open_reporter(config: TrainConfig, console: Console) -> Reporter:
     run_dir = RunDir(config.run_dir)
 
     def open_log() -> RunLog:
-        try:
+        with writing(run_dir.log):
             scalars = open_scalars(run_dir.tensorboard, console)
             return RunLog(Path(config.run_dir), config.console == "dllogger", scalars)
-        except OSError as error:
-            raise Failure(NOT_WRITTEN, write_error(run_dir.log, error)) from error
 
     return Reporter(run_on_root(open_log), console)
 

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any, Dict, Optional
 
 from hvd_vgg.config import TrainConfig
-from hvd_vgg.errors import NOT_WRITTEN, Failure
+from hvd_vgg.errors import Failure
 from hvd_vgg.flags import to_flag_file
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import run_on_root
 from hvd_vgg.reporting import receipt
 from hvd_vgg.reporting.console import Console
 from hvd_vgg.reporting.throughput import format_table, limiting_part
-from hvd_vgg.run_dir import DISK_FULL, RunDir, atomic_write_text, write_error
+from hvd_vgg.run_dir import DISK_FULL, RunDir, atomic_write_text, writing
 from hvd_vgg.text import format_duration, plural
 from hvd_vgg.training.checkpoint_writer import CheckpointWriter
 from hvd_vgg.training.evaluate import Evaluation
@@ -50,10 +50,8 @@ def _write_if_changed(path: Path, text: str) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    try:
+    with writing(path):
         atomic_write_text(path, text)
-    except OSError as error:
-        raise Failure(NOT_WRITTEN, write_error(path, error)) from error
 
 
 def write_result(

@@ -151,7 +151,7 @@ def test_mpirun_without_ranks_is_terminated(monkeypatch):
     monkeypatch.setattr(mpirun, "_LINGER_SECONDS", 1.5)
     with StopRequests(60.0) as requests:
         command = ["bash", "-c", "OMPI_COMM_WORLD_RANK=0 sleep 3; sleep 300 & wait"]
-        ended = mpirun.run(command, requests, lambda: None)
+        ended = mpirun.run(command, requests)
     assert ended.code == 75 and "mpirun was still waiting" in ended.reason
 
 
@@ -159,7 +159,7 @@ def test_mpirun_that_starts_no_rank_is_terminated(monkeypatch):
     """As when its daemons do not answer: a process in mpirun's place that only waits."""
     monkeypatch.setattr(mpirun, "_START_SECONDS", 0.5)
     with StopRequests(60.0) as requests:
-        ended = mpirun.run(["sleep", "300"], requests, lambda: None)
+        ended = mpirun.run(["sleep", "300"], requests)
     assert ended.code == 75 and "started no rank" in ended.reason
 
 
@@ -265,7 +265,7 @@ def test_restarted_run_ends_exactly_as_undisturbed(tmp_path, data, undisturbed, 
     """After a kill or a preemption of a rank, with the time that it cost in the restart log."""
     ended = start_run(tmp_path, data, fault).wait(code=0)
     assert f"hvd-vgg launch: {reason}" in ended.err
-    (lost,) = re.findall(r"training again, ([\d.]+) s after the last start ended", ended.err)
+    (lost,) = re.findall(r"trained again ([\d.]+) s after the last start ended", ended.err)
     lines = restarts(tmp_path)
     assert [line["event"] for line in lines] == ["start", "end", "start", "end"]
     assert (lines[1]["lost_seconds"], lines[3]["lost_seconds"]) == (None, float(lost))
@@ -287,7 +287,7 @@ def test_out_of_memory_kill_is_named_with_its_counter(tmp_path):
     finally:
         group.rmdir()
     assert "rank 1 killed by signal 9 (out of memory?)" in ended.err
-    assert f"oom_kill in {group}/memory.oom_control rose by 1" in ended.err
+    assert re.search(r"oom_kill in /proc/vmstat rose by \d+", ended.err)
 
 
 # ---- leaving nothing behind

@@ -12,7 +12,7 @@ import pytest
 from hvd_vgg.config import RSH_AGENT
 from hvd_vgg.launcher import ssh
 from hvd_vgg.launcher.hostfile import Host
-from hvd_vgg.launcher.ssh import ANSWER_SECONDS, check_hosts
+from hvd_vgg.launcher.ssh import ANSWER_SECONDS, ask_hosts
 from hvd_vgg.parallel import network
 from hvd_vgg.reporting.findings import FAILURE, OK, WARNING
 
@@ -141,14 +141,14 @@ def agent(tmp_path, text):
             "exited with 255: Host key verification failed.",
         ),
         (f"echo 'bash: {sys.executable}: No such file' >&2; exit 127", [], FAILURE, "exited with 127"),
-        ("echo 'Welcome to b'; exit 0", [], FAILURE, "exited with 0: it printed no error"),
+        ("echo 'Welcome to b'; exit 0", [], FAILURE, "exited with 0: Welcome to b"),
         ('echo \'{"reached": "10.0.0.1", "time": 1000}\'', ["10.0.0.1"], WARNING, "s or more off"),
     ],
 )
-def test_check_hosts(tmp_path, script, addresses, verdict, told):
+def test_ask_hosts(tmp_path, script, addresses, verdict, told):
     """An agent in place of ssh; what it starts is the real line that connects back."""
     limit = 2 if "sleep" in script else 60
-    (found,) = check_hosts([Host("b", 1)], agent(tmp_path, script), addresses, limit)
+    ((found, _),) = ask_hosts([Host("b", 1)], agent(tmp_path, script), addresses, seconds=limit)
     assert found.verdict == verdict, found
     assert told in found.text
     if "key" in script:
@@ -181,11 +181,11 @@ def test_connect_back_tries_all_addresses_at_once():
         ('bash -c "$*"; exec sleep 40', OK),  # it has answered
     ],
 )
-def test_check_hosts_leaves_agents_children_alone(tmp_path, script, verdict):
+def test_ask_hosts_leaves_agents_children_alone(tmp_path, script, verdict):
     """The process left holds stdout and stderr; had it been waited for, it would run no more."""
     left = tmp_path / "left"
     script = script.replace("&", f"& echo $! > {left};", 1)
-    (found,) = check_hosts([Host("b", 1)], agent(tmp_path, script), ["127.0.0.1"], 4)
+    ((found, _),) = ask_hosts([Host("b", 1)], agent(tmp_path, script), ["127.0.0.1"], seconds=4)
     assert found.verdict == verdict, found
     if left.exists():
         pid = int(left.read_text())
@@ -193,9 +193,9 @@ def test_check_hosts_leaves_agents_children_alone(tmp_path, script, verdict):
         os.kill(pid, signal.SIGKILL)
 
 
-def test_check_hosts_missing_agent_is_named():
+def test_ask_hosts_missing_agent_is_named():
     """An agent that is not installed is a finding, not an error."""
-    (found,) = check_hosts([Host("b", 1)], "/nowhere/ssh", ["127.0.0.1"], 5)
+    ((found, _),) = ask_hosts([Host("b", 1)], "/nowhere/ssh", ["127.0.0.1"], seconds=5)
     assert "/nowhere/ssh" in found.text
 
 

@@ -1,21 +1,26 @@
 import os
+import subprocess
 
 from hvd_vgg import provenance
 
 
 def test_code_fingerprint_commit_of_a_clone(tmp_path):
-    """Of a branch, loose or packed, and detached; none without a repository."""
-    git, commit = tmp_path / ".git", "a" * 40
-    git.mkdir()
-    assert provenance._git_commit(git) is None
-    (git / "HEAD").write_text("ref: refs/heads/main\n")
-    (git / "packed-refs").write_text(f"# pack-refs\n{'b' * 40} refs/heads/main2\n{commit} refs/heads/main\n")
-    assert provenance._git_commit(git) == commit
-    (git / "refs" / "heads").mkdir(parents=True)
-    (git / "refs" / "heads" / "main").write_text("c" * 40 + "\n")
-    assert provenance._git_commit(git) == "c" * 40
-    (git / "HEAD").write_text(commit + "\n")
-    assert provenance._git_commit(git) == commit
+    """As `git rev-parse` has it, of a branch and detached; none without a repository."""
+
+    def git(*words):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.invalid"]
+        command = ["git", "-C", str(tmp_path), *identity, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert provenance._git_commit(tmp_path / ".git") is None
+    git("init")
+    assert provenance._git_commit(tmp_path / ".git") is None
+    for words in (["commit"], ["commit", "--amend"]):
+        git(*words, "--allow-empty", "--allow-empty-message", "-m", " ".join(words))
+        assert provenance._git_commit(tmp_path / ".git") == git("rev-parse", "HEAD")
+    git("gc")
+    git("checkout", "--detach", "HEAD@{1}")
+    assert provenance._git_commit(tmp_path / ".git") == git("rev-parse", "HEAD")
 
 
 def test_describe_process_lists_allowed_variables_only(monkeypatch):
