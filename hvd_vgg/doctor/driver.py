@@ -138,7 +138,7 @@ def _assess_listing(listing: Listing, nodes: int) -> Finding:
     return ok("devices", text)
 
 
-def check_driver(accelerators: Accelerators, cuda: str, computed: bool) -> Iterator[Finding]:
+def check_driver(accelerators: Accelerators, cuda: str = "", computed: bool = False) -> Iterator[Finding]:
     """Checks that driver and software fit.
 
     cuda: the CUDA version that TensorFlow was built with; "" if none, or if TensorFlow cannot be asked.

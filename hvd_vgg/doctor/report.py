@@ -9,14 +9,13 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Iterator, List, Sequence
+from typing import Dict, Iterator, List, Sequence
 
 from hvd_vgg.config import DoctorConfig
-from hvd_vgg.doctor.system import probe_file
 from hvd_vgg.environment import launched_local_rank, launched_rank
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
 from hvd_vgg.parallel import network
-from hvd_vgg.reporting.findings import FAILURE, Finding, MergedFinding, as_json, counts, failure, format_findings, merge
+from hvd_vgg.reporting.findings import FAILURE, Finding, as_json, counts, failure, format_findings, merge
 from hvd_vgg.streams import write_line
 from hvd_vgg.text import plural
 
@@ -44,9 +43,7 @@ class Report:
         self.rank, self.host = launched_rank() or 0, socket.gethostname()  # Horovod is not there yet
         self._out = config.out if self.rank == 0 else ""
         self._started = time.monotonic()
-        if self._out:
-            with self._writing():  # now, not after minutes
-                probe_file(Path(self._out).absolute().parent).close()
+        self._write("")  # fails now, not after minutes, and leaves no older report
 
     def failures(self) -> List[Finding]:
         """Returns the findings that are failures."""
@@ -62,7 +59,7 @@ class Report:
 
         merged = merge([[Finding(*row) for row in rows] for rows in comm.gather_json(self.findings)])
         run_on_root(lambda: self._print(merged, hosts))
-        failures = counts([each.finding for each in merged])[FAILURE]
+        failures = counts(merged)[FAILURE]
         if failures:
             raise Failure(CONFIGURATION, f"doctor: {plural(failures, 'failure')}, see above", collective=True)
         comm.shutdown()
@@ -88,7 +85,6 @@ class Report:
         """
         seconds = seconds or PHASE_SECONDS
         timer = threading.Timer(seconds, self._end_at_limit, [about, f"{text} within {seconds:g} s"])
-        timer.daemon = True
         timer.start()
         # Ends with 1 even if the block never releases the GIL.
         faulthandler.dump_traceback_later(seconds + 3 * _GRACE_SECONDS, exit=True)
@@ -101,11 +97,12 @@ class Report:
     def _end_at_limit(self, about: str, text: str) -> None:
         """Reports what took too long, and what is known of the network to the other ranks. Does not return."""
         interfaces = network.interfaces()
-        text += f"; interfaces: {network.format_interfaces(interfaces)}"
-        toward = network.toward_launcher(os.environ, interfaces)
-        text += f"; mpirun's host is reached by {toward}" if toward else ""
-        configured = [f"{name}={os.environ[name]}" for name in network.INCLUDE if os.environ.get(name)]
-        text += f"; configured: {', '.join(configured)}" if configured else ""
+        known = {
+            "interfaces": network.format_interfaces(interfaces),
+            "toward mpirun's host": network.interface_toward_launcher(os.environ, interfaces),
+            "configured": ", ".join(f"{name}={os.environ[name]}" for name in network.INCLUDE if os.environ.get(name)),
+        }
+        text += "".join(f"; {name}: {value}" for name, value in known.items() if value)
         self.findings.append(failure(about, text, _FIXES.get(about, _NETWORK_FIX)))
         try:
             # All ranks of a host wait for the same, so one reports it; a device is each rank's own.
@@ -115,21 +112,19 @@ class Report:
             time.sleep(_GRACE_SECONDS)
             os._exit(CONFIGURATION)
 
-    def _print(self, merged: Sequence[MergedFinding], hosts: Sequence[str]) -> None:
+    def _print(self, merged: Dict[Finding, List[int]], hosts: Sequence[str]) -> None:
         """Prints the merged findings and writes --out."""
-        seconds = time.monotonic() - self._started
-        number = counts([each.finding for each in merged])
+        seconds = round(time.monotonic() - self._started, 1)
+        number = counts(merged)
         summary = f"{plural(len(hosts), 'rank')}, {plural(len(set(hosts)), 'host')}: {number['ok']} ok, "
-        summary += f"{plural(number['warning'], 'warning')}, {plural(number['failure'], 'failure')}, {seconds:.1f} s"
+        summary += f"{plural(number['warning'], 'warning')}, {plural(number['failure'], 'failure')}, {seconds} s"
         write_line("\n".join([*format_findings(merged, hosts), summary]), sys.stdout)
-        if self._out:
-            data = as_json(merged, hosts, seconds=round(seconds, 1), time=time.time())
-            with self._writing():
-                Path(self._out).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        self._write(json.dumps(as_json(merged, hosts, seconds=seconds, time=time.time()), indent=1) + "\n")
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _write(self, text: str) -> None:
+        """Writes --out, if this is rank 0 and it is given."""
         try:
-            yield
+            if self._out:
+                Path(self._out).write_text(text, encoding="utf-8")
         except OSError as error:
             raise Failure(NOT_WRITTEN, f"--out={self._out} cannot be written: {error.strerror}") from error

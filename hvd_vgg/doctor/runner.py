@@ -67,7 +67,7 @@ def _check_software(accelerators: Accelerators) -> Iterator[Finding]:
 
 def _check_system(config: DoctorConfig, root: Path, is_root: bool) -> Iterator[Finding]:
     """Checks what this host gives its ranks."""
-    ranks = launched_local_size() or launched_size() or 1
+    ranks = _ranks_here()
     parameters = count_parameters(vgg_layers(config.model, config.width, config.image_size, config.num_classes))
     # Weights and momentum in float32; besides those kept there are the best one, and the one that is being written.
     checkpoint_bytes = (config.keep_checkpoints + 2) * 2 * 4 * parameters
@@ -78,17 +78,21 @@ def _check_system(config: DoctorConfig, root: Path, is_root: bool) -> Iterator[F
     yield from system.check_other_jobs()
 
 
+def _ranks_here() -> int:
+    return launched_local_size() or launched_size() or 1
+
+
 def _check_network(config: DoctorConfig, accelerators: Accelerators, hosts: Sequence[Host]) -> Iterator[Finding]:
     """Checks the interfaces, and with --hostfile that `hosts` answer and can connect back."""
     environ, interfaces = accelerators.host.environ, network.interfaces()
-    several = (launched_size() or 1) > (launched_local_size() or launched_size() or 1)
-    yield from check_interfaces(environ, interfaces, len(hosts) or 1 + several, accelerators.vendor != "CPU")
-    error = network.network_flag_error(config.network, interfaces) if hosts else ""
+    several = len(hosts) > 1 or (launched_size() or 1) > _ranks_here()
+    yield from check_interfaces(environ, interfaces, several, accelerators.vendor != "CPU")
+    error = network.network_flag_error(config.network, interfaces)
     others = [host for host in hosts if not network.is_this_host(host.name)]
     if error:
         yield failure("interfaces", error, "name one that leads to the other hosts")
     elif others:
-        addresses = network.chosen_addresses({network.INCLUDE[0]: config.network} if config.network else environ, interfaces)
+        addresses = network.chosen_addresses(config.network, environ, interfaces)
         yield from check_hosts(others, config.rsh_agent, addresses)
     elif hosts:
         yield ok("hosts", f"{config.hostfile} lists this host only")
@@ -96,8 +100,8 @@ def _check_network(config: DoctorConfig, accelerators: Accelerators, hosts: Sequ
 
 def _warn_early(report: Report, accelerators: Accelerators) -> None:
     """Prints failures to stderr: with a driver that does not fit, importing TensorFlow may end the process."""
-    drivers = [finding for finding in driver.check_driver(accelerators, "", False) if finding.verdict == FAILURE]
-    failures = "; ".join(f"{finding.about}: {finding.text}" for finding in [*report.failures(), *drivers])
+    found = [*report.findings, *driver.check_driver(accelerators)]
+    failures = "; ".join(f"{finding.about}: {finding.text}" for finding in found if finding.verdict == FAILURE)
     if failures and launched_local_rank() == 0:
         write_line(f"hvd-vgg: doctor on {report.host}, before importing TensorFlow: {failures}", sys.stderr)
 
@@ -110,7 +114,7 @@ def _import_tensorflow(report: Report, accelerators: Accelerators) -> None:
         except Exception as error:  # a broken installation may raise anything
             text = error.message if isinstance(error, Failure) else f"{type(error).__name__}: {error}"
             fix = "install what is missing (`pip check` lists it); a driver that does not fit may also cause this"
-            report.findings += [failure("software", text, fix), *driver.check_driver(accelerators, "", False)]
+            report.findings += [failure("software", text, fix), *driver.check_driver(accelerators)]
             raise report.finish_alone() from error
 
 
