@@ -181,11 +181,7 @@ def _distribution(host: HostView, module: str) -> Optional[importlib.metadata.Di
 
 
 def _prefix_version(host: HostView) -> str:
-    try:
-        link = os.readlink(host.root / "usr/local/corex")
-    except OSError:
-        link = ""
-    found = re.search(r"corex-(\d[\d.]*)", link)
+    found = re.search(r"corex-(\d[\d.]*)", os.path.realpath(host.root / "usr/local/corex"))
     return found[1] if found else host.environ.get("COREX_VERSION", "")
 
 

@@ -71,7 +71,7 @@ def _check_system(config: DoctorConfig, root: Path, is_root: bool) -> Iterator[F
     parameters = count_parameters(vgg_layers(config.model, config.width, config.image_size, config.num_classes))
     # Weights and momentum in float32; besides those kept there are the best one, and the one that is being written.
     checkpoint_bytes = (config.keep_checkpoints + 2) * 2 * 4 * parameters
-    yield system.check_memory(root, ranks, parameters)
+    yield system.check_memory(*system.memory_within_limits(root), ranks, parameters)
     yield system.check_shared_memory(root, ranks)
     yield from system.check_limits()
     yield from system.check_run_dir(Path(config.run_dir), checkpoint_bytes, is_root)

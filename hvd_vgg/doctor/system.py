@@ -25,14 +25,8 @@ _SHM_BYTES_PER_RANK = 64e6
 _PROCESS_BYTES = 1e9
 
 
-def check_memory(root: Path, ranks: int, parameters: int) -> Finding:
-    """Checks the memory that `ranks` on this host share, for a network of `parameters` weights."""
-    host = psutil.virtual_memory()
-    return assess_memory(*memory_within_limits(root, host.total, host.available), ranks, parameters)
-
-
-def assess_memory(total: float, available: float, ranks: int, parameters: int) -> Finding:
-    """Returns whether `available` bytes of memory suffice.
+def check_memory(total: float, available: float, ranks: int, parameters: int) -> Finding:
+    """Checks that `available` bytes of memory suffice for `ranks` on this host and a network of `parameters` weights.
 
     On CPUs a rank holds the parameters four times in float32 (weights, momentum, gradients, what the exchange packs);
     activations come on top.
@@ -45,12 +39,13 @@ def assess_memory(total: float, available: float, ranks: int, parameters: int) -
     return warning("memory", text, "start fewer ranks on this host, end other jobs, or raise the container's --memory")
 
 
-def memory_within_limits(root: Path, total: float, available: float) -> Tuple[float, float]:
+def memory_within_limits(root: Path) -> Tuple[float, float]:
     """Returns bytes in all and available: the host's, or what this process's control groups allow if that is less."""
-    host_total = total
+    host = psutil.virtual_memory()
+    total, available = host.total, host.available
     for group in control_groups(root, "memory"):
         limit = read_int(group / "memory.max") or read_int(group / "memory.limit_in_bytes")
-        if limit and limit < host_total:
+        if limit and limit < host.total:
             used = read_int(group / "memory.current") or read_int(group / "memory.usage_in_bytes") or 0
             with contextlib.suppress(OSError, IndexError):  # it counts cached pages of files, which the kernel reclaims
                 cached = re.findall(r"^(?:total_)?inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
@@ -110,9 +105,7 @@ def check_run_dir(run_dir: Path, checkpoint_bytes: float, is_root: bool) -> List
 def nearest_existing(path: Path) -> Path:
     """Returns the absolute path, or the nearest directory above it that exists."""
     place = path.absolute()
-    while not os.path.exists(place) and place != place.parent:  # noqa: PTH110 (Path.exists raises without permission)
-        place = place.parent
-    return place
+    return next(each for each in (place, *place.parents) if os.path.exists(each))  # noqa: PTH110 (Path.exists raises)
 
 
 def probe_file(directory: Path) -> IO[bytes]:
