@@ -6,6 +6,7 @@ hosts comes from public sources and was tried on none; each rule says what it re
 
 import importlib.machinery
 import importlib.metadata
+import itertools
 import json
 import os
 import re
@@ -37,6 +38,8 @@ _FIXES = {
     "cv2": 'pip install --no-deps "opencv-python-headless<4.12"',
     "mpi4py": "without it mpirun may exit with another rank's code; build it with this MPI's mpicc",
 }
+# What each vendor's tool is called.
+TOOLS = {"Iluvatar": "ixsmi", "NVIDIA": "nvidia-smi"}
 _COREX = re.compile(r"\+corex\.(\d+(?:\.\d+)*)")
 
 
@@ -63,8 +66,7 @@ def installed_version(host: HostView, module: str) -> str:
 
     A module's own `__version__` may lack the vendor's `+corex...`; the distribution's has it.
     """
-    found = _distribution(host, module)
-    return found.version if found else ""
+    return getattr(_distribution(host, module), "version", "")
 
 
 def parse_version(text: str) -> Tuple[int, ...]:
@@ -77,7 +79,7 @@ def find_vendor(host: HostView) -> Tuple[str, List[str]]:
     tensorflow, prefix = installed_version(host, "tensorflow"), host.root / "usr/local/corex"
     evidence = [f"TensorFlow {tensorflow}"] if _COREX.search(tensorflow) else []
     evidence += ["/usr/local/corex"] if prefix.exists() or prefix.is_symlink() else []
-    for vendor, tool in (("Iluvatar", "ixsmi"), ("NVIDIA", "nvidia-smi")):
+    for vendor, tool in TOOLS.items():
         nodes = device_nodes(host, vendor)
         evidence += [f"{len(nodes)} /dev/{vendor.lower()}*"] if nodes else []
         evidence += [tool] if find_tool(host, tool) else []
@@ -174,10 +176,8 @@ def _names(module: str) -> Sequence[str]:
 
 
 def _distribution(host: HostView, module: str) -> Optional[importlib.metadata.Distribution]:
-    for name in _names(module):
-        for found in importlib.metadata.distributions(name=name, path=list(host.path)):
-            return found
-    return None
+    named = (importlib.metadata.distributions(name=name, path=list(host.path)) for name in _names(module))
+    return next(itertools.chain.from_iterable(named), None)
 
 
 def _prefix_version(host: HostView) -> str:
