@@ -53,8 +53,7 @@ def check_devices(report: Report, config: DoctorConfig, accelerators: Accelerato
         except (RuntimeError, tf.errors.OpError) as error:
             text = f"TensorFlow lists {plural(len(gpus), 'device')} but cannot initialize them: {error}"
             # Nothing computed, which decides about the driver; without a device this rank cannot exchange findings.
-            report.findings += [failure("devices", text, _EXCLUDE), *check_driver(accelerators, cuda)]
-            raise report.finish_alone() from error
+            raise report.finish_alone(failure("devices", text, _EXCLUDE), *check_driver(accelerators, cuda)) from error
         parameters = count_parameters(vgg_layers(config.model, config.width, config.image_size, config.num_classes))
         tried = check_computation(devices, config.precision, 4 * parameters)
     computed = bool(gpus) and worst(tried) != FAILURE

@@ -64,11 +64,12 @@ class Report:
             raise Failure(CONFIGURATION, f"doctor: {plural(failures, 'failure')}, see above", collective=True)
         comm.shutdown()
 
-    def finish_alone(self) -> Failure:
-        """Reports what this rank found without the other ranks; returns the failure to end with.
+    def finish_alone(self, *findings: Finding) -> Failure:
+        """Reports what this rank found, `findings` too, without the other ranks; returns the failure to end with.
 
         Rank 0 prints its whole report; other ranks, if they live that long, only their failures.
         """
+        self.findings += findings
         failures = self.failures()
         if self.rank == 0:
             self._print(merge([self.findings]), [self.host])
@@ -103,11 +104,11 @@ class Report:
             "configured": ", ".join(f"{name}={os.environ[name]}" for name in network.INCLUDE if os.environ.get(name)),
         }
         text += "".join(f"; {name}: {value}" for name, value in known.items() if value)
-        self.findings.append(failure(about, text, _FIXES.get(about, _NETWORK_FIX)))
         try:
+            ended = self.finish_alone(failure(about, text, _FIXES.get(about, _NETWORK_FIX)))
             # All ranks of a host wait for the same, so one reports it; a device is each rank's own.
             if about == "devices" or self.rank == 0 or launched_local_rank() == 0:
-                write_line(f"hvd-vgg: rank {self.rank}: {self.finish_alone().message}", sys.stderr)
+                write_line(f"hvd-vgg: rank {self.rank}: {ended.message}", sys.stderr)
         finally:
             time.sleep(_GRACE_SECONDS)
             os._exit(CONFIGURATION)

@@ -114,8 +114,7 @@ def _import_tensorflow(report: Report, accelerators: Accelerators) -> None:
         except Exception as error:  # a broken installation may raise anything
             text = error.message if isinstance(error, Failure) else f"{type(error).__name__}: {error}"
             fix = "install what is missing (`pip check` lists it); a driver that does not fit may also cause this"
-            report.findings += [failure("software", text, fix), *driver.check_driver(accelerators)]
-            raise report.finish_alone() from error
+            raise report.finish_alone(failure("software", text, fix), *driver.check_driver(accelerators)) from error
 
 
 def _join_ranks(report: Report, seconds: float) -> None:
@@ -129,5 +128,4 @@ def _join_ranks(report: Report, seconds: float) -> None:
         try:
             join()
         except Failure as error:
-            report.findings.append(failure("ranks", error.message, "follow the message"))
-            raise report.finish_alone() from error
+            raise report.finish_alone(failure("ranks", error.message, "follow the message")) from error
