@@ -8,7 +8,7 @@ import contextlib
 import os
 import re
 from collections import Counter
-from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Iterator, List, NamedTuple, Optional, Tuple
 
 from hvd_vgg.doctor.packages import TOOLS, HostView, device_nodes, find_tool, find_vendor, parse_version, sdk_version
 from hvd_vgg.doctor.system import run_tool
@@ -66,11 +66,6 @@ def _list_devices(host: HostView, tool: str) -> Optional[Listing]:
     return Listing(head[1], head[2], names, [(int(used), int(total)) for used, total in memory]) if head else None
 
 
-def count_cards(names: Sequence[str]) -> int:
-    """Returns the number of cards that devices of these names are on: a BI-V150 shows up as two, a BI-V150S as one."""
-    return len(names) - _half_cards(names) // 2
-
-
 def check_device_nodes(accelerators: Accelerators) -> Iterator[Finding]:
     """Checks device nodes, memory in use and number of cards, before TensorFlow is imported."""
     host, vendor, _, listing = accelerators
@@ -101,7 +96,7 @@ def check_device_nodes(accelerators: Accelerators) -> Iterator[Finding]:
     if busy:
         fix = "end the other job there, or exclude the device by CUDA_VISIBLE_DEVICES"
         yield warning("devices", f"memory is in use: {', '.join(busy)}", fix)
-    yield _assess_listing(listing, len(nodes))
+    yield assess_listing(listing, len(nodes))
 
 
 def _busy_devices(listing: Listing, mask: str) -> List[str]:
@@ -114,20 +109,21 @@ def _busy_devices(listing: Listing, mask: str) -> List[str]:
     ]
 
 
-def _assess_listing(listing: Listing, nodes: int) -> Finding:
+def assess_listing(listing: Listing, nodes: int) -> Finding:
     """Returns what the vendor's tool lists, compared with the number of device nodes."""
     devices = len(listing.names)
     text = ", ".join(f"{count} {name}" for name, count in Counter(listing.names).items()) or "no device"
     sizes = sorted({total for _, total in listing.mebibytes})
     text += f" with {' and '.join(map(str, sizes))} MiB" if sizes else ""
-    cards = count_cards(listing.names)
-    if cards != devices:
+    halves = len(re.findall(r"BI-?V?150(?!S)", " ".join(listing.names)))  # a BI-V150 is two devices, a BI-V150S is one
+    if halves > 1:
+        cards = devices - halves // 2
         text += f": {cards} cards, if each shows up as two devices; one rank per device, {devices} in all"
     fix = "expected if a scheduler assigned these; otherwise "
     if devices != nodes:
         fix += "start the container with all devices, or reset the missing ones"
         return warning("devices", f"{text}; but {nodes} nodes in /dev", fix)
-    if _half_cards(listing.names) % 2:
+    if halves % 2:
         fix += "see dmesg and ixsmi on the host, and reset the card"
         return warning("devices", f"{text}; an odd number: one device of a card is missing", fix)
     return ok("devices", text)
@@ -183,11 +179,6 @@ def _assess_iluvatar(listing: Listing, sdk: str) -> Tuple[str, str, str]:
         return text, "ixsmi does not know the CUDA version", fix
     needed = f"; at least {'.'.join(sdk.split('.')[:2])} is needed" if sdk and driver != parse_version(sdk) else ""
     return text + needed, "", ""
-
-
-def _half_cards(names: Sequence[str]) -> int:
-    """Returns how many of the devices are half of a card."""
-    return sum(bool(re.search(r"BI-?V?150(?!S)", name)) for name in names)
 
 
 def _count_on_bus(host: HostView, vendor: str) -> int:

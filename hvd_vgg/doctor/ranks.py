@@ -22,11 +22,10 @@ from hvd_vgg.parallel.init import compared_environment, describe_software
 from hvd_vgg.parallel.mpi import loaded_mpi_libraries
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
 from hvd_vgg.text import plural
+from hvd_vgg.training.startup import OWN_FLAGS
 
 # Largest clock difference between hosts: beyond it, times in logs and checkpoints are misleading.
 _MAX_CLOCK_SKEW_SECONDS = 1.0
-# Flags that may differ: a host may keep its files elsewhere.
-_PER_HOST_FLAGS = ("data_dir", "run_dir", "console", "out")
 
 
 def check_ranks(report: Report, config: DoctorConfig, host: HostView) -> List[str]:
@@ -50,7 +49,7 @@ def check_ranks(report: Report, config: DoctorConfig, host: HostView) -> List[st
 
 def compare_with_root(config: DoctorConfig, software: Mapping[str, str]) -> List[Finding]:
     """Compares flags, software and variables with rank 0's: what training requires to be equal, and some more."""
-    flags = {f"--{name}": str(value) for name, value in dataclasses.asdict(config).items() if name not in _PER_HOST_FLAGS}
+    flags = {f"--{name}": str(value) for name, value in dataclasses.asdict(config).items() if name not in OWN_FLAGS}
     mine = [{**flags, **software, **compared_environment()}, link_variables(os.environ)]
     fixes = (
         "use the same flags, software and variables on all hosts",
