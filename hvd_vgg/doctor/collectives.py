@@ -34,19 +34,6 @@ _STAGED = (
 )
 
 
-class Link(NamedTuple):
-    """What a short measurement found; equal on all ranks except `correct`.
-
-    transports: NCCL, mpi or gloo for `sums` and `gathers`; seconds of a small sum, 0 on a single rank; bytes/s that each
-    rank sends in a large one; whether that one was correct on this rank.
-    """
-
-    transports: Dict[str, str]
-    latency_seconds: float
-    bytes_per_second: float
-    correct: bool
-
-
 class Exchange(NamedTuple):
     """One kind of exchange: its name, bytes that each rank sent, number of messages, seconds, names of wrong results."""
 
@@ -59,41 +46,30 @@ class Exchange(NamedTuple):
 
 def check_links(report: Report, config: DoctorConfig, device: str, hosts: Sequence[str]) -> None:
     """Adds to the report what a short measurement and --collectives find; hosts: the host name of each rank."""
+    latency = 0.0
     with report.time_limit("link", "the ranks did not exchange a few MB"):
-        link = measure_link(device)
-        report.findings += assess_link(link, device, config.gbit if comm.local_size() < comm.size() else 0.0)
-        report.findings += check_pairs(hosts)
+        carriers = transports(device)  # NCCL, mpi or gloo for `sums` and `gathers`
+        report.findings += assess_transports(carriers, device)
+        if comm.size() > 1:
+            latency, sums = measure_link(device, carriers["sums"])
+            report.findings += [assess_exchange("link", sums, latency, _known_gbit(config), device), *check_pairs(hosts)]
     if config.collectives:
         with report.time_limit("collectives", "--collectives did not end", _COLLECTIVES_SECONDS):
-            report.findings += check_collectives(config, device, link)
+            report.findings += check_collectives(config, device, carriers, latency)
 
 
-def measure_link(device: str) -> Link:
-    """Sums a number and 16 MB over all ranks on this rank's device."""
-    carriers, numbers = transports(device), _LINK_BYTES // 4
-    if comm.size() == 1:
-        return Link(carriers, 0.0, 0.0, True)
+def _known_gbit(config: DoctorConfig) -> Optional[float]:
+    """Returns Gbit/s between hosts as given to `plan`, 0 if unknown; None for a single host."""
+    return None if comm.local_size() == comm.size() else config.gbit
+
+
+def measure_link(device: str, carrier: str) -> Tuple[float, Exchange]:
+    """Sums a number and 16 MB over all ranks on this rank's device; returns the seconds of the one and all of the other."""
+    numbers = _LINK_BYTES // 4
     latency, _ = _measure_sums({"doctor_one/number": (1,)}, "float32", device, _LATENCY_REPEATS)
     seconds, wrong = _measure_sums({"doctor_large/numbers": (numbers,)}, "float32", device, _REPEATS)
-    return Link(carriers, latency, cost.allreduce_bytes(numbers, comm.size(), "float32") / seconds, not wrong)
-
-
-def assess_link(link: Link, device: str, gbit: float) -> List[Finding]:
-    """Returns what a measured link means; gbit: Gbit/s between hosts as given to `plan`, 0 if unknown or on one host."""
-    found, path = assess_transports(link.transports, device), link.transports["sums"]
-    if not link.latency_seconds:
-        return found
-    gbit_here = link.bytes_per_second * 8e-9
-    text = f"sums by {path}: one number in {link.latency_seconds * 1e3:.2g} ms, 16 MB at"
-    text += f" {link.bytes_per_second / 1e9:.2g} GB/s per rank"
-    if not link.correct:
-        text = f"a sum of {_LINK_BYTES // 1_000_000} MB over all ranks by {path} is wrong"
-        fix = "--collectives shows which tensors; compare the hosts' software, set NCCL_DEBUG=INFO"
-        return [*found, failure("link", text, fix)]
-    if gbit_here * _SLOWER < gbit:
-        fix = "--collectives measures a whole gradient; see interfaces, set NCCL_DEBUG=INFO"
-        return [*found, warning("link", f"{text}, {gbit_here:.2g} Gbit/s where --gbit={gbit:g}", fix)]
-    return [*found, ok("link", text)]
+    name = f"sums by {carrier}, one number in {latency * 1e3:.2g} ms"
+    return latency, Exchange(name, cost.allreduce_bytes(numbers, comm.size(), "float32"), 1, seconds, wrong)
 
 
 def assess_transports(carriers: Mapping[str, str], device: str) -> List[Finding]:
@@ -139,15 +115,17 @@ def assess_pairs(rates: Mapping[Tuple[str, str], float], path: str) -> Finding:
     return warning("link", text, fix)
 
 
-def check_collectives(config: DoctorConfig, device: str, link: Link) -> List[Finding]:
+def check_collectives(
+    config: DoctorConfig, device: str, carriers: Mapping[str, str], latency_seconds: float
+) -> List[Finding]:
     """Sums gradients of the network's own shapes, and gathers rows of its dense layers, as training does."""
     if comm.size() == 1:
         return [warning("collectives", "not checked: one rank exchanges nothing", "start all ranks of the job to come")]
-    gbit = None if comm.local_size() == comm.size() else config.gbit
     layers = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
-    sums = sum_all(config, layers, device, link.transports["sums"])
-    gathers = gather_all(config, layers, device, link.transports["gathers"])
-    return [assess_exchange(each, link.latency_seconds, gbit, device) for each in (sums, gathers)]
+    sums = sum_all(config, layers, device, carriers["sums"])
+    gathers = gather_all(config, layers, device, carriers["gathers"])
+    gbit = _known_gbit(config)
+    return [assess_exchange("collectives", each, latency_seconds, gbit, device) for each in (sums, gathers)]
 
 
 def sum_all(config: DoctorConfig, layers: Sequence[Layer], device: str, carrier: str) -> Exchange:
@@ -255,15 +233,15 @@ def _seconds(action: Callable[[], Any], repeats: int) -> List[float]:
     return seconds[1:] or seconds
 
 
-def assess_exchange(one: Exchange, latency_seconds: float, gbit: Optional[float], device: str) -> Finding:
-    """Returns what an exchange's results and time mean.
+def assess_exchange(about: str, one: Exchange, latency_seconds: float, gbit: Optional[float], device: str) -> Finding:
+    """Returns what an exchange's results and time mean, as a finding `about` link or collectives.
 
     gbit: Gbit/s between hosts as given to `plan`, 0 if unknown, None for a single host. The latency of each message is
     allowed for, although messages may overlap.
     """
     if one.wrong:
         fix = "do not train like this: try another path (NCCL_P2P_DISABLE=1, NCCL_SHM_DISABLE=1, MPI's own)"
-        return failure("collectives", f"{one.name}: wrong: {', '.join(one.wrong)}", fix)
+        return failure(about, f"{one.name}: wrong: {', '.join(one.wrong)}", fix)
     rate = one.sent_bytes / one.seconds
     text = f"{one.name}: correct; {one.sent_bytes / 1e6:.1f} MB per rank in {one.seconds:.3g} s, {rate / 1e9:.3g} GB/s"
     fix, long = "", one.sent_bytes >= _LINK_BYTES  # the time of shorter messages is mostly latency
@@ -279,4 +257,4 @@ def assess_exchange(one: Exchange, latency_seconds: float, gbit: Optional[float]
             fix = "find what is slow: interface, NCCL_NET, staging, processor; or plan with the measured rate"
     if gbit is not None and long:
         text += f"; for `plan`: --gbit={rate * 8 / 1e9:.3g}"
-    return warning("collectives", text, fix) if fix else ok("collectives", text)
+    return warning(about, text, fix) if fix else ok(about, text)

@@ -76,7 +76,7 @@ def test_doctor_on_two_ranks(launch, data, tmp_path):
     sums, gathers = (finding["text"] for finding in found["collectives"])
     assert "sums of gradients of vgg11 by mpi: correct;" in sums
     assert "gathers of rows of its dense layers by mpi: correct;" in gathers
-    assert "sums by mpi: one number in" in found["link"][0]["text"]
+    assert "sums by mpi, one number in" in found["link"][0]["text"]
     assert "2 ranks, 1 host: " in ended.out
 
 
@@ -315,7 +315,7 @@ def test_doctor_under_srun_takes_a_device_per_rank(launch, tmp_path, data):
 def test_doctor_under_horovodrun_by_gloo(tmp_path, data):
     """The launcher that is left where Horovod is built without MPI."""
     ended = Started(["horovodrun", "--gloo", "-np", "2", *PROGRAM, *flags(data, tmp_path)], tmp_path).wait()
-    assert "sums by gloo: one number in" in findings(ended, 0, tmp_path)["link"][0]["text"]
+    assert "sums by gloo, one number in" in findings(ended, 0, tmp_path)["link"][0]["text"]
     assert "2 ranks, 1 host: " in ended.out
 
 

@@ -79,11 +79,11 @@ def test_transports_through_the_host_are_a_warning():
 )
 def test_exchange_time_is_compared_with_plan(sent_mb, seconds, gbit, device, verdict, text):
     one = Exchange("sums by mpi", sent_mb * 1e6, 10, seconds, [])
-    found = assess_exchange(one, 0.001, gbit, device)
+    found = assess_exchange("link", one, 0.001, gbit, device)
     assert (found.verdict, text in found.text) == (verdict, True), found
     # Messages that are too short show no rate.
     assert ("for `plan`: --gbit=" in found.text) == (gbit is not None and sent_mb > 16)
-    assert "--gbit" not in assess_exchange(one._replace(sent_bytes=1e5), 0.001, 0.0, device).text
+    assert "--gbit" not in assess_exchange("link", one._replace(sent_bytes=1e5), 0.001, 0.0, device).text
 
 
 def test_pairs_name_the_host_with_a_slow_link():
