@@ -46,21 +46,16 @@ class Exchange(NamedTuple):
 
 def check_links(report: Report, config: DoctorConfig, device: str, hosts: Sequence[str]) -> None:
     """Adds to the report what a short measurement and --collectives find; hosts: the host name of each rank."""
-    latency = 0.0
+    latency, gbit = 0.0, None if comm.local_size() == comm.size() else config.gbit
     with report.time_limit("link", "the ranks did not exchange a few MB"):
         carriers = transports(device)  # NCCL, mpi or gloo for `sums` and `gathers`
         report.findings += assess_transports(carriers, device)
         if comm.size() > 1:
             latency, sums = measure_link(device, carriers["sums"])
-            report.findings += [assess_exchange("link", sums, latency, _known_gbit(config), device), *check_pairs(hosts)]
+            report.findings += [assess_exchange("link", sums, latency, gbit, device), *check_pairs(hosts)]
     if config.collectives:
         with report.time_limit("collectives", "--collectives did not end", _COLLECTIVES_SECONDS):
-            report.findings += check_collectives(config, device, carriers, latency)
-
-
-def _known_gbit(config: DoctorConfig) -> Optional[float]:
-    """Returns Gbit/s between hosts as given to `plan`, 0 if unknown; None for a single host."""
-    return None if comm.local_size() == comm.size() else config.gbit
+            report.findings += check_collectives(config, device, carriers, latency, gbit)
 
 
 def measure_link(device: str, carrier: str) -> Tuple[float, Exchange]:
@@ -116,7 +111,7 @@ def assess_pairs(rates: Mapping[Tuple[str, str], float], path: str) -> Finding:
 
 
 def check_collectives(
-    config: DoctorConfig, device: str, carriers: Mapping[str, str], latency_seconds: float
+    config: DoctorConfig, device: str, carriers: Mapping[str, str], latency_seconds: float, gbit: Optional[float]
 ) -> List[Finding]:
     """Sums gradients of the network's own shapes, and gathers rows of its dense layers, as training does."""
     if comm.size() == 1:
@@ -124,7 +119,6 @@ def check_collectives(
     layers = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
     sums = sum_all(config, layers, device, carriers["sums"])
     gathers = gather_all(config, layers, device, carriers["gathers"])
-    gbit = _known_gbit(config)
     return [assess_exchange("collectives", each, latency_seconds, gbit, device) for each in (sums, gathers)]
 
 

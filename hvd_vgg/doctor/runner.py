@@ -92,7 +92,7 @@ def _check_network(config: DoctorConfig, accelerators: Accelerators, hosts: Sequ
     if error:
         yield failure("interfaces", error, "name one that leads to the other hosts")
     elif others:
-        addresses = network.chosen_addresses(config.network, environ, interfaces)
+        addresses = network.chosen_addresses({network.INCLUDE[0]: config.network} if config.network else environ, interfaces)
         yield from check_hosts(others, config.rsh_agent, addresses)
     elif hosts:
         yield ok("hosts", f"{config.hostfile} lists this host only")

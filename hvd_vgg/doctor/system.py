@@ -68,12 +68,12 @@ def check_shared_memory(root: Path, ranks: int) -> Finding:
 
 def check_limits() -> Iterator[Finding]:
     """Checks the resource limits of this process: open files, and locked memory where there is InfiniBand."""
-    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if files != resource.RLIM_INFINITY and files < _OPEN_FILES:
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # -1: unlimited
+    if 0 <= files < _OPEN_FILES:
         fix = f"ulimit -n {min(most, 65536) if most > 0 else 65536} before mpirun; docker run --ulimit nofile=65536"
         yield warning("limits", f"{files} open files", fix)
     else:
-        yield ok("limits", f"{'unlimited' if files == resource.RLIM_INFINITY else files} open files")
+        yield ok("limits", f"{'unlimited' if files < 0 else files} open files")
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if locked != resource.RLIM_INFINITY and sorted(Path("/sys/class/infiniband").glob("*")):
         text = f"{locked // 1024} KiB of locked memory; InfiniBand registers its buffers"

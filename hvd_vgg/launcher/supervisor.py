@@ -174,7 +174,8 @@ def _ask(config: LaunchConfig, others: List[Host], token: str, first: bool) -> D
     if not others:
         return {}
     interfaces = network.interfaces()
-    addresses = network.chosen_addresses(config.network, os.environ, interfaces)
+    environ = {network.INCLUDE[0]: config.network} if config.network else os.environ
+    addresses = network.chosen_addresses(environ, interfaces)
     if first and not addresses:
         here = network.format_interfaces(interfaces)
         raise Failure(CONFIGURATION, f"no interface may lead to other hosts; here are: {here}")

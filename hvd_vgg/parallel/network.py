@@ -118,14 +118,10 @@ def told_interfaces(environ: Mapping[str, str], interfaces: Mapping[str, str]) -
     return matching_interfaces(environ.get(INCLUDE[0]) or (f"^{excluded}" if excluded else ""), interfaces)
 
 
-def chosen_addresses(network: str, environ: Mapping[str, str], interfaces: Mapping[str, str]) -> List[str]:
-    """Returns the addresses that MPI is configured to use, or those of all interfaces that may lead to another host.
-
-    network: --network, "" for what the environment says.
-    """
-    include = network or environ.get(INCLUDE[0])
-    if include:
-        return [interfaces[name] for name in matching_interfaces(include, interfaces)]
+def chosen_addresses(environ: Mapping[str, str], interfaces: Mapping[str, str]) -> List[str]:
+    """Returns the addresses that MPI is configured to use, or those of all interfaces that may lead to another host."""
+    if environ.get(INCLUDE[0]):
+        return [interfaces[name] for name in matching_interfaces(environ[INCLUDE[0]], interfaces)]
     idle = idle_bridges(environ, interfaces, routes())
     return [address for name, address in interfaces.items() if not is_loopback(address) and name not in idle]
 

@@ -1,7 +1,5 @@
 """What doctor concludes from exchanges, correct and wrong; what is wrong here is made so by the test."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -56,7 +54,7 @@ def test_link_with_a_wrong_sum(monkeypatch):
 
 def test_sums_and_gathers_that_are_wrong(monkeypatch, measured):
     """One number of the last kernel is off by one on rank 1, and all of a gathered factor."""
-    assert [each.verdict for each in check_collectives(SMALL, *measured)] == [OK, OK]
+    assert [each.verdict for each in check_collectives(SMALL, *measured, None)] == [OK, OK]
     gather_factors, kernel = exchange.gather_factors, 512 * 10
 
     def gather_wrong(name, *rest):
@@ -70,19 +68,18 @@ def test_sums_and_gathers_that_are_wrong(monkeypatch, measured):
 
     monkeypatch.setattr(collectives, "pattern", pattern_wrong)
     monkeypatch.setattr(exchange, "gather_factors", gather_wrong)
-    sums, gathers = check_collectives(SMALL, *measured)
+    sums, gathers = check_collectives(SMALL, *measured, None)
     assert (sums.verdict, gathers.verdict) == (FAILURE, FAILURE)
     assert sums.text.endswith(": wrong: predictions/kernel")
     assert gathers.text.endswith(": wrong: fc2 outputs")
 
 
 @pytest.mark.parametrize(("gbit", "verdict"), [(1e-6, OK), (1e6, WARNING)])
-def test_rates_are_compared_with_plan(monkeypatch, link, measured, gbit, verdict):
-    """As on several hosts, with one rank each."""
-    monkeypatch.setattr(comm, "local_size", lambda: 1)
+def test_rates_are_compared_with_plan(link, measured, gbit, verdict):
+    """As on several hosts."""
     latency, sums = link
     assert assess_exchange("link", sums, latency, gbit, "/CPU:0").verdict == verdict
-    found = check_collectives(dataclasses.replace(SMALL, gbit=gbit), *measured)
+    found = check_collectives(SMALL, *measured, gbit)
     assert all(f"`plan` with --gbit={gbit:g} assumes" in each.text for each in found)
     # This network sends too little to show a rate: its latencies alone take as long.
     assert [each.verdict for each in found] == [OK, OK] or gbit > 1

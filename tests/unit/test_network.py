@@ -60,7 +60,7 @@ def test_exclude_bridges_keeps_last_interface():
     two = {"lo": "127.0.0.1", "docker0": "172.17.0.1", DOCKERS: "10.1.0.2"}
     assert network.exclude_bridges({}, two, [], "") == {}
     assert network.exclude_bridges({}, two, [], DEFAULT.format(DOCKERS)) == {EXCLUDE: "127.0.0.0/8,docker0"}
-    assert network.chosen_addresses("", {}, {"lo": "127.0.0.1", "docker0": "172.17.0.1"}) == ["172.17.0.1"]
+    assert network.chosen_addresses({}, {"lo": "127.0.0.1", "docker0": "172.17.0.1"}) == ["172.17.0.1"]
 
 
 def test_exclude_bridges_keeps_way_to_mpirun(monkeypatch):
@@ -110,8 +110,8 @@ def test_mpi_parameter_files_beside_mpirun(tmp_path):
 
 def test_chosen_addresses_and_way_to_mpirun():
     """Addresses that other hosts may connect to, and the interface toward mpirun's host."""
-    assert network.chosen_addresses("", {}, THERE) == ["10.0.0.2"]
-    assert network.chosen_addresses("", {MPI: "docker0"}, THERE) == ["172.17.0.1"]
+    assert network.chosen_addresses({}, THERE) == ["10.0.0.2"]
+    assert network.chosen_addresses({MPI: "docker0"}, THERE) == ["172.17.0.1"]
     assert network.interface_toward_launcher({}, THERE) == ""
     uri = {"OMPI_MCA_orte_hnp_uri": "1534132224.0;tcp://127.0.0.1,127.0.0.2:40791;tcp6://[fd00::2]:48419"}
     assert network.interface_toward_launcher(uri, {"lo": "127.0.0.1"}) == ""  # a loopback leads nowhere
