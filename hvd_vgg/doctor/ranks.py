@@ -15,7 +15,7 @@ from hvd_vgg.data.transforms import IMAGE_LIBRARY
 from hvd_vgg.doctor.mpi import check_mpi, query_mpi4py
 from hvd_vgg.doctor.packages import HostView, is_installed
 from hvd_vgg.doctor.report import Report
-from hvd_vgg.doctor.settings import link_variables
+from hvd_vgg.doctor.settings import LINKS, link_variables
 from hvd_vgg.doctor.system import nearest_existing, probe_file
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.init import compared_environment, describe_software
@@ -50,16 +50,16 @@ def check_ranks(report: Report, config: DoctorConfig, host: HostView) -> List[st
 def compare_with_root(config: DoctorConfig, software: Mapping[str, str]) -> List[Finding]:
     """Compares flags, software and variables with rank 0's: what training requires to be equal, and some more."""
     flags = {f"--{name}": str(value) for name, value in dataclasses.asdict(config).items() if name not in OWN_FLAGS}
-    mine = [{**flags, **software, **compared_environment()}, link_variables(os.environ)]
-    fixes = (
-        "use the same flags, software and variables on all hosts",
-        "fine if it names what is called differently on each host; otherwise use the same on all hosts",
-    )
+    mine = {**flags, **software, **compared_environment(), **link_variables(os.environ)}
+    root = comm.broadcast_json(mine)
     found = []
-    for severity, fix, here, root in zip((failure, warning), fixes, mine, comm.broadcast_json(mine)):
-        for name in sorted({name for name, _ in here.items() ^ root.items()}):
-            text = f"{name} is {here.get(name, 'not set')}; on rank 0 it is {root.get(name, 'not set')}"
-            found.append(severity("software", text, fix))
+    for name in sorted({name for name, _ in mine.items() ^ root.items()}):
+        text = f"{name} is {mine.get(name, 'not set')}; on rank 0 it is {root.get(name, 'not set')}"
+        if name.startswith(LINKS):
+            fix = "fine if it names what is called differently on each host; otherwise use the same on all hosts"
+            found.append(warning("software", text, fix))
+        else:
+            found.append(failure("software", text, "use the same flags, software and variables on all hosts"))
     return found
 
 

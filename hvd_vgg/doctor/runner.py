@@ -41,8 +41,7 @@ def doctor(config: DoctorConfig) -> None:
     if any(finding.about in ("interfaces", "hosts", "environment") for finding in report.failures()):
         raise report.finish_alone()  # the ranks would wait for each other for ever
     _warn_early(report, accelerators)
-    _import_tensorflow(report, accelerators)
-    _join_ranks(report, config.join_seconds)
+    _join_ranks(report, accelerators, config.join_seconds)
 
     from hvd_vgg.doctor import collectives, dataset, device_test, ranks  # here, because they import TensorFlow
 
@@ -106,24 +105,20 @@ def _warn_early(report: Report, accelerators: Accelerators) -> None:
         write_line(f"hvd-vgg: doctor on {report.host}, before importing TensorFlow: {failures}", sys.stderr)
 
 
-def _import_tensorflow(report: Report, accelerators: Accelerators) -> None:
-    """Imports TensorFlow, Horovod and what else training imports; raises Failure if any is missing or broken."""
+def _join_ranks(report: Report, accelerators: Accelerators, seconds: float) -> None:
+    """Imports what training imports and joins the other ranks; raises Failure if anything is missing or broken.
+
+    They join before TensorFlow touches a device that this could then be waiting for. Joining uses the interfaces: Horovod
+    splits MPI's communicator by hosts.
+    """
     with report.time_limit("software", "TensorFlow and Horovod were not imported"):
         try:
             from hvd_vgg.doctor import collectives, dataset, device_test, ranks  # noqa: F401
+            from hvd_vgg.parallel.init import join
         except Exception as error:  # a broken installation may raise anything
             text = error.message if isinstance(error, Failure) else f"{type(error).__name__}: {error}"
             fix = "install what is missing (`pip check` lists it); a driver that does not fit may also cause this"
             raise report.finish_alone(failure("software", text, fix), *driver.check_driver(accelerators)) from error
-
-
-def _join_ranks(report: Report, seconds: float) -> None:
-    """Joins the other ranks, before TensorFlow touches a device that this could then be waiting for.
-
-    Joining uses the interfaces: Horovod splits MPI's communicator by hosts.
-    """
-    from hvd_vgg.parallel.init import join
-
     with report.time_limit("ranks", "the ranks have not met", seconds):
         try:
             join()

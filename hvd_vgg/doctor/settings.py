@@ -33,7 +33,7 @@ _VARIABLES = {
     "TF_CUDNN_DETERMINISTIC": "selects slower convolutions",
 }
 # Variables that control devices and links: they may differ between hosts, and rarely should.
-_LINKS = ("NCCL_", "UMD_", "CRT_", "DRT_", "UCX_")
+LINKS = ("NCCL_", "UMD_", "CRT_", "DRT_", "UCX_")
 
 
 def check_environment(environ: Mapping[str, str]) -> Iterator[Finding]:
@@ -50,7 +50,7 @@ def check_environment(environ: Mapping[str, str]) -> Iterator[Finding]:
 
 def link_variables(environ: Mapping[str, str]) -> Dict[str, str]:
     """Returns the variables that control devices and links, which training does not compare between ranks."""
-    return {name: value for name, value in environ.items() if name.startswith(_LINKS) and not SECRET_NAME.search(name)}
+    return {name: value for name, value in environ.items() if name.startswith(LINKS) and not SECRET_NAME.search(name)}
 
 
 def check_rank_count(devices: int, ranks: int, alone: bool, mask: Optional[str]) -> List[Finding]:
