@@ -28,10 +28,6 @@ _COLLECTIVES_SECONDS = 600.0
 _SLOWER = 2.0
 # Bytes/s per rank below which devices of one host do not exchange directly: 4 lanes of PCI Express 3.0 carry twice this.
 _DEVICE_RATE = 2e9
-_STAGED = (
-    "are not exchanged by NCCL, for which Horovod was not built: unless its MPI accepts device memory, they are copied "
-    "through the host (sums: about 0.85 s per update of VGG16, scaled up from the one published record of such a build)"
-)
 
 
 class Exchange(NamedTuple):
@@ -70,8 +66,11 @@ def measure_link(device: str, carrier: str) -> Tuple[float, Exchange]:
 def assess_transports(carriers: Mapping[str, str], device: str) -> List[Finding]:
     """Returns a warning if what ranks exchange is copied from the device to its host and back."""
     copied = [kind for kind, carrier in carriers.items() if "GPU" in device and carrier != "NCCL"]
+    text = f"{' and '.join(copied)} of device tensors are not exchanged by NCCL, for which Horovod was not built: unless its"
+    # The time is scaled up from the one published record of such a build.
+    text += " MPI accepts device memory, they are copied through the host (sums: about 0.85 s per update of VGG16)"
     fix = "use a Horovod built with NCCL (HOROVOD_GPU_OPERATIONS=NCCL), or the vendor's newer wheel"
-    return [warning("link", f"{' and '.join(copied)} of device tensors {_STAGED}", fix)] if copied else []
+    return [warning("link", text, fix)] if copied else []
 
 
 def check_pairs(hosts_of_ranks: Sequence[str]) -> List[Finding]:

@@ -34,7 +34,9 @@ def check_interfaces(
         if not {"lo", "127.0.0.0/8", "127.0.0.1/8"} & set(environ[variable].split(",")):
             text = f"{variable}={environ[variable]} replaces the default, which excludes lo: MPI may now try lo"
             found.append(warning("interfaces", text, "add lo to it"))
-    allowed = [name for name in network.told_interfaces(environ, interfaces) if name in bridges]
+    include, exclude = environ.get(network.INCLUDE[0]), environ.get(network.EXCLUDE[0])
+    told = include or (f"^{exclude}" if exclude else "")
+    allowed = [name for name in network.matching_interfaces(told, interfaces) if name in bridges]
     if several and allowed:
         text = f"MPI is allowed to use {', '.join(allowed)}: bridges lead to no other host; {here}"
         fix = f"hvd-vgg launch --network={example}, or mpirun --mca btl_tcp_if_include {example}"

@@ -122,19 +122,10 @@ def processor_name(root: Path) -> str:
 
 
 def check_other_jobs() -> List[Finding]:
-    """Checks for processes of other jobs.
+    """Checks for Open MPI's daemons and training ranks of this package that this process does not descend from.
 
     After a link broke, the daemon on the far host was seen alive and ignoring SIGTERM 10 minutes later.
     """
-    jobs = find_other_jobs()
-    if not jobs:
-        return []
-    text = f"other jobs run on {socket.gethostname()}, or were left: {', '.join(jobs[:6])}{', ...' if len(jobs) > 6 else ''}"
-    return [warning("other jobs", text, "wait for them; end those whose job is over by `kill -9`")]
-
-
-def find_other_jobs() -> List[str]:
-    """Returns Open MPI's daemons and training ranks of this package that this process does not descend from."""
     own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     jobs = []
     for process in psutil.process_iter(["name", "cmdline", "status"]):
@@ -143,7 +134,8 @@ def find_other_jobs() -> List[str]:
         other = process.pid not in own and process.info["status"] != psutil.STATUS_ZOMBIE
         if other and (training or name in ("orted", "prted")):
             jobs.append(f"{'hvd-vgg train' if training else name} (process {process.pid})")
-    return jobs
+    text = f"other jobs run on {socket.gethostname()}, or were left: {', '.join(jobs)}"
+    return [warning("other jobs", text, "wait for them; end those whose job is over by `kill -9`")] if jobs else []
 
 
 def run_tool(

@@ -112,12 +112,6 @@ def idle_bridges(environ: Mapping[str, str], interfaces: Mapping[str, str], rout
     return idle if remaining else []
 
 
-def told_interfaces(environ: Mapping[str, str], interfaces: Mapping[str, str]) -> List[str]:
-    """Returns the interfaces that variables make Open MPI use; none if no variable is set."""
-    excluded = environ.get(EXCLUDE[0])
-    return matching_interfaces(environ.get(INCLUDE[0]) or (f"^{excluded}" if excluded else ""), interfaces)
-
-
 def chosen_addresses(environ: Mapping[str, str], interfaces: Mapping[str, str]) -> List[str]:
     """Returns the addresses that MPI is configured to use, or those of all interfaces that may lead to another host."""
     if environ.get(INCLUDE[0]):
