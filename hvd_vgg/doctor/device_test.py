@@ -95,7 +95,7 @@ def check_computation(devices: Sequence[Any], precision: str, gradient_bytes: in
 
 
 def make_cases() -> Dict[str, Case]:
-    """Returns matrix products, as `float32`, and convolutions, as `float32 NCHW`, in all precisions and layouts.
+    """Returns all operations in all precisions and layouts, by names such as `float32 matmul` and `float16 conv2d NCHW`.
 
     The exact results come from NumPy: not every device supports float64, and the device under test may be broken.
     """
@@ -107,9 +107,10 @@ def make_cases() -> Dict[str, Case]:
         with tf.device("/CPU:0"):
             a, b, image, kernel = (tf.constant(value, dtype) for value in values)
             a64, b64, image64, kernel64 = (np.asarray(tf.cast(each, tf.float64)) for each in (a, b, image, kernel))
-        cases[dtype] = functools.partial(tf.matmul, a, b), a64 @ b64
+        cases[f"{dtype} matmul"] = functools.partial(tf.matmul, a, b), a64 @ b64
+        exact = convolve(image64, kernel64)
         for layout in ("NHWC", "NCHW"):
-            cases[f"{dtype} {layout}"] = functools.partial(_conv2d, image, kernel, layout), convolve(image64, kernel64)
+            cases[f"{dtype} conv2d {layout}"] = functools.partial(_conv2d, image, kernel, layout), exact
     return cases
 
 
@@ -134,7 +135,7 @@ def measure_errors(device: str, cases: Mapping[str, Case]) -> Tuple[Dict[str, fl
     errors: Dict[str, float] = {}
     failed: Dict[str, str] = {}
     for name, (compute, expected) in cases.items():
-        if " " in name and "CPU" in device and not cpu_convolves(name.split()[0]):  # trying could end the process
+        if "conv2d" in name and "CPU" in device and not cpu_convolves(name.split()[0]):  # trying could end the process
             failed[name] = f"not on a CPU with TensorFlow {tf.__version__}"
             continue
         try:
@@ -151,7 +152,7 @@ def assess_errors(
 ) -> Iterator[Finding]:
     """Yields what `measure_errors` means for training in `precision` on a device called `name` of `kind` GPU or CPU."""
     layout = "NCHW" if kind == "GPU" else "NHWC"
-    needed = {"float32", f"float32 {layout}", precision, f"{precision} {layout}"}
+    needed = {f"{dtype} {operation}" for dtype in ("float32", precision) for operation in ("matmul", f"conv2d {layout}")}
     problems, rough, correct = dict(failed), [], []
     for test, error in errors.items():
         dtype = test.split()[0]
@@ -171,16 +172,7 @@ def assess_errors(
         text = f"{name}: {', '.join(rough)} rounds like TF32 (relative error up to {_TF32:g})"
         yield warning("devices", text, "NVIDIA_TF32_OVERRIDE=0 gives full float32, slower")
     if correct:
-        yield ok("devices", f"{name} allocates; correct: {_by_operation(correct)}")
-
-
-def _by_operation(tests: Sequence[str]) -> str:
-    """Returns `matmul in float32, float16; conv2d NHWC in float32` for `float32`, `float32 NHWC` and `float16`."""
-    dtypes: Dict[str, List[str]] = {}
-    for test in tests:
-        dtype, _, layout = test.partition(" ")
-        dtypes.setdefault(f"conv2d {layout}" if layout else "matmul", []).append(dtype)
-    return "; ".join(f"{operation} in {', '.join(names)}" for operation, names in dtypes.items())
+        yield ok("devices", f"{name} allocates; correct: {', '.join(correct)}")
 
 
 def _check_allocation(device: str, name: str, gradient_bytes: int) -> List[Finding]:

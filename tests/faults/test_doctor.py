@@ -219,7 +219,7 @@ def test_doctor_finds_a_precision_the_cpu_lacks(launch, tmp_path, data):
     """)
     ended = launch(0, *flags(data, tmp_path, "--precision=bfloat16"), program=program)
     (bad,) = having(findings(ended, 78, tmp_path)["devices"], FAILURE)
-    assert bad["text"].startswith("CPU: bfloat16 NHWC: not on a CPU with TensorFlow")
+    assert bad["text"].startswith("CPU: bfloat16 conv2d NHWC: not on a CPU with TensorFlow")
 
 
 def test_doctor_device_that_hangs_is_named_by_its_rank(launch, tmp_path, data):

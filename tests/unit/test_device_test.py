@@ -9,7 +9,7 @@ from hvd_vgg.doctor.device_test import BOUNDS, assess_errors, check_computation,
 from hvd_vgg.parallel.init import cpu_convolves
 from hvd_vgg.reporting.findings import FAILURE, OK, WARNING
 
-EXACT = {f"{dtype}{layout}": 1e-7 for dtype in BOUNDS for layout in ("", " NHWC", " NCHW")}
+EXACT = {f"{dtype} {name}": 1e-7 for dtype in BOUNDS for name in ("matmul", "conv2d NHWC", "conv2d NCHW")}
 
 
 def test_computation_on_this_cpu_is_correct():
@@ -18,9 +18,11 @@ def test_computation_on_this_cpu_is_correct():
     *others, first, second = sorted(check_computation([cpu, cpu], "float32", 0), key=lambda finding: finding.verdict == OK)
     assert first == second
     assert first.verdict == OK
-    assert first.text.startswith("CPU 0 allocates; correct: matmul in float32, float16, bfloat16; conv2d NHWC in float32")
+    assert first.text.startswith(
+        "CPU 0 allocates; correct: float32 matmul, float32 conv2d NHWC, float32 conv2d NCHW, float16 matmul"
+    )
     # What TensorFlow 2.6 cannot do on a CPU is a warning, as training in float32 does not need it.
-    assert [other.text.split(":")[1] for other in others] == [" bfloat16 NHWC"] * 2 * (not cpu_convolves("bfloat16"))
+    assert [other.text.split(":")[1] for other in others] == [" bfloat16 conv2d NHWC"] * 2 * (not cpu_convolves("bfloat16"))
     assert all(other.verdict == WARNING for other in others)
 
 
@@ -34,14 +36,14 @@ def test_convolve_equals_tensorflow():
     ("kind", "change", "failed", "precision", "expected"),
     [
         ("GPU", {}, {}, "float32", [OK]),
-        ("GPU", {"float32": 1.0}, {}, "float32", [FAILURE, OK]),  # all zeros
-        ("GPU", {"float32 NCHW": float("nan")}, {}, "float32", [FAILURE, OK]),
-        ("GPU", {"float32 NHWC": 0.5}, {}, "float32", [WARNING, OK]),
-        ("GPU", {"float32": 4e-4}, {}, "float32", [WARNING, OK]),  # TF32
-        ("GPU", {}, {"bfloat16": "not implemented"}, "float32", [WARNING, OK]),
-        ("GPU", {}, {"bfloat16": "not implemented"}, "bfloat16", [FAILURE, OK]),
-        ("CPU", {}, {"float32 NCHW": "only NHWC"}, "float32", [OK]),
-        ("CPU", {"float32 NHWC": 1.0}, {}, "float32", [FAILURE, OK]),
+        ("GPU", {"float32 matmul": 1.0}, {}, "float32", [FAILURE, OK]),  # all zeros
+        ("GPU", {"float32 conv2d NCHW": float("nan")}, {}, "float32", [FAILURE, OK]),
+        ("GPU", {"float32 conv2d NHWC": 0.5}, {}, "float32", [WARNING, OK]),
+        ("GPU", {"float32 matmul": 4e-4}, {}, "float32", [WARNING, OK]),  # TF32
+        ("GPU", {}, {"bfloat16 matmul": "not implemented"}, "float32", [WARNING, OK]),
+        ("GPU", {}, {"bfloat16 matmul": "not implemented"}, "bfloat16", [FAILURE, OK]),
+        ("CPU", {}, {"float32 conv2d NCHW": "only NHWC"}, "float32", [OK]),
+        ("CPU", {"float32 conv2d NHWC": 1.0}, {}, "float32", [FAILURE, OK]),
     ],
 )
 def test_errors_matter_where_training_needs_it(kind, change, failed, precision, expected):
