@@ -14,7 +14,7 @@ import tensorflow as tf
 from hvd_vgg.config import DoctorConfig
 from hvd_vgg.doctor.driver import Accelerators, check_driver
 from hvd_vgg.doctor.packages import device_nodes
-from hvd_vgg.doctor.report import PHASE_SECONDS, Report
+from hvd_vgg.doctor.report import EXCLUDE_DEVICE, PHASE_SECONDS, Report
 from hvd_vgg.doctor.settings import check_flags, check_rank_count, check_visible_devices
 from hvd_vgg.environment import launched_rank
 from hvd_vgg.errors import Failure
@@ -30,7 +30,6 @@ BOUNDS = {"float32": 1e-5, "float16": 2e-2, "bfloat16": 1e-1}
 # TF32 keeps 10 bits of each factor.
 _TF32 = 3e-3
 _MATRIX_SIZE, _IMAGE_SIZE, _CHANNELS = 256, 16, 32
-_EXCLUDE = "driver and SDK must fit (see driver); until then exclude this device by CUDA_VISIBLE_DEVICES"
 
 
 # An operation, to be called on the device under test, and its exact result.
@@ -53,7 +52,7 @@ def check_devices(report: Report, config: DoctorConfig, accelerators: Accelerato
         except (RuntimeError, tf.errors.OpError) as error:
             text = f"TensorFlow lists {plural(len(gpus), 'device')} but cannot initialize them: {error}"
             # Nothing computed, which decides about the driver; without a device this rank cannot exchange findings.
-            raise report.finish_alone(failure("devices", text, _EXCLUDE), *check_driver(accelerators, cuda)) from error
+            raise report.finish_alone(failure("devices", text, EXCLUDE_DEVICE), *check_driver(accelerators, cuda)) from error
         parameters = count_parameters(vgg_layers(config.model, config.width, config.image_size, config.num_classes))
         tried = check_computation(devices, config.precision, 4 * parameters)
     computed = bool(gpus) and worst(tried) != FAILURE
@@ -165,7 +164,7 @@ def assess_errors(
     for test, problem in problems.items():
         text = f"{name}: {test}: {problem}"
         if test in needed:
-            yield failure("devices", text, _EXCLUDE)
+            yield failure("devices", text, EXCLUDE_DEVICE)
         elif kind == "GPU" or layout in test:  # CPUs usually convolve in one layout only
             yield warning("devices", text, f"training here needs {', '.join(sorted(needed))}; do not ask for this")
     if rough:
@@ -186,7 +185,7 @@ def _check_allocation(device: str, name: str, gradient_bytes: int) -> List[Findi
         return [failure("devices", text, "other processes use its memory, or driver and SDK do not fit (see driver)")]
     if abs(mean - 2.0) <= 1e-3:  # False for NaN
         return []
-    return [failure("devices", f"{name} allocates, but reads back {mean} instead of 2", _EXCLUDE)]
+    return [failure("devices", f"{name} allocates, but reads back {mean} instead of 2", EXCLUDE_DEVICE)]
 
 
 def _device_name(device: Any) -> str:

@@ -23,10 +23,11 @@ from hvd_vgg.text import plural
 PHASE_SECONDS = 120.0
 # How long the other ranks have to report what they know, before the end of the first one ends them.
 _GRACE_SECONDS = 2.0
+EXCLUDE_DEVICE = "driver and SDK must fit (see driver); until then exclude this device by CUDA_VISIBLE_DEVICES"
 # What to do when a time limit is over, by what it is about.
 _FIXES = {
     "software": "a file system hangs, or the machine is very slow",
-    "devices": "driver and SDK must fit (see driver); until then exclude this device by CUDA_VISIBLE_DEVICES",
+    "devices": EXCLUDE_DEVICE,
     "data": "a file system or a rank hangs: find out whether `ls` of the data directory answers on each host",
 }
 _NETWORK_FIX = (
