@@ -6,7 +6,6 @@ hosts comes from public sources and was tried on none; each rule says what it re
 
 import importlib.machinery
 import importlib.metadata
-import itertools
 import json
 import os
 import re
@@ -66,7 +65,8 @@ def installed_version(host: HostView, module: str) -> str:
 
     A module's own `__version__` may lack the vendor's `+corex...`; the distribution's has it.
     """
-    return getattr(_distribution(host, module), "version", "")
+    found = _distribution(host, module)
+    return found.version if found else ""
 
 
 def parse_version(text: str) -> Tuple[int, ...]:
@@ -176,8 +176,10 @@ def _names(module: str) -> Sequence[str]:
 
 
 def _distribution(host: HostView, module: str) -> Optional[importlib.metadata.Distribution]:
-    named = (importlib.metadata.distributions(name=name, path=list(host.path)) for name in _names(module))
-    return next(itertools.chain.from_iterable(named), None)
+    for name in _names(module):
+        for found in importlib.metadata.distributions(name=name, path=list(host.path)):
+            return found
+    return None
 
 
 def _prefix_version(host: HostView) -> str:
