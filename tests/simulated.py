@@ -80,7 +80,7 @@ def iluvatar(
 def nvidia(root: Path, cuda="12.8", used=1, tensorflow="2.16.2"):
     """Returns a simulated host with two H200; cuda: the newest that its driver runs; used: MiB in use on the second."""
     packages = write_packages(root / "site", {"tensorflow": tensorflow, "horovod": "0.28.1"}, built_for=tensorflow)
-    rows = [f"570.124.06, {each}, 143771, NVIDIA H200" for each in (1, used)]
+    rows = [f"{each}, 143771, NVIDIA H200" for each in (1, used)]
     head = f"| NVIDIA-SMI 570.124.06             Driver Version: 570.124.06     CUDA Version: {cuda:9s}|"
     write_tool(root / "bin/nvidia-smi", head, query_gpu="\n".join(rows))
     (root / "dev").mkdir()

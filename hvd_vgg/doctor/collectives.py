@@ -15,7 +15,7 @@ import tensorflow as tf
 from hvd_vgg.config import DoctorConfig
 from hvd_vgg.data.sampler import slice_bounds
 from hvd_vgg.doctor.report import Report
-from hvd_vgg.models.architecture import DENSE, vgg_layers
+from hvd_vgg.models.architecture import DENSE, Layer, vgg_layers
 from hvd_vgg.parallel import comm, cost, exchange
 from hvd_vgg.parallel.init import mpi_version, transports
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
@@ -28,25 +28,6 @@ _COLLECTIVES_SECONDS = 600.0
 _SLOWER = 2.0
 # Bytes/s per rank below which devices of one host do not exchange directly: 4 lanes of PCI Express 3.0 carry twice this.
 _DEVICE_RATE = 2e9
-# The time of shorter messages is mostly latency.
-_RATE_BYTES = 16_000_000
-_STAGED = (
-    "are not exchanged by NCCL, for which Horovod was not built: unless its MPI accepts device memory, they are copied "
-    "through the host (sums: about 0.85 s per update of VGG16, scaled up from the one published record of such a build)"
-)
-
-
-class Link(NamedTuple):
-    """What a short measurement found; equal on all ranks except `correct`.
-
-    transports: NCCL, mpi or gloo for `sums` and `gathers`; seconds of a small sum, 0 on a single rank; bytes/s that each
-    rank sends in a large one; whether that one was correct on this rank.
-    """
-
-    transports: Dict[str, str]
-    latency_seconds: float
-    bytes_per_second: float
-    correct: bool
 
 
 class Exchange(NamedTuple):
@@ -61,61 +42,35 @@ class Exchange(NamedTuple):
 
 def check_links(report: Report, config: DoctorConfig, device: str, hosts: Sequence[str]) -> None:
     """Adds to the report what a short measurement and --collectives find; hosts: the host name of each rank."""
+    latency, gbit = 0.0, None if comm.local_size() == comm.size() else config.gbit
     with report.time_limit("link", "the ranks did not exchange a few MB"):
-        link = measure_link(device)
-        report.findings += assess_link(link, device, config.gbit if comm.local_size() < comm.size() else 0.0)
-        report.findings += check_pairs(hosts)
+        carriers = transports(device)  # NCCL, mpi or gloo for `sums` and `gathers`
+        report.findings += assess_transports(carriers, device)
+        if comm.size() > 1:
+            latency, sums = measure_link(device, carriers["sums"])
+            report.findings += [assess_exchange("link", sums, latency, gbit, device), *check_pairs(hosts)]
     if config.collectives:
         with report.time_limit("collectives", "--collectives did not end", _COLLECTIVES_SECONDS):
-            report.findings += check_collectives(config, device, link)
+            report.findings += check_collectives(config, device, carriers, latency, gbit)
 
 
-def measure_link(device: str) -> Link:
-    """Sums a number and 16 MB over all ranks on this rank's device.
-
-    Tensors are on the device before and after: the times include no copies from and to the host, except Horovod's own.
-    """
-    count, ranks, carriers = _LINK_BYTES // 4, comm.size(), transports(device)
-    if ranks == 1:
-        return Link(carriers, 0.0, 0.0, True)
-    with tf.device(device):
-        small, large = (tf.constant(pattern(size, comm.rank())) for size in (1, count))
-
-    @tf.function
-    def sum_over_ranks(value: Any) -> Any:
-        with tf.device(device):
-            total = comm.sum_gradients([value], f"doctor_{value.shape[0]}")[0]
-            return total, total[-1]
-
-    latency = float(np.median(_seconds(lambda: sum_over_ranks(small)[1].numpy(), _LATENCY_REPEATS)))
-    seconds = float(np.median(_seconds(lambda: sum_over_ranks(large)[1].numpy(), _REPEATS)))
-    correct = np.array_equal(sum_over_ranks(large)[0].numpy(), expected_sum(count, ranks))
-    return Link(carriers, latency, cost.allreduce_bytes(count, ranks, "float32") / seconds, correct)
-
-
-def assess_link(link: Link, device: str, gbit: float) -> List[Finding]:
-    """Returns what a measured link means; gbit: Gbit/s between hosts as given to `plan`, 0 if unknown or on one host."""
-    found, path = assess_transports(link.transports, device), link.transports["sums"]
-    if not link.latency_seconds:
-        return found
-    if not link.correct:
-        text = f"a sum of {_LINK_BYTES // 1_000_000} MB over all ranks by {path} is wrong"
-        fix = "--collectives shows which tensors; compare the hosts' software, set NCCL_DEBUG=INFO"
-        return [*found, failure("link", text, fix)]
-    text = f"sums by {path}: one number in {link.latency_seconds * 1e3:.2g} ms, 16 MB at"
-    text += f" {link.bytes_per_second / 1e9:.2g} GB/s per rank"
-    if link.bytes_per_second * 8e-9 * _SLOWER < gbit:
-        text += f", {link.bytes_per_second * 8e-9:.2g} Gbit/s where --gbit={gbit:g}"
-        fix = "--collectives measures a whole gradient; see interfaces, set NCCL_DEBUG=INFO"
-        return [*found, warning("link", text, fix)]
-    return [*found, ok("link", text)]
+def measure_link(device: str, carrier: str) -> Tuple[float, Exchange]:
+    """Sums a number and 16 MB over all ranks on this rank's device; returns the seconds of the one and all of the other."""
+    numbers = _LINK_BYTES // 4
+    latency, _ = _measure_sums({"doctor_one/number": (1,)}, "float32", device, _LATENCY_REPEATS)
+    seconds, wrong = _measure_sums({"doctor_large/numbers": (numbers,)}, "float32", device, _REPEATS)
+    name = f"sums by {carrier}, one number in {latency * 1e3:.2g} ms"
+    return latency, Exchange(name, cost.allreduce_bytes(numbers, comm.size(), "float32"), 1, seconds, wrong)
 
 
 def assess_transports(carriers: Mapping[str, str], device: str) -> List[Finding]:
     """Returns a warning if what ranks exchange is copied from the device to its host and back."""
     copied = [kind for kind, carrier in carriers.items() if "GPU" in device and carrier != "NCCL"]
+    text = f"{' and '.join(copied)} of device tensors are not exchanged by NCCL, for which Horovod was not built: unless its"
+    # The time is scaled up from the one published record of such a build.
+    text += " MPI accepts device memory, they are copied through the host (sums: about 0.85 s per update of VGG16)"
     fix = "use a Horovod built with NCCL (HOROVOD_GPU_OPERATIONS=NCCL), or the vendor's newer wheel"
-    return [warning("link", f"{' and '.join(copied)} of device tensors {_STAGED}", fix)] if copied else []
+    return [warning("link", text, fix)] if copied else []
 
 
 def check_pairs(hosts_of_ranks: Sequence[str]) -> List[Finding]:
@@ -148,74 +103,81 @@ def assess_pairs(rates: Mapping[Tuple[str, str], float], path: str) -> Finding:
     slow = [pair for pair, rate in rates.items() if rate * _SLOWER < rates[fastest]]
     if not slow:
         return ok("link", text)
-    shared = [host for host in slow[0] if len(slow) > 1 and all(host in pair for pair in slow)]
+    shared = set.intersection(*map(set, slow)) if len(slow) > 1 else set()
     text += f"; less than half of the fastest: {', '.join(' and '.join(pair) for pair in slow)}"
-    fix = f"check the link of {shared[0] if shared else 'these hosts'}: cable, port, its rate, other jobs"
+    fix = f"check the link of {' and '.join(shared) or 'these hosts'}: cable, port, its rate, other jobs"
     return warning("link", text, fix)
 
 
-def check_collectives(config: DoctorConfig, device: str, link: Link) -> List[Finding]:
+def check_collectives(
+    config: DoctorConfig, device: str, carriers: Mapping[str, str], latency_seconds: float, gbit: Optional[float]
+) -> List[Finding]:
     """Sums gradients of the network's own shapes, and gathers rows of its dense layers, as training does."""
     if comm.size() == 1:
         return [warning("collectives", "not checked: one rank exchanges nothing", "start all ranks of the job to come")]
-    gbit = 0.0 if comm.local_size() == comm.size() else config.gbit or None
-    exchanges = sum_all(config, device, link.transports["sums"]), gather_all(config, device, link.transports["gathers"])
-    return [assess_exchange(each, link.latency_seconds, gbit, device) for each in exchanges]
-
-
-def sum_all(config: DoctorConfig, device: str, carrier: str) -> Exchange:
-    """Sums every gradient of the network."""
     layers = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
-    shapes: Dict[str, Tuple[int, ...]] = {f"{layer.name}/kernel": layer.kernel for layer in layers}
+    sums = sum_all(config, layers, device, carriers["sums"])
+    gathers = gather_all(config, layers, device, carriers["gathers"])
+    return [assess_exchange("collectives", each, latency_seconds, gbit, device) for each in (sums, gathers)]
+
+
+def sum_all(config: DoctorConfig, layers: Sequence[Layer], device: str, carrier: str) -> Exchange:
+    """Sums every gradient of the network."""
+    shapes = {f"{layer.name}/kernel": layer.kernel for layer in layers}
     shapes.update({f"{layer.name}/bias": layer.kernel[-1:] for layer in layers})
-    with tf.device(device):
-        mine = {name: tf.constant(pattern(math.prod(shape), comm.rank()), shape=shape) for name, shape in shapes.items()}
-    seconds, wrong = _measure(
-        lambda: exchange.sum_gradients(mine, config.wire_dtype, 1.0),
-        lambda name: expected_sum(math.prod(shapes[name]), comm.size()),
-        device,
-    )
+    seconds, wrong = _measure_sums(shapes, config.wire_dtype, device, _REPEATS)
     sent = sum(cost.allreduce_bytes(layer.parameters, comm.size(), config.wire_dtype) for layer in layers)
     # An upper bound: layers that share a message are counted separately.
     messages = sum(-(-layer.parameters * 4 // exchange.CHUNK_BYTES) for layer in layers)
     return Exchange(f"sums of gradients of {config.model} by {carrier}", sent, messages, seconds, wrong)
 
 
-def gather_all(config: DoctorConfig, device: str, carrier: str) -> Exchange:
+def gather_all(config: DoctorConfig, layers: Sequence[Layer], device: str, carrier: str) -> Exchange:
     """Gathers the dense layers' rows of the global batch."""
-    layers = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
-    ends = ("inputs", "outputs")
-    widths = {(layer.name, end): width for layer in layers if layer.name in DENSE for end, width in zip(ends, layer.kernel)}
-    bounds = [slice_bounds(config.global_batch, rank, comm.size()) for rank in range(comm.size())]
+    names = {layer: (f"{layer} inputs", f"{layer} outputs") for layer in DENSE}
+    widths = {name: width for layer in layers if layer.name in DENSE for name, width in zip(names[layer.name], layer.kernel)}
 
-    def rows_of(rank: int, width: int) -> np.ndarray:
-        rows = bounds[rank][1] - bounds[rank][0]
-        return pattern(rows * width, rank).reshape(rows, width)
-
-    with tf.device(device):
-        mine = {name: tf.constant(rows_of(comm.rank(), width)) for name, width in widths.items()}
+    def rows_of(rank: int, name: str) -> np.ndarray:
+        low, high = slice_bounds(config.global_batch, rank, comm.size())
+        return pattern((high - low) * widths[name], rank).reshape(high - low, widths[name])
 
     def gather() -> Dict[str, Any]:
-        results = {}
-        for layer in DENSE:
-            x, d = (mine[layer, end] for end in ends)
-            pair = exchange.gather_factors(layer, x, d, config.global_batch, config.wire_dtype, 1.0)
-            results.update({f"{layer} {end}": value for end, value in zip(ends, pair)})
+        results: Dict[str, Any] = {}
+        for layer, (x, d) in names.items():
+            rows = exchange.gather_factors(layer, mine[x], mine[d], config.global_batch, config.wire_dtype, 1.0)
+            results.update(zip((x, d), rows))
         return results
 
     def expected(name: str) -> np.ndarray:
-        layer, end = name.split()
-        return np.concatenate([rows_of(rank, widths[layer, end]) for rank in range(comm.size())])
+        return np.concatenate([rows_of(rank, name) for rank in range(comm.size())])
 
-    seconds, wrong = _measure(gather, expected, device)
+    with tf.device(device):
+        mine = {name: tf.constant(rows_of(comm.rank(), name)) for name in widths}
+    seconds, wrong = _measure(gather, expected, device, _REPEATS)
     sent = sum(choice.factored_bytes or 0.0 for choice in cost.choose(config, comm.size()))
     return Exchange(f"gathers of rows of its dense layers by {carrier}", sent, len(widths), seconds, wrong)
 
 
-def _measure(
-    exchange_all: Callable[[], Dict[str, Any]], expected: Callable[[str], np.ndarray], device: str
+def _measure_sums(
+    shapes: Mapping[str, Tuple[int, ...]], wire_dtype: str, device: str, repeats: int
 ) -> Tuple[float, List[str]]:
-    """Returns the median seconds of an exchange, compiled for `device`, and the names of results that are wrong."""
+    """Returns what `_measure` does of sums of float32 of these shapes; names are `NAME_OF_MESSAGE/NAME`."""
+    with tf.device(device):
+        mine = {name: tf.constant(pattern(math.prod(shape), comm.rank()), shape=shape) for name, shape in shapes.items()}
+
+    def expected(name: str) -> np.ndarray:
+        return expected_sum(math.prod(shapes[name]), comm.size())
+
+    return _measure(lambda: exchange.sum_gradients(mine, wire_dtype, 1.0), expected, device, repeats)
+
+
+def _measure(
+    exchange_all: Callable[[], Dict[str, Any]], expected: Callable[[str], np.ndarray], device: str, repeats: int
+) -> Tuple[float, List[str]]:
+    """Returns the median seconds of an exchange, compiled for `device`, and the names of results that are wrong.
+
+    Tensors are on the device before and after: the times include no copies from and to the host, except Horovod's own.
+    """
 
     @tf.function
     def compiled() -> Any:
@@ -231,7 +193,7 @@ def _measure(
         last.numpy()
         results.update(new)
 
-    seconds = float(np.median(_seconds(once, _REPEATS)))
+    seconds = float(np.median(_seconds(once, repeats)))
     wrong = [name for name, value in results.items() if not np.array_equal(value.numpy().ravel(), expected(name).ravel())]
     return seconds, wrong
 
@@ -264,30 +226,28 @@ def _seconds(action: Callable[[], Any], repeats: int) -> List[float]:
     return seconds[1:] or seconds
 
 
-def assess_exchange(one: Exchange, latency_seconds: float, gbit: Optional[float], device: str) -> Finding:
-    """Returns what an exchange's results and time mean.
+def assess_exchange(about: str, one: Exchange, latency_seconds: float, gbit: Optional[float], device: str) -> Finding:
+    """Returns what an exchange's results and time mean, as a finding `about` link or collectives.
 
-    gbit: Gbit/s between hosts as given to `plan`, None if unknown, 0 for a single host. The latency of each message is
+    gbit: Gbit/s between hosts as given to `plan`, 0 if unknown, None for a single host. The latency of each message is
     allowed for, although messages may overlap.
     """
     if one.wrong:
         fix = "do not train like this: try another path (NCCL_P2P_DISABLE=1, NCCL_SHM_DISABLE=1, MPI's own)"
-        return failure("collectives", f"{one.name}: wrong: {', '.join(one.wrong)}", fix)
+        return failure(about, f"{one.name}: wrong: {', '.join(one.wrong)}", fix)
     rate = one.sent_bytes / one.seconds
     text = f"{one.name}: correct; {one.sent_bytes / 1e6:.1f} MB per rank in {one.seconds:.3g} s, {rate / 1e9:.3g} GB/s"
-    long = one.sent_bytes >= _RATE_BYTES
-    if gbit == 0:
+    fix, long = "", one.sent_bytes >= _LINK_BYTES  # the time of shorter messages is mostly latency
+    if gbit is None:
         text += "; `plan` neglects traffic inside a host"
         if "GPU" in device and long and rate < _DEVICE_RATE:
+            text += ": less than half of what four lanes of PCI Express 3.0 carry"
             fix = "check that devices reach each other: the vendor's topology, NCCL_P2P_DISABLE, NCCL_SHM_DISABLE, staging"
-            return warning("collectives", f"{text}: less than half of what four lanes of PCI Express 3.0 carry", fix)
-        return ok("collectives", text)
-    for_plan = f"--gbit={rate * 8 / 1e9:.3g}" if long else ""
-    if gbit is None:
-        return ok("collectives", f"{text}; for `plan`: {for_plan}" if for_plan else text)
-    assumed, latency = one.sent_bytes * 8 / (gbit * 1e9), one.messages * latency_seconds
-    text += f"; `plan` with --gbit={gbit:g} assumes {assumed:.3g} s; latencies add up to {latency:.2g} s"
-    if one.seconds <= _SLOWER * assumed + latency:
-        return ok("collectives", text)
-    fix = "find what is slow: interface, NCCL_NET, staging, processor"
-    return warning("collectives", text, f"{fix}; or plan with {for_plan}" if for_plan else fix)
+    elif gbit:
+        assumed, latency = one.sent_bytes * 8 / (gbit * 1e9), one.messages * latency_seconds
+        text += f"; `plan` with --gbit={gbit:g} assumes {assumed:.3g} s; latencies add up to {latency:.2g} s"
+        if one.seconds > _SLOWER * assumed + latency:
+            fix = "find what is slow: interface, NCCL_NET, staging, processor; or plan with the measured rate"
+    if gbit is not None and long:
+        text += f"; for `plan`: --gbit={rate * 8 / 1e9:.3g}"
+    return warning(about, text, fix) if fix else ok(about, text)

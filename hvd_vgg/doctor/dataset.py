@@ -1,27 +1,29 @@
 """The data set: shards, records, labels, and whether images decode. `check_dataset` is collective."""
 
 import contextlib
-import dataclasses
-import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional
+from typing import Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 
 from hvd_vgg.config import DoctorConfig
 from hvd_vgg.data.index import (
     Index,
+    Shard,
     cache_places,
     cached_shards,
     find_label_base,
     find_shards,
     join,
+    pack_shards,
     scan_shard,
     shard_bytes,
+    unpack_shards,
 )
 from hvd_vgg.data.reader import parse_example, read_record
+from hvd_vgg.data.sampler import slice_bounds
 from hvd_vgg.data.transforms import eval_image
 from hvd_vgg.doctor.report import Report
 from hvd_vgg.doctor.settings import check_schedule
@@ -36,23 +38,6 @@ _BLOCK = 1024  # records that are given to the threads at once; ranks wait for e
 _MAX_NAMED = 20  # bad records and shards that are named; the others are only counted
 
 
-@dataclasses.dataclass(frozen=True)
-class SplitScan:
-    """What is known of a split. `index` is of the shards that this rank scanned; all else is equal on all ranks."""
-
-    index: Optional[Index]
-    shards: int
-    scanned: int
-    unreadable: int
-    records: int  # in the shards that were scanned
-    labels: np.ndarray  # int64, sorted, each distinct one once
-
-    @property
-    def complete(self) -> bool:
-        """Whether all shards were scanned."""
-        return self.scanned == self.shards
-
-
 def check_dataset(report: Report, config: DoctorConfig, threads: int) -> None:
     """Adds to the report what is found in both splits, and with their size whether the learning rate decays. Collective.
 
@@ -60,20 +45,23 @@ def check_dataset(report: Report, config: DoctorConfig, threads: int) -> None:
     read, checked and decoded once, by `threads` threads per rank.
     """
     console, found = Console(config.console, comm.is_root()), report.findings
-    scans: Dict[str, SplitScan] = {}
     limit = report.time_limit("data", f"{config.data_dir} was not scanned")
+    train_records = 0  # about
     with contextlib.nullcontext() if config.full else limit:
-        for split in ("train", "validation"):
-            paths = _find_same_shards(config.data_dir, split, found)
-            if paths:
-                scans[split] = _scan(config, split, paths, console, found)
-        if len(scans) == 2:
-            found += assess_splits(config, scans["train"], scans["validation"])
-        for split, scan in scans.items():
-            if scan.index is not None and scan.index.records:
-                found += _check_records(config, split, scan.index, config.full and scan.complete, threads, console)
-    train = scans.get("train")
-    found += check_schedule(config, train.records * train.shards // max(1, train.scanned) if train else 0)
+        paths = {split: _find_same_shards(config.data_dir, split, found) for split in ("train", "validation")}
+        indexes = {split: _scan(config, split, paths[split], console, found) for split in paths if paths[split]}
+        train, validation = indexes.get("train"), indexes.get("validation")
+        if train:
+            train_records = train.records * len(paths["train"]) // len(train.paths)
+        if train and validation:
+            complete = all(len(index.paths) == len(paths[split]) for split, index in indexes.items() if index)
+            found += assess_labels(config, train, validation, complete)
+            if complete and config.global_batch > train.records:
+                text = f"--global_batch={config.global_batch} exceeds the {train.records} records to train on"
+                found.append(warning("data", text, "use a smaller --global_batch"))
+        for split, index in indexes.items():
+            found += _check_records(config, split, index, threads, console) if index else []
+    found += check_schedule(config, train_records)
 
 
 def _find_same_shards(data_dir: str, split: str, found: List[Finding]) -> List[Path]:
@@ -86,13 +74,12 @@ def _find_same_shards(data_dir: str, split: str, found: List[Finding]) -> List[P
     except Failure as error:
         found.append(_to_finding(error))
     everyones = comm.gather_json(sizes)  # empty on a rank that failed
-    theirs = everyones[0]
-    if sizes and theirs and sizes != theirs:
-        differing = sorted(name for name in {*sizes, *theirs} if sizes.get(name) != theirs.get(name))
+    differing = sorted({name for name, _ in sizes.items() ^ everyones[0].items()})
+    if sizes and everyones[0] and differing:
         names = ", ".join(differing[:3]) + (", ..." if len(differing) > 3 else "")
         text = f"{data_dir}: {split} shards differ from those of rank 0: {names}"
         found.append(failure("data", text, "copy the same files to every host"))
-    return paths if sizes and all(each == sizes for each in everyones) else []
+    return paths if all(each and each == sizes for each in everyones) else []
 
 
 def _to_finding(error: Failure) -> Finding:
@@ -101,94 +88,87 @@ def _to_finding(error: Failure) -> Finding:
     return failure("data", text or fix, fix if text else "follow the message")
 
 
-def _scan(config: DoctorConfig, split: str, paths: List[Path], console: Console, found: List[Finding]) -> SplitScan:
-    """Returns a scan of the whole split with --full, else of what is cached and a few seconds' worth; adds bad shards."""
+def _scan(config: DoctorConfig, split: str, paths: List[Path], console: Console, found: List[Finding]) -> Optional[Index]:
+    """Returns the index of the split with --full, else of shards that are cached or scanned in a few seconds.
+
+    It is equal on all ranks, and None if no shard can be read. Adds bad shards and the number of records.
+    """
+    index: Optional[Index] = None
+    refused: List[Finding] = []
+    bad: List[Finding] = []
     if config.full:
         try:
             index = open_split(config.data_dir, split, Path(config.run_dir), console)
-            return SplitScan(index, len(paths), len(paths), 0, index.records, np.unique(index.labels))
         except Failure as error:
-            scan = _scan_shards(config, split, paths, math.inf, found)
-            if not scan.unreadable:  # otherwise those are the reason
-                found.append(_to_finding(error))
-            return scan
-    return _scan_shards(config, split, paths, TURN_SECONDS, found)
+            refused = [_to_finding(error)]
+    if index is None:
+        mine, bad = _scan_shards(config, split, paths)
+        shards: Dict[int, Shard] = {}
+        for data in comm.gather_bytes(pack_shards(mine)):  # in the same order on all ranks
+            shards.update(unpack_shards(data))
+        index = join([paths[number] for number in shards], list(shards.values())) if shards else None
+    unreadable = int(comm.gather_numbers([len(bad)]).sum())
+    found += bad[:_MAX_NAMED] if unreadable else refused  # bad shards are the reason why all of it was refused
+    if index is not None:
+        text = f"{split}: {index.records:,} records in {plural(len(paths), 'shard')}"
+        if len(index.paths) + unreadable < len(paths):
+            text += f" at least: {len(index.paths)} were scanned; training indexes the others once, as --full does"
+        if unreadable:
+            text += f", without {unreadable} that cannot be read (see the failures)"
+        found.append(ok("data", text))
+    return index
 
 
-def _scan_shards(config: DoctorConfig, split: str, paths: List[Path], seconds: float, found: List[Finding]) -> SplitScan:
-    """Scans this rank's part of the shards that are not in the cache, for `seconds`; adds those that cannot be read."""
+def _scan_shards(config: DoctorConfig, split: str, paths: List[Path]) -> Tuple[Dict[int, Shard], List[Finding]]:
+    """Returns this rank's part of the shards, by number, and those that cannot be read; without --full for some seconds."""
     cached = cached_shards(cache_places(config.data_dir, split, Path(config.run_dir)), paths)
-    started, shards, unreadable = time.monotonic(), {}, 0
+    started, shards, bad = time.monotonic(), {}, []
     for number in range(comm.rank(), len(paths), comm.size()):
         if number in cached and cached[number].unchanged:
             shards[number] = cached[number].shard
-        elif time.monotonic() - started <= seconds:
+        elif config.full or time.monotonic() - started <= TURN_SECONDS:
             try:
                 shards[number] = scan_shard(paths[number])
             except Failure as error:
-                unreadable += 1
-                found += [_to_finding(error)] if unreadable <= _MAX_NAMED else []
-    index = join([paths[number] for number in shards], list(shards.values())) if shards else None
-    labels = np.unique(index.labels).tolist() if index else []
-    everyones = comm.gather_json([len(shards), unreadable, index.records if index else 0, labels])
-    scanned, failed, records = (sum(each[column] for each in everyones) for column in range(3))
-    distinct = np.array(sorted({label for each in everyones for label in each[3]}), np.int64)
-    return SplitScan(index, len(paths), scanned, failed, records, distinct)
+                bad.append(_to_finding(error))
+    return shards, bad
 
 
-def assess_splits(config: DoctorConfig, train: SplitScan, validation: SplitScan) -> Iterator[Finding]:
-    """Yields what the counts and labels of both splits mean; the same on all ranks."""
-    for split, scan in (("train", train), ("validation", validation)):
-        text = f"{split}: {scan.records:,} records in {plural(scan.shards, 'shard')}"
-        if scan.scanned + scan.unreadable < scan.shards:
-            text += f" at least: {scan.scanned} were scanned; training indexes the others once, as --full does"
-        if scan.unreadable:
-            text += f", without {scan.unreadable} that cannot be read (see the failures)"
-        if scan.records:
-            yield ok("data", text)
-        elif not scan.unreadable:
-            yield failure("data", f"{split}: no record in {plural(scan.shards, 'shard')}", "copy the files again")
-    if not (train.records and validation.records):
-        return
+def assess_labels(config: DoctorConfig, train: Index, validation: Index, complete: bool) -> Iterator[Finding]:
+    """Yields what the labels of both splits mean; complete: all shards are in their indexes."""
     labels, classes = np.union1d(train.labels, validation.labels), config.num_classes
     base = find_label_base(labels, classes) if config.label_base == "auto" else int(config.label_base)
     text = f"labels {labels.min()}..{labels.max()}, {len(labels)} distinct; the first class is {base}"
     outside = labels[(labels < base) | (labels >= base + classes)]
+    in_train = len(np.unique(train.labels))
     if len(outside):
         text += f"; {outside[0]} is outside the --num_classes={classes} classes"
         yield failure("data", text, "correct --num_classes or --label_base")
-    elif train.complete and validation.complete and len(train.labels) < classes:
-        text += f"; {len(train.labels)} of --num_classes={classes} occur in train"
+    elif complete and in_train < classes:
+        text += f"; {in_train} of --num_classes={classes} occur in train"
         yield warning("data", text, "expected for part of a data set; otherwise correct --num_classes")
     else:
         yield ok("data", text)
-    if train.complete and config.global_batch > train.records:
-        text = f"--global_batch={config.global_batch} exceeds the {train.records} records to train on"
-        yield warning("data", text, "use a smaller --global_batch")
 
 
-def _check_records(
-    config: DoctorConfig, split: str, index: Index, full: bool, threads: int, console: Console
-) -> List[Finding]:
-    """Reads and decodes this rank's part of all records with `full` (collective), else one record of the index."""
-    bounds = [index.records * part // comm.size() for part in (comm.rank(), comm.rank() + 1)] if full else [0, 1]
-    records = range(*bounds)
-    longest = -(-index.records // comm.size()) if full else 1  # so that all ranks have the same number of blocks
+def _check_records(config: DoctorConfig, split: str, index: Index, threads: int, console: Console) -> List[Finding]:
+    """Reads and decodes this rank's part of all records with --full, else one record. Collective."""
+    low, high = slice_bounds(index.records, comm.rank(), comm.size())
+    records = range(low, high) if config.full else [index.records * comm.rank() // comm.size()]
+    longest = -(-index.records // comm.size()) if config.full else 1  # so that all ranks have the same number of blocks
     progress = console.progress(f"reading {split}", len(records), "records")
     bad: List[str] = []
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, longest, _BLOCK):
-            bad += filter(
-                None, pool.map(lambda record: _record_error(index, record, config), records[start : start + _BLOCK])
-            )
+            block = records[start : start + _BLOCK]
+            bad += filter(None, pool.map(lambda record: _record_error(index, record, config), block))
             progress.update(min(start + _BLOCK, len(records)))
-            if full:  # Horovod would consider a rank lost that waits until a slow one is done with all
-                comm.barrier()
+            comm.barrier()  # Horovod would consider a rank lost that waits until a slow one is done with all
     found = [failure("data", text, "copy the shard again, or remove the record from it") for text in bad[:_MAX_NAMED]]
     if len(bad) > _MAX_NAMED:
         found.append(failure("data", f"and {len(bad) - _MAX_NAMED} more records of {split}", "as above"))
-    what = f"every record of {split} is read and decoded"
-    return found or [ok("data", what if full else f"a record of {split} is read and decoded on each rank that scanned any")]
+    what = "every record" if config.full else "for each rank a record"
+    return found or [ok("data", f"{what} of {split} is read and decoded")]
 
 
 def _record_error(index: Index, record: int, config: DoctorConfig) -> str:

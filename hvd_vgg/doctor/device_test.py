@@ -3,8 +3,10 @@
 On hosts whose driver does not fit their SDK, devices are listed and the first allocation fails.
 """
 
+import contextlib
+import functools
 import os
-from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 import numpy as np
 import tensorflow as tf
@@ -12,14 +14,14 @@ import tensorflow as tf
 from hvd_vgg.config import DoctorConfig
 from hvd_vgg.doctor.driver import Accelerators, check_driver
 from hvd_vgg.doctor.packages import device_nodes
-from hvd_vgg.doctor.report import PHASE_SECONDS, Report
+from hvd_vgg.doctor.report import EXCLUDE_DEVICE, PHASE_SECONDS, Report
 from hvd_vgg.doctor.settings import check_flags, check_rank_count, check_visible_devices
 from hvd_vgg.environment import launched_rank
 from hvd_vgg.errors import Failure
 from hvd_vgg.models.architecture import count_parameters, vgg_layers
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.init import cpu_convolves, take_device
-from hvd_vgg.reporting.findings import FAILURE, Finding, failure, ok, warning
+from hvd_vgg.reporting.findings import FAILURE, Finding, failure, ok, warning, worst
 from hvd_vgg.text import plural
 
 # Largest relative error of a product of random matrices in each precision, compared with float64 on the same rounded
@@ -28,21 +30,10 @@ BOUNDS = {"float32": 1e-5, "float16": 2e-2, "bfloat16": 1e-1}
 # TF32 keeps 10 bits of each factor.
 _TF32 = 3e-3
 _MATRIX_SIZE, _IMAGE_SIZE, _CHANNELS = 256, 16, 32
-_EXCLUDE = "driver and SDK must fit (see driver); until then exclude this device by CUDA_VISIBLE_DEVICES"
 
 
-class Case(NamedTuple):
-    """An operation: its inputs on the CPU and its exact result. layout: of a convolution, "" for a matrix product."""
-
-    dtype: str
-    layout: str
-    inputs: Tuple[Any, Any]
-    expected: np.ndarray
-
-    @property
-    def name(self) -> str:
-        """`float32` for a matrix product, `float32 NCHW` for a convolution, and so on."""
-        return f"{self.dtype} {self.layout}".strip()
+# An operation, to be called on the device under test, and its exact result.
+Case = Tuple[Callable[[], Any], np.ndarray]
 
 
 def check_devices(report: Report, config: DoctorConfig, accelerators: Accelerators) -> Tuple[str, int]:
@@ -52,22 +43,19 @@ def check_devices(report: Report, config: DoctorConfig, accelerators: Accelerato
     """
     alone, mask = launched_rank() is None, accelerators.host.environ.get("CUDA_VISIBLE_DEVICES")
     cuda = str(tf.sysconfig.get_build_info().get("cuda_version", ""))
-    with report.time_limit("devices", "the devices were not listed"):
+    nodes = device_nodes(accelerators.host, accelerators.vendor)
+    with report.time_limit("devices", "the devices did not answer", PHASE_SECONDS * len(nodes) if alone else 0.0):
         gpus = tf.config.list_physical_devices("GPU")
-    with report.time_limit("devices", "the devices did not answer", PHASE_SECONDS * len(gpus) if alone else 0.0):
         threads = _take_devices(config, gpus, alone)
         try:
             devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")[:1]
         except (RuntimeError, tf.errors.OpError) as error:
             text = f"TensorFlow lists {plural(len(gpus), 'device')} but cannot initialize them: {error}"
-            fix = "driver and SDK must fit; exclude a broken device by CUDA_VISIBLE_DEVICES"
             # Nothing computed, which decides about the driver; without a device this rank cannot exchange findings.
-            report.findings += [failure("devices", text, fix), *check_driver(accelerators, cuda, False)]
-            raise report.finish_alone() from error
+            raise report.finish_alone(failure("devices", text, EXCLUDE_DEVICE), *check_driver(accelerators, cuda)) from error
         parameters = count_parameters(vgg_layers(config.model, config.width, config.image_size, config.num_classes))
         tried = check_computation(devices, config.precision, 4 * parameters)
-    computed = bool(gpus) and all(finding.verdict != FAILURE for finding in tried)
-    nodes = device_nodes(accelerators.host, accelerators.vendor)
+    computed = bool(gpus) and worst(tried) != FAILURE
     report.findings += [
         *tried,
         *check_driver(accelerators, cuda, computed),
@@ -105,22 +93,32 @@ def check_computation(devices: Sequence[Any], precision: str, gradient_bytes: in
     return found
 
 
-def make_cases() -> List[Case]:
-    """Returns all operations in all precisions.
+def make_cases() -> Dict[str, Case]:
+    """Returns all operations in all precisions and layouts, by names such as `float32 matmul` and `float16 conv2d NCHW`.
 
     The exact results come from NumPy: not every device supports float64, and the device under test may be broken.
     """
     random = np.random.default_rng(1)
     shapes = [[_MATRIX_SIZE] * 2] * 2 + [[2, _IMAGE_SIZE, _IMAGE_SIZE, _CHANNELS], [3, 3, _CHANNELS, _CHANNELS]]
     values = [random.standard_normal(shape) for shape in shapes]
-    cases = []
+    cases: Dict[str, Case] = {}
     for dtype in BOUNDS:
         with tf.device("/CPU:0"):
             a, b, image, kernel = (tf.constant(value, dtype) for value in values)
             a64, b64, image64, kernel64 = (np.asarray(tf.cast(each, tf.float64)) for each in (a, b, image, kernel))
-        cases.append(Case(dtype, "", (a, b), a64 @ b64))
-        cases += [Case(dtype, layout, (image, kernel), convolve(image64, kernel64)) for layout in ("NHWC", "NCHW")]
+        cases[f"{dtype} matmul"] = functools.partial(tf.matmul, a, b), a64 @ b64
+        exact = convolve(image64, kernel64)
+        for layout in ("NHWC", "NCHW"):
+            cases[f"{dtype} conv2d {layout}"] = functools.partial(_conv2d, image, kernel, layout), exact
     return cases
+
+
+def _conv2d(image: Any, kernel: Any, layout: str) -> Any:
+    """Returns what `convolve` does, in TensorFlow, computed in `layout`."""
+    if layout == "NHWC":
+        return tf.nn.conv2d(image, kernel, 1, "SAME")
+    result = tf.nn.conv2d(tf.transpose(image, [0, 3, 1, 2]), kernel, 1, "SAME", "NCHW")
+    return tf.transpose(result, [0, 2, 3, 1])
 
 
 def convolve(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
@@ -131,52 +129,49 @@ def convolve(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     return np.asarray(sum(parts))
 
 
-def measure_errors(device: str, cases: Sequence[Case]) -> Tuple[Dict[str, float], Dict[str, str]]:
-    """Returns the relative error of each case on `device`, and why others failed; both by `Case.name`."""
+def measure_errors(device: str, cases: Mapping[str, Case]) -> Tuple[Dict[str, float], Dict[str, str]]:
+    """Returns the relative error of each case on `device`, and why others failed; both by the case's name."""
     errors: Dict[str, float] = {}
     failed: Dict[str, str] = {}
-    for case in cases:
-        if case.layout and "CPU" in device and not cpu_convolves(case.dtype):  # trying could end the process
-            failed[case.name] = f"not on a CPU with TensorFlow {tf.__version__}"
+    for name, (compute, expected) in cases.items():
+        if "conv2d" in name and "CPU" in device and not cpu_convolves(name.split()[0]):  # trying could end the process
+            failed[name] = f"not on a CPU with TensorFlow {tf.__version__}"
             continue
         try:
             with tf.device(device):
-                value = np.asarray(tf.cast(_compute(case), tf.float32), np.float64)
+                value = np.asarray(tf.cast(compute(), tf.float32), np.float64)
+            errors[name] = float(np.linalg.norm(value - expected) / np.linalg.norm(expected))
         except (tf.errors.OpError, ValueError, TypeError) as error:
-            failed[case.name] = _first_line(error)
-        else:
-            errors[case.name] = float(np.linalg.norm(value - case.expected) / np.linalg.norm(case.expected))
+            failed[name] = _first_line(error)
     return errors, failed
 
 
 def assess_errors(
-    name: str, kind: str, errors: Dict[str, float], failed: Dict[str, str], precision: str
+    name: str, kind: str, errors: Mapping[str, float], failed: Mapping[str, str], precision: str
 ) -> Iterator[Finding]:
     """Yields what `measure_errors` means for training in `precision` on a device called `name` of `kind` GPU or CPU."""
     layout = "NCHW" if kind == "GPU" else "NHWC"
-    needed = {"float32", f"float32 {layout}", precision, f"{precision} {layout}"}
-    bounds = {**BOUNDS, "float32": _TF32}
-    wrong = {
-        test: f"wrong (relative error {error:.1g})" for test, error in errors.items() if not error <= bounds[test.split()[0]]
-    }
-    for test, problem in {**failed, **wrong}.items():
+    needed = {f"{dtype} {operation}" for dtype in ("float32", precision) for operation in ("matmul", f"conv2d {layout}")}
+    problems, rough, correct = dict(failed), [], []
+    for test, error in errors.items():
+        dtype = test.split()[0]
+        if error <= BOUNDS[dtype]:
+            correct.append(test)
+        elif dtype == "float32" and error <= _TF32:
+            rough.append(test)
+        else:  # NaN too
+            problems[test] = f"wrong (relative error {error:.1g})"
+    for test, problem in problems.items():
         text = f"{name}: {test}: {problem}"
         if test in needed:
-            yield failure("devices", text, _EXCLUDE)
+            yield failure("devices", text, EXCLUDE_DEVICE)
         elif kind == "GPU" or layout in test:  # CPUs usually convolve in one layout only
             yield warning("devices", text, f"training here needs {', '.join(sorted(needed))}; do not ask for this")
-    rough = {test for test, error in errors.items() if test.startswith("float32") and BOUNDS["float32"] < error <= _TF32}
     if rough:
-        text = f"{name}: {', '.join(sorted(rough))} rounds like TF32 (relative error up to {_TF32:g})"
+        text = f"{name}: {', '.join(rough)} rounds like TF32 (relative error up to {_TF32:g})"
         yield warning("devices", text, "NVIDIA_TF32_OVERRIDE=0 gives full float32, slower")
-    correct = [test for test in errors if test not in wrong and test not in rough]
     if correct:
-        dtypes: Dict[str, List[str]] = {}
-        for test in correct:
-            dtype, _, where = test.partition(" ")
-            dtypes.setdefault(f"conv2d {where}" if where else "matmul", []).append(dtype)
-        listed = "; ".join(f"{operation} in {', '.join(names)}" for operation, names in dtypes.items())
-        yield ok("devices", f"{name} allocates; correct: {listed}")
+        yield ok("devices", f"{name} allocates; correct: {', '.join(correct)}")
 
 
 def _check_allocation(device: str, name: str, gradient_bytes: int) -> List[Finding]:
@@ -190,27 +185,17 @@ def _check_allocation(device: str, name: str, gradient_bytes: int) -> List[Findi
         return [failure("devices", text, "other processes use its memory, or driver and SDK do not fit (see driver)")]
     if abs(mean - 2.0) <= 1e-3:  # False for NaN
         return []
-    return [failure("devices", f"{name} allocates, but reads back {mean} instead of 2", _EXCLUDE)]
+    return [failure("devices", f"{name} allocates, but reads back {mean} instead of 2", EXCLUDE_DEVICE)]
 
 
 def _device_name(device: Any) -> str:
     """Returns the product's name, which is equal on all ranks with the same device; `CPU` for a CPU."""
     if device.device_type == "CPU":
         return "CPU"
-    try:
-        number = int(device.name.rsplit(":", 1)[1])
-        details = tf.config.experimental.get_device_details(tf.config.get_visible_devices("GPU")[number])
-    except (ValueError, IndexError, tf.errors.OpError):
-        details = {}
-    return str(details.get("device_name", "GPU"))
-
-
-def _compute(case: Case) -> Any:
-    a, b = case.inputs
-    if case.layout == "NCHW":
-        a = tf.transpose(a, [0, 3, 1, 2])
-        return tf.transpose(tf.nn.conv2d(a, b, 1, "SAME", "NCHW"), [0, 2, 3, 1])
-    return tf.nn.conv2d(a, b, 1, "SAME", "NHWC") if case.layout else tf.matmul(a, b)
+    with contextlib.suppress(ValueError, IndexError, KeyError, tf.errors.OpError):
+        gpu = tf.config.get_visible_devices("GPU")[int(device.name.rsplit(":", 1)[1])]
+        return str(tf.config.experimental.get_device_details(gpu)["device_name"])
+    return "GPU"
 
 
 def _first_line(error: Exception) -> str:

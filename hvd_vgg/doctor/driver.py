@@ -8,14 +8,14 @@ import contextlib
 import os
 import re
 from collections import Counter
-from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Iterator, List, NamedTuple, Optional, Tuple
 
-from hvd_vgg.doctor.packages import HostView, device_nodes, find_tool, find_vendor, parse_version, sdk_version
+from hvd_vgg.doctor.packages import TOOLS, HostView, device_nodes, find_tool, find_vendor, parse_version, sdk_version
 from hvd_vgg.doctor.system import run_tool
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
 from hvd_vgg.text import plural
 
-_PCI_VENDORS = {"0x1e3e": "Iluvatar", "0x10de": "NVIDIA"}
+_PCI_VENDORS = {"Iluvatar": "0x1e3e", "NVIDIA": "0x10de"}
 # Fraction of a device's memory in use before the job starts that is more than a driver takes for itself.
 _IN_USE = 0.1
 # With a rank on each of 16 devices, 16 run the tool at once.
@@ -46,34 +46,24 @@ class Accelerators(NamedTuple):
 def find_accelerators(host: HostView) -> Accelerators:
     """Returns a host's accelerators; ixsmi or nvidia-smi has 15 s per call to answer."""
     vendor, evidence = find_vendor(host)
-    listing = {"NVIDIA": _list_nvidia, "Iluvatar": _list_iluvatar}[vendor](host) if vendor != "CPU" else None
+    listing = _list_devices(host, TOOLS[vendor]) if vendor != "CPU" else None
     return Accelerators(host, vendor, evidence, listing)
 
 
-def _list_nvidia(host: HostView) -> Optional[Listing]:
-    # There is no query for the newest CUDA version that the driver supports.
-    cuda = re.search(r"CUDA Version:\s*(\S+)", _run(host, "nvidia-smi"))
-    query = "--query-gpu=driver_version,memory.used,memory.total,name"
-    lines = _run(host, "nvidia-smi", query, "--format=csv,noheader,nounits").splitlines()
-    rows = [row for row in (line.split(", ", 3) for line in lines) if len(row) == 4]
-    mebibytes = [(int(used), int(total)) for _, used, total, _ in rows if (used + total).isdigit()]
-    if len(mebibytes) < len(rows):
-        mebibytes = []  # [N/A], as for parts of a device
-    return Listing(rows[0][0], cuda[1] if cuda else "", [row[3] for row in rows], mebibytes) if rows else None
-
-
-def _list_iluvatar(host: HostView) -> Optional[Listing]:
-    # All public transcripts show this table; --query-gpu is only known to support index and uuid.
-    table = _run(host, "ixsmi")
+def _list_devices(host: HostView, tool: str) -> Optional[Listing]:
+    # There is no query for the newest CUDA version that the driver supports; both tools print it in the head of their table.
+    table = _run(host, tool)
     head = re.search(r"Driver Version:\s*(\S+)\s+CUDA Version:\s*(\S+)", table)
-    names = re.findall(r"^\|\s*\d+\s+(\S.*?)\s*\|\s*[0-9A-Fa-f]+:[0-9A-Fa-f]+:[0-9A-Fa-f.]+\s*\|", table, re.MULTILINE)
-    mebibytes = [(int(used), int(total)) for used, total in re.findall(r"(\d+)MiB\s*/\s*(\d+)MiB", table)]
-    return Listing(head[1], head[2], names, mebibytes) if head else None
-
-
-def count_cards(names: Sequence[str]) -> int:
-    """Returns the number of cards that devices of these names are on: a BI-V150 shows up as two, a BI-V150S as one."""
-    return len(names) - _half_cards(names) // 2
+    if tool == "nvidia-smi":
+        query = _run(host, tool, "--query-gpu=memory.used,memory.total,name", "--format=csv,noheader,nounits")
+        names = re.findall(r"^.+?, .+?, (.+)$", query, re.MULTILINE)
+        memory = re.findall(r"^(\d+), (\d+), ", query, re.MULTILINE)
+    else:  # all public transcripts show this table; --query-gpu is only known to support index and uuid
+        names = re.findall(r"^\|\s*\d+\s+(\S.*?)\s*\|\s*[0-9A-Fa-f]+:[0-9A-Fa-f]+:[0-9A-Fa-f.]+\s*\|", table, re.MULTILINE)
+        memory = re.findall(r"(\d+)MiB\s*/\s*(\d+)MiB", table)
+    if len(memory) < len(names):
+        memory = []  # [N/A], as for parts of a device
+    return Listing(head[1], head[2], names, [(int(used), int(total)) for used, total in memory]) if head else None
 
 
 def check_device_nodes(accelerators: Accelerators) -> Iterator[Finding]:
@@ -96,7 +86,7 @@ def check_device_nodes(accelerators: Accelerators) -> Iterator[Finding]:
         fix = "join the group that owns them (docker run --group-add)"
         yield failure("devices", f"this user may not open {', '.join(closed)}", fix)
     if listing is None:
-        tool = "ixsmi" if vendor == "Iluvatar" else "nvidia-smi"
+        tool = TOOLS[vendor]
         text = f"{len(nodes)} nodes; {tool} is missing, fails or prints something unknown: the driver is not checked"
         yield warning("devices", text, f"{tool} must work by hand; it needs the vendor's libraries on LD_LIBRARY_PATH")
         return
@@ -106,39 +96,40 @@ def check_device_nodes(accelerators: Accelerators) -> Iterator[Finding]:
     if busy:
         fix = "end the other job there, or exclude the device by CUDA_VISIBLE_DEVICES"
         yield warning("devices", f"memory is in use: {', '.join(busy)}", fix)
-    yield _assess_listing(listing, len(nodes))
+    yield assess_listing(listing, len(nodes))
 
 
 def _busy_devices(listing: Listing, mask: str) -> List[str]:
     """Returns the devices with memory in use, among those that `mask` (CUDA_VISIBLE_DEVICES) lets this job use."""
-    allowed = {int(each) for each in mask.split(",")} if re.fullmatch(r"\d+(,\d+)*", mask) else None
+    allowed = mask.split(",") if re.fullmatch(r"\d+(,\d+)*", mask) else None
     return [
         f"device {number}: {used} of {total} MiB"
         for number, (used, total) in enumerate(listing.mebibytes)
-        if used > _IN_USE * total and (allowed is None or number in allowed)
+        if used > _IN_USE * total and (allowed is None or str(number) in allowed)
     ]
 
 
-def _assess_listing(listing: Listing, nodes: int) -> Finding:
+def assess_listing(listing: Listing, nodes: int) -> Finding:
     """Returns what the vendor's tool lists, compared with the number of device nodes."""
     devices = len(listing.names)
     text = ", ".join(f"{count} {name}" for name, count in Counter(listing.names).items()) or "no device"
     sizes = sorted({total for _, total in listing.mebibytes})
     text += f" with {' and '.join(map(str, sizes))} MiB" if sizes else ""
-    cards = count_cards(listing.names)
-    if cards != devices:
+    halves = len(re.findall(r"BI-?V?150(?!S)", " ".join(listing.names)))  # a BI-V150 is two devices, a BI-V150S is one
+    if halves > 1:
+        cards = devices - halves // 2
         text += f": {cards} cards, if each shows up as two devices; one rank per device, {devices} in all"
     fix = "expected if a scheduler assigned these; otherwise "
     if devices != nodes:
         fix += "start the container with all devices, or reset the missing ones"
         return warning("devices", f"{text}; but {nodes} nodes in /dev", fix)
-    if _half_cards(listing.names) % 2:
+    if halves % 2:
         fix += "see dmesg and ixsmi on the host, and reset the card"
         return warning("devices", f"{text}; an odd number: one device of a card is missing", fix)
     return ok("devices", text)
 
 
-def check_driver(accelerators: Accelerators, cuda: str, computed: bool) -> Iterator[Finding]:
+def check_driver(accelerators: Accelerators, cuda: str = "", computed: bool = False) -> Iterator[Finding]:
     """Checks that driver and software fit.
 
     cuda: the CUDA version that TensorFlow was built with; "" if none, or if TensorFlow cannot be asked.
@@ -163,12 +154,12 @@ def _assess_nvidia(listing: Listing, cuda: str) -> Tuple[str, str, str]:
 
     A driver runs what was built with any CUDA of its own major version or an older one (NVIDIA, CUDA Compatibility).
     """
-    text = f"NVIDIA {listing.driver}, supports CUDA up to {listing.cuda or 'unknown'}"
+    text = f"NVIDIA {listing.driver}, supports CUDA up to {listing.cuda}"
     text += f"; TensorFlow was built with {cuda}" if cuda else ""
-    if not cuda or not listing.cuda or parse_version(listing.cuda)[:1] >= parse_version(cuda)[:1]:
+    built, supported = parse_version(cuda)[:1], parse_version(listing.cuda)[:1]
+    if not (built and supported) or supported >= built:
         return text, "", ""
-    major, supported = parse_version(cuda)[0], parse_version(listing.cuda)[0]
-    fix = f"a driver for CUDA {major} on the host, or a TensorFlow built with CUDA {supported}"
+    fix = f"a driver for CUDA {built[0]} on the host, or a TensorFlow built with CUDA {supported[0]}"
     return text, "the driver is too old", fix
 
 
@@ -190,18 +181,13 @@ def _assess_iluvatar(listing: Listing, sdk: str) -> Tuple[str, str, str]:
     return text + needed, "", ""
 
 
-def _half_cards(names: Sequence[str]) -> int:
-    """Returns how many of the devices are half of a card."""
-    return sum(bool(re.search(r"BI-?V?150(?!S)", name)) for name in names)
-
-
 def _count_on_bus(host: HostView, vendor: str) -> int:
     """Returns the number of the vendor's displays and accelerators on the PCI bus, without its audio devices and bridges."""
     count = 0
-    for folder in (host.root / "sys/bus/pci/devices").glob("*"):
+    for path in (host.root / "sys/bus/pci/devices").glob("*/vendor"):
         with contextlib.suppress(OSError):
-            maker, kind = ((folder / name).read_text().strip() for name in ("vendor", "class"))
-            count += _PCI_VENDORS.get(maker) == vendor and kind[:4] in ("0x03", "0x12")
+            displays = path.with_name("class").read_text().startswith(("0x03", "0x12"))
+            count += displays and path.read_text().strip() == _PCI_VENDORS[vendor]
     return count
 
 

@@ -37,6 +37,8 @@ _FIXES = {
     "cv2": 'pip install --no-deps "opencv-python-headless<4.12"',
     "mpi4py": "without it mpirun may exit with another rank's code; build it with this MPI's mpicc",
 }
+# What each vendor's tool is called.
+TOOLS = {"Iluvatar": "ixsmi", "NVIDIA": "nvidia-smi"}
 _COREX = re.compile(r"\+corex\.(\d+(?:\.\d+)*)")
 
 
@@ -77,7 +79,7 @@ def find_vendor(host: HostView) -> Tuple[str, List[str]]:
     tensorflow, prefix = installed_version(host, "tensorflow"), host.root / "usr/local/corex"
     evidence = [f"TensorFlow {tensorflow}"] if _COREX.search(tensorflow) else []
     evidence += ["/usr/local/corex"] if prefix.exists() or prefix.is_symlink() else []
-    for vendor, tool in (("Iluvatar", "ixsmi"), ("NVIDIA", "nvidia-smi")):
+    for vendor, tool in TOOLS.items():
         nodes = device_nodes(host, vendor)
         evidence += [f"{len(nodes)} /dev/{vendor.lower()}*"] if nodes else []
         evidence += [tool] if find_tool(host, tool) else []
@@ -181,11 +183,7 @@ def _distribution(host: HostView, module: str) -> Optional[importlib.metadata.Di
 
 
 def _prefix_version(host: HostView) -> str:
-    try:
-        link = os.readlink(host.root / "usr/local/corex")
-    except OSError:
-        link = ""
-    found = re.search(r"corex-(\d[\d.]*)", link)
+    found = re.search(r"corex-(\d[\d.]*)", os.path.realpath(host.root / "usr/local/corex"))
     return found[1] if found else host.environ.get("COREX_VERSION", "")
 
 

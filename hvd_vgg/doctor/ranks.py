@@ -10,25 +10,22 @@ import time
 from pathlib import Path
 from typing import List, Mapping
 
-import numpy as np
-
 from hvd_vgg.config import DoctorConfig
 from hvd_vgg.data.transforms import IMAGE_LIBRARY
 from hvd_vgg.doctor.mpi import check_mpi, query_mpi4py
 from hvd_vgg.doctor.packages import HostView, is_installed
 from hvd_vgg.doctor.report import Report
-from hvd_vgg.doctor.settings import link_variables
+from hvd_vgg.doctor.settings import LINKS, link_variables
 from hvd_vgg.doctor.system import nearest_existing, probe_file
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.init import compared_environment, describe_software
 from hvd_vgg.parallel.mpi import loaded_mpi_libraries
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
 from hvd_vgg.text import plural
+from hvd_vgg.training.startup import OWN_FLAGS
 
 # Largest clock difference between hosts: beyond it, times in logs and checkpoints are misleading.
 _MAX_CLOCK_SKEW_SECONDS = 1.0
-# Flags that may differ: a host may keep its files elsewhere.
-_PER_HOST_FLAGS = ("data_dir", "run_dir", "console", "out")
 
 
 def check_ranks(report: Report, config: DoctorConfig, host: HostView) -> List[str]:
@@ -39,28 +36,30 @@ def check_ranks(report: Report, config: DoctorConfig, host: HostView) -> List[st
     per_host = ", ".join(f"{name} ({hosts.count(name)})" for name in dict.fromkeys(hosts))
     software = describe_software(IMAGE_LIBRARY)
     mpi4py = query_mpi4py(host.environ) if is_installed(host, "mpi4py") else {}
-    report.findings.append(ok("ranks", f"{plural(len(hosts), 'rank')} on {per_host}"))
-    report.findings.append(check_mpi(loaded_mpi_libraries(), mpi4py, software))
     with report.time_limit("ranks", "the ranks did not compare settings and clocks"):
-        report.findings += compare_with_root(config, software)
-        report.findings += check_shared_run_dir(Path(config.run_dir))
-        report.findings += check_clocks()
+        report.findings += [
+            ok("ranks", f"{plural(len(hosts), 'rank')} on {per_host}"),
+            check_mpi(loaded_mpi_libraries(), mpi4py, software),
+            *compare_with_root(config, software),
+            *check_shared_run_dir(Path(config.run_dir)),
+            *check_clocks(),
+        ]
     return hosts
 
 
 def compare_with_root(config: DoctorConfig, software: Mapping[str, str]) -> List[Finding]:
     """Compares flags, software and variables with rank 0's: what training requires to be equal, and some more."""
-    flags = {f"--{name}": str(value) for name, value in dataclasses.asdict(config).items() if name not in _PER_HOST_FLAGS}
-    mine = [{**flags, **software, **compared_environment()}, link_variables(os.environ)]
-    fixes = (
-        "use the same flags, software and variables on all hosts",
-        "fine if it names what is called differently on each host; otherwise use the same on all hosts",
-    )
+    flags = {f"--{name}": str(value) for name, value in dataclasses.asdict(config).items() if name not in OWN_FLAGS}
+    mine = {**flags, **software, **compared_environment(), **link_variables(os.environ)}
+    root = comm.broadcast_json(mine)
     found = []
-    for severity, fix, here, root in zip((failure, warning), fixes, mine, comm.broadcast_json(mine)):
-        for name in sorted(name for name in {*here, *root} if here.get(name) != root.get(name)):
-            text = f"{name} is {here.get(name, 'not set')}; on rank 0 it is {root.get(name, 'not set')}"
-            found.append(severity("software", text, fix))
+    for name in sorted({name for name, _ in mine.items() ^ root.items()}):
+        text = f"{name} is {mine.get(name, 'not set')}; on rank 0 it is {root.get(name, 'not set')}"
+        if name.startswith(LINKS):
+            fix = "fine if it names what is called differently on each host; otherwise use the same on all hosts"
+            found.append(warning("software", text, fix))
+        else:
+            found.append(failure("software", text, "use the same flags, software and variables on all hosts"))
     return found
 
 
@@ -68,17 +67,12 @@ def check_clocks() -> List[Finding]:
     """Compares this rank's clock with rank 0's, as exactly as the time of a gather allows; nothing on a single rank."""
     if comm.size() == 1:
         return []
-    differences = []
-    for _ in range(5):
-        comm.barrier()  # all ranks leave it at nearly the same time
-        clocks = comm.gather_numbers([time.time()])[:, 0]
-        differences.append(clocks[comm.rank()] - clocks[0])
-    least = float(min(differences, key=np.abs))
-    if abs(least) > _MAX_CLOCK_SKEW_SECONDS:
-        return [
-            warning("clocks", f"the clock is {least:+.0f} s from rank 0's", "set the clocks of all hosts by NTP or chrony")
-        ]
-    return [ok("clocks", "equal to within a second")]
+    comm.barrier()  # all ranks leave it at nearly the same time
+    clocks = comm.gather_numbers([time.time()])[:, 0]
+    skew = clocks[comm.rank()] - clocks[0]
+    if abs(skew) <= _MAX_CLOCK_SKEW_SECONDS:
+        return [ok("clocks", "equal to within a second")]
+    return [warning("clocks", f"the clock is {skew:+.0f} s from rank 0's", "set the clocks of all hosts by NTP or chrony")]
 
 
 def check_shared_run_dir(run_dir: Path) -> List[Finding]:

@@ -9,14 +9,13 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Iterator, List, Sequence
+from typing import Dict, Iterator, List, Sequence
 
 from hvd_vgg.config import DoctorConfig
-from hvd_vgg.doctor.system import probe_file
 from hvd_vgg.environment import launched_local_rank, launched_rank
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
 from hvd_vgg.parallel import network
-from hvd_vgg.reporting.findings import FAILURE, Finding, MergedFinding, as_json, counts, failure, format_findings, merge
+from hvd_vgg.reporting.findings import FAILURE, Finding, as_json, counts, failure, format_findings, merge
 from hvd_vgg.streams import write_line
 from hvd_vgg.text import plural
 
@@ -24,10 +23,11 @@ from hvd_vgg.text import plural
 PHASE_SECONDS = 120.0
 # How long the other ranks have to report what they know, before the end of the first one ends them.
 _GRACE_SECONDS = 2.0
+EXCLUDE_DEVICE = "driver and SDK must fit (see driver); until then exclude this device by CUDA_VISIBLE_DEVICES"
 # What to do when a time limit is over, by what it is about.
 _FIXES = {
     "software": "a file system hangs, or the machine is very slow",
-    "devices": "driver and SDK must fit (see driver); until then exclude this device by CUDA_VISIBLE_DEVICES",
+    "devices": EXCLUDE_DEVICE,
     "data": "a file system or a rank hangs: find out whether `ls` of the data directory answers on each host",
 }
 _NETWORK_FIX = (
@@ -44,9 +44,7 @@ class Report:
         self.rank, self.host = launched_rank() or 0, socket.gethostname()  # Horovod is not there yet
         self._out = config.out if self.rank == 0 else ""
         self._started = time.monotonic()
-        if self._out:
-            with self._writing():  # now, not after minutes
-                probe_file(Path(self._out).absolute().parent).close()
+        self._write("")  # fails now, not after minutes, and leaves no older report
 
     def failures(self) -> List[Finding]:
         """Returns the findings that are failures."""
@@ -62,16 +60,17 @@ class Report:
 
         merged = merge([[Finding(*row) for row in rows] for rows in comm.gather_json(self.findings)])
         run_on_root(lambda: self._print(merged, hosts))
-        failures = counts([each.finding for each in merged])[FAILURE]
+        failures = counts(merged)[FAILURE]
         if failures:
             raise Failure(CONFIGURATION, f"doctor: {plural(failures, 'failure')}, see above", collective=True)
         comm.shutdown()
 
-    def finish_alone(self) -> Failure:
-        """Reports what this rank found without the other ranks; returns the failure to end with.
+    def finish_alone(self, *findings: Finding) -> Failure:
+        """Reports what this rank found, `findings` too, without the other ranks; returns the failure to end with.
 
         Rank 0 prints its whole report; other ranks, if they live that long, only their failures.
         """
+        self.findings += findings
         failures = self.failures()
         if self.rank == 0:
             self._print(merge([self.findings]), [self.host])
@@ -88,7 +87,6 @@ class Report:
         """
         seconds = seconds or PHASE_SECONDS
         timer = threading.Timer(seconds, self._end_at_limit, [about, f"{text} within {seconds:g} s"])
-        timer.daemon = True
         timer.start()
         # Ends with 1 even if the block never releases the GIL.
         faulthandler.dump_traceback_later(seconds + 3 * _GRACE_SECONDS, exit=True)
@@ -101,35 +99,34 @@ class Report:
     def _end_at_limit(self, about: str, text: str) -> None:
         """Reports what took too long, and what is known of the network to the other ranks. Does not return."""
         interfaces = network.interfaces()
-        text += f"; interfaces: {network.format_interfaces(interfaces)}"
-        toward = network.toward_launcher(os.environ, interfaces)
-        text += f"; mpirun's host is reached by {toward}" if toward else ""
-        configured = [f"{name}={os.environ[name]}" for name in network.INCLUDE if os.environ.get(name)]
-        text += f"; configured: {', '.join(configured)}" if configured else ""
-        self.findings.append(failure(about, text, _FIXES.get(about, _NETWORK_FIX)))
+        known = {
+            "interfaces": network.format_interfaces(interfaces),
+            "toward mpirun's host": network.interface_toward_launcher(os.environ, interfaces),
+            "configured": ", ".join(f"{name}={os.environ[name]}" for name in network.INCLUDE if os.environ.get(name)),
+        }
+        text += "".join(f"; {name}: {value}" for name, value in known.items() if value)
         try:
+            ended = self.finish_alone(failure(about, text, _FIXES.get(about, _NETWORK_FIX)))
             # All ranks of a host wait for the same, so one reports it; a device is each rank's own.
             if about == "devices" or self.rank == 0 or launched_local_rank() == 0:
-                write_line(f"hvd-vgg: rank {self.rank}: {self.finish_alone().message}", sys.stderr)
+                write_line(f"hvd-vgg: rank {self.rank}: {ended.message}", sys.stderr)
         finally:
             time.sleep(_GRACE_SECONDS)
             os._exit(CONFIGURATION)
 
-    def _print(self, merged: Sequence[MergedFinding], hosts: Sequence[str]) -> None:
+    def _print(self, merged: Dict[Finding, List[int]], hosts: Sequence[str]) -> None:
         """Prints the merged findings and writes --out."""
-        seconds = time.monotonic() - self._started
-        number = counts([each.finding for each in merged])
+        seconds = round(time.monotonic() - self._started, 1)
+        number = counts(merged)
         summary = f"{plural(len(hosts), 'rank')}, {plural(len(set(hosts)), 'host')}: {number['ok']} ok, "
-        summary += f"{plural(number['warning'], 'warning')}, {plural(number['failure'], 'failure')}, {seconds:.1f} s"
+        summary += f"{plural(number['warning'], 'warning')}, {plural(number['failure'], 'failure')}, {seconds} s"
         write_line("\n".join([*format_findings(merged, hosts), summary]), sys.stdout)
-        if self._out:
-            data = as_json(merged, hosts, seconds=round(seconds, 1), time=time.time())
-            with self._writing():
-                Path(self._out).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        self._write(json.dumps(as_json(merged, hosts, seconds=seconds, time=time.time()), indent=1) + "\n")
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _write(self, text: str) -> None:
+        """Writes --out, if this is rank 0 and it is given."""
         try:
-            yield
+            if self._out:
+                Path(self._out).write_text(text, encoding="utf-8")
         except OSError as error:
             raise Failure(NOT_WRITTEN, f"--out={self._out} cannot be written: {error.strerror}") from error

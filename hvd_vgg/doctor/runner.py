@@ -41,8 +41,7 @@ def doctor(config: DoctorConfig) -> None:
     if any(finding.about in ("interfaces", "hosts", "environment") for finding in report.failures()):
         raise report.finish_alone()  # the ranks would wait for each other for ever
     _warn_early(report, accelerators)
-    _import_tensorflow(report, accelerators)
-    _join_ranks(report, config.join_seconds)
+    _join_ranks(report, accelerators, config.join_seconds)
 
     from hvd_vgg.doctor import collectives, dataset, device_test, ranks  # here, because they import TensorFlow
 
@@ -67,23 +66,27 @@ def _check_software(accelerators: Accelerators) -> Iterator[Finding]:
 
 def _check_system(config: DoctorConfig, root: Path, is_root: bool) -> Iterator[Finding]:
     """Checks what this host gives its ranks."""
-    ranks = launched_local_size() or launched_size() or 1
+    ranks = _ranks_here()
     parameters = count_parameters(vgg_layers(config.model, config.width, config.image_size, config.num_classes))
     # Weights and momentum in float32; besides those kept there are the best one, and the one that is being written.
     checkpoint_bytes = (config.keep_checkpoints + 2) * 2 * 4 * parameters
-    yield system.check_memory(root, ranks, parameters)
+    yield system.check_memory(*system.memory_within_limits(root), ranks, parameters)
     yield system.check_shared_memory(root, ranks)
     yield from system.check_limits()
     yield from system.check_run_dir(Path(config.run_dir), checkpoint_bytes, is_root)
     yield from system.check_other_jobs()
 
 
+def _ranks_here() -> int:
+    return launched_local_size() or launched_size() or 1
+
+
 def _check_network(config: DoctorConfig, accelerators: Accelerators, hosts: Sequence[Host]) -> Iterator[Finding]:
     """Checks the interfaces, and with --hostfile that `hosts` answer and can connect back."""
     environ, interfaces = accelerators.host.environ, network.interfaces()
-    several = (launched_size() or 1) > (launched_local_size() or launched_size() or 1)
-    yield from check_interfaces(environ, interfaces, len(hosts) or 1 + several, accelerators.vendor != "CPU")
-    error = network.network_flag_error(config.network, interfaces) if hosts else ""
+    several = len(hosts) > 1 or (launched_size() or 1) > _ranks_here()
+    yield from check_interfaces(environ, interfaces, several, accelerators.vendor != "CPU")
+    error = network.network_flag_error(config.network, interfaces)
     others = [host for host in hosts if not network.is_this_host(host.name)]
     if error:
         yield failure("interfaces", error, "name one that leads to the other hosts")
@@ -96,34 +99,28 @@ def _check_network(config: DoctorConfig, accelerators: Accelerators, hosts: Sequ
 
 def _warn_early(report: Report, accelerators: Accelerators) -> None:
     """Prints failures to stderr: with a driver that does not fit, importing TensorFlow may end the process."""
-    drivers = [finding for finding in driver.check_driver(accelerators, "", False) if finding.verdict == FAILURE]
-    failures = "; ".join(f"{finding.about}: {finding.text}" for finding in [*report.failures(), *drivers])
+    found = [*report.findings, *driver.check_driver(accelerators)]
+    failures = "; ".join(f"{finding.about}: {finding.text}" for finding in found if finding.verdict == FAILURE)
     if failures and launched_local_rank() == 0:
         write_line(f"hvd-vgg: doctor on {report.host}, before importing TensorFlow: {failures}", sys.stderr)
 
 
-def _import_tensorflow(report: Report, accelerators: Accelerators) -> None:
-    """Imports TensorFlow, Horovod and what else training imports; raises Failure if any is missing or broken."""
+def _join_ranks(report: Report, accelerators: Accelerators, seconds: float) -> None:
+    """Imports what training imports and joins the other ranks; raises Failure if anything is missing or broken.
+
+    They join before TensorFlow touches a device that this could then be waiting for. Joining uses the interfaces: Horovod
+    splits MPI's communicator by hosts.
+    """
     with report.time_limit("software", "TensorFlow and Horovod were not imported"):
         try:
             from hvd_vgg.doctor import collectives, dataset, device_test, ranks  # noqa: F401
+            from hvd_vgg.parallel.init import join
         except Exception as error:  # a broken installation may raise anything
             text = error.message if isinstance(error, Failure) else f"{type(error).__name__}: {error}"
             fix = "install what is missing (`pip check` lists it); a driver that does not fit may also cause this"
-            report.findings += [failure("software", text, fix), *driver.check_driver(accelerators, "", False)]
-            raise report.finish_alone() from error
-
-
-def _join_ranks(report: Report, seconds: float) -> None:
-    """Joins the other ranks, before TensorFlow touches a device that this could then be waiting for.
-
-    Joining uses the interfaces: Horovod splits MPI's communicator by hosts.
-    """
-    from hvd_vgg.parallel.init import join
-
+            raise report.finish_alone(failure("software", text, fix), *driver.check_driver(accelerators)) from error
     with report.time_limit("ranks", "the ranks have not met", seconds):
         try:
             join()
         except Failure as error:
-            report.findings.append(failure("ranks", error.message, "follow the message"))
-            raise report.finish_alone() from error
+            raise report.finish_alone(failure("ranks", error.message, "follow the message")) from error

@@ -4,7 +4,6 @@ Among them what the vendor's own script for VGG16 gets wrong: 2 of 8 devices in 
 effect.
 """
 
-import re
 from typing import Dict, Iterator, List, Mapping, Optional, Tuple
 
 from hvd_vgg.config import TrainConfig
@@ -33,10 +32,8 @@ _VARIABLES = {
     "UMD_ENABLEPROFILE": "profiles, which takes time",
     "TF_CUDNN_DETERMINISTIC": "selects slower convolutions",
 }
-# Variables in the vendor's scripts whose effect is not documented publicly.
-_UNDOCUMENTED = re.compile(r"(UMD|CRT|DRT)_|NCCL_(FORCESYNC_DISABLE|USE_DIRECT|USE_HIGHPRIORITYWARP)$")
 # Variables that control devices and links: they may differ between hosts, and rarely should.
-_LINKS = ("NCCL_", "UMD_", "CRT_", "DRT_", "UCX_")
+LINKS = ("NCCL_", "UMD_", "CRT_", "DRT_", "UCX_")
 
 
 def check_environment(environ: Mapping[str, str]) -> Iterator[Finding]:
@@ -49,15 +46,11 @@ def check_environment(environ: Mapping[str, str]) -> Iterator[Finding]:
     error = gloo_under_mpi_error(environ)
     if error:
         yield (warning if launched_rank() is None else failure)("environment", error, UNSET_GLOO)
-    links = sorted(link_variables(environ).items())
-    unknown = [f"{name}={value}" for name, value in links if _UNDOCUMENTED.match(name) and name not in _VARIABLES]
-    if unknown:
-        yield ok("environment", f"{', '.join(unknown)}: from the vendor's scripts; their effect is not documented publicly")
 
 
 def link_variables(environ: Mapping[str, str]) -> Dict[str, str]:
     """Returns the variables that control devices and links, which training does not compare between ranks."""
-    return {name: value for name, value in environ.items() if name.startswith(_LINKS) and not SECRET_NAME.search(name)}
+    return {name: value for name, value in environ.items() if name.startswith(LINKS) and not SECRET_NAME.search(name)}
 
 
 def check_rank_count(devices: int, ranks: int, alone: bool, mask: Optional[str]) -> List[Finding]:
@@ -71,12 +64,13 @@ def check_rank_count(devices: int, ranks: int, alone: bool, mask: Optional[str])
     if alone:
         start = f"mpirun -np {devices} hvd-vgg doctor"
         return [ok("ranks", f"{text}: to use all, start {plural(devices, 'rank')}; try first: {start}")]
+    if ranks == devices:
+        return [ok("ranks", f"{text}, one per rank")]
+    text += f", but this host runs {plural(ranks, 'rank')}"
     if ranks > devices:
-        return [failure("ranks", f"{text}, but this host runs {ranks} ranks", f"start {devices}, one per device")]
-    if ranks < devices:
-        text += f", but this host runs {plural(ranks, 'rank')}: {plural(devices - ranks, 'device')} would idle"
-        return [warning("ranks", text, f"start {devices} ranks on this host (-np, slots=)")]
-    return [ok("ranks", f"{text}, one per rank")]
+        return [failure("ranks", text, f"start {devices}, one per device")]
+    text += f": {plural(devices - ranks, 'device')} would idle"
+    return [warning("ranks", text, f"start {devices} ranks on this host (-np, slots=)")]
 
 
 def check_visible_devices(nodes: int, visible: int, mask: Optional[str]) -> List[Finding]:

@@ -25,14 +25,8 @@ _SHM_BYTES_PER_RANK = 64e6
 _PROCESS_BYTES = 1e9
 
 
-def check_memory(root: Path, ranks: int, parameters: int) -> Finding:
-    """Checks the memory that `ranks` on this host share, for a network of `parameters` weights."""
-    host = psutil.virtual_memory()
-    return assess_memory(*memory_within_limits(root, host.total, host.available), ranks, parameters)
-
-
-def assess_memory(total: float, available: float, ranks: int, parameters: int) -> Finding:
-    """Returns whether `available` bytes of memory suffice.
+def check_memory(total: float, available: float, ranks: int, parameters: int) -> Finding:
+    """Checks that `available` bytes of memory suffice for `ranks` on this host and a network of `parameters` weights.
 
     On CPUs a rank holds the parameters four times in float32 (weights, momentum, gradients, what the exchange packs);
     activations come on top.
@@ -45,12 +39,13 @@ def assess_memory(total: float, available: float, ranks: int, parameters: int) -
     return warning("memory", text, "start fewer ranks on this host, end other jobs, or raise the container's --memory")
 
 
-def memory_within_limits(root: Path, total: float, available: float) -> Tuple[float, float]:
+def memory_within_limits(root: Path) -> Tuple[float, float]:
     """Returns bytes in all and available: the host's, or what this process's control groups allow if that is less."""
-    host_total = total
+    host = psutil.virtual_memory()
+    total, available = host.total, host.available
     for group in control_groups(root, "memory"):
         limit = read_int(group / "memory.max") or read_int(group / "memory.limit_in_bytes")
-        if limit and limit < host_total:
+        if limit and limit < host.total:
             used = read_int(group / "memory.current") or read_int(group / "memory.usage_in_bytes") or 0
             with contextlib.suppress(OSError, IndexError):  # it counts cached pages of files, which the kernel reclaims
                 cached = re.findall(r"^(?:total_)?inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
@@ -73,12 +68,12 @@ def check_shared_memory(root: Path, ranks: int) -> Finding:
 
 def check_limits() -> Iterator[Finding]:
     """Checks the resource limits of this process: open files, and locked memory where there is InfiniBand."""
-    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if files != resource.RLIM_INFINITY and files < _OPEN_FILES:
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # -1: unlimited
+    if 0 <= files < _OPEN_FILES:
         fix = f"ulimit -n {min(most, 65536) if most > 0 else 65536} before mpirun; docker run --ulimit nofile=65536"
         yield warning("limits", f"{files} open files", fix)
     else:
-        yield ok("limits", f"{'unlimited' if files == resource.RLIM_INFINITY else files} open files")
+        yield ok("limits", f"{'unlimited' if files < 0 else files} open files")
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if locked != resource.RLIM_INFINITY and sorted(Path("/sys/class/infiniband").glob("*")):
         text = f"{locked // 1024} KiB of locked memory; InfiniBand registers its buffers"
@@ -110,9 +105,7 @@ def check_run_dir(run_dir: Path, checkpoint_bytes: float, is_root: bool) -> List
 def nearest_existing(path: Path) -> Path:
     """Returns the absolute path, or the nearest directory above it that exists."""
     place = path.absolute()
-    while not os.path.exists(place) and place != place.parent:  # noqa: PTH110 (Path.exists raises without permission)
-        place = place.parent
-    return place
+    return next(each for each in (place, *place.parents) if os.path.exists(each))  # noqa: PTH110 (Path.exists raises)
 
 
 def probe_file(directory: Path) -> IO[bytes]:
@@ -129,19 +122,10 @@ def processor_name(root: Path) -> str:
 
 
 def check_other_jobs() -> List[Finding]:
-    """Checks for processes of other jobs.
+    """Checks for Open MPI's daemons and training ranks of this package that this process does not descend from.
 
     After a link broke, the daemon on the far host was seen alive and ignoring SIGTERM 10 minutes later.
     """
-    jobs = find_other_jobs()
-    if not jobs:
-        return []
-    text = f"other jobs run on {socket.gethostname()}, or were left: {', '.join(jobs[:6])}{', ...' if len(jobs) > 6 else ''}"
-    return [warning("other jobs", text, "wait for them; end those whose job is over by `kill -9`")]
-
-
-def find_other_jobs() -> List[str]:
-    """Returns Open MPI's daemons and training ranks of this package that this process does not descend from."""
     own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     jobs = []
     for process in psutil.process_iter(["name", "cmdline", "status"]):
@@ -150,7 +134,8 @@ def find_other_jobs() -> List[str]:
         other = process.pid not in own and process.info["status"] != psutil.STATUS_ZOMBIE
         if other and (training or name in ("orted", "prted")):
             jobs.append(f"{'hvd-vgg train' if training else name} (process {process.pid})")
-    return jobs
+    text = f"other jobs run on {socket.gethostname()}, or were left: {', '.join(jobs)}"
+    return [warning("other jobs", text, "wait for them; end those whose job is over by `kill -9`")] if jobs else []
 
 
 def run_tool(

@@ -78,15 +78,16 @@ def mpi_parameter_files(environ: Mapping[str, str]) -> List[str]:
     prefixes = {Path(environ.get("OPAL_PREFIX", "/")), *(Path(binary).parent.parent for binary in binaries if binary)}
     folders = [*(prefix / "etc" for prefix in prefixes), *Path("/etc").glob("openmpi*")]  # Debian's, Red Hat's
 
-    def listed(separator: str, *names: str) -> List[Path]:
-        values = (environ.get(f"OMPI_MCA_{name}", "") for name in names)
-        return [Path(path) for value in values for path in re.split(separator, value) if path]
+    def listed(*names: str) -> List[Path]:
+        values = ",".join(environ.get(f"OMPI_MCA_{name}", "") for name in names)
+        return [Path(path) for path in re.split("[:,]", values) if path]
 
-    defaults = [Path(environ.get("HOME", "/"), ".openmpi/mca-params.conf")]
-    defaults += [folder / "openmpi-mca-params.conf" for folder in folders]
-    files = listed(",", "mca_base_param_files", "mca_param_files") or defaults
+    files = listed("mca_base_param_files", "mca_param_files")
+    if not files:
+        files = [folder / "openmpi-mca-params.conf" for folder in folders]
+        files.append(Path(environ.get("HOME", "/"), ".openmpi/mca-params.conf"))
     files += [folder / "openmpi-mca-params-override.conf" for folder in folders]
-    files += listed("[:,]", "mca_base_param_file_prefix", "mca_base_envar_file_prefix")  # mpirun --am FILE and --tune FILE
+    files += listed("mca_base_param_file_prefix", "mca_base_envar_file_prefix")  # mpirun --am FILE and --tune FILE
     return [file.read_text(errors="replace") for file in files if os.access(file, os.R_OK) and file.is_file()]
 
 
@@ -105,19 +106,10 @@ def idle_bridges(environ: Mapping[str, str], interfaces: Mapping[str, str], rout
     is if nothing but lo would remain.
     """
     default = {line.split()[0] for line in routes.splitlines() if re.match(r"\S+\s+0{8}\s", line)}
-    used = {*default, _interface_toward_launcher(environ, interfaces)}
+    used = {*default, interface_toward_launcher(environ, interfaces)}
     idle = [name for name in interfaces if _BRIDGE.match(name) and name not in used]
     remaining = [name for name, address in interfaces.items() if name not in idle and not is_loopback(address)]
     return idle if remaining else []
-
-
-def told_interfaces(environ: Mapping[str, str], interfaces: Mapping[str, str]) -> List[str]:
-    """Returns the interfaces that variables make Open MPI use; none if no variable is set."""
-    if environ.get(INCLUDE[0]):
-        return matching_interfaces(environ[INCLUDE[0]], interfaces)
-    if environ.get(EXCLUDE[0]):
-        return matching_interfaces(f"^{environ[EXCLUDE[0]]}", interfaces)
-    return []
 
 
 def chosen_addresses(environ: Mapping[str, str], interfaces: Mapping[str, str]) -> List[str]:
@@ -130,19 +122,13 @@ def chosen_addresses(environ: Mapping[str, str], interfaces: Mapping[str, str]) 
 
 def network_flag_error(network: str, interfaces: Mapping[str, str]) -> str:
     """Returns why no job can use --network=`network` on this host; "" if it names an interface that exists."""
-    if not network or chosen_addresses({INCLUDE[0]: network}, interfaces):
+    if not network or matching_interfaces(network, interfaces):
         return ""
     here = format_interfaces(interfaces)
     return f"--network={network}: no interface has this name or an address in this network; here are: {here}"
 
 
-def toward_launcher(environ: Mapping[str, str], interfaces: Mapping[str, str]) -> str:
-    """Returns the interface through which this host reaches mpirun's, as `eth0 (10.0.0.2)`; "" if unknown."""
-    name = _interface_toward_launcher(environ, interfaces)
-    return f"{name} ({interfaces[name]})" if name else ""
-
-
-def _interface_toward_launcher(environ: Mapping[str, str], interfaces: Mapping[str, str]) -> str:
+def interface_toward_launcher(environ: Mapping[str, str], interfaces: Mapping[str, str]) -> str:
     """Returns the interface through which this host reaches mpirun's; "" if unknown, or if this is mpirun's host.
 
     mpirun passes the addresses it listens at to its ranks; connecting a UDP socket sends nothing but shows which of this

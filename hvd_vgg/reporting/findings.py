@@ -1,6 +1,6 @@
 """Findings of checks: a verdict, what was found and how to fix it; those of all ranks are merged into one report."""
 
-from typing import Any, Dict, List, NamedTuple, Sequence
+from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Sequence
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 _SEVERITY = (OK, WARNING, FAILURE)
@@ -13,13 +13,6 @@ class Finding(NamedTuple):
     verdict: str
     text: str
     fix: str = ""
-
-
-class MergedFinding(NamedTuple):
-    """A finding and the ranks that share it."""
-
-    finding: Finding
-    ranks: List[int]
 
 
 def ok(about: str, text: str) -> Finding:
@@ -37,24 +30,25 @@ def failure(about: str, text: str, fix: str) -> Finding:
     return Finding(about, FAILURE, text, fix)
 
 
-def merge(per_rank: Sequence[Sequence[Finding]]) -> List[MergedFinding]:
-    """Returns each distinct finding once, grouped by what it is about; groups are in rank 0's order."""
+def merge(per_rank: Sequence[Sequence[Finding]]) -> Dict[Finding, List[int]]:
+    """Returns the ranks that share each distinct finding, grouped by what it is about; groups are in rank 0's order."""
     ranks: Dict[Finding, List[int]] = {}
     for rank, findings in enumerate(per_rank):
         for finding in dict.fromkeys(findings):
             ranks.setdefault(finding, []).append(rank)
     order = list(dict.fromkeys(finding.about for finding in ranks))
-    return sorted((MergedFinding(*item) for item in ranks.items()), key=lambda merged: order.index(merged.finding.about))
+    return dict(sorted(ranks.items(), key=lambda item: order.index(item[0].about)))
 
 
-def worst(findings: Sequence[Finding]) -> str:
+def worst(findings: Iterable[Finding]) -> str:
     """Returns the most severe verdict."""
     return max((finding.verdict for finding in findings), key=_SEVERITY.index, default=OK)
 
 
-def counts(findings: Sequence[Finding]) -> Dict[str, int]:
+def counts(findings: Iterable[Finding]) -> Dict[str, int]:
     """Returns the number of findings of each verdict."""
-    return {verdict: sum(finding.verdict == verdict for finding in findings) for verdict in _SEVERITY}
+    verdicts = [finding.verdict for finding in findings]
+    return {verdict: verdicts.count(verdict) for verdict in _SEVERITY}
 
 
 def format_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
@@ -67,18 +61,17 @@ def format_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(groups)}"
 
 
-def format_findings(merged: Sequence[MergedFinding], hosts: Sequence[str]) -> List[str]:
-    """Returns the lines of the report for people; hosts: the host name of each rank."""
+def format_findings(merged: Mapping[Finding, Sequence[int]], hosts: Sequence[str]) -> List[str]:
+    """Returns the lines of the report for people; merged: as from `merge`; hosts: the host name of each rank."""
     lines = []
-    for finding, ranks in merged:
+    for finding, ranks in merged.items():
         prefix = format_ranks(ranks, hosts)
         lines.append(f"{finding.verdict:8s} {finding.about:12s} {prefix}{': ' if prefix else ''}{finding.text}")
         lines += [f"{'':21s} fix: {finding.fix}"] if finding.fix else []
     return lines
 
 
-def as_json(merged: Sequence[MergedFinding], hosts: Sequence[str], **more: Any) -> Dict[str, Any]:
-    """Returns the report for programs."""
-    findings = [each.finding for each in merged]
-    rows = [{**each.finding._asdict(), "ranks": each.ranks} for each in merged]
-    return {"verdict": worst(findings), "counts": counts(findings), "hosts": list(hosts), **more, "findings": rows}
+def as_json(merged: Mapping[Finding, Sequence[int]], hosts: Sequence[str], **more: Any) -> Dict[str, Any]:
+    """Returns the report for programs; merged: as from `merge`; hosts: the host name of each rank."""
+    rows = [{**finding._asdict(), "ranks": ranks} for finding, ranks in merged.items()]
+    return {"verdict": worst(merged), "counts": counts(merged), "hosts": list(hosts), **more, "findings": rows}

@@ -11,7 +11,7 @@ from hvd_vgg.parallel.init import Device, compared_environment, describe_softwar
 from hvd_vgg.reporting.console import Console
 
 # Flags that may differ between ranks: a host may keep its files elsewhere, and rank 0 alone prints.
-_OWN_FLAGS = ("data_dir", "run_dir", "console", "out")
+OWN_FLAGS = ("data_dir", "run_dir", "console", "out")
 
 
 class Session(NamedTuple):
@@ -31,7 +31,7 @@ def join_ranks(config: ComputeConfig, timeline: bool = False, group_sizes: Seque
     """
     groups = join(timeline, config.hang_seconds, group_sizes)
     device = run_on_all_ranks(lambda: take_device(config.input_threads, config.precision))
-    flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in _OWN_FLAGS}
+    flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in OWN_FLAGS}
     require_equal("the flags", flags)
     require_equal("the software", describe_software(IMAGE_LIBRARY))
     require_equal("the environment", compared_environment())

@@ -1,13 +1,11 @@
 """What doctor concludes from exchanges, correct and wrong; what is wrong here is made so by the test."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
 from hvd_vgg.config import DoctorConfig
 from hvd_vgg.doctor import collectives
-from hvd_vgg.doctor.collectives import assess_link, check_collectives, check_pairs, measure_link, pattern
+from hvd_vgg.doctor.collectives import assess_exchange, check_collectives, check_pairs, measure_link, pattern
 from hvd_vgg.parallel import comm, exchange
 from hvd_vgg.reporting.findings import FAILURE, OK, WARNING
 
@@ -16,8 +14,14 @@ SMALL = DoctorConfig(num_classes=10, model="vgg11", width=0.125, image_size=32, 
 
 @pytest.fixture(scope="module")
 def link():
-    """The link between the ranks, measured once."""
-    return measure_link("/CPU:0")
+    """The link between the ranks, measured once: the seconds of a small sum, and a large one."""
+    return measure_link("/CPU:0", "mpi")
+
+
+@pytest.fixture(scope="module")
+def measured(link):
+    """What --collectives is told of the link."""
+    return "/CPU:0", {"sums": "mpi", "gathers": "mpi"}, link[0]
 
 
 def test_sendrecv_is_between_two_ranks_only():
@@ -42,13 +46,15 @@ def test_link_with_a_wrong_sum(monkeypatch):
     one_off = np.eye(1, large, 5, dtype=np.float32)[0] if comm.rank() == 1 else 0.0
     monkeypatch.setattr(collectives, "pattern", lambda n, rank: pattern(n, rank) + (one_off if n == large else 0.0))
     monkeypatch.setattr(collectives, "_LATENCY_REPEATS", 1)
-    (found,) = assess_link(measure_link("/CPU:0"), "/CPU:0", 0.0)
-    assert (found.verdict, "a sum of 16 MB over all ranks by mpi is wrong" in found.text) == (FAILURE, True)
+    latency, sums = measure_link("/CPU:0", "mpi")
+    found = assess_exchange("link", sums, latency, None, "/CPU:0")
+    assert (found.about, found.verdict) == ("link", FAILURE)
+    assert found.text.endswith(" ms: wrong: doctor_large/numbers")
 
 
-def test_sums_and_gathers_that_are_wrong(monkeypatch, link):
+def test_sums_and_gathers_that_are_wrong(monkeypatch, measured):
     """One number of the last kernel is off by one on rank 1, and all of a gathered factor."""
-    assert [each.verdict for each in check_collectives(SMALL, "/CPU:0", link)] == [OK, OK]
+    assert [each.verdict for each in check_collectives(SMALL, *measured, None)] == [OK, OK]
     gather_factors, kernel = exchange.gather_factors, 512 * 10
 
     def gather_wrong(name, *rest):
@@ -62,18 +68,18 @@ def test_sums_and_gathers_that_are_wrong(monkeypatch, link):
 
     monkeypatch.setattr(collectives, "pattern", pattern_wrong)
     monkeypatch.setattr(exchange, "gather_factors", gather_wrong)
-    sums, gathers = check_collectives(SMALL, "/CPU:0", link)
+    sums, gathers = check_collectives(SMALL, *measured, None)
     assert (sums.verdict, gathers.verdict) == (FAILURE, FAILURE)
     assert sums.text.endswith(": wrong: predictions/kernel")
     assert gathers.text.endswith(": wrong: fc2 outputs")
 
 
 @pytest.mark.parametrize(("gbit", "verdict"), [(1e-6, OK), (1e6, WARNING)])
-def test_rates_are_compared_with_plan(monkeypatch, link, gbit, verdict):
-    """As on several hosts, with one rank each."""
-    monkeypatch.setattr(comm, "local_size", lambda: 1)
-    assert assess_link(link, "/CPU:0", gbit)[0].verdict == verdict
-    found = check_collectives(dataclasses.replace(SMALL, gbit=gbit), "/CPU:0", link)
+def test_rates_are_compared_with_plan(link, measured, gbit, verdict):
+    """As on several hosts."""
+    latency, sums = link
+    assert assess_exchange("link", sums, latency, gbit, "/CPU:0").verdict == verdict
+    found = check_collectives(SMALL, *measured, gbit)
     assert all(f"`plan` with --gbit={gbit:g} assumes" in each.text for each in found)
     # This network sends too little to show a rate: its latencies alone take as long.
     assert [each.verdict for each in found] == [OK, OK] or gbit > 1

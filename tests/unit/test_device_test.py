@@ -9,7 +9,7 @@ from hvd_vgg.doctor.device_test import BOUNDS, assess_errors, check_computation,
 from hvd_vgg.parallel.init import cpu_convolves
 from hvd_vgg.reporting.findings import FAILURE, OK, WARNING
 
-EXACT = {f"{dtype}{layout}": 1e-7 for dtype in BOUNDS for layout in ("", " NHWC", " NCHW")}
+EXACT = {f"{dtype} {name}": 1e-7 for dtype in BOUNDS for name in ("matmul", "conv2d NHWC", "conv2d NCHW")}
 
 
 def test_computation_on_this_cpu_is_correct():
@@ -18,9 +18,11 @@ def test_computation_on_this_cpu_is_correct():
     *others, first, second = sorted(check_computation([cpu, cpu], "float32", 0), key=lambda finding: finding.verdict == OK)
     assert first == second
     assert first.verdict == OK
-    assert first.text.startswith("CPU 0 allocates; correct: matmul in float32, float16, bfloat16; conv2d NHWC in float32")
+    assert first.text.startswith(
+        "CPU 0 allocates; correct: float32 matmul, float32 conv2d NHWC, float32 conv2d NCHW, float16 matmul"
+    )
     # What TensorFlow 2.6 cannot do on a CPU is a warning, as training in float32 does not need it.
-    assert [other.text.split(":")[1] for other in others] == [" bfloat16 NHWC"] * 2 * (not cpu_convolves("bfloat16"))
+    assert [other.text.split(":")[1] for other in others] == [" bfloat16 conv2d NHWC"] * 2 * (not cpu_convolves("bfloat16"))
     assert all(other.verdict == WARNING for other in others)
 
 
@@ -34,14 +36,14 @@ def test_convolve_equals_tensorflow():
     ("kind", "change", "failed", "precision", "expected"),
     [
         ("GPU", {}, {}, "float32", [OK]),
-        ("GPU", {"float32": 1.0}, {}, "float32", [FAILURE, OK]),  # all zeros
-        ("GPU", {"float32 NCHW": float("nan")}, {}, "float32", [FAILURE, OK]),
-        ("GPU", {"float32 NHWC": 0.5}, {}, "float32", [WARNING, OK]),
-        ("GPU", {"float32": 4e-4}, {}, "float32", [WARNING, OK]),  # TF32
-        ("GPU", {}, {"bfloat16": "not implemented"}, "float32", [WARNING, OK]),
-        ("GPU", {}, {"bfloat16": "not implemented"}, "bfloat16", [FAILURE, OK]),
-        ("CPU", {}, {"float32 NCHW": "only NHWC"}, "float32", [OK]),
-        ("CPU", {"float32 NHWC": 1.0}, {}, "float32", [FAILURE, OK]),
+        ("GPU", {"float32 matmul": 1.0}, {}, "float32", [FAILURE, OK]),  # all zeros
+        ("GPU", {"float32 conv2d NCHW": float("nan")}, {}, "float32", [FAILURE, OK]),
+        ("GPU", {"float32 conv2d NHWC": 0.5}, {}, "float32", [WARNING, OK]),
+        ("GPU", {"float32 matmul": 4e-4}, {}, "float32", [WARNING, OK]),  # TF32
+        ("GPU", {}, {"bfloat16 matmul": "not implemented"}, "float32", [WARNING, OK]),
+        ("GPU", {}, {"bfloat16 matmul": "not implemented"}, "bfloat16", [FAILURE, OK]),
+        ("CPU", {}, {"float32 conv2d NCHW": "only NHWC"}, "float32", [OK]),
+        ("CPU", {"float32 conv2d NHWC": 1.0}, {}, "float32", [FAILURE, OK]),
     ],
 )
 def test_errors_matter_where_training_needs_it(kind, change, failed, precision, expected):
@@ -67,23 +69,23 @@ def test_transports_through_the_host_are_a_warning():
 @pytest.mark.parametrize(
     ("sent_mb", "seconds", "gbit", "device", "verdict", "text"),
     [
-        (537.2, 0.7, 0.0, "/device:CPU:0", OK, "`plan` neglects traffic inside a host"),
-        (537.2, 0.7, 0.0, "/device:GPU:0", WARNING, "less than half of what four lanes of PCI Express 3.0 carry"),
-        (968.0, 0.03, 0.0, "/device:GPU:0", OK, "inside a host"),
+        (537.2, 0.7, None, "/device:CPU:0", OK, "`plan` neglects traffic inside a host"),
+        (537.2, 0.7, None, "/device:GPU:0", WARNING, "less than half of what four lanes of PCI Express 3.0 carry"),
+        (968.0, 0.03, None, "/device:GPU:0", OK, "inside a host"),
         (0.1, 0.0017, 10.0, "/device:CPU:0", OK, "assumes 8e-05 s; latencies add up to 0.01 s"),
         (0.1, 0.5, 10.0, "/device:CPU:0", WARNING, "assumes 8e-05 s"),
         (537.2, 0.45, 10.0, "/device:CPU:0", OK, "assumes 0.43 s"),
         (537.2, 2.0, 10.0, "/device:CPU:0", WARNING, "assumes 0.43 s"),
-        (537.2, 2.0, None, "/device:CPU:0", OK, "for `plan`: --gbit=2.15"),
+        (537.2, 2.0, 0.0, "/device:CPU:0", OK, "for `plan`: --gbit=2.15"),
     ],
 )
 def test_exchange_time_is_compared_with_plan(sent_mb, seconds, gbit, device, verdict, text):
     one = Exchange("sums by mpi", sent_mb * 1e6, 10, seconds, [])
-    found = assess_exchange(one, 0.001, gbit, device)
+    found = assess_exchange("link", one, 0.001, gbit, device)
     assert (found.verdict, text in found.text) == (verdict, True), found
     # Messages that are too short show no rate.
-    assert ("--gbit=" in found.fix) == (verdict == WARNING and bool(gbit) and sent_mb > 16)
-    assert "--gbit" not in assess_exchange(one._replace(sent_bytes=1e5), 0.001, None, device).text
+    assert ("for `plan`: --gbit=" in found.text) == (gbit is not None and sent_mb > 16)
+    assert "--gbit" not in assess_exchange("link", one._replace(sent_bytes=1e5), 0.001, 0.0, device).text
 
 
 def test_pairs_name_the_host_with_a_slow_link():

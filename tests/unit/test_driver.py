@@ -4,7 +4,7 @@ import pytest
 import simulated
 from simulated import findings, only
 
-from hvd_vgg.doctor.driver import count_cards
+from hvd_vgg.doctor.driver import Listing, assess_listing
 from hvd_vgg.reporting.findings import FAILURE, OK, WARNING, worst
 
 
@@ -32,11 +32,18 @@ def test_devices_half_a_card_is_missing(tmp_path):
     assert found.text.endswith("an odd number: one device of a card is missing")
 
 
-def test_count_cards_by_name():
-    assert count_cards(["Iluvatar BI-V150"] * 16) == 8
-    assert count_cards(["Iluvatar BI-V150S"] * 8) == 8
-    assert count_cards(["Iluvatar BI-V150 OAM"] * 3) == 2
-    assert count_cards(["Iluvatar BI-V100", "Iluvatar BI-V150", "Iluvatar BI-V150"]) == 2
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (["Iluvatar BI-V150"] * 16, ": 8 cards, if each shows up as two devices; one rank per device, 16 in all"),
+        (["Iluvatar BI-V150S"] * 8, ""),
+        (["Iluvatar BI-V100", "Iluvatar BI-V150", "Iluvatar BI-V150"], ": 2 cards, if each"),
+    ],
+)
+def test_cards_are_counted_by_name(names, text):
+    found = assess_listing(Listing("4.3.8", "10.2", names, []), len(names))
+    assert found.verdict == OK
+    assert text in found.text and ("cards" in found.text) == bool(text)
 
 
 @pytest.mark.parametrize(

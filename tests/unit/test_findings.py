@@ -25,7 +25,7 @@ def test_findings_of_all_ranks_are_merged():
 
 def test_findings_about_the_same_are_grouped():
     merged = merge([[ok("a", "1"), ok("b", "1")], [ok("a", "2"), ok("b", "1")]])
-    assert [each.finding.about for each in merged] == ["a", "a", "b"]
+    assert [finding.about for finding in merged] == ["a", "a", "b"]
 
 
 def test_format_ranks_by_host():

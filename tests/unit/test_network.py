@@ -71,12 +71,12 @@ def test_exclude_bridges_keeps_way_to_mpirun(monkeypatch):
     )
     uri = "OMPI_MCA_orte_hnp_uri"
     by_bridge, both = {uri: "7.0;tcp://172.17.0.1,10.1.0.1:4071"}, {uri: "7.0;tcp://172.17.0.1,10.1.0.1,10.0.0.1:4071"}
-    assert network.toward_launcher(by_bridge, there) == f"{DOCKERS} (10.1.0.2)"
+    assert network.interface_toward_launcher(by_bridge, there) == DOCKERS
     assert network.exclude_bridges(by_bridge, there, [], "") == {EXCLUDE: "127.0.0.0/8,docker0"}
-    assert network.toward_launcher(both, there) == "eth0 (10.0.0.2)"
+    assert network.interface_toward_launcher(both, there) == "eth0"
     assert network.exclude_bridges(both, there, [], "") == {EXCLUDE: f"127.0.0.0/8,docker0,{DOCKERS}"}
     # This is mpirun's host, or has its docker0: that says nothing.
-    assert network.toward_launcher({uri: "7.0;tcp://172.17.0.1,10.0.0.2:4071"}, there) == ""
+    assert network.interface_toward_launcher({uri: "7.0;tcp://172.17.0.1,10.0.0.2:4071"}, there) == ""
 
 
 def test_mpi_parameter_files(tmp_path):
@@ -112,10 +112,10 @@ def test_chosen_addresses_and_way_to_mpirun():
     """Addresses that other hosts may connect to, and the interface toward mpirun's host."""
     assert network.chosen_addresses({}, THERE) == ["10.0.0.2"]
     assert network.chosen_addresses({MPI: "docker0"}, THERE) == ["172.17.0.1"]
-    assert network.toward_launcher({}, THERE) == ""
+    assert network.interface_toward_launcher({}, THERE) == ""
     uri = {"OMPI_MCA_orte_hnp_uri": "1534132224.0;tcp://127.0.0.1,127.0.0.2:40791;tcp6://[fd00::2]:48419"}
-    assert network.toward_launcher(uri, {"lo": "127.0.0.1"}) == ""  # a loopback leads nowhere
-    assert network.toward_launcher(uri, {"eth0": "127.0.0.1"}) == ""
+    assert network.interface_toward_launcher(uri, {"lo": "127.0.0.1"}) == ""  # a loopback leads nowhere
+    assert network.interface_toward_launcher(uri, {"eth0": "127.0.0.1"}) == ""
 
 
 def agent(tmp_path, text):

@@ -2,18 +2,17 @@ import resource
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from hvd_vgg.doctor.system import (
-    assess_memory,
     check_limits,
     check_memory,
     check_other_jobs,
     check_run_dir,
     check_shared_memory,
-    find_other_jobs,
     memory_within_limits,
     processor_name,
 )
@@ -22,27 +21,35 @@ from hvd_vgg.reporting.findings import FAILURE, OK, WARNING
 GB = 1e9
 
 
-def test_memory_is_shared_by_ranks(tmp_path):
-    assert assess_memory(64 * GB, 60 * GB, 8, 138_000_000).verdict == OK
-    found = assess_memory(64 * GB, 60 * GB, 32, 138_000_000)
+def test_memory_is_shared_by_ranks():
+    assert check_memory(64 * GB, 60 * GB, 8, 138_000_000).verdict == OK
+    found = check_memory(64 * GB, 60 * GB, 32, 138_000_000)
     assert found.verdict == WARNING
     assert found.text == "64 GB, 60.0 GB available; 32 ranks need 102.7 GB plus activations"
-    assert check_memory(tmp_path, 10**6, 0).text.startswith(f"{psutil.virtual_memory().total / GB:.0f} GB")
 
 
-def test_memory_of_a_container(tmp_path):
-    assert memory_within_limits(tmp_path, 64 * GB, 60 * GB) == (64 * GB, 60 * GB)
+def simulate_memory(monkeypatch, total, available):
+    """Makes the host have so many GB."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=total * GB, available=available * GB))
+
+
+def test_memory_of_a_container(tmp_path, monkeypatch):
+    total, _ = memory_within_limits(tmp_path)
+    assert total == psutil.virtual_memory().total
+    simulate_memory(monkeypatch, 64, 60)
+    assert memory_within_limits(tmp_path) == (64 * GB, 60 * GB)
     (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("8000000000\n")
     (tmp_path / "sys/fs/cgroup/memory.current").write_text("1000000000\n")
-    assert memory_within_limits(tmp_path, 64 * GB, 60 * GB) == (8 * GB, 7 * GB)
+    assert memory_within_limits(tmp_path) == (8 * GB, 7 * GB)
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
-    assert memory_within_limits(tmp_path, 64 * GB, 60 * GB) == (64 * GB, 60 * GB)
+    assert memory_within_limits(tmp_path) == (64 * GB, 60 * GB)
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_memory_of_a_job_of_slurm(tmp_path, version):
+def test_memory_of_a_job_of_slurm(tmp_path, monkeypatch, version):
     """The limit is on the job, the processes are in steps below it; most of what is used are cached pages of files."""
+    simulate_memory(monkeypatch, 512, 480)
     (tmp_path / "proc/self").mkdir(parents=True)
     line, top = ("5:cpuset,memory:", "memory/") if version == 1 else ("0::", "")
     (tmp_path / "proc/self/cgroup").write_text(f"7:devices:/elsewhere\n{line}/slurm/job_7/step_0\n")
@@ -52,10 +59,10 @@ def test_memory_of_a_job_of_slurm(tmp_path, version):
     (job / f"memory.{limit}").write_text("64000000000\n")
     (job / f"memory.{used}").write_text("62000000000\n")
     (job / f"step_0/memory.{limit}").write_text("9223372036854771712\n" if version == 1 else "max\n")
-    assert memory_within_limits(tmp_path, 512 * GB, 480 * GB) == (64 * GB, 2 * GB)
+    assert memory_within_limits(tmp_path) == (64 * GB, 2 * GB)
     total = "total_inactive_file 60000000000\n" if version == 1 else ""
     (job / "memory.stat").write_text(f"anon 5\ninactive_file {5 if total else 60000000000}\n{total}")
-    assert memory_within_limits(tmp_path, 512 * GB, 480 * GB) == (64 * GB, 62 * GB)
+    assert memory_within_limits(tmp_path) == (64 * GB, 62 * GB)
 
 
 def test_shared_memory_missing_or_small(tmp_path):
@@ -99,13 +106,14 @@ def test_other_jobs_are_found_but_not_own_daemon(tmp_path):
     started = [subprocess.Popen([daemon, "-c", "read line"], stdin=subprocess.PIPE)]
     for name in ("/x/hvd-vgg", "vim"):
         started.append(subprocess.Popen([name, "train", "-f"], executable=shutil.which("tail"), cwd=tmp_path))
-    code = "from hvd_vgg.doctor.system import find_other_jobs; print(find_other_jobs())"
+    code = "from hvd_vgg.doctor.system import check_other_jobs; print(check_other_jobs())"
     try:
         orted, train, vim = (process.pid for process in started)
-        jobs = find_other_jobs()
-        assert {f"orted (process {orted})", f"hvd-vgg train (process {train})"} <= set(jobs)
-        assert f"(process {vim})" not in str(jobs)
-        assert check_other_jobs()[0].verdict == WARNING
+        (found,) = check_other_jobs()
+        assert found.verdict == WARNING
+        assert f"orted (process {orted})" in found.text
+        assert f"hvd-vgg train (process {train})" in found.text
+        assert f"(process {vim})" not in found.text
         asked = [daemon, "-c", 'echo $$; "$1" -c "$2"; true', "orted", sys.executable, code]
         own, jobs = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
         assert f"orted (process {orted})" in jobs
