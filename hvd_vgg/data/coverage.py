@@ -133,10 +133,13 @@ class Coverage:
         for epoch, parts in seen.items():
             self._count(epoch, seen=digest(np.concatenate(parts)), replaced=np.array(replaced[epoch], np.int64))
 
-    def skip(self, position: int, ids: np.ndarray) -> None:
-        """Counts records, due at `position` and onward, that this rank leaves out on purpose (--on_nonfinite=rewind)."""
-        for epoch, part in self._epochs(position, len(ids)):
-            self._count(epoch, skipped=digest(ids[part]))
+    def skip(self, position: int, ids: np.ndarray, bad: Sequence[Tuple[int, int]] = ()) -> None:
+        """Counts records as left out on purpose (--on_nonfinite=rewind); arguments as for `add`, and the ids due count."""
+        due = ids.copy()
+        for row, record in bad:
+            due[row] = record
+        for epoch, part in self._epochs(position, len(due)):
+            self._count(epoch, skipped=digest(due[part]))
 
     def _epochs(self, position: int, count: int) -> Iterator[Tuple[int, slice]]:
         """Yields the epochs of `count` positions of the stream, and the rows that belong to each."""

@@ -36,12 +36,12 @@ def fit(trainer: Trainer) -> None:
             trainer.check_replicas()
         improved = due.evaluate and trainer.evaluate()
         done = progress.step == trainer.total_steps or trainer.target_reached()
-        if due.save or improved or done:
+        if due.save or improved or done or stopping:
             trainer.save(best=improved)  # rank 0 writes in the background
         if done:
             break
         if due.evaluate:
             trainer.write_result()
         if stopping:
-            trainer.stop()  # saves; ends with exit code 80
+            trainer.stop()  # exit code 80
     trainer.finish()

@@ -36,8 +36,8 @@ class NonFiniteStep(Exception):
         self.step, self.loss, self.gradient_norm = step, loss, gradient_norm
 
 
-def reduce_metrics(window: PendingUpdates, config: StepConfig) -> Tuple[Dict[str, Any], List[NonFiniteStep]]:
-    """Returns the means of the window's metrics over its images, and its steps that are not finite, the first one first.
+def reduce_metrics(window: PendingUpdates, config: StepConfig) -> Dict[str, Any]:
+    """Returns the means of the window's metrics over its images; raises NonFiniteStep for its first step that is not finite.
 
     Collective: here the host waits for the device and for all ranks. Skipped steps count for nothing.
     """
@@ -46,6 +46,9 @@ def reduce_metrics(window: PendingUpdates, config: StepConfig) -> Tuple[Dict[str
     local = np.array([[float(m.loss), float(m.gradient_norm), not m.finite] for m in trained]).reshape(-1, 3)
     # Every rank has the norm; summing it too makes what follows from it equal everywhere, to the last bit.
     losses, norms, failed = (comm.sum_over_ranks(local) / [config.global_batch, comm.size(), 1]).T
+    for step, loss, norm, bad in zip(steps, losses, norms, failed):
+        if bad:
+            raise NonFiniteStep(step, loss, norm)
     correct = comm.sum_over_ranks(np.array([[int(m.top1), int(m.top5)] for m in trained], np.int64).reshape(-1, 2))
     top1, top5 = (correct.sum(axis=0) / (max(1, len(trained)) * config.global_batch)).tolist()
     finite = norms[np.isfinite(norms)]
@@ -58,19 +61,23 @@ def reduce_metrics(window: PendingUpdates, config: StepConfig) -> Tuple[Dict[str
     if config.precision == "float16":
         scale = float((trained or [metrics for _, metrics in window])[-1].loss_scale)
         row.update({"train.loss_scale": scale, "train.skipped_updates": len(norms) - len(finite)})
-    nonfinite = [NonFiniteStep(step, loss, norm) for step, loss, norm, bad in zip(steps, losses, norms, failed) if bad]
-    return row, nonfinite
+    return row
 
 
-def measure_window(window: PendingUpdates, throughput: Throughput, global_batch: int) -> Tuple[Dict[str, Any], Bottleneck]:
-    """Returns the window's images/s and where its time went, for the log, and what limited it. Collective."""
+def measure_window(
+    window: PendingUpdates, throughput: Throughput, global_batch: int
+) -> Tuple[Dict[str, Any], Bottleneck, float]:
+    """Returns the window's images/s and where its time went, for the log; what limited it; and the slowest rank's seconds.
+
+    Collective.
+    """
     updates = len(window)
     totals = throughput.total_seconds[-updates:]
     # The step's clock is the wall clock, which may be set while it runs.
     throughput.exchange_seconds += [min(max(0.0, float(m.exchange_seconds)), t) for (_, m), t in zip(window, totals)]
     times = [StepTime(*numbers) for numbers in comm.gather_numbers(throughput.last(updates)).tolist()]
     bottleneck, shares = find_bottleneck(times), mean_shares(times)
-    return {
+    row = {
         "train.fps": global_batch * updates / times[0].total,
         "train.input_share": shares["input"],
         "train.network_share": shares["network"],
@@ -78,7 +85,8 @@ def measure_window(window: PendingUpdates, throughput: Throughput, global_batch:
         "train.slow_rank": -1 if bottleneck.rank is None else bottleneck.rank,
         "train.update_seconds": totals,
         "train.input_seconds": throughput.input_seconds[-updates:],
-    }, bottleneck
+    }
+    return row, bottleneck, max(one.total for one in times)
 
 
 def measure_run(

@@ -5,11 +5,10 @@ from typing import Any, Callable, List
 import numpy as np
 
 from hvd_vgg.config import TrainConfig
-from hvd_vgg.data.loader import train_batches
+from hvd_vgg.data.loader import Batch
 from hvd_vgg.errors import NOT_FINITE, Failure
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import run_on_root
-from hvd_vgg.parallel.init import Device
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.text import plural
 from hvd_vgg.training.dataset import Splits
@@ -23,21 +22,24 @@ from hvd_vgg.training.state import State
 
 def stop_or_skip(
     error: NonFiniteStep,
+    batch: Batch,
     skipped_steps: List[int],
     state: State,
     train_step: Callable[..., Any],
     data: Splits,
     config: TrainConfig,
-    device: Device,
+    data_format: str,
     reporter: Reporter,
 ) -> List[int]:
     """Diagnoses and keeps a step that was not finite, while `state` is what it was before it. Collective.
 
+    batch: this rank's part of the step's global batch.
+
     Returns the ids of the step's records if the run is to continue without them, from a checkpoint. Raises a collective
     Failure(NOT_FINITE) if it is to end.
     """
-    batch, lr = _batch_of(error.step, data, config, device), learning_rate(error.step, config, data.train.records)
-    diagnosis = diagnose(error.step, state, train_step, batch.images, batch.labels, lr, config, device.data_format)
+    lr = learning_rate(error.step, config, data.train.records)
+    diagnosis = diagnose(error.step, state, train_step, batch.images, batch.labels, lr, config, data_format)
     parts = comm.gather_bytes(batch.ids.numpy().astype(np.int64).tobytes())
     ids = np.concatenate([np.frombuffer(part, np.int64) for part in parts])
     report = make_report(error, diagnosis, ids, data, config, lr)
@@ -65,8 +67,3 @@ def stop_or_skip(
     run_on_root(lambda: write_skipped_steps(run_dir, sorted({*skipped_steps, error.step})))
     reporter.say(f"{text}\nrewinding: its {plural(len(ids), 'record')} will be skipped")
     return list(ids.tolist())
-
-
-def _batch_of(step: int, data: Splits, config: TrainConfig, device: Device) -> Any:
-    steps = range(step, step + 1)
-    return next(train_batches(data.train, config, data.label_base, steps, comm.rank(), comm.size(), device.input_threads))

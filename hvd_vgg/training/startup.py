@@ -3,8 +3,9 @@
 import dataclasses
 from typing import Dict, NamedTuple, Sequence
 
-from hvd_vgg.config import ComputeConfig
+from hvd_vgg.config import ComputeConfig, TrainConfig
 from hvd_vgg.data.transforms import IMAGE_LIBRARY
+from hvd_vgg.errors import USAGE, Failure
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import require_equal, run_on_all_ranks
 from hvd_vgg.parallel.init import Device, compared_environment, describe_software, join, take_device
@@ -36,3 +37,13 @@ def join_ranks(config: ComputeConfig, timeline: bool = False, group_sizes: Seque
     require_equal("the software", describe_software(IMAGE_LIBRARY))
     require_equal("the environment", compared_environment())
     return Session(device, Console(config.console, comm.is_root()), groups)
+
+
+def check_ranks(config: TrainConfig) -> None:
+    """Raises Failure(USAGE) where this number of ranks cannot run."""
+    if config.global_batch < comm.size():
+        raise Failure(
+            USAGE, f"--global_batch={config.global_batch} has fewer images than the {comm.size()} ranks: start fewer"
+        )
+    if config.profile_steps and max(config.profile_ranks, default=0) >= comm.size():
+        raise Failure(USAGE, f"--profile_ranks: expected numbers below {comm.size()}, the number of ranks")

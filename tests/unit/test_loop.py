@@ -117,7 +117,7 @@ def test_loop_stops_on_request_at_a_polled_step(monkeypatch):
     with pytest.raises(Failure) as raised:
         train(monkeypatch, trainer)
     assert raised.value.code == STOPPED
-    assert trainer.done[-5:] == [4, "log", "check", "stop", "exit"]
+    assert trainer.done[-6:] == [4, "log", "check", "save", "stop", "exit"]
 
 
 def test_loop_stop_request_does_not_skip_what_is_due(monkeypatch):

@@ -26,7 +26,7 @@ from hvd_vgg.reporting.log import RunLog
 from hvd_vgg.reporting.throughput import Throughput, per_host, per_rank
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.training import checkpoint, loop
-from hvd_vgg.training.evaluate import Evaluation
+from hvd_vgg.training.evaluate import Evaluation, report_evaluation
 from hvd_vgg.training.metrics import NonFiniteStep
 from hvd_vgg.training.reporter import Reporter
 from hvd_vgg.training.schedule import learning_rate, make_cadence
@@ -149,7 +149,7 @@ class Trainer:
     def evaluate(self):
         hits, self.progress.evaluated = 10 + self.progress.step * 3 % 7, self.progress.step
         self.result = Evaluation(hits, 30, VALIDATION, 70.0, 0)
-        self.reporter.evaluation(self.result, self.progress.step, self.epoch())
+        report_evaluation(self.result, self.progress.step, self.epoch(), self.reporter)
         improved, self.progress.best_top1 = hits > self.progress.best_top1, max(hits, self.progress.best_top1)
         return improved
 
