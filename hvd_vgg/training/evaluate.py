@@ -55,8 +55,7 @@ def make_eval_step(weights: vgg.Weights, config: ComputeConfig, data_format: str
 
     @tf.function(jit_compile=False, autograph=False)
     def eval_step(images: Any, labels: Any) -> Any:
-        low_precision = vgg.in_precision(weights, config.precision)
-        logits = vgg.logits(low_precision, config.model, vgg.normalized(images, config.precision), data_format)
+        logits = vgg.logits(weights, config.model, images, data_format, config.precision)
         real = labels >= 0
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.maximum(labels, 0), logits)
         loss = tf.reduce_sum(tf.where(real, losses, 0.0))
