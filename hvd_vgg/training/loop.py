@@ -2,6 +2,7 @@
 
 from hvd_vgg.config import TrainConfig
 from hvd_vgg.training.metrics import NonFiniteStep
+from hvd_vgg.training.rewind import rewind_or_stop
 from hvd_vgg.training.trainer import Trainer
 
 
@@ -15,7 +16,7 @@ def train(config: TrainConfig) -> None:
             try:
                 return fit(trainer)
             except NonFiniteStep as error:  # neither it nor any update after it was applied
-                trainer.rewind_or_stop(error)
+                rewind_or_stop(trainer, error)
 
 
 def fit(trainer: Trainer) -> None:

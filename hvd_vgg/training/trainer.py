@@ -18,15 +18,14 @@ from hvd_vgg.training.checkpoint_writer import CheckpointWriter
 from hvd_vgg.training.dataset import open_data
 from hvd_vgg.training.evaluate import evaluate, make_eval_step, report_evaluation
 from hvd_vgg.training.introduction import introduce
-from hvd_vgg.training.metrics import NonFiniteStep, PendingUpdates, measure_window, reduce_metrics
+from hvd_vgg.training.metrics import PendingUpdates, measure_window, reduce_metrics
 from hvd_vgg.training.profile import profiled
 from hvd_vgg.training.reporter import open_reporter
 from hvd_vgg.training.result import finish_log, write_result, write_run_files
 from hvd_vgg.training.resume import require_checkpoints, restore_state
-from hvd_vgg.training.rewind import stop_or_skip
 from hvd_vgg.training.schedule import learning_rate, make_cadence, stop_poll_steps, total_steps
 from hvd_vgg.training.startup import check_ranks, join_ranks
-from hvd_vgg.training.state import initial_state, make_checksums, reset_state, run_fingerprint, save_state
+from hvd_vgg.training.state import initial_state, make_checksums, run_fingerprint, save_state
 from hvd_vgg.training.train_step import SKIPPED_STEP, StepMetrics, make_train_step, step_inputs
 from hvd_vgg.watchdog import StopRequested, watchdog
 
@@ -53,14 +52,14 @@ class Trainer:
         self.fingerprint = run_fingerprint(config, self.data.train, self.data.label_base)
         self.writer = CheckpointWriter(RunDir(config.run_dir), config.keep_checkpoints, self.reporter.event)
         run_on_root(lambda: require_checkpoints(config))
-        self._restore()
+        self.restore()
         introduce(config, self.data, self.device, self.total_steps, self.progress, self.reporter)
         self.started = time.monotonic() - self.progress.seconds
         self.eval_step = make_eval_step(self.state.weights, config, self.device.data_format)
         self.checksums = make_checksums(self.state.weights)
         self.throughput = Throughput()  # last: its clock starts now, and the first update is to have nothing of the above
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
         """Brings the state to the newest checkpoint, if any, and prepares to train from there. Collective."""
         config, records, weights = self.config, self.data.train.records, self.state.weights
         self.progress = restore_state(self.state, config, self.fingerprint, self.reporter)
@@ -104,9 +103,10 @@ class Trainer:
         """
         first = self.progress.step
         steps = range(first, first if self.target_reached() else self.total_steps)
-        return zip(steps, profiled(self.throughput.timed(self._load(steps)), steps, self.config, self.throughput))
+        return zip(steps, profiled(self.throughput.timed(self.load(steps)), steps, self.config, self.throughput))
 
-    def _load(self, steps: range) -> Iterator[Batch]:
+    def load(self, steps: range) -> Iterator[Batch]:
+        """Yields this rank's part of the global batch of each of `steps`."""
         data, threads = self.data, self.device.input_threads
         return train_batches(data.train, self.config, data.label_base, steps, comm.rank(), comm.size(), threads)
 
@@ -194,17 +194,16 @@ class Trainer:
             save_state(self.state, self.progress, self.fingerprint, self.writer, best)
             comm.barrier()  # else the others wait for rank 0's copy inside their next update
 
-    def write_result(self) -> None:
-        """Writes result.json of the last evaluation; only the last one of a run must succeed."""
+    def write_result(self, required: bool = False) -> Any:
+        """Writes result.json of the newest evaluation, and returns the throughput in it; failing matters if `required`."""
+        self.progress.seconds = time.monotonic() - self.started
         try:
             with self.throughput.exclude("saving"):
-                self._write_result()
+                return write_result(self.config, self.result, self.throughput, self.progress, self.epoch(), self.reporter)
         except Failure as failure:
+            if required:
+                raise
             self.reporter.save_failed(failure)
-
-    def _write_result(self) -> Any:
-        self.progress.seconds = time.monotonic() - self.started
-        return write_result(self.config, self.result, self.throughput, self.progress, self.epoch(), self.reporter)
 
     def stop(self) -> NoReturn:
         """Ends a run that was asked to stop and is saved; raises a collective Failure(STOPPED)."""
@@ -216,28 +215,6 @@ class Trainer:
         text = f"stopped on request after step {step} of {self.total_steps}: the same command continues from there"
         raise Failure(STOPPED, text, collective=True)
 
-    def rewind_or_stop(self, error: NonFiniteStep) -> None:
-        """Returns to the newest checkpoint, to skip the step that was not finite, or raises a Failure that ends the run."""
-        throughput, updates = self.throughput, len(self.window)  # none of these is in the log
-        throughput.exchange_seconds += [0.0] * updates  # never read from them
-        unlogged = {
-            "update_seconds": throughput.total_seconds[-updates:],
-            "input_seconds": throughput.input_seconds[-updates:],
-        }
-        with throughput.exclude("rewinding"), watchdog.phase("saving"):
-            self.reporter.save_failed(self.writer.wait())
-            batch = next(self._load(range(error.step, error.step + 1)))
-            skipped, data_format = self.progress.skipped_steps, self.device.data_format
-            ids = stop_or_skip(
-                error, batch, skipped, self.state, self.train_step, self.data, self.config, data_format, self.reporter
-            )
-            reset_state(self.state, self.config)
-            self._restore()  # with another train step, since this one applies no update any more
-        skipped = self.progress.skipped_steps
-        steps = {"from": error.step, "to": self.progress.step, "skipped_steps": skipped, "records": ids}
-        self.reporter.event("rewind", **steps, **unlogged)
-        watchdog.heartbeat(phase="start")  # what follows is compiled again
-
     def finish(self) -> None:
         """Ends a run that is complete, with the evaluation, checkpoint, result and summary that it must have."""
         if self.target_reached() and self.progress.step < self.total_steps:
@@ -246,6 +223,6 @@ class Trainer:
             self.evaluate()
         with watchdog.phase("saving"):
             self.writer.finish()
-        measured = self._write_result()
+        measured = self.write_result(required=True)
         finish_log(self.config, self.result, measured, self.progress, self.writer, self.reporter)
         comm.shutdown()

@@ -82,6 +82,7 @@ class FakeTrainer:
 def train(monkeypatch, trainer):
     """Returns what the loop had `trainer` do, without the updates after which nothing was due."""
     monkeypatch.setattr(loop, "Trainer", lambda config: trainer)
+    monkeypatch.setattr(loop, "rewind_or_stop", FakeTrainer.rewind_or_stop)
     loop.train(None)
     return [what for what in trainer.done if what != "end"]
 

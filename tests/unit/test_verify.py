@@ -206,7 +206,7 @@ class Trainer:
 def train(path, **how):
     """Runs to the end, or raises Killed, or the Failure of a stop; returns the number of writes."""
     trainer = Trainer(path, **how)
-    with mock.patch.object(loop, "Trainer", contextlib.nullcontext):
+    with mock.patch.multiple(loop, Trainer=contextlib.nullcontext, rewind_or_stop=Trainer.rewind_or_stop):
         loop.train(trainer)
     return trainer.writes
 
