@@ -7,6 +7,7 @@ yields one line for every combination of its values that cannot run.
 import dataclasses
 import difflib
 import math
+import operator
 import re
 import textwrap
 from pathlib import Path
@@ -18,7 +19,12 @@ from hvd_vgg.errors import USAGE, Failure
 
 # What a value of each type is called in messages; the other types are tuples of numbers.
 _EXPECTED: Dict[Any, str] = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
-_NUMBERS = "numbers separated by commas"
+_LIMITS = {
+    "at_least": (operator.ge, "at least"),
+    "above": (operator.gt, "more than"),
+    "at_most": (operator.le, "at most"),
+    "below": (operator.lt, "less than"),
+}
 # The order of groups in --help and in flag files; others follow.
 _GROUPS = ("Data", "Model", "Recipe", "Run", "Device")
 
@@ -38,16 +44,8 @@ def same_flag(section: Any, name: str) -> Any:
     return dataclasses.field(default=field.default, metadata=field.metadata)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Invalid:
-    """The text of a value that its flag's type cannot hold; kept, so that all such flags are reported together."""
-
-    text: str
-    expected: str
-
-
 class _Parser(flags.ArgumentParser):
-    """Parses by a field's type and never raises."""
+    """Converts text to a field's type. Text that cannot be converted is kept, for `validate` to report with all else."""
 
     def __init__(self, kind: Any) -> None:
         super().__init__()
@@ -57,21 +55,13 @@ class _Parser(flags.ArgumentParser):
         if not isinstance(argument, str):
             return argument
         try:
+            if self.kind is bool:
+                return flags.BooleanParser().parse(argument)
             if self.kind in (int, float, str):
                 return self.kind(argument)
             return tuple(float(part) for part in argument.split(",") if part.strip())
         except ValueError:
-            return _Invalid(argument, _EXPECTED.get(self.kind, _NUMBERS))
-
-
-class _BooleanParser(flags.BooleanParser):
-    """Parses true and false, and never raises."""
-
-    def parse(self, argument: Any) -> Any:
-        try:
-            return super().parse(argument)
-        except ValueError:
-            return _Invalid(argument, _EXPECTED[bool])
+            return argument
 
 
 def parse_flags(kind: Any, argv: Sequence[str], defaults: Any = None, shared: Any = None) -> Any:
@@ -87,23 +77,18 @@ def parse_flags(kind: Any, argv: Sequence[str], defaults: Any = None, shared: An
         text = field.metadata["text"]
         if field.type is bool:
             switch: Any = flags.BooleanFlag(field.name, default, text)
-            switch.parser = _BooleanParser()
+            switch.parser = _Parser(bool)
             flags.DEFINE_flag(switch, values)
         else:
             flags.DEFINE(_Parser(field.type), field.name, default, text, flag_values=values)
-    unused = {field.name for field in dataclasses.fields(shared or kind)} - {
-        field.name for field in dataclasses.fields(kind)
-    }
+    names = [field.name for field in dataclasses.fields(kind)]
+    unused = {field.name for field in dataclasses.fields(shared or kind)}.difference(names)
     try:
         unknown = values([""] + _expand_flag_files(argv, unused), known_only=True)[1:]
     except flags.Error as error:
         raise Failure(USAGE, f"flags: {error}") from error
-    chosen = {field.name: values[field.name].value for field in dataclasses.fields(kind)}
-    invalid = {name: value for name, value in chosen.items() if isinstance(value, _Invalid)}
-    config = kind(**{name: value for name, value in chosen.items() if name not in invalid})
-    errors = [_unknown_flag(word, list(chosen)) for word in unknown]
-    errors += [f"--{name}={value.text}: expected {value.expected}" for name, value in invalid.items()]
-    errors += validate(config)
+    config = kind(**{name: values[name].value for name in names})
+    errors = [_unknown_flag(word, names) for word in unknown] + validate(config)
     if errors:
         raise Failure(USAGE, f"{len(errors)} illegal flag(s):\n" + "\n".join(f"  {error}" for error in errors))
     return config
@@ -150,19 +135,18 @@ def _unknown_flag(word: str, names: Sequence[str]) -> str:
 
 def validate(config: Any) -> List[str]:
     """Returns one line for every value out of range and every conflict; empty when `config` can run."""
-    errors = []
+    errors, untyped = [], {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not _has_type(value, field.type):
-            errors.append(f"--{field.name}={value!r}: expected {_EXPECTED.get(field.type, _NUMBERS)}")
-    if errors:
-        return errors
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        for number in value if isinstance(value, tuple) else (value,):
-            expected = _range_error(number, field.metadata)
-            if expected:
-                errors.append(f"--{field.name}={format_value(value)}: expected {expected}")
+            expected = _EXPECTED.get(field.type, "numbers separated by commas")
+            untyped[field.name] = field.default
+        else:
+            numbers = value if isinstance(value, tuple) else (value,)
+            expected = next(filter(None, (_range_error(number, field.metadata) for number in numbers)), "")
+        if expected:
+            errors.append(f"--{field.name}={format_value(value)}: expected {expected}")
+    config = dataclasses.replace(config, **untyped)
     for section in reversed(type(config).__mro__):
         errors += vars(section).get("conflicts", lambda _: [])(config)
     return errors
@@ -183,14 +167,9 @@ def _range_error(value: Any, limits: Any) -> str:
         return "a finite number"
     if "choices" in limits and value not in limits["choices"]:
         return "one of " + ", ".join(limits["choices"])
-    if "at_least" in limits and value < limits["at_least"]:
-        return f"at least {limits['at_least']}"
-    if "above" in limits and value <= limits["above"]:
-        return f"more than {limits['above']}"
-    if "at_most" in limits and value > limits["at_most"]:
-        return f"at most {limits['at_most']}"
-    if "below" in limits and value >= limits["below"]:
-        return f"less than {limits['below']}"
+    for limit, (holds, words) in _LIMITS.items():
+        if limit in limits and not holds(value, limits[limit]):
+            return f"{words} {limits[limit]}"
     return ""
 
 
