@@ -90,17 +90,14 @@ def checkpoint_step(path: Path) -> Optional[int]:
 def lock_run_dir(run_dir: Path) -> IO[str]:
     """Returns the open file `RUN_DIR/lock`, locked until it is closed or this process ends in any way.
 
-    Creates the directory. Raises Failure(CONFIGURATION) naming the job that holds the lock, or why it cannot be opened.
-    Locking a file that exists takes no disk space. On a file system without locks (NFS and Lustre may be mounted so), prints
-    that and goes on.
+    Raises Failure(CONFIGURATION) naming the job that holds it, or why it cannot be opened. Locking a file that exists takes
+    no disk space. On a file system without locks (NFS and Lustre may be mounted so), prints that and goes on.
     """
     path = RunDir(run_dir).lock
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (stays open)
     except OSError as error:
-        text = f"--run_dir={run_dir} cannot be created or written: {error.strerror}"
-        raise Failure(CONFIGURATION, text) from error
+        raise Failure(CONFIGURATION, f"{path} cannot be locked: {write_error(path, error)}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         signature = {"host": socket.gethostname(), "process": os.getpid(), "since": time.ctime()}

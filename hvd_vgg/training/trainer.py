@@ -12,7 +12,7 @@ from hvd_vgg.errors import STOPPED, Failure
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.parallel.consensus import check_replicas, run_on_all_ranks, run_on_root
 from hvd_vgg.reporting.throughput import Throughput
-from hvd_vgg.run_dir import RunDir, lock_run_dir
+from hvd_vgg.run_dir import RunDir
 from hvd_vgg.training.bad_records import count_bad_records
 from hvd_vgg.training.checkpoint_writer import CheckpointWriter
 from hvd_vgg.training.dataset import open_data
@@ -24,7 +24,7 @@ from hvd_vgg.training.reporter import open_reporter
 from hvd_vgg.training.result import finish_log, write_result, write_run_files
 from hvd_vgg.training.resume import require_checkpoints, restore_state
 from hvd_vgg.training.schedule import learning_rate, make_cadence, stop_poll_steps, total_steps
-from hvd_vgg.training.startup import check_ranks, join_ranks
+from hvd_vgg.training.startup import claim_run_dir, join_ranks
 from hvd_vgg.training.state import initial_state, make_checksums, run_fingerprint, save_state
 from hvd_vgg.training.train_step import SKIPPED_STEP, StepMetrics, make_train_step, step_inputs
 from hvd_vgg.watchdog import StopRequested, watchdog
@@ -42,8 +42,7 @@ class Trainer:
         self.config = config
         self.device, console, _ = join_ranks(config, timeline=bool(config.profile_steps))
         watchdog.save_when_asked()  # now: joining may have set other handlers
-        run_on_all_ranks(lambda: check_ranks(config))
-        self.lock = run_on_root(lambda: lock_run_dir(Path(config.run_dir)))
+        self.lock = run_on_all_ranks(lambda: claim_run_dir(config))
         self.reporter = open_reporter(config, console)
         self.data = open_data(config, Path(config.run_dir), console)
         self.total_steps = total_steps(config, self.data.train.records)
