@@ -5,7 +5,6 @@ configuration that has it. What takes a ModelConfig takes a TrainConfig too, but
 """
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Set, Tuple
 
@@ -302,8 +301,8 @@ class TrainConfig(RecipeConfig, BatchConfig, EvaluationConfig):
         "--profile_ranks, Horovod's timeline of all ranks as rank 0 sees them).",
         "updates",
     )
-    profile_ranks: Tuple[float, ...] = flag(
-        (0.0,), "Run", "Ranks whose TensorFlow is profiled, separated by commas.", at_least=0
+    profile_ranks: Tuple[int, ...] = flag(
+        (0,), "Run", "Ranks whose TensorFlow is profiled, separated by commas.", at_least=0
     )
     device_tflops: float = flag(
         0.0,
@@ -320,7 +319,6 @@ class TrainConfig(RecipeConfig, BatchConfig, EvaluationConfig):
         """Yields the combinations that cannot run."""
         if self.profile_steps and not profiled_steps(self.profile_steps):
             yield f"--profile_steps={self.profile_steps}: expected FIRST:LAST, two integers, the first not larger"
-        yield from _not_integers("profile_ranks", self.profile_ranks)
         for name in sorted(allowed_changes(self) - set(hyperparameters())):
             allowed = ", ".join(hyperparameters())
             yield f"--allow_config_change={self.allow_config_change}: {name} is not among {allowed}"
@@ -368,14 +366,13 @@ class PlanConfig(ExchangeConfig):
     ranks_per_host: int = flag(1, "Plan", "Ranks that share a host and its link.", "ranks", at_least=1)
     gbit: float = flag(25.0, "Plan", "Bandwidth of a host's link.", "Gbit/s", above=0.0)
     fps_per_rank: float = flag(150.0, "Plan", "Throughput of one rank alone, without exchange.", "images/s", above=0.0)
-    sweep_ranks: Tuple[float, ...] = flag(
+    sweep_ranks: Tuple[int, ...] = flag(
         (), "Plan", "Also predict efficiency on these numbers of ranks, at the same images per rank.", "ranks", at_least=1
     )
     out: str = flag("", "Plan", "Plot the sweep into this file (.png, .svg, .pdf; needs matplotlib).", "path")
 
     def conflicts(self) -> Iterator[str]:
         """Yields the combinations that cannot run."""
-        yield from _not_integers("sweep_ranks", self.sweep_ranks)
         if self.global_batch < self.ranks:
             yield f"--global_batch={self.global_batch}: expected at least one image for each of --ranks={self.ranks}"
         if self.out and Path(self.out).suffix not in (".png", ".svg", ".pdf"):
@@ -391,14 +388,13 @@ class BenchmarkConfig(BatchConfig):
     lr: float = same_flag(RecipeConfig, "lr")
     device_tflops: float = same_flag(TrainConfig, "device_tflops")
     steps: int = flag(0, "Benchmark", "Updates measured per row; 0: 30.", "updates", at_least=0, at_most=99_999_999)
-    ranks: Tuple[float, ...] = flag(
+    ranks: Tuple[int, ...] = flag(
         (), "Benchmark", "Measure on these numbers of the ranks started; empty: on all.", "ranks", at_least=1
     )
     out: str = flag("", "Benchmark", "Write the measurements into this file, as JSON.", "path")
 
     def conflicts(self) -> Iterator[str]:
         """Yields the combinations that cannot run."""
-        yield from _not_integers("ranks", self.ranks)
         if self.steps == 1:
             yield "--steps=1: expected at least 2 updates to measure, or 0 for the usual number"
         if self.console == "dllogger":
@@ -531,11 +527,6 @@ class DemoConfig:
         """Yields the combinations that cannot run."""
         if self.shards > min(self.train_images, 2 * self.validation_images - 1):
             yield f"--shards={self.shards}: expected at least one image for each shard of both splits"
-
-
-def _not_integers(name: str, values: Tuple[float, ...]) -> Iterator[str]:
-    if any(number != int(number) for number in values if math.isfinite(number)):
-        yield f"--{name}={format_value(values)}: expected integers"
 
 
 def hyperparameters() -> List[str]:

@@ -17,8 +17,15 @@ from absl import flags
 
 from hvd_vgg.errors import USAGE, Failure
 
-# What a value of each type is called in messages; the other types are tuples of numbers.
-_EXPECTED: Dict[Any, str] = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+# What a value of each type is called in messages.
+_EXPECTED: Dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    Tuple[int, ...]: "integers separated by commas",
+    Tuple[float, ...]: "numbers separated by commas",
+}
 _LIMITS = {
     "at_least": (operator.ge, "at least"),
     "above": (operator.gt, "more than"),
@@ -59,7 +66,7 @@ class _Parser(flags.ArgumentParser):
                 return flags.BooleanParser().parse(argument)
             if self.kind in (int, float, str):
                 return self.kind(argument)
-            return tuple(float(part) for part in argument.split(",") if part.strip())
+            return tuple(self.kind.__args__[0](part) for part in argument.split(",") if part.strip())
         except ValueError:
             return argument
 
@@ -139,7 +146,7 @@ def validate(config: Any) -> List[str]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not _has_type(value, field.type):
-            expected = _EXPECTED.get(field.type, "numbers separated by commas")
+            expected = _EXPECTED[field.type]
             untyped[field.name] = field.default
         else:
             numbers = value if isinstance(value, tuple) else (value,)
@@ -159,7 +166,7 @@ def _has_type(value: Any, kind: Any) -> bool:
     numbers = (int,) if kind is int else (int, float)
     if kind in (int, float):
         return isinstance(value, numbers) and not isinstance(value, bool)
-    return isinstance(value, tuple) and all(_has_type(each, float) for each in value)
+    return isinstance(value, tuple) and all(_has_type(each, kind.__args__[0]) for each in value)
 
 
 def _range_error(value: Any, limits: Any) -> str:
