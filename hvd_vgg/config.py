@@ -140,11 +140,6 @@ class ComputeConfig(ModelConfig):
         at_most=1024,
     )
 
-    def conflicts(self) -> Iterator[str]:
-        """Yields the combinations that cannot run."""
-        if not self.run_dir:
-            yield "--run_dir: expected a path, found nothing"
-
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig(ExchangeConfig, UpdateConfig, ComputeConfig):
@@ -176,11 +171,6 @@ class DataConfig:
         "records",
         at_least=0,
     )
-
-    def conflicts(self) -> Iterator[str]:
-        """Yields the combinations that cannot run."""
-        if not self.data_dir:
-            yield "--data_dir: expected a path, found nothing"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -419,7 +409,7 @@ class DoctorConfig(TrainConfig):
         "Without mpirun, before it is used: does each host in this file answer, and can it connect back?",
         "path",
     )
-    rsh_agent: str = flag(RSH_AGENT, "Doctor", "Remote shell to other hosts, as for `launch`.")
+    rsh_agent: str = flag(RSH_AGENT, "Doctor", "Remote shell to other hosts, as for `launch`.", "command")
     network: str = flag("", "Doctor", "With --hostfile: networks or interfaces between hosts, as for `launch`.")
     join_seconds: float = flag(
         8.0, "Doctor", "How long a rank waits for all others to start and be reached.", "seconds", above=0.0
@@ -435,8 +425,6 @@ class DoctorConfig(TrainConfig):
 
     def conflicts(self) -> Iterator[str]:
         """Yields the combinations that cannot run."""
-        if not self.rsh_agent.strip():
-            yield "--rsh_agent: expected a command, found nothing"
         if not self.hostfile:
             for name, value, default in (("network", self.network, ""), ("rsh_agent", self.rsh_agent, RSH_AGENT)):
                 if value != default:
@@ -465,6 +453,7 @@ class LaunchConfig:
         "Ranks",
         "Remote shell to other hosts, called as `AGENT HOST COMMAND`; split at spaces. A host with an unknown key is "
         "refused.",
+        "command",
     )
     network: str = flag(
         "",
@@ -507,8 +496,6 @@ class LaunchConfig:
         for name in self.export_env.split(","):
             if name and not name.isidentifier():
                 yield f"--export_env={self.export_env}: {name!r} is not a variable's name; values do not belong here"
-        if not self.rsh_agent.strip():
-            yield "--rsh_agent: expected a command, found nothing"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,8 +42,7 @@ def _diagnose_and_keep(trainer: Trainer, error: NonFiniteStep) -> Dict[str, Any]
     config, data, device, state = trainer.config, trainer.data, trainer.device, trainer.state
     batch, lr = next(trainer.load(range(error.step, error.step + 1))), learning_rate(error.step, config, data.train.records)
     diagnosis = diagnose(error.step, state, trainer.train_step, batch.images, batch.labels, lr, config, device.data_format)
-    parts = comm.gather_bytes(batch.ids.numpy().astype(np.int64).tobytes())
-    ids = np.concatenate([np.frombuffer(part, np.int64) for part in parts])
+    ids = np.concatenate(comm.gather_json(batch.ids.numpy().tolist()))
     report = make_report(error, diagnosis, ids, data, config, lr)
     folder = RunDir(config.run_dir).nonfinite_step(error.step)
     problem = comm.broadcast_json(save_step(folder, report, state, data, ids, config) if comm.is_root() else "")
