@@ -11,7 +11,7 @@ import operator
 import re
 import textwrap
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, Sequence, Set, Tuple
 
 from absl import flags
 
@@ -221,8 +221,3 @@ def format_value(value: Any) -> str:
         text = repr(value)
         return text[:-2] if text.endswith(".0") else text
     return str(value)
-
-
-def read_flag_file(kind: Any, path: Optional[Path]) -> Any:
-    """Returns the `kind` in a flag file, or None where there is no file; raises Failure(USAGE) like `parse_flags`."""
-    return parse_flags(kind, [f"--flagfile={path}"]) if path else None

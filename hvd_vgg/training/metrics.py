@@ -2,11 +2,12 @@
 
 import math
 import socket
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
 from hvd_vgg.config import ExchangeConfig, StepConfig
+from hvd_vgg.data.loader import BadRow
 from hvd_vgg.data.sampler import slice_bounds
 from hvd_vgg.models.architecture import training_flops, vgg_layers
 from hvd_vgg.parallel import comm
@@ -20,9 +21,16 @@ from hvd_vgg.reporting.throughput import (
     per_rank,
     slowest,
 )
-from hvd_vgg.training.train_step import SKIPPED_STEP, StepMetrics
+from hvd_vgg.training.train_step import StepMetrics
 
-PendingUpdates = List[Tuple[int, StepMetrics]]  # (step, metrics), the updates since the last log line
+
+class PendingUpdate(NamedTuple):
+    """An update since the last log line; metrics: None where its records were skipped; ids, bad: of its batch."""
+
+    step: int
+    metrics: Optional[StepMetrics]
+    ids: Any
+    bad: List[BadRow]
 
 
 class NonFiniteStep(Exception):
@@ -36,13 +44,13 @@ class NonFiniteStep(Exception):
         self.step, self.loss, self.gradient_norm = step, loss, gradient_norm
 
 
-def reduce_metrics(window: PendingUpdates, config: StepConfig) -> Dict[str, Any]:
+def reduce_metrics(window: List[PendingUpdate], config: StepConfig) -> Dict[str, Any]:
     """Returns the means of the window's metrics over its images; raises NonFiniteStep for its first step that is not finite.
 
     Collective: here the host waits for the device and for all ranks. Skipped steps count for nothing.
     """
-    steps = [step for step, metrics in window if metrics is not SKIPPED_STEP]
-    trained = [metrics for _, metrics in window if metrics is not SKIPPED_STEP]
+    steps = [update.step for update in window if update.metrics]
+    trained = [update.metrics for update in window if update.metrics]
     local = np.array([[float(m.loss), float(m.gradient_norm), not m.finite] for m in trained]).reshape(-1, 3)
     # Every rank has the norm; summing it too makes what follows from it equal everywhere, to the last bit.
     losses, norms, failed = (comm.sum_over_ranks(local) / [config.global_batch, comm.size(), 1]).T
@@ -59,13 +67,13 @@ def reduce_metrics(window: PendingUpdates, config: StepConfig) -> Dict[str, Any]
         "train.gradient_norm": float(finite.mean()) if len(finite) else 0.0,
     }
     if config.precision == "float16":
-        scale = float((trained or [metrics for _, metrics in window])[-1].loss_scale)
+        scale = float(trained[-1].loss_scale) if trained else 1.0
         row.update({"train.loss_scale": scale, "train.skipped_updates": len(norms) - len(finite)})
     return row
 
 
 def measure_window(
-    window: PendingUpdates, throughput: Throughput, global_batch: int
+    window: List[PendingUpdate], throughput: Throughput, global_batch: int
 ) -> Tuple[Dict[str, Any], Bottleneck, float]:
     """Returns the window's images/s and where its time went, for the log; what limited it; and the slowest rank's seconds.
 
@@ -74,7 +82,8 @@ def measure_window(
     updates = len(window)
     totals = throughput.total_seconds[-updates:]
     # The step's clock is the wall clock, which may be set while it runs.
-    throughput.exchange_seconds += [min(max(0.0, float(m.exchange_seconds)), t) for (_, m), t in zip(window, totals)]
+    exchanges = [float(update.metrics.exchange_seconds) if update.metrics else 0.0 for update in window]
+    throughput.exchange_seconds += [min(max(0.0, seconds), total) for seconds, total in zip(exchanges, totals)]
     times = [StepTime(*numbers) for numbers in comm.gather_numbers(throughput.last(updates)).tolist()]
     bottleneck, shares = find_bottleneck(times), mean_shares(times)
     row = {

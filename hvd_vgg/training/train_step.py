@@ -47,10 +47,6 @@ class StepMetrics(NamedTuple):
     finite: Any
 
 
-# Stands for a step whose records are skipped.
-SKIPPED_STEP = StepMetrics(0.0, 0, 0, 0.0, 1.0, 0.0, True)
-
-
 class Backward(NamedTuple):
     """Sums over one rank's images, in float32 where not said otherwise.
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, List, NoReturn, Optional, Tuple
 
 from hvd_vgg.config import TrainConfig
-from hvd_vgg.data.coverage import Coverage
-from hvd_vgg.data.loader import BadRow, Batch, train_batches
+from hvd_vgg.data.coverage import Coverage, Update
+from hvd_vgg.data.loader import Batch, train_batches
 from hvd_vgg.data.sampler import slice_bounds
 from hvd_vgg.errors import STOPPED, Failure
 from hvd_vgg.parallel import comm, cost
@@ -18,7 +18,7 @@ from hvd_vgg.training.checkpoint_writer import CheckpointWriter
 from hvd_vgg.training.dataset import open_data
 from hvd_vgg.training.evaluate import evaluate, make_eval_step, report_evaluation
 from hvd_vgg.training.introduction import introduce
-from hvd_vgg.training.metrics import PendingUpdates, measure_window, reduce_metrics
+from hvd_vgg.training.metrics import PendingUpdate, measure_window, reduce_metrics
 from hvd_vgg.training.profile import profiled
 from hvd_vgg.training.reporter import open_reporter
 from hvd_vgg.training.result import finish_log, write_result, write_run_files
@@ -26,7 +26,7 @@ from hvd_vgg.training.resume import require_checkpoints, restore_state
 from hvd_vgg.training.schedule import learning_rate, make_cadence, stop_poll_steps, total_steps
 from hvd_vgg.training.startup import claim_run_dir, join_ranks
 from hvd_vgg.training.state import initial_state, make_checksums, run_fingerprint, save_state
-from hvd_vgg.training.train_step import SKIPPED_STEP, StepMetrics, make_train_step, step_inputs
+from hvd_vgg.training.train_step import StepMetrics, make_train_step, step_inputs
 from hvd_vgg.watchdog import StopRequested, watchdog
 
 
@@ -67,8 +67,7 @@ class Trainer:
         self.cadence = make_cadence(config, records, step)
         self.coverage = Coverage(records, config.global_batch, step, self.progress.coverage)
         self.bar = self.reporter.console.progress("training", self.total_steps, "steps", step)
-        self.window: PendingUpdates = []  # since the last log line
-        self.bad_rows: List[Tuple[int, BadRow]] = []
+        self.window: List[PendingUpdate] = []  # since the last log line
         factored = cost.factored_layers(config, comm.size())
         self.train_step: Callable[..., StepMetrics] = make_train_step(
             weights, self.state.slots, config, self.device.data_format, factored
@@ -111,15 +110,11 @@ class Trainer:
 
     def update(self, step: int, batch: Batch) -> None:
         """Makes one update, or skips its records if --on_nonfinite=rewind says so; waits for nothing."""
-        position, bad = step * self.config.global_batch + self.low, [(row.row, row.record) for row in batch.bad]
-        if step in self.progress.skipped_steps:
-            self.coverage.skip(position, batch.ids.numpy(), bad)
-            self.window.append((step, SKIPPED_STEP))
-        else:
+        metrics = None
+        if step not in self.progress.skipped_steps:
             inputs = step_inputs(self.config, step, self.low, learning_rate(step, self.config, self.data.train.records))
-            self.window.append((step, self.train_step(batch.images, batch.labels, *inputs)))
-            self.coverage.add(position, batch.ids.numpy(), bad)
-            self.bad_rows += [(step, row) for row in batch.bad]
+            metrics = self.train_step(batch.images, batch.labels, *inputs)
+        self.window.append(PendingUpdate(step, metrics, batch.ids, batch.bad))
         self.progress.step = step + 1
         watchdog.heartbeat(step + 1)
         if step == self.cadence.first_step:
@@ -144,14 +139,17 @@ class Trainer:
             row = reduce_metrics(self.window, config)
         finally:
             self.throughput.end_update()
-        progress.bad_records = count_bad_records(
-            self.bad_rows, progress.bad_records, config.bad_records_allowed, train, self.reporter
+        bad_rows = [(update.step, row) for update in self.window if update.metrics for row in update.bad]
+        allowed = config.bad_records_allowed
+        progress.bad_records = count_bad_records(bad_rows, progress.bad_records, allowed, train, self.reporter)
+        self.coverage.add(
+            Update(step * config.global_batch + self.low, ids.numpy(), [(row.row, row.record) for row in bad], not metrics)
+            for step, metrics, ids, bad in self.window
         )
         row["train.lr"] = learning_rate(progress.step - 1, config, train.records)
         speed, bottleneck, seconds = measure_window(self.window, self.throughput, config.global_batch)
         self.cadence = self.cadence._replace(stop_poll_steps=stop_poll_steps(len(self.window), seconds))
         self.window.clear()
-        self.bad_rows.clear()
         if self.coverage.ended(progress.step):
             self._settle_coverage()
         if progress.step <= self.cadence.first_log_step:  # the estimate excludes compilation

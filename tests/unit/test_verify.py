@@ -14,7 +14,7 @@ import pytest
 from hvd_vgg.commands.history import FAIL, PASS, UNKNOWN
 from hvd_vgg.commands.verify import check
 from hvd_vgg.config import TrainConfig, fingerprint
-from hvd_vgg.data.coverage import Coverage
+from hvd_vgg.data.coverage import Coverage, Update
 from hvd_vgg.data.sampler import positions
 from hvd_vgg.errors import Failure
 from hvd_vgg.flags import to_flag_file
@@ -112,12 +112,9 @@ class Trainer:
             yield step, positions(step * 32, step * 32 + 32, RECORDS, CONFIG.seed).ids
 
     def update(self, step, ids):
-        if step in self.skipped:
-            self.coverage.skip(step * 32, ids)
-        else:
-            bad = [(row, int(ids[row])) for row in range(32) if ids[row] in self.bad]
-            ids[[row for row, _ in bad]] = 5
-            self.coverage.add(step * 32, ids, bad)
+        bad = [(row, int(ids[row])) for row in range(32) if ids[row] in self.bad]
+        ids[[row for row, _ in bad]] = 5
+        self.coverage.add([Update(step * 32, ids, bad, step in self.skipped)])
         self.progress.step, self.window = step + 1, self.window + 1
 
     def end_update(self):
