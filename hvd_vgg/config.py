@@ -8,32 +8,29 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Set, Tuple
 
-from hvd_vgg.flags import flag, format_value, same_flag
+from hvd_vgg.flags import flag, format_value, hyperparameter, same_flag
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The network: what decides the shapes of its weights, and the images it takes."""
 
-    num_classes: int = flag(1000, "Data", "Classes; a label outside them is an error.", at_least=2, hyperparameter=True)
-    image_size: int = flag(
-        224, "Data", "Height and width of the network's input.", "pixels", at_least=32, hyperparameter=True
-    )
-    model: str = flag("vgg16", "Model", "The network.", choices=("vgg11", "vgg13", "vgg16", "vgg19"), hyperparameter=True)
-    width: float = flag(1.0, "Model", "Multiplier on the width of every layer.", above=0.0, at_most=4.0, hyperparameter=True)
+    num_classes: int = hyperparameter(1000, "Data", "Classes; a label outside them is an error.", at_least=2)
+    image_size: int = hyperparameter(224, "Data", "Height and width of the network's input.", "pixels", at_least=32)
+    model: str = hyperparameter("vgg16", "Model", "The network.", choices=("vgg11", "vgg13", "vgg16", "vgg19"))
+    width: float = hyperparameter(1.0, "Model", "Multiplier on the width of every layer.", above=0.0, at_most=4.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExchangeConfig(ModelConfig):
     """The global batch of a network, and how its gradients are exchanged."""
 
-    global_batch: int = flag(
+    global_batch: int = hyperparameter(
         256,
         "Recipe",
         "Images per update, over all ranks; it does not change with the number of ranks.",
         "images",
         at_least=1,
-        hyperparameter=True,
     )
     exchange: str = flag(
         "auto",
@@ -42,12 +39,11 @@ class ExchangeConfig(ModelConfig):
         "takes, layer by layer, whichever sends fewer bytes. The results are equal to rounding.",
         choices=("auto", "allreduce", "factored"),
     )
-    wire_dtype: str = flag(
+    wire_dtype: str = hyperparameter(
         "float32",
         "Device",
         "Type of the numbers sent. float16 halves the bytes and rounds; its sums depend on the number of ranks.",
         choices=("float32", "float16"),
-        hyperparameter=True,
     )
 
 
@@ -55,29 +51,26 @@ class ExchangeConfig(ModelConfig):
 class UpdateConfig:
     """One update of the weights, from its gradients."""
 
-    dropout: float = flag(
+    dropout: float = hyperparameter(
         0.5,
         "Model",
         "Fraction of the outputs of each hidden dense layer that is dropped.",
         at_least=0.0,
         below=1.0,
-        hyperparameter=True,
     )
-    optimizer: str = flag("momentum", "Recipe", "SGD with momentum.", choices=("momentum", "nesterov"), hyperparameter=True)
-    momentum: float = flag(0.9, "Recipe", "Momentum.", at_least=0.0, below=1.0, hyperparameter=True)
-    weight_decay: float = flag(
+    optimizer: str = hyperparameter("momentum", "Recipe", "SGD with momentum.", choices=("momentum", "nesterov"))
+    momentum: float = hyperparameter(0.9, "Recipe", "Momentum.", at_least=0.0, below=1.0)
+    weight_decay: float = hyperparameter(
         1e-4,
         "Recipe",
         "L2 penalty on all weights and biases, added to the gradient.",
         at_least=0.0,
-        hyperparameter=True,
     )
-    seed: int = flag(
+    seed: int = hyperparameter(
         1,
         "Recipe",
         "Initial weights, order of records, augmentation and dropout are functions of it.",
         at_least=0,
-        hyperparameter=True,
     )
     xla: bool = flag(False, "Device", "Compile each rank's forward and backward pass with XLA; for GPUs.")
 
@@ -91,12 +84,11 @@ class UpdateConfig:
 class ComputeConfig(ModelConfig):
     """Settings of every command that runs the network on images."""
 
-    augment: str = flag(
+    augment: str = hyperparameter(
         "crop",
         "Data",
         "none; flip; shift: pad by an eighth, random crop, flip; crop: random-resized crop of area 0.08 to 1, flip.",
         choices=("none", "flip", "shift", "crop"),
-        hyperparameter=True,
     )
     run_dir: str = flag("./run", "Run", "Directory for checkpoints, logs and results; created if missing.", "path")
     console: str = flag(
@@ -120,14 +112,13 @@ class ComputeConfig(ModelConfig):
         "images",
         at_least=1,
     )
-    precision: str = flag(
+    precision: str = hyperparameter(
         "float32",
         "Device",
         "Type the network is computed in. Weights, updates, softmax and sums over micro-batches and ranks are always "
         "float32; float16 scales its loss and skips an update whose gradient overflows (a loss that overflows ends the "
         "run).",
         choices=("float32", "bfloat16", "float16"),
-        hyperparameter=True,
     )
     input_threads: int = flag(
         0,
@@ -177,7 +168,7 @@ class DataConfig:
 class TrainDataConfig(DataConfig):
     """The records to train on, and the order they are read in."""
 
-    shuffle_block_records: int = flag(
+    shuffle_block_records: int = hyperparameter(
         1,
         "Data",
         "For storage where random reads are slow: blocks of this many consecutive records are permuted as a whole, then "
@@ -186,7 +177,6 @@ class TrainDataConfig(DataConfig):
         "records",
         at_least=1,
         at_most=2**31,
-        hyperparameter=True,
     )
 
 
@@ -194,34 +184,29 @@ class TrainDataConfig(DataConfig):
 class RecipeConfig:
     """The length of a run and its learning rate."""
 
-    epochs: float = flag(
-        90.0, "Recipe", "Length of the run, when --steps is 0.", "epochs", above=0.0, at_most=1e5, hyperparameter=True
-    )
-    steps: int = flag(
+    epochs: float = hyperparameter(90.0, "Recipe", "Length of the run, when --steps is 0.", "epochs", above=0.0, at_most=1e5)
+    steps: int = hyperparameter(
         0,
         "Recipe",
         "Length of the run; 0: as many as --epochs needs.",
         "updates",
         at_least=0,
         at_most=99_999_999,
-        hyperparameter=True,
     )
-    lr: float = flag(0.01, "Recipe", "Learning rate after warm-up, for the mean gradient.", above=0.0, hyperparameter=True)
-    lr_schedule: str = flag(
+    lr: float = hyperparameter(0.01, "Recipe", "Learning rate after warm-up, for the mean gradient.", above=0.0)
+    lr_schedule: str = hyperparameter(
         "step",
         "Recipe",
         "constant; step: divided by 10 at each of --lr_step_epochs; cosine: to 0 at the end.",
         choices=("constant", "step", "cosine"),
-        hyperparameter=True,
     )
-    lr_step_epochs: Tuple[float, ...] = flag(
+    lr_step_epochs: Tuple[float, ...] = hyperparameter(
         (30.0, 60.0),
         "Recipe",
         "Epochs at which --lr_schedule=step divides the rate, separated by commas.",
         "epochs",
-        hyperparameter=True,
     )
-    warmup_epochs: float = flag(0.0, "Recipe", "Length of the linear warm-up.", "epochs", at_least=0.0, hyperparameter=True)
+    warmup_epochs: float = hyperparameter(0.0, "Recipe", "Length of the linear warm-up.", "epochs", at_least=0.0)
 
     def conflicts(self) -> Iterator[str]:
         """Yields the combinations that cannot run."""

@@ -39,10 +39,14 @@ _GROUPS = ("Data", "Model", "Recipe", "Run", "Device")
 def flag(default: Any, group: str, text: str, unit: str = "", **limits: Any) -> Any:
     """Declares a dataclass field that is a flag.
 
-    `limits`: `choices`, `at_least`, `above`, `at_most`, `below`; and `hyperparameter=True` where the value decides what is
-    learned (a checkpoint is continued only under the same value).
+    `limits`: `choices`, `at_least`, `above`, `at_most`, `below`.
     """
     return dataclasses.field(default=default, metadata={"group": group, "text": text, "unit": unit, **limits})
+
+
+def hyperparameter(default: Any, group: str, text: str, unit: str = "", **limits: Any) -> Any:
+    """Declares a flag that decides what is learned: a checkpoint is continued only under the same value."""
+    return flag(default, group, text, unit, hyperparameter=True, **limits)
 
 
 def same_flag(section: Any, name: str) -> Any:
