@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import IO, Dict, Optional, Sequence, Tuple
+from typing import IO, Dict, NamedTuple, Optional, Sequence
 
 from hvd_vgg.config import ComputeConfig, TrainConfig
 from hvd_vgg.data.transforms import IMAGE_LIBRARY
@@ -17,12 +17,16 @@ from hvd_vgg.run_dir import lock_run_dir
 _OWN_FLAGS = ("data_dir", "run_dir", "console", "out")
 
 
-def join_ranks(
-    config: ComputeConfig, timeline: bool = False, group_sizes: Sequence[int] = ()
-) -> Tuple[Device, Console, Dict[int, comm.Group]]:
-    """Joins the ranks and takes this rank's device; the first call of a command that computes. Collective.
+class Session(NamedTuple):
+    """What a rank has after it joined: its device, the console, and the groups of ranks that were asked for, by size."""
 
-    Returns the device, the console, and the groups of ranks that were asked for, by size.
+    device: Device
+    console: Console
+    groups: Dict[int, comm.Group]
+
+
+def join_ranks(config: ComputeConfig, timeline: bool = False, group_sizes: Sequence[int] = ()) -> Session:
+    """Joins the ranks and takes this rank's device; the first call of a command that computes. Collective.
 
     timeline: whether Horovod's timeline may be started later; group_sizes: of the groups of first ranks to make. Raises a
     collective Failure(CONFIGURATION) unless flags, software and environment are equal on all ranks; and as `init.join` and
@@ -34,7 +38,7 @@ def join_ranks(
     require_equal("the flags", flags)
     require_equal("the software", describe_software(IMAGE_LIBRARY))
     require_equal("the environment", compared_environment())
-    return device, Console(config.console, comm.is_root()), groups
+    return Session(device, Console(config.console, comm.is_root()), groups)
 
 
 def claim_run_dir(config: TrainConfig) -> Optional[IO[str]]:
