@@ -107,12 +107,12 @@ def measure_run(
         return found
     updates = found["fps_updates"]
     low, high = slice_bounds(config.global_batch, comm.rank(group), comm.size(group))
-    mine = [*throughput.last(updates), float((high - low) * updates), *throughput.excluded_seconds.values()]
-    numbers = comm.gather_numbers(mine, group).tolist()
-    times = [StepTime(*row[:3]) for row in numbers]
-    rows = per_rank(times, comm.gather_json(socket.gethostname(), group), [int(row[3]) for row in numbers])
-    for row, everything in zip(rows, numbers):
-        row.update(zip((f"{name}_seconds" for name in throughput.excluded_seconds), everything[4:]))
+    mine = {"host": socket.gethostname(), "images": (high - low) * updates, "times": throughput.last(updates)}
+    everyones = comm.gather_json({**mine, "excluded": throughput.excluded_seconds}, group)
+    times = [StepTime(*each["times"]) for each in everyones]
+    rows = per_rank(times, [each["host"] for each in everyones], [each["images"] for each in everyones])
+    for row, each in zip(rows, everyones):
+        row.update({f"{name}_seconds": seconds for name, seconds in each["excluded"].items()})
     layers = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
     found["tflops_per_rank"] = training_flops(layers, config.image_size) * found["fps"] / comm.size(group) / 1e12
     if device_tflops:
