@@ -112,7 +112,6 @@ def make_step(way, weights, slots, options):
 
     from hvd_vgg.models import vgg
     from hvd_vgg.models.architecture import DENSE
-    from hvd_vgg.models.dropout import apply_dropout
     from hvd_vgg.training.optimizer import apply_update
     from hvd_vgg.training.train_step import accumulate, draw_dropout_masks, make_backward, make_train_step
 
@@ -126,8 +125,7 @@ def make_step(way, weights, slots, options):
     def mean_gradients(images, labels, position, keys):
         masks = draw_dropout_masks(weights, config, images, position, keys)
         with tf.GradientTape() as tape:
-            dropout = lambda x, layer: apply_dropout(x, masks[layer], config.dropout)  # noqa: E731
-            logits = vgg.logits(weights, "vgg16", vgg.normalized(images), "NHWC", dropout)
+            logits = vgg.logits(weights, "vgg16", images, "NHWC", masks=masks, dropout=config.dropout)
             loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
         return hvd.DistributedGradientTape(tape).gradient(loss, list(weights.values()))
 

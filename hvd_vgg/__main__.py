@@ -20,7 +20,7 @@ from hvd_vgg.watchdog import watchdog
 
 try:
     from hvd_vgg import config as configs
-    from hvd_vgg.flags import describe_flags, parse_flags, read_flag_file
+    from hvd_vgg.flags import describe_flags, parse_flags
 except ModuleNotFoundError as error:  # absl-py, which reads the flags of all commands, doctor's too
     write_line(f"hvd-vgg: {error} ({sys.executable}): install it, or use launch/environment.sh", sys.stderr)
     sys.exit(CONFIGURATION)
@@ -246,7 +246,7 @@ def _parse_command(argv: List[str]) -> Any:
     if not path.is_file():
         return config
     # Where the run is now, and where this prints to, is not what the run was told.
-    own = read_flag_file(configs.TrainConfig, path)
+    own = parse_flags(configs.TrainConfig, [f"--flagfile={path}"])
     return parse_flags(kind, given, dataclasses.replace(own, run_dir=config.run_dir, console=config.console), shared)
 
 

@@ -5,36 +5,32 @@ configuration that has it. What takes a ModelConfig takes a TrainConfig too, but
 """
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Set, Tuple
 
-from hvd_vgg.flags import flag, format_value, same_flag
+from hvd_vgg.flags import flag, format_value, hyperparameter, same_flag
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The network: what decides the shapes of its weights, and the images it takes."""
 
-    num_classes: int = flag(1000, "Data", "Classes; a label outside them is an error.", at_least=2, hyperparameter=True)
-    image_size: int = flag(
-        224, "Data", "Height and width of the network's input.", "pixels", at_least=32, hyperparameter=True
-    )
-    model: str = flag("vgg16", "Model", "The network.", choices=("vgg11", "vgg13", "vgg16", "vgg19"), hyperparameter=True)
-    width: float = flag(1.0, "Model", "Multiplier on the width of every layer.", above=0.0, at_most=4.0, hyperparameter=True)
+    num_classes: int = hyperparameter(1000, "Data", "Classes; a label outside them is an error.", at_least=2)
+    image_size: int = hyperparameter(224, "Data", "Height and width of the network's input.", "pixels", at_least=32)
+    model: str = hyperparameter("vgg16", "Model", "The network.", choices=("vgg11", "vgg13", "vgg16", "vgg19"))
+    width: float = hyperparameter(1.0, "Model", "Multiplier on the width of every layer.", above=0.0, at_most=4.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExchangeConfig(ModelConfig):
     """The global batch of a network, and how its gradients are exchanged."""
 
-    global_batch: int = flag(
+    global_batch: int = hyperparameter(
         256,
         "Recipe",
         "Images per update, over all ranks; it does not change with the number of ranks.",
         "images",
         at_least=1,
-        hyperparameter=True,
     )
     exchange: str = flag(
         "auto",
@@ -43,12 +39,11 @@ class ExchangeConfig(ModelConfig):
         "takes, layer by layer, whichever sends fewer bytes. The results are equal to rounding.",
         choices=("auto", "allreduce", "factored"),
     )
-    wire_dtype: str = flag(
+    wire_dtype: str = hyperparameter(
         "float32",
         "Device",
         "Type of the numbers sent. float16 halves the bytes and rounds; its sums depend on the number of ranks.",
         choices=("float32", "float16"),
-        hyperparameter=True,
     )
 
 
@@ -56,29 +51,26 @@ class ExchangeConfig(ModelConfig):
 class UpdateConfig:
     """One update of the weights, from its gradients."""
 
-    dropout: float = flag(
+    dropout: float = hyperparameter(
         0.5,
         "Model",
         "Fraction of the outputs of each hidden dense layer that is dropped.",
         at_least=0.0,
         below=1.0,
-        hyperparameter=True,
     )
-    optimizer: str = flag("momentum", "Recipe", "SGD with momentum.", choices=("momentum", "nesterov"), hyperparameter=True)
-    momentum: float = flag(0.9, "Recipe", "Momentum.", at_least=0.0, below=1.0, hyperparameter=True)
-    weight_decay: float = flag(
+    optimizer: str = hyperparameter("momentum", "Recipe", "SGD with momentum.", choices=("momentum", "nesterov"))
+    momentum: float = hyperparameter(0.9, "Recipe", "Momentum.", at_least=0.0, below=1.0)
+    weight_decay: float = hyperparameter(
         1e-4,
         "Recipe",
         "L2 penalty on all weights and biases, added to the gradient.",
         at_least=0.0,
-        hyperparameter=True,
     )
-    seed: int = flag(
+    seed: int = hyperparameter(
         1,
         "Recipe",
         "Initial weights, order of records, augmentation and dropout are functions of it.",
         at_least=0,
-        hyperparameter=True,
     )
     xla: bool = flag(False, "Device", "Compile each rank's forward and backward pass with XLA; for GPUs.")
 
@@ -92,12 +84,11 @@ class UpdateConfig:
 class ComputeConfig(ModelConfig):
     """Settings of every command that runs the network on images."""
 
-    augment: str = flag(
+    augment: str = hyperparameter(
         "crop",
         "Data",
         "none; flip; shift: pad by an eighth, random crop, flip; crop: random-resized crop of area 0.08 to 1, flip.",
         choices=("none", "flip", "shift", "crop"),
-        hyperparameter=True,
     )
     run_dir: str = flag("./run", "Run", "Directory for checkpoints, logs and results; created if missing.", "path")
     console: str = flag(
@@ -121,14 +112,13 @@ class ComputeConfig(ModelConfig):
         "images",
         at_least=1,
     )
-    precision: str = flag(
+    precision: str = hyperparameter(
         "float32",
         "Device",
         "Type the network is computed in. Weights, updates, softmax and sums over micro-batches and ranks are always "
         "float32; float16 scales its loss and skips an update whose gradient overflows (a loss that overflows ends the "
         "run).",
         choices=("float32", "bfloat16", "float16"),
-        hyperparameter=True,
     )
     input_threads: int = flag(
         0,
@@ -140,11 +130,6 @@ class ComputeConfig(ModelConfig):
         at_least=0,
         at_most=1024,
     )
-
-    def conflicts(self) -> Iterator[str]:
-        """Yields the combinations that cannot run."""
-        if not self.run_dir:
-            yield "--run_dir: expected a path, found nothing"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,17 +163,12 @@ class DataConfig:
         at_least=0,
     )
 
-    def conflicts(self) -> Iterator[str]:
-        """Yields the combinations that cannot run."""
-        if not self.data_dir:
-            yield "--data_dir: expected a path, found nothing"
-
 
 @dataclasses.dataclass(frozen=True)
 class TrainDataConfig(DataConfig):
     """The records to train on, and the order they are read in."""
 
-    shuffle_block_records: int = flag(
+    shuffle_block_records: int = hyperparameter(
         1,
         "Data",
         "For storage where random reads are slow: blocks of this many consecutive records are permuted as a whole, then "
@@ -197,7 +177,6 @@ class TrainDataConfig(DataConfig):
         "records",
         at_least=1,
         at_most=2**31,
-        hyperparameter=True,
     )
 
 
@@ -205,34 +184,29 @@ class TrainDataConfig(DataConfig):
 class RecipeConfig:
     """The length of a run and its learning rate."""
 
-    epochs: float = flag(
-        90.0, "Recipe", "Length of the run, when --steps is 0.", "epochs", above=0.0, at_most=1e5, hyperparameter=True
-    )
-    steps: int = flag(
+    epochs: float = hyperparameter(90.0, "Recipe", "Length of the run, when --steps is 0.", "epochs", above=0.0, at_most=1e5)
+    steps: int = hyperparameter(
         0,
         "Recipe",
         "Length of the run; 0: as many as --epochs needs.",
         "updates",
         at_least=0,
         at_most=99_999_999,
-        hyperparameter=True,
     )
-    lr: float = flag(0.01, "Recipe", "Learning rate after warm-up, for the mean gradient.", above=0.0, hyperparameter=True)
-    lr_schedule: str = flag(
+    lr: float = hyperparameter(0.01, "Recipe", "Learning rate after warm-up, for the mean gradient.", above=0.0)
+    lr_schedule: str = hyperparameter(
         "step",
         "Recipe",
         "constant; step: divided by 10 at each of --lr_step_epochs; cosine: to 0 at the end.",
         choices=("constant", "step", "cosine"),
-        hyperparameter=True,
     )
-    lr_step_epochs: Tuple[float, ...] = flag(
+    lr_step_epochs: Tuple[float, ...] = hyperparameter(
         (30.0, 60.0),
         "Recipe",
         "Epochs at which --lr_schedule=step divides the rate, separated by commas.",
         "epochs",
-        hyperparameter=True,
     )
-    warmup_epochs: float = flag(0.0, "Recipe", "Length of the linear warm-up.", "epochs", at_least=0.0, hyperparameter=True)
+    warmup_epochs: float = hyperparameter(0.0, "Recipe", "Length of the linear warm-up.", "epochs", at_least=0.0)
 
     def conflicts(self) -> Iterator[str]:
         """Yields the combinations that cannot run."""
@@ -302,8 +276,8 @@ class TrainConfig(RecipeConfig, BatchConfig, EvaluationConfig):
         "--profile_ranks, Horovod's timeline of all ranks as rank 0 sees them).",
         "updates",
     )
-    profile_ranks: Tuple[float, ...] = flag(
-        (0.0,), "Run", "Ranks whose TensorFlow is profiled, separated by commas.", at_least=0
+    profile_ranks: Tuple[int, ...] = flag(
+        (0,), "Run", "Ranks whose TensorFlow is profiled, separated by commas.", at_least=0
     )
     device_tflops: float = flag(
         0.0,
@@ -320,7 +294,6 @@ class TrainConfig(RecipeConfig, BatchConfig, EvaluationConfig):
         """Yields the combinations that cannot run."""
         if self.profile_steps and not profiled_steps(self.profile_steps):
             yield f"--profile_steps={self.profile_steps}: expected FIRST:LAST, two integers, the first not larger"
-        yield from _not_integers("profile_ranks", self.profile_ranks)
         for name in sorted(allowed_changes(self) - set(hyperparameters())):
             allowed = ", ".join(hyperparameters())
             yield f"--allow_config_change={self.allow_config_change}: {name} is not among {allowed}"
@@ -368,14 +341,13 @@ class PlanConfig(ExchangeConfig):
     ranks_per_host: int = flag(1, "Plan", "Ranks that share a host and its link.", "ranks", at_least=1)
     gbit: float = flag(25.0, "Plan", "Bandwidth of a host's link.", "Gbit/s", above=0.0)
     fps_per_rank: float = flag(150.0, "Plan", "Throughput of one rank alone, without exchange.", "images/s", above=0.0)
-    sweep_ranks: Tuple[float, ...] = flag(
+    sweep_ranks: Tuple[int, ...] = flag(
         (), "Plan", "Also predict efficiency on these numbers of ranks, at the same images per rank.", "ranks", at_least=1
     )
     out: str = flag("", "Plan", "Plot the sweep into this file (.png, .svg, .pdf; needs matplotlib).", "path")
 
     def conflicts(self) -> Iterator[str]:
         """Yields the combinations that cannot run."""
-        yield from _not_integers("sweep_ranks", self.sweep_ranks)
         if self.global_batch < self.ranks:
             yield f"--global_batch={self.global_batch}: expected at least one image for each of --ranks={self.ranks}"
         if self.out and Path(self.out).suffix not in (".png", ".svg", ".pdf"):
@@ -391,14 +363,13 @@ class BenchmarkConfig(BatchConfig):
     lr: float = same_flag(RecipeConfig, "lr")
     device_tflops: float = same_flag(TrainConfig, "device_tflops")
     steps: int = flag(0, "Benchmark", "Updates measured per row; 0: 30.", "updates", at_least=0, at_most=99_999_999)
-    ranks: Tuple[float, ...] = flag(
+    ranks: Tuple[int, ...] = flag(
         (), "Benchmark", "Measure on these numbers of the ranks started; empty: on all.", "ranks", at_least=1
     )
     out: str = flag("", "Benchmark", "Write the measurements into this file, as JSON.", "path")
 
     def conflicts(self) -> Iterator[str]:
         """Yields the combinations that cannot run."""
-        yield from _not_integers("ranks", self.ranks)
         if self.steps == 1:
             yield "--steps=1: expected at least 2 updates to measure, or 0 for the usual number"
         if self.console == "dllogger":
@@ -423,7 +394,7 @@ class DoctorConfig(TrainConfig):
         "Without mpirun, before it is used: does each host in this file answer, and can it connect back?",
         "path",
     )
-    rsh_agent: str = flag(RSH_AGENT, "Doctor", "Remote shell to other hosts, as for `launch`.")
+    rsh_agent: str = flag(RSH_AGENT, "Doctor", "Remote shell to other hosts, as for `launch`.", "command")
     network: str = flag("", "Doctor", "With --hostfile: networks or interfaces between hosts, as for `launch`.")
     join_seconds: float = flag(
         8.0, "Doctor", "How long a rank waits for all others to start and be reached.", "seconds", above=0.0
@@ -439,8 +410,6 @@ class DoctorConfig(TrainConfig):
 
     def conflicts(self) -> Iterator[str]:
         """Yields the combinations that cannot run."""
-        if not self.rsh_agent.strip():
-            yield "--rsh_agent: expected a command, found nothing"
         if not self.hostfile:
             for name, value, default in (("network", self.network, ""), ("rsh_agent", self.rsh_agent, RSH_AGENT)):
                 if value != default:
@@ -469,6 +438,7 @@ class LaunchConfig:
         "Ranks",
         "Remote shell to other hosts, called as `AGENT HOST COMMAND`; split at spaces. A host with an unknown key is "
         "refused.",
+        "command",
     )
     network: str = flag(
         "",
@@ -511,8 +481,6 @@ class LaunchConfig:
         for name in self.export_env.split(","):
             if name and not name.isidentifier():
                 yield f"--export_env={self.export_env}: {name!r} is not a variable's name; values do not belong here"
-        if not self.rsh_agent.strip():
-            yield "--rsh_agent: expected a command, found nothing"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -531,11 +499,6 @@ class DemoConfig:
         """Yields the combinations that cannot run."""
         if self.shards > min(self.train_images, 2 * self.validation_images - 1):
             yield f"--shards={self.shards}: expected at least one image for each shard of both splits"
-
-
-def _not_integers(name: str, values: Tuple[float, ...]) -> Iterator[str]:
-    if any(number != int(number) for number in values if math.isfinite(number)):
-        yield f"--{name}={format_value(values)}: expected integers"
 
 
 def hyperparameters() -> List[str]:

@@ -7,18 +7,31 @@ yields one line for every combination of its values that cannot run.
 import dataclasses
 import difflib
 import math
+import operator
 import re
 import textwrap
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, Sequence, Set, Tuple
 
 from absl import flags
 
 from hvd_vgg.errors import USAGE, Failure
 
-# What a value of each type is called in messages; the other types are tuples of numbers.
-_EXPECTED: Dict[Any, str] = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
-_NUMBERS = "numbers separated by commas"
+# What a value of each type is called in messages.
+_EXPECTED: Dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    Tuple[int, ...]: "integers separated by commas",
+    Tuple[float, ...]: "numbers separated by commas",
+}
+_LIMITS = {
+    "at_least": (operator.ge, "at least"),
+    "above": (operator.gt, "more than"),
+    "at_most": (operator.le, "at most"),
+    "below": (operator.lt, "less than"),
+}
 # The order of groups in --help and in flag files; others follow.
 _GROUPS = ("Data", "Model", "Recipe", "Run", "Device")
 
@@ -26,10 +39,14 @@ _GROUPS = ("Data", "Model", "Recipe", "Run", "Device")
 def flag(default: Any, group: str, text: str, unit: str = "", **limits: Any) -> Any:
     """Declares a dataclass field that is a flag.
 
-    `limits`: `choices`, `at_least`, `above`, `at_most`, `below`; and `hyperparameter=True` where the value decides what is
-    learned (a checkpoint is continued only under the same value).
+    `limits`: `choices`, `at_least`, `above`, `at_most`, `below`.
     """
     return dataclasses.field(default=default, metadata={"group": group, "text": text, "unit": unit, **limits})
+
+
+def hyperparameter(default: Any, group: str, text: str, unit: str = "", **limits: Any) -> Any:
+    """Declares a flag that decides what is learned: a checkpoint is continued only under the same value."""
+    return flag(default, group, text, unit, hyperparameter=True, **limits)
 
 
 def same_flag(section: Any, name: str) -> Any:
@@ -38,16 +55,8 @@ def same_flag(section: Any, name: str) -> Any:
     return dataclasses.field(default=field.default, metadata=field.metadata)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Invalid:
-    """The text of a value that its flag's type cannot hold; kept, so that all such flags are reported together."""
-
-    text: str
-    expected: str
-
-
 class _Parser(flags.ArgumentParser):
-    """Parses by a field's type and never raises."""
+    """Converts text to a field's type. Text that cannot be converted is kept, for `validate` to report with all else."""
 
     def __init__(self, kind: Any) -> None:
         super().__init__()
@@ -57,21 +66,13 @@ class _Parser(flags.ArgumentParser):
         if not isinstance(argument, str):
             return argument
         try:
+            if self.kind is bool:
+                return flags.BooleanParser().parse(argument)
             if self.kind in (int, float, str):
                 return self.kind(argument)
-            return tuple(float(part) for part in argument.split(",") if part.strip())
+            return tuple(self.kind.__args__[0](part) for part in argument.split(",") if part.strip())
         except ValueError:
-            return _Invalid(argument, _EXPECTED.get(self.kind, _NUMBERS))
-
-
-class _BooleanParser(flags.BooleanParser):
-    """Parses true and false, and never raises."""
-
-    def parse(self, argument: Any) -> Any:
-        try:
-            return super().parse(argument)
-        except ValueError:
-            return _Invalid(argument, _EXPECTED[bool])
+            return argument
 
 
 def parse_flags(kind: Any, argv: Sequence[str], defaults: Any = None, shared: Any = None) -> Any:
@@ -87,23 +88,18 @@ def parse_flags(kind: Any, argv: Sequence[str], defaults: Any = None, shared: An
         text = field.metadata["text"]
         if field.type is bool:
             switch: Any = flags.BooleanFlag(field.name, default, text)
-            switch.parser = _BooleanParser()
+            switch.parser = _Parser(bool)
             flags.DEFINE_flag(switch, values)
         else:
             flags.DEFINE(_Parser(field.type), field.name, default, text, flag_values=values)
-    unused = {field.name for field in dataclasses.fields(shared or kind)} - {
-        field.name for field in dataclasses.fields(kind)
-    }
+    names = [field.name for field in dataclasses.fields(kind)]
+    unused = {field.name for field in dataclasses.fields(shared or kind)}.difference(names)
     try:
         unknown = values([""] + _expand_flag_files(argv, unused), known_only=True)[1:]
     except flags.Error as error:
         raise Failure(USAGE, f"flags: {error}") from error
-    chosen = {field.name: values[field.name].value for field in dataclasses.fields(kind)}
-    invalid = {name: value for name, value in chosen.items() if isinstance(value, _Invalid)}
-    config = kind(**{name: value for name, value in chosen.items() if name not in invalid})
-    errors = [_unknown_flag(word, list(chosen)) for word in unknown]
-    errors += [f"--{name}={value.text}: expected {value.expected}" for name, value in invalid.items()]
-    errors += validate(config)
+    config = kind(**{name: values[name].value for name in names})
+    errors = [_unknown_flag(word, names) for word in unknown] + validate(config)
     if errors:
         raise Failure(USAGE, f"{len(errors)} illegal flag(s):\n" + "\n".join(f"  {error}" for error in errors))
     return config
@@ -150,19 +146,20 @@ def _unknown_flag(word: str, names: Sequence[str]) -> str:
 
 def validate(config: Any) -> List[str]:
     """Returns one line for every value out of range and every conflict; empty when `config` can run."""
-    errors = []
+    errors, untyped = [], {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not _has_type(value, field.type):
-            errors.append(f"--{field.name}={value!r}: expected {_EXPECTED.get(field.type, _NUMBERS)}")
-    if errors:
-        return errors
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        for number in value if isinstance(value, tuple) else (value,):
-            expected = _range_error(number, field.metadata)
-            if expected:
-                errors.append(f"--{field.name}={format_value(value)}: expected {expected}")
+            expected = _EXPECTED[field.type]
+            untyped[field.name] = field.default
+        elif field.type is str and field.default and not value.strip():
+            expected = f"a {field.metadata['unit'] or 'text'}, found nothing"
+        else:
+            numbers = value if isinstance(value, tuple) else (value,)
+            expected = next(filter(None, (_range_error(number, field.metadata) for number in numbers)), "")
+        if expected:
+            errors.append(f"--{field.name}={format_value(value)}: expected {expected}")
+    config = dataclasses.replace(config, **untyped)
     for section in reversed(type(config).__mro__):
         errors += vars(section).get("conflicts", lambda _: [])(config)
     return errors
@@ -175,7 +172,7 @@ def _has_type(value: Any, kind: Any) -> bool:
     numbers = (int,) if kind is int else (int, float)
     if kind in (int, float):
         return isinstance(value, numbers) and not isinstance(value, bool)
-    return isinstance(value, tuple) and all(_has_type(each, float) for each in value)
+    return isinstance(value, tuple) and all(_has_type(each, kind.__args__[0]) for each in value)
 
 
 def _range_error(value: Any, limits: Any) -> str:
@@ -183,14 +180,9 @@ def _range_error(value: Any, limits: Any) -> str:
         return "a finite number"
     if "choices" in limits and value not in limits["choices"]:
         return "one of " + ", ".join(limits["choices"])
-    if "at_least" in limits and value < limits["at_least"]:
-        return f"at least {limits['at_least']}"
-    if "above" in limits and value <= limits["above"]:
-        return f"more than {limits['above']}"
-    if "at_most" in limits and value > limits["at_most"]:
-        return f"at most {limits['at_most']}"
-    if "below" in limits and value >= limits["below"]:
-        return f"less than {limits['below']}"
+    for limit, (holds, words) in _LIMITS.items():
+        if limit in limits and not holds(value, limits[limit]):
+            return f"{words} {limits[limit]}"
     return ""
 
 
@@ -233,8 +225,3 @@ def format_value(value: Any) -> str:
         text = repr(value)
         return text[:-2] if text.endswith(".0") else text
     return str(value)
-
-
-def read_flag_file(kind: Any, path: Optional[Path]) -> Any:
-    """Returns the `kind` in a flag file, or None where there is no file; raises Failure(USAGE) like `parse_flags`."""
-    return parse_flags(kind, [f"--flagfile={path}"]) if path else None

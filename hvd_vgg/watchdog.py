@@ -155,8 +155,7 @@ class Watchdog:
                     os.write(2, b"hvd-vgg: stopped on request, before the first update\n")
             os._exit(STOPPED)
 
-        for each in (signal.SIGTERM, signal.SIGUSR1):
-            self._handle(each, leave)
+        self._handle(leave, signal.SIGTERM, signal.SIGUSR1)
 
     def save_when_asked(self) -> None:
         """From now on SIGTERM, SIGINT and SIGUSR1 set `stop_requested`; another SIGINT interrupts at once. Main thread."""
@@ -166,11 +165,11 @@ class Watchdog:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
             self._stop_requested.set()
 
-        for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self._handle(each, request)
+        self._handle(request, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def _handle(self, number: int, handler: Callable[[int, Any], None]) -> None:
-        self._handlers.setdefault(number, signal.signal(number, handler))
+    def _handle(self, handler: Callable[[int, Any], None], *numbers: int) -> None:
+        for number in numbers:
+            self._handlers.setdefault(number, signal.signal(number, handler))
 
     def release(self) -> None:
         """Returns a process that goes on after `stop` to what it was: no timer that ends it, its own signal handlers."""

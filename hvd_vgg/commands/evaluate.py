@@ -15,6 +15,7 @@ from hvd_vgg.text import plural
 from hvd_vgg.training import checkpoint
 from hvd_vgg.training.dataset import open_split
 from hvd_vgg.training.evaluate import Evaluation, evaluate, make_eval_step
+from hvd_vgg.training.reporter import Reporter
 from hvd_vgg.training.startup import join_ranks
 from hvd_vgg.training.state import assign_variables, data_digest, initial_weights
 
@@ -54,7 +55,7 @@ def _score(config: EvaluationConfig, name: str, index: Index, device: Device, co
     run_on_root(lambda: assign_variables(weights, found))
     comm.broadcast_variables(list(weights.values()))
     eval_step = make_eval_step(weights, config, device.data_format)
-    result = evaluate(eval_step, index, config, label_base, device.input_threads, console)
+    result = evaluate(eval_step, index, config, label_base, device.input_threads, Reporter(None, console))
     console.say(
         f"step {meta['step']}: {result.accuracy()}  "
         f"({result.top1} and {result.top5} of {result.records} records, each once, on {plural(comm.size(), 'rank')})"

@@ -12,7 +12,7 @@ functions", ASIACRYPT 2003). They are no defence against ids chosen in order to 
 """
 
 import functools
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from hvd_vgg.errors import BUG, Failure
 from hvd_vgg.seeds import GOLDEN_GAMMA, splitmix64
 
 _WORDS = 3  # of a digest
-_UPDATES_AT_ONCE = 64  # updates whose ids are hashed together: a call takes nearly as long for few ids as for many
 
 
 def digest(ids: np.ndarray) -> np.ndarray:
@@ -96,6 +95,20 @@ class EpochCoverage(NamedTuple):
     records: Optional[EpochRecords]
 
 
+class Update(NamedTuple):
+    """The records of an update on this rank, those at `position` of the stream and onward.
+
+    ids: used, int64 [n]. bad: (row, id due there) of the rows where another record took a bad one's place: the id due counts
+    as replaced; its replacement does not count, as its own turn is elsewhere. skipped: whether the records due were left out
+    on purpose (--on_nonfinite=rewind).
+    """
+
+    position: int
+    ids: np.ndarray
+    bad: Sequence[Tuple[int, int]] = ()
+    skipped: bool = False
+
+
 class Coverage:
     """What this rank has trained on since the ranks' counts were last summed, and the sum for the epoch in progress."""
 
@@ -108,35 +121,27 @@ class Coverage:
         self.epoch, done = divmod(step * global_batch, records)  # the epoch in progress
         self.total = None if done and not state else parse_epoch_records(state)
         self.mine: Dict[int, EpochRecords] = {}
-        self.added: List[Tuple[int, np.ndarray, Sequence[Tuple[int, int]]]] = []  # not yet in `mine`
 
-    def add(self, position: int, ids: np.ndarray, bad: Sequence[Tuple[int, int]] = ()) -> None:
-        """Counts the records that this rank trained on, `ids` int64 [n], at `position` of the stream and onward.
+    def add(self, updates: Iterable[Update]) -> None:
+        """Counts this rank's records of some updates. Of many at once: hashing takes nearly as long for few ids."""
+        parts: Dict[int, Tuple[List[np.ndarray], List[np.ndarray], List[np.ndarray]]] = {}
+        for position, ids, bad, skipped in updates:
+            due, good = ids.copy(), np.ones(len(ids), bool)
+            for row, record in bad:
+                due[row], good[row] = record, False
+            for epoch, rows in self._epochs(position, len(ids)):
+                seen, left_out, replaced = parts.setdefault(epoch, ([], [], []))
+                if skipped:
+                    left_out.append(due[rows])
+                else:
+                    seen.append(due[rows][good[rows]])
+                    replaced.append(due[rows][~good[rows]])
+        for epoch, lists in parts.items():
+            seen, left_out, replaced = (np.concatenate([np.zeros(0, np.int64), *part]) for part in lists)
+            self.mine[epoch] = self._mine(epoch).plus(EpochRecords(digest(seen), digest(left_out), replaced))
 
-        The array is read later and must not change. bad: (row, id due there) of the rows where another record took a bad
-        one's place. The id due counts as replaced; its replacement does not count, as its own turn is elsewhere.
-        """
-        self.added.append((position, ids, bad))
-        if len(self.added) == _UPDATES_AT_ONCE:
-            self._count_added()
-
-    def _count_added(self) -> None:
-        seen: Dict[int, List[np.ndarray]] = {}
-        replaced: Dict[int, List[int]] = {}
-        for position, ids, bad in self.added:
-            as_due = np.ones(len(ids), bool)
-            as_due[[row for row, _ in bad]] = False
-            for epoch, part in self._epochs(position, len(ids)):
-                seen.setdefault(epoch, []).append(ids[part][as_due[part]])
-                replaced.setdefault(epoch, []).extend(due for row, due in bad if part.start <= row < part.stop)
-        self.added.clear()
-        for epoch, parts in seen.items():
-            self._count(epoch, seen=digest(np.concatenate(parts)), replaced=np.array(replaced[epoch], np.int64))
-
-    def skip(self, position: int, ids: np.ndarray) -> None:
-        """Counts records, due at `position` and onward, that this rank leaves out on purpose (--on_nonfinite=rewind)."""
-        for epoch, part in self._epochs(position, len(ids)):
-            self._count(epoch, skipped=digest(ids[part]))
+    def _mine(self, epoch: int) -> EpochRecords:
+        return self.mine.pop(epoch, parse_epoch_records([]))
 
     def _epochs(self, position: int, count: int) -> Iterator[Tuple[int, slice]]:
         """Yields the epochs of `count` positions of the stream, and the rows that belong to each."""
@@ -145,9 +150,6 @@ class Coverage:
         for epoch in range(first, last + 1):
             start = epoch * self.records - position
             yield epoch, slice(max(0, start), start + self.records)
-
-    def _count(self, epoch: int, **more: np.ndarray) -> None:
-        self.mine[epoch] = self.mine.get(epoch, parse_epoch_records([])).plus(parse_epoch_records([])._replace(**more))
 
     def ended(self, step: int) -> bool:
         """Returns whether `step` updates complete an epoch that is not yet proved; the same on all ranks."""
@@ -159,10 +161,9 @@ class Coverage:
         To be called before a checkpoint and when an epoch has `ended`. gather: `parallel.comm.gather_json`. Raises a
         collective Failure(BUG) where a record of a complete epoch was missed or seen twice.
         """
-        self._count_added()
         epochs = range(self.epoch, step * self.global_batch // self.records + 1)
         totals = [self.total, *(parse_epoch_records([]) for _ in epochs[1:])]
-        for rank in gather([self.mine.pop(epoch, parse_epoch_records([])).numbers() for epoch in epochs]):
+        for rank in gather([self._mine(epoch).numbers() for epoch in epochs]):
             totals = [total and total.plus(parse_epoch_records(more)) for total, more in zip(totals, rank)]
         self.epoch, self.total = epochs[-1], totals[-1]
         # An epoch ends within the batch of update ceil((e + 1) * N / G), counted from 1.

@@ -24,22 +24,19 @@ class Positions(NamedTuple):
 
 
 @functools.lru_cache(maxsize=2)  # a batch spans two epochs at most, unless it is larger than the data set
-def permutation(records: int, seed: int, epoch: int) -> np.ndarray:
-    """Returns the order of the `records` ids in one epoch, uint32 [records], read-only."""
-    return _read_only(np.argsort(raw_draws(records, seed, ORDER, epoch), kind="stable"))
+def permutation(records: int, seed: int, epoch: int, block: int = 1) -> np.ndarray:
+    """Returns the order of the `records` ids in one epoch, uint32 [records], read-only.
 
-
-@functools.lru_cache(maxsize=2)
-def block_permutation(records: int, seed: int, epoch: int, block: int) -> np.ndarray:
-    """Returns the order of the `records` ids in one epoch, shuffled by blocks, uint32 [records], read-only.
-
-    Blocks of `block` consecutive ids (the last may be shorter) are laid end to end in random order. The result is cut into
-    windows of WINDOW_RECORDS // block whole blocks, two at least, and each window is permuted.
+    block: 1 for a free permutation. With more, blocks of `block` consecutive ids (the last may be shorter) are laid end to
+    end in random order. The result is cut into windows of WINDOW_RECORDS // block whole blocks, two at least, and each
+    window is permuted.
     """
+    draws = raw_draws(records, seed, ORDER, epoch)
+    if block == 1:
+        return _read_only(np.argsort(draws, kind="stable"))
     # Sorted by window, and within one by a random number: each window keeps its records and loses their order.
     windows = np.arange(records) // window_records(block)
-    within = np.lexsort((raw_draws(records, seed, ORDER, epoch), windows))
-    return _read_only(_shuffled_blocks(records, seed, epoch, block)[within])
+    return _read_only(_shuffled_blocks(records, seed, epoch, block)[np.lexsort((draws, windows))])
 
 
 @functools.lru_cache(maxsize=2)
@@ -69,13 +66,8 @@ def slice_bounds(global_batch: int, rank: int, size: int) -> Tuple[int, int]:
 
 
 def positions(start: int, stop: int, records: int, seed: int, block: int = 1) -> Positions:
-    """Returns positions [start, stop) of the stream over `records` records.
-
-    block: 1 for a free permutation, more for `block_permutation`.
-    """
-    if block > 1:
-        return _positions(start, stop, records, lambda epoch: block_permutation(records, seed, epoch, block))
-    return _positions(start, stop, records, lambda epoch: permutation(records, seed, epoch))
+    """Returns positions [start, stop) of the stream over `records` records, permuted by `block` as `permutation` says."""
+    return _positions(start, stop, records, lambda epoch: permutation(records, seed, epoch, block))
 
 
 def storage_order(start: int, stop: int, records: int, seed: int, block: int) -> np.ndarray:

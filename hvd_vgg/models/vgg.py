@@ -1,18 +1,17 @@
 """The forward pass of VGG in core TensorFlow, and its weights under Keras' names."""
 
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import tensorflow as tf
 
 from hvd_vgg.models.architecture import BLOCKS, DENSE, Layer
+from hvd_vgg.models.dropout import apply_dropout
 from hvd_vgg.seeds import weights_seed
 
 # Mean and standard deviation per channel of ImageNet's training images, of values 0..1 (torchvision's recipe).
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Weights = Dict[str, Any]
-DropoutFunction = Callable[[Any, int], Any]  # (outputs of a hidden dense layer, its number) -> inputs of the next
-DenseFunction = Callable[[Any, str], Any]  # (inputs [n, K] of a dense layer, its name) -> outputs [n, N] before the ReLU
-Observer = Callable[[Any], None]  # of the outputs of a layer before its ReLU
+DenseFunction = Callable[[Weights, Any, str], Any]  # as `dense`
 
 
 def initial_weights(layers: List[Layer], seed: int) -> Weights:
@@ -23,11 +22,6 @@ def initial_weights(layers: List[Layer], seed: int) -> Weights:
         weights[f"{layer.name}/kernel"] = tf.Variable(kernel, name=f"{layer.name}/kernel")
         weights[f"{layer.name}/bias"] = tf.Variable(tf.zeros([layer.kernel[-1]]), name=f"{layer.name}/bias")
     return weights
-
-
-def in_precision(weights: Weights, precision: str) -> Weights:
-    """Returns the weights in `precision`, by name; gradients with respect to the originals stay float32."""
-    return weights if precision == "float32" else {name: tf.cast(value, precision) for name, value in weights.items()}
 
 
 def normalized(images: Any, precision: str = "float32") -> Any:
@@ -45,39 +39,46 @@ def dense(weights: Weights, x: Any, name: str) -> Any:
 def logits(
     weights: Weights,
     model: str,
-    inputs: Any,
+    images: Any,
     data_format: str,
-    dropout: Optional[DropoutFunction] = None,
+    precision: str = "float32",
+    masks: Sequence[Any] = (),
+    dropout: float = 0.0,
     dense_layer: Optional[DenseFunction] = None,
-    seen: Optional[Observer] = None,
+    observe: Optional[Callable[[Any], None]] = None,
 ) -> Any:
-    """Returns the logits, float32 [n, num_classes], of normalized images [n, height, width, 3] of the weights' type.
+    """Returns the logits, float32 [n, num_classes], of uint8 images [n, height, width, 3], computed in `precision`.
+
+    Gradients with respect to the weights are float32 whatever the precision.
 
     data_format: NHWC or NCHW, the layout that the device computes in; weights and logits are the same for both.
-    dropout: applied to the outputs of the two hidden dense layers, numbered 0 and 1.
+    masks: of `dropout_mask`, for the outputs of the hidden dense layers; none for no dropout. dropout: their rate.
     dense_layer: computes the dense layers instead of `dense`, for a caller that needs their inputs.
-    seen: called with the outputs of each layer before its ReLU, in forward order.
+    observe: called with the outputs of each layer before its ReLU, in forward order.
     """
-    channels_first = data_format == "NCHW"
-    x = tf.transpose(inputs, [0, 3, 1, 2]) if channels_first else inputs
+    if precision != "float32":
+        weights = {name: tf.cast(value, precision) for name, value in weights.items()}
+    channels_first, x = data_format == "NCHW", normalized(images, precision)
+    if channels_first:
+        x = tf.transpose(x, [0, 3, 1, 2])
     window = [1, 1, 2, 2] if channels_first else [1, 2, 2, 1]
     for block, count in enumerate(BLOCKS[model], start=1):
         for conv in range(1, count + 1):
             name = f"block{block}_conv{conv}"
             x = tf.nn.conv2d(x, weights[f"{name}/kernel"], 1, "SAME", data_format=data_format)
             x = tf.nn.bias_add(x, weights[f"{name}/bias"], data_format=data_format)
-            if seen:
-                seen(x)
+            if observe:
+                observe(x)
             x = tf.nn.relu(x)
         x = tf.nn.max_pool2d(x, window, window, "VALID", data_format=data_format)
     if channels_first:  # the rows of fc1's kernel are ordered height, width, channel
         x = tf.transpose(x, [0, 2, 3, 1])
     x = tf.reshape(x, [-1, weights["fc1/kernel"].shape[0]])
     for number, name in enumerate(DENSE):
-        x = dense_layer(x, name) if dense_layer else dense(weights, x, name)
-        if seen:
-            seen(x)
+        x = (dense_layer or dense)(weights, x, name)
+        if observe:
+            observe(x)
         if name != DENSE[-1]:
             x = tf.nn.relu(x)
-            x = dropout(x, number) if dropout else x
+            x = apply_dropout(x, masks[number], dropout) if masks else x
     return tf.cast(x, tf.float32)

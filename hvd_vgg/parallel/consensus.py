@@ -26,20 +26,17 @@ def run_on_all_ranks(action: Callable[[], T], group: comm.Group = comm.WORLD) ->
         value = action()
     except Failure as failure:
         mine = failure
-    messages = comm.gather_bytes(json.dumps([mine.code, mine.message]).encode() if mine else b"", group)
+    everyones = comm.gather_json([mine.code, mine.message] if mine else None, group)
     failed: Dict[str, List[int]] = {}
-    codes = []
-    for rank, text in enumerate(messages):
-        if text:
-            code, message = json.loads(text.decode())
-            codes.append(int(code))
-            failed.setdefault(message, []).append(rank)
+    for rank, found in enumerate(everyones):
+        if found:
+            failed.setdefault(found[1], []).append(rank)
     if failed:
         lines = [
-            message if len(ranks) == len(messages) or ranks == [0] else f"rank {', '.join(map(str, ranks))}: {message}"
+            message if len(ranks) == len(everyones) or ranks == [0] else f"rank {', '.join(map(str, ranks))}: {message}"
             for message, ranks in failed.items()
         ]
-        raise Failure(codes[0], "\n".join(lines), collective=True)
+        raise Failure(next(filter(None, everyones))[0], "\n".join(lines), collective=True)
     return value
 
 
@@ -68,7 +65,7 @@ def check_replicas(names: List[str], checksums: np.ndarray, step: int) -> None:
 
     checksums: int64 [names], this rank's. The ranks that differ from the majority are named; all are where there is none.
     """
-    everyones = np.stack([np.frombuffer(row, np.int64) for row in comm.gather_bytes(checksums.tobytes())])
+    everyones = np.array(comm.gather_json(checksums.tolist()), np.int64)
     differs = (everyones != everyones[0]).any(axis=0)
     if not differs.any():
         return

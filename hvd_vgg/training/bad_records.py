@@ -1,19 +1,18 @@
 """The bad records that a run continues without: counted over ranks and restarts, reported, and no more than allowed."""
 
-from typing import List, Optional, Tuple
+from typing import List, Tuple
 
 from hvd_vgg.data.index import Index
 from hvd_vgg.data.loader import BadRow
 from hvd_vgg.errors import DATA, Failure
 from hvd_vgg.parallel import comm
-from hvd_vgg.reporting.console import Console
-from hvd_vgg.reporting.log import RunLog
+from hvd_vgg.training.reporter import Reporter
 
 MAX_LISTED = 20  # on the console per call, and in a message; the log has all
 
 
 def count_bad_records(
-    rows: List[Tuple[int, BadRow]], known: List[int], allowed: int, index: Index, log: Optional[RunLog], console: Console
+    rows: List[Tuple[int, BadRow]], known: List[int], allowed: int, index: Index, reporter: Reporter
 ) -> List[int]:
     """Returns the ids of a split's bad records that any rank has used: `known`, then those of `rows`, ordered. Collective.
 
@@ -31,11 +30,10 @@ def count_bad_records(
             continue
         found.append(record)
         new.append(f"{index.where(record)}: {reason}")
-        if log:
-            log.event("bad_record", record=record, where=index.where(record), replaced_by=by, reason=reason, step=step)
+        reporter.event("bad_record", record=record, where=index.where(record), replaced_by=by, reason=reason, step=step)
         if len(new) <= MAX_LISTED:
             outcome = "it counts as a miss" if by is None else f"{index.where(by)} takes its place"
-            console.say(f"bad record {len(found)} of {allowed} allowed: {new[-1]}; {outcome}")
+            reporter.say(f"bad record {len(found)} of {allowed} allowed: {new[-1]}; {outcome}")
     if len(found) > allowed:
         lines = [*map(index.where, known), *new]
         more = f"\n  and {len(lines) - MAX_LISTED} more" if len(lines) > MAX_LISTED else ""

@@ -1,4 +1,4 @@
-"""Writes checkpoints in the background, on rank 0: training waits only for a copy of the variables."""
+"""Writes checkpoints in the background: training waits only for a copy of the variables."""
 
 import contextlib
 import time
@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Callable, Dict, Optional
 
 from hvd_vgg.errors import NOT_WRITTEN, Failure
+from hvd_vgg.parallel.consensus import run_on_all_ranks
 from hvd_vgg.reporting import receipt
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.training import checkpoint
@@ -14,7 +15,7 @@ from hvd_vgg.training import checkpoint
 class CheckpointWriter:
     """Writes one checkpoint at a time, in a thread. A save that fails is no reason to stop, except for the last one.
 
-    `event` logs each one as soon as it is whole.
+    `event` logs each one as soon as it is whole. Rank 0 alone begins any; on the others there is nothing to wait for.
     """
 
     def __init__(self, run_dir: RunDir, keep: int, event: Callable[..., None]) -> None:
@@ -54,3 +55,13 @@ class CheckpointWriter:
         if self.saving is not None:
             self.saving.exception()
         return self.failure()
+
+    def finish(self) -> None:
+        """Waits for the newest save, which must succeed. Collective; raises a collective Failure(NOT_WRITTEN)."""
+
+        def wait() -> None:
+            failure = self.wait()
+            if failure:
+                raise failure
+
+        run_on_all_ranks(wait)

@@ -11,10 +11,10 @@ from hvd_vgg.data.loader import PADDING, BadRow, eval_batches
 from hvd_vgg.errors import BUG, Failure
 from hvd_vgg.models import vgg
 from hvd_vgg.parallel import comm
-from hvd_vgg.reporting.console import Console
 from hvd_vgg.text import plural
 from hvd_vgg.training.bad_records import count_bad_records
 from hvd_vgg.training.loss import top_k_correct
+from hvd_vgg.training.reporter import Reporter
 from hvd_vgg.watchdog import StopRequested, watchdog
 
 _POLL_BATCHES = 4  # how often the ranks ask each other whether one was asked to stop
@@ -55,8 +55,7 @@ def make_eval_step(weights: vgg.Weights, config: ComputeConfig, data_format: str
 
     @tf.function(jit_compile=False, autograph=False)
     def eval_step(images: Any, labels: Any) -> Any:
-        low_precision = vgg.in_precision(weights, config.precision)
-        logits = vgg.logits(low_precision, config.model, vgg.normalized(images, config.precision), data_format)
+        logits = vgg.logits(weights, config.model, images, data_format, config.precision)
         real = labels >= 0
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.maximum(labels, 0), logits)
         loss = tf.reduce_sum(tf.where(real, losses, 0.0))
@@ -72,18 +71,17 @@ def evaluate(
     config: EvaluationConfig,
     label_base: int,
     threads: int,
-    console: Console,
-    log: Any = None,
+    reporter: Reporter,
 ) -> Evaluation:
     """Returns the evaluation of a whole split, equal on all ranks. Collective.
 
     A bad record counts as a record and as a miss, with a loss of 0, if --bad_records_allowed admits it; else Failure(DATA)
     is raised. Raises Failure(BUG) should a record be missed or seen twice, and StopRequested on all ranks when any was asked
-    to stop. log: the RunLog that bad records go to, or None.
+    to stop. reporter: which bad records and the progress are told.
     """
     counts, loss_sum, ids = np.zeros(3, np.int64), 0.0, [np.zeros(0, np.int64)]
     bad: List[Tuple[int, BadRow]] = []
-    progress = console.progress("evaluating", -(-index.records // comm.size()), "records on rank 0")
+    progress = reporter.console.progress("evaluating", -(-index.records // comm.size()), "records on rank 0")
     common = -(-index.records // config.device_batch) // comm.size()  # batches of every rank; some have one more
     for number, batch in enumerate(eval_batches(index, config, label_base, comm.rank(), comm.size(), threads)):
         loss, *correct = eval_step(batch.images, batch.labels)
@@ -97,9 +95,18 @@ def evaluate(
         watchdog.heartbeat(phase="evaluation")
         if number < common and number % _POLL_BATCHES == 0 and comm.any_rank(watchdog.stop_requested()):
             raise StopRequested
-    missed = count_bad_records(bad, [], config.bad_records_allowed, index, log, console)
+    missed = count_bad_records(bad, [], config.bad_records_allowed, index, reporter)
     seen = comm.sum_over_ranks(np.bincount(np.concatenate(ids), minlength=index.records).astype(np.int64))
     top1, top5, total = comm.sum_over_ranks(counts).tolist()
     if total != index.records or (seen != 1).any():
         raise Failure(BUG, f"evaluated {total} records, {int((seen == 1).sum())} of {index.records} once", collective=True)
     return Evaluation(top1, top5, total, float(comm.sum_over_ranks(np.array([loss_sum]))[0]), len(missed))
+
+
+def report_evaluation(result: Evaluation, step: int, epoch: float, reporter: Reporter) -> None:
+    """Logs and prints the evaluation of a run after `step` updates, that is `epoch` epochs."""
+    reporter.row((int(epoch), step), result.metrics())
+    loss = result.loss_sum / result.records
+    reporter.say(
+        f"step {step}  epoch {epoch:.2f}  evaluation: {result.accuracy()}  loss {loss:.4f}  of {result.records} records"
+    )

@@ -2,6 +2,7 @@
 
 from hvd_vgg.config import TrainConfig
 from hvd_vgg.training.metrics import NonFiniteStep
+from hvd_vgg.training.rewind import rewind_or_stop
 from hvd_vgg.training.trainer import Trainer
 
 
@@ -15,7 +16,7 @@ def train(config: TrainConfig) -> None:
             try:
                 return fit(trainer)
             except NonFiniteStep as error:  # neither it nor any update after it was applied
-                trainer.rewind_or_stop(error)
+                rewind_or_stop(trainer, error)
 
 
 def fit(trainer: Trainer) -> None:
@@ -36,12 +37,12 @@ def fit(trainer: Trainer) -> None:
             trainer.check_replicas()
         improved = due.evaluate and trainer.evaluate()
         done = progress.step == trainer.total_steps or trainer.target_reached()
-        if due.save or improved or done:
+        if due.save or improved or done or stopping:
             trainer.save(best=improved)  # rank 0 writes in the background
         if done:
             break
         if due.evaluate:
             trainer.write_result()
         if stopping:
-            trainer.stop()  # saves; ends with exit code 80
+            trainer.stop()  # exit code 80
     trainer.finish()

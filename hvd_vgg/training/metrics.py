@@ -2,11 +2,12 @@
 
 import math
 import socket
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
 from hvd_vgg.config import ExchangeConfig, StepConfig
+from hvd_vgg.data.loader import BadRow
 from hvd_vgg.data.sampler import slice_bounds
 from hvd_vgg.models.architecture import training_flops, vgg_layers
 from hvd_vgg.parallel import comm
@@ -20,9 +21,16 @@ from hvd_vgg.reporting.throughput import (
     per_rank,
     slowest,
 )
-from hvd_vgg.training.train_step import SKIPPED_STEP, StepMetrics
+from hvd_vgg.training.train_step import StepMetrics
 
-PendingUpdates = List[Tuple[int, StepMetrics]]  # (step, metrics), the updates since the last log line
+
+class PendingUpdate(NamedTuple):
+    """An update since the last log line; metrics: None where its records were skipped; ids, bad: of its batch."""
+
+    step: int
+    metrics: Optional[StepMetrics]
+    ids: Any
+    bad: List[BadRow]
 
 
 class NonFiniteStep(Exception):
@@ -36,16 +44,19 @@ class NonFiniteStep(Exception):
         self.step, self.loss, self.gradient_norm = step, loss, gradient_norm
 
 
-def reduce_metrics(window: PendingUpdates, config: StepConfig) -> Tuple[Dict[str, Any], List[NonFiniteStep]]:
-    """Returns the means of the window's metrics over its images, and its steps that are not finite, the first one first.
+def reduce_metrics(window: List[PendingUpdate], config: StepConfig) -> Dict[str, Any]:
+    """Returns the means of the window's metrics over its images; raises NonFiniteStep for its first step that is not finite.
 
     Collective: here the host waits for the device and for all ranks. Skipped steps count for nothing.
     """
-    steps = [step for step, metrics in window if metrics is not SKIPPED_STEP]
-    trained = [metrics for _, metrics in window if metrics is not SKIPPED_STEP]
+    steps = [update.step for update in window if update.metrics]
+    trained = [update.metrics for update in window if update.metrics]
     local = np.array([[float(m.loss), float(m.gradient_norm), not m.finite] for m in trained]).reshape(-1, 3)
     # Every rank has the norm; summing it too makes what follows from it equal everywhere, to the last bit.
     losses, norms, failed = (comm.sum_over_ranks(local) / [config.global_batch, comm.size(), 1]).T
+    for step, loss, norm, bad in zip(steps, losses, norms, failed):
+        if bad:
+            raise NonFiniteStep(step, loss, norm)
     correct = comm.sum_over_ranks(np.array([[int(m.top1), int(m.top5)] for m in trained], np.int64).reshape(-1, 2))
     top1, top5 = (correct.sum(axis=0) / (max(1, len(trained)) * config.global_batch)).tolist()
     finite = norms[np.isfinite(norms)]
@@ -56,21 +67,26 @@ def reduce_metrics(window: PendingUpdates, config: StepConfig) -> Tuple[Dict[str
         "train.gradient_norm": float(finite.mean()) if len(finite) else 0.0,
     }
     if config.precision == "float16":
-        scale = float((trained or [metrics for _, metrics in window])[-1].loss_scale)
+        scale = float(trained[-1].loss_scale) if trained else 1.0
         row.update({"train.loss_scale": scale, "train.skipped_updates": len(norms) - len(finite)})
-    nonfinite = [NonFiniteStep(step, loss, norm) for step, loss, norm, bad in zip(steps, losses, norms, failed) if bad]
-    return row, nonfinite
+    return row
 
 
-def measure_window(window: PendingUpdates, throughput: Throughput, global_batch: int) -> Tuple[Dict[str, Any], Bottleneck]:
-    """Returns the window's images/s and where its time went, for the log, and what limited it. Collective."""
+def measure_window(
+    window: List[PendingUpdate], throughput: Throughput, global_batch: int
+) -> Tuple[Dict[str, Any], Bottleneck, float]:
+    """Returns the window's images/s and where its time went, for the log; what limited it; and the slowest rank's seconds.
+
+    Collective.
+    """
     updates = len(window)
     totals = throughput.total_seconds[-updates:]
     # The step's clock is the wall clock, which may be set while it runs.
-    throughput.exchange_seconds += [min(max(0.0, float(m.exchange_seconds)), t) for (_, m), t in zip(window, totals)]
+    exchanges = [float(update.metrics.exchange_seconds) if update.metrics else 0.0 for update in window]
+    throughput.exchange_seconds += [min(max(0.0, seconds), total) for seconds, total in zip(exchanges, totals)]
     times = [StepTime(*numbers) for numbers in comm.gather_numbers(throughput.last(updates)).tolist()]
     bottleneck, shares = find_bottleneck(times), mean_shares(times)
-    return {
+    row = {
         "train.fps": global_batch * updates / times[0].total,
         "train.input_share": shares["input"],
         "train.network_share": shares["network"],
@@ -78,7 +94,8 @@ def measure_window(window: PendingUpdates, throughput: Throughput, global_batch:
         "train.slow_rank": -1 if bottleneck.rank is None else bottleneck.rank,
         "train.update_seconds": totals,
         "train.input_seconds": throughput.input_seconds[-updates:],
-    }, bottleneck
+    }
+    return row, bottleneck, max(one.total for one in times)
 
 
 def measure_run(
@@ -90,12 +107,12 @@ def measure_run(
         return found
     updates = found["fps_updates"]
     low, high = slice_bounds(config.global_batch, comm.rank(group), comm.size(group))
-    mine = [*throughput.last(updates), float((high - low) * updates), *throughput.excluded_seconds.values()]
-    numbers = comm.gather_numbers(mine, group).tolist()
-    times = [StepTime(*row[:3]) for row in numbers]
-    rows = per_rank(times, comm.gather_json(socket.gethostname(), group), [int(row[3]) for row in numbers])
-    for row, everything in zip(rows, numbers):
-        row.update(zip((f"{name}_seconds" for name in throughput.excluded_seconds), everything[4:]))
+    mine = {"host": socket.gethostname(), "images": (high - low) * updates, "times": throughput.last(updates)}
+    everyones = comm.gather_json({**mine, "excluded": throughput.excluded_seconds}, group)
+    times = [StepTime(*each["times"]) for each in everyones]
+    rows = per_rank(times, [each["host"] for each in everyones], [each["images"] for each in everyones])
+    for row, each in zip(rows, everyones):
+        row.update({f"{name}_seconds": seconds for name, seconds in each["excluded"].items()})
     layers = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
     found["tflops_per_rank"] = training_flops(layers, config.image_size) * found["fps"] / comm.size(group) / 1e12
     if device_tflops:

@@ -9,7 +9,6 @@ import tensorflow as tf
 from hvd_vgg.config import StepConfig
 from hvd_vgg.data.sampler import slice_bounds
 from hvd_vgg.models import vgg
-from hvd_vgg.models.dropout import apply_dropout
 from hvd_vgg.parallel import comm
 from hvd_vgg.text import plural
 from hvd_vgg.training.metrics import NonFiniteStep
@@ -79,21 +78,10 @@ def make_finite_check(
     def finite_check(images: Any, labels: Any, position: Any, keys: Any) -> FiniteReport:
         masks = draw_dropout_masks(weights, config, images, position, keys)
         outputs: List[Any] = []
-
-        def dropout(x: Any, layer: int) -> Any:
-            return apply_dropout(x, masks[layer], config.dropout)
-
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(list(weights.values()))
-            low_precision = vgg.in_precision(weights, config.precision)
-            normalized = vgg.normalized(images, config.precision)
             logits = vgg.logits(
-                low_precision,
-                config.model,
-                normalized,
-                data_format,
-                dropout if config.dropout else None,
-                seen=outputs.append,
+                weights, config.model, images, data_format, config.precision, masks, config.dropout, observe=outputs.append
             )
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
             objective = tf.reduce_sum(losses) / config.global_batch * slots.get(LOSS_SCALE, 1.0)

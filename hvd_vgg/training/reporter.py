@@ -14,7 +14,6 @@ from hvd_vgg.reporting.tensorboard import open_scalars
 from hvd_vgg.reporting.throughput import Bottleneck
 from hvd_vgg.run_dir import RunDir, writing
 from hvd_vgg.text import format_duration
-from hvd_vgg.training.evaluate import Evaluation
 
 
 class Reporter:
@@ -55,14 +54,6 @@ class Reporter:
             progress.update(step, text.split("  ", 1)[1])
         else:
             progress.say(f"{text}  left {format_duration(left)}" if left is not None else text)
-
-    def evaluation(self, result: Evaluation, step: int, epoch: float) -> None:
-        """Logs and prints an evaluation."""
-        self.row((int(epoch), step), result.metrics())
-        loss = result.loss_sum / result.records
-        self.say(
-            f"step {step}  epoch {epoch:.2f}  evaluation: {result.accuracy()}  loss {loss:.4f}  of {result.records} records"
-        )
 
     def coverage(self, covered: EpochCoverage, records: int) -> None:
         """Logs and prints which records a complete epoch was trained on."""

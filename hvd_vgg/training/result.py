@@ -12,12 +12,14 @@ from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import run_on_root
 from hvd_vgg.reporting import receipt
 from hvd_vgg.reporting.console import Console
-from hvd_vgg.reporting.throughput import format_table, limiting_part
+from hvd_vgg.reporting.throughput import Throughput, format_table, limiting_part
 from hvd_vgg.run_dir import DISK_FULL, RunDir, atomic_write_text, writing
 from hvd_vgg.text import format_duration, plural
 from hvd_vgg.training.checkpoint_writer import CheckpointWriter
 from hvd_vgg.training.evaluate import Evaluation
+from hvd_vgg.training.metrics import measure_run
 from hvd_vgg.training.reporter import Reporter, format_ranks
+from hvd_vgg.training.state import TrainProgress
 
 
 def write_run_files(config: TrainConfig, console: Optional[Console] = None) -> None:
@@ -57,26 +59,23 @@ def _write(path: Path, text: str) -> None:
 def write_result(
     config: TrainConfig,
     evaluation: Evaluation,
-    measured: Dict[str, Any],
-    updates: int,
-    step: int,
+    throughput: Throughput,
+    progress: TrainProgress,
     epochs: float,
-    seconds: float,
     reporter: Reporter,
-) -> None:
-    """Writes result.json, flags and receipt, on rank 0, and logs `measured` (of `measure_run`). Collective.
-
-    updates: those that this process made; step, epochs, seconds: of the run so far.
+) -> Dict[str, Any]:
+    """Writes result.json, flags and receipt, on rank 0; logs and returns the throughput of `measure_run`. Collective.
 
     Raises a collective Failure(NOT_WRITTEN).
     """
+    measured = measure_run(throughput, config, config.device_tflops)
     path = RunDir(config.run_dir).result
 
     def write() -> None:
         # A process that trained nothing has measured nothing, and may find the result of the one that did.
-        if not updates and _is_result_of(path, step):
+        if not throughput.total_seconds and _is_result_of(path, progress.step):
             return
-        reporter.event("throughput", step=step, **measured)
+        reporter.event("throughput", step=progress.step, **measured)
         content = {
             "acc@1": evaluation.top1 / evaluation.records,
             "acc@5": evaluation.top5 / evaluation.records,
@@ -85,17 +84,18 @@ def write_result(
             "records_evaluated": evaluation.records,
             "bad_records_evaluated": evaluation.bad,
             **measured,
-            "steps": step,
+            "steps": progress.step,
             "epochs": epochs,
             "ranks": comm.size(),
             "global_batch": config.global_batch,
             "precision": config.precision,
-            "seconds": seconds,
+            "seconds": progress.seconds,
         }
         _write(path, json.dumps(content, indent=2) + "\n")
 
     run_on_root(write)
     run_on_root(lambda: write_run_files(config))
+    return measured
 
 
 def _is_result_of(path: Path, step: int) -> bool:
@@ -109,22 +109,21 @@ def finish_log(
     config: TrainConfig,
     evaluation: Evaluation,
     measured: Dict[str, Any],
-    step: int,
-    seconds: float,
-    writer: Optional[CheckpointWriter],
+    progress: TrainProgress,
+    writer: CheckpointWriter,
     reporter: Reporter,
 ) -> None:
     """Logs and prints the end of a run. Collective; raises a collective Failure(NOT_WRITTEN) where the log is unwritable."""
     scalars = {name: value for name, value in measured.items() if not name.startswith("by_")}
     reporter.row((), {**evaluation.metrics(), **scalars})
-    reporter.say(f"finished in {format_duration(seconds)} on {plural(comm.size(), 'rank')}")
+    reporter.say(f"finished in {format_duration(progress.seconds)} on {plural(comm.size(), 'rank')}")
     reporter.say(f"  acc@1              {evaluation.top1 / evaluation.records:.4f}")
     reporter.say(f"  acc@5              {evaluation.top5 / evaluation.records:.4f}")
     reporter.say(f"  records evaluated  {evaluation.records}")
-    reporter.say(f"  steps              {step}")
+    reporter.say(f"  steps              {progress.step}")
     if measured["fps"]:
         _print_throughput(measured, reporter)
-    if writer and writer.written:
+    if writer.written:
         each = writer.seconds / writer.written
         reporter.say(f"  checkpoints        {writer.written} written in the background, {each:.2f} s each")
     folder = RunDir(config.run_dir).path.resolve()

@@ -12,6 +12,7 @@ from hvd_vgg.reporting import receipt
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.text import difference_table
 from hvd_vgg.training import checkpoint
+from hvd_vgg.training.kept_step import read_skipped_steps
 from hvd_vgg.training.reporter import Reporter
 from hvd_vgg.training.state import CHECKPOINT_FORMAT, State, TrainProgress, assign_variables, find_mismatch
 
@@ -19,15 +20,21 @@ from hvd_vgg.training.state import CHECKPOINT_FORMAT, State, TrainProgress, assi
 _ORDER = {"global_batch", "seed", "shuffle_block_records"}
 
 
-def restore_state(
-    state: State, config: TrainConfig, run_dir: RunDir, run: Dict[str, Any], reporter: Reporter
-) -> TrainProgress:
-    """Brings `state` of all ranks to the newest checkpoint in `run_dir`, or to rank 0's initial weights. Collective.
+def restore_state(state: State, config: TrainConfig, run: Dict[str, Any], reporter: Reporter) -> TrainProgress:
+    """Brings `state` of all ranks to the newest checkpoint in --run_dir, or to rank 0's initial weights. Collective.
 
     run: `run_fingerprint` of this run. Damaged checkpoints newer than the one it continues from are renamed. Raises a
-    collective Failure(CONFIGURATION) as --resume says, when no checkpoint is whole, or when the run is another.
+    collective Failure(CONFIGURATION) when no checkpoint is whole, or when the run is another.
     """
-    found = run_on_root(lambda: dataclasses.asdict(_restore_root(state, config, run_dir, run, reporter)))
+    run_dir = RunDir(config.run_dir)
+
+    def restore() -> Dict[str, Any]:
+        progress = _restore_root(state, config, run_dir, run, reporter)
+        # A checkpoint knows the steps skipped before it; a later one, which it was itself rewound to, is kept beside it.
+        progress.skipped_steps = sorted({*progress.skipped_steps, *read_skipped_steps(run_dir)})
+        return dataclasses.asdict(progress)
+
+    found = run_on_root(restore)
     comm.broadcast_variables(list(state.variables().values()))
     return TrainProgress(**comm.broadcast_json(found))
 
@@ -36,7 +43,6 @@ def _restore_root(
     state: State, config: TrainConfig, run_dir: RunDir, run: Dict[str, Any], reporter: Reporter
 ) -> TrainProgress:
     checkpoint.clean(run_dir)
-    _require(config.resume, run_dir)
     found, faults = checkpoint.newest(run_dir)
     if found is None:
         _check_none_was_saved(run_dir)
@@ -98,7 +104,9 @@ def _refuse(keys: List[str], mismatch: str, found: checkpoint.Checkpoint, run: D
     raise Failure(CONFIGURATION, f"{found.path} is of another run:\n{table}\n{fix}")
 
 
-def _require(resume: str, run_dir: RunDir) -> None:
+def require_checkpoints(config: TrainConfig) -> None:
+    """Raises Failure(CONFIGURATION) unless there are checkpoints, or none, as --resume says; for rank 0."""
+    run_dir, resume = RunDir(config.run_dir), config.resume
     found = run_dir.list_checkpoints()
     if resume == "required" and not found:
         raise Failure(CONFIGURATION, f"--resume=required, but {run_dir.checkpoints} holds no checkpoint")

@@ -1,14 +1,17 @@
 """Joining the ranks of a command: Horovod, this rank's device, and that all ranks run the same thing."""
 
 import dataclasses
-from typing import Dict, NamedTuple, Sequence
+from pathlib import Path
+from typing import IO, Dict, NamedTuple, Optional, Sequence
 
-from hvd_vgg.config import ComputeConfig
+from hvd_vgg.config import ComputeConfig, TrainConfig
 from hvd_vgg.data.transforms import IMAGE_LIBRARY
+from hvd_vgg.errors import CONFIGURATION, USAGE, Failure
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import require_equal, run_on_all_ranks
 from hvd_vgg.parallel.init import Device, compared_environment, describe_software, join, take_device
 from hvd_vgg.reporting.console import Console
+from hvd_vgg.run_dir import lock_run_dir
 
 # Flags that may differ between ranks: a host may keep its files elsewhere, and rank 0 alone prints.
 OWN_FLAGS = ("data_dir", "run_dir", "console", "out")
@@ -36,3 +39,21 @@ def join_ranks(config: ComputeConfig, timeline: bool = False, group_sizes: Seque
     require_equal("the software", describe_software(IMAGE_LIBRARY))
     require_equal("the environment", compared_environment())
     return Session(device, Console(config.console, comm.is_root()), groups)
+
+
+def claim_run_dir(config: TrainConfig) -> Optional[IO[str]]:
+    """Returns the run directory's lock on rank 0; raises Failure where this number of ranks cannot run."""
+    if config.global_batch < comm.size():
+        raise Failure(
+            USAGE, f"--global_batch={config.global_batch} has fewer images than the {comm.size()} ranks: start fewer"
+        )
+    if config.profile_steps and max(config.profile_ranks, default=0) >= comm.size():
+        raise Failure(USAGE, f"--profile_ranks: expected numbers below {comm.size()}, the number of ranks")
+    if not comm.is_root():
+        return None
+    run_dir = Path(config.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Failure(CONFIGURATION, f"--run_dir={run_dir} cannot be created or written: {error.strerror}") from error
+    return lock_run_dir(run_dir)

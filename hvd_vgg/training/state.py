@@ -1,8 +1,8 @@
-"""The state of a run: weights, momentum, and its progress. It is equal on all ranks and knows nothing of them."""
+"""The state of a run: weights, momentum, and its progress. It is equal on all ranks."""
 
 import dataclasses
 import hashlib
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -12,7 +12,7 @@ from hvd_vgg.data.index import Index
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.models import vgg
 from hvd_vgg.models.architecture import vgg_layers
-from hvd_vgg.parallel.consensus import run_on_all_ranks
+from hvd_vgg.parallel import comm
 from hvd_vgg.training.checkpoint import Checkpoint
 from hvd_vgg.training.checkpoint_writer import CheckpointWriter
 from hvd_vgg.training.optimizer import SCALE_STATE, Slots, make_slots
@@ -91,24 +91,11 @@ def find_mismatch(variables: Dict[str, Any], found: Checkpoint) -> str:
     return ""
 
 
-def save_state(
-    state: State, progress: TrainProgress, run: Dict[str, Any], writer: Optional[CheckpointWriter], best: bool
-) -> None:
-    """Starts writing a checkpoint, on rank 0, which alone has a writer; waits only for the copy of the variables."""
-    if writer:
+def save_state(state: State, progress: TrainProgress, run: Dict[str, Any], writer: CheckpointWriter, best: bool) -> None:
+    """Starts writing a checkpoint, on rank 0; waits only for the copy of the variables."""
+    if comm.is_root():
         tensors = {name: np.asarray(variable) for name, variable in state.variables().items()}
         writer.begin(tensors, {**dataclasses.asdict(progress), "format": CHECKPOINT_FORMAT, "run": run, "best": best}, best)
-
-
-def finish_save(writer: Optional[CheckpointWriter]) -> None:
-    """Waits for the checkpoint started last. Collective; raises a collective Failure(NOT_WRITTEN)."""
-
-    def wait() -> None:
-        failure = writer.wait() if writer else None
-        if failure:
-            raise failure
-
-    run_on_all_ranks(wait)
 
 
 def data_digest(index: Index) -> str:

@@ -18,7 +18,7 @@ import tensorflow as tf
 from hvd_vgg.config import StepConfig
 from hvd_vgg.models import vgg
 from hvd_vgg.models.architecture import DENSE
-from hvd_vgg.models.dropout import apply_dropout, dropout_mask
+from hvd_vgg.models.dropout import dropout_mask
 from hvd_vgg.parallel import comm, exchange
 from hvd_vgg.seeds import dropout_keys
 from hvd_vgg.training.loss import top_k_correct
@@ -45,10 +45,6 @@ class StepMetrics(NamedTuple):
     loss_scale: Any
     exchange_seconds: Any
     finite: Any
-
-
-# Stands for a step whose records are skipped.
-SKIPPED_STEP = StepMetrics(0.0, 0, 0, 0.0, 1.0, 0.0, True)
 
 
 class Backward(NamedTuple):
@@ -134,22 +130,15 @@ def make_backward(
         widths = {name: weights[f"{name}/bias"].shape[0] for name in factored}
         probes = {name: tf.zeros([tf.shape(images)[0], width], config.precision) for name, width in widths.items()}
 
-        def dropout(x: Any, layer: int) -> Any:
-            return apply_dropout(x, masks[layer], config.dropout)
-
-        def dense(x: Any, name: str) -> Any:
+        def dense(weights: vgg.Weights, x: Any, name: str) -> Any:
             inputs[name] = x
-            outputs = vgg.dense(low_precision, x, name)
+            outputs = vgg.dense(weights, x, name)
             return outputs + probes[name] if name in probes else outputs
 
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             sources = [weights[name] for name in summed] + list(probes.values())
             tape.watch(sources)
-            low_precision = vgg.in_precision(weights, config.precision)
-            normalized = vgg.normalized(images, config.precision)
-            logits = vgg.logits(
-                low_precision, config.model, normalized, data_format, dropout if config.dropout else None, dense
-            )
+            logits = vgg.logits(weights, config.model, images, data_format, config.precision, masks, config.dropout, dense)
             loss = tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
             objective = loss / config.global_batch * (1.0 if loss_scale is None else loss_scale)
         gradients = [tf.cast(gradient, tf.float32) for gradient in tape.gradient(objective, sources)]

@@ -365,7 +365,7 @@ def test_two_jobs_at_once_end_both(tmp_path):
         (["--ranks=2", "plan"], 64, "nothing to launch"),
         (["--ranks=2", "--"], 64, "nothing to launch"),
         (["--ranks=9", "train", "--global_batch=8"], 64, "--global_batch=8 has fewer images than --ranks=9"),
-        (["--rsh_agent=", "train"], 64, "--rsh_agent: expected a command, found nothing"),
+        (["--rsh_agent=", "train"], 64, "--rsh_agent=: expected a command, found nothing"),
         (["--hostfile=absent", "train"], 78, "--hostfile=absent cannot be read"),
     ],
 )

@@ -12,6 +12,7 @@ from hvd_vgg.parallel import comm
 from hvd_vgg.reporting.console import Console
 from hvd_vgg.reporting.log import RunLog
 from hvd_vgg.training.bad_records import count_bad_records
+from hvd_vgg.training.reporter import Reporter
 
 
 @pytest.fixture
@@ -29,11 +30,11 @@ def met(*more):
 def test_count_bad_records_reports_each_once_in_order(index, tmp_path, capsys):
     """On rank 0 alone, though every rank used some."""
     log = RunLog(tmp_path, False, None) if comm.is_root() else None
-    console, size = Console("lines", comm.is_root()), comm.size()
-    found = count_bad_records(met((4, BadRow(3, 70, 21, "cut"))), [3], 2 + size, index, log, console)
+    reporter, size = Reporter(log, Console("lines", comm.is_root())), comm.size()
+    found = count_bad_records(met((4, BadRow(3, 70, 21, "cut"))), [3], 2 + size, index, reporter)
     assert found == [3, 70, *range(10, 10 + size)]
-    assert count_bad_records(met(), found, 2 + size, index, log, console) == found  # an epoch later
-    assert count_bad_records([], found, 2 + size, index, log, console) == found
+    assert count_bad_records(met(), found, 2 + size, index, reporter) == found  # an epoch later
+    assert count_bad_records([], found, 2 + size, index, reporter) == found
     if log:
         rows = [json.loads(line[5:]) for line in (tmp_path / "dllogger.json").read_text().splitlines()]
         told = [row["data"] for row in rows if row["type"] == "LOG" and row["step"] == "EVENT"]
@@ -52,7 +53,7 @@ def test_count_bad_records_reports_each_once_in_order(index, tmp_path, capsys):
 def test_count_bad_records_fails_with_a_list(index):
     """Where there are more than allowed: a collective failure."""
     with pytest.raises(Failure) as raised:
-        count_bad_records(met(), [3], comm.size(), index, None, Console("lines", False))
+        count_bad_records(met(), [3], comm.size(), index, Reporter(None, Console("lines", False)))
     assert (raised.value.code, raised.value.collective) == (DATA, True)
     for record in (3, *range(10, 10 + comm.size())):
         assert index.where(record) in raised.value.message
@@ -60,5 +61,5 @@ def test_count_bad_records_fails_with_a_list(index):
 
 def test_count_bad_records_exchanges_nothing_if_none_may_be(index):
     if comm.is_root():  # alone: it would wait for the others
-        assert count_bad_records([], [3], 0, index, None, Console("lines", False)) == [3]
+        assert count_bad_records([], [3], 0, index, Reporter(None, Console("lines", False))) == [3]
     comm.barrier()

@@ -6,7 +6,7 @@ from hvd_vgg.config import TrainConfig
 from hvd_vgg.errors import CONFIGURATION, USAGE, Failure
 from hvd_vgg.parallel import comm, init
 from hvd_vgg.parallel.consensus import run_on_all_ranks
-from hvd_vgg.training.trainer import _claim_run_dir
+from hvd_vgg.training.startup import claim_run_dir
 
 
 def test_startup_refuses_a_precision_that_cpus_lack(monkeypatch):
@@ -20,6 +20,6 @@ def test_startup_refuses_a_precision_that_cpus_lack(monkeypatch):
 
 def test_startup_refuses_more_ranks_than_images():
     with pytest.raises(Failure) as raised:
-        run_on_all_ranks(lambda: _claim_run_dir(TrainConfig(global_batch=1)))
+        run_on_all_ranks(lambda: claim_run_dir(TrainConfig(global_batch=1)))
     assert (raised.value.code, raised.value.collective) == (USAGE, True)
     assert f"has fewer images than the {comm.size()} ranks" in raised.value.message

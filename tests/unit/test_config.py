@@ -227,7 +227,7 @@ def test_profiled_steps_are_two_integers_in_order():
 def test_config_benchmark_refuses_what_it_cannot_do():
     """Ranks are integers; one update measures nothing."""
     assert any("--profile_ranks" in error for error in validate(TrainConfig(profile_ranks=(0.5,))))
-    assert not validate(BenchmarkConfig(ranks=(1.0, 2.0)))
+    assert not validate(BenchmarkConfig(ranks=(1, 2)))
     for flags in ({"ranks": (1.5,)}, {"steps": 1}, {"console": "dllogger"}):
         (name,) = flags
         assert any(f"--{name}" in error for error in validate(BenchmarkConfig(**flags))), name

@@ -207,6 +207,17 @@ def test_bad_records_are_replaced_alike_on_any_ranks(damaged):
         assert sorted(reported) == bad
 
 
+def test_threads_end_when_a_loop_leaves_its_batches(splits):
+    """By a break or an exception: the trainer closes no iterator, its last reference does."""
+    for _ in zip(range(9), train_batches(splits[0], CONFIG, 1, range(9), 0, 1, 2)):
+        break
+    assert_no_thread_is_left()
+    with pytest.raises(KeyError):
+        for _ in zip(range(9), train_batches(splits[0], CONFIG, 1, range(9), 0, 1, 2)):
+            raise KeyError
+    assert_no_thread_is_left()
+
+
 def test_bad_records_are_black_rows_of_an_evaluation(damaged):
     index, good = damaged
     batches = list(eval_batches(index, replace(CONFIG, bad_records_allowed=1), 1, 0, 1, 2))

@@ -82,6 +82,7 @@ class FakeTrainer:
 def train(monkeypatch, trainer):
     """Returns what the loop had `trainer` do, without the updates after which nothing was due."""
     monkeypatch.setattr(loop, "Trainer", lambda config: trainer)
+    monkeypatch.setattr(loop, "rewind_or_stop", FakeTrainer.rewind_or_stop)
     loop.train(None)
     return [what for what in trainer.done if what != "end"]
 
@@ -117,7 +118,7 @@ def test_loop_stops_on_request_at_a_polled_step(monkeypatch):
     with pytest.raises(Failure) as raised:
         train(monkeypatch, trainer)
     assert raised.value.code == STOPPED
-    assert trainer.done[-5:] == [4, "log", "check", "stop", "exit"]
+    assert trainer.done[-6:] == [4, "log", "check", "save", "stop", "exit"]
 
 
 def test_loop_stop_request_does_not_skip_what_is_due(monkeypatch):

@@ -15,6 +15,10 @@ def test_count_parameters_gives_the_published_numbers(model, count):
     assert count_parameters(vgg_layers(model, 1.0, 224, 1000)) == count
 
 
+def random_images(count):
+    return tf.cast(tf.random.stateless_uniform([count, 64, 64, 3], [5, 6], 0, 256, tf.int32), tf.uint8)
+
+
 def test_logits_names_and_shapes_are_those_of_keras():
     """Of its VGG16, with the same weights, where fc1 sees 2 by 2 pixels."""
     keras = tf.keras.applications.VGG16(weights=None, classifier_activation=None, input_shape=(64, 64, 3), classes=10)
@@ -27,8 +31,8 @@ def test_logits_names_and_shapes_are_those_of_keras():
         assert (tuple(layer.kernel.shape), tuple(layer.bias.shape)) == (tuple(kernel.shape), tuple(bias.shape))
         bias.assign(tf.random.stateless_normal(bias.shape, [1, 2]) * 0.1)
         layer.set_weights([kernel.numpy(), bias.numpy()])
-    images = tf.random.stateless_normal([2, 64, 64, 3], [5, 6])
-    ours, expected = vgg.logits(weights, "vgg16", images, "NHWC").numpy(), keras(images).numpy()
+    images = random_images(2)
+    ours, expected = vgg.logits(weights, "vgg16", images, "NHWC").numpy(), keras(vgg.normalized(images)).numpy()
     assert np.abs(expected).max() > 0.01
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
@@ -37,7 +41,7 @@ def test_logits_names_and_shapes_are_those_of_keras():
 def test_logits_are_the_same_with_channels_first(model):
     """This TensorFlow computes NCHW on CPU through oneDNN; fc1's rows must keep their order."""
     weights = vgg.initial_weights(vgg_layers(model, 0.125, 64, 10), 1)
-    images = tf.random.stateless_normal([3, 64, 64, 3], [5, 6])
+    images = random_images(3)
     try:
         first = tf.function(lambda x: vgg.logits(weights, model, x, "NCHW"))(images)
     except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError) as error:

@@ -12,7 +12,7 @@ from hvd_vgg.reporting.console import Console
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.training import checkpoint
 from hvd_vgg.training.reporter import Reporter
-from hvd_vgg.training.resume import _restore_root
+from hvd_vgg.training.resume import _restore_root, require_checkpoints
 from hvd_vgg.training.state import CHECKPOINT_FORMAT, TrainProgress, initial_state
 
 CONFIG = TrainConfig(model="vgg11", width=0.0625, image_size=32, num_classes=10, lr=0.05)
@@ -81,11 +81,11 @@ def test_resume_allows_a_change_by_name(resume, capsys):
 
 def test_resume_never_or_required(resume, tmp_path):
     with pytest.raises(Failure, match="never overwritten"):
-        resume(resume="never")
+        require_checkpoints(TrainConfig(resume="never", run_dir=str(tmp_path)))
     for path in RunDir(tmp_path).list_checkpoints():
         path.unlink()
     with pytest.raises(Failure, match="--resume=required, but .* holds no checkpoint"):
-        resume(resume="required")
+        require_checkpoints(TrainConfig(resume="required", run_dir=str(tmp_path)))
     progress, state, tensors = resume()
     assert progress == TrainProgress()
     assert all((value.numpy() != tensors[name]).any() or not np.any(value) for name, value in state.weights.items())

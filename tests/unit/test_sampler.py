@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 
 from hvd_vgg.data.sampler import (
-    block_permutation,
     permutation,
     positions,
     replacement_record,
@@ -76,27 +75,27 @@ BLOCKS = [(1, 2), (7, 3), (1000, 7), (1000, 64), (1000, 1000), (1000, 5000), (50
 
 
 @pytest.mark.parametrize(("records", "block"), BLOCKS)
-def test_block_permutation_is_a_function_of_seed_and_epoch(records, block):
+def test_permutation_by_blocks_is_a_function_of_seed_and_epoch(records, block):
     """And has each record once."""
-    first = block_permutation(records, 1, 0, block)
+    first = permutation(records, 1, 0, block)
     assert (np.sort(first) == np.arange(records)).all()
-    block_permutation.cache_clear()
-    assert (first == block_permutation(records, 1, 0, block)).all()
+    permutation.cache_clear()
+    assert (first == permutation(records, 1, 0, block)).all()
     if records > 7:
-        assert (first != block_permutation(records, 1, 1, block)).any()
-        assert (first != block_permutation(records, 2, 0, block)).any()
+        assert (first != permutation(records, 1, 1, block)).any()
+        assert (first != permutation(records, 2, 0, block)).any()
 
 
-def test_block_permutation_never_changes():
+def test_permutation_by_blocks_never_changes():
     """A literal order: a change here means that no old run can be continued or repeated."""
-    assert block_permutation(10, 1, 0, 3).tolist() == [5, 3, 4, 1, 2, 6, 7, 8, 0, 9]
+    assert permutation(10, 1, 0, 3).tolist() == [5, 3, 4, 1, 2, 6, 7, 8, 0, 9]
 
 
 @pytest.mark.parametrize("block", [64, 100, 4096, 20_000])
-def test_block_permutation_mixes_few_blocks_per_window(block):
+def test_permutation_by_blocks_mixes_few_blocks_per_window(block):
     """Whole blocks are near each other in the order of a window, and windows are not in the order of the files."""
     records = 100_001
-    ids, window = block_permutation(records, 1, 0, block).astype(int), window_records(block)
+    ids, window = permutation(records, 1, 0, block).astype(int), window_records(block)
     starts = range(0, records, window)
     for start in starts:
         part = ids[start : start + window]
@@ -122,7 +121,7 @@ def test_storage_order_has_a_windows_records_by_blocks(block):
 def test_block_of_the_data_sets_size_is_free_permutation():
     """Or larger: nothing of the order of the files is left."""
     for block in (1000, 5000):
-        ids = block_permutation(1000, 1, 0, block).astype(int)
+        ids = permutation(1000, 1, 0, block).astype(int)
         assert abs(np.corrcoef(ids, np.arange(1000))[0, 1]) < 0.2
 
 

@@ -107,7 +107,7 @@ def test_backward_is_the_gradient_of_the_summed_loss(factored):
     """Summed gradients, and the products of factors, are those of sum(loss) / global_batch computed plainly."""
     _, weights, summed, backward, images, labels, position, keys = make_parts(factored, dropout=0.0)
     with tf.GradientTape() as tape:
-        logits = vgg.logits(weights, "vgg11", vgg.normalized(images), "NHWC")
+        logits = vgg.logits(weights, "vgg11", images, "NHWC")
         loss = tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
         objective = loss / 11
     expected = dict(zip(weights, tape.gradient(objective, list(weights.values()))))

@@ -14,7 +14,7 @@ import pytest
 from hvd_vgg.commands.history import FAIL, PASS, UNKNOWN
 from hvd_vgg.commands.verify import check
 from hvd_vgg.config import TrainConfig, fingerprint
-from hvd_vgg.data.coverage import Coverage
+from hvd_vgg.data.coverage import Coverage, Update
 from hvd_vgg.data.sampler import positions
 from hvd_vgg.errors import Failure
 from hvd_vgg.flags import to_flag_file
@@ -26,7 +26,7 @@ from hvd_vgg.reporting.log import RunLog
 from hvd_vgg.reporting.throughput import Throughput, per_host, per_rank
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.training import checkpoint, loop
-from hvd_vgg.training.evaluate import Evaluation
+from hvd_vgg.training.evaluate import Evaluation, report_evaluation
 from hvd_vgg.training.metrics import NonFiniteStep
 from hvd_vgg.training.reporter import Reporter
 from hvd_vgg.training.schedule import learning_rate, make_cadence
@@ -112,12 +112,9 @@ class Trainer:
             yield step, positions(step * 32, step * 32 + 32, RECORDS, CONFIG.seed).ids
 
     def update(self, step, ids):
-        if step in self.skipped:
-            self.coverage.skip(step * 32, ids)
-        else:
-            bad = [(row, int(ids[row])) for row in range(32) if ids[row] in self.bad]
-            ids[[row for row, _ in bad]] = 5
-            self.coverage.add(step * 32, ids, bad)
+        bad = [(row, int(ids[row])) for row in range(32) if ids[row] in self.bad]
+        ids[[row for row, _ in bad]] = 5
+        self.coverage.add([Update(step * 32, ids, bad, step in self.skipped)])
         self.progress.step, self.window = step + 1, self.window + 1
 
     def end_update(self):
@@ -149,7 +146,7 @@ class Trainer:
     def evaluate(self):
         hits, self.progress.evaluated = 10 + self.progress.step * 3 % 7, self.progress.step
         self.result = Evaluation(hits, 30, VALIDATION, 70.0, 0)
-        self.reporter.evaluation(self.result, self.progress.step, self.epoch())
+        report_evaluation(self.result, self.progress.step, self.epoch(), self.reporter)
         improved, self.progress.best_top1 = hits > self.progress.best_top1, max(hits, self.progress.best_top1)
         return improved
 
@@ -206,7 +203,7 @@ class Trainer:
 def train(path, **how):
     """Runs to the end, or raises Killed, or the Failure of a stop; returns the number of writes."""
     trainer = Trainer(path, **how)
-    with mock.patch.object(loop, "Trainer", contextlib.nullcontext):
+    with mock.patch.multiple(loop, Trainer=contextlib.nullcontext, rewind_or_stop=Trainer.rewind_or_stop):
         loop.train(trainer)
     return trainer.writes
 
