@@ -54,7 +54,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Prints the seconds of each folder and of the slowest files."""
-    for parts, most in ((2, 9), (3, 5)):
+    for parts, most in ((2, 9), (3, 20)):
         seconds: Counter = Counter()
         for report in _reports:
             seconds["/".join(report.nodeid.split("::")[0].split("/")[:parts])] += report.duration
