@@ -152,8 +152,8 @@ def validate(config: Any) -> List[str]:
         if not _has_type(value, field.type):
             expected = _EXPECTED[field.type]
             untyped[field.name] = field.default
-        elif field.type is str and field.default and not value.strip():
-            expected = f"a {field.metadata['unit'] or 'text'}, found nothing"
+        elif field.type is str and field.default and "choices" not in field.metadata and not value.strip():
+            expected = f"a {field.metadata['unit'] or 'value'}, found nothing"
         else:
             numbers = value if isinstance(value, tuple) else (value,)
             expected = next(filter(None, (_range_error(number, field.metadata) for number in numbers)), "")

@@ -51,9 +51,15 @@ def code_fingerprint() -> Dict[str, Any]:
 def _git_commit(git: Path) -> Optional[str]:
     """Returns the commit that a clone has checked out, without starting git: forking once MPI runs may harm it.
 
-    It is the last that HEAD came to, by its reflog. None where the package is installed without its repository, in a
-    worktree of it, or without reflogs: the SHA-256 identifies the code.
+    None where the package is installed without its repository, or in a worktree of it: the SHA-256 identifies the code.
+    (A reflog has it too, but those expire, and may be switched off.)
     """
     with contextlib.suppress(OSError, IndexError, UnicodeDecodeError):  # a repository may be damaged
-        return (git / "logs" / "HEAD").read_text().splitlines()[-1].split()[1]
+        head = (git / "HEAD").read_text().split()[-1]  # a commit, or the ref of a branch
+        if not head.startswith("refs/"):
+            return head
+        if (git / head).exists():
+            return (git / head).read_text().strip()
+        lines = (git / "packed-refs").read_text().splitlines()
+        return next((line.split()[0] for line in lines if line.endswith(f" {head}")), None)
     return None

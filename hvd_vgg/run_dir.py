@@ -91,7 +91,7 @@ def lock_run_dir(run_dir: Path) -> IO[str]:
     """Returns the open file `RUN_DIR/lock`, locked until it is closed or this process ends in any way.
 
     Raises Failure(CONFIGURATION) naming the job that holds it, or why it cannot be opened. Locking a file that exists takes
-    no disk space. Where it cannot be locked (NFS and Lustre may be mounted without locks), prints that and goes on.
+    no disk space. On a file system without locks (NFS and Lustre may be mounted so), prints that and goes on.
     """
     path = RunDir(run_dir).lock
     with writing(path, CONFIGURATION):
@@ -105,6 +105,8 @@ def lock_run_dir(run_dir: Path) -> IO[str]:
         text = f"--run_dir={run_dir} is in use by another job ({holder})"
         raise Failure(CONFIGURATION, f"{text}. Wait for it, stop it, or use another --run_dir") from error
     except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise Failure(CONFIGURATION, f"{path} cannot be locked: {error.strerror}") from error
         text = f"hvd-vgg: {run_dir} cannot be locked ({error.strerror}): make sure that only one job uses it"
         write_line(text, sys.stdout)
     signature = {"host": socket.gethostname(), "process": os.getpid(), "since": time.ctime()}

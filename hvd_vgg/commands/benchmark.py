@@ -43,7 +43,7 @@ _KEEP_ALIVE_SECONDS = 2.0
 
 def benchmark(config: BenchmarkConfig) -> None:
     """Measures each kind of input on each number of --ranks, prints a table and writes --out. Collective."""
-    wanted = sorted({int(number) for number in config.ranks})
+    wanted = sorted(set(config.ranks))
     here = _hardware()
     session = join_ranks(config, group_sizes=wanted)
     console, started = session.console, comm.size()

@@ -37,7 +37,8 @@ def plan(config: PlanConfig) -> None:
     for name, method in _methods(config).items():
         found = _predict(method)
         seconds = f"{found.seconds_apart:.3f} .. {found.seconds_overlapped:.3f}"
-        rates = [config.fps_per_rank * config.ranks * each for each in found[2:]]
+        both = (found.efficiency_apart, found.efficiency_overlapped)
+        rates = [config.fps_per_rank * config.ranks * each for each in both]
         print(
             f"{name:28s} {cost.sent(cost.choose(method, config.ranks)) / 1e6:10.1f} {seconds:>20s} "
             f"{_efficiency(found):>16s} {rates[0]:7.0f} .. {rates[1]:.0f}"
@@ -68,7 +69,7 @@ def _sweep(config: PlanConfig) -> None:
     curves: Dict[str, List[cost.Prediction]] = {name: [] for name in _methods(config)}
     print(f"\nEfficiency with {per_rank:g} images per rank:")
     print(f"{'ranks':>6s} " + " ".join(f"{name:>30s}" for name in curves))
-    for ranks in map(int, config.sweep_ranks):
+    for ranks in config.sweep_ranks:
         at = dataclasses.replace(config, ranks=ranks, global_batch=max(ranks, round(per_rank * ranks)))
         for name, method in _methods(at).items():
             curves[name].append(_predict(method))
@@ -83,9 +84,9 @@ def _draw(curves: Dict[str, List[cost.Prediction]], per_rank: float, config: Pla
 
     figure: Any = Figure(figsize=(8, 5), constrained_layout=True)
     axes = figure.subplots()
-    ranks = list(map(int, config.sweep_ranks))
+    ranks = list(config.sweep_ranks)
     for name, points in curves.items():
-        _, _, low, high = zip(*points)  # the efficiencies
+        low, high = [each.efficiency_apart for each in points], [each.efficiency_overlapped for each in points]
         (line,) = axes.plot(ranks, high, label=name)
         axes.plot(ranks, low, color=line.get_color(), linestyle=":")
         axes.fill_between(ranks, low, high, color=line.get_color(), alpha=0.15)

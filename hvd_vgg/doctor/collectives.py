@@ -48,7 +48,8 @@ def check_links(report: Report, config: DoctorConfig, device: str, hosts: Sequen
         report.findings += assess_transports(carriers, device)
         if comm.size() > 1:
             latency, sums = measure_link(device, carriers["sums"])
-            report.findings += [assess_exchange("link", sums, latency, gbit, device), *check_pairs(hosts)]
+            report.findings.append(assess_exchange("link", sums, latency, gbit, device))
+            report.findings += check_pairs(hosts)
     if config.collectives:
         with report.time_limit("collectives", "--collectives did not end", _COLLECTIVES_SECONDS):
             report.findings += check_collectives(config, device, carriers, latency, gbit)

@@ -53,7 +53,7 @@ def find_accelerators(host: HostView) -> Accelerators:
 def _list_devices(host: HostView, tool: str) -> Optional[Listing]:
     # There is no query for the newest CUDA version that the driver supports; both tools print it in the head of their table.
     table = _run(host, tool)
-    head = re.search(r"Driver Version:\s*(\S+)\s+CUDA Version:\s*(\S+)", table)
+    head = re.search(r"Driver Version:\s*(\S+)(?:\s+CUDA Version:\s*(\S+))?", table)
     if tool == "nvidia-smi":
         query = _run(host, tool, "--query-gpu=memory.used,memory.total,name", "--format=csv,noheader,nounits")
         names = re.findall(r"^.+?, .+?, (.+)$", query, re.MULTILINE)
@@ -63,7 +63,7 @@ def _list_devices(host: HostView, tool: str) -> Optional[Listing]:
         memory = re.findall(r"(\d+)MiB\s*/\s*(\d+)MiB", table)
     if len(memory) < len(names):
         memory = []  # [N/A], as for parts of a device
-    return Listing(head[1], head[2], names, [(int(used), int(total)) for used, total in memory]) if head else None
+    return Listing(head[1], head[2] or "", names, [(int(used), int(total)) for used, total in memory]) if head else None
 
 
 def check_device_nodes(accelerators: Accelerators) -> Iterator[Finding]:
@@ -154,7 +154,7 @@ def _assess_nvidia(listing: Listing, cuda: str) -> Tuple[str, str, str]:
 
     A driver runs what was built with any CUDA of its own major version or an older one (NVIDIA, CUDA Compatibility).
     """
-    text = f"NVIDIA {listing.driver}, supports CUDA up to {listing.cuda}"
+    text = f"NVIDIA {listing.driver}, supports CUDA up to {listing.cuda or 'an unknown version'}"
     text += f"; TensorFlow was built with {cuda}" if cuda else ""
     built, supported = parse_version(cuda)[:1], parse_version(listing.cuda)[:1]
     if not (built and supported) or supported >= built:

@@ -37,13 +37,12 @@ def check_ranks(report: Report, config: DoctorConfig, host: HostView) -> List[st
     software = describe_software(IMAGE_LIBRARY)
     mpi4py = query_mpi4py(host.environ) if is_installed(host, "mpi4py") else {}
     with report.time_limit("ranks", "the ranks did not compare settings and clocks"):
-        report.findings += [
-            ok("ranks", f"{plural(len(hosts), 'rank')} on {per_host}"),
-            check_mpi(loaded_mpi_libraries(), mpi4py, software),
-            *compare_with_root(config, software),
-            *check_shared_run_dir(Path(config.run_dir)),
-            *check_clocks(),
-        ]
+        # One by one: if a check hangs, what was found before it is reported.
+        report.findings.append(ok("ranks", f"{plural(len(hosts), 'rank')} on {per_host}"))
+        report.findings.append(check_mpi(loaded_mpi_libraries(), mpi4py, software))
+        report.findings += compare_with_root(config, software)
+        report.findings += check_shared_run_dir(Path(config.run_dir))
+        report.findings += check_clocks()
     return hosts
 
 
@@ -67,9 +66,12 @@ def check_clocks() -> List[Finding]:
     """Compares this rank's clock with rank 0's, as exactly as the time of a gather allows; nothing on a single rank."""
     if comm.size() == 1:
         return []
-    comm.barrier()  # all ranks leave it at nearly the same time
-    clocks = comm.gather_numbers([time.time()])[:, 0]
-    skew = clocks[comm.rank()] - clocks[0]
+    skews = []
+    for _ in range(3):  # a rank may be held up between the barrier and the clock
+        comm.barrier()  # all ranks leave it at nearly the same time
+        clocks = comm.gather_numbers([time.time()])[:, 0]
+        skews.append(clocks[comm.rank()] - clocks[0])
+    skew = min(skews, key=abs)
     if abs(skew) <= _MAX_CLOCK_SKEW_SECONDS:
         return [ok("clocks", "equal to within a second")]
     return [warning("clocks", f"the clock is {skew:+.0f} s from rank 0's", "set the clocks of all hosts by NTP or chrony")]

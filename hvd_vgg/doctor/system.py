@@ -134,7 +134,7 @@ def check_other_jobs() -> List[Finding]:
         other = process.pid not in own and process.info["status"] != psutil.STATUS_ZOMBIE
         if other and (training or name in ("orted", "prted")):
             jobs.append(f"{'hvd-vgg train' if training else name} (process {process.pid})")
-    text = f"other jobs run on {socket.gethostname()}, or were left: {', '.join(jobs)}"
+    text = f"other jobs run on {socket.gethostname()}, or were left: {', '.join(jobs[:6])}{', ...' if len(jobs) > 6 else ''}"
     return [warning("other jobs", text, "wait for them; end those whose job is over by `kill -9`")] if jobs else []
 
 

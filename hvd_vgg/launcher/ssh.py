@@ -74,11 +74,11 @@ def _ask(host: str, agent: str, remote: str, addresses: List[str], seconds: floa
     code, output = _run_agent([*shlex.split(agent), host, remote], seconds)
     read = time.time()
     processes = sorted({int(pid) for pid in re.findall(r"/proc/(\d+)/", output)})
-    answers = re.findall(r'\{"reached": .*\}', output)
-    if not answers:
+    try:  # an agent may write more, before and after, and echo its command
+        answer = json.loads(re.findall(r'^\{"reached": .*\}$', output, re.MULTILINE)[-1])
+        reached, clock = str(answer["reached"]), float(answer["time"])
+    except (ValueError, LookupError, TypeError):
         return HostReply(failure("hosts", *_explain_silence(host, agent, seconds, code, output)), processes)
-    answer = json.loads(answers[-1])
-    reached, clock = answer["reached"], answer["time"]
     # The other clock was read between these two readings of ours.
     skew = max(started - clock, clock - read, 0.0)
     if reached not in addresses:

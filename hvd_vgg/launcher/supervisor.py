@@ -96,7 +96,7 @@ def _supervise(
     """Starts the command, and restarts it while that is worth it; returns the exit code."""
     run_dir = RunDir(spec.run_dir) if spec.run_dir else None
     log = _RestartLog(run_dir)
-    ended_at = math.inf  # of the last start, in time.time()
+    ended_at: Optional[float] = None  # of the last start, in time.time()
     last_progress: Optional[Tuple[int, int]] = None
     for attempt in range(config.max_restarts + 1):
         _clear_leftovers(token)
@@ -109,10 +109,10 @@ def _supervise(
         facts = {"attempt": attempt, "ranks": count, "hosts": [f"{host.name}:{host.slots}" for host in answering]}
         log.append("start", **facts, command=command)
         write_line(f"+ {shlex.join(command)}", sys.stdout)
-        started = time.monotonic()
+        started, logged_before = time.monotonic(), len(_read_log(run_dir))
         ranks_here = not answering or network.is_this_host(answering[0].name)  # the first host is filled first
         status = run(command, requests, ranks_here)
-        seconds, lost_seconds = round(time.monotonic() - started, 1), _lost_seconds(run_dir, ended_at)
+        seconds, lost_seconds = round(time.monotonic() - started, 1), _lost_seconds(run_dir, logged_before, ended_at)
         ended_at = time.time()
         _clear_leftovers(token)
         log.append("end", **facts, code=status.code, reason=status.reason, seconds=seconds, lost_seconds=lost_seconds)
@@ -179,18 +179,22 @@ def _clear_leftovers(token: str) -> None:
 
     Raises Failure(CONFIGURATION) if another launcher is running it now. What another host launched is only reported.
     """
-    ours: List[psutil.Process] = []
-    foreign: List[psutil.Process] = []
-    for job, processes in local_processes(token.split(".")[0]).items():
-        alive = job != token and launcher_is_alive(job)
-        if alive:
-            raise Failure(CONFIGURATION, f"another launcher, process {job.split('.')[2]}, is running this --run_dir")
-        (foreign if alive is None else ours).extend(processes)
+    deadline = time.monotonic() + _EXIT_SECONDS
+    while True:
+        ours: List[psutil.Process] = []
+        foreign: List[psutil.Process] = []
+        for job, processes in local_processes(token.split(".")[0]).items():  # without zombies, which may stay for ever
+            alive = job != token and launcher_is_alive(job)
+            if alive:
+                raise Failure(CONFIGURATION, f"another launcher, process {job.split('.')[2]}, is running this --run_dir")
+            (foreign if alive is None else ours).extend(processes)
+        if not ours or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
     _report_leftovers("this host", [process.pid for process in foreign])
-    _, left = psutil.wait_procs(ours, _EXIT_SECONDS)
-    if left:
-        log_line(f"killing processes {[process.pid for process in left]}, which a job of this run left behind")
-    for process in left:
+    if ours:
+        log_line(f"killing processes {[process.pid for process in ours]}, which a job of this run left behind")
+    for process in ours:
         with contextlib.suppress(psutil.Error):  # gone, or another user's by now
             process.kill()
 
@@ -207,16 +211,19 @@ def _progress(run_dir: RunDir) -> Tuple[int, int]:
     return -1 if saved is None else saved, steps[-1] if steps else -1
 
 
-def _read_log(run_dir: RunDir) -> List[LogLine]:
+def _read_log(run_dir: Optional[RunDir]) -> List[LogLine]:
     with contextlib.suppress(OSError):
-        return read_log(run_dir.log)
+        return read_log(run_dir.log) if run_dir else []
     return []
 
 
-def _lost_seconds(run_dir: Optional[RunDir], ended_at: float) -> Optional[float]:
-    """Returns how long after `ended_at` (a time.time()) the run made its first update; None if it has made none since."""
-    for line in _read_log(run_dir) if run_dir else []:
-        if line.kind == "first_update" and line.timestamp > ended_at:
+def _lost_seconds(run_dir: Optional[RunDir], logged_before: int, ended_at: Optional[float]) -> Optional[float]:
+    """Returns how long after `ended_at` (a time.time(), or None) the run made its first update after a restart.
+
+    logged_before: lines of the log that earlier starts wrote. None if it has made none, and at the first start.
+    """
+    for line in _read_log(run_dir)[logged_before:]:
+        if line.kind == "first_update" and ended_at is not None:
             log_line(f"trained again {line.timestamp - ended_at:.1f} s after the last start ended")
             return round(line.timestamp - ended_at, 1)
     return None
@@ -232,7 +239,7 @@ class _RestartLog:
     def append(self, event: str, **data: Any) -> None:
         """Appends a line, on disk when this returns; on a full disk it is kept for the next call.
 
-        Raises Failure(CONFIGURATION) if a start cannot be written for another reason.
+        Raises Failure(CONFIGURATION) if a start cannot be written for another reason, or the first one for any.
         """
         if self._path is None:
             return
@@ -245,6 +252,7 @@ class _RestartLog:
             append_whole(self._path, self._unwritten, sync=True)
             self._unwritten = b""
         except OSError as error:
-            if event == "start" and error.errno not in DISK_FULL:
+            first = not self._path.exists() or self._path.stat().st_size == 0
+            if event == "start" and (first or error.errno not in DISK_FULL):
                 raise Failure(CONFIGURATION, write_error(self._path, error)) from error
             log_line(write_error(self._path, error))

@@ -24,16 +24,19 @@ class Console:
             mode = "bar" if sys.stdout.isatty() and sys.stderr.isatty() else "lines"
         self.bar = mode == "bar"
         self.speaks = speaks and mode != "dllogger"
+        self._drawn = False  # whether the cursor is in a line that was redrawn
 
     def say(self, text: str) -> None:
         """Prints a line that stays."""
         if self.speaks:
-            write_line(f"{_CLEAR}{text}" if self.bar else text, sys.stdout)
+            write_line(f"{_CLEAR}{text}" if self._drawn else text, sys.stdout)
+            self._drawn = False
 
     def redraw(self, text: str) -> None:
         """Shows `text` in place of the last redrawn line, in bar mode only."""
         if self.speaks and self.bar:
             write_line(f"{_CLEAR}{text}", sys.stdout, end="")
+            self._drawn = True
 
     def progress(self, title: str, total: int, unit: str, start: int = 0) -> "Progress":
         """Returns the progress of a task of `total` units, of which `start` are done."""

@@ -77,7 +77,7 @@ def evaluate(
 
     A bad record counts as a record and as a miss, with a loss of 0, if --bad_records_allowed admits it; else Failure(DATA)
     is raised. Raises Failure(BUG) should a record be missed or seen twice, and StopRequested on all ranks when any was asked
-    to stop. reporter: which bad records and the progress are told.
+    to stop. reporter: reports bad records and progress.
     """
     counts, loss_sum, ids = np.zeros(3, np.int64), 0.0, [np.zeros(0, np.int64)]
     bad: List[Tuple[int, BadRow]] = []

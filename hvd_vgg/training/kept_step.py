@@ -88,14 +88,14 @@ def load_report(folder: StepDir) -> Dict[str, Any]:
         raise Failure(CONFIGURATION, f"{run_dir} has kept no such step: {fix}")
     try:
         report = dict(json.loads(path.read_text(encoding="utf-8")))
-        fields = {*report, *report["batch"][0]}
+        fields = {*report, *[name for row in report.get("batch", [])[:1] for name in row]}
         if not fields >= _REPLAYED:
-            raise ValueError(f"{', '.join(sorted(_REPLAYED - fields))} missing")
+            raise ValueError(f"without {', '.join(sorted(_REPLAYED - fields))}")
         return report
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise Failure(
             CONFIGURATION,
-            f"{path} cannot be read ({error!r}): expected what this version of hvd_vgg leaves of a step that was not finite "
+            f"{path} cannot be read ({error}): expected what this version of hvd_vgg leaves of a step that was not finite "
             f"in nonfinite/step-????????; --step names another",
         ) from error
 

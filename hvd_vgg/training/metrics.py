@@ -2,6 +2,7 @@
 
 import math
 import socket
+import statistics
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
@@ -75,16 +76,17 @@ def reduce_metrics(window: List[PendingUpdate], config: StepConfig) -> Dict[str,
 def measure_window(
     window: List[PendingUpdate], throughput: Throughput, global_batch: int
 ) -> Tuple[Dict[str, Any], Bottleneck, float]:
-    """Returns the window's images/s and where its time went, for the log; what limited it; and the slowest rank's seconds.
+    """Returns the window's images/s and where its time went, for the log; what limited it; and the seconds of an update.
 
-    Collective.
+    These are the slowest rank's, and a low median: what a first update compiles is left out. Collective.
     """
     updates = len(window)
     totals = throughput.total_seconds[-updates:]
     # The step's clock is the wall clock, which may be set while it runs.
     exchanges = [float(update.metrics.exchange_seconds) if update.metrics else 0.0 for update in window]
     throughput.exchange_seconds += [min(max(0.0, seconds), total) for seconds, total in zip(exchanges, totals)]
-    times = [StepTime(*numbers) for numbers in comm.gather_numbers(throughput.last(updates)).tolist()]
+    gathered = comm.gather_numbers([*throughput.last(updates), statistics.median_low(totals)])
+    times = [StepTime(*numbers) for numbers in gathered[:, :3].tolist()]
     bottleneck, shares = find_bottleneck(times), mean_shares(times)
     row = {
         "train.fps": global_batch * updates / times[0].total,
@@ -95,7 +97,7 @@ def measure_window(
         "train.update_seconds": totals,
         "train.input_seconds": throughput.input_seconds[-updates:],
     }
-    return row, bottleneck, max(one.total for one in times)
+    return row, bottleneck, float(gathered[:, 3].max())
 
 
 def measure_run(

@@ -1,5 +1,6 @@
 """Profiles of some updates: TensorFlow's, for TensorBoard, and Horovod's timeline, for chrome://tracing."""
 
+import sys
 from typing import Generator, Iterable, TypeVar
 
 import tensorflow as tf
@@ -10,6 +11,7 @@ from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import run_on_all_ranks
 from hvd_vgg.reporting.throughput import Throughput
 from hvd_vgg.run_dir import RunDir
+from hvd_vgg.streams import write_line
 from hvd_vgg.watchdog import watchdog
 
 T = TypeVar("T")
@@ -58,4 +60,7 @@ def _end(traces: bool) -> None:
     if comm.is_root():
         comm.stop_timeline()
     if traces:
-        tf.profiler.experimental.stop()
+        try:
+            tf.profiler.experimental.stop()
+        except (OSError, tf.errors.OpError) as error:  # no reason to lose a run
+            write_line(f"hvd-vgg: --profile_steps: the profile of rank {comm.rank()} cannot be written: {error}", sys.stdout)

@@ -102,9 +102,9 @@ def make_cadence(config: TrainConfig, records: int, first_step: int) -> Cadence:
     )
 
 
-def stop_poll_steps(updates: int, seconds: float) -> int:
-    """Returns how many updates take _STOP_POLL_SECONDS, given that `updates` took the slowest rank `seconds`."""
-    return max(1, round(_STOP_POLL_SECONDS * updates / seconds))
+def stop_poll_steps(seconds: float) -> int:
+    """Returns how many updates take _STOP_POLL_SECONDS, given the `seconds` of one."""
+    return max(1, round(_STOP_POLL_SECONDS / seconds))
 
 
 def _every(period: int, step: int) -> bool:

@@ -33,8 +33,8 @@ from hvd_vgg.watchdog import StopRequested, watchdog
 class Trainer:
     """A run: its data, state, compiled functions, progress, and what it reports and saves.
 
-    Collective: all methods but `batches`, `update` (which communicates only within the update), `end_update`, `epoch`,
-    `target_reached` and `evaluation_missed`.
+    Collective: all methods but `batches`, `load`, `update` (which communicates only within the update), `end_update`,
+    `epoch`, `target_reached` and `evaluation_missed`.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -92,7 +92,8 @@ class Trainer:
     def evaluation_missed(self) -> bool:
         """Returns whether this step is still to be evaluated: the run was stopped before that, or is to end here."""
         step = self.progress.step
-        return self.progress.evaluated < step and (step in self.cadence.evaluation_steps or self.target_reached())
+        ends = step >= self.total_steps or self.target_reached()
+        return self.progress.evaluated < step and (ends or step in self.cadence.evaluation_steps)
 
     def batches(self) -> Iterator[Tuple[int, Batch]]:
         """Yields each step to come with this rank's part of its global batch.
@@ -148,7 +149,7 @@ class Trainer:
         )
         row["train.lr"] = learning_rate(progress.step - 1, config, train.records)
         speed, bottleneck, seconds = measure_window(self.window, self.throughput, config.global_batch)
-        self.cadence = self.cadence._replace(stop_poll_steps=stop_poll_steps(len(self.window), seconds))
+        self.cadence = self.cadence._replace(stop_poll_steps=stop_poll_steps(seconds))
         self.window.clear()
         if self.coverage.ended(progress.step):
             self._settle_coverage()

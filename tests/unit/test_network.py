@@ -142,6 +142,7 @@ def agent(tmp_path, text):
         ),
         (f"echo 'bash: {sys.executable}: No such file' >&2; exit 127", [], FAILURE, "exited with 127"),
         ("echo 'Welcome to b'; exit 0", [], FAILURE, "exited with 0: Welcome to b"),
+        ('echo "debug1: Sending command: $*" >&2; exit 127', [], FAILURE, "exited with 127"),
         ('echo \'{"reached": "10.0.0.1", "time": 1000}\'', ["10.0.0.1"], WARNING, "s or more off"),
     ],
 )

@@ -18,7 +18,8 @@ def test_code_fingerprint_commit_of_a_clone(tmp_path):
     for words in (["commit"], ["commit", "--amend"]):
         git(*words, "--allow-empty", "--allow-empty-message", "-m", " ".join(words))
         assert provenance._git_commit(tmp_path / ".git") == git("rev-parse", "HEAD")
-    git("gc")
+    git("gc")  # which packs the branch
+    assert provenance._git_commit(tmp_path / ".git") == git("rev-parse", "HEAD")
     git("checkout", "--detach", "HEAD@{1}")
     assert provenance._git_commit(tmp_path / ".git") == git("rev-parse", "HEAD")
 

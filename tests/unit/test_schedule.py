@@ -108,4 +108,4 @@ def test_learning_rate_constant_is_constant():
 
 def test_stop_poll_steps_take_five_seconds():
     """At least every update; a later window says how fast updates have become."""
-    assert [stop_poll_steps(1, 0.5), stop_poll_steps(10, 0.5), stop_poll_steps(1, 20.0)] == [10, 100, 1]
+    assert [stop_poll_steps(0.5), stop_poll_steps(0.05), stop_poll_steps(20.0)] == [10, 100, 1]
