@@ -18,9 +18,7 @@ def test_computation_on_this_cpu_is_correct():
     *others, first, second = sorted(check_computation([cpu, cpu], "float32", 0), key=lambda finding: finding.verdict == OK)
     assert first == second
     assert first.verdict == OK
-    assert first.text.startswith(
-        "CPU 0 allocates; correct: float32 matmul, float32 conv2d NHWC, float32 conv2d NCHW, float16 matmul"
-    )
+    assert first.text.startswith("CPU 0 allocates; correct: float32 matmul, float32 conv2d NHWC, ")  # NCHW: not by all
     # What TensorFlow 2.6 cannot do on a CPU is a warning, as training in float32 does not need it.
     assert [other.text.split(":")[1] for other in others] == [" bfloat16 conv2d NHWC"] * 2 * (not cpu_convolves("bfloat16"))
     assert all(other.verdict == WARNING for other in others)
