@@ -192,9 +192,11 @@ def run_command(name: str, config: Any) -> Optional[Failure]:
             # Whoever read the plan has enough; Python would complain again when it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return None
-        # What Horovod's operations report when a rank is gone is the transport's own text, but Horovod is named in it.
-        text = f"{type(error).__name__} {error}"
-        if "Horovod" in text and not _NOT_A_LOST_RANK.search(text):
+        # What Horovod's operations report when a rank is gone is the transport's own text, but Horovod is named in it, or in
+        # the stack of the operation.
+        text, raised_by = f"{type(error).__name__} {error}", type(error).__module__
+        from_operation = raised_by.startswith(("tensorflow", "horovod")) and "horovod" in text.lower()
+        if from_operation and not _NOT_A_LOST_RANK.search(text):
             reason = str(error).strip().split("\n")[0][:200]
             message = f"another rank is gone ({reason}); the same command continues from the newest checkpoint"
             return _end(Failure(LOST_RANK, message))

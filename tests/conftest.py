@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import pytest
-from faults.matrix import FAULTS, table
+from faults.matrix import FAULTS, renew_rows, table
 from support import STARTED, Ended, Launch, Started, command_line, write_data
 
 # What a machine may lack: a test may skip for these alone, with a reason that begins so.
@@ -29,19 +29,20 @@ _tiers: Dict[str, int] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds --tier (1: every change; 3: all) and --fault_table=FILE, which writes what came of each fault."""
-    parser.addoption("--tier", type=int, default=1)
-    parser.addoption("--fault_table")
+    """Adds the options of this project's tests."""
+    parser.addoption("--tier", type=int, default=1, help="1: what every change must pass; 3: all")
+    parser.addoption("--fault_table", metavar="FILE", help="write what came of each fault")
+    parser.addoption("--fault", metavar="F01,...", help="run the tests of these faults alone, and renew their rows alone")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
-    """Leaves out tests of higher tiers than asked for; notes which faults each test is for."""
-    left_out = []
+    """Leaves out tests of higher tiers or other faults than asked for; notes which faults each test is for."""
+    left_out, wanted = [], set((config.getoption("--fault") or "").split(",")) - {""}
     for item in items:
         marks = list(item.iter_markers("fault"))
         _ids[item.nodeid] = [each for mark in marks for each in mark.args]
         _tiers[item.nodeid] = max((mark.kwargs.get("tier", 1) for mark in marks), default=1)
-        if _tiers[item.nodeid] > config.getoption("--tier"):
+        if _tiers[item.nodeid] > config.getoption("--tier") or (wanted and not wanted.intersection(_ids[item.nodeid])):
             left_out.append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
@@ -70,9 +71,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         print(f"\nskips that are not allowed: {foreign}")
         session.exitstatus = 1
     if session.config.getoption("--fault_table") and any("tests/faults/" in each for each in _ids):
-        Path(session.config.getoption("--fault_table")).write_text(
-            table(FAULTS, _reports, _ids, _tiers, session.config.getoption("--tier"))
-        )
+        path, chosen = Path(session.config.getoption("--fault_table")), session.config.getoption("--fault")
+        text = table(FAULTS, _reports, _ids, _tiers, session.config.getoption("--tier"))
+        path.write_text(renew_rows(path.read_text(), text, chosen.split(",")) if chosen else text)
 
 
 @pytest.fixture(autouse=True)

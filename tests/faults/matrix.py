@@ -51,8 +51,9 @@ has a time limit, and fails when a process is left. Judged are: the exit code; t
 `RUN_DIR/faults`; that the newest checkpoint loads; that the run, started again, ends with the weights of one that nothing
 happened to, bit for bit on as many ranks, and has read every record as often; the log, by `hvd-vgg verify-run`.
 
-Written by pytest's `--fault_table` in a run of tier {tier} on {machine}; seconds are those of the tests together, with
-set-up. `bash launch/test.sh` runs tier 1 on every change; `bash launch/test.sh --all` runs all and writes this file.
+Written by pytest's `--fault_table` in a run of tier {tier} on {machine} (`--fault=F03` renews single rows); seconds are
+those of the tests together, with set-up. `bash launch/test.sh` runs tier 1 on every change; `bash launch/test.sh --all`
+runs all and writes this file.
 
 | id | fault | tests | tier | result | seconds |
 |---|---|---|---|---|---|
@@ -75,3 +76,9 @@ def table(faults, reports, ids, tiers, tier):
         count, seconds = len(nodes), sum(report.duration for report in mine)
         lines.append(f"| {fault} | {text} | {names} ({count}) | {of} | {result} | {seconds:.0f} |")
     return _ABOUT.format(machine=machine, tier=tier) + "\n".join(lines) + "\n"
+
+
+def renew_rows(before, text, faults):
+    """Returns the table `before` with the rows of `faults` from the table `text`."""
+    rows = {line[:6]: line for line in text.splitlines() if line[2:5] in faults}
+    return "".join(f"{rows.get(line[:6], line)}\n" for line in before.splitlines())

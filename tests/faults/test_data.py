@@ -162,7 +162,7 @@ CASES = {
     "F27 no image": (instead(None, 1), [*AT, "image/encoded is missing; it has image/class/label"]),
     "F27 junk Example": (
         lambda d: rewrite(d / SHARD, lambda _: b"\x0b junk with a checksum of its own"),
-        [*AT, "not a tf.train.Example", "Expected a tf.train.Example with image/class/label"],
+        [*AT, "not a tf.train.Example", "Expected a tf.train.Example with image/encoded"],
     ),
 }
 

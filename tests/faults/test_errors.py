@@ -28,7 +28,7 @@ def test_killed_rank_under_gloo_is_reported_by_the_others(tmp_path, data):
         os.kill(pid, signal.SIGKILL)
     ended = started.wait()
     assert ended.code == 1
-    assert "another rank has gone" in ended.out + ended.err
+    assert "another rank is gone" in ended.out + ended.err
     assert "an error of the program" not in ended.out + ended.err
 
 

@@ -97,7 +97,7 @@ def test_full_disk_at_a_restart(small_disk, data):
     wait_for(lambda: "step 6/" in started.out.read_text() or started.process.poll() is not None)
     filler.unlink()
     ended = started.wait(code=0)
-    said = [line for line in ended.out.splitlines() if "TensorBoard" in line or "an earlier start's" in line]
+    said = [line for line in ended.out.splitlines() if "TensorBoard" in line or "an earlier start" in line]
     assert [line.split()[0].split("/")[-1] for line in said] == ["tensorboard", "flags.txt", "receipt.json"], ended.out
     assert "No space left on device" in said[0] and "tensorflow" not in said[0].lower()
     assert "--lr=0.004" in (run_dir / "flags.txt").read_text()
