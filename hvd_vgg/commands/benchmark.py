@@ -101,7 +101,8 @@ def _measure(
                 raise Failure(
                     NOT_FINITE,
                     f"update {step + 1} on {plural(size, 'rank')}, input {kind}: the loss or gradient is not finite, and "
-                    f"updates that are not applied measure nothing: lower --lr={config.lr:g} or try --precision=float32",
+                    f"updates that are not applied measure nothing: lower --lr={config.lr:g}, of which {_LR_FACTOR:g} is "
+                    f"used here, or try --precision=float32",
                     collective=True,
                 )
             if step >= keep_alive_at:

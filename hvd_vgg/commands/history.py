@@ -90,7 +90,8 @@ class History:
         if row is None or row["sha256"] != known["sha256"]:
             return FAIL
         step = checkpoint_step(Path(row["file"]))
-        explained = any(line.step == step and after < line.number < before for line in self.select("evaluation"))
+        scores = (line for attempt in self.attempts if attempt.start.step == step for line in attempt.select("evaluation"))
+        explained = any(line.step == step and after < line.number < before for line in scores)
         return PASS if all(row[name] == known[name] for name in row) else UNKNOWN if explained else FAIL
 
 

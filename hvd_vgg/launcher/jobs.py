@@ -33,9 +33,11 @@ def local_processes(run_token: str) -> Dict[str, List[psutil.Process]]:
     jobs: Dict[str, List[psutil.Process]] = {}
     for process in psutil.process_iter(["uids", "cmdline", "environ"]):
         users, words, environ = (process.info[name] for name in ("uids", "cmdline", "environ"))  # None: gone, or a zombie
-        candidates = [*(words or []), (environ or {}).get(_VARIABLE, "")]
-        token = next((word for word in candidates if word.startswith(f"{run_token}.")), None)
-        if token and users and users.effective == os.getuid():
+        if users is None or users.effective != os.getuid():
+            continue
+        arguments = dict(zip(words or [], (words or [])[1:]))
+        token = arguments.get(JOB_PARAMETER) or (environ or {}).get(_VARIABLE, "")
+        if token.startswith(f"{run_token}."):
             jobs.setdefault(token, []).append(process)
     return jobs
 

@@ -11,9 +11,10 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
-from typing import IO, Any, Dict, List, Mapping, NamedTuple, Sequence, Set
+from typing import IO, Any, Callable, Dict, List, Mapping, NamedTuple, Sequence, Set
 
 import psutil
 
@@ -21,6 +22,7 @@ from hvd_vgg.config import LaunchConfig
 from hvd_vgg.environment import JOB_PARAMETER, SECRET_NAME
 from hvd_vgg.errors import CONFIGURATION, DONE, LOST_RANK, STOPPED, Failure
 from hvd_vgg.launcher.hostfile import Host
+from hvd_vgg.parallel.cores import control_groups
 from hvd_vgg.streams import write_line
 
 # The variables that ranks on other hosts get, besides --export_env; ranks on this host inherit all.
@@ -54,7 +56,7 @@ _HINTS: Dict[int, str] = {
     signal.SIGALRM: "hung while holding the GIL: see RUN_DIR/faults; or hung at exit: see above",
     signal.SIGTERM: "terminated from outside the job",
 }
-_LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
+_PR_SET_PDEATHSIG = 1
 
 
 class ExitStatus(NamedTuple):
@@ -153,8 +155,9 @@ def run(command: Sequence[str], requests: StopRequests, ranks_here: bool = True)
     ranks_here: whether any ranks are on this host.
     """
     kills_before = oom_kills()
+    parent_death = _dies_with(os.getpid())
     process = Popen(  # noqa: S603 (what it runs is the user's)
-        command, bufsize=0, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True, preexec_fn=_die_with_launcher
+        command, bufsize=0, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True, preexec_fn=parent_death
     )
     tail, ended = bytearray(), threading.Event()
     streams = ((process.stdout, 1, bytearray(), ended), (process.stderr, 2, tail, ended))
@@ -279,15 +282,16 @@ def _stopped_status(reason: str, terminated: bool, status: ExitStatus) -> ExitSt
     return ExitStatus(STOPPED if reason == _STOP_REQUESTED else LOST_RANK, f"{reason}; {how}")
 
 
-def explain(status: int, stderr: str, oom_kills: int) -> ExitStatus:
+def explain(status: int, stderr: str, oom_kills: Mapping[str, int]) -> ExitStatus:
     """Returns what an exit status of mpirun means.
 
-    status: negative for a signal that killed mpirun itself; stderr: the end of it; oom_kills: of this host, meanwhile.
+    status: negative for a signal that killed mpirun itself; stderr: the end of it; oom_kills: the counters of out-of-memory
+    kills that rose meanwhile, and by how much.
     """
     if killed := re.search(r"process rank (\d+) with PID \d+ on node (\S+) exited on\s+signal (\d+)", stderr):
         number = int(killed[3])
         hint = f" ({_HINTS[number]})" if number in _HINTS else ""
-        risen = f"; oom_kill in /proc/vmstat rose by {oom_kills}" if oom_kills and number == signal.SIGKILL else ""
+        risen = "".join(f"; oom_kill in {name} rose by {n}" for name, n in oom_kills.items() if number == signal.SIGKILL)
         return ExitStatus(128 + number, f"rank {killed[1]} killed by signal {number}{hint}, on {killed[2]}{risen}")
     if status < 0:
         return ExitStatus(128 - status, f"mpirun killed by signal {-status}")
@@ -307,14 +311,26 @@ def explain(status: int, stderr: str, oom_kills: int) -> ExitStatus:
     return ExitStatus(status, known.get(status, f"exit code {status}") + rank)
 
 
-def _die_with_launcher() -> None:
-    """Has the kernel kill mpirun when this process dies. Runs in the child before mpirun does."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _dies_with(parent: int) -> Callable[[], None]:
+    """Returns a preexec function with which the kernel kills mpirun when this process dies."""
+    libc = ctypes.CDLL(None)  # loaded here: little may be done between fork and exec
+
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it has died already
+            os._exit(CONFIGURATION)
+
+    return prepare
 
 
-def oom_kills() -> int:
-    """Returns how many processes the kernel of this host has killed for lack of memory, in any control group."""
-    with contextlib.suppress(OSError):
-        match = re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(), re.M)
-        return int(match[1]) if match else 0
-    return 0
+def oom_kills() -> "Counter[str]":
+    """Returns the kernel's counters of out-of-memory kills, of this host and of this control group, by file."""
+    files = [Path("/proc/vmstat")]
+    for group in control_groups(Path("/"), "memory")[:1]:
+        files += [folder / name for folder in (group, *group.glob("*/")) for name in ("memory.oom_control", "memory.events")]
+    counters: Counter[str] = Counter()
+    for file in files:
+        with contextlib.suppress(OSError):
+            match = re.search(r"^oom_kill (\d+)", file.read_text(), re.M)
+            counters[str(file)] = int(match[1]) if match else 0
+    return counters

@@ -202,13 +202,18 @@ def _sync_directory(place: Path) -> None:
 def _make_room(run_dir: RunDir, path: Path) -> bool:
     """Removes the checkpoints older than the newest whole one up to `path`, but the best; says whether it removed any."""
     there = run_dir.list_checkpoints()
-    for each in there:
-        with contextlib.suppress(ValueError):
-            if each.name <= path.name:
-                load(each)
-                _prune(run_dir, 1, each)
-                break
+    whole = next((each for each in there if each.name <= path.name and _is_whole(each)), None)
+    if whole is not None:
+        _prune(run_dir, 1, whole)
     return len(run_dir.list_checkpoints()) < len(there)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        load(path)
+    except ValueError:
+        return False
+    return True
 
 
 def _prune(run_dir: RunDir, keep: int, written: Path) -> None:

@@ -23,9 +23,6 @@ from hvd_vgg.training.metrics import NonFiniteStep
 from hvd_vgg.training.nonfinite import Diagnosis
 from hvd_vgg.training.state import State
 
-# What `hvd-vgg replay` needs of a report, and of each record in it.
-_REPLAYED = {"step", "label_base", "lr", "diagnosis", "loss", "gradient_norm", "record", "drawn_as", "epoch"}
-
 
 def make_report(
     error: NonFiniteStep, diagnosis: Diagnosis, ids: np.ndarray, data: Splits, config: TrainConfig, lr: float
@@ -79,7 +76,7 @@ def save_step(
 
 
 def load_report(folder: StepDir) -> Dict[str, Any]:
-    """Returns a report that has the fields that a replay needs; raises Failure(CONFIGURATION)."""
+    """Returns a report, with the fields that a replay needs checked; raises Failure(CONFIGURATION)."""
     path, run_dir = folder.report, folder.path.parent.parent
     if not folder.path.is_dir():
         kept = [int(each.name[len("step-") :]) for each in sorted(folder.path.parent.glob("step-????????"))]
@@ -87,17 +84,36 @@ def load_report(folder: StepDir) -> Dict[str, Any]:
         fix = there if kept else "no step was not finite, or --run_dir is not a run's"
         raise Failure(CONFIGURATION, f"{run_dir} has kept no such step: {fix}")
     try:
-        report = dict(json.loads(path.read_text(encoding="utf-8")))
-        fields = {*report, *[name for row in report.get("batch", [])[:1] for name in row]}
-        if not fields >= _REPLAYED:
-            raise ValueError(f"without {', '.join(sorted(_REPLAYED - fields))}")
-        return report
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise Failure(
             CONFIGURATION,
-            f"{path} cannot be read ({error}): expected what this version of hvd_vgg leaves of a step that was not finite "
-            f"in nonfinite/step-????????; --step names another",
+            f"{path} cannot be read ({error}): expected what a run leaves of a step that was not finite in "
+            f"nonfinite/step-????????; --step names another",
         ) from error
+    if not _is_report(report):
+        raise Failure(
+            CONFIGURATION,
+            f"{path} is not the report of a step, or of another version of hvd_vgg: a field is missing, or of another kind",
+        )
+    return dict(report)
+
+
+def _is_report(report: Any) -> bool:
+    def is_count(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
+
+    try:
+        return bool(
+            is_count(report["step"])
+            and report["label_base"] in (0, 1)
+            and isinstance(report["lr"], (int, float))
+            and all(isinstance(report[name], (str, int, float)) for name in ("diagnosis", "loss", "gradient_norm"))
+            and report["batch"]
+            and all(is_count(row[name]) for row in report["batch"] for name in ("record", "drawn_as", "epoch"))
+        )
+    except (KeyError, TypeError):
+        return False
 
 
 def read_skipped_steps(run_dir: RunDir) -> List[int]:

@@ -294,13 +294,15 @@ LOST = """ORTE has lost communication with a remote daemon.
 )
 def test_explain_exit_status(status, told, code, reason):
     """What mpirun's exit status and last messages mean."""
-    assert explain(status, told, 0) == ExitStatus(code, reason)
+    assert explain(status, told, {}) == ExitStatus(code, reason)
 
 
 def test_explain_oom_counter_for_sigkill_only():
     """The kernel's counter of out-of-memory kills is quoted for signal 9 only."""
-    assert explain(137, noticed(9), 1).reason.endswith("; oom_kill in /proc/vmstat rose by 1")
-    assert "oom_kill" not in explain(139, noticed(11), 1).reason
+    risen = {"/sys/fs/cgroup/memory/job/memory.oom_control": 1}
+    ended = explain(137, noticed(9), risen)
+    assert ended.reason.endswith("; oom_kill in /sys/fs/cgroup/memory/job/memory.oom_control rose by 1")
+    assert "oom_kill" not in explain(139, noticed(11), risen).reason
 
 
 def test_progress_newest_checkpoint_and_last_log_line(tmp_path):
