@@ -1,7 +1,6 @@
 """The `benchmark` command: images/s of training with no input, with input from the host, and with the real pipeline."""
 
 import dataclasses
-import errno
 import functools
 import itertools
 import json
@@ -20,7 +19,7 @@ from hvd_vgg.data.sampler import slice_bounds
 from hvd_vgg.data.transforms import IMAGE_LIBRARY
 from hvd_vgg.doctor.driver import find_accelerators
 from hvd_vgg.doctor.packages import this_host
-from hvd_vgg.doctor.system import probe_file, processor_name
+from hvd_vgg.doctor.system import check_out, processor_name
 from hvd_vgg.errors import CONFIGURATION, NOT_FINITE, USAGE, Failure
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.parallel.consensus import keep_alive, run_in_subgroup, run_on_root
@@ -51,7 +50,8 @@ def benchmark(config: BenchmarkConfig) -> None:
         fix = f"hvd-vgg launch --ranks={wanted[-1]} benchmark --ranks={','.join(map(str, wanted))} ..."
         text = f"--ranks={wanted[-1]}: expected at most the {plural(started, 'rank')} started: {fix}"
         raise Failure(USAGE, text, collective=True)
-    run_on_root(lambda: _check_out(config))
+    if config.out:
+        run_on_root(lambda: check_out(config.out, CONFIGURATION))
     per_rank = max(1, config.global_batch // started)
     data = None
     if all(comm.gather_numbers([float(Path(config.data_dir).is_dir())])):
@@ -162,16 +162,6 @@ def _all_hardware(here: Dict[str, Any], device: Device) -> List[Dict[str, Any]]:
     for each in comm.gather_json(mine):
         hosts.setdefault(each["host"], each)
     return list(hosts.values())
-
-
-def _check_out(config: BenchmarkConfig) -> None:
-    """Raises Failure(CONFIGURATION) if --out cannot be written: hours of measuring should not end in a wrong path."""
-    if config.out:
-        out = Path(config.out).absolute()
-        with writing(out, CONFIGURATION):
-            if out.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            probe_file(out.parent).close()
 
 
 def _write(config: BenchmarkConfig, device: Device, hosts: List[Dict[str, Any]], rows: List[Dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Dict, Iterator, List, Sequence
 
 from hvd_vgg.config import DoctorConfig
+from hvd_vgg.doctor.system import check_out
 from hvd_vgg.environment import launched_local_rank, launched_rank
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
 from hvd_vgg.parallel import network
@@ -44,7 +45,8 @@ class Report:
         self.rank, self.host = launched_rank() or 0, socket.gethostname()  # Horovod is not there yet
         self._out = config.out if self.rank == 0 else ""
         self._started = time.monotonic()
-        self._write("")  # fails now, not after minutes, and leaves no older report
+        if self._out:
+            check_out(self._out, NOT_WRITTEN)  # now, not after minutes
 
     def failures(self) -> List[Finding]:
         """Returns the findings that are failures."""

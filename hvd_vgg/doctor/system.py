@@ -1,6 +1,7 @@
 """What this host gives its ranks: memory, shared memory, limits, disk space; and what other jobs left running on it."""
 
 import contextlib
+import errno
 import os
 import re
 import resource
@@ -13,6 +14,7 @@ from typing import IO, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import psutil
 
+from hvd_vgg.errors import Failure
 from hvd_vgg.parallel.cores import control_groups, read_int
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
 
@@ -111,6 +113,17 @@ def nearest_existing(path: Path) -> Path:
 def probe_file(directory: Path) -> IO[bytes]:
     """Returns a new file in `directory` that is deleted when it is closed; raises OSError."""
     return tempfile.NamedTemporaryFile(dir=directory, prefix=".hvd_vgg_doctor_")
+
+
+def check_out(out: str, code: int) -> None:
+    """Raises Failure(code) if the file --out=`out` cannot be written: hours of work should not end in a wrong path."""
+    path = Path(out).absolute()
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        probe_file(path.parent).close()
+    except OSError as error:
+        raise Failure(code, f"--out={out} cannot be written: {error.strerror}") from error
 
 
 def processor_name(root: Path) -> str:

@@ -254,7 +254,7 @@ def test_benchmark_that_cannot_write_measures_nothing(tiny, tmp_path):
     out = tmp_path / "file" / "out.json"
     ended = tiny(0, "benchmark", "--steps=4", f"--out={out}", code=78)
     assert ended.out == ""
-    assert ended.err.count(f"{out} cannot be written: Not a directory") == 1
+    assert ended.err.count(f"--out={out} cannot be written: Not a directory") == 1
 
 
 @pytest.mark.fault(tier=3)
