@@ -36,8 +36,16 @@ class ExchangeConfig(ModelConfig):
         "auto",
         "Device",
         "How the gradients of dense layers are exchanged: allreduce sums them; factored gathers their factors; auto "
-        "takes, layer by layer, whichever sends fewer bytes. The results are equal to rounding.",
+        "takes, layer by layer, whichever is faster by --link_flops_per_byte. The results are equal to rounding.",
         choices=("auto", "allreduce", "factored"),
+    )
+    link_flops_per_byte: float = flag(
+        1000.0,
+        "Device",
+        "FLOPs (float32) that a rank computes while its host's link carries one byte. For --exchange=auto: each rank "
+        "multiplies gathered factors of the whole global batch. `hvd-vgg plan` prints a cluster's own.",
+        "FLOP/byte",
+        above=0.0,
     )
     wire_dtype: str = hyperparameter(
         "float32",
@@ -341,6 +349,9 @@ class PlanConfig(ExchangeConfig):
     ranks_per_host: int = flag(1, "Plan", "Ranks that share a host and its link.", "ranks", at_least=1)
     gbit: float = flag(25.0, "Plan", "Bandwidth of a host's link.", "Gbit/s", above=0.0)
     fps_per_rank: float = flag(150.0, "Plan", "Throughput of one rank alone, without exchange.", "images/s", above=0.0)
+    link_flops_per_byte: float = flag(
+        0.0, "Plan", "As for `train`; 0: this cluster's, from --gbit and --fps_per_rank.", "FLOP/byte", at_least=0.0
+    )
     sweep_ranks: Tuple[int, ...] = flag(
         (), "Plan", "Also predict efficiency on these numbers of ranks, at the same images per rank.", "ranks", at_least=1
     )

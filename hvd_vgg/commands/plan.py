@@ -4,7 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Dict, List
 
-from hvd_vgg.config import PlanConfig
+from hvd_vgg.config import PlanConfig, TrainConfig
+from hvd_vgg.flags import format_value
 from hvd_vgg.parallel import cost
 from hvd_vgg.run_dir import writing
 from hvd_vgg.text import plural
@@ -22,6 +23,9 @@ def _methods(config: PlanConfig) -> Dict[str, PlanConfig]:
 
 def plan(config: PlanConfig) -> None:
     """Prints the bytes of each layer, and the predicted time and efficiency of each method; plots the sweep."""
+    flops_per_byte = cost.link_flops_per_byte(config, _cluster(config))
+    advice = _advice(config, flops_per_byte)
+    config = dataclasses.replace(config, link_flops_per_byte=config.link_flops_per_byte or flops_per_byte)
     choices = cost.choose(config, config.ranks)
     hosts = -(-config.ranks // config.ranks_per_host)
     per_rank = config.global_batch / config.ranks
@@ -43,6 +47,8 @@ def plan(config: PlanConfig) -> None:
             f"{name:28s} {cost.sent(cost.choose(method, config.ranks)) / 1e6:10.1f} {seconds:>20s} "
             f"{_efficiency(found):>16s} {rates[0]:7.0f} .. {rates[1]:.0f}"
         )
+    if advice:
+        print(f"\n{advice}")
     if config.sweep_ranks:
         _sweep(config)
 
@@ -55,8 +61,33 @@ within a host, the processor time of sending, stragglers.
 """
 
 
+def _cluster(config: PlanConfig) -> cost.Cluster:
+    return cost.Cluster(config.ranks, config.ranks_per_host, config.gbit, config.fps_per_rank)
+
+
 def _predict(config: PlanConfig) -> cost.Prediction:
-    return cost.predict(config, cost.Cluster(config.ranks, config.ranks_per_host, config.gbit, config.fps_per_rank))
+    return cost.predict(config, _cluster(config))
+
+
+def _advice(config: PlanConfig, flops_per_byte: float) -> str:
+    """Returns which --link_flops_per_byte to train with, where `auto` would choose otherwise without it; else "".
+
+    flops_per_byte: this cluster's.
+    """
+
+    def choices(value: float) -> List[List[cost.Choice]]:
+        methods = _methods(dataclasses.replace(config, link_flops_per_byte=value)).values()
+        return [cost.choose(method, config.ranks) for method in methods]
+
+    other, wanted = config.link_flops_per_byte or TrainConfig.link_flops_per_byte, choices(flops_per_byte)
+    if choices(other) == wanted:
+        return ""
+    rounded = (float(f"{flops_per_byte:.{digits}g}") for digits in range(3, 18))  # 17 digits are exact
+    value = next(each for each in rounded if choices(each) == wanted)
+    return (
+        f"Train with --link_flops_per_byte={format_value(value)}, which is this cluster's: with {format_value(other)} "
+        "auto chooses otherwise."
+    )
 
 
 def _efficiency(found: cost.Prediction) -> str:

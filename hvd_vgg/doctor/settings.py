@@ -107,6 +107,8 @@ def _questionable_flags(config: TrainConfig, ranks: int, devices: int) -> Iterat
     if batch > ranks and batch % ranks:
         fix = f"use --global_batch={batch // ranks * ranks} (which changes what is learned), or another number of ranks"
         yield f"--global_batch={batch} is not divisible by {ranks} ranks: in each update some wait for others", fix
+    if config.link_flops_per_byte != default.link_flops_per_byte and config.exchange != "auto":
+        yield f"--link_flops_per_byte has no effect with --exchange={config.exchange}", "omit it"
     if config.max_rewinds != default.max_rewinds and config.on_nonfinite != "rewind":
         yield f"--max_rewinds={config.max_rewinds} has no effect without --on_nonfinite=rewind", "omit it"
     if config.precision == "float16" and not devices:

@@ -3,13 +3,25 @@
 A dense layer's gradient is X^T D over the rows of the global batch, X its inputs [G, K] and D its output gradients [G, N].
 A ring allreduce of the products of P ranks sends 2 (P-1)/P * K*N numbers from each rank. An allgather of the factors' rows
 sends (P-1)/P * G * (K+N), and the product of the gathered factors is the same gradient to rounding (sufficient factors:
-Xie et al., arXiv 1512.06216). It is cheaper while G < 2 K N / (K + N), whatever P.
+Xie et al., arXiv 1512.06216). That product is over all G rows instead of a rank's own G/P: 2 (P-1)/P * G*K*N FLOPs more.
+
+With w bytes per number (--wire_dtype), b bytes/s of a host's link and f FLOP/s of a rank, and without overlap, they take
+
+    allreduce   (P-1)/P * 2 w K N / b                       seconds
+    factored    (P-1)/P * (w G (K+N) / b + 2 G K N / f)     seconds
+
+so that, with beta = f/b FLOPs per byte (--link_flops_per_byte), factored is faster, whatever P, while
+
+    w G (K+N) + 2 G K N / beta < 2 w K N,     that is,      G < 2 w K N / (w (K+N) + 2 K N / beta)
+
+or, where the product costs nothing, while G < 2 K N / (K+N). (The bias adds N numbers to K N.)
 """
 
-from typing import Dict, List, NamedTuple, Optional
+import math
+from typing import Dict, List, NamedTuple, Optional, Sequence
 
-from hvd_vgg.config import ExchangeConfig
-from hvd_vgg.models.architecture import DENSE, macs_per_image, vgg_layers
+from hvd_vgg.config import ExchangeConfig, ModelConfig
+from hvd_vgg.models.architecture import DENSE, Layer, macs_per_image, training_flops, vgg_layers
 
 BYTES = {"float32": 4, "float16": 2}
 _MB = 1e6
@@ -63,20 +75,32 @@ def factored_bytes(inputs: int, outputs: int, global_batch: int, ranks: int, wir
     return (ranks - 1) / ranks * global_batch * (inputs + outputs) * BYTES[wire_dtype]
 
 
-def choose(config: ExchangeConfig, ranks: int) -> List[Choice]:
-    """Returns the choice for every layer of the network, in order, for --exchange, --global_batch and --wire_dtype."""
+def choose(config: ExchangeConfig, ranks: int, factored: Optional[Sequence[str]] = None) -> List[Choice]:
+    """Returns the choice for every layer of the network, in order: its method is a function of `config`, whatever `ranks`.
+
+    factored: the layers whose factors are gathered, where that was decided before.
+    """
+    layers = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
+    if factored is None:
+        factored = [layer.name for layer in layers if layer.name in DENSE and _gathers(config, layer)]
     choices = []
-    for layer in vgg_layers(config.model, config.width, config.image_size, config.num_classes):
-        summed = allreduce_bytes(layer.parameters, ranks, config.wire_dtype)
-        if layer.name not in DENSE:
-            choices.append(Choice(layer.name, "allreduce", summed, None))
-            continue
-        gathered = factored_bytes(layer.kernel[0], layer.kernel[1], config.global_batch, ranks, config.wire_dtype)
-        # By numbers rather than bytes, so that one rank chooses alike: what a run computes must not depend on their number.
-        crossover = 2 * layer.kernel[0] * layer.kernel[1] / (layer.kernel[0] + layer.kernel[1])
-        cheaper = "factored" if config.global_batch < crossover else "allreduce"
-        choices.append(Choice(layer.name, cheaper if config.exchange == "auto" else config.exchange, summed, gathered))
+    for layer in layers:
+        method = "factored" if layer.name in factored else "allreduce"
+        gathered = None
+        if layer.name in DENSE:
+            gathered = factored_bytes(layer.kernel[0], layer.kernel[1], config.global_batch, ranks, config.wire_dtype)
+        choices.append(Choice(layer.name, method, allreduce_bytes(layer.parameters, ranks, config.wire_dtype), gathered))
     return choices
+
+
+def _gathers(config: ExchangeConfig, dense: Layer) -> bool:
+    """Returns whether a dense layer's factors are gathered, by the inequality at the head of this module."""
+    if config.exchange != "auto":
+        return config.exchange == "factored"
+    bytes_less = BYTES[config.wire_dtype] * (2 * dense.parameters - config.global_batch * sum(dense.kernel))
+    flops_more = 2 * config.global_batch * math.prod(dense.kernel)
+    # Without their common factor of (P-1)/P: what a run computes must not depend on P, not even for P = 1.
+    return bytes_less * config.link_flops_per_byte > flops_more
 
 
 def factored_layers(config: ExchangeConfig, ranks: int) -> List[str]:
@@ -109,6 +133,12 @@ def as_log(choices: List[Choice]) -> Dict[str, str]:
     return {f"exchange.{choice.layer}": f"{choice.method}, {choice.sent / _MB:.3f} MB" for choice in dense}
 
 
+def link_flops_per_byte(config: ModelConfig, cluster: Cluster) -> float:
+    """Returns the FLOPs that a rank computes, at its rate of training, while its host's link carries one byte."""
+    layers = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
+    return training_flops(layers, config.image_size) * cluster.fps_per_rank / (cluster.gbit * 1e9 / 8)
+
+
 def predict(config: ExchangeConfig, cluster: Cluster) -> Prediction:
     """Returns the time of an update, in which computing takes images / rate and sending takes bytes / bandwidth.
 
@@ -128,4 +158,5 @@ def _extra_compute(config: ExchangeConfig, choices: List[Choice]) -> float:
     """Returns the work that each further rank adds, as a fraction of an update: products are over the rows of all ranks."""
     layers = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
     macs = {layer.name: macs_per_image(layer, config.image_size) for layer in layers}
-    return sum(macs[choice.layer] for choice in choices if choice.method == "factored") / (3 * sum(macs.values()))
+    flops = 2 * sum(macs[choice.layer] for choice in choices if choice.method == "factored")
+    return flops / training_flops(layers, config.image_size)

@@ -158,10 +158,11 @@ def test_fingerprint_has_hyperparameters_only():
 
 
 PLAN_FLAGS = {"model", "width", "image_size", "num_classes", "global_batch", "exchange", "wire_dtype"}
+PLAN_FLAGS |= {"link_flops_per_byte"}
 PLAN_FLAGS |= {"ranks", "ranks_per_host", "gbit", "fps_per_rank", "sweep_ranks", "out"}
 
 
-def test_config_plan_has_the_13_flags_it_uses():
+def test_config_plan_has_the_14_flags_it_uses():
     """Nothing of data, recipe or run."""
     assert {field.name for field in dataclasses.fields(PlanConfig)} == PLAN_FLAGS
 

@@ -38,15 +38,46 @@ def test_cost_bytes_are_those_of_the_formulas(ranks, per_rank, everything, convo
         assert found[layer].factored_bytes / 1e6 == pytest.approx(wanted, rel=0.03)
 
 
-@pytest.mark.parametrize(("layer", "crossover"), [("fc1", 7042), ("fc2", 4096), ("predictions", 1607)])
-def test_cost_auto_changes_at_the_crossover(layer, crossover):
+# The least global batch, to rounding, at which a layer's products are summed: by FLOPs per byte, wire dtype and layer.
+CROSSOVERS = [
+    (flops_per_byte, wire_dtype, layer, crossover)
+    for flops_per_byte, wire_dtype, crossovers in [
+        (1e12, "float32", (7042, 4096, 1607)),
+        (1e12, "float16", (7042, 4096, 1607)),
+        (1e4, "float32", (5988, 3716, 1545)),
+        (1000, "float32", (2551, 2024, 1147)),
+        (1000, "float16", (1558, 1344, 891)),
+        (404, "float32", (1314, 1159, 806)),
+    ]
+    for layer, crossover in zip(("fc1", "fc2", "predictions"), crossovers)
+]
+
+
+@pytest.mark.parametrize(("flops_per_byte", "wire_dtype", "layer", "crossover"), CROSSOVERS)
+def test_cost_auto_changes_at_the_crossover(flops_per_byte, wire_dtype, layer, crossover):
     """On any number of ranks."""
+    config = dataclasses.replace(VGG16, link_flops_per_byte=flops_per_byte, wire_dtype=wire_dtype)
     for ranks in (1, 2, 8):
         ways = []
         for global_batch in (crossover - 1, crossover + 1):
-            choices = cost.choose(dataclasses.replace(VGG16, global_batch=global_batch), ranks)
+            choices = cost.choose(dataclasses.replace(config, global_batch=global_batch), ranks)
             ways.append(next(choice.method for choice in choices if choice.layer == layer))
         assert ways == ["factored", "allreduce"]
+
+
+def test_cost_defaults_gather_all_dense_layers():
+    assert VGG16.link_flops_per_byte == 1000
+    assert cost.factored_layers(VGG16, 8) == ["fc1", "fc2", "predictions"]
+
+
+def test_cost_choices_made_before_are_kept():
+    """Whatever the flags say, with the bytes of both methods."""
+    for exchange in ("auto", "allreduce", "factored"):
+        config = dataclasses.replace(VGG16, exchange=exchange)
+        made = cost.choose(config, 8, ["fc2"])
+        assert [choice.layer for choice in made if choice.method == "factored"] == ["fc2"]
+        assert [choice[2:] for choice in made] == [choice[2:] for choice in cost.choose(config, 8)]
+        assert not any(choice.method == "factored" for choice in cost.choose(config, 8, []))
 
 
 def test_cost_float16_halves_every_byte():
@@ -71,6 +102,39 @@ def test_cost_factored_adds_its_multiplications():
     extra = cost._extra_compute(config, cost.choose(config, 8))
     assert extra == pytest.approx(0.2473 / 92.65, rel=0.02)
     assert cost._extra_compute(VGG16, cost.choose(dataclasses.replace(VGG16, exchange="allreduce"), 8)) == 0
+
+
+def seconds(cluster, global_batch, flops_per_byte=1000.0, **flags):
+    """Returns what is predicted without overlap."""
+    flags = dict(flags, global_batch=global_batch, link_flops_per_byte=flops_per_byte)
+    return cost.predict(dataclasses.replace(VGG16, **flags), cluster).seconds_apart
+
+
+@pytest.mark.parametrize(("flops_per_byte", "wire_dtype", "layer", "crossover"), CROSSOVERS[6:])
+@pytest.mark.parametrize("ranks", [2, 64, 1000])
+def test_cost_methods_take_equally_long_at_crossover(flops_per_byte, wire_dtype, layer, crossover, ranks):
+    """What `auto` chooses by is what `predict` predicts."""
+    cluster = cost.Cluster(ranks, 1, 100, 1)
+    cluster = cluster._replace(fps_per_rank=flops_per_byte / cost.link_flops_per_byte(VGG16, cluster))
+    assert cost.link_flops_per_byte(VGG16, cluster) == pytest.approx(flops_per_byte)
+    # Nothing but this layer's method differs between the two.
+    summed, gathered = (seconds(cluster, crossover, flops_per_byte * by, wire_dtype=wire_dtype) for by in (0.9, 1.1))
+    assert summed == pytest.approx(gathered, rel=5e-4)
+    assert summed != gathered
+
+
+def test_cost_auto_is_never_slower_without_overlap():
+    """Than one method for all layers, where it knows the cluster's FLOPs per byte."""
+    for ranks, per_host, gbit, fps in [(2, 1, 0.3, 1), (8, 1, 10, 54.5), (128, 16, 100, 54.5), (512, 8, 400, 504)]:
+        cluster = cost.Cluster(ranks, per_host, gbit, fps)
+        own = cost.link_flops_per_byte(VGG16, cluster)
+        for global_batch in range(ranks, 9000, 97):
+            for wire_dtype in ("float32", "float16"):
+                took = {
+                    way: seconds(cluster, global_batch, own, exchange=way, wire_dtype=wire_dtype)
+                    for way in ("auto", "allreduce", "factored")
+                }
+                assert took["auto"] <= min(took.values()) * (1 + 1e-12)
 
 
 def test_cost_on_one_host_nothing_crosses_a_link():
@@ -100,3 +164,16 @@ def test_plan_needs_no_tensorflow_and_draws(launch, tmp_path):
     ended = launch(0, "plan", "--ranks=4", "--global_batch=3", "--out=x.png")
     assert ended.code == 64
     assert "2 illegal flag(s)" in ended.err
+
+
+def test_plan_knows_what_its_cluster_computes(launch):
+    """Where links are fast, ranks many and processors slow: with the flag that it says, training does what it predicts."""
+    flags = ["--ranks=128", "--ranks_per_host=16", "--gbit=100", "--fps_per_rank=54.5", "--global_batch=2048"]
+    ended = launch(0, "plan", *flags, code=0)
+    assert ended.out.count("77.0% .. 100.0%") == 2  # allreduce of everything, and ours
+    assert "Train with --link_flops_per_byte=404, which is this cluster's: with 1000 auto chooses otherwise." in ended.out
+    told = launch(0, "plan", *flags, "--link_flops_per_byte=404", code=0)
+    assert ended.out.startswith(told.out)
+    default = launch(0, "plan", *flags, "--link_flops_per_byte=1000", code=0)
+    assert "fc1                    815.7        237.2  factored" in default.out
+    assert "--link_flops_per_byte=404, which is" in default.out

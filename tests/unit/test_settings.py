@@ -35,6 +35,7 @@ def test_visible_devices_are_fewer_than_nodes():
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
+        ({"exchange": "factored", "link_flops_per_byte": 404.0}, "--link_flops_per_byte has no effect with --exchange="),
         ({"max_rewinds": 7}, "--max_rewinds=7 has no effect without"),
         ({"steps": 10, "epochs": 3.0}, "--epochs=3 has no effect with --steps=10"),
         ({"lr_schedule": "cosine", "lr_step_epochs": (1.0,)}, "--lr_step_epochs has no effect with"),
