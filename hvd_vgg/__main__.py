@@ -230,7 +230,9 @@ def _launch(argv: List[str]) -> int:
     console = ["--console=bar" if sys.stdout.isatty() else "--console=lines"] * (getattr(started, "console", "") == "auto")
     program = [*PROGRAM, *inner, *console]
     run_dir = Path(started.run_dir) if inner[0] == "train" else None
-    return launch(config, LaunchSpec(program, run_dir, getattr(started, "global_batch", None)))
+    # `benchmark` gives each rank its images, however many there are.
+    shared = isinstance(started, configs.StepConfig) and not isinstance(started, configs.BenchmarkConfig)
+    return launch(config, LaunchSpec(program, run_dir, started if shared else None))
 
 
 def _parse_command(argv: List[str]) -> Any:

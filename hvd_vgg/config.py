@@ -10,6 +10,8 @@ from typing import Any, Dict, Iterator, List, Set, Tuple
 
 from hvd_vgg.flags import flag, format_value, hyperparameter, same_flag
 
+BITS, ROUNDING = "bits", "rounding"  # of --reproducible
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -32,7 +34,7 @@ class ExchangeConfig(ModelConfig):
         "images",
         at_least=1,
     )
-    exchange: str = flag(
+    exchange: str = hyperparameter(
         "auto",
         "Device",
         "How the gradients of dense layers are exchanged: allreduce sums them; factored gathers their factors; auto "
@@ -113,12 +115,30 @@ class ComputeConfig(ModelConfig):
         "seconds",
         at_least=0.0,
     )
-    device_batch: int = flag(
+    device_batch: int = hyperparameter(
         32,
         "Device",
-        "Images in a micro-batch: a rank with a larger share of the global batch computes several in turn.",
+        "Images in a micro-batch: a rank with a larger share of the global batch computes several in turn. With "
+        "--reproducible=bits a rank computes whole micro-batches, so that there must be one for each rank.",
         "images",
         at_least=1,
+    )
+    reproducible: str = hyperparameter(
+        BITS,
+        "Device",
+        "What is equal on any number of ranks. bits: every bit of weights and momentum, on processors and devices of one "
+        "kind (docs/reproducibility.md). rounding: the result to float rounding; parts of the global batch differ by one "
+        "image at most.",
+        choices=(BITS, ROUNDING),
+    )
+    compute_threads: int = flag(
+        0,
+        "Device",
+        "CPU threads that one operation may use. 0: with --reproducible=bits 1, and a rank computes as many micro-batches "
+        "side by side as it has cores, 8 at most; else the rank's share of the host's cores.",
+        "threads",
+        at_least=0,
+        at_most=1024,
     )
     precision: str = hyperparameter(
         "float32",
@@ -143,6 +163,12 @@ class ComputeConfig(ModelConfig):
 @dataclasses.dataclass(frozen=True)
 class StepConfig(ExchangeConfig, UpdateConfig, ComputeConfig):
     """Everything that the compiled train step depends on."""
+
+    def conflicts(self) -> Iterator[str]:
+        """Yields the combinations that cannot run."""
+        yield from super().conflicts()
+        if self.reproducible == BITS and self.wire_dtype != "float32":
+            yield f"--wire_dtype={self.wire_dtype} needs --reproducible={ROUNDING}: its sums depend on the number of ranks"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -539,4 +565,7 @@ def fingerprint(config: TrainConfig) -> Dict[str, Any]:
         del chosen["epochs"], chosen["steps"]
     if config.lr_schedule != "step":
         del chosen["lr_step_epochs"]
+    del chosen["exchange"]  # the layers that it has chosen are in TrainProgress
+    if config.reproducible != BITS:
+        del chosen["device_batch"]
     return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}

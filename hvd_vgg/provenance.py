@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, Dict, Optional
@@ -25,6 +26,11 @@ _ENVIRONMENT = (
     "TF_NUM_INTEROP_THREADS",
     "TF_NUM_INTRAOP_THREADS",
 )
+# oneDNN and Eigen choose their kernels by these.
+_INSTRUCTION_SETS = (
+    *("avx", "avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_int8", "amx_bf16", "amx_fp16"),
+)
 _PACKAGES = ("absl", "crc32c", "cv2", "dllogger", "horovod", "mpi4py", "numpy", "safetensors", "tensorflow")
 
 
@@ -37,6 +43,23 @@ def describe_process() -> Dict[str, Any]:
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         "launched": f"OMPI_MCA_{JOB_PARAMETER}" in os.environ,
     }
+
+
+def processor_name(root: Path) -> str:
+    """Returns the model name of the host's first processor; "" if the kernel does not give one."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.*)$", (root / "proc/cpuinfo").read_text(errors="replace"), re.MULTILINE)
+        return found[1] if found else ""
+    return ""
+
+
+def instruction_sets(root: Path) -> str:
+    """Returns which of the instructions that decide what a CPU's kernels compute the first processor has."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^flags\s*:\s*(.*)$", (root / "proc/cpuinfo").read_text(errors="replace"), re.MULTILINE)
+        have = set(found[1].split()) if found else set()
+        return " ".join(name for name in _INSTRUCTION_SETS if name in have)
+    return ""
 
 
 @functools.lru_cache(maxsize=1)

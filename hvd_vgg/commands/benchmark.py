@@ -13,17 +13,18 @@ from typing import Any, Dict, Iterable, List, Optional
 import numpy as np
 import tensorflow as tf
 
-from hvd_vgg.config import BenchmarkConfig
+from hvd_vgg.config import BITS, BenchmarkConfig
 from hvd_vgg.data.loader import train_batches
-from hvd_vgg.data.sampler import slice_bounds
+from hvd_vgg.data.sampler import part_bounds
 from hvd_vgg.data.transforms import IMAGE_LIBRARY
 from hvd_vgg.doctor.driver import find_accelerators
 from hvd_vgg.doctor.packages import this_host
-from hvd_vgg.doctor.system import check_out, processor_name
+from hvd_vgg.doctor.system import check_out
 from hvd_vgg.errors import CONFIGURATION, NOT_FINITE, USAGE, Failure
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.parallel.consensus import keep_alive, run_in_subgroup, run_on_root
 from hvd_vgg.parallel.init import Device, describe_software
+from hvd_vgg.provenance import processor_name
 from hvd_vgg.reporting.throughput import Throughput
 from hvd_vgg.run_dir import atomic_write_text, writing
 from hvd_vgg.text import plural
@@ -53,6 +54,9 @@ def benchmark(config: BenchmarkConfig) -> None:
     if config.out:
         run_on_root(lambda: check_out(config.out, CONFIGURATION))
     per_rank = max(1, config.global_batch // started)
+    # The most images in a micro-batch of which a rank's are a multiple.
+    whole = next(count for count in range(min(config.device_batch, per_rank), 0, -1) if per_rank % count == 0)
+    config = dataclasses.replace(config, device_batch=whole) if config.reproducible == BITS else config
     data = None
     if all(comm.gather_numbers([float(Path(config.data_dir).is_dir())])):
         data = open_data(config, Path(config.run_dir), console)
@@ -84,8 +88,8 @@ def _measure(
     """Adds a row to `rows` for each kind of input, measured on the ranks of `group`. Collective over the group."""
     state, size, console = initial_state(config), comm.size(group), session.console
     factored = cost.factored_layers(config, size)
-    train_step = make_train_step(state.weights, state.slots, config, session.device.data_format, factored, group)
-    low, _ = slice_bounds(config.global_batch, comm.rank(group), size)
+    train_step = make_train_step(state.weights, state.slots, config, session.device, factored, group)
+    low, _ = part_bounds(config, comm.rank(group), size)
     for kind in ("device", "host", "real"):
         if kind == "real" and data is None:
             continue
@@ -132,7 +136,7 @@ def _batches(kind: str, config: BenchmarkConfig, device: Device, data: Optional[
     steps, rank, size = range(config.steps or _UPDATES), comm.rank(group), comm.size(group)
     if kind == "real" and data is not None:
         return train_batches(data.train, config, data.label_base, steps, rank, size, device.input_threads)
-    low, high = slice_bounds(config.global_batch, rank, size)
+    low, high = part_bounds(config, rank, size)
     random = np.random.default_rng(config.seed)
     images = random.integers(0, 256, (high - low, config.image_size, config.image_size, 3), np.uint8)
     labels = random.integers(0, config.num_classes, high - low).astype(np.int32)

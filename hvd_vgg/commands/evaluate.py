@@ -55,7 +55,7 @@ def _score(config: EvaluationConfig, name: str, index: Index, device: Device, co
     run_on_root(lambda: assign_variables(weights, found))
     comm.broadcast_variables(list(weights.values()))
     eval_step = make_eval_step(weights, config, device.data_format)
-    result = evaluate(eval_step, index, config, label_base, device.input_threads, Reporter(None, console))
+    result = evaluate(eval_step, index, config, label_base, device, Reporter(None, console))
     console.say(
         f"step {meta['step']}: {result.accuracy()}  "
         f"({result.top1} and {result.top5} of {result.records} records, each once, on {plural(comm.size(), 'rank')})"

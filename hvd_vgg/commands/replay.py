@@ -8,7 +8,7 @@ from hvd_vgg.commands.evaluate import load_checkpoint
 from hvd_vgg.config import ReplayConfig
 from hvd_vgg.data.index import Index, check_labels, scan_split
 from hvd_vgg.data.loader import Batch, load_records
-from hvd_vgg.data.sampler import Positions, sample_seeds, slice_bounds
+from hvd_vgg.data.sampler import Positions, part_bounds, sample_seeds, too_many_ranks
 from hvd_vgg.errors import CONFIGURATION, NOT_FINITE, USAGE, Failure
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.parallel.consensus import run_on_all_ranks, run_on_root
@@ -34,7 +34,7 @@ def replay(config: ReplayConfig) -> None:
     run_on_root(lambda: assign_variables(state.variables(), load_checkpoint(folder.state)))
     comm.broadcast_variables(list(state.variables().values()))
     factored = cost.factored_layers(config, comm.size())
-    train_step = make_train_step(state.weights, state.slots, config, device.data_format, factored)
+    train_step = make_train_step(state.weights, state.slots, config, device, factored)
     console.say(
         f"step {report['step']} of {config.run_dir}: loss {report['loss']}, gradient norm {report['gradient_norm']}\n"
         f"  {report['diagnosis']}"
@@ -56,7 +56,7 @@ def _load_batch(folder: StepDir, report: Dict[str, Any], config: ReplayConfig, t
     """Returns this rank's part of the step's global batch, with the crops and flips that it had. Collective."""
     batch, label_base = report["batch"], report["label_base"]
     index = run_on_all_ranks(lambda: _open_records(folder, config, label_base, len(batch)))
-    low, high = slice_bounds(config.global_batch, comm.rank(), comm.size())
+    low, high = part_bounds(config, comm.rank(), comm.size())
     ids, epochs = (np.array([row[name] for row in batch[low:high]], np.int64) for name in ("drawn_as", "epoch"))
     seeds = sample_seeds(config.seed, Positions(ids, epochs))
     return load_records(index, config, label_base, np.arange(low, high), seeds, threads)
@@ -82,6 +82,7 @@ def _open_records(folder: StepDir, config: ReplayConfig, label_base: int, rows: 
             f"{folder.path} holds {index.records} records and a report of {rows}; expected "
             f"--global_batch={config.global_batch} of both",
         )
-    if config.global_batch < comm.size():
-        raise Failure(USAGE, f"{plural(rows, 'record')} are fewer than the {comm.size()} ranks: start fewer")
+    refusal = too_many_ranks(config, comm.size())
+    if refusal:
+        raise Failure(USAGE, refusal)
     return index

@@ -30,7 +30,7 @@ import tensorflow as tf
 from hvd_vgg.config import BatchConfig, ComputeConfig, EvaluationConfig
 from hvd_vgg.data.index import Index
 from hvd_vgg.data.reader import BadRecord, parse_example, read_ahead, read_record
-from hvd_vgg.data.sampler import positions, replacement_record, sample_seeds, slice_bounds, storage_order, window_records
+from hvd_vgg.data.sampler import part_bounds, positions, replacement_record, sample_seeds, storage_order, window_records
 from hvd_vgg.data.transforms import augmentation_params, eval_image, train_image
 from hvd_vgg.errors import DATA, Failure
 from hvd_vgg.watchdog import watchdog
@@ -147,7 +147,7 @@ def train_batches(
     index: Index, config: BatchConfig, label_base: int, steps: range, rank: int, size: int, threads: int
 ) -> Iterator[Batch]:
     """Yields this rank's slice of each step of `steps`, in order; raises Failure(DATA) naming the bad record."""
-    low, high = slice_bounds(config.global_batch, rank, size)
+    low, high = part_bounds(config, rank, size)
     block = config.shuffle_block_records
 
     def specs() -> Iterator[BatchSpec]:

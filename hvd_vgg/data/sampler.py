@@ -1,7 +1,7 @@
 """Which record is read when, and with which random seeds: pure functions of the seed and the step.
 
 The stream is epoch 0, epoch 1, ... laid end to end, each a permutation of all N records. Step s takes positions
-[s * G, (s + 1) * G) of it, G the global batch. Only `slice_bounds` depends on the number of ranks.
+[s * G, (s + 1) * G) of it, G the global batch. Only `part_bounds` depends on the number of ranks.
 """
 
 import functools
@@ -9,6 +9,7 @@ from typing import Callable, NamedTuple, Tuple
 
 import numpy as np
 
+from hvd_vgg.config import BITS, StepConfig
 from hvd_vgg.seeds import AUGMENT, BLOCKS, ORDER, REPLACEMENT, raw_draws, seed_bits
 
 # Whole blocks are shuffled within windows of about this many records, the size of the shuffle buffers in TensorFlow's
@@ -58,11 +59,46 @@ def window_records(block: int) -> int:
     return max(2, WINDOW_RECORDS // block) * block
 
 
-def slice_bounds(global_batch: int, rank: int, size: int) -> Tuple[int, int]:
-    """Returns the slice [low, high) of the global batch that `rank` of `size` computes; slices differ by one at most."""
-    short, longer = divmod(global_batch, size)
+def slice_bounds(count: int, rank: int, size: int) -> Tuple[int, int]:
+    """Returns the slice [low, high) of `count` that `rank` of `size` takes; slices differ by one at most."""
+    short, longer = divmod(count, size)
     low = rank * short + min(rank, longer)
     return low, low + short + (1 if rank < longer else 0)
+
+
+def micro_batches(config: StepConfig) -> int:
+    """Returns how many micro-batches of --device_batch the global batch is cut into under --reproducible=bits."""
+    return -(-config.global_batch // config.device_batch)
+
+
+def most_ranks(config: StepConfig) -> int:
+    """Returns how many ranks can share the global batch."""
+    return micro_batches(config) if config.reproducible == BITS else config.global_batch
+
+
+def too_many_ranks(config: StepConfig, ranks: int) -> str:
+    """Returns why `ranks` cannot share the global batch, and what to do; "" if they can."""
+    most, batch = most_ranks(config), config.global_batch
+    if ranks <= most:
+        return ""
+    if most == batch:
+        return f"--global_batch={batch} has fewer images than the {ranks} ranks: start at most {batch}"
+    text = (
+        f"--global_batch={batch} has {most} micro-batch{'es' if most > 1 else ''} of --device_batch={config.device_batch}, "
+        f"fewer than the {ranks} ranks, which --reproducible={BITS} gives whole ones: start at most {most}"
+    )
+    enough = -(-batch // (ranks - 1)) - 1  # the most images in each of `ranks` micro-batches or more
+    return f"{text}, or begin a new run with --device_batch={enough}" if batch >= ranks else text
+
+
+def part_bounds(config: StepConfig, rank: int, size: int) -> Tuple[int, int]:
+    """Returns the part [low, high) of the global batch that `rank` of `size` computes.
+
+    Under --reproducible=bits parts are whole micro-batches and differ by one of these at most, else by one image.
+    """
+    low, high = slice_bounds(most_ranks(config), rank, size)
+    images = config.device_batch if config.reproducible == BITS else 1
+    return low * images, min(high * images, config.global_batch)
 
 
 def positions(start: int, stop: int, records: int, seed: int, block: int = 1) -> Positions:

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_vgg.config import DoctorConfig
-from hvd_vgg.data.sampler import slice_bounds
+from hvd_vgg.data.sampler import part_bounds
 from hvd_vgg.doctor.report import Report
 from hvd_vgg.models.architecture import DENSE, Layer, vgg_layers
 from hvd_vgg.parallel import comm, cost, exchange
@@ -139,14 +139,13 @@ def gather_all(config: DoctorConfig, layers: Sequence[Layer], device: str, carri
     widths = {name: width for layer in layers if layer.name in DENSE for name, width in zip(names[layer.name], layer.kernel)}
 
     def rows_of(rank: int, name: str) -> np.ndarray:
-        low, high = slice_bounds(config.global_batch, rank, comm.size())
+        low, high = part_bounds(config, rank, comm.size())
         return pattern((high - low) * widths[name], rank).reshape(high - low, widths[name])
 
     def gather() -> Dict[str, Any]:
         results: Dict[str, Any] = {}
-        for layer, (x, d) in names.items():
-            rows = exchange.gather_factors(layer, mine[x], mine[d], config.global_batch, config.wire_dtype, 1.0)
-            results.update(zip((x, d), rows))
+        for name, rows in mine.items():
+            results[name] = exchange.gather_rows(rows, name, config.global_batch, config.wire_dtype, 1.0)
         return results
 
     def expected(name: str) -> np.ndarray:

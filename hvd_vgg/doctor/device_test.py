@@ -73,7 +73,7 @@ def _take_devices(config: DoctorConfig, gpus: Sequence[Any], alone: bool) -> int
             tf.config.experimental.set_memory_growth(gpu, True)
         return os.cpu_count() or 1
     try:
-        return take_device(config.input_threads, config.precision).input_threads
+        return take_device(config).input_threads
     except Failure:  # a precision that the device does not support, which `check_computation` reports
         return 1
 

@@ -6,7 +6,8 @@ effect.
 
 from typing import Dict, Iterator, List, Mapping, Optional, Tuple
 
-from hvd_vgg.config import TrainConfig
+from hvd_vgg.config import BITS, TrainConfig
+from hvd_vgg.data.sampler import most_ranks, too_many_ranks
 from hvd_vgg.environment import SECRET_NAME, launched_rank
 from hvd_vgg.parallel.cores import share_of_cores
 from hvd_vgg.parallel.mpi import UNSET_GLOO, gloo_under_mpi_error
@@ -90,9 +91,9 @@ def check_visible_devices(nodes: int, visible: int, mask: Optional[str]) -> List
 def check_flags(config: TrainConfig, ranks: int, devices: int) -> List[Finding]:
     """Checks the training flags for a job of `ranks`, on a host with `devices` GPUs."""
     found = [warning("flags", problem, fix) for problem, fix in _questionable_flags(config, ranks, devices)]
-    if config.global_batch < ranks:
-        text = f"--global_batch={config.global_batch} is less than {ranks} ranks"
-        found.append(failure("flags", text, "use a larger --global_batch, or fewer ranks"))
+    text, _, fix = too_many_ranks(config, ranks).partition(": ")
+    if text:
+        found.append(failure("flags", text, fix))
     text = f"{config.model}, {config.global_batch} images per update, lr {config.lr:g}, schedule {config.lr_schedule}"
     return found or [ok("flags", text)]
 
@@ -104,9 +105,11 @@ def _questionable_flags(config: TrainConfig, ranks: int, devices: int) -> Iterat
         yield f"--epochs={config.epochs:g} has no effect with --steps={config.steps}", "give only one of them"
     if schedule != "step" and config.lr_step_epochs != default.lr_step_epochs:
         yield f"--lr_step_epochs has no effect with --lr_schedule={schedule}", "omit it"
-    if batch > ranks and batch % ranks:
-        fix = f"use --global_batch={batch // ranks * ranks} (which changes what is learned), or another number of ranks"
-        yield f"--global_batch={batch} is not divisible by {ranks} ranks: in each update some wait for others", fix
+    parts, shared = most_ranks(config), "micro-batches" if config.reproducible == BITS else "images"
+    if parts > ranks and parts % ranks:
+        text = f"the {parts} {shared} of --global_batch={batch} are not divisible by {ranks} ranks"
+        fix = "use another number of ranks, or another --global_batch or --device_batch (which is another run)"
+        yield f"{text}: in each update some wait for others", fix
     if config.link_flops_per_byte != default.link_flops_per_byte and config.exchange != "auto":
         yield f"--link_flops_per_byte has no effect with --exchange={config.exchange}", "omit it"
     if config.max_rewinds != default.max_rewinds and config.on_nonfinite != "rewind":

@@ -126,14 +126,6 @@ def check_out(out: str, code: int) -> None:
         raise Failure(code, f"--out={out} cannot be written: {error.strerror}") from error
 
 
-def processor_name(root: Path) -> str:
-    """Returns the model name of the host's first processor; "" if the kernel does not give one."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*:\s*(.*)$", (root / "proc/cpuinfo").read_text(errors="replace"), re.MULTILINE)
-        return found[1] if found else ""
-    return ""
-
-
 def check_other_jobs() -> List[Finding]:
     """Checks for Open MPI's daemons and training ranks of this package that this process does not descend from.
 

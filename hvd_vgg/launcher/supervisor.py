@@ -20,7 +20,8 @@ from typing import Any, List, NamedTuple, Optional, Tuple
 
 import psutil
 
-from hvd_vgg.config import LaunchConfig
+from hvd_vgg.config import LaunchConfig, StepConfig
+from hvd_vgg.data.sampler import most_ranks, too_many_ranks
 from hvd_vgg.errors import CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure
 from hvd_vgg.launcher.hostfile import Host, read_hostfile
 from hvd_vgg.launcher.jobs import launcher_is_alive, local_processes, own_token, search_command
@@ -41,11 +42,11 @@ _ASK_TIMES, _ASK_AGAIN_SECONDS = 10, 30.0
 
 
 class LaunchSpec(NamedTuple):
-    """What to start: the command of each rank; the directory of a run that can be resumed; the most ranks it can use."""
+    """What to start: the command of each rank; the directory of a run that can be resumed; what its ranks share."""
 
     program: List[str]
     run_dir: Optional[Path] = None
-    most_ranks: Optional[int] = None
+    shared: Optional[StepConfig] = None
 
 
 def launch(config: LaunchConfig, spec: LaunchSpec) -> int:
@@ -71,10 +72,11 @@ def _rank_count(config: LaunchConfig, spec: LaunchSpec, hosts: List[Host]) -> in
     if hosts and config.ranks > slots:
         has = f"has {plural(slots, 'slot')} ({', '.join(f'{host.name}: {host.slots}' for host in hosts)})"
         raise Failure(CONFIGURATION, f"--ranks={config.ranks}: {config.hostfile} {has}: add some")
-    if spec.most_ranks is not None and config.ranks > spec.most_ranks:
-        raise Failure(USAGE, f"--global_batch={spec.most_ranks} has fewer images than --ranks={config.ranks}")
+    refusal = too_many_ranks(spec.shared, config.ranks) if spec.shared else ""
+    if refusal:
+        raise Failure(USAGE, f"--ranks={config.ranks}: {refusal}")
     ranks = config.ranks or slots or _device_count()
-    return min(ranks, spec.most_ranks or ranks)
+    return min(ranks, most_ranks(spec.shared)) if spec.shared else ranks
 
 
 def _device_count() -> int:

@@ -136,11 +136,17 @@ def sendrecv(first: int, second: int, count: int) -> np.ndarray:
     return np.asarray(received)
 
 
-def sum_gradients(tensors: Sequence[Any], name: str, group: Group = WORLD) -> List[Any]:
-    """Returns the sums over ranks of `tensors`, sent as one message `name`; for use in a tf.function. Collective."""
-    if size(group) == 1:
-        return list(tensors)
-    return list(hvd.grouped_allreduce(list(tensors), op=hvd.Sum, name=name, process_set=group.process_set))
+def sum_tensor(tensor: Any, name: str, group: Group = WORLD) -> Any:
+    """Returns the sum over ranks of `tensor`, sent as the message `name`; for use in a tf.function. Collective."""
+    return hvd.allreduce(tensor, op=hvd.Sum, name=name, process_set=group.process_set) if size(group) > 1 else tensor
+
+
+def max_tensor(tensor: Any, name: str, group: Group = WORLD) -> Any:
+    """Returns the maximum over ranks of each element of `tensor`, integers, as `sum_tensor` does.
+
+    Not for floats: what becomes of a NaN that one rank has depends on the order of the ranks.
+    """
+    return hvd.allreduce(tensor, op=hvd.Max, name=name, process_set=group.process_set) if size(group) > 1 else tensor
 
 
 def gather_rows(tensor: Any, name: str, rows: int, group: Group = WORLD) -> Any:

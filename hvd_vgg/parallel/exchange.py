@@ -4,7 +4,7 @@ All functions are for use inside a tf.function, on all ranks, outside of gradien
 static shape, so that Horovod negotiates it once and finds it in its response cache afterwards.
 """
 
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, NamedTuple, Sequence
 
 import tensorflow as tf
 
@@ -16,62 +16,86 @@ from hvd_vgg.parallel import comm
 CHUNK_BYTES = 32 * 2**20
 
 
+class Message(NamedTuple):
+    """Gradients that are sent together: `name`, and the names of their weights."""
+
+    name: str
+    weights: List[str]
+
+
+def messages(names: Sequence[str]) -> List[Message]:
+    """Returns the messages in which the gradients of the weights `names` are summed over ranks.
+
+    Each block of convolutions is one, so that the last blocks' travel while the first ones' are being computed; each dense
+    kernel is one, and dense biases are one.
+    """
+    found: Dict[str, List[str]] = {}
+    for name in names:
+        layer, kind = name.split("/")
+        message = layer.split("_")[0] if layer not in DENSE else f"{layer}_kernel" if kind == "kernel" else "dense_biases"
+        found.setdefault(message, []).append(name)
+    return [Message(name, weights) for name, weights in found.items()]
+
+
+def pack(tensors: Sequence[Any]) -> Any:
+    """Returns the elements of `tensors` end to end, [elements]."""
+    flat = [tf.reshape(tensor, [-1]) for tensor in tensors]
+    return flat[0] if len(flat) == 1 else tf.concat(flat, 0)
+
+
+def unpack(packed: Any, shapes: Sequence[Any]) -> List[Any]:
+    """Returns the tensors of these static shapes that `pack` laid end to end."""
+    parts = tf.split(packed, [shape.num_elements() for shape in shapes]) if len(shapes) > 1 else [packed]
+    return [tf.reshape(part, shape) for part, shape in zip(parts, shapes)]
+
+
+def sum_message(packed: Any, name: str, wire_dtype: str, scale: float, group: comm.Group = comm.WORLD) -> Any:
+    """Returns the sums over ranks of `packed`, [elements], float32 or integers that 32 bits can hold.
+
+    scale: what float16 on the wire is multiplied by, so that a mean over the global batch does not vanish in it.
+    """
+    if packed.dtype.is_integer:
+        return tf.cast(_sum_in_chunks(tf.cast(packed, tf.int32), f"gradient_{name}", group), packed.dtype)
+    return _from_wire(_sum_in_chunks(_to_wire(packed, wire_dtype, scale), f"gradient_{name}", group), wire_dtype, scale)
+
+
+def _sum_in_chunks(packed: Any, name: str, group: comm.Group) -> Any:
+    elements = packed.shape[0]
+    count = -(-elements * packed.dtype.size // CHUNK_BYTES)
+    if count == 1 or comm.size(group) == 1:
+        return comm.sum_tensor(packed, name, group)
+    parts = tf.split(packed, [elements // count + (part < elements % count) for part in range(count)])
+    return tf.concat([comm.sum_tensor(part, f"{name}_{i}", group) for i, part in enumerate(parts)], 0)
+
+
 def sum_gradients(
     gradients: Dict[str, Any], wire_dtype: str, scale: float, group: comm.Group = comm.WORLD
 ) -> Dict[str, Any]:
-    """Returns the gradients summed over ranks, by name.
-
-    Each block of convolutions is a message, so that the last blocks' travel while the first ones' are being computed; each
-    dense kernel is one or several of its own, and dense biases are one.
-    scale: what float16 on the wire is multiplied by, so that a mean over the global batch does not vanish in it.
-    """
-    messages: Dict[str, List[str]] = {}
-    for name in gradients:
-        layer, kind = name.split("/")
-        message = layer.split("_")[0] if layer not in DENSE else f"{layer}_kernel" if kind == "kernel" else "dense_biases"
-        messages.setdefault(message, []).append(name)
+    """Returns gradients summed over ranks, by name, in the messages and with the `scale` of training."""
     summed: Dict[str, Any] = {}
-    for message, names in messages.items():
-        tensors = [_to_wire(gradients[name], wire_dtype, scale) for name in names]
-        if len(names) == 1 and tensors[0].shape.rank == 2:
-            sums = [_sum_in_chunks(tensors[0], f"gradient_{message}", group)]
-        else:
-            sums = comm.sum_gradients(tensors, f"gradient_{message}", group)
-        summed.update(zip(names, (_from_wire(tensor, wire_dtype, scale) for tensor in sums)))
+    for message in messages(list(gradients)):
+        tensors = [gradients[name] for name in message.weights]
+        packed = sum_message(pack(tensors), message.name, wire_dtype, scale, group)
+        summed.update(zip(message.weights, unpack(packed, [tensor.shape for tensor in tensors])))
     return {name: summed[name] for name in gradients}
 
 
-def _sum_in_chunks(kernel: Any, name: str, group: comm.Group) -> Any:
-    rows = kernel.shape[0]
-    count = -(-rows * kernel.shape[1] * kernel.dtype.size // CHUNK_BYTES)
-    if count == 1 or comm.size(group) == 1:
-        return comm.sum_gradients([kernel], name, group)[0]
-    sizes = [rows // count + (part < rows % count) for part in range(count)]
-    parts = tf.split(kernel, sizes)
-    return tf.concat([comm.sum_gradients([part], f"{name}_{i}", group)[0] for i, part in enumerate(parts)], 0)
+def gather_rows(
+    rows: Any, name: str, global_batch: int, wire_dtype: str, scale: float, group: comm.Group = comm.WORLD
+) -> Any:
+    """Returns the rows [G, width] of all ranks, in order of rank: a factor of a dense layer's gradient.
 
-
-def gather_factors(
-    layer: str,
-    inputs: Any,
-    outputs: Any,
-    global_batch: int,
-    wire_dtype: str,
-    scale: float,
-    group: comm.Group = comm.WORLD,
-) -> Tuple[Any, Any]:
-    """Returns the rows of all ranks of a dense layer's inputs [G, K] and of its output gradients [G, N].
-
-    inputs: this rank's rows [n, K] of the layer's inputs; outputs: of its output gradients [n, N]; ranks may hold different
-    numbers of rows. The inputs are sent as soon as they are there, which is in the forward pass.
+    rows: this rank's [n, width]; ranks may hold different numbers of them. scale: as for `sum_message`.
     """
-    x = comm.gather_rows(_to_wire(inputs, wire_dtype, 1.0), f"inputs_{layer}", global_batch, group)
-    d = comm.gather_rows(_to_wire(outputs, wire_dtype, scale), f"outputs_{layer}", global_batch, group)
-    return _from_wire(x, wire_dtype, 1.0), _from_wire(d, wire_dtype, scale)
+    gathered = comm.gather_rows(_to_wire(rows, wire_dtype, scale), name, global_batch, group)
+    return _from_wire(gathered, wire_dtype, scale)
 
 
 def product(layer: str, x: Any, d: Any) -> Dict[str, Any]:
-    """Returns the gradient of a dense layer's kernel and bias over the global batch, by name, from `gather_factors`."""
+    """Returns the gradient of a dense layer's kernel and bias over the global batch, by name.
+
+    x: the layer's inputs, float32 [G, K]; d: its output gradients [G, N].
+    """
     return {f"{layer}/kernel": tf.matmul(x, d, transpose_a=True), f"{layer}/bias": tf.reduce_sum(d, 0)}
 
 

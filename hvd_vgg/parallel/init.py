@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_vgg import __version__
+from hvd_vgg.config import BITS, ComputeConfig
 from hvd_vgg.environment import launched_rank, launched_size
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.parallel import comm, network
@@ -29,14 +30,21 @@ _NOT_COMPARED = re.compile(
 # side's message queues behind it, so the two directions of a link take turns. In pieces of 256 kB an allreduce of 64 MB is
 # 1.5 times faster between 2 hosts, and 1.6 times between 4 (docs/distributed.md, "Open MPI over TCP").
 _TCP_FRAGMENT_BYTES = 256 * 1024
+# Each that is computed side by side needs its own memory for activations.
+_MOST_MICRO_BATCHES = 8
 
 
 class Device(NamedTuple):
-    """What this rank computes on: `kind` GPU or CPU, the layout, the CPU threads to compute and to decode images with."""
+    """What this rank computes on.
+
+    kind: GPU or CPU; data_format: its layout; threads: CPU threads that one operation may use; micro_batches: how many are
+    computed side by side; input_threads: CPU threads that decode images.
+    """
 
     kind: str
     data_format: str
     threads: int
+    micro_batches: int
     input_threads: int
 
 
@@ -99,25 +107,31 @@ def join(timeline: bool = False, hang_seconds: float = 0.0, group_sizes: Sequenc
     return {count: groups.get(count, comm.WORLD) for count in group_sizes}
 
 
-def take_device(input_threads: int = 0, precision: str = "float32") -> Device:
+def take_device(config: Optional[ComputeConfig] = None) -> Device:
     """Makes this rank's device the only one that TensorFlow uses; after `join`, before TensorFlow computes.
 
-    Raises Failure(CONFIGURATION) when there are more ranks on this host than devices, or they do not support the precision.
+    Under --reproducible=bits TensorFlow computes in a deterministic way from here on. Raises Failure(CONFIGURATION) when
+    there are more ranks on this host than devices, or they do not support the precision.
     """
-    threads = share_of_cores(hvd.local_size())
+    config = config or ComputeConfig()
+    bits, cores = config.reproducible == BITS, share_of_cores(hvd.local_size())
+    threads = config.compute_threads or (1 if bits else cores)
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     # Never fewer than 4, whatever TF_NUM_INTEROP_THREADS says: with 1 or 2 Horovod can wait for ever for a thread to
     # enqueue a collective that the other ranks are already in.
-    tf.config.threading.set_inter_op_parallelism_threads(max(4, threads))
-    input_threads = input_threads or threads_for_input(threads)
+    tf.config.threading.set_inter_op_parallelism_threads(max(4, cores))
+    if bits:
+        _compute_deterministically()
+    input_threads = config.input_threads or threads_for_input(cores)
     devices = tf.config.list_physical_devices("GPU")
     if not devices:
-        if not cpu_convolves(precision):
+        if not cpu_convolves(config.precision):
             raise Failure(
                 CONFIGURATION,
-                f"--precision={precision}: TensorFlow {tf.__version__} cannot convolve in it on a CPU; use float32",
+                f"--precision={config.precision}: TensorFlow {tf.__version__} cannot convolve in it on a CPU; use float32",
             )
-        return Device("CPU", "NHWC", threads, input_threads)
+        side_by_side = min(max(1, cores // threads), _MOST_MICRO_BATCHES) if bits else 1
+        return Device("CPU", "NHWC", threads, side_by_side, input_threads)
     if hvd.local_size() > len(devices):
         tf.config.set_visible_devices([], "GPU")  # the failure is exchanged on the CPU
         raise Failure(
@@ -128,7 +142,15 @@ def take_device(input_threads: int = 0, precision: str = "float32") -> Device:
     mine = devices[hvd.local_rank()]
     tf.config.set_visible_devices(mine, "GPU")
     tf.config.experimental.set_memory_growth(mine, True)
-    return Device("GPU", "NCHW", threads, input_threads)
+    return Device("GPU", "NCHW", threads, 1, input_threads)
+
+
+def _compute_deterministically() -> None:
+    """Has operations choose implementations whose results do not vary from call to call, or fail where there is none."""
+    try:
+        tf.config.experimental.enable_op_determinism()
+    except AttributeError:  # before TensorFlow 2.9 it is the environment that decides
+        os.environ.update(TF_DETERMINISTIC_OPS="1", TF_CUDNN_DETERMINISTIC="1")
 
 
 def cpu_convolves(precision: str) -> bool:

@@ -1,19 +1,24 @@
 """Exact top-1 and top-5: every record of a split once, counted in integers over all ranks."""
 
-from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+import itertools
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Tuple
 
 import numpy as np
 import tensorflow as tf
 
 from hvd_vgg.config import ComputeConfig, EvaluationConfig
 from hvd_vgg.data.index import Index
-from hvd_vgg.data.loader import PADDING, BadRow, eval_batches
+from hvd_vgg.data.loader import PADDING, BadRow, Batch, eval_batches
 from hvd_vgg.errors import BUG, Failure
 from hvd_vgg.models import vgg
 from hvd_vgg.parallel import comm
+from hvd_vgg.parallel.init import Device
 from hvd_vgg.text import plural
 from hvd_vgg.training.bad_records import count_bad_records
 from hvd_vgg.training.loss import top_k_correct
+from hvd_vgg.training.metrics import exact_sum
 from hvd_vgg.training.reporter import Reporter
 from hvd_vgg.watchdog import StopRequested, watchdog
 
@@ -70,7 +75,7 @@ def evaluate(
     index: Index,
     config: EvaluationConfig,
     label_base: int,
-    threads: int,
+    device: Device,
     reporter: Reporter,
 ) -> Evaluation:
     """Returns the evaluation of a whole split, equal on all ranks. Collective.
@@ -79,15 +84,15 @@ def evaluate(
     is raised. Raises Failure(BUG) should a record be missed or seen twice, and StopRequested on all ranks when any was asked
     to stop. reporter: reports bad records and progress.
     """
-    counts, loss_sum, ids = np.zeros(3, np.int64), 0.0, [np.zeros(0, np.int64)]
+    counts, losses, ids = np.zeros(3, np.int64), [], [np.zeros(0, np.int64)]
     bad: List[Tuple[int, BadRow]] = []
     progress = reporter.console.progress("evaluating", -(-index.records // comm.size()), "records on rank 0")
     common = -(-index.records // config.device_batch) // comm.size()  # batches of every rank; some have one more
-    for number, batch in enumerate(eval_batches(index, config, label_base, comm.rank(), comm.size(), threads)):
-        loss, *correct = eval_step(batch.images, batch.labels)
+    batches = eval_batches(index, config, label_base, comm.rank(), comm.size(), device.input_threads)
+    for number, (batch, (loss, *correct)) in enumerate(_computed(eval_step, batches, device.micro_batches)):
         counts += [int(each) for each in correct]
         counts[2] += len(batch.bad)
-        loss_sum += float(loss)
+        losses.append(float(loss))
         bad += [(0, row) for row in batch.bad]
         ids.append(np.array([row.record for row in batch.bad], np.int64))
         ids.append(np.asarray(batch.ids)[np.asarray(batch.labels) != PADDING])
@@ -100,7 +105,20 @@ def evaluate(
     top1, top5, total = comm.sum_over_ranks(counts).tolist()
     if total != index.records or (seen != 1).any():
         raise Failure(BUG, f"evaluated {total} records, {int((seen == 1).sum())} of {index.records} once", collective=True)
-    return Evaluation(top1, top5, total, float(comm.sum_over_ranks(np.array([loss_sum]))[0]), len(missed))
+    return Evaluation(top1, top5, total, exact_sum(itertools.chain(*comm.gather_json(losses))), len(missed))
+
+
+def _computed(eval_step: Callable[..., Any], batches: Iterator[Batch], at_a_time: int) -> Iterator[Tuple[Batch, Any]]:
+    """Yields each batch with its results, in order, while `at_a_time` others are being computed."""
+    begun: Deque[Tuple[Batch, Future[Any]]] = deque()
+    with ThreadPoolExecutor(at_a_time, "evaluate") as pool:
+        for batch in batches:
+            begun.append((batch, pool.submit(eval_step, batch.images, batch.labels)))
+            if len(begun) > at_a_time:
+                done, results = begun.popleft()
+                yield done, results.result()
+        for done, results in begun:
+            yield done, results.result()
 
 
 def report_evaluation(result: Evaluation, step: int, epoch: float, reporter: Reporter) -> None:

@@ -3,10 +3,10 @@
 import dataclasses
 import importlib.util
 import socket
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 from hvd_vgg.config import TrainConfig, profiled_steps
-from hvd_vgg.data.sampler import slice_bounds
+from hvd_vgg.data.sampler import part_bounds
 from hvd_vgg.data.transforms import IMAGE_LIBRARY
 from hvd_vgg.models.architecture import count_parameters, vgg_layers
 from hvd_vgg.parallel import comm, cost
@@ -23,13 +23,21 @@ from hvd_vgg.training.state import TrainProgress, data_digest
 
 
 def introduce(
-    config: TrainConfig, data: Splits, device: Device, total_steps: int, progress: TrainProgress, reporter: Reporter
+    config: TrainConfig,
+    data: Splits,
+    device: Device,
+    arithmetic: Dict[str, str],
+    factored: List[str],
+    total_steps: int,
+    progress: TrainProgress,
+    reporter: Reporter,
 ) -> None:
     """Prints and logs what is about to be trained; writes flags and receipt. Collective.
 
-    Raises a collective Failure(NOT_WRITTEN).
+    arithmetic: of `describe_arithmetic`; factored: the layers whose gradient is formed from gathered factors. Raises a
+    collective Failure(NOT_WRITTEN).
     """
-    choices = cost.choose(config, comm.size())
+    choices = cost.choose(config, comm.size(), factored)
     _warn_of_missing_packages(reporter)
     _print_run(config, data, device, total_steps, progress, reporter)
     if comm.size() > 1:
@@ -49,7 +57,7 @@ def introduce(
     splits = {"train": data.train, "validation": data.validation}
     digests = {name: {"records": index.records, "sha256": data_digest(index)} for name, index in splits.items()}
     start = {"step": first, "steps": total_steps, "skipped_steps": progress.skipped_steps, "ranks": comm.size()}
-    reporter.event("start", **process, **start, hosts=hosts, checkpoint=row, data=digests)
+    reporter.event("start", **process, **start, arithmetic=arithmetic, hosts=hosts, checkpoint=row, data=digests)
     run_on_root(lambda: write_run_files(config, reporter.console))
 
 
@@ -62,12 +70,14 @@ def _print_run(
         f"{data.train.records} records to train on, {data.validation.records} to evaluate; labels from {data.label_base} "
         f"({'0 is background' if data.label_base else 'no background'}; --label_base overrides)"
     )
-    slices = [slice_bounds(config.global_batch, rank, comm.size()) for rank in range(comm.size())]
+    side_by_side = f", {device.micro_batches} at a time" if device.micro_batches > 1 else ""
+    slices = [part_bounds(config, rank, comm.size()) for rank in range(comm.size())]
     parts = sorted({high - low for low, high in slices}, reverse=True)
     reporter.say(
-        f"{plural(comm.size(), 'rank')} on {device.kind}, {plural(device.threads, 'CPU thread')} each, "
+        f"{plural(comm.size(), 'rank')} on {device.kind}, {plural(device.threads, 'CPU thread')} for an operation, "
         f"{device.input_threads} to decode images; {config.global_batch} images per update: "
-        f"{' or '.join(map(str, parts))} per rank, in micro-batches of at most {config.device_batch}"
+        f"{' or '.join(map(str, parts))} per rank, in micro-batches of at most {config.device_batch}{side_by_side}; "
+        f"reproducible to {config.reproducible}"
     )
 
 

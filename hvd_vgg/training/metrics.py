@@ -3,13 +3,13 @@
 import math
 import socket
 import statistics
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from hvd_vgg.config import ExchangeConfig, StepConfig
+from hvd_vgg.config import StepConfig
 from hvd_vgg.data.loader import BadRow
-from hvd_vgg.data.sampler import slice_bounds
+from hvd_vgg.data.sampler import part_bounds
 from hvd_vgg.models.architecture import training_flops, vgg_layers
 from hvd_vgg.parallel import comm
 from hvd_vgg.reporting.throughput import (
@@ -52,9 +52,10 @@ def reduce_metrics(window: List[PendingUpdate], config: StepConfig) -> Dict[str,
     """
     steps = [update.step for update in window if update.metrics]
     trained = [update.metrics for update in window if update.metrics]
-    local = np.array([[float(m.loss), float(m.gradient_norm), not m.finite] for m in trained]).reshape(-1, 3)
-    # Every rank has the norm; summing it too makes what follows from it equal everywhere, to the last bit.
-    losses, norms, failed = (comm.sum_over_ranks(local) / [config.global_batch, comm.size(), 1]).T
+    losses = global_losses([m.losses.numpy() for m in trained]) / config.global_batch
+    # Every rank has the norm; that of rank 0 makes what follows from it equal everywhere, to the last bit.
+    norms = comm.gather_numbers([float(m.gradient_norm) for m in trained])[0]
+    failed = comm.sum_over_ranks(np.array([not m.finite for m in trained], np.int64))
     for step, loss, norm, bad in zip(steps, losses, norms, failed):
         if bad:
             raise NonFiniteStep(step, loss, norm)
@@ -73,6 +74,24 @@ def reduce_metrics(window: List[PendingUpdate], config: StepConfig) -> Dict[str,
     return row
 
 
+def global_losses(losses: List[np.ndarray]) -> np.ndarray:
+    """Returns the loss of each update summed over all ranks, float64 [updates]. Collective.
+
+    losses: of each update, of this rank's micro-batches, float32. They are added exactly, and so in whatever order.
+    """
+    everyones = [np.frombuffer(each, np.float32) for each in comm.gather_bytes(np.array(losses, np.float32).tobytes())]
+    columns = [each.reshape(len(losses), -1) for each in everyones] if losses else []
+    return np.array([exact_sum(row) for row in np.concatenate(columns, axis=1)] if losses else [])
+
+
+def exact_sum(numbers: Iterable[float]) -> float:
+    """Returns the float64 next to the sum of the numbers, whatever their order; inf or nan if one of them is."""
+    try:
+        return math.fsum(map(float, numbers))
+    except (OverflowError, ValueError):  # infinities of both signs
+        return math.nan
+
+
 def measure_window(
     window: List[PendingUpdate], throughput: Throughput, global_batch: int
 ) -> Tuple[Dict[str, Any], Bottleneck, float]:
@@ -82,7 +101,6 @@ def measure_window(
     """
     updates = len(window)
     totals = throughput.total_seconds[-updates:]
-    # The step's clock is the wall clock, which may be set while it runs.
     exchanges = [float(update.metrics.exchange_seconds) if update.metrics else 0.0 for update in window]
     throughput.exchange_seconds += [min(max(0.0, seconds), total) for seconds, total in zip(exchanges, totals)]
     gathered = comm.gather_numbers([*throughput.last(updates), statistics.median_low(totals)])
@@ -101,14 +119,14 @@ def measure_window(
 
 
 def measure_run(
-    throughput: Throughput, config: ExchangeConfig, device_tflops: float, group: comm.Group = comm.WORLD
+    throughput: Throughput, config: StepConfig, device_tflops: float, group: comm.Group = comm.WORLD
 ) -> Dict[str, Any]:
     """Returns the throughput of this process's updates, of the job and of each rank; equal on all ranks. Collective."""
     found: Dict[str, Any] = comm.gather_json(throughput.summary(config.global_batch), group)[0]
     if not found["fps"]:
         return found
     updates = found["fps_updates"]
-    low, high = slice_bounds(config.global_batch, comm.rank(group), comm.size(group))
+    low, high = part_bounds(config, comm.rank(group), comm.size(group))
     mine = {"host": socket.gethostname(), "images": (high - low) * updates, "times": throughput.last(updates)}
     everyones = comm.gather_json({**mine, "excluded": throughput.excluded_seconds}, group)
     times = [StepTime(*each["times"]) for each in everyones]

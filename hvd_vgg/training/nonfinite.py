@@ -7,14 +7,15 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_vgg.config import StepConfig
-from hvd_vgg.data.sampler import slice_bounds
+from hvd_vgg.data.sampler import part_bounds
 from hvd_vgg.models import vgg
 from hvd_vgg.parallel import comm
 from hvd_vgg.text import plural
-from hvd_vgg.training.metrics import NonFiniteStep
+from hvd_vgg.training.backward import draw_dropout_masks
+from hvd_vgg.training.metrics import NonFiniteStep, global_losses
 from hvd_vgg.training.optimizer import LOSS_SCALE, Slots
 from hvd_vgg.training.state import State
-from hvd_vgg.training.train_step import StepMetrics, draw_dropout_masks, step_inputs
+from hvd_vgg.training.train_step import StepMetrics, step_inputs
 
 
 class FiniteReport(NamedTuple):
@@ -112,16 +113,17 @@ def diagnose(
 
     If the step is finite this time it is applied, unless `train_step` has seen one before that was not.
     """
-    low, high = slice_bounds(config.global_batch, comm.rank(), comm.size())
+    low, high = part_bounds(config, comm.rank(), comm.size())
     inputs = step_inputs(config, step, low, lr)
     check = make_finite_check(state.weights, state.slots, config, data_format)
     first, rows = _first_nonfinite(check, list(state.weights), images, labels, low, inputs[1], config.device_batch)
     mine = {"host": socket.gethostname(), "slice": [low, high], "first": first and first[1], "order": first and first[0]}
     mine["at_fault"] = [low + row for row in rows]
     metrics = train_step(images, labels, *inputs)
-    numbers = comm.gather_numbers([float(metrics.loss), float(metrics.gradient_norm), float(metrics.finite)])
-    again = NonFiniteStep(step, float(numbers[:, 0].sum() / config.global_batch), float(numbers[:, 1].max()))
-    return Diagnosis(again, bool(numbers[:, 2].all()), comm.gather_json(mine))
+    loss = float(global_losses([metrics.losses.numpy()])[0] / config.global_batch)
+    numbers = comm.gather_numbers([float(metrics.gradient_norm), float(metrics.finite)])
+    again = NonFiniteStep(step, loss, float(numbers[:, 0].max()))
+    return Diagnosis(again, bool(numbers[:, 1].all()), comm.gather_json(mine))
 
 
 def _first_nonfinite(

@@ -4,19 +4,34 @@ from typing import Any, Dict, Tuple
 
 import tensorflow as tf
 
+from hvd_vgg.config import BITS, ComputeConfig
+from hvd_vgg.parallel import fixed_point
+
 Slots = Dict[str, Any]
-LOSS_SCALE, _GOOD_STEPS = SCALE_STATE = "loss_scale", "loss_scale/good_steps"
+LOSS_SCALE, _GOOD_STEPS = "loss_scale", "loss_scale/good_steps"
+GRADIENT_LIMITS = "gradient_limits"  # of `fixed_point`
+# What only some runs have: the flag and its value.
+OPTIONAL_STATE = {
+    LOSS_SCALE: ("precision", "float16"),
+    _GOOD_STEPS: ("precision", "float16"),
+    GRADIENT_LIMITS: ("reproducible", BITS),
+}
 # The dynamic scale of Micikevicius et al., "Mixed Precision Training" (2018), with the constants of torch.amp.GradScaler:
 # halved when a gradient overflows, doubled after so many updates without.
 _FIRST_SCALE, _GROWTH_STEPS = 65536.0, 2000
 
 
-def make_slots(weights: Dict[str, Any], precision: str = "float32") -> Slots:
-    """Returns the momentum of each weight, `NAME/momentum`, zero variables of its shape; for float16 the loss scale too."""
+def make_slots(weights: Dict[str, Any], config: ComputeConfig) -> Slots:
+    """Returns the momentum of each weight, `NAME/momentum`, zero variables of its shape; for float16 the loss scale too; for
+    --reproducible=bits the limits of gradients, int32 [weights].
+    """
     slots = {f"{name}/momentum": tf.Variable(tf.zeros_like(value)) for name, value in weights.items()}
-    if precision == "float16":
+    if config.precision == "float16":
         slots[LOSS_SCALE] = tf.Variable(_FIRST_SCALE)
         slots[_GOOD_STEPS] = tf.Variable(0)
+    if config.reproducible == BITS:
+        with tf.device("/CPU:0"):
+            slots[GRADIENT_LIMITS] = tf.Variable(fixed_point.first_limits(len(weights)))
     return slots
 
 

@@ -2,9 +2,9 @@
 
 import contextlib
 import dataclasses
-from typing import Any, Dict, List, NoReturn
+from typing import Any, Dict, List, NoReturn, Tuple
 
-from hvd_vgg.config import TrainConfig, allowed_changes, hyperparameters
+from hvd_vgg.config import BITS, TrainConfig, allowed_changes, hyperparameters
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import run_on_root
@@ -20,27 +20,38 @@ from hvd_vgg.training.state import CHECKPOINT_FORMAT, State, TrainProgress, assi
 _ORDER = {"global_batch", "seed", "shuffle_block_records"}
 
 
-def restore_state(state: State, config: TrainConfig, run: Dict[str, Any], reporter: Reporter) -> TrainProgress:
+def restore_state(
+    state: State, config: TrainConfig, run: Dict[str, Any], arithmetic: Dict[str, str], reporter: Reporter
+) -> Tuple[TrainProgress, List[str]]:
     """Brings `state` of all ranks to the newest checkpoint in --run_dir, or to rank 0's initial weights. Collective.
 
-    run: `run_fingerprint` of this run. Damaged checkpoints newer than the one it continues from are renamed. Raises a
-    collective Failure(CONFIGURATION) when no checkpoint is whole, or when the run is another.
+    Returns how far the run is, and the layers whose gradient is formed from gathered factors: as they were when it began.
+
+    run: `run_fingerprint` of this run, which gets these layers; arithmetic: of `describe_arithmetic`. Damaged checkpoints
+    newer than the one it continues from are renamed. Raises a collective Failure(CONFIGURATION) when no checkpoint is whole,
+    or when the run is another.
     """
     run_dir = RunDir(config.run_dir)
 
-    def restore() -> Dict[str, Any]:
-        progress = _restore_root(state, config, run_dir, run, reporter)
+    def restore() -> List[Any]:
+        progress = _restore_root(state, config, run_dir, run, arithmetic, reporter)
         # A checkpoint knows the steps skipped before it; a later one, which it was itself rewound to, is kept beside it.
         progress.skipped_steps = sorted({*progress.skipped_steps, *read_skipped_steps(run_dir)})
-        return dataclasses.asdict(progress)
+        return [dataclasses.asdict(progress), run["exchange"]]
 
     found = run_on_root(restore)
     comm.broadcast_variables(list(state.variables().values()))
-    return TrainProgress(**comm.broadcast_json(found))
+    fields, factored = comm.broadcast_json(found)
+    return TrainProgress(**fields), factored
 
 
 def _restore_root(
-    state: State, config: TrainConfig, run_dir: RunDir, run: Dict[str, Any], reporter: Reporter
+    state: State,
+    config: TrainConfig,
+    run_dir: RunDir,
+    run: Dict[str, Any],
+    arithmetic: Dict[str, str],
+    reporter: Reporter,
 ) -> TrainProgress:
     checkpoint.clean(run_dir)
     found, faults = checkpoint.newest(run_dir)
@@ -54,7 +65,10 @@ def _restore_root(
             f"version, or another --run_dir",
         )
     before = found.meta["run"]
-    changed = [key for key in {**before, **run} if before.get(key) != run.get(key)]
+    if config.exchange == "auto":
+        run["exchange"] = before["exchange"]
+    free = {"exchange"} if config.reproducible != BITS else set()
+    changed = [key for key in {**before, **run} if before.get(key) != run.get(key) and key not in free]
     refused = [key for key in changed if key not in allowed_changes(config)]
     if refused:
         _refuse(refused, find_mismatch(state.variables(), found), found, run, run_dir)
@@ -69,6 +83,7 @@ def _restore_root(
     for key in changed:
         reporter.say(f"--{key} was {before.get(key)}, is {run.get(key)} from here on")
         reporter.event("config_changed", flag=key, before=before.get(key), after=run.get(key))
+    _compare_arithmetic(found.meta["arithmetic"], arithmetic, config, reporter)
     reporter.say(f"continuing from step {found.meta['step']}: {found.path}")
     reporter.event("resume", **{"from": found.meta["step"]}, checkpoint=found.path.name)
     fields = [field.name for field in dataclasses.fields(TrainProgress)]
@@ -76,6 +91,15 @@ def _restore_root(
     if _ORDER & set(changed):
         progress.coverage = []
     return progress
+
+
+def _compare_arithmetic(before: Dict[str, str], now: Dict[str, str], config: TrainConfig, reporter: Reporter) -> None:
+    """Says and logs what of `describe_arithmetic` has changed, which decides the bits and is no reason to refuse."""
+    changed: Dict[str, Any] = {name: value for name, value in now.items() if before.get(name) != value}
+    if changed and config.reproducible == BITS:
+        table = difference_table({name: before.get(name) for name in changed}, changed, ("until now", "here"))
+        reporter.say(f"equal to rounding only from here, not in every bit, since this computes otherwise:\n{table}")
+        reporter.event("arithmetic_changed", before={name: before.get(name) for name in changed}, after=changed)
 
 
 def _check_none_was_saved(run_dir: RunDir) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import IO, Dict, NamedTuple, Optional, Sequence
 
 from hvd_vgg.config import ComputeConfig, TrainConfig
+from hvd_vgg.data.sampler import too_many_ranks
 from hvd_vgg.data.transforms import IMAGE_LIBRARY
 from hvd_vgg.errors import CONFIGURATION, USAGE, Failure
 from hvd_vgg.parallel import comm
@@ -33,7 +34,7 @@ def join_ranks(config: ComputeConfig, timeline: bool = False, group_sizes: Seque
     `init.take_device` do.
     """
     groups = join(timeline, config.hang_seconds, group_sizes)
-    device = run_on_all_ranks(lambda: take_device(config.input_threads, config.precision))
+    device = run_on_all_ranks(lambda: take_device(config))
     flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in OWN_FLAGS}
     require_equal("the flags", flags)
     require_equal("the software", describe_software(IMAGE_LIBRARY))
@@ -43,10 +44,9 @@ def join_ranks(config: ComputeConfig, timeline: bool = False, group_sizes: Seque
 
 def claim_run_dir(config: TrainConfig) -> Optional[IO[str]]:
     """Returns the run directory's lock on rank 0; raises Failure where this number of ranks cannot run."""
-    if config.global_batch < comm.size():
-        raise Failure(
-            USAGE, f"--global_batch={config.global_batch} has fewer images than the {comm.size()} ranks: start fewer"
-        )
+    refusal = too_many_ranks(config, comm.size())
+    if refusal:
+        raise Failure(USAGE, refusal)
     if config.profile_steps and max(config.profile_ranks, default=0) >= comm.size():
         raise Failure(USAGE, f"--profile_ranks: expected numbers below {comm.size()}, the number of ranks")
     if not comm.is_root():

@@ -12,13 +12,13 @@ from hvd_vgg.data.index import Index
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.models import vgg
 from hvd_vgg.models.architecture import vgg_layers
-from hvd_vgg.parallel import comm
+from hvd_vgg.parallel import comm, cost
 from hvd_vgg.training.checkpoint import Checkpoint
 from hvd_vgg.training.checkpoint_writer import CheckpointWriter
-from hvd_vgg.training.optimizer import SCALE_STATE, Slots, make_slots
+from hvd_vgg.training.optimizer import OPTIONAL_STATE, Slots, make_slots
 
 # Of a run's checkpoints and log; a run is continued only in the format that it began with.
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 
 
 class State(NamedTuple):
@@ -58,7 +58,7 @@ def initial_weights(config: ModelConfig, seed: int) -> vgg.Weights:
 def initial_state(config: StepConfig) -> State:
     """Returns the state before the first update: a function of the configuration, equal on every rank."""
     weights = initial_weights(config, config.seed)
-    return State(weights, make_slots(weights, config.precision))
+    return State(weights, make_slots(weights, config))
 
 
 def reset_state(state: State, config: StepConfig) -> None:
@@ -70,7 +70,7 @@ def reset_state(state: State, config: StepConfig) -> None:
 def assign_variables(variables: Dict[str, Any], found: Checkpoint) -> None:
     """Copies a checkpoint's tensors into the variables of the same names; Failure(CONFIGURATION) where they do not fit.
 
-    The loss scale stays as it is where the run had another precision until then, and so no loss scale.
+    What the run had no use for until then, such as the loss scale under another precision, stays as it is.
     """
     mismatch = find_mismatch(variables, found)
     if mismatch:
@@ -83,7 +83,8 @@ def assign_variables(variables: Dict[str, Any], found: Checkpoint) -> None:
 def find_mismatch(variables: Dict[str, Any], found: Checkpoint) -> str:
     """Returns the first of `variables` that a checkpoint lacks, or has in another shape; "" where all fit."""
     for name, variable in variables.items():
-        if name in SCALE_STATE and found.meta["run"].get("precision") != "float16":
+        flag, value = OPTIONAL_STATE.get(name, ("", None))
+        if found.meta["run"].get(flag) != value:
             continue
         tensor, shape = found.tensors.get(name), tuple(variable.shape)
         if tensor is None or tensor.shape != shape:
@@ -92,10 +93,13 @@ def find_mismatch(variables: Dict[str, Any], found: Checkpoint) -> str:
 
 
 def save_state(state: State, progress: TrainProgress, run: Dict[str, Any], writer: CheckpointWriter, best: bool) -> None:
-    """Starts writing a checkpoint, on rank 0; waits only for the copy of the variables."""
+    """Starts writing a checkpoint, on rank 0; waits only for the copy of the variables.
+
+    run: what else it keeps: `run` of `run_fingerprint`, and `arithmetic`.
+    """
     if comm.is_root():
         tensors = {name: np.asarray(variable) for name, variable in state.variables().items()}
-        writer.begin(tensors, {**dataclasses.asdict(progress), "format": CHECKPOINT_FORMAT, "run": run, "best": best}, best)
+        writer.begin(tensors, {**dataclasses.asdict(progress), "format": CHECKPOINT_FORMAT, **run, "best": best}, best)
 
 
 def data_digest(index: Index) -> str:
@@ -107,7 +111,7 @@ def run_fingerprint(config: TrainConfig, train_index: Index, label_base: int) ->
     """Returns what must be equal for a checkpoint to be continued: configuration and data, as JSON can hold it."""
     digest = data_digest(train_index)
     data = {"train_records": train_index.records, "train_data_sha256": digest, "label_base": label_base}
-    return {**fingerprint(config), **data}
+    return {**fingerprint(config), "exchange": cost.factored_layers(config, comm.size()), **data}
 
 
 def make_checksums(weights: vgg.Weights) -> Callable[[], Any]:

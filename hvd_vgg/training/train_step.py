@@ -2,97 +2,164 @@
 
 With G the global batch and P ranks, rank r computes on its n of the G images, in micro-batches of at most --device_batch:
 
-    loss = sum over its images of the cross-entropy, and d(loss / G) / dw             `make_backward`, `accumulate`
-    gradient of each weight = sum over ranks: exactly that of the mean loss over G    `exchange_gradients`
+    loss = sum over its images of the cross-entropy, and d(loss / G) / dw             `make_backward`
+    sums over its micro-batches, which leave for the other ranks with the last one    `accumulate`
+    gradient of each weight = sum over ranks: exactly that of the mean loss over G    `gradients_of`
     update, unless the loss of any rank or the gradient is not finite                 `apply_gradients`
 
-So no average of averages occurs, and ranks may hold different numbers of images.
+So no average of averages occurs, and ranks may hold different numbers of images. Under --reproducible=bits the global batch
+is cut into the same micro-batches on any number of ranks, and their gradients are summed in fixed point, without an order.
 """
 
 import functools
-import math
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import tensorflow as tf
 
 from hvd_vgg.config import StepConfig
 from hvd_vgg.models import vgg
 from hvd_vgg.models.architecture import DENSE
-from hvd_vgg.models.dropout import dropout_mask
-from hvd_vgg.parallel import comm, exchange
+from hvd_vgg.parallel import comm, fixed_point
+from hvd_vgg.parallel.init import Device
 from hvd_vgg.seeds import dropout_keys
-from hvd_vgg.training.loss import top_k_correct
-from hvd_vgg.training.optimizer import LOSS_SCALE, Slots, apply_update, next_loss_scale, set_loss_scale
-
-# Sent beside the gradients of the first block, which leave last: 0, or NaN if this rank's loss is not finite. A loss may be
-# infinite where its gradient is finite: where only the label's logit is -Inf.
-_NAN_FLAG = "block1/nan_flag"
+from hvd_vgg.training.backward import Backward, make_backward
+from hvd_vgg.training.clock import time_after
+from hvd_vgg.training.optimizer import (
+    GRADIENT_LIMITS,
+    LOSS_SCALE,
+    Slots,
+    apply_update,
+    next_loss_scale,
+    set_loss_scale,
+)
+from hvd_vgg.training.sums import Layout, Sums, exchange_when, exchanged_parts, gradients_of, make_add, make_layout, nothing
 
 
 class StepMetrics(NamedTuple):
-    """Scalars of one update on one rank.
+    """What one update amounts to on one rank.
 
-    loss: float32, top1, top5: int64, all three summed over this rank's images. gradient_norm: float32, of the global
-    gradient. loss_scale: float32, factor of the next update's loss; 1 but for --precision=float16. exchange_seconds:
-    float64, from when this rank's gradients were ready until those of all ranks had arrived. finite: bool, whether training
-    may continue: every rank's loss is finite and so is the gradient, or float16's loss scale can still be halved.
+    losses: float32 [micro-batches], each summed over its images. top1, top5: int64, over this rank's images. gradient_norm:
+    float32, of the global gradient. loss_scale: float32, factor of the next update's loss; 1 but for --precision=float16.
+    passes: int32, how often it was computed: a second time where a gradient exceeded its limit in fixed point.
+    exchange_seconds: float64, from when this rank's gradients were ready until those of all ranks had arrived. finite: bool,
+    whether training may continue: every rank's loss is finite and so is the gradient, or float16's loss scale can still be
+    halved.
     """
 
-    loss: Any
+    losses: Any
     top1: Any
     top5: Any
     gradient_norm: Any
     loss_scale: Any
+    passes: Any
     exchange_seconds: Any
     finite: Any
-
-
-class Backward(NamedTuple):
-    """Sums over one rank's images, in float32 where not said otherwise.
-
-    loss; top1, top5: int64; gradients: of the weights that are summed over ranks; inputs [n, K] and output_gradients
-    [n, N] of each factored layer, whose product is the gradient of its kernel [K, N].
-    """
-
-    loss: Any
-    top1: Any
-    top5: Any
-    gradients: List[Any]
-    inputs: List[Any]
-    output_gradients: List[Any]
 
 
 def make_train_step(
     weights: vgg.Weights,
     slots: Slots,
     config: StepConfig,
-    data_format: str,
+    device: Device,
     factored: Sequence[str],
     group: comm.Group = comm.WORLD,
+    local_sums: Optional[Callable[..., Sums]] = None,
 ) -> Callable[..., StepMetrics]:
     """Returns the function of one update: (images, labels, position, keys, lr) -> StepMetrics. Collective over the group.
 
     images: uint8 [n, h, w, 3] and labels: int32 [n], this rank's part of the global batch, which begins at `position` of it
     (int64 scalar); keys: `seeds.dropout_keys`, uint64 [2]; lr: float32 scalar. factored: the dense layers whose gradient is
-    formed from gathered factors. Only the network is computed in --precision: weights, loss, sums and update are float32.
+    formed from gathered factors; local_sums: of `make_local_sums`, if that was called before. Only the network is computed
+    in --precision: weights, loss, sums and update are float32.
 
     An update that is not `finite` is not applied, and none is applied after it: whenever that is noticed, the weights and
     slots are those before it, on all ranks.
     """
-    summed = [name for name in weights if name.split("/")[0] not in factored]
-    backward = make_backward(weights, slots, config, data_format, summed, factored)
-    local_sums = accumulate(backward, weights, summed, factored, config.device_batch)
+    layout = make_layout(weights, factored, config, device.kind, group)
+    accumulated = local_sums or make_local_sums(weights, slots, config, device, factored, group)
     with tf.device("/CPU:0"):  # control flow is decided on the host
         stopped = tf.Variable(False)
 
     @tf.function(jit_compile=False, autograph=False)
     def train_step(images: Any, labels: Any, position: Any, keys: Any, lr: Any) -> StepMetrics:
-        local = local_sums(images, labels, position, keys)
-        gradients, losses_finite, seconds = exchange_gradients(local, summed, factored, config, group)
-        norm, scale, finite = apply_gradients(weights, slots, gradients, losses_finite, stopped, lr, config)
-        return StepMetrics(local.loss, local.top1, local.top5, norm, scale, seconds, finite)
+        def sums_within(limits: Any) -> Sums:
+            return accumulated(images, labels, position, keys, limits, tf.constant(True))
+
+        sums, limits, passes = _within_limits(sums_within, slots.get(GRADIENT_LIMITS))
+        seconds = time_after(exchanged_parts(sums)) - sums.ready if comm.size(group) > 1 else sums.ready
+        gradients = gradients_of(sums, limits, layout)
+        norm, scale, finite = apply_gradients(weights, slots, gradients, sums.largest, stopped, lr, config, limits)
+        return StepMetrics(sums.losses, sums.top1, sums.top5, norm, scale, passes, seconds, finite)
 
     return _without_dispatch(train_step)
+
+
+def make_local_sums(
+    weights: vgg.Weights,
+    slots: Slots,
+    config: StepConfig,
+    device: Device,
+    factored: Sequence[str],
+    group: comm.Group = comm.WORLD,
+) -> Callable[..., Sums]:
+    """Returns the part of `make_train_step` that does not change the weights, with the arguments of `accumulate`."""
+    layout = make_layout(weights, factored, config, device.kind, group)
+    return accumulate(make_backward(weights, slots, config, device.data_format, factored), layout, device.micro_batches)
+
+
+def accumulate(backward: Callable[..., Backward], layout: Layout, at_a_time: int) -> Callable[..., Sums]:
+    """Returns the function (images, labels, position, keys, limits, send) -> Sums: `backward` over any number of images.
+
+    It goes through micro-batches of at most --device_batch, `at_a_time` of them side by side, all in the same compiled loop.
+    limits: of `fixed_point`, int32 [weights], [0] for floats; send: bool scalar, whether what is to be exchanged is sent
+    with the last micro-batch, message by message while that is still being computed. Collective over the group if so.
+    """
+    device_batch, size = layout.config.device_batch, layout.config.image_size
+    signature = [  # of any number of images: a rank's own is no part of what it computes
+        tf.TensorSpec([None, size, size, 3], tf.uint8),
+        tf.TensorSpec([None], tf.int32),
+        tf.TensorSpec([], tf.int64),
+        tf.TensorSpec([None], tf.uint64),
+        tf.TensorSpec([len(layout.shapes) if layout.integers else 0], tf.int32),
+        tf.TensorSpec([], tf.bool),
+    ]
+
+    @tf.function(input_signature=signature, jit_compile=False, autograph=False)
+    def accumulated(images: Any, labels: Any, position: Any, keys: Any, limits: Any, send: Any) -> Sums:
+        count, add = tf.shape(images)[0], make_add(layout, limits)
+        last = (count - 1) // device_batch
+
+        def add_micro_batch(number: Any, sums: Sums) -> Any:
+            low = number * device_batch
+            high = tf.minimum(low + device_batch, count)
+            part = backward(images[low:high], labels[low:high], position + tf.cast(low, tf.int64), keys)
+            return number + 1, exchange_when(send & tf.equal(number, last), add(sums, part), layout)
+
+        start = (tf.constant(0), nothing(layout))
+        shapes = tf.nest.map_structure(lambda tensor: tf.TensorShape([size or None for size in tensor.shape]), start)
+        _, sums = tf.while_loop(
+            lambda number, _: number <= last, add_micro_batch, start, shapes, parallel_iterations=at_a_time
+        )
+        return sums
+
+    return accumulated
+
+
+def _within_limits(sums_within: Callable[[Any], Sums], limits: Any) -> Tuple[Sums, Any, Any]:
+    """Returns sums in which no gradient exceeds its limit, these limits, and the passes that it took, 1 or 2.
+
+    limits: int32 [weights]; None where sums are in floats, which have none.
+    """
+    if limits is None:
+        return sums_within(tf.zeros([0], tf.int32)), None, tf.constant(1)
+    limits = tf.identity(limits)
+    first = sums_within(limits)
+    with tf.control_dependencies(tf.nest.flatten(first)):  # no message is sent again before it has arrived
+        largest = tf.identity(first.largest[:-1])
+    with tf.device("/CPU:0"):
+        exceeded, raised = fixed_point.exceeded(limits, largest), fixed_point.next_limits(limits, largest)
+    sums = tf.cond(exceeded, lambda: sums_within(raised), lambda: first)
+    return sums, tf.where(exceeded, raised, limits), tf.where(exceeded, 2, 1)
 
 
 def _without_dispatch(function: Any) -> Callable[..., Any]:
@@ -110,136 +177,24 @@ def _without_dispatch(function: Any) -> Callable[..., Any]:
     return call
 
 
-def make_backward(
-    weights: vgg.Weights,
-    slots: Slots,
-    config: StepConfig,
-    data_format: str,
-    summed: Sequence[str],
-    factored: Sequence[str],
-) -> Callable[..., Backward]:
-    """Returns the forward and backward pass of one micro-batch: (images, labels, position, keys) -> Backward.
-
-    Gradients are those of the sum of losses / --global_batch. Under --xla the pass is compiled by XLA.
-    """
-    loss_scale = slots.get(LOSS_SCALE)
-
-    def backward(images: Any, labels: Any, masks: List[Any]) -> Backward:
-        inputs: Dict[str, Any] = {}
-        # Zero probes: d(loss)/d(probe) equals d(loss)/d(output), which is what is gathered.
-        widths = {name: weights[f"{name}/bias"].shape[0] for name in factored}
-        probes = {name: tf.zeros([tf.shape(images)[0], width], config.precision) for name, width in widths.items()}
-
-        def dense(weights: vgg.Weights, x: Any, name: str) -> Any:
-            inputs[name] = x
-            outputs = vgg.dense(weights, x, name)
-            return outputs + probes[name] if name in probes else outputs
-
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            sources = [weights[name] for name in summed] + list(probes.values())
-            tape.watch(sources)
-            logits = vgg.logits(weights, config.model, images, data_format, config.precision, masks, config.dropout, dense)
-            loss = tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
-            objective = loss / config.global_batch * (1.0 if loss_scale is None else loss_scale)
-        gradients = [tf.cast(gradient, tf.float32) for gradient in tape.gradient(objective, sources)]
-        if loss_scale is not None:
-            gradients = [gradient * (1 / loss_scale) for gradient in gradients]
-        correct = [top_k_correct(logits, labels, k) for k in (1, 5)]
-        factor_inputs = [tf.cast(inputs[name], tf.float32) for name in factored]
-        sums, outputs = gradients[: len(summed)], gradients[len(summed) :]
-        return Backward(loss, correct[0], correct[1], sums, factor_inputs, outputs)
-
-    compiled = tf.function(backward, jit_compile=True, autograph=False) if config.xla else backward
-
-    def draw_and_run(images: Any, labels: Any, position: Any, keys: Any) -> Backward:
-        # Masks are drawn outside of what XLA compiles: its generator yields the same numbers in another order.
-        return compiled(images, labels, draw_dropout_masks(weights, config, images, position, keys))
-
-    return draw_and_run
-
-
-def draw_dropout_masks(weights: vgg.Weights, config: StepConfig, images: Any, position: Any, keys: Any) -> List[Any]:
-    """Returns the dropout mask, bool [n, units], of each hidden dense layer for `images` from `position` on."""
-    return [
-        dropout_mask(tf.shape(images)[0], weights[f"{name}/bias"].shape[0], config.dropout, keys[layer], position)
-        for layer, name in enumerate(DENSE[:-1] if config.dropout else [])
-    ]
-
-
-def accumulate(
-    backward: Callable[..., Backward],
-    weights: vgg.Weights,
-    summed: Sequence[str],
-    factored: Sequence[str],
-    device_batch: int,
-) -> Callable[..., Backward]:
-    """Returns `backward` over any number of images: in micro-batches of at most `device_batch`, one after another."""
-    widths = [weights[f"{name}/kernel"].shape[side] for side in (0, 1) for name in factored]
-
-    def accumulated(images: Any, labels: Any, position: Any, keys: Any) -> Backward:
-        count = images.shape[0]
-        if count <= device_batch:
-            return backward(images, labels, position, keys)
-
-        def add_micro_batch(low: Any, sums: List[Any], factors: List[Any]) -> Any:
-            high = tf.minimum(low + device_batch, count)
-            part = backward(images[low:high], labels[low:high], position + tf.cast(low, tf.int64), keys)
-            rows = [*part.inputs, *part.output_gradients]
-            factors = [array.write(low // device_batch, row) for array, row in zip(factors, rows)]
-            return high, [a + b for a, b in zip(sums, [part.loss, part.top1, part.top5, *part.gradients])], factors
-
-        zeros = [tf.constant(0.0), tf.constant(0, tf.int64), tf.constant(0, tf.int64)]
-        zeros += [tf.zeros_like(weights[name]) for name in summed]
-        size = -(-count // device_batch)
-        arrays = [tf.TensorArray(tf.float32, size, infer_shape=False, element_shape=[None, width]) for width in widths]
-        # One at a time: micro-batches exist because only one fits.
-        start = [tf.constant(0), zeros, arrays]
-        _, sums, arrays = tf.while_loop(lambda low, *_: low < count, add_micro_batch, start, parallel_iterations=1)
-        factors = [tf.ensure_shape(array.concat(), [count, width]) for array, width in zip(arrays, widths)]
-        loss, top1, top5, *gradients = sums
-        return Backward(loss, top1, top5, gradients, factors[: len(factored)], factors[len(factored) :])
-
-    return accumulated
-
-
-def exchange_gradients(
-    local: Backward, summed: Sequence[str], factored: Sequence[str], config: StepConfig, group: comm.Group
-) -> Tuple[Dict[str, Any], Any, Any]:
-    """Returns the gradient of each weight over the global batch, by name; whether every rank's loss is finite (bool); and
-    the seconds of exchange (float64). Collective, in a tf.function.
-    """
-    wire, scale = config.wire_dtype, float(config.global_batch)
-    ready = _time_after([*local.gradients, *local.inputs, *local.output_gradients])
-    nan_flag = tf.where(tf.math.is_finite(local.loss), 0.0, math.nan)
-    gradients = exchange.sum_gradients({**dict(zip(summed, local.gradients)), _NAN_FLAG: nan_flag}, wire, scale, group)
-    losses_finite = tf.math.is_finite(gradients.pop(_NAN_FLAG))
-    factors = {
-        name: exchange.gather_factors(name, inputs, outputs, config.global_batch, wire, scale, group)
-        for name, inputs, outputs in zip(factored, local.inputs, local.output_gradients)
-    }
-    seconds = _time_after([*gradients.values(), *(row for pair in factors.values() for row in pair)]) - ready
-    for name, pair in factors.items():
-        gradients.update(exchange.product(name, *pair))
-    return gradients, losses_finite, seconds
-
-
 def apply_gradients(
     weights: vgg.Weights,
     slots: Slots,
     gradients: Dict[str, Any],
-    losses_finite: Any,
+    largest: Any,
     stopped: Any,
     lr: Any,
     config: StepConfig,
+    limits: Any = None,
 ) -> Tuple[Any, Any, Any]:
     """Updates weights and slots, in a tf.function; returns (gradient norm, loss scale, finite) as in StepMetrics.
 
-    losses_finite: bool scalar, equal on all ranks; stopped: a bool variable, set by the first update that is not finite,
-    after which none is applied.
+    largest: as in Sums, equal on all ranks; stopped: a bool variable, set by the first update that is not finite, after
+    which none is applied; limits: those that the gradients were summed in, if any.
     """
     norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(gradient) for gradient in gradients.values()]))
     with tf.device("/CPU:0"):
-        finite, gradient_finite = losses_finite, tf.math.is_finite(norm)
+        finite, gradient_finite = fixed_point.is_finite(largest[-1]), tf.math.is_finite(norm)
         scale = tf.constant(1.0)
         if LOSS_SCALE not in slots:
             finite &= gradient_finite
@@ -252,17 +207,13 @@ def apply_gradients(
 
     def update() -> None:
         apply_update(weights, slots, gradients, lr, config.optimizer, config.momentum, config.weight_decay)
+        if limits is not None:
+            slots[GRADIENT_LIMITS].assign(fixed_point.next_limits(limits, largest[:-1]))
 
     tf.cond(continues & gradient_finite, update, lambda: None)
     if LOSS_SCALE in slots:
         tf.cond(continues, lambda: set_loss_scale(slots, scale, good_steps), lambda: None)
     return norm, scale, finite
-
-
-def _time_after(tensors: List[Any]) -> Any:
-    """Returns the time in seconds, float64, at which all `tensors` had been computed."""
-    with tf.device("/CPU:0"), tf.control_dependencies(tensors):
-        return tf.timestamp()
 
 
 def step_inputs(config: StepConfig, step: int, low: int, lr: float) -> Tuple[Any, Any, Any]:

@@ -4,16 +4,17 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, NoReturn, Optional, Tuple
 
-from hvd_vgg.config import TrainConfig
+from hvd_vgg.config import BITS, TrainConfig
 from hvd_vgg.data.coverage import Coverage, Update
 from hvd_vgg.data.loader import Batch, train_batches
-from hvd_vgg.data.sampler import slice_bounds
+from hvd_vgg.data.sampler import part_bounds
 from hvd_vgg.errors import STOPPED, Failure
-from hvd_vgg.parallel import comm, cost
+from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import check_replicas, run_on_all_ranks, run_on_root
 from hvd_vgg.reporting.throughput import Throughput
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.training.bad_records import count_bad_records
+from hvd_vgg.training.bits import check_bits, describe_arithmetic
 from hvd_vgg.training.checkpoint_writer import CheckpointWriter
 from hvd_vgg.training.dataset import open_data
 from hvd_vgg.training.evaluate import evaluate, make_eval_step, report_evaluation
@@ -26,7 +27,7 @@ from hvd_vgg.training.resume import require_checkpoints, restore_state
 from hvd_vgg.training.schedule import learning_rate, make_cadence, stop_poll_steps, total_steps
 from hvd_vgg.training.startup import claim_run_dir, join_ranks
 from hvd_vgg.training.state import initial_state, make_checksums, run_fingerprint, save_state
-from hvd_vgg.training.train_step import StepMetrics, make_train_step, step_inputs
+from hvd_vgg.training.train_step import StepMetrics, make_local_sums, make_train_step, step_inputs
 from hvd_vgg.watchdog import StopRequested, watchdog
 
 
@@ -46,32 +47,37 @@ class Trainer:
         self.reporter = open_reporter(config, console)
         self.data = open_data(config, Path(config.run_dir), console)
         self.total_steps = total_steps(config, self.data.train.records)
-        self.low, _ = slice_bounds(config.global_batch, comm.rank(), comm.size())  # of this rank's part of a global batch
+        self.arithmetic = describe_arithmetic(self.device)
+        self.low, _ = part_bounds(config, comm.rank(), comm.size())  # of this rank's part of a global batch
         self.state = initial_state(config)
         self.fingerprint = run_fingerprint(config, self.data.train, self.data.label_base)
         self.writer = CheckpointWriter(RunDir(config.run_dir), config.keep_checkpoints, self.reporter.event)
         run_on_root(lambda: require_checkpoints(config))
         self.restore()
-        introduce(config, self.data, self.device, self.total_steps, self.progress, self.reporter)
+        introduce(
+            config, self.data, self.device, self.arithmetic, self.factored, self.total_steps, self.progress, self.reporter
+        )
         self.started = time.monotonic() - self.progress.seconds
         self.eval_step = make_eval_step(self.state.weights, config, self.device.data_format)
+        if config.reproducible == BITS:
+            check_bits(self.local_sums, self.eval_step, len(self.state.weights), config, self.device)
         self.checksums = make_checksums(self.state.weights)
         self.throughput = Throughput()  # last: its clock starts now, and the first update is to have nothing of the above
 
     def restore(self) -> None:
         """Brings the state to the newest checkpoint, if any, and prepares to train from there. Collective."""
-        config, records, weights = self.config, self.data.train.records, self.state.weights
-        self.progress = restore_state(self.state, config, self.fingerprint, self.reporter)
+        config, records = self.config, self.data.train.records
+        found = restore_state(self.state, config, self.fingerprint, self.arithmetic, self.reporter)
+        self.progress, self.factored = found
         step = self.progress.step
         self.result: Any = None  # the newest Evaluation of this process
         self.cadence = make_cadence(config, records, step)
         self.coverage = Coverage(records, config.global_batch, step, self.progress.coverage)
         self.bar = self.reporter.console.progress("training", self.total_steps, "steps", step)
         self.window: List[PendingUpdate] = []  # since the last log line
-        factored = cost.factored_layers(config, comm.size())
-        self.train_step: Callable[..., StepMetrics] = make_train_step(
-            weights, self.state.slots, config, self.device.data_format, factored
-        )
+        network = (*self.state, config, self.device, self.factored)
+        self.local_sums = make_local_sums(*network)
+        self.train_step: Callable[..., StepMetrics] = make_train_step(*network, local_sums=self.local_sums)
 
     def __enter__(self) -> "Trainer":
         return self
@@ -170,10 +176,10 @@ class Trainer:
 
     def evaluate(self) -> bool:
         """Evaluates the weights; returns whether they are better than all before. Stops instead if asked to."""
-        config, data, progress, threads = self.config, self.data, self.progress, self.device.input_threads
+        config, data, progress = self.config, self.data, self.progress
         try:
             with self.throughput.exclude("evaluation"), watchdog.phase("evaluation"):
-                result = evaluate(self.eval_step, data.validation, config, data.label_base, threads, self.reporter)
+                result = evaluate(self.eval_step, data.validation, config, data.label_base, self.device, self.reporter)
                 report_evaluation(result, progress.step, self.epoch(), self.reporter)
         except StopRequested:
             self.save()
@@ -189,7 +195,8 @@ class Trainer:
             self.reporter.save_failed(self.writer.wait())
             self._settle_coverage()
             self.progress.seconds = time.monotonic() - self.started
-            save_state(self.state, self.progress, self.fingerprint, self.writer, best)
+            kept = {"run": self.fingerprint, "arithmetic": self.arithmetic}
+            save_state(self.state, self.progress, kept, self.writer, best)
             comm.barrier()  # else the others wait for rank 0's copy inside their next update
 
     def write_result(self, required: bool = False) -> Any:

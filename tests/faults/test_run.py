@@ -12,7 +12,7 @@ import tensorflow as tf
 from oracles import INJECT, log_rows, result
 from support import ROOT, TINY, Started, command_line, full
 
-from hvd_vgg.doctor.system import processor_name
+from hvd_vgg.provenance import processor_name
 from hvd_vgg.reporting.log import METRICS
 
 

@@ -14,8 +14,8 @@ from hvd_vgg.doctor.system import (
     check_run_dir,
     check_shared_memory,
     memory_within_limits,
-    processor_name,
 )
+from hvd_vgg.provenance import processor_name
 from hvd_vgg.reporting.findings import FAILURE, OK, WARNING
 
 GB = 1e9

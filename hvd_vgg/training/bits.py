@@ -1,0 +1,81 @@
+"""Whether every bit can be promised here: what decides the bits of a micro-batch, and a check of it at the start."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import numpy as np
+import tensorflow as tf
+
+from hvd_vgg.config import BITS, ROUNDING, StepConfig
+from hvd_vgg.data.transforms import IMAGE_LIBRARY
+from hvd_vgg.errors import CONFIGURATION, Failure
+from hvd_vgg.models.architecture import DENSE
+from hvd_vgg.parallel import comm, fixed_point
+from hvd_vgg.parallel.init import Device
+from hvd_vgg.provenance import instruction_sets, processor_name
+from hvd_vgg.seeds import dropout_keys
+from hvd_vgg.training.sums import Sums
+
+# Gradients of a mean loss are far below 1, and most of them far above a unit of this.
+_LIMIT = 1.0
+
+
+def describe_arithmetic(device: Device) -> Dict[str, str]:
+    """Returns what decides, beside the configuration, in which bits this rank computes; for records and comparisons."""
+    name = ""
+    if device.kind == "GPU":
+        details = tf.config.experimental.get_device_details(tf.config.get_visible_devices("GPU")[0])
+        name = str(details.get("device_name", ""))
+    return {
+        "device": name or device.kind,
+        "processor": processor_name(Path("/")),
+        "instructions": instruction_sets(Path("/")),
+        "threads": str(device.threads),
+        "tensorflow": tf.__version__,
+        "numpy": np.__version__,
+        "images": IMAGE_LIBRARY,
+        "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", ""),
+    }
+
+
+def check_bits(
+    local_sums: Callable[..., Sums], eval_step: Callable[..., Any], weights: int, config: StepConfig, device: Device
+) -> None:
+    """Computes micro-batches of random images on every rank, alone, together and once more. Collective.
+
+    local_sums: of `make_local_sums`; weights: their number. Raises a collective Failure(CONFIGURATION) unless every bit is
+    the same in each way and on all ranks.
+    """
+    count, random = config.device_batch, np.random.default_rng(config.seed)
+    images = random.integers(0, 256, (2 * count, config.image_size, config.image_size, 3), np.uint8)
+    labels = random.integers(0, config.num_classes, 2 * count).astype(np.int32)
+    keys = tf.constant(dropout_keys(config.seed, 0, len(DENSE) - 1))
+    limits, send = tf.constant(fixed_point.limits_of(_LIMIT, weights)), tf.constant(False)
+
+    def compute(low: int, high: int) -> List[np.ndarray]:
+        part = tf.constant(images[low:high]), tf.constant(labels[low:high])
+        sums = local_sums(*part, tf.constant(low, tf.int64), keys, limits, send)
+        return [each.numpy() for each in (*sums.totals, sums.losses, *sums.inputs, *sums.output_gradients)]
+
+    def together(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        return first + second if first.dtype.kind == "i" else np.concatenate([first, second])
+
+    both = compute(0, 2 * count)
+    alone = list(map(together, compute(0, count), compute(count, 2 * count)))
+    rest = compute(0, config.global_batch % count or count)
+    scored = [np.asarray(each) for each in eval_step(tf.constant(images[:count]), tf.constant(labels[:count]))]
+    ways = {"alone and beside another": (both, alone), "each time": (both, compute(0, 2 * count))}
+    varies = [way for way, (one, other) in ways.items() if any(a.tobytes() != b.tobytes() for a, b in zip(one, other))]
+    digest = hashlib.sha256(b"".join(each.tobytes() for each in (*both, *rest, *scored))).hexdigest()
+    everyones = comm.gather_json([varies, digest])
+    for rank, (ways_here, theirs) in enumerate(everyones):
+        if ways_here or theirs != everyones[0][1]:
+            what = f"not the same {ways_here[0]}" if ways_here else "not those of rank 0"
+            raise Failure(
+                CONFIGURATION,
+                f"--reproducible={BITS} cannot be promised here: the bits that rank {rank} computes for the same images are "
+                f"{what} ({describe_arithmetic(device)} on rank 0). Use hosts of one kind, or --reproducible={ROUNDING}",
+                collective=True,
+            )

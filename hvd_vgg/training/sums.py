@@ -1,0 +1,148 @@
+"""What micro-batches add up to, on one rank and over all."""
+
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+
+import tensorflow as tf
+
+from hvd_vgg.config import BITS, StepConfig
+from hvd_vgg.data.sampler import micro_batches
+from hvd_vgg.parallel import comm, exchange, fixed_point
+from hvd_vgg.training.backward import Backward, summed_weights
+from hvd_vgg.training.clock import time_after
+
+
+class Sums(NamedTuple):
+    """Some micro-batches of one rank, in order; once they have been exchanged, the last four are those of all ranks.
+
+    losses: float32 [micro-batches], each summed over its images; top1, top5: int64, hits; ready: when all were computed, in
+    seconds, float64. largest: int32, of `fixed_point.largest`: of the loss, and before it of the gradient of each weight
+    where sums are in fixed point. totals: the sum of each message, [elements]. inputs [rows, K], output_gradients [rows, N]:
+    of each factored layer.
+    """
+
+    losses: Any
+    top1: Any
+    top5: Any
+    ready: Any
+    largest: Any
+    totals: List[Any]
+    inputs: List[Any]
+    output_gradients: List[Any]
+
+
+class Layout(NamedTuple):
+    """How gradients are summed. shapes: of the weights, by name; integers: type of sums in fixed point, None for floats."""
+
+    shapes: Dict[str, Any]
+    factored: Sequence[str]
+    messages: List[exchange.Message]
+    integers: Optional[Any]
+    config: StepConfig
+    group: comm.Group
+
+
+def make_layout(
+    weights: Dict[str, Any], factored: Sequence[str], config: StepConfig, device: str, group: comm.Group
+) -> Layout:
+    """Returns the layout for the gradients of `weights`, on a device of kind `device`, CPU or GPU."""
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    # TensorFlow adds 32-bit integers on the host, even those of a GPU.
+    integers = None if config.reproducible != BITS else tf.int64 if device == "GPU" else tf.int32
+    return Layout(shapes, factored, exchange.messages(summed_weights(shapes, factored)), integers, config, group)
+
+
+def nothing(layout: Layout) -> Sums:
+    """Returns the sums of no micro-batch."""
+    dtype, largest = layout.integers or tf.float32, 1 + (len(layout.shapes) if layout.integers else 0)
+    totals = [tf.zeros([sum(_sizes(layout, message))], dtype) for message in layout.messages]
+    inputs, outputs = ([tf.zeros([0, layout.shapes[f"{name}/kernel"][side]]) for name in layout.factored] for side in (0, 1))
+    hits, ready = tf.constant(0, tf.int64), tf.constant(0.0, tf.float64)
+    return Sums(tf.zeros([0]), hits, hits, ready, tf.zeros([largest], tf.int32), totals, inputs, outputs)
+
+
+def make_add(layout: Layout, limits: Any) -> Callable[[Sums, Backward], Sums]:
+    """Returns the function that adds a micro-batch to sums; limits: of `fixed_point`, int32 [weights], [0] for floats."""
+    scales = _spread(layout, fixed_point.scales(limits, micro_batches(layout.config))) if layout.integers else []
+
+    def add(sums: Sums, part: Backward) -> Sums:
+        gradients = dict(zip(summed_weights(layout.shapes, layout.factored), part.gradients))
+        packed = [exchange.pack([gradients[name] for name in message.weights]) for message in layout.messages]
+        magnitudes = [part.loss]
+        if layout.integers:
+            packed = [fixed_point.encode(values, scale, layout.integers) for values, scale in zip(packed, scales)]
+            magnitudes = [gradients.get(name, tf.constant(0.0)) for name in layout.shapes] + magnitudes
+        totals = [total + values for total, values in zip(sums.totals, packed)]
+        largest = tf.maximum(sums.largest, fixed_point.largest(magnitudes))
+        inputs = [tf.concat(rows, 0) for rows in zip(sums.inputs, part.inputs)]
+        outputs = [tf.concat(rows, 0) for rows in zip(sums.output_gradients, part.output_gradients)]
+        losses = tf.concat([sums.losses, [part.loss]], 0)
+        hits = sums.top1 + part.top1, sums.top5 + part.top5
+        return Sums(losses, *hits, sums.ready, largest, totals, inputs, outputs)
+
+    return add
+
+
+def exchange_when(leaves: Any, sums: Sums, layout: Layout) -> Sums:
+    """Returns the sums of all ranks if `leaves`, bool scalar, else `sums`. Collective over the layout's group if so.
+
+    Each message is sent as soon as what it holds has been computed.
+    """
+    config, group = layout.config, layout.group
+    wire, scale, rows = config.wire_dtype, float(config.global_batch), config.global_batch
+
+    def when(exchanged: Callable[[Any], Any], tensor: Any) -> Any:
+        return tf.cond(leaves, lambda: exchanged(tensor), lambda: tensor)
+
+    def total(message: exchange.Message) -> Callable[[Any], Any]:
+        return lambda packed: exchange.sum_message(packed, message.name, wire, scale, group)
+
+    def factor(name: str, scale: float) -> Callable[[Any], Any]:
+        return lambda mine: exchange.gather_rows(mine, name, rows, wire, scale, group)
+
+    with tf.device("/CPU:0"):
+        largest = when(lambda mine: comm.max_tensor(mine, "largest", group), sums.largest)
+        ready = when(lambda _: time_after(exchanged_parts(sums)) if comm.size(group) > 1 else sums.ready, sums.ready)
+    return sums._replace(
+        ready=ready,
+        largest=largest,
+        totals=[when(total(message), packed) for message, packed in zip(layout.messages, sums.totals)],
+        inputs=[when(factor(f"inputs_{name}", 1.0), mine) for name, mine in zip(layout.factored, sums.inputs)],
+        output_gradients=[
+            when(factor(f"outputs_{name}", scale), mine) for name, mine in zip(layout.factored, sums.output_gradients)
+        ],
+    )
+
+
+def exchanged_parts(sums: Sums) -> List[Any]:
+    """Returns the tensors of which all ranks need those of all."""
+    return [sums.largest, *sums.totals, *sums.inputs, *sums.output_gradients]
+
+
+def gradients_of(sums: Sums, limits: Any, layout: Layout) -> Dict[str, Any]:
+    """Returns the gradient of each weight over the global batch, by name, from the exchanged sums; limits: as they had."""
+    gradients: Dict[str, Any] = {}
+    if layout.integers:
+        inverses = fixed_point.inverse_scales(limits, micro_batches(layout.config), sums.largest[:-1])
+        scales = _spread(layout, inverses)
+    for number, message in enumerate(layout.messages):
+        packed = sums.totals[number]
+        if layout.integers:
+            packed = fixed_point.decode(packed, scales[number])
+        shapes = [layout.shapes[name] for name in message.weights]
+        gradients.update(zip(message.weights, exchange.unpack(packed, shapes)))
+    for name, inputs, outputs in zip(layout.factored, sums.inputs, sums.output_gradients):
+        gradients.update(exchange.product(name, inputs, outputs))
+    return {name: gradients[name] for name in layout.shapes}
+
+
+def _spread(layout: Layout, numbers: Any) -> List[Any]:
+    """Returns for each message what multiplies its elements; numbers: float32 [weights], one for each weight's."""
+    by_name = dict(zip(layout.shapes, tf.unstack(numbers)))
+    return [
+        fixed_point.spread([by_name[name] for name in message.weights], _sizes(layout, message))
+        for message in layout.messages
+    ]
+
+
+def _sizes(layout: Layout, message: exchange.Message) -> List[int]:
+    return [layout.shapes[name].num_elements() for name in message.weights]
