@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 _PARTS = 64  # of a limit's unit: without need a limit falls by a power of two in this many steps
-_MARGIN = 1  # exponents between the largest value of a step and the next limit
+_MARGIN = 2  # exponents between the largest value of a step and the next limit
 # Below 2^-94 all is rounded to zero; limits above do not exist.
 _LOWEST, _HIGHEST = 32, 254
 _NONFINITE = 255  # the exponent of Inf and NaN

@@ -7,7 +7,7 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from hvd_vgg.config import StepConfig
+from hvd_vgg.config import BITS, StepConfig
 from hvd_vgg.data.loader import BadRow
 from hvd_vgg.data.sampler import part_bounds
 from hvd_vgg.models.architecture import training_flops, vgg_layers
@@ -68,6 +68,8 @@ def reduce_metrics(window: List[PendingUpdate], config: StepConfig) -> Dict[str,
         "train.acc@5": top5,
         "train.gradient_norm": float(finite.mean()) if len(finite) else 0.0,
     }
+    if config.reproducible == BITS:
+        row["train.recomputed_updates"] = sum(int(m.passes) - 1 for m in trained)
     if config.precision == "float16":
         scale = float(trained[-1].loss_scale) if trained else 1.0
         row.update({"train.loss_scale": scale, "train.skipped_updates": len(norms) - len(finite)})
