@@ -116,7 +116,8 @@ def test_run_dir_holds_no_other_environment(tmp_path, data):
 @pytest.mark.parametrize(
     ("step", "name", "value", "fault"),
     [
-        (8, "train.loss", 0.1, "receipt.json: digest of dllogger.json "),
+        (8, "train.loss", 0.1, "train.loss is 0.1, expected "),
+        (8, "train.losses", [0.1], "expected 0.1"),
         (9, "train.update_seconds", [1e-4], "train.fps "),
         (9, "train.input_seconds", [1e4], "train.input_seconds "),
         (9, "train.fps", 1e6, "train.fps is 1000000.0, expected "),
@@ -125,10 +126,11 @@ def test_run_dir_holds_no_other_environment(tmp_path, data):
         (10, "eval.top1_hits", 37, "eval.top1_hits, top5_hits, records "),
         (10, "eval.acc@1", 0.99, "eval.acc@1, acc@5 "),
         (10, "eval.records", 36, "eval.top1_hits, top5_hits, records "),
+        (10, "eval.state_sha256", "0" * 64, "state_sha256 is "),
     ],
 )
 def test_verify_finds_a_number_changed(copy, step, name, value, fault):
-    """It contradicts the others even under a new receipt; the loss, of which nothing else depends, under the old one."""
+    """It contradicts the others even under a new receipt."""
 
     def alter(row):
         if is_row(row, step, name):
@@ -137,8 +139,7 @@ def test_verify_finds_a_number_changed(copy, step, name, value, fault):
 
     change_log(copy, alter)
     assert any(text.startswith("receipt.json: digest of dllogger.json ") for text in faults(copy))
-    if name != "train.loss":
-        seal(copy)
+    seal(copy)
     assert any(fault in text for text in faults(copy)), faults(copy)
 
 
@@ -283,11 +284,14 @@ def test_verify_finds_other_weights(copy):
 # ---- a result or flags edited
 
 
-@pytest.mark.parametrize("name", ["acc@1", "top1_hits", "fps", "fps_updates", "steps", "epochs", "ranks", "seconds"])
+@pytest.mark.parametrize(
+    "name", ["acc@1", "top1_hits", "fps", "fps_updates", "steps", "epochs", "ranks", "seconds", "state_sha256"]
+)
 def test_verify_finds_a_result_edited(copy, name):
     """The receipt alone has its wall-clock time, which is in no log."""
     value = json.loads(copy.result.read_text())[name]
-    change_result(copy, **{name: value - 1 if name in ("steps", "fps_updates") else value * 2 + 1})
+    less = name in ("steps", "fps_updates")
+    change_result(copy, **{name: "0" * 64 if name == "state_sha256" else value - 1 if less else value * 2 + 1})
     assert any(text.startswith("receipt.json: digest of result.json ") for text in faults(copy))
     seal(copy)
     assert bool(faults(copy)) == (name != "seconds")

@@ -63,7 +63,7 @@ class Killed(Exception):
 class Trainer:
     """Does for the loop what training.trainer.Trainer does, on paper; kill_at: the number of the write that is its last."""
 
-    total_steps, target_reached = STEPS, staticmethod(lambda: False)
+    total_steps, target_reached, loss = STEPS, staticmethod(lambda: False), staticmethod(lambda step: 1 / (step + 3))
 
     def __init__(self, path, kill_at=None, bad=(), poisoned=(), skipped=(), stop_at=None, launched=False):
         self.run, self.kill_at, self.bad, self.poisoned, self.stop_at = RunDir(path), kill_at, bad, poisoned, stop_at
@@ -133,7 +133,9 @@ class Trainer:
             self.settle()
         seconds, waits = self.unlogged
         images = 32 * max(1, len(steps - self.skipped))
-        row = {"train.loss": 1.0, "train.acc@1": 3 / images, "train.acc@5": 5 / images}
+        losses = [None if step in self.skipped else self.loss(step) for step in sorted(steps)]
+        loss = float(np.mean([each for each in losses if each is not None] or np.nan))
+        row = {"train.loss": loss, "train.losses": losses, "train.acc@1": 3 / images, "train.acc@5": 5 / images}
         row.update({"train.fps": 32 * self.window / sum(seconds), "train.update_seconds": seconds})
         row.update({"train.input_seconds": waits, "train.lr": learning_rate(self.progress.step - 1, CONFIG, RECORDS)})
         self.reporter.row((int(self.epoch()), self.progress.step), row)
@@ -145,17 +147,20 @@ class Trainer:
 
     def evaluate(self):
         hits, self.progress.evaluated = 10 + self.progress.step * 3 % 7, self.progress.step
-        self.result = Evaluation(hits, 30, VALIDATION, 70.0, 0)
-        report_evaluation(self.result, self.progress.step, self.epoch(), self.reporter)
         improved, self.progress.best_top1 = hits > self.progress.best_top1, max(hits, self.progress.best_top1)
+        digest = checkpoint.state_sha256(checkpoint.tensors_sha256(self.tensors().items()), vars(self.progress))
+        self.result = Evaluation(hits, 30, VALIDATION, 70.0, 0, digest)
+        report_evaluation(self.result, self.progress.step, self.epoch(), self.reporter)
         return improved
+
+    def tensors(self):
+        return {f"{LAYERS[1].name}/{part}": np.full((3, 4), self.progress.step, np.float32) for part in ("bias", "kernel")}
 
     def save(self, best=False):
         self.settle()
-        tensors = {"w": np.full((3, 4), self.progress.step, np.float32)}
         run = {**fingerprint(CONFIG), "train_data_sha256": "t"}
         meta = {**vars(self.progress), "coverage": self.coverage.state(), "run": run}
-        path = self.write(checkpoint.save, self.run, tensors, meta, 3, best)
+        path = self.write(checkpoint.save, self.run, self.tensors(), meta, 3, best)
         self.reporter.event("checkpoint", step=self.progress.step, **receipt.checkpoint_row(path))
         self.saved = self.progress.step
 
@@ -172,6 +177,7 @@ class Trainer:
         measured, step, metrics = self.measure(), self.progress.step, self.result.metrics()
         content = {name: metrics[f"eval.{name}"] for name in ("acc@1", "acc@5", "top1_hits", "top5_hits")}
         content.update(records_evaluated=VALIDATION, steps=step, epochs=self.epoch(), ranks=2, global_batch=32)
+        content["state_sha256"] = self.result.state_sha256
         if measured["fps"] or not self.run.result.exists() or json.loads(self.run.result.read_text())["steps"] != step:
             self.reporter.event("throughput", step=step, **measured)
             self.write(self.run.result.write_text, json.dumps({**content, "precision": "float32", **measured}))
@@ -398,6 +404,11 @@ def change_line(run, kind, of_step=None, **changes):
         ("train", {"train.input_seconds": [0.0]}, "train.input_seconds is [0.0]"),
         ("train", {"train.fps": 1.0}, "train.fps is 1.0"),
         ("train", {"train.lr": 1.0}, "train.lr is 1.0"),
+        ("train", {"train.loss": 1.0}, "train.loss is 1.0"),
+        ("train", {"train.losses": [0.1, 0.2]}, "expected 0.15"),
+        ("train", {"train.losses": [None, 1 / 14]}, "steps without a loss is [10], expected []"),
+        ("train", {"train.losses": [1 / 14]}, "number of losses since the last line is 1, expected 2"),
+        ("evaluation", {"eval.state_sha256": "0"}, "state_sha256 is '"),
         ("train", {"train.acc@5": 0.0}, "train.acc@1, acc@5 of 64 images is [0.046875, 0.0]"),
         ("evaluation", {"at": [5, 11]}, "step is 11, expected 12"),
         ("evaluation", {"eval.top5_hits": 1}, "eval.top1_hits, top5_hits, records is [11, 1, 37]"),
