@@ -30,7 +30,8 @@ USAGE_TEXT = f"""hvd-vgg {__version__}: trains VGG networks on ImageNet-style TF
   hvd-vgg train [--flagfile=FILE] [--flags]           train and evaluate; leaves everything in --run_dir
   hvd-vgg evaluate --run_dir=DIR [--flags]            score a checkpoint of a run on the validation records
   hvd-vgg replay RUN_DIR [--step=N] [--flags]         repeat a step of a run that was not finite
-  hvd-vgg verify-run RUN_DIR [--data_dir=DIR]         check what a run claims against what it left behind
+  hvd-vgg verify-run RUN_DIR [--data_dir=DIR]         check what a run claims against what it left behind; --same_as=DIR:
+                                                      and whether it is the same run as another
   hvd-vgg benchmark [--flags]                         measure throughput without input, with it, and on fewer ranks
   hvd-vgg plan --ranks=N --gbit=X [--flags]           predict what exchanging gradients costs on a cluster
   hvd-vgg doctor [--flagfile=FILE] [--flags]          check whether this host, or these ranks, can train, and what to do
@@ -85,8 +86,9 @@ COMMANDS = {
     "verify-run": Command(
         configs.VerifyConfig,
         "hvd_vgg.commands.verify:verify_run",
-        "hvd-vgg verify-run RUN_DIR [--data_dir=DIR]: recompute what the raw logs of a run allow, and report which of its "
-        "claims hold. Exit code 0: all that can be checked; 65: one does not. Needs no TensorFlow without --data_dir.",
+        "hvd-vgg verify-run RUN_DIR [--data_dir=DIR] [--same_as=DIR]: recompute what the raw logs of a run allow, report "
+        "which of its claims hold, and where it parts from another run. Exit code 0: all that can be checked; 65: one does "
+        "not, or the runs differ. Needs no TensorFlow without --data_dir.",
     ),
     "benchmark": Command(
         configs.BenchmarkConfig,

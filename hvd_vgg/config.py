@@ -358,6 +358,7 @@ class VerifyConfig:
         "The run's data: its newest and its best checkpoint are evaluated again. Empty: they are not.",
         "path",
     )
+    same_as: str = flag("", "Verify", "Another run's directory: whether the two are the same, or where they part.", "path")
     hits_tolerance: int = flag(
         0,
         "Verify",

@@ -7,8 +7,9 @@ attempt, or come before the evaluation, coverage or checkpoint of its last updat
 import dataclasses
 import itertools
 import math
+import statistics
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Generator, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
@@ -27,6 +28,7 @@ PASS, FAIL, UNKNOWN = "pass", "fail", "unknown"
 _PROGRESS = ("train", "evaluation", "end")
 DAMAGED = (AttributeError, Failure, IndexError, KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError)
 _Row = Tuple[str, Any, Any]  # name, found, expected
+Findings = Generator[str, None, Tuple[str, str]]  # yields what is wrong; returns verdict and text if nothing is
 
 
 class Check(NamedTuple):
@@ -56,6 +58,7 @@ class Attempt:
         self.next_epoch = step * self.batch // self.records  # the next to be complete
         self.skipped = {int(skipped) for skipped in line.data["skipped_steps"]}
         self.evaluated = -1  # the step of the newest evaluation
+        self.states: Dict[int, Any] = {}  # `state_sha256` by the step of an evaluation
 
     def select(self, kind: str) -> List[LogLine]:
         """Returns its lines of a kind."""
@@ -183,6 +186,7 @@ def _replay_in_attempt(history: History, attempt: Attempt, line: LogLine) -> Ite
     elif kind == "evaluation":
         yield from [("step", line.step, last), ("epoch", line.epoch, complete), *_evaluation_rows(line, attempt)]
         attempt.evaluated, history.scores[line.step] = line.step, line
+        attempt.states[line.step] = data["eval.state_sha256"]
     elif kind == "throughput":
         rows = data.get("by_rank", [])
         yield from [("step", line.step, attempt.evaluated), ("by_host", data.get("by_host", []), per_host(rows))]
@@ -193,6 +197,7 @@ def _replay_in_attempt(history: History, attempt: Attempt, line: LogLine) -> Ite
     elif kind == "stopped":
         yield "step", line.step, last
     elif kind == "checkpoint":
+        yield "state_sha256", data["state_sha256"], attempt.states.get(line.step, data["state_sha256"])
         history.saved[line.step] = line.number, data
     elif kind == "rewind":
         step = data["to"]
@@ -203,11 +208,16 @@ def _replay_in_attempt(history: History, attempt: Attempt, line: LogLine) -> Ite
 def _train_rows(line: LogLine, attempt: Attempt) -> Iterator[_Row]:
     data, batch, before = line.data, attempt.batch, attempt.last
     seconds, waits = data["train.update_seconds"], data["train.input_seconds"]
-    images = batch * max(1, line.step - before - sum(before <= step < line.step for step in attempt.skipped))
+    losses, skipped = data["train.losses"], sorted(step for step in attempt.skipped if before <= step < line.step)
+    trained = [loss for loss in losses if loss is not None]
+    images = batch * max(1, line.step - before - len(skipped))
     accuracies = [data["train.acc@1"], data["train.acc@5"]]
     shares = [min(max(0, round(share * images)), images) / images for share in accuracies]
     yield "number of updates since the last line", len(seconds), line.step - before
     yield "epoch", line.epoch, line.step * batch // attempt.records
+    yield "number of losses since the last line", len(losses), line.step - before
+    yield "steps without a loss", [step for step, loss in enumerate(losses, before) if loss is None], skipped
+    yield "train.loss", data["train.loss"], statistics.fmean(trained) if trained else "nan"
     # A wait and the update around it are read from one clock, but summed differently.
     limits = itertools.zip_longest(waits, seconds, fillvalue=-1)
     yield "train.input_seconds", waits, [min(max(0, wait), total + 1e-6) for wait, total in limits]

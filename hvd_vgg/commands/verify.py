@@ -1,7 +1,8 @@
 """Checks a run against what its directory holds: `hvd-vgg verify-run`.
 
 What the log allows is computed again (`read_history`); the digests of the receipt hold the rest together; with the data,
-checkpoints are evaluated again. What a kill leaves newer than the last line or receipt about it is unknown, and no failure.
+checkpoints are evaluated again; with another run, the two are compared (`compare_runs`). What a kill leaves newer than the
+last line or receipt about it is unknown, and no failure.
 """
 
 import dataclasses
@@ -9,9 +10,21 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import Any, Generator, Iterator, Tuple
+from typing import Any, Iterator
 
-from hvd_vgg.commands.history import DAMAGED, FAIL, PASS, UNKNOWN, Check, History, mismatches, read_history, throughput_rows
+from hvd_vgg.commands.history import (
+    DAMAGED,
+    FAIL,
+    PASS,
+    UNKNOWN,
+    Check,
+    Findings,
+    History,
+    mismatches,
+    read_history,
+    throughput_rows,
+)
+from hvd_vgg.commands.same_run import compare_runs
 from hvd_vgg.config import TrainConfig, VerifyConfig, fingerprint
 from hvd_vgg.data.coverage import digest, parse_epoch_records
 from hvd_vgg.data.sampler import positions
@@ -26,8 +39,6 @@ from hvd_vgg.training import checkpoint
 from hvd_vgg.training.schedule import total_steps
 from hvd_vgg.watchdog import watchdog
 
-Findings = Generator[str, None, Tuple[str, str]]  # yields what is wrong; returns verdict and text if nothing is
-
 
 def verify_run(config: VerifyConfig) -> None:
     """Checks the run in --run_dir and prints each result. Collective with --data_dir.
@@ -35,12 +46,17 @@ def verify_run(config: VerifyConfig) -> None:
     Raises Failure(DATA) if a check fails, Failure(CONFIGURATION) if there is no run.
     """
     run, console, verdicts = RunDir(config.run_dir), Console("lines", not launched_rank()), []
-    if not run.log.is_file():
-        raise Failure(CONFIGURATION, f"--run_dir={run.path} has no dllogger.json: expected the directory of a run")
+    for name, path in (("run_dir", config.run_dir), ("same_as", config.same_as or config.run_dir)):
+        if not RunDir(path).log.is_file():
+            raise Failure(CONFIGURATION, f"--{name}={path} has no dllogger.json: expected the directory of a run")
     if config.data_dir:
         watchdog.start(None, launched_rank() or 0, 0.0)  # evaluation sends heartbeats
-    again = _conclude("evaluated again", _evaluate_again(run, config)) if config.data_dir else iter([])
-    for verdict, subject, text in itertools.chain(check(run.path) if console.speaks else [], again):
+    checks = [check(run.path)] if console.speaks else []
+    if config.same_as and console.speaks:
+        checks.append(_conclude(f"same as {config.same_as}", compare_runs(run, RunDir(config.same_as))))
+    if config.data_dir:
+        checks.append(_conclude("evaluated again", _evaluate_again(run, config)))
+    for verdict, subject, text in itertools.chain(*checks):
         console.say(f"{verdict:7s}  {subject}: {text}")
         verdicts.append(verdict)
     if FAIL in verdicts:
@@ -118,6 +134,7 @@ def _check_file(path: Path, history: History) -> Findings:
     expected = {**fingerprint(config), "train_data_sha256": attempt.start.data["data"]["train"]["sha256"]}
     # The log has the length of the run in steps, whichever way it was given.
     yield from mismatches((name, meta["run"].get(name), value) for name, value in expected.items() if name != "steps")
+    yield from mismatches([("state_sha256", row["state_sha256"], checkpoint.state_sha256(row["sha256"], meta))])
     if meta["coverage"]:
         part, position = parse_epoch_records(meta["coverage"]), step * attempt.batch
         due = positions(position - position % records, position, records, config.seed, config.shuffle_block_records).ids
@@ -159,6 +176,7 @@ def _check_result(run: RunDir, history: History) -> Findings:
     expected = {name: evaluation[f"eval.{name}"] for name in ("acc@1", "acc@5", "top1_hits", "top5_hits")}
     expected.update({"by_rank": None, "by_host": None, **line.data, "event": None, "step": None, "steps": step})
     expected.update(records_evaluated=evaluation["eval.records"], epochs=step * attempt.batch / attempt.records)
+    expected.update(state_sha256=evaluation["eval.state_sha256"])
     expected.update(ranks=attempt.ranks, global_batch=attempt.batch, precision=attempt.config.precision)
     yield from mismatches((name, result.get(name), value) for name, value in expected.items())
     yield from mismatches(throughput_rows(line, attempt))

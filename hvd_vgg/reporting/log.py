@@ -22,6 +22,7 @@ except ImportError:
     dllogger = None
 METRICS: Dict[str, Dict[str, str]] = {
     "train.loss": {"unit": "nats", "format": ":.5f"},
+    "train.losses": {"unit": "nats, each update"},
     "train.acc@1": {"unit": "", "format": ":.4f"},
     "train.acc@5": {"unit": "", "format": ":.4f"},
     "train.gradient_norm": {"unit": "", "format": ":.4g"},
@@ -42,6 +43,7 @@ METRICS: Dict[str, Dict[str, str]] = {
     "eval.top5_hits": {"unit": "records", "format": ":d"},
     "eval.records": {"unit": "records", "format": ":d"},
     "eval.bad_records": {"unit": "records", "format": ":d"},
+    "eval.state_sha256": {"unit": ""},
 }
 Step = Union[str, Tuple[int, ...]]
 
@@ -128,7 +130,7 @@ class RunLog:
                     self.print(step, finite)
         if self.tensorboard and step and not isinstance(step, str):
             for name, value in data.items():
-                if name in METRICS and not isinstance(value, list):
+                if name in METRICS and not isinstance(value, (list, str)):
                     self.tensorboard(name.replace(".", "/"), float(value), step[1])
 
     def event(self, name: str, **data: Any) -> None:

@@ -4,8 +4,8 @@ It has the configuration, digests of data and code, packages, every start, resta
 log, result and checkpoints, and of the log at each start. It proves integrity, not authenticity: whoever can rewrite the
 directory can rewrite it too. To prove a run to others, give them the receipt's SHA-256 when the run ends, or the data.
 
-A checkpoint's digests stand for the file, but only its header is read: `sha256`, of its tensors, is stored there, and
-`header_sha256` is of the header, which also has names, shapes, position and configuration.
+A checkpoint's digests stand for the file, but only its header is read: `sha256`, of its tensors, and `state_sha256`, of them
+and the run's progress, are stored there; `header_sha256` is of the header, which also has names, shapes and configuration.
 """
 
 import contextlib
@@ -83,16 +83,17 @@ def read(run: RunDir) -> Optional[Dict[str, Any]]:
 
 
 def checkpoint_row(path: Path) -> Dict[str, Any]:
-    """Returns file, bytes, sha256 and header_sha256 of a checkpoint, reading its header only. Raises OSError, ValueError."""
+    """Returns file, bytes and digests of a checkpoint, reading its header only. Raises OSError, ValueError."""
     with open(path, "rb") as file:
         length = file.read(8)
         header = file.read(min(int.from_bytes(length, "little"), _HEADER_LIMIT))
     try:
-        digest = str(json.loads(json.loads(header)["__metadata__"]["hvd_vgg"])["sha256"])
+        meta = json.loads(json.loads(header)["__metadata__"]["hvd_vgg"])
+        digests = {name: str(meta[name]) for name in ("sha256", "state_sha256")}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError("not a checkpoint of hvd_vgg") from error
-    header_digest = hashlib.sha256(length + header).hexdigest()
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest, "header_sha256": header_digest}
+    digests["header_sha256"] = hashlib.sha256(length + header).hexdigest()
+    return {"file": path.name, "bytes": path.stat().st_size, **digests}
 
 
 def file_row(path: Path, length: Optional[int] = None) -> Optional[Dict[str, Any]]:
@@ -119,7 +120,7 @@ def write(run: RunDir) -> None:
 
 def content(run: RunDir, lines: List[LogLine], restarts_bytes: Optional[int] = None) -> Dict[str, Any]:
     """Returns the receipt of a run whose log has `lines`; restarts_bytes: of restarts.jsonl to read; None: all."""
-    starts = [line for line in lines if line.kind == "start"]
+    starts, evaluations = [line for line in lines if line.kind == "start"], _evaluations(lines)
     parameters = next((line.data for line in reversed(lines) if line.kind == "PARAMETER"), {})
     return {
         "about": ABOUT,
@@ -128,7 +129,8 @@ def content(run: RunDir, lines: List[LogLine], restarts_bytes: Optional[int] = N
         "seed": parameters.get("seed"),
         **{name: starts[-1].data.get(name) if starts else None for name in ("data", "code", "packages", "environment")},
         "epochs": [{"line": line.number, **line.data} for line in lines if line.kind == "coverage"],
-        "evaluations": _evaluations(lines),
+        "state_sha256": evaluations[-1]["eval.state_sha256"] if evaluations else None,
+        "evaluations": evaluations,
         "starts": [{"timestamp": line.timestamp, **line.data, "log": line.digest} for line in starts],
         "restarts": read_json_lines(run.restarts, restarts_bytes),
         "checkpoints": list(_checkpoints(run)),
@@ -152,7 +154,7 @@ def _evaluations(lines: List[LogLine]) -> List[Dict[str, Any]]:
     newest: Dict[str, Any] = {}
     for line in lines:
         if line.kind == "evaluation":
-            names = ("eval.top1_hits", "eval.top5_hits", "eval.records", "eval.loss")
+            names = ("eval.top1_hits", "eval.top5_hits", "eval.records", "eval.loss", "eval.state_sha256")
             counts = {name: line.data.get(name) for name in names}
             newest = {"line": line.number, "step": line.step, **counts, "checkpoint_sha256": None}
             rows.append(newest)

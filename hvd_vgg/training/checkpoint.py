@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, verified when read, and free of anything about ranks.
 
 `RUN_DIR/checkpoints/step-00001000.safetensors` holds the weights and momentum by name. Its metadata hold, as JSON, the step
-and what the run is, with a SHA-256 over all tensors, and another SHA-256 over that JSON. `best` beside it holds the name of
-such a file. All functions are for rank 0 alone.
+and what the run is, with `sha256` over all tensors and `state_sha256`, and another SHA-256 over that JSON. `best` beside it
+holds the name of such a file. All functions are for rank 0 alone.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import os
 import shutil
 import struct
 from pathlib import Path
-from typing import Any, Dict, Iterable, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterable, Mapping, NamedTuple, Optional, Tuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,8 @@ from hvd_vgg.run_dir import DISK_FULL, RunDir, atomic_write_text, checkpoint_ste
 
 _KEY, _CHECKSUM = "hvd_vgg", "hvd_vgg_sha256"
 _TYPES = {"float32": "F32", "int32": "I32"}
+# Of a run's progress what decides what comes next. The rest depends on when processes started, stopped and looked.
+STATE_PROGRESS = ("step", "skipped_steps", "best_top1", "bad_records")
 
 Tensors = Dict[str, np.ndarray]
 
@@ -73,12 +75,12 @@ def write(path: Path, tensors: Tensors, meta: Dict[str, Any]) -> None:
         needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(path.parent).free
         if free < needed:
             raise OSError(errno.ENOSPC, f"it takes {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
-        digest = _digest(tensors.items())
-        text = json.dumps({**meta, "sha256": digest})
+        digest = tensors_sha256(tensors.items())
+        text = json.dumps({**meta, "sha256": digest, "state_sha256": state_sha256(digest, meta)})
         metadata = {_KEY: text, _CHECKSUM: _checksum(text)}
         _write_safetensors(temporary, tensors, metadata)
         with safe_open(str(temporary), framework="numpy") as file:  # one tensor at a time: memory may be short
-            if file.metadata() != metadata or _digest((name, file.get_tensor(name)) for name in tensors) != digest:
+            if file.metadata() != metadata or tensors_sha256((name, file.get_tensor(name)) for name in tensors) != digest:
                 raise OSError("what was read back is not what was written")
         temporary.replace(path)
         _sync_directory(path.parent)
@@ -124,8 +126,9 @@ def load(path: Path) -> Checkpoint:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError) as error:
         raise ValueError(str(error)) from error
-    if metadata.get(_CHECKSUM) != _checksum(metadata[_KEY]) or _digest(tensors.items()) != meta.pop("sha256", None):
+    if metadata.get(_CHECKSUM) != _checksum(metadata[_KEY]) or tensors_sha256(tensors.items()) != meta.pop("sha256", None):
         raise ValueError("its contents do not match the checksum written with them")
+    meta.pop("state_sha256", None)  # of what is returned
     if checkpoint_step(path) not in (None, meta["step"]):
         raise ValueError(f"its contents are of step {meta['step']}")
     return Checkpoint(path, tensors, meta)
@@ -179,12 +182,23 @@ def clean(run_dir: RunDir) -> None:
         path.unlink()
 
 
-def _digest(tensors: Iterable[Tuple[str, np.ndarray]]) -> str:
+def tensors_sha256(tensors: Iterable[Tuple[str, np.ndarray]]) -> str:
     """Returns a SHA-256 over names, types, shapes and bytes, whatever the order of the tensors."""
-    each = []
-    for name, tensor in tensors:
-        each.append(f"{name} {tensor.dtype} {tensor.shape} {hashlib.sha256(_bytes(tensor)).hexdigest()}\n")
-    return hashlib.sha256("".join(sorted(each)).encode()).hexdigest()
+    return _checksum("".join(sorted(f"{name} {tensor_digest(tensor)}\n" for name, tensor in tensors)))
+
+
+def tensor_digest(tensor: np.ndarray) -> str:
+    """Returns type, shape and the SHA-256 of the bytes of a tensor."""
+    return f"{tensor.dtype} {tensor.shape} {hashlib.sha256(_bytes(tensor)).hexdigest()}"
+
+
+def state_sha256(digest: str, progress: Mapping[str, Any]) -> str:
+    """Returns the one number of a run's state: a SHA-256 over its tensors and what of its progress decides what comes next.
+
+    digest: `tensors_sha256` of weights and momentum; progress: fields of TrainProgress, of which STATE_PROGRESS counts. Two
+    runs of one configuration that have it in common are equal in every bit from there on, on as many ranks.
+    """
+    return _checksum(json.dumps([digest, {name: progress.get(name) for name in STATE_PROGRESS}], sort_keys=True))
 
 
 def _checksum(text: str) -> str:

@@ -26,13 +26,17 @@ _POLL_BATCHES = 4  # how often the ranks ask each other whether one was asked to
 
 
 class Evaluation(NamedTuple):
-    """Integer hits among `records` records, of which `bad` could not be read and are misses, and the sum of their losses."""
+    """Integer hits among `records` records, of which `bad` could not be read and are misses, and the sum of their losses.
+
+    state_sha256: of the run that was evaluated, on rank 0.
+    """
 
     top1: int
     top5: int
     records: int
     loss_sum: float
     bad: int
+    state_sha256: str = ""
 
     def accuracy(self) -> str:
         """Returns both accuracies for people."""
@@ -49,6 +53,7 @@ class Evaluation(NamedTuple):
             "eval.top5_hits": self.top5,
             "eval.records": self.records,
             "eval.bad_records": self.bad,
+            "eval.state_sha256": self.state_sha256,
         }
 
 
@@ -126,5 +131,6 @@ def report_evaluation(result: Evaluation, step: int, epoch: float, reporter: Rep
     reporter.row((int(epoch), step), result.metrics())
     loss = result.loss_sum / result.records
     reporter.say(
-        f"step {step}  epoch {epoch:.2f}  evaluation: {result.accuracy()}  loss {loss:.4f}  of {result.records} records"
+        f"step {step}  epoch {epoch:.2f}  evaluation: {result.accuracy()}  loss {loss:.4f}  of {result.records} records  "
+        f"state {result.state_sha256[:16]}"
     )

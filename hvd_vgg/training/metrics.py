@@ -61,9 +61,10 @@ def reduce_metrics(window: List[PendingUpdate], config: StepConfig) -> Dict[str,
             raise NonFiniteStep(step, loss, norm)
     correct = comm.sum_over_ranks(np.array([[int(m.top1), int(m.top5)] for m in trained], np.int64).reshape(-1, 2))
     top1, top5 = (correct.sum(axis=0) / (max(1, len(trained)) * config.global_batch)).tolist()
-    finite = norms[np.isfinite(norms)]
+    finite, each = norms[np.isfinite(norms)], iter(losses.tolist())
     row = {
         "train.loss": float(losses.mean()) if trained else math.nan,  # nan: all of them were skipped
+        "train.losses": [next(each) if update.metrics else None for update in window],
         "train.acc@1": top1,
         "train.acc@5": top5,
         "train.gradient_norm": float(finite.mean()) if len(finite) else 0.0,

@@ -90,6 +90,7 @@ def write_result(
             "global_batch": config.global_batch,
             "precision": config.precision,
             "seconds": progress.seconds,
+            "state_sha256": evaluation.state_sha256,
         }
         _write(path, json.dumps(content, indent=2) + "\n")
 
@@ -121,6 +122,7 @@ def finish_log(
     reporter.say(f"  acc@5              {evaluation.top5 / evaluation.records:.4f}")
     reporter.say(f"  records evaluated  {evaluation.records}")
     reporter.say(f"  steps              {progress.step}")
+    reporter.say(f"  state SHA-256      {evaluation.state_sha256}")
     if measured["fps"]:
         _print_throughput(measured, reporter)
     if writer.written:

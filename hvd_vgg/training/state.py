@@ -13,6 +13,7 @@ from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.models import vgg
 from hvd_vgg.models.architecture import vgg_layers
 from hvd_vgg.parallel import comm, cost
+from hvd_vgg.training import checkpoint
 from hvd_vgg.training.checkpoint import Checkpoint
 from hvd_vgg.training.checkpoint_writer import CheckpointWriter
 from hvd_vgg.training.optimizer import OPTIONAL_STATE, Slots, make_slots
@@ -38,7 +39,7 @@ class TrainProgress:
 
     step: updates made; seconds: that they took, over all starts; best_top1: most hits of an evaluation so far, -1 before the
     first; evaluated: the step of the newest evaluation; coverage: `Coverage.state()`; bad_records: ids; skipped_steps: by
-    --on_nonfinite=rewind.
+    --on_nonfinite=rewind. What decides what comes next is named in `checkpoint.STATE_PROGRESS`.
     """
 
     step: int = 0
@@ -100,6 +101,12 @@ def save_state(state: State, progress: TrainProgress, run: Dict[str, Any], write
     if comm.is_root():
         tensors = {name: np.asarray(variable) for name, variable in state.variables().items()}
         writer.begin(tensors, {**dataclasses.asdict(progress), "format": CHECKPOINT_FORMAT, **run, "best": best}, best)
+
+
+def state_sha256(state: State, progress: TrainProgress) -> str:
+    """Returns `checkpoint.state_sha256` of a run as it is; takes seconds for a gigabyte."""
+    tensors = ((name, np.asarray(variable)) for name, variable in state.variables().items())
+    return checkpoint.state_sha256(checkpoint.tensors_sha256(tensors), dataclasses.asdict(progress))
 
 
 def data_digest(index: Index) -> str:

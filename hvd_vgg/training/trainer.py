@@ -26,7 +26,7 @@ from hvd_vgg.training.result import finish_log, write_result, write_run_files
 from hvd_vgg.training.resume import require_checkpoints, restore_state
 from hvd_vgg.training.schedule import learning_rate, make_cadence, stop_poll_steps, total_steps
 from hvd_vgg.training.startup import claim_run_dir, join_ranks
-from hvd_vgg.training.state import initial_state, make_checksums, run_fingerprint, save_state
+from hvd_vgg.training.state import initial_state, make_checksums, run_fingerprint, save_state, state_sha256
 from hvd_vgg.training.train_step import StepMetrics, make_local_sums, make_train_step, step_inputs
 from hvd_vgg.watchdog import StopRequested, watchdog
 
@@ -180,13 +180,14 @@ class Trainer:
         try:
             with self.throughput.exclude("evaluation"), watchdog.phase("evaluation"):
                 result = evaluate(self.eval_step, data.validation, config, data.label_base, self.device, self.reporter)
-                report_evaluation(result, progress.step, self.epoch(), self.reporter)
+                improved = result.top1 > progress.best_top1
+                progress.best_top1, progress.evaluated = max(result.top1, progress.best_top1), progress.step
+                digest = run_on_root(lambda: state_sha256(self.state, progress))  # as a checkpoint saved now has it
+                self.result = result._replace(state_sha256=digest or "")
+                report_evaluation(self.result, progress.step, self.epoch(), self.reporter)
         except StopRequested:
             self.save()
             self.stop()
-        improved = result.top1 > progress.best_top1
-        self.result, progress.evaluated = result, progress.step
-        progress.best_top1 = max(progress.best_top1, result.top1)
         return improved
 
     def save(self, best: bool = False) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from support import ROOT, TINY, Started, command_line
 
+from hvd_vgg.commands.same_run import compare_runs
 from hvd_vgg.commands.verify import FAIL, check
 from hvd_vgg.data.sampler import positions
 from hvd_vgg.run_dir import RunDir
@@ -107,6 +108,7 @@ def assert_exact(out, ranks, undisturbed):
     ranks: on how many the run was, at most.
     """
     assert_true(out / "run")
+    assert not list(compare_runs(RunDir(out / "run"), RunDir(undisturbed / "run")))
     found, wanted = newest(out), newest(undisturbed)
     assert found.meta["step"] == wanted.meta["step"] == STEPS
     assert found.tensors.keys() == wanted.tensors.keys()

@@ -14,6 +14,7 @@ from oracles import SEED, STEPS, assert_true, run, start
 from support import ROOT
 
 from hvd_vgg.commands.history import FAIL, PASS
+from hvd_vgg.commands.same_run import compare_runs
 from hvd_vgg.commands.verify import check
 from hvd_vgg.reporting import receipt
 from hvd_vgg.run_dir import RunDir
@@ -97,8 +98,14 @@ def test_log_and_receipt_hold_what_is_promised(honest):
     digest = receipt.checkpoint_row(honest.checkpoint(STEPS))["sha256"]
     assert found["evaluations"][-1]["checkpoint_sha256"] == digest
     assert found["files"]["dllogger.json"]["bytes"] == honest.log.stat().st_size
+    saved = checkpoint.load(honest.checkpoint(STEPS))
+    state = checkpoint.state_sha256(checkpoint.tensors_sha256(saved.tensors.items()), saved.meta)
+    evaluation = [line.data for line in log if line.kind == "evaluation"][-1]
+    assert state == evaluation["eval.state_sha256"] == found["state_sha256"] == found["checkpoints"][-1]["state_sha256"]
+    assert state == json.loads(honest.result.read_text())["state_sha256"]
     assert sum(line.kind == "coverage" for line in log) >= 5
     assert sum(len(line.data.get("train.update_seconds", [])) for line in log) >= STEPS
+    assert all(line.data["train.losses"] == [line.data["train.loss"]] for line in log if line.kind == "train")
 
 
 def test_run_dir_holds_no_other_environment(tmp_path, data):
@@ -116,7 +123,8 @@ def test_run_dir_holds_no_other_environment(tmp_path, data):
 @pytest.mark.parametrize(
     ("step", "name", "value", "fault"),
     [
-        (8, "train.loss", 0.1, "receipt.json: digest of dllogger.json "),
+        (8, "train.loss", 0.1, "train.loss is 0.1, expected "),
+        (8, "train.losses", [0.1], "expected 0.1"),
         (9, "train.update_seconds", [1e-4], "train.fps "),
         (9, "train.input_seconds", [1e4], "train.input_seconds "),
         (9, "train.fps", 1e6, "train.fps is 1000000.0, expected "),
@@ -125,10 +133,11 @@ def test_run_dir_holds_no_other_environment(tmp_path, data):
         (10, "eval.top1_hits", 37, "eval.top1_hits, top5_hits, records "),
         (10, "eval.acc@1", 0.99, "eval.acc@1, acc@5 "),
         (10, "eval.records", 36, "eval.top1_hits, top5_hits, records "),
+        (10, "eval.state_sha256", "0" * 64, "state_sha256 is "),
     ],
 )
 def test_verify_finds_a_number_changed(copy, step, name, value, fault):
-    """It contradicts the others even under a new receipt; the loss, of which nothing else depends, under the old one."""
+    """It contradicts the others even under a new receipt."""
 
     def alter(row):
         if is_row(row, step, name):
@@ -137,8 +146,7 @@ def test_verify_finds_a_number_changed(copy, step, name, value, fault):
 
     change_log(copy, alter)
     assert any(text.startswith("receipt.json: digest of dllogger.json ") for text in faults(copy))
-    if name != "train.loss":
-        seal(copy)
+    seal(copy)
     assert any(fault in text for text in faults(copy)), faults(copy)
 
 
@@ -267,13 +275,16 @@ def test_verify_finds_an_older_checkpoint_as_the_newest(copy):
     assert any("its contents are of step 11" in text for text in faults(copy))
 
 
-def test_verify_finds_other_weights(copy):
+def test_verify_finds_other_weights(copy, honest):
     """Under the same heading: by the log, and by the receipt."""
     path = copy.checkpoint(STEPS)
     found = checkpoint.load(path)
     tensors = {name: tensor.copy() for name, tensor in found.tensors.items()}
     next(iter(tensors.values()))[...] += 1
     checkpoint.save(copy, tensors, found.meta, 5, False)
+    assert list(compare_runs(copy, honest)) == [
+        f"weights first differ in {next(iter(tensors))} (checkpoint of step {STEPS})"
+    ]
     saved = f"{path.name}: is not what was saved"
     assert sum(saved in text or f"receipt.json: {path.name} is not what it was" in text for text in faults(copy)) == 2
     seal(copy)
@@ -283,11 +294,14 @@ def test_verify_finds_other_weights(copy):
 # ---- a result or flags edited
 
 
-@pytest.mark.parametrize("name", ["acc@1", "top1_hits", "fps", "fps_updates", "steps", "epochs", "ranks", "seconds"])
+@pytest.mark.parametrize(
+    "name", ["acc@1", "top1_hits", "fps", "fps_updates", "steps", "epochs", "ranks", "seconds", "state_sha256"]
+)
 def test_verify_finds_a_result_edited(copy, name):
     """The receipt alone has its wall-clock time, which is in no log."""
     value = json.loads(copy.result.read_text())[name]
-    change_result(copy, **{name: value - 1 if name in ("steps", "fps_updates") else value * 2 + 1})
+    less = name in ("steps", "fps_updates")
+    change_result(copy, **{name: "0" * 64 if name == "state_sha256" else value - 1 if less else value * 2 + 1})
     assert any(text.startswith("receipt.json: digest of result.json ") for text in faults(copy))
     seal(copy)
     assert bool(faults(copy)) == (name != "seconds")
@@ -315,6 +329,7 @@ def test_verify_run_refuses_what_is_no_run(launch, tmp_path):
 
 
 def test_verify_run_needs_no_tensorflow(honest):
-    program = f"import sys; sys.argv = ['hvd-vgg', 'verify-run', {str(honest.path)!r}]\n"
+    words = ["hvd-vgg", "verify-run", str(honest.path), f"--same_as={honest.path}"]
+    program = f"import sys; sys.argv = {words}\n"
     program += "from hvd_vgg.__main__ import run\nassert run(sys.argv[1:]) == 0\nassert 'tensorflow' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)

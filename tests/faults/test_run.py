@@ -64,6 +64,8 @@ def test_console_shows_every_update_and_a_summary(finished):
         f"acc@1              {result(run_dir)['acc@1']:.4f}",
         "records evaluated  37",
         "labels from 1 (0 is background",
+        f"state SHA-256      {result(run_dir)['state_sha256']}",
+        f"of 37 records  state {result(run_dir)['state_sha256'][:16]}",
         "bottleneck         ",
         str(run_dir),
     ):

@@ -8,6 +8,7 @@ import pytest
 from support import order_of_writes
 
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
+from hvd_vgg.reporting import receipt
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.training import checkpoint
 
@@ -147,6 +148,40 @@ def test_checkpoint_clean_removes_leftovers_alone(tmp_path):
     (place / "mine.txt").write_text("keep")
     checkpoint.clean(RunDir(tmp_path))
     assert sorted(path.name for path in place.iterdir()) == ["mine.txt", "step-00000001.safetensors"]
+
+
+def test_state_sha256_is_of_what_comes_next():
+    """Of names, types, shapes and bits, in any order; of the progress without its bookkeeping."""
+
+    def digest(change=(), rename=None, **progress):
+        held = {**tensors(3), **dict(change)}
+        held = {rename if name == "a/bias" and rename else name: value for name, value in held.items()}
+        everything = {"step": 3, "skipped_steps": [], "best_top1": -1, "bad_records": [], **progress}
+        found = {
+            checkpoint.state_sha256(checkpoint.tensors_sha256(rows), everything)
+            for rows in (held.items(), reversed(list(held.items())))
+        }
+        return found.pop() if len(found) == 1 else found
+
+    bias = tensors(3)["a/bias"]
+    other = bias.copy()
+    other[-1] = np.nextafter(other[-1], np.float32(0))
+    changes = [{"rename": "a/offset"}, *({"change": {"a/bias": each}} for each in (other, bias.view(np.int32), bias[None]))]
+    changes += [{"step": 4}, {"skipped_steps": [2]}, {"best_top1": 0}, {"bad_records": [7]}]
+    found = [digest(), *(digest(**change) for change in changes)]
+    assert len(set(found)) == len(found)
+    assert digest(seconds=3.0, evaluated=3, coverage=[1], best=True) == digest()
+    assert digest(change={"a/kernel": -0.0 * tensors(3)["a/kernel"]}) != digest(
+        change={"a/kernel": 0.0 * tensors(3)["a/kernel"]}
+    )
+
+
+def test_state_sha256_is_in_the_header(tmp_path):
+    """Of these tensors and this progress, whatever the caller's says."""
+    path = checkpoint.save(RunDir(tmp_path), tensors(3), {"step": 3, "best_top1": 5, "state_sha256": "x"}, 3, False)
+    expected = checkpoint.state_sha256(checkpoint.tensors_sha256(tensors(3).items()), {"step": 3, "best_top1": 5})
+    assert receipt.checkpoint_row(path)["state_sha256"] == expected
+    assert "state_sha256" not in checkpoint.load(path).meta
 
 
 SAVER = """

@@ -68,10 +68,10 @@ def test_log_of_nan_is_valid_json_and_can_be_printed(tmp_path, capsys):
 
 
 def test_log_sends_metrics_to_tensorboard(tmp_path):
-    """By group and step; no lists, and no events."""
+    """By group and step; no lists, no text, and no events."""
     seen = []
     run = RunLog(tmp_path, False, lambda *row: seen.append(row))
-    run.log((1, 7), {"train.loss": 2.0, "eval.records": 5, "train.update_seconds": [0.1]})
+    run.log((1, 7), {"train.loss": 2.0, "eval.records": 5, "train.update_seconds": [0.1], "eval.state_sha256": "a"})
     run.event("stopped", step=7)
     assert seen == [("train/loss", 2.0, 7), ("eval/records", 5.0, 7)]
 

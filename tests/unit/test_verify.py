@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from hvd_vgg.commands.history import FAIL, PASS, UNKNOWN
-from hvd_vgg.commands.verify import check
-from hvd_vgg.config import TrainConfig, fingerprint
+from hvd_vgg.commands.verify import check, verify_run
+from hvd_vgg.config import TrainConfig, VerifyConfig, fingerprint
 from hvd_vgg.data.coverage import Coverage, Update
 from hvd_vgg.data.sampler import positions
 from hvd_vgg.errors import Failure
@@ -63,7 +63,8 @@ class Killed(Exception):
 class Trainer:
     """Does for the loop what training.trainer.Trainer does, on paper; kill_at: the number of the write that is its last."""
 
-    total_steps, target_reached = STEPS, staticmethod(lambda: False)
+    total_steps, target_reached, check_replicas = STEPS, staticmethod(lambda: False), staticmethod(lambda: None)
+    loss = staticmethod(lambda step: 1 / (step + 3))
 
     def __init__(self, path, kill_at=None, bad=(), poisoned=(), skipped=(), stop_at=None, launched=False):
         self.run, self.kill_at, self.bad, self.poisoned, self.stop_at = RunDir(path), kill_at, bad, poisoned, stop_at
@@ -133,7 +134,9 @@ class Trainer:
             self.settle()
         seconds, waits = self.unlogged
         images = 32 * max(1, len(steps - self.skipped))
-        row = {"train.loss": 1.0, "train.acc@1": 3 / images, "train.acc@5": 5 / images}
+        losses = [None if step in self.skipped else self.loss(step) for step in sorted(steps)]
+        loss = float(np.mean([each for each in losses if each is not None] or np.nan))
+        row = {"train.loss": loss, "train.losses": losses, "train.acc@1": 3 / images, "train.acc@5": 5 / images}
         row.update({"train.fps": 32 * self.window / sum(seconds), "train.update_seconds": seconds})
         row.update({"train.input_seconds": waits, "train.lr": learning_rate(self.progress.step - 1, CONFIG, RECORDS)})
         self.reporter.row((int(self.epoch()), self.progress.step), row)
@@ -145,17 +148,20 @@ class Trainer:
 
     def evaluate(self):
         hits, self.progress.evaluated = 10 + self.progress.step * 3 % 7, self.progress.step
-        self.result = Evaluation(hits, 30, VALIDATION, 70.0, 0)
-        report_evaluation(self.result, self.progress.step, self.epoch(), self.reporter)
         improved, self.progress.best_top1 = hits > self.progress.best_top1, max(hits, self.progress.best_top1)
+        digest = checkpoint.state_sha256(checkpoint.tensors_sha256(self.tensors().items()), vars(self.progress))
+        self.result = Evaluation(hits, 30, VALIDATION, 70.0, 0, digest)
+        report_evaluation(self.result, self.progress.step, self.epoch(), self.reporter)
         return improved
+
+    def tensors(self):
+        return {f"{LAYERS[1].name}/{part}": np.full((3, 4), self.progress.step, np.float32) for part in ("bias", "kernel")}
 
     def save(self, best=False):
         self.settle()
-        tensors = {"w": np.full((3, 4), self.progress.step, np.float32)}
         run = {**fingerprint(CONFIG), "train_data_sha256": "t"}
         meta = {**vars(self.progress), "coverage": self.coverage.state(), "run": run}
-        path = self.write(checkpoint.save, self.run, tensors, meta, 3, best)
+        path = self.write(checkpoint.save, self.run, self.tensors(), meta, 3, best)
         self.reporter.event("checkpoint", step=self.progress.step, **receipt.checkpoint_row(path))
         self.saved = self.progress.step
 
@@ -172,6 +178,7 @@ class Trainer:
         measured, step, metrics = self.measure(), self.progress.step, self.result.metrics()
         content = {name: metrics[f"eval.{name}"] for name in ("acc@1", "acc@5", "top1_hits", "top5_hits")}
         content.update(records_evaluated=VALIDATION, steps=step, epochs=self.epoch(), ranks=2, global_batch=32)
+        content["state_sha256"] = self.result.state_sha256
         if measured["fps"] or not self.run.result.exists() or json.loads(self.run.result.read_text())["steps"] != step:
             self.reporter.event("throughput", step=step, **measured)
             self.write(self.run.result.write_text, json.dumps({**content, "precision": "float32", **measured}))
@@ -398,6 +405,11 @@ def change_line(run, kind, of_step=None, **changes):
         ("train", {"train.input_seconds": [0.0]}, "train.input_seconds is [0.0]"),
         ("train", {"train.fps": 1.0}, "train.fps is 1.0"),
         ("train", {"train.lr": 1.0}, "train.lr is 1.0"),
+        ("train", {"train.loss": 1.0}, "train.loss is 1.0"),
+        ("train", {"train.losses": [0.1, 0.2]}, "expected 0.15"),
+        ("train", {"train.losses": [None, 1 / 14]}, "steps without a loss is [10], expected []"),
+        ("train", {"train.losses": [1 / 14]}, "number of losses since the last line is 1, expected 2"),
+        ("evaluation", {"eval.state_sha256": "0"}, "state_sha256 is '"),
         ("train", {"train.acc@5": 0.0}, "train.acc@1, acc@5 of 64 images is [0.046875, 0.0]"),
         ("evaluation", {"at": [5, 11]}, "step is 11, expected 12"),
         ("evaluation", {"eval.top5_hits": 1}, "eval.top1_hits, top5_hits, records is [11, 1, 37]"),
@@ -530,6 +542,100 @@ def test_verify_finds_any_byte_of_the_log_changed(run):
         data[at] = (data[at] + int(random.integers(1, 255))) % 256
         run.log.write_bytes(bytes(data))
         assert verdicts(run.path), at
+
+
+def test_verify_finds_a_state_sha256_of_another_state(run):
+    """In a checkpoint's header, under a checksum that fits."""
+    with mock.patch.object(checkpoint, "state_sha256", lambda digest, progress: "0" * 64):
+        found = checkpoint.load(run.checkpoint(10))
+        checkpoint.write(found.path, found.tensors, found.meta)
+    change_line(run, "checkpoint", of_step=10, **receipt.checkpoint_row(found.path))
+    seal(run)
+    assert [text for text in verdicts(run.path) if "state_sha256 is '0000" in text] == verdicts(run.path) != []
+
+
+# ---- two runs
+
+
+def compare(path, other, capsys):
+    """Returns the line about the comparison of two runs that are whole; with exit code 65 if they differ."""
+    code = 0
+    try:
+        verify_run(VerifyConfig(run_dir=str(path), same_as=str(other)))
+    except Failure as failure:
+        code = failure.code
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "same as" in line]
+    verdict, text = line.split(f"  same as {other}: ")
+    assert (code == 65) == (verdict.strip() == FAIL)
+    return f"{verdict.strip()} {text}"
+
+
+def test_same_as_accepts_a_run_killed_at_any_moment(tmp_path, capsys):
+    """Two rewinds included: as far as the kill left it, and to its end after it continued."""
+    moments = train(tmp_path / "whole", poisoned=(0, 7))
+    equal = (
+        "losses of 12 steps, state SHA-256 at 5 evaluations (the last at step 12) and weights and momentum of 3 checkpoints"
+    )
+    for moment in range(4, moments, 3):
+        path = tmp_path / str(moment)
+        with pytest.raises(Killed):
+            train(path, kill_at=moment, poisoned=(0, 7))
+        assert compare(path, tmp_path / "whole", capsys).split()[0] in (PASS, UNKNOWN), moment
+        train(path, poisoned=(0, 7))
+        assert compare(path, tmp_path / "whole", capsys) == f"pass {equal} are equal", moment
+
+
+def test_same_as_says_how_far(run, tmp_path_factory, capsys):
+    path = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.raises(Failure):
+        train(path, stop_at=5)
+    text = compare(path, run.path, capsys)
+    assert text.startswith("pass so far: losses of 5 steps, state SHA-256 at 2 evaluations (the last at step 5) and ")
+    assert text.endswith("; the run ends at step 5, the other at step 12")
+    assert compare(run.path, path, capsys).endswith("; the run ends at step 12, the other at step 5")
+
+
+def loss_that_differs(step):
+    return 1 / (step + 3) + (step == 6) * 1e-16
+
+
+def tensors_that_differ(trainer):
+    """In the bias and the momentum of a kernel, from step 8 on; the kernel, which comes first, is equal."""
+    later = trainer.progress.step >= 8
+    found = {f"{LAYERS[1].name}/{part}": np.full((3, 4), trainer.progress.step, np.float32) for part in ("bias", "kernel")}
+    found[f"{LAYERS[1].name}/bias"][1, 1] += later
+    return found
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"loss": staticmethod(loss_that_differs)}, ["losses part at step 6 (0.1111111111111112 and 0.1111111111111111)"]),
+        ({"tensors": tensors_that_differ}, ["state SHA-256 differs at step 8 (", "BIAS (checkpoint of step 8)"]),
+    ],
+)
+def test_same_as_finds_where_runs_part(run, tmp_path_factory, capsys, change, parts):
+    path = tmp_path_factory.mktemp("other") / "run"
+    with mock.patch.multiple(Trainer, **change):
+        train(path)
+    text = compare(path, run.path, capsys)
+    assert text.startswith("fail ")
+    for part in parts:
+        assert part.replace("BIAS", f"weights first differ in {LAYERS[1].name}/bias") in text, text
+
+
+def test_same_as_finds_other_flags_and_data(run, tmp_path_factory, capsys):
+    """Though nothing that was trained differs."""
+    path = tmp_path_factory.mktemp("other") / "run"
+    with mock.patch.dict(globals(), CONFIG=dataclasses.replace(CONFIG, dropout=0.25)):
+        train(path)
+    assert compare(path, run.path, capsys) == "fail --dropout is 0.25 and 0.5"
+
+
+def test_same_as_needs_another_run(run, tmp_path):
+    with pytest.raises(Failure, match="--same_as=.* has no dllogger.json: expected the directory of a run") as raised:
+        verify_run(VerifyConfig(run_dir=str(run.path), same_as=str(tmp_path / "none")))
+    assert raised.value.code == 78
 
 
 # ---- receipt
