@@ -2,10 +2,10 @@
 
     python benchmarks/fixed_point.py --data_dir=DIR [--checkpoint=FILE] [--sums=8,64,256] [TRAIN'S FLAGS]
 
-float32: added from the first micro-batch to the last. int32: in fixed point, under the limits that these micro-batches leave
-to the next step, which are the loosest that it may have. Each cell is the norm of the difference over the norm of the sum:
-the median and the largest of all layers. bound: that of parallel/fixed_point.py over the norm, of the worst layer, where each
-element is as wrong as can be.
+float32: added from the first micro-batch to the last. int32: in fixed point, under the limits that these micro-batches
+leave to the next step, which are the loosest that it may have. Each cell is the norm of the difference over the norm of
+the sum: the median and the largest of all layers. bound: that of parallel/fixed_point.py over the norm, of the worst
+layer, where each element is as wrong as can be.
 """
 
 import statistics

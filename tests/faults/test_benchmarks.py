@@ -33,6 +33,10 @@ SMOKE = {
         ["matmul", "ours", "keras"],
     ),
     "chaos": ("--data_dir=DATA --faults=1 --ranks=1 --steps=80 --seed=1", ["faults"]),
+    "fixed_point": (
+        "--data_dir=DATA --sums=2,3 --num_classes=10 --model=vgg11 --width=0.05 --image_size=32",
+        ["2, kernel", "3, bias"],
+    ),
     "doctor": ("--cases=unreachable --hosts=2 --rounds=1", ["unreachable"]),
     "exchange": (
         "--size=32 --width=0.05 --mbit=1000 --steps=1 --rounds=1 --ways=horovod,factored16",

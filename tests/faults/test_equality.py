@@ -1,6 +1,11 @@
-"""A run is its configuration and its seed: the same records, losses and weights on any number of ranks."""
+"""A run is its configuration and its seed: the same records, losses, weights and momentum on any number of ranks.
+
+Under --reproducible=bits nothing here has a tolerance: runs are the same if `state_sha256` and all losses are. No hash is
+kept from one session to the next.
+"""
 
 import os
+import random
 import signal
 import sys
 
@@ -12,7 +17,7 @@ from oracles import (
     SEED,
     STEPS,
     assert_same_run,
-    assert_same_weights,
+    events,
     ids_by_step,
     injected_ranks,
     losses,
@@ -21,14 +26,37 @@ from oracles import (
     run,
     start,
 )
-from support import ROOT, TINY, full, wait_for
+from support import ROOT, TINY, Started, full, wait_for
 
 from hvd_vgg.data.sampler import positions
+from hvd_vgg.provenance import instruction_sets
+
+# 5 micro-batches, of 6, 6, 6, 6 and 5 images, which neither 2 nor 3 nor 4 ranks can share evenly.
+LONG = [
+    *("--steps=30", "--global_batch=29", "--device_batch=6", "--optimizer=nesterov", "--weight_decay=0.0005"),
+    *("--lr=0.02", "--save_every_steps=0", "--eval_every_epochs=5"),
+]
 
 
 def planned(block=1):
     """Returns {step: ids} as the sampler has them."""
     return {step: positions(32 * step, 32 * step + 32, RECORDS, SEED, block).ids.tolist() for step in range(STEPS)}
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory, data):
+    """Returns the function that yields the folder of LONG with more flags on one rank, without a launcher."""
+    made = {}
+
+    def on_one_rank(*flags):
+        if flags not in made:
+            made[flags] = tmp_path_factory.mktemp("long")
+            run(made[flags], data, 0, *LONG, *flags)
+            first, *_, last = losses(made[flags] / "run").values()
+            assert abs(first - last) > 1e-2  # else equal runs would show little
+        return made[flags]
+
+    return on_one_rank
 
 
 def test_undisturbed_run_learns_and_reads_what_is_planned(undisturbed):
@@ -41,43 +69,155 @@ def test_undisturbed_run_learns_and_reads_what_is_planned(undisturbed):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "device_batch", "exchange"),
+    ("ranks", "flags"),
     [
-        *[(0, 32, "allreduce"), (3, 4, "factored")],
-        *full((2, 4, "factored"), (3, 4, "allreduce"), (2, 32, "allreduce"), (4, 32, "factored"), (1, 32, "factored")),
-        *full((2, 32, "factored")),
-        *full((4, 4, "factored"), (1, 4, "factored"), (3, 32, "factored"), (1, 4, "allreduce"), (4, 32, "allreduce")),
+        *[(2, ["--exchange=factored"]), (3, ["--exchange=factored"]), (4, ["--exchange=allreduce"])],
+        *full((1, ["--exchange=factored"]), (4, ["--exchange=factored"])),
+        *full((1, ["--exchange=allreduce"]), (2, ["--exchange=allreduce"]), (3, ["--exchange=allreduce"])),
+        *full((2, ["--xla"]), (3, ["--compute_threads=2"])),
+        *[pytest.param(3, [f"--precision={each}"], marks=pytest.mark.fault(tier=3)) for each in ("bfloat16", "float16")],
     ],
+    ids=lambda value: value if isinstance(value, int) else " ".join(value),
 )
 @pytest.mark.fault("F31")
-def test_ranks_micro_batches_and_exchange_change_nothing(tmp_path, data, undisturbed, ranks, device_batch, exchange):
-    flags = [f"--device_batch={device_batch}", f"--exchange={exchange}", "--drift_every_steps=3", "--save_every_steps=0"]
+def test_every_bit_is_the_same_on_any_ranks(tmp_path, data, long_run, ranks, flags):
+    if "--precision=bfloat16" in flags and "avx512_bf16" not in instruction_sets(ROOT.root):
+        pytest.skip("capability: convolutions in bfloat16 need a processor that has it")
+    run(tmp_path, data, ranks, *LONG, *flags)
+    assert_same_run(tmp_path, long_run(*flags))
+
+
+@pytest.mark.parametrize(
+    "launcher", [["horovodrun", "-np", "2"], ["horovodrun", "--gloo", "-np", "3"]], ids=lambda words: " ".join(words[:2])
+)
+def test_every_bit_is_the_same_under_any_launcher(launch, tmp_path, data, long_run, launcher):
+    flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *FLAGS, *LONG, "--exchange=allreduce"]
+    launch(0, "train", *flags, program=[*launcher, sys.executable, "-m", "hvd_vgg"], PYTHONPATH=str(ROOT), code=0)
+    assert_same_run(tmp_path, long_run("--exchange=allreduce"))
+
+
+@pytest.mark.parametrize("fault", ["twice@1:7", "drop_by_rank@1:5", "sum_in_floats"])
+def test_a_defect_of_a_bit_is_seen(tmp_path, data, long_run, fault):
+    """One sample twice, dropout by rank, sums whose result depends on order."""
+    flags = ["--exchange=allreduce", "--drift_every_steps=0"]
+    faults = [fault] if "@" in fault else [f"{fault}@0:0", f"{fault}@1:0"]
+    run(tmp_path, data, 2, *faults, *LONG, *flags)
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path, long_run("--exchange=allreduce"))
+
+
+def test_a_rank_that_computes_otherwise_is_refused(tmp_path, data):
+    """At the start, before it has trained."""
+    ended = run(tmp_path, data, 2, "drop_by_rank@1:0", code=78)
+    assert "the bits that rank 1 computes for the same images are not those of rank 0" in ended.err
+
+
+def test_lost_momentum_is_seen(tmp_path, data, undisturbed):
+    """A run that goes on without it ends otherwise."""
+    run(tmp_path, data, 2, "usr1@0:6", code=80)
+    run(tmp_path, data, 2, "forget_momentum@0:0")
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.fault("F21")
+def test_killed_at_random_and_resumed_on_other_ranks(tmp_path, data, undisturbed):
+    """It is the run that was never killed, whichever step it was killed at."""
+    draw = random.Random()
+    moments = sorted(draw.sample(range(2, STEPS), 3))
+    print("killed after", moments)
+    for ranks, moment in zip((3, 1, 4), moments):
+        run(tmp_path, data, ranks, f"kill@{ranks - 1}:{moment}", "--save_every_steps=2", code=137)
+    run(tmp_path, data, 2, "--save_every_steps=2")
+    assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.fault("F21")
+def test_killed_on_two_ranks_and_resumed_on_one(tmp_path, data, undisturbed):
+    """No record is left out or read twice, from whichever step it was killed at."""
+    started = start(tmp_path, data, 2, "--save_every_steps=2")
+    ids = tmp_path / "ids.rank1"
+    wait_for(lambda: ids.exists() and len(ids.read_text().splitlines()) >= 5)
+    os.kill(injected_ranks(started)[1], signal.SIGKILL)
+    started.wait(code=137)
+    before, found = ids_by_step(tmp_path, 2), newest(tmp_path)
+    resumed_at = found.meta["step"] if found else 0
+    for rank in (0, 1):
+        (tmp_path / f"ids.rank{rank}").unlink()
+    ended = run(tmp_path, data, 1, "--save_every_steps=2")
+    assert f"steps {resumed_at} to {STEPS}" in ended.out
+    assert {**{step: before[step] for step in range(resumed_at)}, **ids_by_step(tmp_path, 1)} == planned()
+    assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.fault(tier=3)
+def test_two_hosts_over_a_slow_link_are_one_rank(emulated_hosts, tmp_path, data, long_run):
+    emulated_hosts.slow(2, 50)
+    flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *FLAGS, *LONG, "--exchange=allreduce"]
+    words = [sys.executable, "-m", "hvd_vgg", "launch", *emulated_hosts.flags, "train", *flags]
+    Started(emulated_hosts.on(1, words), tmp_path, PYTHONPATH=str(ROOT)).wait(code=0)
+    assert_same_run(tmp_path, long_run("--exchange=allreduce"))
+
+
+@pytest.mark.fault(tier=3)
+def test_going_on_with_other_threads_is_said(tmp_path, data):
+    """And not refused: equal to rounding only."""
+    run(tmp_path, data, 2, "--steps=4")
+    ended = run(tmp_path, data, 2, "--compute_threads=2")
+    assert "equal to rounding only from here" in ended.out and "threads" in ended.out
+    (event,) = events(tmp_path / "run", "arithmetic_changed")
+    assert (event["before"], event["after"]) == ({"threads": "1"}, {"threads": "2"})
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("exchange", "allreduce"), ("device_batch", "16"), ("reproducible", "rounding")]
+)
+@pytest.mark.fault(tier=3)
+def test_going_on_with_other_sums_is_refused(tmp_path, data, flag, value):
+    """Unless it is allowed by name."""
+    run(tmp_path, data, 2, "--steps=4", "--exchange=factored")
+    ended = run(tmp_path, data, 2, "--exchange=factored", f"--{flag}={value}", code=78)
+    assert f"--allow_config_change={flag}" in ended.err
+    run(tmp_path, data, 2, "--exchange=factored", f"--{flag}={value}", f"--allow_config_change={flag}")
+
+
+def test_tensorflow_deterministic_ops_of_a_user_work(tmp_path, data):
+    """With sums that depend on order too."""
+    run(tmp_path, data, 2, "--reproducible=rounding", "--steps=2", TF_DETERMINISTIC_OPS="1")
+
+
+# ---- to rounding
+
+
+@pytest.mark.parametrize(
+    ("ranks", "device_batch", "exchange"), [(3, 4, "factored"), *full((0, 32, "allreduce"), (4, 16, "factored"))]
+)
+def test_ranks_and_micro_batches_change_rounding_alone(tmp_path, data, undisturbed, ranks, device_batch, exchange):
+    """With parts that differ by one image, gradients summed in floats, and any micro-batches."""
+    flags = ["--reproducible=rounding", f"--device_batch={device_batch}", f"--exchange={exchange}", "--drift_every_steps=3"]
     run(tmp_path, data, ranks, *flags)
-    assert_same_run(tmp_path, ranks, undisturbed, 2)
+    assert ids_by_step(tmp_path, ranks) == planned()
+    found, expected = losses(tmp_path / "run"), losses(undisturbed / "run")
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
+    for name, distance in distances(newest(tmp_path), newest(undisturbed)).items():
+        # A ReLU or a maximum whose inputs differ in the last bit may go the other way, and moves a gradient by a whole term.
+        assert distance <= (1e-5 if name.endswith("/kernel") else 0.02), name
+
+
+def distances(found, wanted):
+    """Returns the norm of the difference over the norm, of each weight and its momentum."""
+    names = [name for name in wanted.tensors if name in found.tensors and "/" in name and "loss_scale" not in name]
+    norms = {name: np.linalg.norm(wanted.tensors[name]) for name in names}
+    return {name: np.linalg.norm(found.tensors[name] - wanted.tensors[name]) / norms[name] for name in names}
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.fault(tier=3)
-def test_ranks_change_less_than_a_low_precisions_rounding(tmp_path, data, undisturbed, precision):
-    """What ranks change is less than twice what the precision itself changes against float32."""
-    flags = [f"--precision={precision}", "--drift_every_steps=3"]
-    run(tmp_path / "0", data, 0, *flags)
-    wanted, exact = newest(tmp_path / "0").tensors, newest(undisturbed).tensors
-    kernels = [name for name in exact if name.endswith("/kernel")]  # biases begin at 0: all gradient
-    assert (precision == "float16") == ("loss_scale" in wanted)
-
-    def distances(one, other):
-        return np.array([np.linalg.norm(one[name] - other[name]) for name in kernels])
-
-    rounding = distances(wanted, exact)
-    assert (rounding > 0).all() and (rounding < [0.1 * np.linalg.norm(exact[name]) for name in kernels]).all()
-    for ranks in (2, 4):
-        out = tmp_path / str(ranks)
-        run(out, data, ranks, *flags)
-        assert ids_by_step(out, ranks) == planned()
-        found = [list(losses(each / "run").values()) for each in (out, tmp_path / "0")]
-        np.testing.assert_allclose(*found, rtol=0.02)
-        assert (distances(newest(out).tensors, wanted) <= 2 * rounding).all(), ranks
+def test_low_precision_changes_rounding_alone(tmp_path, data, undisturbed, precision):
+    run(tmp_path, data, 0, f"--precision={precision}", "--drift_every_steps=3")
+    assert (precision == "float16") == ("loss_scale" in newest(tmp_path).tensors)
+    moved = [each for name, each in distances(newest(tmp_path), newest(undisturbed)).items() if name.endswith("/kernel")]
+    assert min(moved) > 0 and max(moved) < 0.1
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
@@ -112,44 +252,13 @@ def test_run_goes_on_in_another_precision_where_allowed(tmp_path, data):
 def test_another_seed_is_another_run(tmp_path, data, undisturbed):
     run(tmp_path, data, 2, "--seed=2")
     assert ids_by_step(tmp_path, 2) != planned()
-    with pytest.raises(AssertionError):
-        assert_same_weights(newest(tmp_path), newest(undisturbed), 1e-2)
-
-
-@pytest.mark.fault("F21")
-def test_killed_on_two_ranks_and_resumed_on_one(tmp_path, data, undisturbed):
-    """It is the run that was never killed: records, losses and weights, from whichever step it was killed at."""
-    started = start(tmp_path, data, 2, "--save_every_steps=2")
-    ids = tmp_path / "ids.rank1"
-    wait_for(lambda: ids.exists() and len(ids.read_text().splitlines()) >= 5)
-    os.kill(injected_ranks(started)[1], signal.SIGKILL)
-    ended = started.wait(code=137)
-    before, found = ids_by_step(tmp_path, 2), newest(tmp_path)
-    resumed_at = found.meta["step"] if found else 0
-    for rank in (0, 1):
-        (tmp_path / f"ids.rank{rank}").unlink()
-    ended = run(tmp_path, data, 1, "--save_every_steps=2")
-    assert f"steps {resumed_at} to {STEPS}" in ended.out
-    assert {**{step: before[step] for step in range(resumed_at)}, **ids_by_step(tmp_path, 1)} == planned()
-    assert_same_weights(newest(tmp_path), newest(undisturbed))
-    np.testing.assert_allclose(*(list(losses(out / "run").values()) for out in (tmp_path, undisturbed)), rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "launcher",
-    [["horovodrun", "-np", "2"], *full(["horovodrun", "--gloo", "-np", "2"], ["mpirun", "-np", "4", "--oversubscribe"])],
-    ids=" ".join,
-)
-def test_launchers_give_the_same_losses(launch, tmp_path, data, undisturbed, launcher):
-    flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *FLAGS]
-    launch(0, "train", *flags, program=[*launcher, sys.executable, "-m", "hvd_vgg"], PYTHONPATH=str(ROOT), code=0)
-    np.testing.assert_allclose(*(list(losses(out / "run").values()) for out in (tmp_path, undisturbed)), rtol=1e-5)
+    assert min(distances(newest(tmp_path), newest(undisturbed)).values()) > 1e-2
 
 
 @pytest.mark.fault(tier=3)
 def test_one_inter_op_thread_does_not_hang_a_run(tmp_path, data, undisturbed):
     run(tmp_path, data, 2, TF_NUM_INTEROP_THREADS="1", TF_NUM_INTRAOP_THREADS="1")
-    np.testing.assert_allclose(*(list(losses(out / "run").values()) for out in (tmp_path, undisturbed)), rtol=1e-5)
+    assert_same_run(tmp_path, undisturbed)
 
 
 def test_evaluation_gives_the_same_integers_on_ranks(launch, tmp_path, data):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import namespaces
 import pytest
-from oracles import FLAGS, INJECT, STEPS, assert_exact, assert_same_weights, newest
+from oracles import FLAGS, INJECT, STEPS, assert_exact, assert_same_state, newest
 from support import ROOT, TINY, Started, full, wait_for
 
 from hvd_vgg.launcher import mpirun
@@ -460,7 +460,7 @@ def test_lost_host_is_left_out_and_run_is_the_same(tmp_path, data, undisturbed, 
     lines = restarts(out)
     assert [(line["ranks"], len(line["hosts"])) for line in lines] == [(count, count)] * 2 + [(count - 1, count - 1)] * 2
     assert newest(out).meta["step"] == STEPS
-    assert_same_weights(newest(out), newest(undisturbed))
+    assert_same_state(newest(out), newest(undisturbed))
 
 
 @pytest.mark.fault("F33", tier=3)
@@ -482,7 +482,7 @@ def test_recipe_script_continues_without_lost_host(tmp_path, data, emulated_host
     ended = Started(["bash", *script, "--ranks=1"], alone, **environment).wait(code=0)
     found, wanted = (checkpoint.newest(RunDir(place / "runs" / "vgg16_imagenet"))[0] for place in (lost, alone))
     assert found.meta["step"] == wanted.meta["step"] == 60
-    assert_same_weights(found, wanted)
+    assert_same_state(found, wanted)
 
 
 @pytest.mark.fault("F33")

@@ -16,7 +16,7 @@ from oracles import (
     STEPS,
     assert_exact,
     assert_goes_on,
-    assert_same_weights,
+    assert_same_state,
     assert_true,
     events,
     losses,
@@ -167,4 +167,4 @@ def test_one_rank_then_two_then_one_is_the_run_never_stopped(tmp_path, data, und
         run(tmp_path, data, ranks, *[fault] * bool(fault), code=code)
     assert [event["ranks"] for event in events(tmp_path / "run", "start")] == [1, 2, 1]
     assert newest(tmp_path).meta["step"] == STEPS
-    assert_same_weights(newest(tmp_path), newest(undisturbed))
+    assert_same_state(newest(tmp_path), newest(undisturbed))

@@ -137,6 +137,35 @@ def overflow(seconds):
     replace(vgg, "dense", wrap)
 
 
+def sum_in_floats(seconds):
+    """Sums over ranks in float32, whose result depends on their number."""
+    from hvd_vgg.parallel import comm
+
+    def wrap(sum_tensor):
+        import tensorflow as tf
+
+        return lambda tensor, *rest: tf.cast(sum_tensor(tf.cast(tensor, tf.float32), *rest), tensor.dtype)
+
+    replace(comm, "sum_tensor", wrap)
+
+
+def drop_by_rank(seconds):
+    """Makes this rank draw other dropout masks."""
+    from hvd_vgg import seeds
+
+    replace(seeds, "dropout_keys", lambda keys: lambda seed, step, layers: keys(seed + 1, step, layers))
+
+
+def forget_momentum(seconds):
+    """Has a run go on from its weights alone."""
+    from hvd_vgg.training import state
+
+    def wrap(assign):
+        return lambda variables, found: assign({n: v for n, v in variables.items() if not n.endswith("momentum")}, found)
+
+    replace(state, "assign_variables", wrap)
+
+
 def break_preprocessing(seconds):
     """Makes every image fail in a way that no part of the package foresees."""
     from hvd_vgg.data import transforms
@@ -175,11 +204,15 @@ _FAULTS = {
     "slow_evaluation": slow_evaluation,
     "slow_compute": slow_compute,
     "overflow": overflow,
+    "sum_in_floats": sum_in_floats,
+    "drop_by_rank": drop_by_rank,
+    "forget_momentum": forget_momentum,
     "preprocess": break_preprocessing,
     "version": change_version,
 }
-# nan: the outputs of the last layer are NaN in the step; drift: 1e-3 is added to one number of fc2/bias before the step.
-_BATCH_FAULTS = ("nan", "drift")
+# nan: the outputs of the last layer are NaN in the step; drift: 1e-3 is added to one number of fc2/bias before the step;
+# twice: the rank's first image takes the place of its second.
+_BATCH_FAULTS = ("nan", "drift", "twice")
 
 
 def due(kinds, step):
@@ -220,6 +253,8 @@ def batches_with_faults(train_batches):
                 if "drift" in now:
                     bias = tensors["state"].weights["fc2/bias"]
                     bias.assign_add(1e-3 * tf.one_hot(2, bias.shape[0]))
+                if "twice" in now:
+                    batch = batch._replace(images=tf.concat([batch.images[:1], batch.images[:1], batch.images[2:]], 0))
                 yield batch
 
     return noted
