@@ -82,10 +82,8 @@ def make_train_step(
 
     @tf.function(jit_compile=False, autograph=False)
     def train_step(images: Any, labels: Any, position: Any, keys: Any, lr: Any) -> StepMetrics:
-        def sums_within(limits: Any) -> Sums:
-            return accumulated(images, labels, position, keys, limits, tf.constant(True))
-
-        sums, limits, passes = _within_limits(sums_within, slots.get(GRADIENT_LIMITS))
+        inputs = images, labels, position, keys
+        sums, limits, passes = _within_limits(accumulated, inputs, slots.get(GRADIENT_LIMITS))
         seconds = time_after(exchanged_parts(sums)) - sums.ready if comm.size(group) > 1 else sums.ready
         gradients = gradients_of(sums, limits, layout)
         norm, scale, finite = apply_gradients(weights, slots, gradients, sums.largest, stopped, lr, config, limits)
@@ -145,21 +143,30 @@ def accumulate(backward: Callable[..., Backward], layout: Layout, at_a_time: int
     return accumulated
 
 
-def _within_limits(sums_within: Callable[[Any], Sums], limits: Any) -> Tuple[Sums, Any, Any]:
-    """Returns sums in which no gradient exceeds its limit, these limits, and the passes that it took, 1 or 2.
+def _within_limits(local_sums: Any, inputs: Sequence[Any], limits: Any) -> Tuple[Sums, Any, Any]:
+    """Returns the sums of all ranks in which no gradient exceeds its limit, these limits, and the passes it took, 1 or 2.
 
-    limits: int32 [weights]; None where sums are in floats, which have none.
+    inputs: the first of `accumulate`'s; limits: int32 [weights], None where sums are in floats, which have none.
     """
     if limits is None:
-        return sums_within(tf.zeros([0], tf.int32)), None, tf.constant(1)
-    limits = tf.identity(limits)
-    first = sums_within(limits)
-    with tf.control_dependencies(tf.nest.flatten(first)):  # no message is sent again before it has arrived
-        largest = tf.identity(first.largest[:-1])
-    with tf.device("/CPU:0"):
-        exceeded, raised = fixed_point.exceeded(limits, largest), fixed_point.next_limits(limits, largest)
-    sums = tf.cond(exceeded, lambda: sums_within(raised), lambda: first)
-    return sums, tf.where(exceeded, raised, limits), tf.where(exceeded, 2, 1)
+        return local_sums(*inputs, tf.zeros([0], tf.int32), tf.constant(True)), None, tf.constant(1)
+
+    def attempt(passes: Any, _: Any, limits: Any, __: Any) -> Any:
+        sums = local_sums(*inputs, limits, tf.constant(True))
+        with tf.control_dependencies(exchanged_parts(sums)), tf.device("/CPU:0"):  # before any is sent again
+            largest = tf.identity(sums.largest[:-1])
+            raised = tf.where(fixed_point.exceeded(limits, largest), fixed_point.next_limits(limits, largest), limits)
+        return passes + 1, limits, raised, sums
+
+    # A loop rather than a branch: the graph has the network once. It begins with sums of nothing.
+    specs = local_sums.get_concrete_function().structured_outputs
+    empty = tf.nest.map_structure(lambda spec: tf.zeros([0, *spec.shape[1:]][: spec.shape.rank], spec.dtype), specs)
+    start = [tf.constant(0), tf.zeros_like(limits), tf.identity(limits), empty]
+    any_length = tf.nest.map_structure(lambda tensor: tf.TensorShape([None, *tensor.shape[1:]][: tensor.shape.rank]), start)
+    passes, used, _, sums = tf.while_loop(
+        lambda passes, used, needed, _: tf.reduce_any(used != needed), attempt, start, any_length, parallel_iterations=1
+    )
+    return tf.nest.map_structure(lambda tensor, spec: tf.ensure_shape(tensor, spec.shape), sums, specs), used, passes
 
 
 def _without_dispatch(function: Any) -> Callable[..., Any]:
