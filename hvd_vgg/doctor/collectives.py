@@ -129,7 +129,7 @@ def sum_all(config: DoctorConfig, layers: Sequence[Layer], device: str, carrier:
     seconds, wrong = _measure_sums(shapes, config.wire_dtype, device, _REPEATS)
     sent = sum(cost.allreduce_bytes(layer.parameters, comm.size(), config.wire_dtype) for layer in layers)
     # An upper bound: layers that share a message are counted separately.
-    messages = sum(-(-layer.parameters * 4 // exchange.CHUNK_BYTES) for layer in layers)
+    messages = sum(-(-layer.parameters // exchange.CHUNK_ELEMENTS) for layer in layers)
     return Exchange(f"sums of gradients of {config.model} by {carrier}", sent, messages, seconds, wrong)
 
 

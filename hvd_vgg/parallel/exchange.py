@@ -4,49 +4,68 @@ All functions are for use inside a tf.function, on all ranks, outside of gradien
 static shape, so that Horovod negotiates it once and finds it in its response cache afterwards.
 """
 
-from typing import Any, Dict, List, NamedTuple, Sequence
+from typing import Any, Dict, List, Mapping, NamedTuple, Sequence
 
 import tensorflow as tf
 
 from hvd_vgg.models.architecture import DENSE
 from hvd_vgg.parallel import comm
 
-# A larger gradient is sent in parts: messages are sent one at a time, and a convolution's gradient that becomes ready
-# behind fc1's 411 MB would wait for all of it.
-CHUNK_BYTES = 32 * 2**20
+# A larger gradient of a dense layer is summed and sent in parts: messages are sent one at a time, and a convolution's gradient
+# that becomes ready behind fc1's 411 MB would wait for all of it. 32 MB in 4 bytes each.
+CHUNK_ELEMENTS = 8 * 2**20
+
+
+class Part(NamedTuple):
+    """The elements [low, high) of the gradient of `weight`, in the order of memory."""
+
+    weight: str
+    low: int
+    high: int
 
 
 class Message(NamedTuple):
-    """Gradients that are sent together: `name`, and the names of their weights."""
+    """What is summed over ranks in one message."""
 
     name: str
-    weights: List[str]
+    parts: List[Part]
 
 
-def messages(names: Sequence[str]) -> List[Message]:
-    """Returns the messages in which the gradients of the weights `names` are summed over ranks.
+def messages(shapes: Mapping[str, Any]) -> List[Message]:
+    """Returns the messages in which gradients of these static shapes, by name, are summed over ranks.
 
-    Each block of convolutions is one, so that the last blocks' travel while the first ones' are being computed; each dense
-    kernel is one, and dense biases are one.
+    Each block of convolutions is one, so that the last blocks' travel while the first ones' are being computed; dense biases
+    are one, and each dense kernel is as many as its size needs.
     """
-    found: Dict[str, List[str]] = {}
-    for name in names:
+    found: Dict[str, List[Part]] = {}
+    for name, shape in shapes.items():
         layer, kind = name.split("/")
-        message = layer.split("_")[0] if layer not in DENSE else f"{layer}_kernel" if kind == "kernel" else "dense_biases"
-        found.setdefault(message, []).append(name)
-    return [Message(name, weights) for name, weights in found.items()]
+        size = shape.num_elements()
+        if layer not in DENSE or kind == "bias":
+            found.setdefault(layer.split("_")[0] if layer not in DENSE else "dense_biases", []).append(Part(name, 0, size))
+            continue
+        count = -(-size // CHUNK_ELEMENTS)
+        bounds = [size * number // count for number in range(count + 1)]
+        for number, (low, high) in enumerate(zip(bounds, bounds[1:])):
+            found[f"{layer}_kernel_{number}"] = [Part(name, low, high)]
+    return [Message(name, parts) for name, parts in found.items()]
 
 
-def pack(tensors: Sequence[Any]) -> Any:
-    """Returns the elements of `tensors` end to end, [elements]."""
-    flat = [tf.reshape(tensor, [-1]) for tensor in tensors]
-    return flat[0] if len(flat) == 1 else tf.concat(flat, 0)
+def pack(message: Message, gradients: Mapping[str, Any]) -> Any:
+    """Returns what of `gradients`, by name, is in a message: [elements]."""
+    parts = [tf.reshape(gradients[part.weight], [-1])[part.low : part.high] for part in message.parts]
+    return parts[0] if len(parts) == 1 else tf.concat(parts, 0)
 
 
-def unpack(packed: Any, shapes: Sequence[Any]) -> List[Any]:
-    """Returns the tensors of these static shapes that `pack` laid end to end."""
-    parts = tf.split(packed, [shape.num_elements() for shape in shapes]) if len(shapes) > 1 else [packed]
-    return [tf.reshape(part, shape) for part, shape in zip(parts, shapes)]
+def unpack(messages: Sequence[Message], packed: Sequence[Any], shapes: Mapping[str, Any]) -> Dict[str, Any]:
+    """Returns the gradients of these static shapes, by name, that `pack` has put into messages."""
+    parts: Dict[str, List[Any]] = {name: [] for name in shapes}
+    for message, elements in zip(messages, packed):
+        sizes = [part.high - part.low for part in message.parts]
+        for part, piece in zip(message.parts, tf.split(elements, sizes)):
+            parts[part.weight].append(piece)
+    whole = {name: pieces[0] if len(pieces) == 1 else tf.concat(pieces, 0) for name, pieces in parts.items()}
+    return {name: tf.reshape(gradient, shapes[name]) for name, gradient in whole.items()}
 
 
 def sum_message(packed: Any, name: str, wire_dtype: str, scale: float, group: comm.Group = comm.WORLD) -> Any:
@@ -54,30 +73,20 @@ def sum_message(packed: Any, name: str, wire_dtype: str, scale: float, group: co
 
     scale: what float16 on the wire is multiplied by, so that a mean over the global batch does not vanish in it.
     """
+    name = f"gradient_{name}"
     if packed.dtype.is_integer:
-        return tf.cast(_sum_in_chunks(tf.cast(packed, tf.int32), f"gradient_{name}", group), packed.dtype)
-    return _from_wire(_sum_in_chunks(_to_wire(packed, wire_dtype, scale), f"gradient_{name}", group), wire_dtype, scale)
-
-
-def _sum_in_chunks(packed: Any, name: str, group: comm.Group) -> Any:
-    elements = packed.shape[0]
-    count = -(-elements * packed.dtype.size // CHUNK_BYTES)
-    if count == 1 or comm.size(group) == 1:
-        return comm.sum_tensor(packed, name, group)
-    parts = tf.split(packed, [elements // count + (part < elements % count) for part in range(count)])
-    return tf.concat([comm.sum_tensor(part, f"{name}_{i}", group) for i, part in enumerate(parts)], 0)
+        return tf.cast(comm.sum_tensor(tf.cast(packed, tf.int32), name, group), packed.dtype)
+    return _from_wire(comm.sum_tensor(_to_wire(packed, wire_dtype, scale), name, group), wire_dtype, scale)
 
 
 def sum_gradients(
     gradients: Dict[str, Any], wire_dtype: str, scale: float, group: comm.Group = comm.WORLD
 ) -> Dict[str, Any]:
     """Returns gradients summed over ranks, by name, in the messages and with the `scale` of training."""
-    summed: Dict[str, Any] = {}
-    for message in messages(list(gradients)):
-        tensors = [gradients[name] for name in message.weights]
-        packed = sum_message(pack(tensors), message.name, wire_dtype, scale, group)
-        summed.update(zip(message.weights, unpack(packed, [tensor.shape for tensor in tensors])))
-    return {name: summed[name] for name in gradients}
+    shapes = {name: gradient.shape for name, gradient in gradients.items()}
+    sent = messages(shapes)
+    summed = [sum_message(pack(message, gradients), message.name, wire_dtype, scale, group) for message in sent]
+    return unpack(sent, summed, shapes)
 
 
 def gather_rows(

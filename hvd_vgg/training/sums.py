@@ -48,13 +48,14 @@ def make_layout(
     shapes = {name: weight.shape for name, weight in weights.items()}
     # TensorFlow adds 32-bit integers on the host, even those of a GPU.
     integers = None if config.reproducible != BITS else tf.int64 if device == "GPU" else tf.int32
-    return Layout(shapes, factored, exchange.messages(summed_weights(shapes, factored)), integers, config, group)
+    messages = exchange.messages({name: shapes[name] for name in summed_weights(shapes, factored)})
+    return Layout(shapes, factored, messages, integers, config, group)
 
 
 def nothing(layout: Layout) -> Sums:
     """Returns the sums of no micro-batch."""
     dtype, largest = layout.integers or tf.float32, 1 + (len(layout.shapes) if layout.integers else 0)
-    totals = [tf.zeros([sum(_sizes(layout, message))], dtype) for message in layout.messages]
+    totals = [tf.zeros([sum(_sizes(message))], dtype) for message in layout.messages]
     inputs, outputs = ([tf.zeros([0, layout.shapes[f"{name}/kernel"][side]]) for name in layout.factored] for side in (0, 1))
     hits, ready = tf.constant(0, tf.int64), tf.constant(0.0, tf.float64)
     return Sums(tf.zeros([0]), hits, hits, ready, tf.zeros([largest], tf.int32), totals, inputs, outputs)
@@ -66,7 +67,7 @@ def make_add(layout: Layout, limits: Any) -> Callable[[Sums, Backward], Sums]:
 
     def add(sums: Sums, part: Backward) -> Sums:
         gradients = dict(zip(summed_weights(layout.shapes, layout.factored), part.gradients))
-        packed = [exchange.pack([gradients[name] for name in message.weights]) for message in layout.messages]
+        packed = [exchange.pack(message, gradients) for message in layout.messages]
         magnitudes = [part.loss]
         if layout.integers:
             packed = [fixed_point.encode(values, scale, layout.integers) for values, scale in zip(packed, scales)]
@@ -120,16 +121,12 @@ def exchanged_parts(sums: Sums) -> List[Any]:
 
 def gradients_of(sums: Sums, limits: Any, layout: Layout) -> Dict[str, Any]:
     """Returns the gradient of each weight over the global batch, by name, from the exchanged sums; limits: as they had."""
-    gradients: Dict[str, Any] = {}
+    totals = sums.totals
     if layout.integers:
         inverses = fixed_point.inverse_scales(limits, micro_batches(layout.config), sums.largest[:-1])
-        scales = _spread(layout, inverses)
-    for number, message in enumerate(layout.messages):
-        packed = sums.totals[number]
-        if layout.integers:
-            packed = fixed_point.decode(packed, scales[number])
-        shapes = [layout.shapes[name] for name in message.weights]
-        gradients.update(zip(message.weights, exchange.unpack(packed, shapes)))
+        totals = [fixed_point.decode(total, scale) for total, scale in zip(totals, _spread(layout, inverses))]
+    summed = {name: layout.shapes[name] for name in summed_weights(layout.shapes, layout.factored)}
+    gradients = exchange.unpack(layout.messages, totals, summed)
     for name, inputs, outputs in zip(layout.factored, sums.inputs, sums.output_gradients):
         gradients.update(exchange.product(name, inputs, outputs))
     return {name: gradients[name] for name in layout.shapes}
@@ -139,10 +136,9 @@ def _spread(layout: Layout, numbers: Any) -> List[Any]:
     """Returns for each message what multiplies its elements; numbers: float32 [weights], one for each weight's."""
     by_name = dict(zip(layout.shapes, tf.unstack(numbers)))
     return [
-        fixed_point.spread([by_name[name] for name in message.weights], _sizes(layout, message))
-        for message in layout.messages
+        fixed_point.spread([by_name[part.weight] for part in message.parts], _sizes(message)) for message in layout.messages
     ]
 
 
-def _sizes(layout: Layout, message: exchange.Message) -> List[int]:
-    return [layout.shapes[name].num_elements() for name in message.weights]
+def _sizes(message: exchange.Message) -> List[int]:
+    return [part.high - part.low for part in message.parts]
