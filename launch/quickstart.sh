@@ -35,8 +35,11 @@ echo "Training on 2 ranks in $run_dir"
 hvd-vgg launch --ranks=2 train --flagfile="$clone/configs/quickstart.flags" --data_dir="$data" --run_dir="$run_dir" "$@"
 
 if [ -f "$run_dir/flags.txt" ]; then # not when a --flagfile named another
-  echo "Next, the same run on one rank; it differs in the rounding of sums alone:"
-  printf '  %q' "${HVD_VGG_VENV:-$clone/.venv}/bin/hvd-vgg" train
-  printf ' %q' "--flagfile=$run_dir/flags.txt" "--run_dir=$run_dir-one-rank"
+  program="${HVD_VGG_VENV:-$clone/.venv}/bin/hvd-vgg"
+  echo "Next, the same run on one rank, and whether it is the same in every bit:"
+  printf '  %q' "$program"
+  printf ' %q' train "--flagfile=$run_dir/flags.txt" "--run_dir=$run_dir-one-rank"
+  printf '\n  %q' "$program"
+  printf ' %q' verify-run "$run_dir" "--same_as=$run_dir-one-rank"
   printf '\n'
 fi

@@ -630,7 +630,9 @@ def test_quickstart_names_the_directory_it_trains_in(tmp_path, flags, expected):
     at = line[len("Training on 2 ranks in ") :]
     assert at.startswith(expected.format(clone=tmp_path / "clone"))
     assert (tmp_path / "clone" / at / "flags.txt").exists()
-    assert given(shlex.split(ended.stdout.splitlines()[-1]), "run_dir") == [f"{at}-one-rank"]
+    again, compared = map(shlex.split, ended.stdout.splitlines()[-2:])
+    assert given(again, "run_dir") == given(compared, "same_as") == [f"{at}-one-rank"]
+    assert compared[1:3] == ["verify-run", at]
 
 
 def test_quickstart_refuses_a_directory_it_would_not_name(tmp_path):
