@@ -150,7 +150,15 @@ def test_help_has_every_flag_with_its_default(kind):
 
 def test_fingerprint_has_hyperparameters_only():
     """Nothing of ranks or places; the length of the run only where the schedule depends on it."""
-    same = dict(data_dir="/x", run_dir="/y", compute_threads=3, exchange="factored", log_every_steps=3, keep_checkpoints=9, epochs=100.0)
+    same = dict(
+        data_dir="/x",
+        run_dir="/y",
+        compute_threads=3,
+        exchange="factored",
+        log_every_steps=3,
+        keep_checkpoints=9,
+        epochs=100.0,
+    )
     assert fingerprint(TrainConfig(**same)) == fingerprint(TrainConfig())
     assert fingerprint(TrainConfig(lr_schedule="cosine", epochs=100.0)) != fingerprint(TrainConfig(lr_schedule="cosine"))
     learned = [dict(seed=2), dict(lr=0.02), dict(width=0.5), dict(augment="flip"), dict(global_batch=128)]

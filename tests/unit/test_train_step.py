@@ -207,7 +207,7 @@ def test_accumulate_in_fixed_point_has_no_order(factored, at_a_time):
 @pytest.mark.parametrize("factored", [[], ["fc1", "fc2"]])
 def test_accumulate_of_a_micro_batch_ignores_the_others(factored, reproducible):
     """One goes through the loop as several do: alone it is in every bit what it adds to them."""
-    layout, sums, _ = make_sums(factored, reproducible, dropout=0.5)
+    _, sums, _ = make_sums(factored, reproducible, dropout=0.5)
     assert in_bits(sums(0, 4)) == in_bits(sums(0, 4))
     both, first, second = sums(0, 8), sums(0, 4), sums(4, 8)
     assert (both.losses.numpy() == [first.losses.numpy()[0], second.losses.numpy()[0]]).all()
