@@ -68,7 +68,7 @@ CUTS = [(32, 8), (33, 8), (29, 4), (13, 1), (7, 9)]
 
 @pytest.mark.parametrize(("global_batch", "device_batch"), CUTS)
 def test_parts_under_bits_are_whole_micro_batches(global_batch, device_batch):
-    """Every image is in one rank's part, the last micro-batch may be shorter, and ranks differ by one micro-batch at most."""
+    """Each image is in one part, the last micro-batch may be shorter, and parts differ by one micro-batch at most."""
     config = TrainConfig(global_batch=global_batch, device_batch=device_batch, reproducible=BITS)
     count = micro_batches(config)
     assert most_ranks(config) == count == len(range(0, global_batch, device_batch))
