@@ -79,6 +79,7 @@ def test_parts_under_bits_are_whole_micro_batches(global_batch, device_batch):
         assert all(high % device_batch == 0 for _, high in bounds[:-1])
         computed = [-(-(high - low) // device_batch) for low, high in bounds]
         assert sum(computed) == count and max(computed) - min(computed) <= 1
+    assert part_bounds(config, count, count + 1) == (global_batch, global_batch)  # as doctor would see it
 
 
 @pytest.mark.parametrize(("global_batch", "device_batch"), CUTS)
