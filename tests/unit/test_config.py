@@ -168,6 +168,14 @@ def test_fingerprint_has_hyperparameters_only():
     assert fingerprint(dataclasses.replace(rounding, device_batch=1)) == fingerprint(rounding)
 
 
+@pytest.mark.parametrize("flag", ["--wire_dtype=float16", "--xla"])
+@pytest.mark.parametrize("kind", [TrainConfig, BenchmarkConfig])
+def test_flags_that_bits_cannot_have_need_rounding(kind, flag):
+    parse_flags(kind, [flag, "--reproducible=rounding"])
+    with pytest.raises(Failure, match=f"{flag} needs --reproducible=rounding: "):
+        parse_flags(kind, [flag])
+
+
 PLAN_FLAGS = {"model", "width", "image_size", "num_classes", "global_batch", "exchange", "wire_dtype"}
 PLAN_FLAGS |= {"link_flops_per_byte"}
 PLAN_FLAGS |= {"ranks", "ranks_per_host", "gbit", "fps_per_rank", "sweep_ranks", "out"}
