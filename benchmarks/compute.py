@@ -2,9 +2,11 @@
 
     python benchmarks/compute.py [--batch=8] [--rounds=3] [--precisions=float32,bfloat16] [--tf_cnn_benchmarks=DIR]
         [--horovod_examples=DIR] [--legacy_python=PATH] [--torch_python=PATH]
+        [--reproducible=rounding] [--device_batch=0]
 
     ours     the train step of hvd-vgg: float32 weights and updates, computing in each of --precisions. A CPU takes more
-             than fifty times as long in float16 as in float32, minutes an update
+             than fifty times as long in float16 as in float32, minutes an update. With --reproducible=bits operations use
+             one thread each: give a --device_batch that leaves a micro-batch for each core
     keras    `fit` of keras.applications.VGG16, SGD with momentum: float32, and the policy mixed_bfloat16
     tf_cnn   tf_cnn_benchmarks.py --model=vgg16, from the directory it lies in, by --legacy_python: float32
     horovod  tensorflow2_synthetic_benchmark.py --model VGG16 of Horovod's examples/tensorflow2, by --legacy_python: float32
@@ -49,15 +51,16 @@ def ours(precision, options):
 
     from hvd_vgg.config import TrainConfig
     from hvd_vgg.parallel import cost
-    from hvd_vgg.parallel.init import start
+    from hvd_vgg.parallel.init import join, take_device
     from hvd_vgg.training.state import initial_state
     from hvd_vgg.training.train_step import make_train_step, step_inputs
 
     batch, size = options.batch, options.size
-    shape = {"global_batch": batch, "device_batch": batch, "image_size": size}
-    config = TrainConfig(**shape, weight_decay=WEIGHT_DECAY, precision=precision)
-    device, factored = start(), cost.factored_layers(config, 1)
-    step = make_train_step(*initial_state(config), config, device.data_format, factored)
+    shape = {"global_batch": batch, "device_batch": options.device_batch or batch, "image_size": size}
+    config = TrainConfig(**shape, weight_decay=WEIGHT_DECAY, precision=precision, reproducible=options.reproducible)
+    join()
+    device, factored = take_device(config), cost.factored_layers(config, 1)
+    step = make_train_step(*initial_state(config), config, device, factored)
     random = np.random.default_rng(0)
     inputs = (
         tf.constant(random.integers(0, 256, (batch, size, size, 3)), tf.uint8),
@@ -216,6 +219,8 @@ def main():
     parser.add_argument("--horovod_examples", help="the directory of tensorflow2_synthetic_benchmark.py")
     parser.add_argument("--legacy_python", help="a Python with TensorFlow, Horovod and Keras 2, for these two")
     parser.add_argument("--torch_python", help="a Python with PyTorch")
+    parser.add_argument("--reproducible", choices=("bits", "rounding"), default="rounding", help="for ours")
+    parser.add_argument("--device_batch", type=int, default=0, help="images in a micro-batch of ours; 0: all of --batch")
     parser.add_argument("--matmul_side", type=measure.positive, default=4096, help="rows of the largest matrix")
     options = parser.parse_args()
     from hvd_vgg.models.architecture import training_flops, vgg_layers

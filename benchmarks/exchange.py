@@ -12,14 +12,14 @@ direction, runs one rank of VGG16 on each by mpirun, and removes them whatever h
     horovod     what Horovod documents: DistributedGradientTape
     allreduce   --exchange=allreduce
     factored    --exchange=factored
-    factored16  --exchange=factored --wire_dtype=float16
+    factored16  --exchange=factored --wire_dtype=float16 --reproducible=rounding
 
-Prints megabytes sent by a rank in an update (the interface's counter), seconds of an update, efficiency (the time of
-`local` over that of the way, in one round), and what `hvd-vgg plan` predicts from the local time and the rate that the link
-has when it is busy both ways: from "all overlaps" to "nothing does". --images is per rank; above --device_batch they are
-worked through in turn, and `horovod`, whose bytes do not depend on them, is left out. --efficiency searches for the images a
-rank at which `horovod` has that efficiency, and measures there. --shared puts all ranks on this host instead, where they
-communicate through its memory; no root is needed then, and no bytes are counted.
+Prints megabytes sent by a rank in an update (the interface's counter), seconds of an update, efficiency (the time of `local`
+over that of the way, in one round), and what `hvd-vgg plan` predicts from the local time and the rate that the link has when
+it is busy both ways: from "all overlaps" to "nothing does". --images is per rank; above --device_batch they are worked
+through in turn, in parts of equal size, and `horovod`, whose bytes do not depend on them, is left out. --efficiency searches
+for the images a rank at which `horovod` has that efficiency, and measures there. --shared puts all ranks on this host
+instead, where they communicate through its memory; no root is needed then, and no bytes are counted.
 """
 
 import argparse
@@ -99,28 +99,42 @@ def config_of(options, way="local"):
     """Returns the configuration of a way."""
     from hvd_vgg.config import TrainConfig
 
-    shape = {"image_size": options.size, "width": options.width, "device_batch": options.device_batch}
+    images = options.images
+    device_batch = next(count for count in range(min(images, options.device_batch), 0, -1) if images % count == 0)
+    shape = {"image_size": options.size, "width": options.width, "device_batch": device_batch}
     exchange = "factored" if way.startswith("factored") else "allreduce"
-    wire_dtype = "float16" if way == "factored16" else "float32"
-    return TrainConfig(global_batch=options.images * options.hosts, **shape, exchange=exchange, wire_dtype=wire_dtype)
+    wire = {"wire_dtype": "float16", "reproducible": "rounding"} if way == "factored16" else {}
+    # An operation uses a host's share of the cores in every way.
+    threads = max(1, (os.cpu_count() or 1) // options.hosts)
+    return TrainConfig(global_batch=images * options.hosts, **shape, **wire, exchange=exchange, compute_threads=threads)
 
 
-def make_step(way, weights, slots, options):
+class Alone:
+    """A process set of this rank alone, within which nothing is sent."""
+
+    @staticmethod
+    def size():
+        return 1
+
+
+def make_step(way, weights, slots, device, options):
     """Returns the function (images, labels, position, keys, lr) -> gradient norm that updates the weights in a way."""
     import horovod.tensorflow as hvd
     import tensorflow as tf
 
     from hvd_vgg.models import vgg
     from hvd_vgg.models.architecture import DENSE
-    from hvd_vgg.training.optimizer import apply_update
-    from hvd_vgg.training.train_step import accumulate, draw_dropout_masks, make_backward, make_train_step
+    from hvd_vgg.parallel import comm
+    from hvd_vgg.training.backward import draw_dropout_masks
+    from hvd_vgg.training.optimizer import GRADIENT_LIMITS, apply_update
+    from hvd_vgg.training.train_step import make_train_step
 
     config, names = config_of(options, way), list(weights)
-    if way not in ("local", "horovod"):
-        step = make_train_step(weights, slots, config, "NHWC", DENSE if config.exchange == "factored" else [])
+    if way != "horovod":
+        group, factored = comm.Group(Alone) if way == "local" else comm.WORLD, DENSE if config.exchange == "factored" else []
+        own = {name: slot for name, slot in slots.items() if config.reproducible == "bits" or name != GRADIENT_LIMITS}
+        step = make_train_step(weights, own, config, device, factored, group)
         return lambda *inputs: step(*inputs).gradient_norm
-    backward = make_backward(weights, slots, config, "NHWC", names, [])
-    local_sums = accumulate(backward, weights, names, [], config.device_batch)
 
     def mean_gradients(images, labels, position, keys):
         masks = draw_dropout_masks(weights, config, images, position, keys)
@@ -131,8 +145,7 @@ def make_step(way, weights, slots, options):
 
     @tf.function
     def step(images, labels, position, keys, lr):
-        inputs = (images, labels, position, keys)
-        gradients = mean_gradients(*inputs) if way == "horovod" else local_sums(*inputs).gradients
+        gradients = mean_gradients(images, labels, position, keys)
         apply_update(weights, slots, dict(zip(names, gradients)), lr, "momentum", 0.9, config.weight_decay)
         return tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(gradient) for gradient in gradients]))
 
@@ -149,9 +162,8 @@ def work(options):
     from hvd_vgg.training.train_step import step_inputs
 
     init.join()
-    init.take_device()
-    # Each host would take all cores of this machine; TensorFlow accepts this until it computes.
-    tf.config.threading.set_intra_op_parallelism_threads(max(1, (os.cpu_count() or 1) // options.hosts))
+    # Each host would compute on all cores of this machine.
+    device = init.take_device(config_of(options))._replace(micro_batches=1)
     random = np.random.default_rng(comm.rank())
     inputs = (
         tf.constant(random.integers(0, 256, (options.images, options.size, options.size, 3)), tf.uint8),
@@ -161,7 +173,7 @@ def work(options):
     counter = Path("/dev/null" if options.shared else "/sys/class/net/eth0/statistics/tx_bytes")
     found = {"mbit": 0 if options.shared else measure_link(options), "seconds": {}, "sent": {}}
     state = initial_state(config_of(options))
-    steps = {way: make_step(way, *state, options) for way in options.ways}
+    steps = {way: make_step(way, *state, device, options) for way in options.ways}
     for turn in range(-1, options.rounds):  # the first traces and is not counted
         for way, step in steps.items():
             comm.barrier()

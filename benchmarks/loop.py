@@ -21,9 +21,9 @@ import time
 import measure
 
 SIZES = {
-    "vgg16-224": (3, "--model=vgg16 --image_size=224 --global_batch=8 --augment=crop --log_every_steps=6"),
-    "vgg16-64": (20, "--model=vgg16 --width=0.125 --image_size=64 --global_batch=16 --augment=none"),
-    "vgg11-32": (20, "--model=vgg11 --width=0.25 --image_size=32 --global_batch=128 --device_batch=128 --augment=none"),
+    "vgg16-224": (3, "--model=vgg16 --image_size=224 --global_batch=8 --device_batch=4 --augment=crop --log_every_steps=6"),
+    "vgg16-64": (20, "--model=vgg16 --width=0.125 --image_size=64 --global_batch=16 --device_batch=4 --augment=none"),
+    "vgg11-32": (20, "--model=vgg11 --width=0.25 --image_size=32 --global_batch=128 --device_batch=16 --augment=none"),
 }
 # No learning that matters, and nothing but updates.
 COMMON = "--lr=1e-5 --lr_schedule=constant --warmup_epochs=0 --eval_every_epochs=0 --save_every_steps=0 --hang_seconds=600"

@@ -31,7 +31,9 @@ def main():
 
         @tf.function
         def both(x, d, wire_dtype=wire_dtype):
-            gathered = exchange.product("fc2", *exchange.gather_factors("fc2", x, d, ROWS, wire_dtype, float(ROWS)))
+            inputs = exchange.gather_rows(x, "inputs_fc2", ROWS, wire_dtype, 1.0)
+            outputs = exchange.gather_rows(d, "outputs_fc2", ROWS, wire_dtype, float(ROWS))
+            gathered = exchange.product("fc2", inputs, outputs)
             local = {"fc2/kernel": tf.matmul(x, d, transpose_a=True)}
             return gathered["fc2/kernel"], exchange.sum_gradients(local, wire_dtype, float(ROWS))["fc2/kernel"]
 

@@ -190,7 +190,7 @@ docker_run() {
     if [ "$(id -u)" = 0 ] && [ "$access" != privileged ]; then command+=(--cap-add=SETUID --cap-add=SETGID --cap-add=SYS_CHROOT); fi
     command+=(--entrypoint=/usr/sbin/sshd "$image" -D -e -f /etc/hvd-vgg/sshd_config)
   else
-    train=(--flagfile=/opt/hvd_vgg/configs/vgg16_imagenet.flags --data_dir=/data "--run_dir=$inside" "--device_batch=${BATCH_SIZE:-32}")
+    train=(--flagfile=/opt/hvd_vgg/configs/vgg16_imagenet.flags --data_dir=/data "--run_dir=$inside" ${BATCH_SIZE:+"--device_batch=$BATCH_SIZE"})
     local number=0 path
     for flag in ${flagfiles[@]+"${flagfiles[@]}"}; do
       path="$(existing "$flag")" || exit

@@ -2,7 +2,7 @@
 # VGG16 on ImageNet on the BI-V100 cards of this host, in a container of the image of Dockerfile's target corex. Such a card is
 # one device: 8 cards are 8 ranks. Prints one `docker run`, runs it, starts again what failed for no fault of its own.
 #
-#   DATA_DIR=./imagenet_tfrecord BATCH_SIZE=32 bash launch/docker_run_bi_v100.sh [--cards=N] [--dry_run] [--FLAG=VALUE ...]
+#   DATA_DIR=./imagenet_tfrecord BATCH_SIZE=16 bash launch/docker_run_bi_v100.sh [--cards=N] [--dry_run] [--FLAG=VALUE ...]
 #   bash launch/docker_run_bi_v100.sh doctor ...     the same ranks with the same flags look whether they can train
 #
 # --image=NAME      (default: hvd_vgg:corex)

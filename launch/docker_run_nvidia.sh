@@ -2,7 +2,7 @@
 # VGG16 on ImageNet on the NVIDIA GPUs of this host, one rank each, in a container of the image of Dockerfile's target nvidia.
 # Prints one `docker run`, runs it, starts again what failed for no fault of its own.
 #
-#   DATA_DIR=./imagenet_tfrecord BATCH_SIZE=32 bash launch/docker_run_nvidia.sh [--devices=N] [--dry_run] [--FLAG=VALUE ...]
+#   DATA_DIR=./imagenet_tfrecord BATCH_SIZE=16 bash launch/docker_run_nvidia.sh [--devices=N] [--dry_run] [--FLAG=VALUE ...]
 #   bash launch/docker_run_nvidia.sh doctor ...     the same ranks with the same flags look whether they can train
 #
 # --image=NAME      (default: hvd_vgg:nvidia)

@@ -94,11 +94,12 @@ def too_many_ranks(config: StepConfig, ranks: int) -> str:
 def part_bounds(config: StepConfig, rank: int, size: int) -> Tuple[int, int]:
     """Returns the part [low, high) of the global batch that `rank` of `size` computes.
 
-    Under --reproducible=bits parts are whole micro-batches and differ by one of these at most, else by one image.
+    Under --reproducible=bits parts are whole micro-batches and differ by one of these at most, else by one image. Ranks for
+    which none is left have no images.
     """
     low, high = slice_bounds(most_ranks(config), rank, size)
     images = config.device_batch if config.reproducible == BITS else 1
-    return low * images, min(high * images, config.global_batch)
+    return min(low * images, config.global_batch), min(high * images, config.global_batch)
 
 
 def positions(start: int, stop: int, records: int, seed: int, block: int = 1) -> Positions:

@@ -145,7 +145,8 @@ def gather_all(config: DoctorConfig, layers: Sequence[Layer], device: str, carri
     def gather() -> Dict[str, Any]:
         results: Dict[str, Any] = {}
         for name, rows in mine.items():
-            results[name] = exchange.gather_rows(rows, name, config.global_batch, config.wire_dtype, 1.0)
+            message = name.replace(" ", "_")  # TensorFlow's names have no spaces
+            results[name] = exchange.gather_rows(rows, message, config.global_batch, config.wire_dtype, 1.0)
         return results
 
     def expected(name: str) -> np.ndarray:

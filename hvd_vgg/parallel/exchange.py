@@ -11,8 +11,8 @@ import tensorflow as tf
 from hvd_vgg.models.architecture import DENSE
 from hvd_vgg.parallel import comm
 
-# A larger gradient of a dense layer is summed and sent in parts: messages are sent one at a time, and a convolution's gradient
-# that becomes ready behind fc1's 411 MB would wait for all of it. 32 MB in 4 bytes each.
+# A larger gradient of a dense layer is summed and sent in parts, here of 32 MB: messages are sent one at a time, and what is
+# ready behind fc1's 411 MB would wait for all of it.
 CHUNK_ELEMENTS = 8 * 2**20
 
 

@@ -21,9 +21,12 @@ import tensorflow as tf
 
 _PARTS = 64  # of a limit's unit: without need a limit falls by a power of two in this many steps
 _MARGIN = 2  # exponents between the largest value of a step and the next limit
-# Below 2^-94 all is rounded to zero; limits above do not exist.
+# A lower limit's scale would be no float32: what is below 2^(c - 126) is rounded to zero. No float32 needs a higher one.
 _LOWEST, _HIGHEST = 32, 254
 _NONFINITE = 255  # the exponent of Inf and NaN
+# Values so few units of their last place below their limit count as having reached it: of 2^8 summands or more, a unit is so
+# large that they would be rounded up to it, and if all were their sum would be 2^31. Enough for 2^23 summands.
+_ROUNDED_UP = 2**15
 
 
 def first_limits(tensors: int) -> np.ndarray:
@@ -50,9 +53,9 @@ def is_finite(largest: Any) -> Any:
 
 
 def exceeded(limits: Any, largest: Any) -> Any:
-    """Returns whether any finite value has reached its limit, bool scalar."""
-    exponents = _exponents(largest)
-    return tf.reduce_any((exponents > _ceiling(limits)) & is_finite(largest))
+    """Returns whether any finite value has reached its limit, or would when rounded, bool scalar."""
+    reached = tf.bitwise.left_shift(_ceiling(limits) + 1, 23) - _ROUNDED_UP
+    return tf.reduce_any((largest >= reached) & is_finite(largest))
 
 
 def next_limits(limits: Any, largest: Any) -> Any:

@@ -147,9 +147,10 @@ def take_device(config: Optional[ComputeConfig] = None) -> Device:
 
 def _compute_deterministically() -> None:
     """Has operations choose implementations whose results do not vary from call to call, or fail where there is none."""
-    try:
-        tf.config.experimental.enable_op_determinism()
-    except AttributeError:  # before TensorFlow 2.9 it is the environment that decides
+    enable = getattr(tf.config.experimental, "enable_op_determinism", None)
+    if enable:
+        enable()
+    else:  # before TensorFlow 2.9 it is the environment that decides
         os.environ.update(TF_DETERMINISTIC_OPS="1", TF_CUDNN_DETERMINISTIC="1")
 
 

@@ -18,7 +18,7 @@ PROGRAM = """
     except Failure as failure:
         assert failure.code == 64 and "--width=-1: expected more than 0" in failure.message
     config = dict(num_classes=10, image_size=32, model="vgg11", width=0.125, global_batch=32, lr=0.05, steps=3)
-    config.update(lr_schedule="constant", eval_every_epochs=0.0, save_every_steps=0, log_every_steps=1)
+    config.update(device_batch=8, lr_schedule="constant", eval_every_epochs=0.0, save_every_steps=0, log_every_steps=1)
     for wrong in (dict(steps="10"), dict(lr_step_epochs=[30.0])):
         try:
             hvd_vgg.train(TrainConfig(**wrong))

@@ -40,7 +40,7 @@ from hvd_vgg.data.tfrecord import masked_crc
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.training import checkpoint
 
-FLAGS = [*TINY, "--steps=4", "--global_batch=8"]
+FLAGS = [*TINY, "--steps=4", "--global_batch=8", "--device_batch=2"]
 SHARD = "train-00001-of-00003"
 
 

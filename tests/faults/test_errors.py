@@ -10,7 +10,7 @@ import pytest
 from oracles import events, log_rows, losses, result, run, start
 from support import ROOT, TINY, Started, wait_for
 
-FLAGS = [*TINY, "--steps=4", "--global_batch=8"]
+FLAGS = [*TINY, "--steps=4", "--global_batch=8", "--device_batch=2"]
 
 
 @pytest.mark.fault("F03", tier=3)

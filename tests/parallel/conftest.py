@@ -4,8 +4,10 @@ import faulthandler
 
 import pytest
 
+from hvd_vgg.config import ROUNDING, ComputeConfig
 from hvd_vgg.parallel import comm
-from hvd_vgg.parallel.init import start
+from hvd_vgg.parallel.consensus import run_on_all_ranks
+from hvd_vgg.parallel.init import join, take_device
 
 FAILED = pytest.StashKey[int]()
 
@@ -14,7 +16,9 @@ faulthandler.dump_traceback_later(240, exit=True)
 
 
 def pytest_sessionstart():
-    start()
+    join()
+    # Else TensorFlow would compute deterministically in all tests, which XLA cannot.
+    run_on_all_ranks(lambda: take_device(ComputeConfig(reproducible=ROUNDING)))
     if comm.size() == 1:
         pytest.exit("tests/parallel needs ranks: mpirun -np 2 python -m pytest tests/parallel", returncode=78)
 

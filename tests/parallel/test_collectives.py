@@ -9,7 +9,7 @@ from hvd_vgg.doctor.collectives import assess_exchange, check_collectives, check
 from hvd_vgg.parallel import comm, exchange
 from hvd_vgg.reporting.findings import FAILURE, OK, WARNING
 
-SMALL = DoctorConfig(num_classes=10, model="vgg11", width=0.125, image_size=32, global_batch=32)
+SMALL = DoctorConfig(num_classes=10, model="vgg11", width=0.125, image_size=32, global_batch=32, device_batch=8)
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +55,10 @@ def test_link_with_a_wrong_sum(monkeypatch):
 def test_sums_and_gathers_that_are_wrong(monkeypatch, measured):
     """One number of the last kernel is off by one on rank 1, and all of a gathered factor."""
     assert [each.verdict for each in check_collectives(SMALL, *measured, None)] == [OK, OK]
-    gather_factors, kernel = exchange.gather_factors, 512 * 10
+    gather_rows, kernel = exchange.gather_rows, 512 * 10
 
-    def gather_wrong(name, *rest):
-        x, d = gather_factors(name, *rest)
-        return x, d + (name == "fc2")
+    def gather_wrong(rows, name, *rest):
+        return gather_rows(rows, name, *rest) + (name == "fc2_outputs")
 
     def pattern_wrong(count, rank):
         return pattern(count, rank) + np.eye(1, count, 7, dtype=np.float32)[0] * (
@@ -67,7 +66,7 @@ def test_sums_and_gathers_that_are_wrong(monkeypatch, measured):
         )
 
     monkeypatch.setattr(collectives, "pattern", pattern_wrong)
-    monkeypatch.setattr(exchange, "gather_factors", gather_wrong)
+    monkeypatch.setattr(exchange, "gather_rows", gather_wrong)
     sums, gathers = check_collectives(SMALL, *measured, None)
     assert (sums.verdict, gathers.verdict) == (FAILURE, FAILURE)
     assert sums.text.endswith(": wrong: predictions/kernel")

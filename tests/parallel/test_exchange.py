@@ -34,7 +34,8 @@ def exchanged(way, wire_dtype):
     @tf.function
     def run(x, d):
         if way == "factored":
-            return exchange.product("fc1", *exchange.gather_factors("fc1", x, d, ROWS, wire_dtype, float(ROWS)))
+            inputs = exchange.gather_rows(x, "inputs_fc1", ROWS, wire_dtype, 1.0)
+            return exchange.product("fc1", inputs, exchange.gather_rows(d, "outputs_fc1", ROWS, wire_dtype, float(ROWS)))
         local = {"fc1/kernel": tf.matmul(x, d, transpose_a=True), "fc1/bias": tf.reduce_sum(d, 0)}
         return exchange.sum_gradients(local, wire_dtype, float(ROWS))
 
@@ -60,12 +61,10 @@ def test_exchange_gives_every_rank_the_same_gradient():
 
 def test_exchange_sends_a_large_kernel_in_parts(monkeypatch):
     """And the sum is the same."""
-    monkeypatch.setattr(exchange, "CHUNK_BYTES", 1000)  # 96 * 40 * 4 bytes: 16 parts
+    monkeypatch.setattr(exchange, "CHUNK_ELEMENTS", 250)  # 96 * 40: 16 parts
     sent = []
-    original = comm.sum_gradients
-    monkeypatch.setattr(
-        comm, "sum_gradients", lambda tensors, name, group: sent.append(name) or original(tensors, name, group)
-    )
+    original = comm.sum_tensor
+    monkeypatch.setattr(comm, "sum_tensor", lambda tensor, name, group: sent.append(name) or original(tensor, name, group))
     x, d, _ = factors()
     assert relative_error(exchanged("allreduce", "float32")["fc1/kernel"], x.T @ d) < 1e-6
     assert len([name for name in sent if "kernel" in name]) == 16

@@ -150,11 +150,30 @@ def test_help_has_every_flag_with_its_default(kind):
 
 def test_fingerprint_has_hyperparameters_only():
     """Nothing of ranks or places; the length of the run only where the schedule depends on it."""
-    same = dict(data_dir="/x", run_dir="/y", device_batch=1, log_every_steps=3, keep_checkpoints=9, epochs=100.0)
+    same = dict(
+        data_dir="/x",
+        run_dir="/y",
+        compute_threads=3,
+        exchange="factored",
+        log_every_steps=3,
+        keep_checkpoints=9,
+        epochs=100.0,
+    )
     assert fingerprint(TrainConfig(**same)) == fingerprint(TrainConfig())
     assert fingerprint(TrainConfig(lr_schedule="cosine", epochs=100.0)) != fingerprint(TrainConfig(lr_schedule="cosine"))
-    for change in (dict(seed=2), dict(lr=0.02), dict(width=0.5), dict(augment="flip"), dict(global_batch=128)):
+    learned = [dict(seed=2), dict(lr=0.02), dict(width=0.5), dict(augment="flip"), dict(global_batch=128)]
+    for change in (*learned, dict(device_batch=1), dict(reproducible="rounding")):
         assert fingerprint(TrainConfig(**change)) != fingerprint(TrainConfig())
+    rounding = TrainConfig(reproducible="rounding")
+    assert fingerprint(dataclasses.replace(rounding, device_batch=1)) == fingerprint(rounding)
+
+
+@pytest.mark.parametrize("flag", ["--wire_dtype=float16", "--xla"])
+@pytest.mark.parametrize("kind", [TrainConfig, BenchmarkConfig])
+def test_flags_that_bits_cannot_have_need_rounding(kind, flag):
+    parse_flags(kind, [flag, "--reproducible=rounding"])
+    with pytest.raises(Failure, match=f"{flag} needs --reproducible=rounding: "):
+        parse_flags(kind, [flag])
 
 
 PLAN_FLAGS = {"model", "width", "image_size", "num_classes", "global_batch", "exchange", "wire_dtype"}

@@ -10,7 +10,7 @@ from hvd_vgg.data import loader, reader, sampler
 from hvd_vgg.data.index import scan_split
 from hvd_vgg.data.loader import PADDING, READ_AHEAD, ROWS_PER_TASK, eval_batches, load_records, train_batches
 from hvd_vgg.data.reader import BadRecord, parse_example, read_record
-from hvd_vgg.data.sampler import positions, replacement_record, sample_seeds, slice_bounds, storage_order
+from hvd_vgg.data.sampler import part_bounds, positions, replacement_record, sample_seeds, storage_order
 from hvd_vgg.data.transforms import augmentation_params, train_image
 from hvd_vgg.errors import DATA, Failure
 
@@ -123,7 +123,7 @@ def test_loader_asks_for_whole_blocks_a_window_ahead(splits, monkeypatch, begin)
     index, asked = splits[0], []
     monkeypatch.setattr(sampler, "WINDOW_RECORDS", 12)
     monkeypatch.setattr(loader, "read_ahead", lambda _, ids: asked.extend(ids.tolist()))
-    config = replace(CONFIG, global_batch=5, shuffle_block_records=4)
+    config = replace(CONFIG, global_batch=5, device_batch=3, shuffle_block_records=4)
     steps = range(begin, begin + 2 * index.records // 5)
     first = begin * 5 // 12 * 12
     for step, batch in zip(steps, train_batches(index, config, 1, steps, 1, 2, 1)):
@@ -199,7 +199,7 @@ def test_bad_records_are_replaced_alike_on_any_ranks(damaged):
         assert (labels == index.labels[ids] - 1).all()
         reported = []
         for rank, batches in enumerate(ranks):
-            low, _ = slice_bounds(config.global_batch, rank, size)
+            low, _ = part_bounds(config, rank, size)
             reported += [(32 * step + low + b.row, b.record, b.by) for step, batch in enumerate(batches) for b in batch.bad]
             reasons = {b.record: b.reason for batch in batches for b in batch.bad}
             parts = {5: "its label is 6, but was 9", 17: "cannot be decoded", 18: "neither a JPEG nor a PNG"}

@@ -16,27 +16,31 @@ from hvd_vgg.training.resume import _restore_root, require_checkpoints
 from hvd_vgg.training.state import CHECKPOINT_FORMAT, TrainProgress, initial_state
 
 CONFIG = TrainConfig(model="vgg11", width=0.0625, image_size=32, num_classes=10, lr=0.05)
+ARITHMETIC = {"processor": "A", "threads": "1"}
 DATA = {"train_records": 75, "train_data_sha256": "a1", "label_base": 1}
 
 
 @pytest.fixture
 def resume(tmp_path):
-    """Continues a run that was saved after 4 updates with other flags, data or format; returns (progress, state)."""
+    """Continues a run that was saved after 4 updates with other flags, data or format; returns (progress, state,
+    the tensors that were saved, the factored layers)."""
     run_dir = RunDir(tmp_path)
     tensors = {name: value.numpy() + 1 for name, value in initial_state(CONFIG).variables().items()}
-    meta = {**dataclasses.asdict(TrainProgress(step=4)), "format": CHECKPOINT_FORMAT, "run": {**fingerprint(CONFIG), **DATA}}
+    meta = {**dataclasses.asdict(TrainProgress(step=4)), "format": CHECKPOINT_FORMAT, "arithmetic": ARITHMETIC}
+    meta["run"] = {**fingerprint(CONFIG), "exchange": ["fc1"], **DATA}
     checkpoint.save(run_dir, tensors, meta, 3, False)
 
-    def restore(data=(), **flags):
+    def restore(data=(), factored=("fc1",), arithmetic=ARITHMETIC, **flags):
         config = dataclasses.replace(CONFIG, **flags)
-        state, run = initial_state(config), {**fingerprint(config), **DATA, **dict(data)}
-        return _restore_root(state, config, run_dir, run, Reporter(None, Console("lines", True))), state, tensors
+        state, run = initial_state(config), {**fingerprint(config), "exchange": [*factored], **DATA, **dict(data)}
+        reporter = Reporter(None, Console("lines", True))
+        return _restore_root(state, config, run_dir, run, arithmetic, reporter), state, tensors, run["exchange"]
 
     return restore
 
 
 def test_resume_brings_back_progress_and_variables(resume):
-    progress, state, tensors = resume()
+    progress, state, tensors, _ = resume()
     assert progress == TrainProgress(step=4)
     assert all((value.numpy() == tensors[name]).all() for name, value in state.variables().items())
 
@@ -74,9 +78,25 @@ def test_resume_refuses_another_run(resume, flags, data, differs, fix):
 
 
 def test_resume_allows_a_change_by_name(resume, capsys):
-    progress, _, _ = resume(lr=0.07, allow_config_change="lr")
+    progress, _, _, _ = resume(lr=0.07, allow_config_change="lr")
     assert progress.step == 4
     assert "--lr was 0.05, is 0.07 from here on" in capsys.readouterr().out
+
+
+def test_resume_keeps_the_exchange_it_began_with(resume):
+    """Whatever `auto` would choose now; another is another run, where bits depend on it."""
+    assert resume(factored=())[3] == ["fc1"]
+    with pytest.raises(Failure, match=r"(?m)^ +exchange +\['fc1'\] +\[\]$"):
+        resume(factored=(), exchange="allreduce")
+    assert resume(factored=(), exchange="allreduce", allow_config_change="exchange")[3] == []
+
+
+def test_resume_elsewhere_is_said_and_not_refused(resume, capsys):
+    """What decides the bits and has changed, with both values."""
+    resume()
+    assert "to rounding only" not in capsys.readouterr().out
+    assert resume(arithmetic={**ARITHMETIC, "processor": "B"})[0].step == 4
+    assert re.search(r"equal to rounding only from here.*\n.*\n? +processor +'A' +'B'", capsys.readouterr().out)
 
 
 def test_resume_never_or_required(resume, tmp_path):
@@ -86,7 +106,7 @@ def test_resume_never_or_required(resume, tmp_path):
         path.unlink()
     with pytest.raises(Failure, match="--resume=required, but .* holds no checkpoint"):
         require_checkpoints(TrainConfig(resume="required", run_dir=str(tmp_path)))
-    progress, state, tensors = resume()
+    progress, state, tensors, _ = resume()
     assert progress == TrainProgress()
     assert all((value.numpy() != tensors[name]).any() or not np.any(value) for name, value in state.weights.items())
 

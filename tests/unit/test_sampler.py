@@ -1,13 +1,20 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from hvd_vgg.config import BITS, ROUNDING, TrainConfig
 from hvd_vgg.data.sampler import (
+    micro_batches,
+    most_ranks,
+    part_bounds,
     permutation,
     positions,
     replacement_record,
     sample_seeds,
     slice_bounds,
     storage_order,
+    too_many_ranks,
     window_records,
 )
 
@@ -53,6 +60,59 @@ def test_slices_tile_the_batch_and_differ_by_one(global_batch, size):
 
 def test_slices_of_three_ranks_are_11_11_10():
     assert [b - a for a, b in (slice_bounds(32, rank, 3) for rank in range(3))] == [11, 11, 10]
+
+
+# (images, of a micro-batch): divided evenly, with a shorter last one, into single images, and into one.
+CUTS = [(32, 8), (33, 8), (29, 4), (13, 1), (7, 9)]
+
+
+@pytest.mark.parametrize(("global_batch", "device_batch"), CUTS)
+def test_parts_under_bits_are_whole_micro_batches(global_batch, device_batch):
+    """Each image is in one part, the last micro-batch may be shorter, and parts differ by one micro-batch at most."""
+    config = TrainConfig(global_batch=global_batch, device_batch=device_batch, reproducible=BITS)
+    count = micro_batches(config)
+    assert most_ranks(config) == count == len(range(0, global_batch, device_batch))
+    for size in range(1, count + 1):
+        bounds = [part_bounds(config, rank, size) for rank in range(size)]
+        assert [n for low, high in bounds for n in range(low, high)] == list(range(global_batch))
+        assert all(low % device_batch == 0 and high > low for low, high in bounds)
+        assert all(high % device_batch == 0 for _, high in bounds[:-1])
+        computed = [-(-(high - low) // device_batch) for low, high in bounds]
+        assert sum(computed) == count and max(computed) - min(computed) <= 1
+    assert part_bounds(config, count, count + 1) == (global_batch, global_batch)  # as doctor would see it
+
+
+@pytest.mark.parametrize(("global_batch", "device_batch"), CUTS)
+def test_parts_under_rounding_differ_by_one_image(global_batch, device_batch):
+    """Whatever the micro-batches."""
+    config = TrainConfig(global_batch=global_batch, device_batch=device_batch, reproducible=ROUNDING)
+    assert most_ranks(config) == global_batch
+    for size in range(1, global_batch + 1):
+        bounds = [part_bounds(config, rank, size) for rank in range(size)]
+        assert bounds == [slice_bounds(global_batch, rank, size) for rank in range(size)]
+
+
+@pytest.mark.parametrize(("global_batch", "device_batch"), CUTS)
+def test_too_many_ranks_under_bits_advises_what_is_enough(global_batch, device_batch):
+    """The largest --device_batch for as many ranks, unless there are fewer images; and the most ranks for this one."""
+    config = TrainConfig(global_batch=global_batch, device_batch=device_batch, reproducible=BITS)
+    most = most_ranks(config)
+    assert [too_many_ranks(config, ranks) for ranks in range(1, most + 1)] == [""] * most
+    for ranks in range(most + 1, global_batch + 1):
+        text = too_many_ranks(config, ranks)
+        assert f"start at most {most}, or begin a new run with --device_batch=" in text
+        enough = replace(config, device_batch=int(text.rpartition("=")[2]))
+        assert too_many_ranks(enough, ranks) == ""
+        assert too_many_ranks(replace(enough, device_batch=enough.device_batch + 1), ranks) != ""
+    text = too_many_ranks(config, global_batch + 1)
+    assert f"fewer than the {global_batch + 1} ranks" in text or "has fewer images than the" in text
+    assert f"start at most {most}" in text and "begin a new run" not in text
+
+
+def test_too_many_ranks_under_rounding_is_more_than_images():
+    config = TrainConfig(global_batch=13, device_batch=8, reproducible=ROUNDING)
+    assert {too_many_ranks(config, ranks) for ranks in range(1, 14)} == {""}
+    assert too_many_ranks(config, 14) == "--global_batch=13 has fewer images than the 14 ranks: start at most 13"
 
 
 def test_positions_need_nothing_before_them():

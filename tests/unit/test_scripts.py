@@ -391,13 +391,13 @@ def test_multigpu_script(here, hosts, devices):
     """As many ranks as slots, and doctor where it would train."""
     write_hosts(here, hosts, devices)
     flags = ["--dry_run", "--run_dir=run 1", "--lr=0.02", f"--ranks={devices}" if hosts == 1 else "--hostfile=the hosts"]
-    environment = {"DATA_DIR": "./image net", "BATCH_SIZE": "64", "PYTHONPATH": str(ROOT)}
+    environment = {"DATA_DIR": "./image net", "BATCH_SIZE": "2", "PYTHONPATH": str(ROOT)}
     words = printed(call(MULTIGPU, *flags, cwd=here, **environment))
     started, named, train = of_mpirun(words)
-    assert started == min(devices * hosts, 256)  # the global batch
+    assert started == devices * hosts
     assert named == ([f"node{number}:{devices}" for number in range(hosts)] if hosts > 1 else [])
     training = parse_flags(TrainConfig, train)
-    assert (training.data_dir, training.run_dir, training.lr, training.device_batch) == ("./image net", "run 1", 0.02, 64)
+    assert (training.data_dir, training.run_dir, training.lr, training.device_batch) == ("./image net", "run 1", 0.02, 2)
     assert not (here / "run 1").exists()
     doctor = printed(call(MULTIGPU, "doctor", *flags, cwd=here, **environment))
     assert lasting(doctor) == lasting(as_doctor(words))
@@ -416,6 +416,7 @@ def test_single_device_script(here):
     started, named, train = of_mpirun(printed(call(script, "--dry_run", cwd=here, **environment)))
     assert (started, named) == (1, [])
     assert "--data_dir=./image net" in train
+    assert parse_flags(TrainConfig, train).device_batch == 16  # the config's
     words = printed(call(script, "doctor", "--dry_run", cwd=here, **environment))
     assert (words[words.index("-np") + 1], words[words.index("hvd_vgg") + 1]) == ("1", "doctor")
 
@@ -437,15 +438,15 @@ def slurm(here, *flags, path="", **environment):
 
 @pytest.mark.parametrize(("hosts", "devices"), SIZES)
 def test_slurm_by_mpirun(here, hosts, devices):
-    environment = {"SLURM_NTASKS_PER_NODE": str(devices), "COUNT": str(hosts), "DATA_DIR": "./image net"}
+    environment = {"SLURM_NTASKS_PER_NODE": str(devices), "COUNT": str(hosts), "DATA_DIR": "./image net", "BATCH_SIZE": "2"}
     ended = slurm(here, "--dry_run", "--run_dir=run 1", **environment)
     shown, run = [shlex.split(line)[1:] for line in ended.stdout.splitlines()]
     assert shown[:2] == ["hvd-vgg", "launch"]
     started, named, train = of_mpirun(run)
-    assert (started, named) == (min(devices * hosts, 256), [f"node{number}:{devices}" for number in range(hosts)])
+    assert (started, named) == (devices * hosts, [f"node{number}:{devices}" for number in range(hosts)])
     agent = run[run.index("plm_rsh_agent") + 1]
     assert shlex.split(agent) == [agent]  # TMPDIR has a space in it
-    assert {"--data_dir=./image net", "--run_dir=run 1"} < set(train)
+    assert {"--data_dir=./image net", "--run_dir=run 1", "--device_batch=2"} < set(train)
     assert not Path(agent).parent.exists()
 
 

@@ -39,8 +39,9 @@ def test_visible_devices_are_fewer_than_nodes():
         ({"max_rewinds": 7}, "--max_rewinds=7 has no effect without"),
         ({"steps": 10, "epochs": 3.0}, "--epochs=3 has no effect with --steps=10"),
         ({"lr_schedule": "cosine", "lr_step_epochs": (1.0,)}, "--lr_step_epochs has no effect with"),
-        ({"global_batch": 255}, "is not divisible by 2 ranks"),
-        ({"xla": True}, "--xla compiles for GPUs"),
+        ({"global_batch": 255, "reproducible": "rounding"}, "255 images of --global_batch=255 are not divisible by 2 ranks"),
+        ({"global_batch": 288}, "9 micro-batches of --global_batch=288 are not divisible by 2 ranks"),
+        ({"xla": True, "reproducible": "rounding"}, "--xla compiles for GPUs"),
         ({"precision": "float16"}, "--precision=float16 is slower than float32 on CPUs"),
         ({"profile_ranks": (1.0,)}, "--profile_ranks has no effect without --profile_steps"),
         ({"profile_steps": "1:2", "profile_ranks": (2.0,)}, "--profile_ranks names rank 2 of 2 ranks"),
@@ -56,7 +57,12 @@ def test_flags_without_the_meant_effect(flags, text):
 
 def test_flags_usual_and_batch_below_ranks():
     assert check_flags(TrainConfig(), 8, 8)[0].verdict == OK
-    assert [each.verdict for each in check_flags(TrainConfig(global_batch=4), 8, 8)] == [FAILURE]
+    for reproducible in ("bits", "rounding"):
+        found = check_flags(TrainConfig(global_batch=4, device_batch=1, reproducible=reproducible), 8, 8)
+        assert [each.verdict for each in found] == [FAILURE]
+    (found,) = check_flags(TrainConfig(device_batch=64), 8, 8)
+    assert (found.verdict, "4 micro-batches of --device_batch=64" in found.text) == (FAILURE, True)
+    assert found.fix == "start at most 4, or begin a new run with --device_batch=36"
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,24 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hvd_vgg.config import TrainConfig
+from hvd_vgg.config import BITS, ROUNDING, TrainConfig
 from hvd_vgg.models import vgg
 from hvd_vgg.models.dropout import apply_dropout, dropout_mask
+from hvd_vgg.parallel import comm, fixed_point
 from hvd_vgg.seeds import dropout_keys
+from hvd_vgg.training.backward import make_backward, summed_weights
 from hvd_vgg.training.loss import top_k_correct
-from hvd_vgg.training.optimizer import LOSS_SCALE, apply_update, make_slots, next_loss_scale, set_loss_scale
+from hvd_vgg.training.optimizer import (
+    GRADIENT_LIMITS,
+    LOSS_SCALE,
+    apply_update,
+    make_slots,
+    next_loss_scale,
+    set_loss_scale,
+)
 from hvd_vgg.training.state import initial_weights
-from hvd_vgg.training.train_step import accumulate, apply_gradients, make_backward
+from hvd_vgg.training.sums import gradients_of, make_layout
+from hvd_vgg.training.train_step import accumulate, apply_gradients
 
 
 def kept(rows, units, rate, key, position):
@@ -61,7 +71,7 @@ def test_apply_update_is_the_formula(kind):
     random = np.random.default_rng(1)
     w, v = random.normal(size=(4, 3)), np.zeros((4, 3))
     weights = {"a/kernel": tf.Variable(tf.constant(w, tf.float32))}
-    slots = make_slots(weights)
+    slots = make_slots(weights, TrainConfig())
     for _ in range(5):
         g = random.normal(size=(4, 3))
         apply_update(weights, slots, {"a/kernel": tf.constant(g, tf.float32)}, tf.constant(0.1), kind, 0.9, 0.01)
@@ -74,8 +84,10 @@ def test_apply_update_is_the_formula(kind):
 
 def test_loss_scale_halves_on_overflow_and_doubles_later():
     """After 2000 updates without an overflow."""
-    slots = make_slots({"a/kernel": tf.Variable([1.0])}, "float16")
-    assert make_slots({"a/kernel": tf.Variable([1.0])}).keys() == {"a/kernel/momentum"}
+    weights = {"a/kernel": tf.Variable([1.0])}
+    slots = make_slots(weights, TrainConfig(precision="float16"))
+    assert make_slots(weights, TrainConfig(reproducible=ROUNDING)).keys() == {"a/kernel/momentum"}
+    assert make_slots(weights, TrainConfig(reproducible=BITS)).keys() == {"a/kernel/momentum", GRADIENT_LIMITS}
 
     def adapt(finite):
         set_loss_scale(slots, *next_loss_scale(slots, tf.constant(finite)))
@@ -90,22 +102,29 @@ def test_loss_scale_halves_on_overflow_and_doubles_later():
 TINY = dict(model="vgg11", width=0.0625, image_size=32, num_classes=10, global_batch=11, device_batch=4)
 
 
+class OneRank:
+    """A process set of one rank, for which nothing is sent and Horovod is not needed."""
+
+    @staticmethod
+    def size():
+        return 1
+
+
 def make_parts(factored, **more):
-    """Returns (config, weights, names of the weights that are summed, backward, images, labels, position, keys)."""
+    """Returns (config, weights, backward, images, labels, position, keys)."""
     config = TrainConfig(**{**TINY, **more})
     weights = initial_weights(config, 1)
-    summed = [name for name in weights if name.split("/")[0] not in factored]
-    backward = make_backward(weights, make_slots(weights), config, "NHWC", summed, factored)
+    backward = make_backward(weights, make_slots(weights, config), config, "NHWC", factored)
     random = np.random.default_rng(3)
     images = tf.constant(random.integers(0, 256, (11, 32, 32, 3), np.uint8))
     labels = tf.constant(random.integers(0, 10, 11).astype(np.int32))
-    return config, weights, summed, backward, images, labels, tf.constant(0, tf.int64), tf.constant(dropout_keys(1, 0, 2))
+    return config, weights, backward, images, labels, tf.constant(0, tf.int64), tf.constant(dropout_keys(1, 0, 2))
 
 
 @pytest.mark.parametrize("factored", [[], ["fc2"], ["fc1", "fc2", "predictions"]])
 def test_backward_is_the_gradient_of_the_summed_loss(factored):
     """Summed gradients, and the products of factors, are those of sum(loss) / global_batch computed plainly."""
-    _, weights, summed, backward, images, labels, position, keys = make_parts(factored, dropout=0.0)
+    _, weights, backward, images, labels, position, keys = make_parts(factored, dropout=0.0)
     with tf.GradientTape() as tape:
         logits = vgg.logits(weights, "vgg11", images, "NHWC")
         loss = tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
@@ -114,7 +133,7 @@ def test_backward_is_the_gradient_of_the_summed_loss(factored):
     found = tf.function(backward)(images, labels, position, keys)
     assert float(found.loss) == pytest.approx(float(loss), rel=1e-6)
     assert int(found.top1) == int((logits.numpy().argmax(axis=1) == labels.numpy()).sum())
-    gradients = dict(zip(summed, found.gradients))
+    gradients = dict(zip(summed_weights(weights, factored), found.gradients))
     for name, inputs, outputs in zip(factored, found.inputs, found.output_gradients):
         gradients[f"{name}/kernel"] = tf.matmul(inputs, outputs, transpose_a=True)
         gradients[f"{name}/bias"] = tf.reduce_sum(outputs, 0)
@@ -122,48 +141,102 @@ def test_backward_is_the_gradient_of_the_summed_loss(factored):
         np.testing.assert_allclose(gradients[name], value, rtol=1e-4, atol=1e-7, err_msg=name)
 
 
+def make_sums(factored, reproducible, at_a_time=1, **more):
+    """Returns (layout, function (low, high) -> Sums of these of 11 images, limits that they do not exceed)."""
+    config, weights, backward, images, labels, _, keys = make_parts(factored, reproducible=reproducible, **more)
+    layout = make_layout(weights, factored, config, "CPU", comm.Group(OneRank))
+    accumulated = accumulate(backward, layout, at_a_time)
+    bits = reproducible == BITS
+    limits = tf.constant(fixed_point.first_limits(len(weights)) if bits else [], tf.int32)
+
+    def sums(low, high, limits, order=range(11)):
+        rows = [*order][low:high]
+        part = tf.gather(images, rows), tf.gather(labels, rows)
+        return accumulated(*part, tf.constant(low, tf.int64), keys, limits, tf.constant(False))
+
+    if bits:
+        limits = fixed_point.next_limits(limits, sums(0, 11, limits).largest[:-1])
+    return layout, lambda *chosen: sums(*chosen[:2], limits, *chosen[2:]), limits
+
+
+def in_bits(sums):
+    """Returns the bytes of all but `ready`, a time."""
+    return [tensor.numpy().tobytes() for tensor in tf.nest.flatten(sums._replace(ready=()))]
+
+
+@pytest.mark.parametrize("at_a_time", [1, 3])
 @pytest.mark.parametrize("factored", [[], ["fc1", "fc2"]])
-def test_accumulate_sums_micro_batches_in_order(factored):
-    """4 + 4 + 3 images: sums are added from the first to the last, rows are laid end to end, in every bit."""
-    config, weights, summed, backward, images, labels, position, keys = make_parts(factored, dropout=0.5)
-    step = tf.function(accumulate(backward, weights, summed, factored, config.device_batch))
-    found = step(images, labels, position, keys)
-    parts = []
-    for low, high in ((0, 4), (4, 8), (8, 11)):
-        parts.append(tf.function(backward)(images[low:high], labels[low:high], tf.constant(low, tf.int64), keys))
-    assert float(found.loss) == float(parts[0].loss + parts[1].loss + parts[2].loss)
+def test_accumulate_sums_micro_batches_in_order(factored, at_a_time):
+    """4 + 4 + 3 images under rounding: sums are added from the first to the last, rows are laid end to end, in every bit."""
+    _, sums, _ = make_sums(factored, ROUNDING, at_a_time, dropout=0.5)
+    found, parts = sums(0, 11), [sums(low, high) for low, high in ((0, 4), (4, 8), (8, 11))]
+    assert (found.losses.numpy() == [float(part.losses[0]) for part in parts]).all()
     assert int(found.top5) == sum(int(part.top5) for part in parts)
-    for number, gradient in enumerate(found.gradients):
-        total = (parts[0].gradients[number] + parts[1].gradients[number]) + parts[2].gradients[number]
-        np.testing.assert_allclose(gradient, total, rtol=1e-5, atol=1e-8)
-    for number in range(len(factored)):
-        rows = tf.concat([part.inputs[number] for part in parts], 0)
-        np.testing.assert_allclose(found.inputs[number], rows, rtol=1e-5, atol=1e-7)
-        assert found.output_gradients[number].shape[0] == 11
+    assert int(found.largest[0]) == max(int(part.largest[0]) for part in parts)
+    for number, total in enumerate(found.totals):
+        first, second, third = (part.totals[number].numpy() for part in parts)
+        assert (total.numpy() == (first + second) + third).all()
+    for name in ("inputs", "output_gradients"):
+        for number, rows in enumerate(getattr(found, name)):
+            assert (rows.numpy() == tf.concat([getattr(part, name)[number] for part in parts], 0).numpy()).all()
+            assert rows.shape[0] == 11
 
 
-def test_accumulate_of_few_images_is_one_pass():
-    """At most --device_batch images need no loop."""
-    _, weights, summed, backward, images, labels, position, keys = make_parts([])
-    graph = tf.function(accumulate(backward, weights, summed, [], 11)).get_concrete_function(images, labels, position, keys)
-    assert not [operation.type for operation in graph.graph.get_operations() if "While" in operation.type]
+@pytest.mark.parametrize("at_a_time", [1, 3])
+@pytest.mark.parametrize("factored", [[], ["fc1", "fc2"]])
+def test_accumulate_in_fixed_point_has_no_order(factored, at_a_time):
+    """Under bits the totals are exactly the integer sums of what each micro-batch is encoded as, in whatever order."""
+    layout, sums, limits = make_sums(factored, BITS, at_a_time, dropout=0.0)
+    found, parts = sums(0, 11), [sums(low, high) for low, high in ((0, 4), (4, 8), (8, 11))]
+    assert {total.dtype for total in found.totals} == {tf.int32}
+    for number, total in enumerate(found.totals):
+        encoded = [part.totals[number].numpy().astype(np.int64) for part in parts]
+        assert (total.numpy() == sum(encoded)).all()
+    assert (found.largest.numpy() == np.max([part.largest.numpy() for part in parts], axis=0)).all()
+    other = sums(0, 11, [4, 5, 6, 7, 0, 1, 2, 3, 8, 9, 10])
+    assert [total.numpy().tobytes() for total in other.totals] == [total.numpy().tobytes() for total in found.totals]
+    assert not bool(fixed_point.exceeded(limits, found.largest[:-1]))
+
+    _, in_floats, _ = make_sums(factored, ROUNDING, dropout=0.0)
+    plain = gradients_of(in_floats(0, 11), limits, layout._replace(integers=None))
+    for name, gradient in gradients_of(found, limits, layout).items():
+        np.testing.assert_allclose(gradient, plain[name], rtol=1e-5, atol=1e-6 * np.abs(plain[name]).max(), err_msg=name)
 
 
-@pytest.mark.parametrize(("losses_finite", "gradient"), [(True, math.inf), (False, 1.0), (True, math.nan)])
-def test_apply_gradients_stops_at_the_first_nonfinite(losses_finite, gradient):
+@pytest.mark.parametrize("reproducible", [BITS, ROUNDING])
+@pytest.mark.parametrize("factored", [[], ["fc1", "fc2"]])
+def test_accumulate_of_a_micro_batch_ignores_the_others(factored, reproducible):
+    """One goes through the loop as several do: alone it is in every bit what it adds to them."""
+    _, sums, _ = make_sums(factored, reproducible, dropout=0.5)
+    assert in_bits(sums(0, 4)) == in_bits(sums(0, 4))
+    both, first, second = sums(0, 8), sums(0, 4), sums(4, 8)
+    assert (both.losses.numpy() == [first.losses.numpy()[0], second.losses.numpy()[0]]).all()
+    for number, total in enumerate(both.totals):
+        assert (total.numpy() == first.totals[number].numpy() + second.totals[number].numpy()).all()
+    for name in ("inputs", "output_gradients"):
+        for number, rows in enumerate(getattr(both, name)):
+            assert (rows.numpy()[:4] == getattr(first, name)[number].numpy()).all()
+            assert (rows.numpy()[4:] == getattr(second, name)[number].numpy()).all()
+
+
+@pytest.mark.parametrize("reproducible", [BITS, ROUNDING])
+@pytest.mark.parametrize(("loss", "gradient"), [(1.0, math.inf), (math.inf, 1.0), (math.nan, 1.0), (1.0, math.nan)])
+def test_apply_gradients_stops_at_the_first_nonfinite(loss, gradient, reproducible):
     """Neither it nor any later update is applied."""
-    config, weights = TrainConfig(**TINY), {"a/kernel": tf.Variable([1.0, 2.0])}
-    slots, stopped = make_slots(weights), tf.Variable(False)
+    config, weights = TrainConfig(**TINY, reproducible=reproducible), {"a/kernel": tf.Variable([1.0, 2.0])}
+    slots, stopped = make_slots(weights, config), tf.Variable(False)
 
     @tf.function
-    def apply(value, finite):
+    def apply(value, loss):
         gradients = {"a/kernel": tf.fill([2], value)}
-        return apply_gradients(weights, slots, gradients, finite, stopped, tf.constant(0.1), config)
+        limits = slots.get(GRADIENT_LIMITS)
+        largest = fixed_point.largest([*([] if limits is None else gradients.values()), loss])
+        return apply_gradients(weights, slots, gradients, largest, stopped, tf.constant(0.1), config, limits)
 
-    norm, scale, finite = apply(tf.constant(1.0), tf.constant(True))
+    norm, scale, finite = apply(tf.constant(1.0), tf.constant(1.0))
     assert (float(norm), float(scale), bool(finite)) == (pytest.approx(math.sqrt(2)), 1.0, True)
-    before = weights["a/kernel"].numpy().copy()
-    assert (before < [1.0, 2.0]).all()
-    assert not bool(apply(tf.constant(gradient), tf.constant(losses_finite))[2])
-    assert bool(apply(tf.constant(1.0), tf.constant(True))[2])  # finite again, but held
-    assert (weights["a/kernel"].numpy() == before).all()
+    before = {name: variable.numpy().copy() for name, variable in {**weights, **slots}.items()}
+    assert (before["a/kernel"] < [1.0, 2.0]).all()
+    assert not bool(apply(tf.constant(gradient), tf.constant(loss))[2])
+    assert bool(apply(tf.constant(1.0), tf.constant(1.0))[2])  # finite again, but held
+    assert all((variable.numpy() == before[name]).all() for name, variable in {**weights, **slots}.items())
