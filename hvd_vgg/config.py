@@ -11,6 +11,7 @@ from typing import Any, Dict, Iterator, List, Set, Tuple
 from hvd_vgg.flags import flag, format_value, hyperparameter, same_flag
 
 BITS, ROUNDING = "bits", "rounding"  # of --reproducible
+MOST_MICRO_BATCHES = 65_535  # whose sums are exact in fixed point
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +169,8 @@ class StepConfig(ExchangeConfig, UpdateConfig, ComputeConfig):
         """Yields the combinations that cannot run."""
         if self.reproducible == BITS and self.wire_dtype != "float32":
             yield f"--wire_dtype={self.wire_dtype} needs --reproducible={ROUNDING}: its sums depend on the number of ranks"
+        if self.reproducible == BITS and self.global_batch > MOST_MICRO_BATCHES * self.device_batch:
+            yield f"--device_batch={self.device_batch}: expected at most {MOST_MICRO_BATCHES} micro-batches"
         if self.reproducible == BITS and self.xla:
             yield f"--xla needs --reproducible={ROUNDING}: XLA has no deterministic gradient of max pooling"
 

@@ -142,21 +142,9 @@ def sendrecv(first: int, second: int, count: int) -> np.ndarray:
 
 def sum_tensor(tensor: Any, name: str, group: Group = WORLD) -> Any:
     """Returns the sum over ranks of `tensor`, sent as the message `name`; for use in a tf.function. Collective."""
-    return _reduced(tensor, hvd.Sum, name, group)
-
-
-def max_tensor(tensor: Any, name: str, group: Group = WORLD) -> Any:
-    """Returns the maximum over ranks of each element of `tensor`, integers, as `sum_tensor` does.
-
-    Not for floats: what becomes of a NaN that one rank has depends on the order of the ranks.
-    """
-    return _reduced(tensor, hvd.Max, name, group)
-
-
-def _reduced(tensor: Any, operation: Any, name: str, group: Group) -> Any:
     if size(group) == 1:
         return tensor
-    return hvd.allreduce(tensor, op=operation, name=name, process_set=group.process_set, ignore_name_scope=True)
+    return hvd.allreduce(tensor, op=hvd.Sum, name=name, process_set=group.process_set, ignore_name_scope=True)
 
 
 def gather_rows(tensor: Any, name: str, rows: int, group: Group = WORLD) -> Any:

@@ -1,17 +1,19 @@
 """Sums of float32 that do not depend on their order: 32-bit integers in fixed point, which have the bytes of float32.
 
-Each value is multiplied by a power of two, its tensor's scale, and rounded. With a limit E every value is below 2^E in
-magnitude, and the scale is 2^(31 - c - E) for at most 2^c summands, so that no sum of them overflows. Rounding moves a value
-by half a unit at most, so
+Each value of a tensor is multiplied by a power of two, 2^(31 - E), and rounded. E is such that the largest magnitudes of the
+tensor in all summands add up to less than 2^E, its limit. So no sum of summands overflows, and as rounding moves a value by
+half a unit at most,
 
-    |sum in fixed point - exact sum| <= summands / 2 * 2^(E + c - 31)
+    |sum in fixed point - exact sum| <= summands / 2 * 2^(E - 31)
 
-before the sum is converted to float32. E follows the largest value of the steps before: it is state, as momentum is. A step
-in which a value reaches its limit is computed again under the next limit (`exceeded`, `next_limits`).
+for each element, before the sum is converted to float32. This holds for at most 65,535 summands
+(config.MOST_MICRO_BATCHES), whose rounding is less than what a tally rounds up.
 
-All functions are for use inside a tf.function. Limits are kept as int32 [tensors], in 1/64 of an exponent as float32's bits
-have it (biased by 126 here: E + 126), and largest magnitudes as the bits of a float32: as integers they have the same order,
-and Inf and NaN are the largest of all.
+E follows the sums of largest magnitudes of the steps before: it is state, as momentum is. A step in which a tensor reaches
+its limit is computed again under the next limit (`exceeded`, `next_limits`). How near it is tells a tally, integers that are
+added over summands as the values are, and that count Inf and NaN: these are seen wherever they are.
+
+All functions are for use inside a tf.function. Limits are int32 [tensors], in 1/64 of an exponent that is biased by 126.
 """
 
 from typing import Any, Sequence
@@ -20,58 +22,69 @@ import numpy as np
 import tensorflow as tf
 
 _PARTS = 64  # of a limit's unit: without need a limit falls by a power of two in this many steps
-_MARGIN = 2  # exponents between the largest value of a step and the next limit
-# A lower limit's scale would be no float32: what is below 2^(c - 126) is rounded to zero. No float32 needs a higher one.
+_MARGIN = 2  # exponents between what a step needed and the next limit
+_BIAS = 126
+# A lower limit's scale would be no float32. At the highest, 2^128, sums are no float32 any more.
 _LOWEST, _HIGHEST = 32, 254
-_NONFINITE = 255  # the exponent of Inf and NaN
-# Values so few units of their last place below their limit count as having reached it: of 2^8 summands or more, a unit is so
-# large that they would be rounded up to it, and if all were their sum would be 2^31. Enough for 2^23 summands.
-_ROUNDED_UP = 2**15
+_FIRST = _BIAS - 30  # of gradients of a mean loss; whichever is larger is raised within a step
+_LIMIT_UNITS = 16  # a tally counts magnitudes in 2^-16 of the limit, rounded up
+_MOST_UNITS = 2.0**46  # of one summand: 2^30 times the limit, and 65,535 of them are an int64
 
 
 def first_limits(tensors: int) -> np.ndarray:
-    """Returns the limits before the first step: the lowest, so that it is computed again under those that it needs."""
-    return np.full(tensors, _LOWEST * _PARTS, np.int32)
+    """Returns the limits before the first step: 2^-30, so that it is computed again under those that it needs."""
+    return np.full(tensors, _FIRST * _PARTS, np.int32)
 
 
-def limits_of(magnitude: float, tensors: int) -> np.ndarray:
-    """Returns the limits, int32 [tensors], of tensors whose values are all below a magnitude."""
-    exponent = int(np.float32(magnitude).view(np.int32)) >> 23
-    return np.full(tensors, exponent * _PARTS, np.int32)
+def limits_of(exponent: int, tensors: int) -> np.ndarray:
+    """Returns the limits, int32 [tensors], of 2^exponent."""
+    return np.full(tensors, (_BIAS + exponent) * _PARTS, np.int32)
 
 
-def largest(tensors: Sequence[Any]) -> Any:
-    """Returns the bits of the largest magnitude in each of `tensors`, float32: int32 [tensors]; NaN counts as largest."""
-    maxima = tf.stack([tf.reduce_max(tf.abs(tensor)) for tensor in tensors])
-    with tf.device("/CPU:0"):
-        return tf.bitwise.bitwise_and(tf.bitcast(maxima, tf.int32), 0x7FFFFFFF)
+def magnitudes(tensors: Sequence[Any]) -> Any:
+    """Returns the largest magnitude in each of `tensors`, float32: float32 [tensors], NaN where one is NaN."""
+    return tf.stack([tf.reduce_max(tf.abs(tensor)) for tensor in tensors])
 
 
-def is_finite(largest: Any) -> Any:
-    """Returns whether these largest magnitudes are finite, bool."""
-    return _exponents(largest) < _NONFINITE
+def tally(magnitudes: Any, limits: Any) -> Any:
+    """Returns what to add over all summands and ranks, int64 [3, tensors]; magnitudes: float32 [summands, tensors].
+
+    Rows: the magnitudes in 2^-16 of their limits, rounded up; how many are Inf; how many are NaN.
+    """
+    units = tf.math.ceil(tf.cast(magnitudes, tf.float64) * _power_of_two(_LIMIT_UNITS - _exponents(limits), tf.float64))
+    finite = tf.where(tf.math.is_finite(magnitudes), tf.minimum(units, _MOST_UNITS), tf.zeros_like(units))
+    odd = [tf.cast(each(magnitudes), tf.float64) for each in (tf.math.is_inf, tf.math.is_nan)]
+    return tf.reduce_sum(tf.cast(tf.stack([finite, *odd]), tf.int64), 1)
 
 
-def exceeded(limits: Any, largest: Any) -> Any:
-    """Returns whether any finite value has reached its limit, or would when rounded, bool scalar."""
-    reached = tf.bitwise.left_shift(_ceiling(limits) + 1, 23) - _ROUNDED_UP
-    return tf.reduce_any((largest >= reached) & is_finite(largest))
+def is_finite(tally: Any) -> Any:
+    """Returns whether all values of each tensor are finite, bool [tensors]."""
+    return tally[1] + tally[2] == 0
 
 
-def next_limits(limits: Any, largest: Any) -> Any:
-    """Returns the limits for the step after one with these largest magnitudes, or for the same step once more."""
-    wanted = (tf.minimum(_exponents(largest), _HIGHEST) + _MARGIN) * _PARTS
-    return tf.clip_by_value(tf.maximum(wanted, limits - 1), _LOWEST * _PARTS, _HIGHEST * _PARTS)
+def exceeded(tally: Any) -> Any:
+    """Returns whether each tensor has reached its limit, bool [tensors]."""
+    return tally[0] >= 2**_LIMIT_UNITS
 
 
-def scales(limits: Any, summands: int) -> Any:
+def next_limits(limits: Any, tally: Any) -> Any:
+    """Returns the limits for the step after one with this tally, or for the same step once more."""
+    exponents = tf.bitwise.right_shift(tf.bitcast(tf.cast(tally[0], tf.float64), tf.int64), 52) - 1023
+    needed = _ceiling(limits) + tf.cast(exponents, tf.int32) + 1 - _LIMIT_UNITS
+    wanted = tf.maximum((needed + _MARGIN) * _PARTS, limits - 1)
+    return tf.clip_by_value(wanted, _LOWEST * _PARTS, _HIGHEST * _PARTS)
+
+
+def scales(limits: Any) -> Any:
     """Returns what each tensor's values are multiplied by, float32 [tensors]."""
-    return _power_of_two(_shifts(limits, summands))
+    return _power_of_two(31 - _exponents(limits), tf.float32)
 
 
-def inverse_scales(limits: Any, summands: int, largest: Any) -> Any:
+def inverse_scales(limits: Any, tally: Any) -> Any:
     """Returns what each tensor's sum is multiplied by, float32 [tensors]; NaN or Inf if one of its values was that."""
-    return tf.where(is_finite(largest), _power_of_two(-_shifts(limits, summands)), tf.bitcast(largest, tf.float32))
+    inverse = _power_of_two(_exponents(limits) - 31, tf.float32)
+    inverse = tf.where(exceeded(tally) | (tally[1] > 0), tf.fill(tf.shape(inverse), np.float32(np.inf)), inverse)
+    return tf.where(tally[2] > 0, tf.fill(tf.shape(inverse), np.float32(np.nan)), inverse)
 
 
 def encode(values: Any, scale: Any, dtype: Any) -> Any:
@@ -91,17 +104,17 @@ def spread(numbers: Sequence[Any], sizes: Sequence[int]) -> Any:
     return tf.concat([tf.fill([size], number) for number, size in zip(numbers, sizes)], 0)
 
 
-def _exponents(largest: Any) -> Any:
-    return tf.bitwise.right_shift(largest, 23)
-
-
 def _ceiling(limits: Any) -> Any:
     return -(-limits // _PARTS)
 
 
-def _shifts(limits: Any, summands: int) -> Any:
-    return 31 - (summands - 1).bit_length() - (_ceiling(limits) - 126)
+def _exponents(limits: Any) -> Any:
+    """Returns E of each limit."""
+    return _ceiling(limits) - _BIAS
 
 
-def _power_of_two(exponents: Any) -> Any:
-    return tf.bitcast(tf.bitwise.left_shift(exponents + 127, 23), tf.float32)
+def _power_of_two(exponents: Any, dtype: Any) -> Any:
+    """Returns 2^exponents, made of the bits of floats, not computed."""
+    if dtype == tf.float32:
+        return tf.bitcast(tf.bitwise.left_shift(exponents + 127, 23), dtype)
+    return tf.bitcast(tf.bitwise.left_shift(tf.cast(exponents, tf.int64) + 1023, 52), dtype)

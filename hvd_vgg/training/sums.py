@@ -5,7 +5,6 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 import tensorflow as tf
 
 from hvd_vgg.config import BITS, StepConfig
-from hvd_vgg.data.sampler import micro_batches
 from hvd_vgg.parallel import comm, exchange, fixed_point
 from hvd_vgg.training.backward import Backward, summed_weights
 from hvd_vgg.training.clock import time_after
@@ -14,17 +13,19 @@ from hvd_vgg.training.clock import time_after
 class Sums(NamedTuple):
     """Some micro-batches of one rank, in order; once they have been exchanged, the last four are those of all ranks.
 
-    losses: float32 [micro-batches], each summed over its images; top1, top5: int64, hits; ready: when all were computed, in
-    seconds, float64. largest: int32, of `fixed_point.largest`: of the loss, and before it of the gradient of each weight
-    where sums are in fixed point. totals: the sum of each message, [elements]. inputs [rows, K], output_gradients [rows, N]:
-    of each factored layer.
+    losses: float32 [micro-batches], each summed over its images; top1, top5: int64, hits; magnitudes: float32
+    [micro-batches, weights + 1], the largest of the gradient of each weight and of the loss (of the loss alone where sums are
+    in floats); ready: when all were computed, in seconds, float64. tally: `fixed_point.tally` of the magnitudes, zeros before
+    the exchange; totals: the sum of each message, [elements]; inputs [rows, K], output_gradients [rows, N]: of each factored
+    layer.
     """
 
     losses: Any
     top1: Any
     top5: Any
+    magnitudes: Any
     ready: Any
-    largest: Any
+    tally: Any
     totals: List[Any]
     inputs: List[Any]
     output_gradients: List[Any]
@@ -54,37 +55,40 @@ def make_layout(
 
 def nothing(layout: Layout) -> Sums:
     """Returns the sums of no micro-batch."""
-    dtype, largest = layout.integers or tf.float32, 1 + (len(layout.shapes) if layout.integers else 0)
+    dtype, width = layout.integers or tf.float32, 1 + (len(layout.shapes) if layout.integers else 0)
     totals = [tf.zeros([sum(_sizes(message))], dtype) for message in layout.messages]
     inputs, outputs = ([tf.zeros([0, layout.shapes[f"{name}/kernel"][side]]) for name in layout.factored] for side in (0, 1))
     hits, ready = tf.constant(0, tf.int64), tf.constant(0.0, tf.float64)
-    return Sums(tf.zeros([0]), hits, hits, ready, tf.zeros([largest], tf.int32), totals, inputs, outputs)
+    magnitudes, tally = tf.zeros([0, width]), tf.zeros([3, width], tf.int64)
+    return Sums(tf.zeros([0]), hits, hits, magnitudes, ready, tally, totals, inputs, outputs)
 
 
 def make_add(layout: Layout, limits: Any) -> Callable[[Sums, Backward], Sums]:
     """Returns the function that adds a micro-batch to sums; limits: of `fixed_point`, int32 [weights], [0] for floats."""
-    scales = _spread(layout, fixed_point.scales(limits, micro_batches(layout.config))) if layout.integers else []
+    scales = _spread(layout, fixed_point.scales(limits)) if layout.integers else []
 
     def add(sums: Sums, part: Backward) -> Sums:
         gradients = dict(zip(summed_weights(layout.shapes, layout.factored), part.gradients))
         packed = [exchange.pack(message, gradients) for message in layout.messages]
-        magnitudes = [part.loss]
+        measured = [part.loss]
         if layout.integers:
             packed = [fixed_point.encode(values, scale, layout.integers) for values, scale in zip(packed, scales)]
-            magnitudes = [gradients.get(name, tf.constant(0.0)) for name in layout.shapes] + magnitudes
+            measured = [gradients.get(name, tf.constant(0.0)) for name in layout.shapes] + measured
         totals = [total + values for total, values in zip(sums.totals, packed)]
-        largest = tf.maximum(sums.largest, fixed_point.largest(magnitudes))
+        magnitudes = tf.concat([sums.magnitudes, [fixed_point.magnitudes(measured)]], 0)
         inputs = [tf.concat(rows, 0) for rows in zip(sums.inputs, part.inputs)]
         outputs = [tf.concat(rows, 0) for rows in zip(sums.output_gradients, part.output_gradients)]
         losses = tf.concat([sums.losses, [part.loss]], 0)
         hits = sums.top1 + part.top1, sums.top5 + part.top5
-        return Sums(losses, *hits, sums.ready, largest, totals, inputs, outputs)
+        return Sums(losses, *hits, magnitudes, sums.ready, sums.tally, totals, inputs, outputs)
 
     return add
 
 
-def exchange_when(leaves: Any, sums: Sums, layout: Layout) -> Sums:
+def exchange_when(leaves: Any, sums: Sums, limits: Any, layout: Layout) -> Sums:
     """Returns the sums of all ranks if `leaves`, bool scalar, else `sums`. Collective over the layout's group if so.
+
+    limits: of `make_add`.
 
     Each message is sent as soon as what it holds has been computed.
     """
@@ -100,12 +104,18 @@ def exchange_when(leaves: Any, sums: Sums, layout: Layout) -> Sums:
     def factor(name: str, scale: float) -> Callable[[Any], Any]:
         return lambda mine: exchange.gather_rows(mine, name, rows, wire, scale, group)
 
+    def tally(_: Any) -> Any:
+        of_loss = tf.constant(fixed_point.limits_of(0, 1))
+        return comm.sum_tensor(fixed_point.tally(sums.magnitudes, tf.concat([limits, of_loss], 0)), "tally", group)
+
+    def ready(before: Any) -> Any:
+        return time_after([sums.magnitudes, *exchanged_parts(sums)]) if comm.size(group) > 1 else before
+
     with tf.device("/CPU:0"):
-        largest = when(lambda mine: comm.max_tensor(mine, "largest", group), sums.largest)
-        ready = when(lambda _: time_after(exchanged_parts(sums)) if comm.size(group) > 1 else sums.ready, sums.ready)
+        told, at = when(tally, sums.tally), when(ready, sums.ready)
     return sums._replace(
-        ready=ready,
-        largest=largest,
+        ready=at,
+        tally=told,
         totals=[when(total(message), packed) for message, packed in zip(layout.messages, sums.totals)],
         inputs=[when(factor(f"inputs_{name}", 1.0), mine) for name, mine in zip(layout.factored, sums.inputs)],
         output_gradients=[
@@ -116,14 +126,14 @@ def exchange_when(leaves: Any, sums: Sums, layout: Layout) -> Sums:
 
 def exchanged_parts(sums: Sums) -> List[Any]:
     """Returns the tensors of which all ranks need those of all."""
-    return [sums.largest, *sums.totals, *sums.inputs, *sums.output_gradients]
+    return [sums.tally, *sums.totals, *sums.inputs, *sums.output_gradients]
 
 
 def gradients_of(sums: Sums, limits: Any, layout: Layout) -> Dict[str, Any]:
     """Returns the gradient of each weight over the global batch, by name, from the exchanged sums; limits: as they had."""
     totals = sums.totals
     if layout.integers:
-        inverses = fixed_point.inverse_scales(limits, micro_batches(layout.config), sums.largest[:-1])
+        inverses = fixed_point.inverse_scales(limits, sums.tally[:, :-1])
         totals = [fixed_point.decode(total, scale) for total, scale in zip(totals, _spread(layout, inverses))]
     summed = {name: layout.shapes[name] for name in summed_weights(layout.shapes, layout.factored)}
     gradients = exchange.unpack(layout.messages, totals, summed)

@@ -86,7 +86,7 @@ def make_train_step(
         sums, limits, passes = _within_limits(accumulated, inputs, slots.get(GRADIENT_LIMITS))
         seconds = time_after(exchanged_parts(sums)) - sums.ready if comm.size(group) > 1 else sums.ready
         gradients = gradients_of(sums, limits, layout)
-        norm, scale, finite = apply_gradients(weights, slots, gradients, sums.largest, stopped, lr, config, limits)
+        norm, scale, finite = apply_gradients(weights, slots, gradients, sums.tally, stopped, lr, config, limits)
         return StepMetrics(sums.losses, sums.top1, sums.top5, norm, scale, passes, seconds, finite)
 
     return _without_dispatch(train_step)
@@ -131,7 +131,7 @@ def accumulate(backward: Callable[..., Backward], layout: Layout, at_a_time: int
             low = number * device_batch
             high = tf.minimum(low + device_batch, count)
             part = backward(images[low:high], labels[low:high], position + tf.cast(low, tf.int64), keys)
-            return number + 1, exchange_when(send & tf.equal(number, last), add(sums, part), layout)
+            return number + 1, exchange_when(send & tf.equal(number, last), add(sums, part), limits, layout)
 
         start = (tf.constant(0), nothing(layout))
         shapes = tf.nest.map_structure(lambda tensor: tf.TensorShape([size or None for size in tensor.shape]), start)
@@ -144,7 +144,7 @@ def accumulate(backward: Callable[..., Backward], layout: Layout, at_a_time: int
 
 
 def _within_limits(local_sums: Any, inputs: Sequence[Any], limits: Any) -> Tuple[Sums, Any, Any]:
-    """Returns the sums of all ranks in which no gradient exceeds its limit, these limits, and the passes it took, 1 or 2.
+    """Returns the sums of all ranks in which no gradient exceeds its limit, these limits, and the passes it took, mostly 1.
 
     inputs: the first of `accumulate`'s; limits: int32 [weights], None where sums are in floats, which have none.
     """
@@ -154,8 +154,8 @@ def _within_limits(local_sums: Any, inputs: Sequence[Any], limits: Any) -> Tuple
     def attempt(passes: Any, _: Any, limits: Any, __: Any) -> Any:
         sums = local_sums(*inputs, limits, tf.constant(True))
         with tf.control_dependencies(exchanged_parts(sums)), tf.device("/CPU:0"):  # before any is sent again
-            largest = tf.identity(sums.largest[:-1])
-            raised = tf.where(fixed_point.exceeded(limits, largest), fixed_point.next_limits(limits, largest), limits)
+            tally = tf.identity(sums.tally[:, :-1])
+            raised = tf.where(fixed_point.exceeded(tally), fixed_point.next_limits(limits, tally), limits)
         return passes + 1, limits, raised, sums
 
     # A loop rather than a branch: the graph has the network once. It begins with sums of nothing.
@@ -188,7 +188,7 @@ def apply_gradients(
     weights: vgg.Weights,
     slots: Slots,
     gradients: Dict[str, Any],
-    largest: Any,
+    tally: Any,
     stopped: Any,
     lr: Any,
     config: StepConfig,
@@ -196,12 +196,12 @@ def apply_gradients(
 ) -> Tuple[Any, Any, Any]:
     """Updates weights and slots, in a tf.function; returns (gradient norm, loss scale, finite) as in StepMetrics.
 
-    largest: as in Sums, equal on all ranks; stopped: a bool variable, set by the first update that is not finite, after
+    tally: as in Sums, of all ranks; stopped: a bool variable, set by the first update that is not finite, after
     which none is applied; limits: those that the gradients were summed in, if any.
     """
     norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(gradient) for gradient in gradients.values()]))
     with tf.device("/CPU:0"):
-        finite, gradient_finite = fixed_point.is_finite(largest[-1]), tf.math.is_finite(norm)
+        finite, gradient_finite = fixed_point.is_finite(tally)[-1], tf.math.is_finite(norm)
         scale = tf.constant(1.0)
         if LOSS_SCALE not in slots:
             finite &= gradient_finite
@@ -215,7 +215,7 @@ def apply_gradients(
     def update() -> None:
         apply_update(weights, slots, gradients, lr, config.optimizer, config.momentum, config.weight_decay)
         if limits is not None:
-            slots[GRADIENT_LIMITS].assign(fixed_point.next_limits(limits, largest[:-1]))
+            slots[GRADIENT_LIMITS].assign(fixed_point.next_limits(limits, tally[:, :-1]))
 
     tf.cond(continues & gradient_finite, update, lambda: None)
     if LOSS_SCALE in slots:

@@ -155,7 +155,9 @@ def make_sums(factored, reproducible, at_a_time=1, **more):
         return accumulated(*part, tf.constant(low, tf.int64), keys, limits, tf.constant(False))
 
     if bits:
-        limits = fixed_point.next_limits(limits, sums(0, 11, limits).largest[:-1])
+        for _ in range(3):
+            tally = fixed_point.tally(sums(0, 11, limits).magnitudes[:, :-1], limits)
+            limits = fixed_point.next_limits(limits, tally)
     return layout, lambda *chosen: sums(*chosen[:2], limits, *chosen[2:]), limits
 
 
@@ -172,7 +174,7 @@ def test_accumulate_sums_micro_batches_in_order(factored, at_a_time):
     found, parts = sums(0, 11), [sums(low, high) for low, high in ((0, 4), (4, 8), (8, 11))]
     assert (found.losses.numpy() == [float(part.losses[0]) for part in parts]).all()
     assert int(found.top5) == sum(int(part.top5) for part in parts)
-    assert int(found.largest[0]) == max(int(part.largest[0]) for part in parts)
+    assert found.magnitudes.numpy().tolist() == [part.magnitudes.numpy()[0].tolist() for part in parts]
     for number, total in enumerate(found.totals):
         first, second, third = (part.totals[number].numpy() for part in parts)
         assert (total.numpy() == (first + second) + third).all()
@@ -192,10 +194,12 @@ def test_accumulate_in_fixed_point_has_no_order(factored, at_a_time):
     for number, total in enumerate(found.totals):
         encoded = [part.totals[number].numpy().astype(np.int64) for part in parts]
         assert (total.numpy() == sum(encoded)).all()
-    assert (found.largest.numpy() == np.max([part.largest.numpy() for part in parts], axis=0)).all()
+    assert (found.magnitudes.numpy() == np.concatenate([part.magnitudes.numpy() for part in parts])).all()
     other = sums(0, 11, [4, 5, 6, 7, 0, 1, 2, 3, 8, 9, 10])
     assert [total.numpy().tobytes() for total in other.totals] == [total.numpy().tobytes() for total in found.totals]
-    assert not bool(fixed_point.exceeded(limits, found.largest[:-1]))
+    tally = fixed_point.tally(found.magnitudes, tf.concat([limits, fixed_point.first_limits(1)], 0))
+    assert not fixed_point.exceeded(tally).numpy()[:-1].any()
+    found = found._replace(tally=tally)
 
     _, in_floats, _ = make_sums(factored, ROUNDING, dropout=0.0)
     plain = gradients_of(in_floats(0, 11), limits, layout._replace(integers=None))
@@ -230,8 +234,9 @@ def test_apply_gradients_stops_at_the_first_nonfinite(loss, gradient, reproducib
     def apply(value, loss):
         gradients = {"a/kernel": tf.fill([2], value)}
         limits = slots.get(GRADIENT_LIMITS)
-        largest = fixed_point.largest([*([] if limits is None else gradients.values()), loss])
-        return apply_gradients(weights, slots, gradients, largest, stopped, tf.constant(0.1), config, limits)
+        magnitudes = fixed_point.magnitudes([*([] if limits is None else gradients.values()), loss])
+        tally = fixed_point.tally(magnitudes[tf.newaxis], tf.fill(tf.shape(magnitudes), 126 * 64))
+        return apply_gradients(weights, slots, gradients, tally, stopped, tf.constant(0.1), config, limits)
 
     norm, scale, finite = apply(tf.constant(1.0), tf.constant(1.0))
     assert (float(norm), float(scale), bool(finite)) == (pytest.approx(math.sqrt(2)), 1.0, True)
