@@ -138,7 +138,7 @@ def sendrecv(first: int, second: int, count: int) -> np.ndarray:
 
 def sum_tensor(tensor: Any, name: str, group: Group = WORLD) -> Any:
     """Returns the sum over ranks of `tensor`, sent as the message `name`; for use in a tf.function. Collective."""
-    return hvd.allreduce(tensor, op=hvd.Sum, name=name, process_set=group.process_set) if size(group) > 1 else tensor
+    return _reduce(tensor, hvd.Sum, name, group)
 
 
 def max_tensor(tensor: Any, name: str, group: Group = WORLD) -> Any:
@@ -146,7 +146,15 @@ def max_tensor(tensor: Any, name: str, group: Group = WORLD) -> Any:
 
     Not for floats: what becomes of a NaN that one rank has depends on the order of the ranks.
     """
-    return hvd.allreduce(tensor, op=hvd.Max, name=name, process_set=group.process_set) if size(group) > 1 else tensor
+    return _reduce(tensor, hvd.Max, name, group)
+
+
+def _reduce(tensor: Any, operation: Any, name: str, group: Group) -> Any:
+    if size(group) == 1:
+        return tensor
+    # Within loops and branches TensorFlow puts numbers of the graph's nodes before the name. Ranks whose graphs differ, such
+    # as those of unlike processors, would wait for each other's message for ever.
+    return hvd.allreduce(tensor, op=operation, name=name, process_set=group.process_set, ignore_name_scope=True)
 
 
 def gather_rows(tensor: Any, name: str, rows: int, group: Group = WORLD) -> Any:
@@ -155,7 +163,9 @@ def gather_rows(tensor: Any, name: str, rows: int, group: Group = WORLD) -> Any:
     Ranks may hold different numbers of rows. Not to be differentiated: Horovod's gradient of allgather is an average over
     ranks (its issue 2654), so callers stay outside of tapes.
     """
-    gathered = hvd.allgather(tensor, name=name, process_set=group.process_set) if size(group) > 1 else tensor
+    gathered = tensor
+    if size(group) > 1:
+        gathered = hvd.allgather(tensor, name=name, process_set=group.process_set, ignore_name_scope=True)
     return tf.ensure_shape(gathered, [rows, *tensor.shape[1:]])
 
 
