@@ -177,7 +177,7 @@ def test_fixed_point_exceeds_by_any_one_tensor():
     assert int(raised[0]) > int(limits[0]) and int(raised[1]) == int(limits[1])
 
 
-def test_fixed_point_spread_gives_each_element_its_tensors_number():
+def test_fixed_point_spread_is_by_element():
     numbers = tf.unstack(tf.constant([1.0, 2.0, 3.0]))
     assert spread(numbers, [2, 1, 3]).numpy().tolist() == [1, 1, 2, 3, 3, 3]
     assert spread(numbers[:1], [5]).numpy().tolist() == 1
