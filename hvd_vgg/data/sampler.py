@@ -87,8 +87,7 @@ def too_many_ranks(config: StepConfig, ranks: int) -> str:
         f"--global_batch={batch} has {most} micro-batch{'es' if most > 1 else ''} of --device_batch={config.device_batch}, "
         f"fewer than the {ranks} ranks, which --reproducible={BITS} gives whole ones: start at most {most}"
     )
-    enough = -(-batch // (ranks - 1)) - 1  # the most images in each of `ranks` micro-batches or more
-    return f"{text}, or begin a new run with --device_batch={enough}" if batch >= ranks else text
+    return f"{text}, or begin a new run with --device_batch={batch // ranks}" if batch >= ranks else text
 
 
 def part_bounds(config: StepConfig, rank: int, size: int) -> Tuple[int, int]:

@@ -72,11 +72,14 @@ def _rank_count(config: LaunchConfig, spec: LaunchSpec, hosts: List[Host]) -> in
     if hosts and config.ranks > slots:
         has = f"has {plural(slots, 'slot')} ({', '.join(f'{host.name}: {host.slots}' for host in hosts)})"
         raise Failure(CONFIGURATION, f"--ranks={config.ranks}: {config.hostfile} {has}: add some")
-    refusal = too_many_ranks(spec.shared, config.ranks) if spec.shared else ""
-    if refusal:
-        raise Failure(USAGE, f"--ranks={config.ranks}: {refusal}")
     ranks = config.ranks or slots or _device_count()
-    return min(ranks, most_ranks(spec.shared)) if spec.shared else ranks
+    refusal = too_many_ranks(spec.shared, ranks) if spec.shared else ""
+    if not spec.shared or not refusal:
+        return ranks
+    if config.ranks:
+        raise Failure(USAGE, f"--ranks={config.ranks}: {refusal}")
+    write_line(f"{plural(most_ranks(spec.shared), 'rank')}: {refusal}", sys.stdout)
+    return most_ranks(spec.shared)
 
 
 def _device_count() -> int:

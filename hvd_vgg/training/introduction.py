@@ -79,6 +79,12 @@ def _print_run(
         f"{' or '.join(map(str, parts))} per rank, in micro-batches of at most {config.device_batch}{side_by_side}; "
         f"reproducible to {config.reproducible}"
     )
+    each = -(-parts[0] // config.device_batch)
+    if each < device.micro_batches:
+        reporter.say(
+            f"{plural(device.micro_batches - each, 'core')} of each rank will idle: a smaller --device_batch or "
+            f"--compute_threads, in a new run, would use them"
+        )
 
 
 def _warn_of_missing_packages(reporter: Reporter) -> None:

@@ -85,7 +85,7 @@ def find_mismatch(variables: Dict[str, Any], found: Checkpoint) -> str:
     """Returns the first of `variables` that a checkpoint lacks, or has in another shape; "" where all fit."""
     for name, variable in variables.items():
         flag, value = OPTIONAL_STATE.get(name, ("", None))
-        if found.meta["run"].get(flag) != value:
+        if found.meta.get("run", {}).get(flag) != value:  # a kept step names no run
             continue
         tensor, shape = found.tensors.get(name), tuple(variable.shape)
         if tensor is None or tensor.shape != shape:

@@ -14,10 +14,10 @@ class Sums(NamedTuple):
     """Some micro-batches of one rank, in order; once they have been exchanged, the last four are those of all ranks.
 
     losses: float32 [micro-batches], each summed over its images; top1, top5: int64, hits; magnitudes: float32
-    [micro-batches, weights + 1], the largest of the gradient of each weight and of the loss (of the loss alone where sums are
-    in floats); ready: when all were computed, in seconds, float64. tally: `fixed_point.tally` of the magnitudes, zeros before
-    the exchange; totals: the sum of each message, [elements]; inputs [rows, K], output_gradients [rows, N]: of each factored
-    layer.
+    [micro-batches, weights + 1], the largest of the gradient of each weight and of the loss (of the loss alone where sums
+    are in floats); ready: when all were computed, in seconds, float64. tally: `fixed_point.tally` of the magnitudes, zeros
+    before the exchange; totals: the sum of each message, [elements]; inputs [rows, K], output_gradients [rows, N]: of each
+    factored layer.
     """
 
     losses: Any

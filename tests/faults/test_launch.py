@@ -364,7 +364,8 @@ def test_two_jobs_at_once_end_both(tmp_path):
         (["--ranks=2"], 64, "nothing to launch"),
         (["--ranks=2", "plan"], 64, "nothing to launch"),
         (["--ranks=2", "--"], 64, "nothing to launch"),
-        (["--ranks=9", "train", "--global_batch=8"], 64, "--global_batch=8 has fewer images than --ranks=9"),
+        (["--ranks=9", "train", "--global_batch=8"], 64, "--ranks=9: --global_batch=8 has 1 micro-batch of"),
+        (["--ranks=9", "train", "--global_batch=8", "--reproducible=rounding"], 64, "=8 has fewer images than the 9 ranks"),
         (["--rsh_agent=", "train"], 64, "--rsh_agent=: expected a command, found nothing"),
         (["--hostfile=absent", "train"], 78, "--hostfile=absent cannot be read"),
     ],
@@ -394,10 +395,10 @@ def test_dry_run_prints_command_and_starts_nothing(launch, tmp_path):
     """The command that it prints is the one that would be run."""
     (tmp_path / "hosts").write_text("a slots=8\nb slots=8\n")
     hosts = f"--hostfile={tmp_path / 'hosts'}"
-    ended = launch(0, "launch", hosts, "--dry_run", "train", f"--run_dir={tmp_path / 'my run'}")
+    ended = launch(0, "launch", hosts, "--dry_run", "train", f"--run_dir={tmp_path / 'my run'}", "--device_batch=16")
     assert (ended.code, ended.err) == (0, "")
     assert "/mpirun -np 16 " in ended.out and " --host a:8,b:8 " in ended.out
-    assert f"'--run_dir={tmp_path / 'my run'}' --console=lines\n" in ended.out
+    assert f"'--run_dir={tmp_path / 'my run'}' --device_batch=16 --console=lines\n" in ended.out
     ended = launch(0, "launch", "--dry_run", "train")  # as many as TensorFlow sees
     assert re.match(r"\d+ ranks?: TensorFlow sees \d+ devices? .*\n\+ mpirun -np \d+ ", ended.out)
     assert not (tmp_path / "run").exists()
@@ -469,7 +470,7 @@ def test_recipe_script_continues_without_lost_host(tmp_path, data, emulated_host
     """F33: as users start it, on a host file; the same run on one rank of one host ends with the same weights."""
     script = [str(ROOT / "launch" / "run_train_vgg16_multigpu_imagenet.sh"), *TINY, "--lr=0.0002", "--steps=60"]
     script += ["--save_every_steps=5"]
-    environment = {"PYTHONPATH": str(ROOT), "DATA_DIR": str(data), "BATCH_SIZE": "32"}
+    environment = {"PYTHONPATH": str(ROOT), "DATA_DIR": str(data), "BATCH_SIZE": "8"}
     lost, alone = tmp_path / "lost", tmp_path / "alone"
     for place in (lost, alone):
         place.mkdir()

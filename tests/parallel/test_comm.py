@@ -85,6 +85,34 @@ def test_sum_gradients_sums_all_layers():
         np.testing.assert_allclose(value, factor * weights[name].numpy(), rtol=1e-6)
 
 
+def test_messages_go_by_their_names_whatever_the_graph():
+    """In a loop and a branch of a graph that is another on each rank."""
+
+    @tf.function(autograph=False)
+    def exchanged(value, last):
+        for _ in range(3 * comm.rank()):
+            value = tf.identity(value) + tf.random.stateless_uniform([2], [1, 2], 0, 1, tf.int32)  # of zeros
+
+        def step(number, _):
+            messages = (comm.sum_tensor, comm.max_tensor, lambda *rest: comm.gather_rows(*rest, 2 * comm.size()))
+            names = ("the_sum", "the_largest", "the_rows")
+
+            def send():
+                with tf.name_scope(f"of_rank_{comm.rank()}"):
+                    found = [message(value, name) for message, name in zip(messages, names)]
+                return tf.concat(found, 0)
+
+            return number + 1, tf.cond(tf.equal(number, last), send, lambda: tf.zeros([2 * comm.size() + 4], tf.int32))
+
+        start = (tf.constant(0), tf.zeros([2 * comm.size() + 4], tf.int32))
+        return tf.while_loop(lambda number, _: number <= last, step, start)[1]
+
+    found = exchanged(tf.constant([1, 2]) * (comm.rank() + 1), tf.constant(2)).numpy().tolist()
+    factors = range(1, comm.size() + 1)
+    rows = [factor * value for factor in factors for value in (1, 2)]
+    assert found == [sum(factors), 2 * sum(factors), comm.size(), 2 * comm.size(), *rows]
+
+
 def test_threads_for_input_leave_a_core_to_horovod():
     """If there are more than two."""
     assert [threads_for_input(threads) for threads in (1, 2, 3, 8)] == [1, 2, 2, 7]

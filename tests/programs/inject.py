@@ -236,6 +236,16 @@ def heartbeat_with_faults(heartbeat):
     return beat_and_fail
 
 
+def nan_variable():
+    """Returns the variable that is NaN in the steps that `nan` names, and 0 in others."""
+    import tensorflow as tf
+
+    if "nan" not in tensors:
+        with tf.init_scope(), tf.device("/CPU:0"):  # the first to ask may be a function that is being compiled
+            tensors["nan"] = tf.Variable(0.0)
+    return tensors["nan"]
+
+
 def batches_with_faults(train_batches):
     """Wraps the loader: writes the ids of each batch, and does what is to happen before its step."""
 
@@ -243,13 +253,11 @@ def batches_with_faults(train_batches):
         import tensorflow as tf
 
         steps = next(each for each in (*arguments, *named.values()) if isinstance(each, range))
-        with tf.device("/CPU:0"):
-            tensors.setdefault("nan", tf.Variable(0.0))
         with open(OUT / f"ids.rank{RANK}", "a", buffering=1) as file:
             for step, batch in zip(steps, train_batches(*arguments, **named)):
                 file.write(f"{step} {' '.join(map(str, batch.ids.numpy().tolist()))}\n")
                 now = [fault.kind for fault in due(_BATCH_FAULTS, step)]
-                tensors["nan"].assign(float("nan") if "nan" in now else 0.0)
+                nan_variable().assign(float("nan") if "nan" in now else 0.0)
                 if "drift" in now:
                     bias = tensors["state"].weights["fc2/bias"]
                     bias.assign_add(1e-3 * tf.one_hot(2, bias.shape[0]))
@@ -267,7 +275,7 @@ def dense_with_nan(dense):
         import tensorflow as tf
 
         outputs = dense(weights, x, name)
-        return outputs + tf.cast(tensors["nan"], outputs.dtype) if name == "predictions" and "nan" in tensors else outputs
+        return outputs + tf.cast(nan_variable(), outputs.dtype) if name == "predictions" else outputs
 
     return poisoned
 
