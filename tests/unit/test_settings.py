@@ -62,7 +62,7 @@ def test_flags_usual_and_batch_below_ranks():
         assert [each.verdict for each in found] == [FAILURE]
     (found,) = check_flags(TrainConfig(device_batch=64), 8, 8)
     assert (found.verdict, "4 micro-batches of --device_batch=64" in found.text) == (FAILURE, True)
-    assert found.fix == "start at most 4, or begin a new run with --device_batch=36"
+    assert found.fix == "start at most 4, or begin a new run with --device_batch=32"
 
 
 @pytest.mark.parametrize(
