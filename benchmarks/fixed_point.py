@@ -54,12 +54,13 @@ def main():
     for count in options.sums:
         found = {}
         for name, summands in zip(state.weights, zip(*gradients[:count])):
-            largest = tf.stack([fixed_point.largest([each])[0] for each in summands])
-            limits = fixed_point.next_limits(
-                tf.fill([1], fixed_point.limits_of(0.0, 1)[0]), tf.reduce_max(largest)[tf.newaxis]
-            )
-            scale, inverse = fixed_point.scales(limits, count), fixed_point.inverse_scales(limits, count, largest[:1])
-            total = sum(fixed_point.encode(each, scale, tf.int32) for each in summands)
+            magnitudes = tf.stack([fixed_point.magnitudes([each]) for each in summands])
+            limits = tf.constant(fixed_point.first_limits(1))
+            for _ in range(4):  # to those that they ask for
+                tally = fixed_point.tally(magnitudes, limits)
+                limits = fixed_point.next_limits(limits, tally)
+            inverse = fixed_point.inverse_scales(limits, fixed_point.tally(magnitudes, limits))
+            total = sum(fixed_point.encode(each, fixed_point.scales(limits), tf.int32) for each in summands)
             exact = np.sum(np.array(summands, np.float64), axis=0)
             norm = np.linalg.norm(exact) or 1.0
             bound = count / 2 * float(inverse[0]) * np.sqrt(exact.size) / norm

@@ -11,7 +11,7 @@ import checkouts
 import measure
 import namespaces
 import pytest
-from support import ROOT, Started, command_line, full, wait_for
+from support import ROOT, TINY, Started, command_line, full, wait_for
 
 # Of each benchmark: its options, where DATA is a directory of records, and how rows of its table begin.
 SMOKE = {
@@ -70,6 +70,19 @@ def test_benchmark_runs_at_toy_size(tmp_path, data, name):
     if name == "compute":
         assert "torch, bfloat16: not installed (No module named 'torch'): left out" in ended.out
         assert "tf_cnn, bfloat16: without --tf_cnn_benchmarks" in ended.out and "no bfloat16" in ended.out
+
+
+def test_timeline_of_a_profiled_run(launch, tmp_path, data):
+    """Each block's sum is handed over after its backward pass has begun, block5's first."""
+    flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY, "--steps=4", "--profile_steps=2:2"]
+    launch(2, "train", *flags, "--exchange=allreduce", code=0)
+    ended = Started([sys.executable, str(ROOT / "benchmarks/timeline.py"), f"--run_dir={tmp_path / 'run'}"], tmp_path).wait(
+        code=0
+    )
+    rows = [line.strip("| ").split(" | ") for line in ended.out.splitlines() if line.startswith("| block")]
+    assert [row[0] for row in rows] == [f"block{number}" for number in (5, 4, 3, 2, 1)]
+    handed_over = [float(row[3]) for row in rows]
+    assert handed_over == sorted(handed_over)
 
 
 def test_benchmark_exists_for_every_smoke_test():
