@@ -11,7 +11,7 @@ from typing import Any, Dict, Iterator, List, Set, Tuple
 from hvd_vgg.flags import flag, format_value, hyperparameter, same_flag
 
 BITS, ROUNDING = "bits", "rounding"  # of --reproducible
-MOST_MICRO_BATCHES = 65_535  # whose sums are exact in fixed point
+MOST_MICRO_BATCHES = 4095  # for which sums in fixed point are made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,8 @@ class ComputeConfig(ModelConfig):
         32,
         "Device",
         "Images in a micro-batch: a rank with a larger share of the global batch computes several in turn. With "
-        "--reproducible=bits a rank computes whole micro-batches, so that there must be one for each rank.",
+        "--reproducible=bits a rank computes whole micro-batches, so that there must be one for each rank, and on a CPU up "
+        "to 8 side by side, which need their memory each.",
         "images",
         at_least=1,
     )
@@ -144,9 +145,9 @@ class ComputeConfig(ModelConfig):
     precision: str = hyperparameter(
         "float32",
         "Device",
-        "Type the network is computed in. Weights, updates, softmax and sums over micro-batches and ranks are always "
-        "float32; float16 scales its loss and skips an update whose gradient overflows (a loss that overflows ends the "
-        "run).",
+        "Type the network is computed in. Weights, updates and softmax are always float32, and so are sums over "
+        "micro-batches and ranks, or 32-bit fixed point; float16 scales its loss and skips an update whose gradient "
+        "overflows (a loss that overflows ends the run).",
         choices=("float32", "bfloat16", "float16"),
     )
     input_threads: int = flag(
@@ -170,7 +171,9 @@ class StepConfig(ExchangeConfig, UpdateConfig, ComputeConfig):
         if self.reproducible == BITS and self.wire_dtype != "float32":
             yield f"--wire_dtype={self.wire_dtype} needs --reproducible={ROUNDING}: its sums depend on the number of ranks"
         if self.reproducible == BITS and self.global_batch > MOST_MICRO_BATCHES * self.device_batch:
-            yield f"--device_batch={self.device_batch}: expected at most {MOST_MICRO_BATCHES} micro-batches"
+            enough = -(-self.global_batch // MOST_MICRO_BATCHES)
+            least = f"at least {enough}, so that there are {MOST_MICRO_BATCHES} micro-batches at most"
+            yield f"--device_batch={self.device_batch}: expected {least}"
         if self.reproducible == BITS and self.xla:
             yield f"--xla needs --reproducible={ROUNDING}: XLA has no deterministic gradient of max pooling"
 

@@ -1,6 +1,6 @@
 """Text for messages: plurals, durations, tables of differences."""
 
-from typing import Dict, Tuple
+from typing import Mapping, Tuple
 
 
 def plural(number: int, noun: str) -> str:
@@ -18,7 +18,7 @@ def format_duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def difference_table(expected: Dict[str, object], found: Dict[str, object], titles: Tuple[str, str]) -> str:
+def difference_table(expected: Mapping[str, object], found: Mapping[str, object], titles: Tuple[str, str]) -> str:
     """Returns a table of the keys whose values differ, in two columns headed by `titles`; empty if all are equal."""
     keys = sorted(key for key in {*expected, *found} if expected.get(key) != found.get(key))
     rows = [("", *titles), *((key, repr(expected.get(key)), repr(found.get(key))) for key in keys)]

@@ -54,9 +54,10 @@ def benchmark(config: BenchmarkConfig) -> None:
     if config.out:
         run_on_root(lambda: check_out(config.out, CONFIGURATION))
     per_rank = max(1, config.global_batch // started)
-    # The most images in a micro-batch of which a rank's are a multiple.
-    whole = next(count for count in range(min(config.device_batch, per_rank), 0, -1) if per_rank % count == 0)
-    config = dataclasses.replace(config, device_batch=whole) if config.reproducible == BITS else config
+    if config.reproducible == BITS:  # each rank has whole micro-batches, as large as can be
+        count = -(-per_rank // config.device_batch)
+        config = dataclasses.replace(config, device_batch=-(-per_rank // count))
+        per_rank = count * config.device_batch
     data = None
     if all(comm.gather_numbers([float(Path(config.data_dir).is_dir())])):
         data = open_data(config, Path(config.run_dir), console)
@@ -65,7 +66,8 @@ def benchmark(config: BenchmarkConfig) -> None:
     hosts = _all_hardware(here, session.device)
     updates, name = config.steps or _UPDATES, hosts[0]["gpu"] or hosts[0]["cpu"] or "unknown"
     console.say(
-        f"{config.model} at width {config.width:g}, {config.image_size} pixels, {per_rank} images per rank and update, "
+        f"{config.model} at width {config.width:g}, {config.image_size} pixels, {per_rank} images per rank and update in "
+        f"micro-batches of at most {config.device_batch}, "
         f"{config.precision}, on {session.device.kind} ({name}); {updates} updates per row, "
         f"{plural(updates * per_rank, 'image')} per rank"
     )

@@ -56,7 +56,8 @@ def compare_runs(run: RunDir, other: RunDir) -> Findings:
         next(filter(None, (_compare_checkpoints(run, other, step) for step in saved)), ""),
     ]
     if any(faults):
-        yield "; ".join(filter(None, faults))
+        computed = (history.attempts[-1].start.data.get("arithmetic") or {} for history in histories)
+        yield "; ".join(filter(None, [*faults, *_differences("{} is {} and {}", *computed)]))  # why it may be so
     last = f" (the last at step {states[-1]})" if states else ""
     text = f"losses of {plural(end, 'step')}, state SHA-256 at {plural(len(states), 'evaluation')}{last} and weights and "
     text += f"momentum of {plural(len(saved), 'checkpoint')} are equal"
@@ -111,4 +112,5 @@ def _compare_checkpoints(run: RunDir, other: RunDir, step: int) -> str:
     order = [*weights, *(f"{name}/momentum" for name in weights), *sorted({*mine.tensors, *theirs.tensors})]
     digests = [{name: checkpoint.tensor_digest(each.tensors[name]) for name in each.tensors} for each in (mine, theirs)]
     first = next(name for name in order if digests[0].get(name) != digests[1].get(name))
-    return f"{'weights' if first in weights else 'momentum'} first differ in {first} (checkpoint of step {step})"
+    kind = "weights" if first in weights else "momentum" if first in order[: 2 * len(weights)] else "other state"
+    return f"{kind} first differ{'s' if kind == 'other state' else ''} in {first} (checkpoint of step {step})"

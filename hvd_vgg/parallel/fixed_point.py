@@ -6,8 +6,8 @@ half a unit at most,
 
     |sum in fixed point - exact sum| <= summands / 2 * 2^(E - 31)
 
-for each element, before the sum is converted to float32. This holds for at most 65,535 summands
-(config.MOST_MICRO_BATCHES), whose rounding is less than what a tally rounds up.
+for each element, before the sum is converted to float32. This holds for at most 4095 summands
+(config.MOST_MICRO_BATCHES): their rounding is less than what a tally rounds up, and what it rounds up is little.
 
 E follows the sums of largest magnitudes of the steps before: it is state, as momentum is. A step in which a tensor reaches
 its limit is computed again under the next limit (`exceeded`, `next_limits`). How near it is tells a tally, integers that are
@@ -27,8 +27,8 @@ _BIAS = 126
 # A lower limit's scale would be no float32. At the highest, 2^128, sums are no float32 any more.
 _LOWEST, _HIGHEST = 32, 254
 _FIRST = _BIAS - 30  # of gradients of a mean loss; whichever is larger is raised within a step
-_LIMIT_UNITS = 16  # a tally counts magnitudes in 2^-16 of the limit, rounded up
-_MOST_UNITS = 2.0**46  # of one summand: 2^30 times the limit, and 65,535 of them are an int64
+_LIMIT_UNITS = 20  # a tally counts magnitudes in 2^-20 of the limit, rounded up
+_MOST_UNITS = 2.0**50  # of one summand: 2^30 times the limit, and 4095 of them are an int64
 
 
 def first_limits(tensors: int) -> np.ndarray:
@@ -49,7 +49,7 @@ def magnitudes(tensors: Sequence[Any]) -> Any:
 def tally(magnitudes: Any, limits: Any) -> Any:
     """Returns what to add over all summands and ranks, int64 [3, tensors]; magnitudes: float32 [summands, tensors].
 
-    Rows: the magnitudes in 2^-16 of their limits, rounded up; how many are Inf; how many are NaN.
+    Rows: the magnitudes in 2^-20 of their limits, rounded up; how many are Inf; how many are NaN.
     """
     units = tf.math.ceil(tf.cast(magnitudes, tf.float64) * _power_of_two(_LIMIT_UNITS - _exponents(limits), tf.float64))
     finite = tf.where(tf.math.is_finite(magnitudes), tf.minimum(units, _MOST_UNITS), tf.zeros_like(units))

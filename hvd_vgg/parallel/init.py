@@ -37,12 +37,13 @@ _MOST_MICRO_BATCHES = 8
 class Device(NamedTuple):
     """What this rank computes on.
 
-    kind: GPU or CPU; data_format: its layout; threads: CPU threads that one operation may use; micro_batches: how many are
-    computed side by side; input_threads: CPU threads that decode images.
+    kind: GPU or CPU; data_format: its layout; cores: CPU cores of this rank; threads: that one operation may use on a CPU;
+    micro_batches: how many are computed side by side; input_threads: CPU threads that decode images.
     """
 
     kind: str
     data_format: str
+    cores: int
     threads: int
     micro_batches: int
     input_threads: int
@@ -131,7 +132,7 @@ def take_device(config: Optional[ComputeConfig] = None) -> Device:
                 f"--precision={config.precision}: TensorFlow {tf.__version__} cannot convolve in it on a CPU; use float32",
             )
         side_by_side = min(max(1, cores // threads), _MOST_MICRO_BATCHES) if bits else 1
-        return Device("CPU", "NHWC", threads, side_by_side, input_threads)
+        return Device("CPU", "NHWC", cores, threads, side_by_side, input_threads)
     if hvd.local_size() > len(devices):
         tf.config.set_visible_devices([], "GPU")  # the failure is exchanged on the CPU
         raise Failure(
@@ -142,7 +143,7 @@ def take_device(config: Optional[ComputeConfig] = None) -> Device:
     mine = devices[hvd.local_rank()]
     tf.config.set_visible_devices(mine, "GPU")
     tf.config.experimental.set_memory_growth(mine, True)
-    return Device("GPU", "NCHW", threads, 1, input_threads)
+    return Device("GPU", "NCHW", cores, threads, 1, input_threads)
 
 
 def _compute_deterministically() -> None:

@@ -3,13 +3,13 @@
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, Iterable, List
 
 import numpy as np
 import tensorflow as tf
 
 from hvd_vgg.config import BITS, ROUNDING, StepConfig
-from hvd_vgg.data.transforms import IMAGE_LIBRARY
+from hvd_vgg.data.transforms import IMAGE_LIBRARY, augmentation_params, train_image
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.models.architecture import DENSE
 from hvd_vgg.parallel import comm, fixed_point
@@ -20,6 +20,10 @@ from hvd_vgg.training.sums import Sums
 
 # Gradients of a mean loss are far below 2^0, and most of them far above a unit of this limit.
 _EXPONENT = 0
+
+
+# What else makes the same device compute otherwise.
+_VARIABLES = ("TF_ENABLE_ONEDNN_OPTS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "NVIDIA_TF32_OVERRIDE", "XLA_FLAGS")
 
 
 def describe_arithmetic(device: Device) -> Dict[str, str]:
@@ -36,21 +40,23 @@ def describe_arithmetic(device: Device) -> Dict[str, str]:
         "tensorflow": tf.__version__,
         "numpy": np.__version__,
         "images": IMAGE_LIBRARY,
-        "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", ""),
+        **{name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
 
 
 def check_bits(
     local_sums: Callable[..., Sums], eval_step: Callable[..., Any], weights: int, config: StepConfig, device: Device
 ) -> None:
-    """Computes micro-batches of random images on every rank, alone, together and once more. Collective.
+    """Decodes an image and computes micro-batches of random ones on every rank, alone, together and again. Collective.
 
     local_sums: of `make_local_sums`; weights: their number. Raises a collective Failure(CONFIGURATION) unless every bit is
     the same in each way and on all ranks.
     """
-    count, random = config.device_batch, np.random.default_rng(config.seed)
+    count, random = min(config.device_batch, config.global_batch), np.random.default_rng(config.seed)
     images = random.integers(0, 256, (2 * count, config.image_size, config.image_size, 3), np.uint8)
     labels = random.integers(0, config.num_classes, 2 * count).astype(np.int32)
+    (params,) = augmentation_params(np.ones((1, 2), np.int64))
+    train_image(tf.io.encode_jpeg(images[0]).numpy(), params, config.augment, images[0])
     keys = tf.constant(dropout_keys(config.seed, 0, len(DENSE) - 1))
     limits, send = tf.constant(fixed_point.limits_of(_EXPONENT, weights)), tf.constant(False)
 
@@ -59,16 +65,15 @@ def check_bits(
         sums = local_sums(*part, tf.constant(low, tf.int64), keys, limits, send)
         return [each.numpy() for each in (*sums.totals, sums.losses, *sums.inputs, *sums.output_gradients)]
 
-    def together(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    def joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         return first + second if first.dtype.kind == "i" else np.concatenate([first, second])
 
-    both = compute(0, 2 * count)
-    alone = list(map(together, compute(0, count), compute(count, 2 * count)))
+    alone = _digest(map(joined, compute(0, count), compute(count, 2 * count)))
+    beside, again = _digest(compute(0, 2 * count)), _digest(compute(0, 2 * count))
+    varies = ["alone and beside another"] * (alone != beside) + ["each time"] * (again != beside)
+    scored = eval_step(tf.constant(images[:count]), tf.constant(labels[:count]))
     rest = compute(0, config.global_batch % count or count)
-    scored = [np.asarray(each) for each in eval_step(tf.constant(images[:count]), tf.constant(labels[:count]))]
-    ways = {"alone and beside another": (both, alone), "each time": (both, compute(0, 2 * count))}
-    varies = [way for way, (one, other) in ways.items() if any(a.tobytes() != b.tobytes() for a, b in zip(one, other))]
-    digest = hashlib.sha256(b"".join(each.tobytes() for each in (*both, *rest, *scored))).hexdigest()
+    digest = _digest([images, *rest, *(np.asarray(each) for each in scored)]) + beside
     everyones = comm.gather_json([varies, digest])
     for rank, (ways_here, theirs) in enumerate(everyones):
         if ways_here or theirs != everyones[0][1]:
@@ -79,3 +84,10 @@ def check_bits(
                 f"{what} ({describe_arithmetic(device)} on rank 0). Use hosts of one kind, or --reproducible={ROUNDING}",
                 collective=True,
             )
+
+
+def _digest(arrays: Iterable[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:  # one at a time: together they are as large as the network
+        digest.update(array.tobytes())
+    return digest.hexdigest()

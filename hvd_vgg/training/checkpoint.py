@@ -24,7 +24,7 @@ from hvd_vgg.run_dir import DISK_FULL, RunDir, atomic_write_text, checkpoint_ste
 _KEY, _CHECKSUM = "hvd_vgg", "hvd_vgg_sha256"
 _TYPES = {"float32": "F32", "int32": "I32"}
 # Of a run's progress what decides what comes next. The rest depends on when processes started, stopped and looked.
-STATE_PROGRESS = ("step", "skipped_steps", "best_top1", "bad_records")
+STATE_PROGRESS = ("step", "skipped_steps", "bad_records")
 
 Tensors = Dict[str, np.ndarray]
 
@@ -198,7 +198,10 @@ def state_sha256(digest: str, progress: Mapping[str, Any]) -> str:
     digest: `tensors_sha256` of weights and momentum; progress: fields of TrainProgress, of which STATE_PROGRESS counts. Two
     runs of one configuration that have it in common are equal in every bit from there on.
     """
-    return _checksum(json.dumps([digest, {name: progress.get(name) for name in STATE_PROGRESS}], sort_keys=True))
+    kept = {name: progress.get(name) for name in STATE_PROGRESS}
+    # A run that has been rewound knows of steps that it will skip.
+    kept["skipped_steps"] = [step for step in progress.get("skipped_steps", []) if step < progress["step"]]
+    return _checksum(json.dumps([digest, kept], sort_keys=True))
 
 
 def _checksum(text: str) -> str:

@@ -15,7 +15,7 @@ from hvd_vgg.parallel.init import Device, describe_software, mpi_version
 from hvd_vgg.provenance import describe_process
 from hvd_vgg.reporting import receipt
 from hvd_vgg.run_dir import RunDir
-from hvd_vgg.text import plural
+from hvd_vgg.text import difference_table, plural
 from hvd_vgg.training.dataset import Splits
 from hvd_vgg.training.reporter import Reporter
 from hvd_vgg.training.result import write_run_files
@@ -47,6 +47,10 @@ def introduce(
         reporter.say(f"--profile_steps={config.profile_steps}: none of them is between {first} and {total_steps - 1}")
     reporter.say(f"steps {first} to {total_steps}, lr {config.lr:g} for the mean gradient of {config.global_batch}")
     hosts = comm.gather_json(socket.gethostname())
+    unlike = [(rank, each) for rank, each in enumerate(comm.gather_json(arithmetic)) if each != arithmetic]
+    if unlike and comm.is_root():
+        table = difference_table(arithmetic, unlike[0][1], ("rank 0", f"rank {unlike[0][0]}"))
+        reporter.say(f"ranks compute on unlike processors or settings:\n{table}")
     run: Dict[str, Any] = {"ranks": comm.size(), "device": device.kind, "steps": total_steps, "first_step": first}
     software = describe_software(IMAGE_LIBRARY)
     reporter.row("PARAMETER", {**dataclasses.asdict(config), **software, **run, **cost.as_log(choices)})
@@ -79,11 +83,11 @@ def _print_run(
         f"{' or '.join(map(str, parts))} per rank, in micro-batches of at most {config.device_batch}{side_by_side}; "
         f"reproducible to {config.reproducible}"
     )
-    each = -(-parts[0] // config.device_batch)
-    if each < device.micro_batches:
+    busy = device.threads * min(device.micro_batches, -(-parts[0] // config.device_batch))
+    if device.kind == "CPU" and busy < device.cores:
         reporter.say(
-            f"{plural(device.micro_batches - each, 'core')} of each rank will idle: a smaller --device_batch or "
-            f"--compute_threads, in a new run, would use them"
+            f"{busy} of {device.cores} cores of each rank compute: a new run with --compute_threads, a smaller "
+            f"--device_batch or more ranks would use more"
         )
 
 

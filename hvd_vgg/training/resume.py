@@ -67,7 +67,8 @@ def _restore_root(
     before = found.meta["run"]
     if config.exchange == "auto":
         run["exchange"] = before["exchange"]
-    free = {"exchange"} if config.reproducible != BITS else set()
+    # What only the bits of sums depend on.
+    free = {"exchange", "device_batch"} if {before["reproducible"], config.reproducible} != {BITS} else set()
     changed = [key for key in {**before, **run} if before.get(key) != run.get(key) and key not in free]
     refused = [key for key in changed if key not in allowed_changes(config)]
     if refused:
@@ -95,7 +96,7 @@ def _restore_root(
 
 def _compare_arithmetic(before: Dict[str, str], now: Dict[str, str], config: TrainConfig, reporter: Reporter) -> None:
     """Says and logs what of `describe_arithmetic` has changed, which decides the bits and is no reason to refuse."""
-    changed: Dict[str, Any] = {name: value for name, value in now.items() if before.get(name) != value}
+    changed: Dict[str, Any] = {name: now.get(name) for name in {**before, **now} if before.get(name) != now.get(name)}
     if changed and config.reproducible == BITS:
         table = difference_table({name: before.get(name) for name in changed}, changed, ("until now", "here"))
         reporter.say(f"equal to rounding only from here, not in every bit, since this computes otherwise:\n{table}")

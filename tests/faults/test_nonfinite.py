@@ -8,7 +8,7 @@ import json
 
 import numpy as np
 import pytest
-from oracles import assert_same_state, assert_true, events, newest, run
+from oracles import assert_same_run, assert_same_state, assert_true, events, newest, run
 from support import full
 
 from hvd_vgg.config import TrainConfig
@@ -196,3 +196,15 @@ def test_weight_that_drifts_on_one_rank_is_noticed(tmp_path, data):
     assert int(message.split("step ")[1].split(":")[0]) in (5, 6, 7, 8)
     assert " is not the same on all ranks: rank 1 differ" in message
     assert newest(tmp_path) is None
+
+
+@pytest.mark.fault(tier=3)
+def test_state_before_a_skipped_step_does_not_know_of_it(tmp_path, data):
+    """Whether an evaluation before it is made again after the rewind, or not."""
+    flags = ["--steps=8", "--log_every_steps=2", "--eval_every_epochs=1.8", "--drift_every_steps=0", REWIND]
+    for folder, save_every_steps in (("saved", 5), ("not_saved", 0)):
+        run(tmp_path / folder, data, 2, "nan@1:6", *flags, f"--save_every_steps={save_every_steps}")
+        assert newest(tmp_path / folder).meta["skipped_steps"] == [6]
+    rewinds = [events(tmp_path / folder / "run", "rewind")[0]["to"] for folder in ("saved", "not_saved")]
+    assert rewinds[0] >= 4 and rewinds[1] != rewinds[0]
+    assert_same_run(tmp_path / "saved", tmp_path / "not_saved")

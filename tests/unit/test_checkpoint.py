@@ -167,10 +167,11 @@ def test_state_sha256_is_of_what_comes_next():
     other = bias.copy()
     other[-1] = np.nextafter(other[-1], np.float32(0))
     changes = [{"rename": "a/offset"}, *({"change": {"a/bias": each}} for each in (other, bias.view(np.int32), bias[None]))]
-    changes += [{"step": 4}, {"skipped_steps": [2]}, {"best_top1": 0}, {"bad_records": [7]}]
+    changes += [{"step": 4}, {"skipped_steps": [2]}, {"bad_records": [7]}]
     found = [digest(), *(digest(**change) for change in changes)]
     assert len(set(found)) == len(found)
-    assert digest(seconds=3.0, evaluated=3, coverage=[1], best=True) == digest()
+    assert digest(seconds=3.0, evaluated=3, coverage=[1], best=True, best_top1=7) == digest()
+    assert digest(skipped_steps=[2, 3, 25]) == digest(skipped_steps=[2])  # what it will skip is not yet its own
     assert digest(change={"a/kernel": -0.0 * tensors(3)["a/kernel"]}) != digest(
         change={"a/kernel": 0.0 * tensors(3)["a/kernel"]}
     )

@@ -103,7 +103,7 @@ def test_fixed_point_sum_just_within_its_limit_does_not_overflow(summands, sign)
     limits = tf.constant(fixed_point.limits_of(0, 1))
     unit = 2.0**-31
     # As many units as a tally admits, and half a unit more or less.
-    most = (2**16 - 1) // summands * 2.0**-16
+    most = (2**20 - 1) // summands * 2.0**-20
     for value in (most, most - unit / 2, most / 2 + unit / 2):
         numbers = np.full((summands, 1), sign * value, np.float32)
         tally = fixed_point.tally(tf.abs(numbers), limits)
@@ -159,6 +159,14 @@ def test_fixed_point_limits_fall_by_one_exponent_in_64_steps():
     # 1000 twice is below 2^11, and 1 twice below 2^2.
     assert set(np.diff(exponents)) == {0, -1} and exponents[0] == 13 and exponents[-1] == 4
     assert max(exponents.count(each) for each in range(5, 13)) == 64
+
+
+def test_fixed_point_limits_fall_with_the_most_summands():
+    """Though each counts as a unit at least, however small it is."""
+    limits, magnitudes = tf.constant(fixed_point.limits_of(-20, 1)), np.full((MOST_MICRO_BATCHES, 1), 1e-12, np.float32)
+    for _ in range(64 * 8):
+        limits = next_limits(limits, fixed_point.tally(magnitudes, limits))
+    assert exponent(limits.numpy()) <= -25  # 4095 of 1e-12 are below 2^-27
 
 
 def test_fixed_point_limits_have_ends():
