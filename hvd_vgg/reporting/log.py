@@ -28,6 +28,7 @@ METRICS: Dict[str, Dict[str, str]] = {
     "train.gradient_norm": {"unit": "", "format": ":.4g"},
     "train.loss_scale": {"unit": "", "format": ":g"},
     "train.skipped_updates": {"unit": "updates", "format": ":d"},
+    "train.recomputed_updates": {"unit": "updates", "format": ":d"},
     "train.lr": {"unit": "", "format": ":.6g"},
     "train.fps": {"unit": "images/s", "format": ":.1f"},
     "train.input_share": {"unit": "", "format": ":.4f"},

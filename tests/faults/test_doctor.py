@@ -14,7 +14,7 @@ from support import ROOT, Started, changed, command_line, example, full, picture
 
 from hvd_vgg.reporting.findings import FAILURE, OK, WARNING
 
-SMALL = ["--num_classes=10", "--model=vgg11", "--width=0.125", "--image_size=32", "--global_batch=32"]
+SMALL = ["--num_classes=10", "--model=vgg11", "--width=0.125", "--image_size=32", "--global_batch=32", "--device_batch=8"]
 PROGRAM = [sys.executable, "-m", "hvd_vgg"]
 
 
