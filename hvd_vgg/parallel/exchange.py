@@ -53,8 +53,11 @@ def messages(shapes: Mapping[str, Any]) -> List[Message]:
 
 def pack(message: Message, gradients: Mapping[str, Any]) -> Any:
     """Returns what of `gradients`, by name, is in a message: [elements]."""
-    parts = [tf.reshape(gradients[part.weight], [-1])[part.low : part.high] for part in message.parts]
-    return parts[0] if len(parts) == 1 else tf.concat(parts, 0)
+    flat = [tf.reshape(gradients[part.weight], [-1]) for part in message.parts]
+    if len(flat) > 1:
+        return tf.concat(flat, 0)
+    low, high = message.parts[0][1:]
+    return flat[0][low:high]  # the others are whole
 
 
 def unpack(messages: Sequence[Message], packed: Sequence[Any], shapes: Mapping[str, Any]) -> Dict[str, Any]:

@@ -65,7 +65,12 @@ def nothing(layout: Layout) -> Sums:
 
 def make_add(layout: Layout, limits: Any) -> Callable[[Sums, Backward], Sums]:
     """Returns the function that adds a micro-batch to sums; limits: of `fixed_point`, int32 [weights], [0] for floats."""
-    scales = _spread(layout, fixed_point.scales(limits)) if layout.integers else []
+    scales = []
+    if layout.integers:
+        of = dict(zip(layout.shapes, tf.unstack(fixed_point.scales(limits))))
+        scales = [
+            fixed_point.spread([of[part.weight] for part in message.parts], _sizes(message)) for message in layout.messages
+        ]
 
     def add(sums: Sums, part: Backward) -> Sums:
         gradients = dict(zip(summed_weights(layout.shapes, layout.factored), part.gradients))
@@ -131,23 +136,14 @@ def exchanged_parts(sums: Sums) -> List[Any]:
 
 def gradients_of(sums: Sums, limits: Any, layout: Layout) -> Dict[str, Any]:
     """Returns the gradient of each weight over the global batch, by name, from the exchanged sums; limits: as they had."""
-    totals = sums.totals
-    if layout.integers:
-        inverses = fixed_point.inverse_scales(limits, sums.tally[:, :-1])
-        totals = [fixed_point.decode(total, scale) for total, scale in zip(totals, _spread(layout, inverses))]
     summed = {name: layout.shapes[name] for name in summed_weights(layout.shapes, layout.factored)}
-    gradients = exchange.unpack(layout.messages, totals, summed)
+    gradients = exchange.unpack(layout.messages, sums.totals, summed)
+    if layout.integers:
+        inverses = dict(zip(layout.shapes, tf.unstack(fixed_point.inverse_scales(limits, sums.tally[:, :-1]))))
+        gradients = {name: fixed_point.decode(total, inverses[name]) for name, total in gradients.items()}
     for name, inputs, outputs in zip(layout.factored, sums.inputs, sums.output_gradients):
         gradients.update(exchange.product(name, inputs, outputs))
     return {name: gradients[name] for name in layout.shapes}
-
-
-def _spread(layout: Layout, numbers: Any) -> List[Any]:
-    """Returns for each message what multiplies its elements; numbers: float32 [weights], one for each weight's."""
-    by_name = dict(zip(layout.shapes, tf.unstack(numbers)))
-    return [
-        fixed_point.spread([by_name[part.weight] for part in message.parts], _sizes(message)) for message in layout.messages
-    ]
 
 
 def _sizes(message: exchange.Message) -> List[int]:
