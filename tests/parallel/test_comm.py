@@ -110,7 +110,7 @@ def test_messages_go_by_their_names_whatever_the_graph():
     found = exchanged(tf.constant([1, 2]) * (comm.rank() + 1), tf.constant(2)).numpy().tolist()
     factors = range(1, comm.size() + 1)
     rows = [factor * value for factor in factors for value in (1, 2)]
-    assert found == [sum(factors), 2 * sum(factors), comm.size(), 2 * comm.size(), *rows]
+    assert found == [sum(factors), 2 * sum(factors), *rows]
 
 
 def test_threads_for_input_leave_a_core_to_horovod():
