@@ -31,6 +31,6 @@ def test_startup_refuses_more_ranks_than_micro_batches():
     with pytest.raises(Failure) as raised:
         run_on_all_ranks(lambda: claim_run_dir(TrainConfig(global_batch=64, device_batch=64)))
     assert (raised.value.code, raised.value.collective) == (USAGE, True)
-    enough = 63 // (comm.size() - 1)
+    enough = 64 // comm.size()
     assert f"fewer than the {comm.size()} ranks" in raised.value.message
     assert raised.value.message.endswith(f"start at most 1, or begin a new run with --device_batch={enough}")
