@@ -30,6 +30,11 @@ class Message(NamedTuple):
     name: str
     parts: List[Part]
 
+    @property
+    def sizes(self) -> List[int]:
+        """The elements of each part."""
+        return [part.high - part.low for part in self.parts]
+
 
 def messages(shapes: Mapping[str, Any]) -> List[Message]:
     """Returns the messages in which gradients of these static shapes, by name, are summed over ranks.
@@ -64,8 +69,7 @@ def unpack(messages: Sequence[Message], packed: Sequence[Any], shapes: Mapping[s
     """Returns the gradients of these static shapes, by name, that `pack` has put into messages."""
     parts: Dict[str, List[Any]] = {name: [] for name in shapes}
     for message, elements in zip(messages, packed):
-        sizes = [part.high - part.low for part in message.parts]
-        for part, piece in zip(message.parts, tf.split(elements, sizes)):
+        for part, piece in zip(message.parts, tf.split(elements, message.sizes)):
             parts[part.weight].append(piece)
     whole = {name: pieces[0] if len(pieces) == 1 else tf.concat(pieces, 0) for name, pieces in parts.items()}
     return {name: tf.reshape(gradient, shapes[name]) for name, gradient in whole.items()}

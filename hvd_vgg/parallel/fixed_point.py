@@ -26,14 +26,14 @@ _MARGIN = 2  # exponents between what a step needed and the next limit
 _BIAS = 126
 # A lower limit's scale would be no float32. At the highest, 2^128, sums are no float32 any more.
 _LOWEST, _HIGHEST = 32, 254
-_FIRST = _BIAS - 30  # of gradients of a mean loss; whichever is larger is raised within a step
+_FIRST_EXPONENT = -30  # of gradients of a mean loss; whichever is larger is raised within a step
 _LIMIT_UNITS = 20  # a tally counts magnitudes in 2^-20 of the limit, rounded up
 _MOST_UNITS = 2.0**50  # of one summand: 2^30 times the limit, and 4095 of them are an int64
 
 
 def first_limits(tensors: int) -> np.ndarray:
     """Returns the limits before the first step: 2^-30, so that it is computed again under those that it needs."""
-    return np.full(tensors, _FIRST * _PARTS, np.int32)
+    return limits_of(_FIRST_EXPONENT, tensors)
 
 
 def limits_of(exponent: int, tensors: int) -> np.ndarray:

@@ -21,8 +21,6 @@ from hvd_vgg.training.sums import Sums
 
 # Gradients of a mean loss are far below 2^0, and most of them far above a unit of this limit.
 _EXPONENT = 0
-
-
 # What else makes the same device compute otherwise.
 _VARIABLES = ("TF_ENABLE_ONEDNN_OPTS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "NVIDIA_TF32_OVERRIDE", "XLA_FLAGS")
 

@@ -56,7 +56,7 @@ def make_layout(
 def nothing(layout: Layout) -> Sums:
     """Returns the sums of no micro-batch."""
     dtype, width = layout.integers or tf.float32, 1 + (len(layout.shapes) if layout.integers else 0)
-    totals = [tf.zeros([sum(_sizes(message))], dtype) for message in layout.messages]
+    totals = [tf.zeros([sum(message.sizes)], dtype) for message in layout.messages]
     inputs, outputs = ([tf.zeros([0, layout.shapes[f"{name}/kernel"][side]]) for name in layout.factored] for side in (0, 1))
     hits, ready = tf.constant(0, tf.int64), tf.constant(0.0, tf.float64)
     magnitudes, tally = tf.zeros([0, width]), tf.zeros([3, width], tf.int64)
@@ -69,7 +69,7 @@ def make_add(layout: Layout, limits: Any) -> Callable[[Sums, Backward], Sums]:
     if layout.integers:
         of = dict(zip(layout.shapes, tf.unstack(fixed_point.scales(limits))))
         scales = [
-            fixed_point.spread([of[part.weight] for part in message.parts], _sizes(message)) for message in layout.messages
+            fixed_point.spread([of[part.weight] for part in message.parts], message.sizes) for message in layout.messages
         ]
 
     def add(sums: Sums, part: Backward) -> Sums:
@@ -93,9 +93,7 @@ def make_add(layout: Layout, limits: Any) -> Callable[[Sums, Backward], Sums]:
 def exchange_when(leaves: Any, sums: Sums, limits: Any, layout: Layout) -> Sums:
     """Returns the sums of all ranks if `leaves`, bool scalar, else `sums`. Collective over the layout's group if so.
 
-    limits: of `make_add`.
-
-    Each message is sent as soon as what it holds has been computed.
+    Each message is sent as soon as what it holds has been computed. limits: of `make_add`.
     """
     config, group = layout.config, layout.group
     wire, scale, rows = config.wire_dtype, float(config.global_batch), config.global_batch
@@ -144,7 +142,3 @@ def gradients_of(sums: Sums, limits: Any, layout: Layout) -> Dict[str, Any]:
     for name, inputs, outputs in zip(layout.factored, sums.inputs, sums.output_gradients):
         gradients.update(exchange.product(name, inputs, outputs))
     return {name: gradients[name] for name in layout.shapes}
-
-
-def _sizes(message: exchange.Message) -> List[int]:
-    return [part.high - part.low for part in message.parts]
