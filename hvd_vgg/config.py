@@ -573,7 +573,7 @@ def fingerprint(config: TrainConfig) -> Dict[str, Any]:
         del chosen["epochs"], chosen["steps"]
     if config.lr_schedule != "step":
         del chosen["lr_step_epochs"]
-    del chosen["exchange"]  # the layers that it has chosen are in TrainProgress
+    del chosen["exchange"]  # the layers that it chooses are compared instead: `run_fingerprint`
     if config.reproducible != BITS:
         del chosen["device_batch"]
     return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}

@@ -47,18 +47,20 @@ def describe_process() -> Dict[str, Any]:
 
 def processor_name(root: Path) -> str:
     """Returns the model name of the host's first processor; "" if the kernel does not give one."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*:\s*(.*)$", (root / "proc/cpuinfo").read_text(errors="replace"), re.MULTILINE)
-        return found[1] if found else ""
-    return ""
+    return _of_first_processor(root, "model name")
 
 
 def instruction_sets(root: Path) -> str:
     """Returns which of the instructions that decide what a CPU's kernels compute the first processor has."""
+    have = _of_first_processor(root, "flags").split()
+    return " ".join(name for name in _INSTRUCTION_SETS if name in have)
+
+
+def _of_first_processor(root: Path, field: str) -> str:
+    """Returns a field of /proc/cpuinfo; "" if the kernel does not give it."""
     with contextlib.suppress(OSError):
-        found = re.search(r"^flags\s*:\s*(.*)$", (root / "proc/cpuinfo").read_text(errors="replace"), re.MULTILINE)
-        have = set(found[1].split()) if found else set()
-        return " ".join(name for name in _INSTRUCTION_SETS if name in have)
+        found = re.search(rf"^{field}\s*:\s*(.*)$", (root / "proc/cpuinfo").read_text(errors="replace"), re.MULTILINE)
+        return found[1] if found else ""
     return ""
 
 

@@ -85,7 +85,7 @@ def too_many_ranks(config: StepConfig, ranks: int) -> str:
         return f"--global_batch={batch} has fewer images than the {ranks} ranks: start at most {batch}"
     text = (
         f"--global_batch={batch} has {most} micro-batch{'es' if most > 1 else ''} of --device_batch={config.device_batch}, "
-        f"fewer than the {ranks} ranks, which --reproducible={BITS} gives whole ones: start at most {most}"
+        f"fewer than the {ranks} ranks, each of which computes whole ones under --reproducible={BITS}: start at most {most}"
     )
     return f"{text}, or begin a new run with --device_batch={batch // ranks}" if batch >= ranks else text
 

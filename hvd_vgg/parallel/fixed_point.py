@@ -9,9 +9,9 @@ half a unit at most,
 for each element, before the sum is converted to float32. This holds for at most 4095 summands
 (config.MOST_MICRO_BATCHES): their rounding is less than what a tally rounds up, and what it rounds up is little.
 
-E follows the sums of largest magnitudes of the steps before: it is state, as momentum is. A step in which a tensor reaches
-its limit is computed again under the next limit (`exceeded`, `next_limits`). How near it is tells a tally, integers that are
-added over summands as the values are, and that count Inf and NaN: these are seen wherever they are.
+E follows the sums of largest magnitudes of the steps before: it is state, as momentum is. A step in which a tensor
+reaches its limit is computed again under the next limit (`exceeded`, `next_limits`). A tally says how near it came:
+integers that are added over summands as the values are, and that count every Inf and NaN.
 
 All functions are for use inside a tf.function. Limits are int32 [tensors], in 1/64 of an exponent that is biased by 126.
 """

@@ -78,7 +78,7 @@ def _print_run(
     slices = [part_bounds(config, rank, comm.size()) for rank in range(comm.size())]
     parts = sorted({high - low for low, high in slices}, reverse=True)
     reporter.say(
-        f"{plural(comm.size(), 'rank')} on {device.kind}, {plural(device.threads, 'CPU thread')} for an operation, "
+        f"{plural(comm.size(), 'rank')} on {device.kind}, {plural(device.threads, 'CPU thread')} per operation, "
         f"{device.input_threads} to decode images; {config.global_batch} images per update: "
         f"{' or '.join(map(str, parts))} per rank, in micro-batches of at most {config.device_batch}{side_by_side}; "
         f"reproducible to {config.reproducible}"

@@ -14,7 +14,6 @@ from hvd_vgg.parallel.consensus import check_replicas, run_on_all_ranks, run_on_
 from hvd_vgg.reporting.throughput import Throughput
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.training.bad_records import count_bad_records
-from hvd_vgg.training.bits import check_bits, describe_arithmetic
 from hvd_vgg.training.checkpoint_writer import CheckpointWriter
 from hvd_vgg.training.dataset import open_data
 from hvd_vgg.training.evaluate import evaluate, make_eval_step, report_evaluation
@@ -22,6 +21,7 @@ from hvd_vgg.training.introduction import introduce
 from hvd_vgg.training.metrics import PendingUpdate, measure_window, reduce_metrics
 from hvd_vgg.training.profile import profiled
 from hvd_vgg.training.reporter import open_reporter
+from hvd_vgg.training.reproducibility import check_bits, describe_arithmetic
 from hvd_vgg.training.result import finish_log, write_result, write_run_files
 from hvd_vgg.training.resume import require_checkpoints, restore_state
 from hvd_vgg.training.schedule import learning_rate, make_cadence, stop_poll_steps, total_steps
