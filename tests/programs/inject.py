@@ -167,10 +167,10 @@ def forget_momentum(seconds):
 
 
 def break_preprocessing(seconds):
-    """Makes every image fail in a way that no part of the package foresees."""
-    from hvd_vgg.data import transforms
+    """Makes every record's image fail in a way that no part of the package foresees."""
+    from hvd_vgg.data import loader
 
-    replace(transforms, "train_image", lambda original: lambda *arguments: fail(0))
+    loader.train_image = lambda *arguments: fail(0)  # there alone: the check of bits at the start decodes an image of its own
 
 
 def change_version(seconds):
