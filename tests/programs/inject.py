@@ -170,7 +170,7 @@ def break_preprocessing(seconds):
     """Makes every record's image fail in a way that no part of the package foresees."""
     from hvd_vgg.data import loader
 
-    loader.train_image = lambda *arguments: fail(0)  # there alone: the check of bits at the start decodes an image of its own
+    loader.train_image = lambda *arguments: fail(0)  # there alone: the check of bits decodes an image of its own
 
 
 def change_version(seconds):
