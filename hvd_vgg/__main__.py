@@ -1,18 +1,27 @@
 """hvd-vgg COMMAND [--flags]: the table of commands, and the single exit path of a process."""
 
+import os
+import sys
+
+if __name__ == "__main__":  # python -m hvd_vgg, or this file by its path, which is how `launch` starts ranks
+    if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+        del sys.path[0]  # the current directory, or this one: a queue.py in it would take the place of Python's own
+    sys.path.insert(0, __file__.rsplit(os.sep, 2)[0])
+    import hvd_vgg  # noqa: F401 (this very package, wherever else there may be one)
+
+    del sys.path[0]
+
 import dataclasses
 import importlib
 import logging
-import os
 import re
-import sys
 import time
 import traceback
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Tuple
 
 from hvd_vgg import __version__
-from hvd_vgg.environment import launched_rank
+from hvd_vgg.environment import launched_rank, leave_out_current_directory
 from hvd_vgg.errors import BUG, CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.streams import ensure_std_streams, write_line
@@ -128,8 +137,8 @@ an external reason is restarted; RUN_DIR/restarts.jsonl records every start and 
   hvd-vgg launch --ranks=8 train --flagfile=configs/vgg16_imagenet.flags --data_dir=/data/imagenet
   hvd-vgg launch --hostfile=hosts.txt --max_restarts=20 train --flagfile=configs/vgg16_imagenet.flags
 """
-# What `launch` starts a command of this package with.
-PROGRAM = [sys.executable, "-m", "hvd_vgg"]
+# What `launch` starts a command of this package with: the same files, and nothing of the current directory.
+PROGRAM = [sys.executable, str(Path(__file__).absolute())]
 # In an error of Horovod's: a fault of the program or of the machine, rather than a rank that is gone.
 _NOT_A_LOST_RANK = re.compile(r"Mismatched|OOM|out of memory|ResourceExhausted")
 
@@ -137,6 +146,7 @@ _NOT_A_LOST_RANK = re.compile(r"Mismatched|OOM|out of memory|ResourceExhausted")
 def main() -> None:
     """Runs the command line and exits with the codes of `hvd_vgg.errors`."""
     ensure_std_streams()
+    leave_out_current_directory()
     sys.dont_write_bytecode = True  # else TensorFlow leaves .pyc files of generated code in $TMPDIR
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Where TensorBoard is not installed, TensorFlow before 2.16 warns of it on every rank; a run reports it once itself.

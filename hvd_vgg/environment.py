@@ -1,8 +1,9 @@
-"""The environment of a process: what its launcher says of ranks there, and which variables are secret."""
+"""The environment of a process: what its launcher says of ranks there, which variables are secret, what children get."""
 
 import os
 import re
-from typing import Optional, Sequence
+import sys
+from typing import Dict, List, Mapping, Optional, Sequence
 
 # A parameter that Open MPI itself does not know: mpirun passes it on the command lines of its daemons and in the environment
 # of all ranks, so the processes of a job can be recognised on every host.
@@ -15,6 +16,8 @@ _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RAN
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 _LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "HOROVOD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
 _LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "HOROVOD_LOCAL_RANK", "SLURM_LOCALID")
+# All that horovodrun and srun set for a rank: a shell that one of them started has it too, and so has what starts there.
+_OF_A_RANK = re.compile(r"PMI_\w+|PMIX_(?!MCA_)\w+|HOROVOD_(RANK|SIZE|LOCAL_\w+|CROSS_\w+|HOSTNAME|GLOO_\w+|RENDEZVOUS_\w+)")
 
 
 def launched_rank() -> Optional[int]:
@@ -35,6 +38,45 @@ def launched_local_size() -> Optional[int]:
 def launched_local_rank() -> int:
     """Returns this process's rank on its host, from 0; 0 too if no launcher says."""
     return 0 if launched_rank() is None else _first_number(_LOCAL_RANK_VARIABLES) or 0
+
+
+def nested_refusal(environ: Mapping[str, str]) -> str:
+    """Returns why no job is to be started in this process, which a launcher has started as a rank; "" if none has.
+
+    A task of its own, as of `srun --pty bash`, is no rank of a job; any that mpirun started is one.
+    """
+    found = next((name for name in _RANK_VARIABLES if environ.get(name, "").isdigit()), None)
+    if not found or not (found.startswith("OMPI") or int(environ[found]) > 0 or (launched_size() or 1) > 1):
+        return ""
+    text = f"{found}={environ[found]} in the environment: this is a rank of a job, and each of its ranks would start another"
+    return f"{text}: call `hvd-vgg launch` once, outside of any launcher; if the variable is a leftover, unset it"
+
+
+def environment_of_job(environ: Mapping[str, str]) -> Dict[str, str]:
+    """Returns the environment to start mpirun in: this process's, with what would bend a job put right.
+
+    Left out: what a launcher said of this process as a rank, and empty entries of PYTHONPATH, which Python takes for the
+    current directory. Added: a HOME for users without one, whom /etc/passwd does not know: Open MPI 4 ends by signal 11.
+    """
+    kept = {name: value for name, value in environ.items() if not _OF_A_RANK.fullmatch(name)}
+    if "PYTHONPATH" in kept:
+        kept["PYTHONPATH"] = os.pathsep.join(filter(None, kept["PYTHONPATH"].split(os.pathsep)))
+    if not kept.get("HOME") and os.path.expanduser("~") in ("~", "/"):  # noqa: PTH111 (Path raises where there is none)
+        kept["HOME"] = "/"
+    return kept
+
+
+def leave_out_current_directory() -> None:
+    """Removes the current directory from Python's search path, where an empty entry of PYTHONPATH has put it there."""
+    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    here = os.path.realpath(os.curdir)
+    if "" in entries[len(entries) == 1 :] and not any(entry and os.path.realpath(entry) == here for entry in entries):
+        sys.path[:] = [each for each in sys.path if os.path.realpath(each) != here]
+
+
+def python_program(text: str) -> List[str]:
+    """Returns the command that runs `text` as this process would: nothing is imported from the current directory."""
+    return [sys.executable, "-c", f"import sys; sys.path = [each for each in sys.path if each]\n{text}"]
 
 
 def _first_number(names: Sequence[str]) -> Optional[int]:

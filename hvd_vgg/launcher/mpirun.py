@@ -19,17 +19,21 @@ from typing import IO, Any, Callable, Dict, List, Mapping, NamedTuple, Sequence,
 import psutil
 
 from hvd_vgg.config import LaunchConfig
-from hvd_vgg.environment import JOB_PARAMETER, SECRET_NAME
+from hvd_vgg.environment import JOB_PARAMETER, SECRET_NAME, environment_of_job
 from hvd_vgg.errors import CONFIGURATION, DONE, LOST_RANK, STOPPED, Failure
 from hvd_vgg.launcher.hostfile import Host
+from hvd_vgg.parallel import network
 from hvd_vgg.parallel.cores import control_groups
 from hvd_vgg.streams import write_line
 
 # The variables that ranks on other hosts get, besides --export_env; ranks on this host inherit all.
 _EXPORTED = re.compile(
-    r"PATH|LD_LIBRARY_PATH|PYTHONPATH|PYTHONDONTWRITEBYTECODE|OMP_NUM_THREADS|TMPDIR|TZ|LANG|LC_\w+|XLA_FLAGS"
+    r"PATH|LD_LIBRARY_PATH|LD_PRELOAD|PYTHON\w+|(OMP|KMP)_\w+|TMPDIR|TZ|LANG|LC_\w+|XLA_FLAGS"
     r"|(HOROVOD|TF|NCCL|CUDA|UCX|GLOO|UMD|CRT|DRT)_\w+"  # the last three: Iluvatar's driver
 )
+# Open MPI takes hosts from its command line alone: neither from a scheduler's allocation, which may be one that is over, nor
+# from the installation's host file.
+_ALLOCATIONS = {"ras": "^alps,gridengine,loadleveler,lsf,slurm,tm", "orte_default_hostfile": "none"}
 # Open MPI's own settings notice a lost host after eight minutes; these after 20 seconds.
 _KEEPALIVE = {"oob_tcp_keepalive_time": 10, "oob_tcp_keepalive_intvl": 3, "oob_tcp_keepalive_probes": 3}
 # Between SIGTERM and SIGKILL to mpirun, which needs two seconds to end ranks that do not exit by themselves.
@@ -76,7 +80,11 @@ def compose_mpirun(config: LaunchConfig, ranks: int, hosts: Sequence[Host], toke
         raise Failure(CONFIGURATION, "mpirun is not on PATH: install Open MPI 4, or use launch/environment.sh")
     command = ["mpirun", "-np", str(ranks), "--bind-to", "none", "--map-by", "slot", "--oversubscribe"]
     exports: List[str] = []
-    settings: Dict[str, Any] = {JOB_PARAMETER: token}
+    settings: Dict[str, Any] = {**_ALLOCATIONS, "plm": "rsh"}
+    if all(network.is_this_host(host.name) for host in hosts):
+        settings["plm"] = "isolated"  # starts no daemon, so that neither ssh nor srun need be there
+    settings = {name: value for name, value in settings.items() if f"OMPI_MCA_{name}" not in os.environ}
+    settings[JOB_PARAMETER] = token
     if hosts:
         if re.search(r"\s", mpirun):
             text = f"{mpirun}: Open MPI starts its daemon on other hosts by this path, and cuts it at spaces"
@@ -157,7 +165,14 @@ def run(command: Sequence[str], requests: StopRequests, ranks_here: bool = True)
     kills_before = oom_kills()
     parent_death = _dies_with(os.getpid())
     process = Popen(  # noqa: S603 (what it runs is the user's)
-        command, bufsize=0, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True, preexec_fn=parent_death
+        command,
+        bufsize=0,
+        stdin=DEVNULL,
+        stdout=PIPE,
+        stderr=PIPE,
+        env=environment_of_job(os.environ),
+        start_new_session=True,
+        preexec_fn=parent_death,
     )
     tail, ended = bytearray(), threading.Event()
     streams = ((process.stdout, 1, bytearray(), ended), (process.stderr, 2, tail, ended))

@@ -16,6 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import List, NamedTuple, Sequence, Tuple
 
+from hvd_vgg.environment import python_program
 from hvd_vgg.launcher.hostfile import Host
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
 
@@ -60,7 +61,7 @@ def ask_hosts(
     """
     with _Listener(("", 0), socketserver.BaseRequestHandler) as server, ThreadPoolExecutor(len(hosts) + 1) as pool:
         pool.submit(server.serve_forever, poll_interval=0.05)
-        connect_back = [sys.executable, "-c", _CONNECT_BACK, str(server.server_address[1]), *addresses]
+        connect_back = [*python_program(_CONNECT_BACK), str(server.server_address[1]), *addresses]
         remote = f"{search}; {shlex.join(connect_back)}"
         try:
             return list(pool.map(lambda host: _ask(host.name, agent, remote, addresses, seconds), hosts))

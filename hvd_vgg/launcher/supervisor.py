@@ -22,6 +22,7 @@ import psutil
 
 from hvd_vgg.config import LaunchConfig, StepConfig
 from hvd_vgg.data.sampler import most_ranks, too_many_ranks
+from hvd_vgg.environment import nested_refusal, python_program
 from hvd_vgg.errors import CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure
 from hvd_vgg.launcher.hostfile import Host, read_hostfile
 from hvd_vgg.launcher.jobs import launcher_is_alive, local_processes, own_token, search_command
@@ -54,11 +55,12 @@ def launch(config: LaunchConfig, spec: LaunchSpec) -> int:
     hosts = read_hostfile(config.hostfile) if config.hostfile else []
     ranks = _rank_count(config, spec, hosts)
     run_path = str((spec.run_dir or Path(f"/{os.getpid()}")).resolve())
-    token = own_token(hashlib.sha256(run_path.encode()).hexdigest()[:16])
+    token = own_token(hashlib.sha256(os.fsencode(run_path)).hexdigest()[:16])
     if config.dry_run:
         print("+", shlex.join(compose_mpirun(config, ranks, hosts, token, spec.program)))
         return DONE
-    refusal = root_refusal(os.environ) or network.network_flag_error(config.network, network.interfaces())
+    refusal = nested_refusal(os.environ) or root_refusal(os.environ)
+    refusal = refusal or network.network_flag_error(config.network, network.interfaces())
     if refusal:
         raise Failure(CONFIGURATION, refusal)
     until = time.monotonic() + (config.time_limit_seconds or math.inf)
@@ -84,8 +86,8 @@ def _rank_count(config: LaunchConfig, spec: LaunchSpec, hosts: List[Host]) -> in
 
 def _device_count() -> int:
     """Returns how many devices TensorFlow sees here, as the ranks will; 1 if it sees none."""
-    program = "import tensorflow as tf; print(len(tf.config.list_physical_devices('GPU')))"
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)  # noqa: S603
+    program = python_program("import tensorflow as tf; print(len(tf.config.list_physical_devices('GPU')))")
+    ended = subprocess.run(program, capture_output=True, check=False)  # noqa: S603
     if ended.returncode:
         error = ended.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise Failure(CONFIGURATION, f"{sys.executable} cannot import tensorflow: {''.join(error)}")

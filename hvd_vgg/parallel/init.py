@@ -22,9 +22,11 @@ from hvd_vgg.parallel.mpi import UNSET_GLOO, gloo_under_mpi_error
 from hvd_vgg.provenance import code_fingerprint
 from hvd_vgg.watchdog import MIN_HANG_SECONDS, SLOW_PHASE_FACTOR, watchdog
 
-# What launchers set for each rank, what only changes what is printed, and what must not be printed.
+# What need not be equal: what launchers and operators set for each rank; what Kubernetes tells of services, which a pod that
+# is older than one lacks; what only changes what is printed or written; what has no effect; and what must not be printed.
 _NOT_COMPARED = re.compile(
-    r"^HOROVOD_(RANK|SIZE|LOCAL_|CROSS_|HOSTNAME|GLOO_|LOG_|TIMELINE)|^TF_CPP_|^TF2_BEHAVIOR|TOKEN|KEY|SECRET|PASS|CRED"
+    r"^HOROVOD_(RANK|SIZE|LOCAL_|CROSS_|HOSTNAME|GLOO_|LOG_|TIMELINE|AUTOTUNE_LOG|THREAD_AFFINITY)|^TF_(CONFIG|JOB_|TASK_)"
+    r"|_SERVICE_(HOST|PORT)|_PORT(_\d+_(TCP|UDP|SCTP)|$)|^TF_(CPP_|DUMP_|NUM_INT)|^TF2_BEHAVIOR|TOKEN|KEY|SECRET|PASS|CRED"
 )
 # Open MPI 4 sends all but the first 128 kB of a large message over TCP in one piece, and its acknowledgement of the other
 # side's message queues behind it, so the two directions of a link take turns. In pieces of 256 kB an allreduce of 64 MB is
