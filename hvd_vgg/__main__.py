@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Tuple
 
 from hvd_vgg import __version__
-from hvd_vgg.environment import launched_rank, leave_out_current_directory
+from hvd_vgg.environment import launched_rank, leave_out_current_directory, library_path_hint
 from hvd_vgg.errors import BUG, CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.streams import ensure_std_streams, write_line
@@ -30,7 +30,7 @@ from hvd_vgg.watchdog import watchdog
 try:
     from hvd_vgg import config as configs
     from hvd_vgg.flags import describe_flags, parse_flags
-except ModuleNotFoundError as error:  # absl-py, which reads the flags of all commands, doctor's too
+except ImportError as error:  # absl-py, which reads the flags of all commands, doctor's too
     write_line(f"hvd-vgg: {error} ({sys.executable}): install it, or use launch/environment.sh", sys.stderr)
     sys.exit(CONFIGURATION)
 
@@ -139,6 +139,8 @@ an external reason is restarted; RUN_DIR/restarts.jsonl records every start and 
 """
 # What `launch` starts a command of this package with: the same files, and nothing of the current directory.
 PROGRAM = [sys.executable, str(Path(__file__).absolute())]
+# Python's words where a limit of threads is reached.
+_NO_THREAD = re.compile(r"can't start new thread|unable to start watchdog thread")
 # In an error of Horovod's: a fault of the program or of the machine, rather than a rank that is gone.
 _NOT_A_LOST_RANK = re.compile(r"Mismatched|OOM|out of memory|ResourceExhausted")
 
@@ -182,9 +184,14 @@ def run(argv: List[str]) -> int:
 def run_command(name: str, config: Any) -> Optional[Failure]:
     """Runs a command with its configuration on this rank; returns how it failed, which has been reported, or None."""
     try:
+        from hvd_vgg.parallel.cores import thread_limit, threads_refusal  # here, for psutil may be missing
+
         if name == "train":
             watchdog.exit_when_asked()
         if COMMANDS[name].watched:
+            refusal = threads_refusal(Path("/"), 1)
+            if refusal:
+                raise Failure(CONFIGURATION, refusal)
             watchdog.start(Path(config.run_dir) if name == "train" else None, launched_rank() or 0, config.hang_seconds)
         module, function = COMMANDS[name].target.split(":")
         getattr(importlib.import_module(module), function)(config)
@@ -204,6 +211,9 @@ def run_command(name: str, config: Any) -> Optional[Failure]:
             # Whoever read the plan has enough; Python would complain again when it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return None
+        if isinstance(error, RuntimeError) and _NO_THREAD.search(str(error)):
+            limit = thread_limit(Path("/"))[1] or "is memory short?"
+            return _end(Failure(CONFIGURATION, f"{error} ({limit}): raise the limit, or start fewer ranks on this host"))
         # What Horovod's operations report when a rank is gone is the transport's own text, but Horovod is named in it, or in
         # the stack of the operation.
         text, raised_by = f"{type(error).__name__} {error}", type(error).__module__
@@ -217,6 +227,9 @@ def run_command(name: str, config: Any) -> Optional[Failure]:
 
 
 def _missing(error: ImportError) -> Failure:
+    if not isinstance(error, ModuleNotFoundError):  # it is there, but what it needs is not
+        text = f"{str(error).strip().splitlines()[-1]} ({sys.executable}){library_path_hint()}"
+        return Failure(CONFIGURATION, f"{text}: a module cannot be loaded; hvd-vgg doctor says more")
     return Failure(CONFIGURATION, f"{error} ({sys.executable}): install it, or use launch/environment.sh")
 
 

@@ -79,5 +79,11 @@ def python_program(text: str) -> List[str]:
     return [sys.executable, "-c", f"import sys; sys.path = [each for each in sys.path if each]\n{text}"]
 
 
+def library_path_hint() -> str:
+    """Returns where a library that cannot be loaded may have come from; "" if no variable leads to any."""
+    path = os.environ.get("LD_LIBRARY_PATH")
+    return f" (LD_LIBRARY_PATH={path} is searched first: is another version there, or another MPI?)" if path else ""
+
+
 def _first_number(names: Sequence[str]) -> Optional[int]:
     return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), None)

@@ -38,8 +38,8 @@ def doctor(config: DoctorConfig) -> None:
     report.findings += _check_software(accelerators)
     report.findings += _check_system(config, accelerators.host.root, report.rank == 0)
     report.findings += _check_network(config, accelerators, hosts)
-    if any(finding.about in ("interfaces", "hosts", "environment") for finding in report.failures()):
-        raise report.finish_alone()  # the ranks would wait for each other for ever
+    if any(finding.about in ("interfaces", "hosts", "environment", "limits") for finding in report.failures()):
+        raise report.finish_alone()  # the ranks would wait for each other for ever, or be aborted
     _warn_early(report, accelerators)
     _join_ranks(report, accelerators, config.join_seconds)
 
@@ -72,7 +72,7 @@ def _check_system(config: DoctorConfig, root: Path, is_root: bool) -> Iterator[F
     checkpoint_bytes = (config.keep_checkpoints + 2) * 2 * 4 * parameters
     yield system.check_memory(*system.memory_within_limits(root), ranks, parameters)
     yield system.check_shared_memory(root, ranks)
-    yield from system.check_limits()
+    yield from system.check_limits(root, 1 if launched_size() else ranks)
     yield from system.check_run_dir(Path(config.run_dir), checkpoint_bytes, is_root)
     yield from system.check_other_jobs()
 

@@ -15,7 +15,7 @@ from typing import IO, Iterator, List, Mapping, Optional, Sequence, Tuple
 import psutil
 
 from hvd_vgg.errors import Failure
-from hvd_vgg.parallel.cores import control_groups, read_int
+from hvd_vgg.parallel.cores import control_groups, read_int, threads_refusal
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
 
 _GB = 1e9
@@ -68,8 +68,11 @@ def check_shared_memory(root: Path, ranks: int) -> Finding:
     return warning("shm", text, "docker run --shm-size=8g or --ipc=host; remove what dead jobs left in it")
 
 
-def check_limits() -> Iterator[Finding]:
-    """Checks the resource limits of this process: open files, and locked memory where there is InfiniBand."""
+def check_limits(root: Path, ranks: int) -> Iterator[Finding]:
+    """Checks the limits of this process and its `ranks`: threads, open files, locked memory where there is InfiniBand."""
+    text, _, fix = threads_refusal(root, ranks).partition(": ")
+    if text:
+        yield failure("limits", text, fix)
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # -1: unlimited
     if 0 <= files < _OPEN_FILES:
         fix = f"ulimit -n {min(most, 65536) if most > 0 else 65536} before mpirun; docker run --ulimit nofile=65536"

@@ -21,9 +21,10 @@ import psutil
 from hvd_vgg.config import LaunchConfig
 from hvd_vgg.environment import JOB_PARAMETER, SECRET_NAME, environment_of_job
 from hvd_vgg.errors import CONFIGURATION, DONE, LOST_RANK, STOPPED, Failure
+from hvd_vgg.launcher.deadline import Deadline
 from hvd_vgg.launcher.hostfile import Host
 from hvd_vgg.parallel import network
-from hvd_vgg.parallel.cores import control_groups
+from hvd_vgg.parallel.cores import control_groups, thread_limit
 from hvd_vgg.streams import write_line
 
 # The variables that ranks on other hosts get, besides --export_env; ranks on this host inherit all.
@@ -33,7 +34,7 @@ _EXPORTED = re.compile(
 )
 # Open MPI takes hosts from its command line alone: neither from a scheduler's allocation, which may be one that is over, nor
 # from the installation's host file.
-_ALLOCATIONS = {"ras": "^alps,gridengine,loadleveler,lsf,slurm,tm", "orte_default_hostfile": "none"}
+_NO_SCHEDULER = "^alps,gridengine,loadleveler,lsf,slurm,tm"
 # Open MPI's own settings notice a lost host after eight minutes; these after 20 seconds.
 _KEEPALIVE = {"oob_tcp_keepalive_time": 10, "oob_tcp_keepalive_intvl": 3, "oob_tcp_keepalive_probes": 3}
 # Between SIGTERM and SIGKILL to mpirun, which needs two seconds to end ranks that do not exit by themselves.
@@ -80,11 +81,11 @@ def compose_mpirun(config: LaunchConfig, ranks: int, hosts: Sequence[Host], toke
         raise Failure(CONFIGURATION, "mpirun is not on PATH: install Open MPI 4, or use launch/environment.sh")
     command = ["mpirun", "-np", str(ranks), "--bind-to", "none", "--map-by", "slot", "--oversubscribe"]
     exports: List[str] = []
-    settings: Dict[str, Any] = {**_ALLOCATIONS, "plm": "rsh"}
-    if all(network.is_this_host(host.name) for host in hosts):
-        settings["plm"] = "isolated"  # starts no daemon, so that neither ssh nor srun need be there
-    settings = {name: value for name, value in settings.items() if f"OMPI_MCA_{name}" not in os.environ}
-    settings[JOB_PARAMETER] = token
+    # Isolated, it starts no daemon, so that neither ssh nor srun need be there.
+    daemons = "isolated" if all(network.is_this_host(host.name) for host in hosts) else "rsh"
+    settings: Dict[str, Any] = {JOB_PARAMETER: token, "orte_default_hostfile": "none"}
+    placement = {"ras": _NO_SCHEDULER, "plm": daemons}
+    settings.update({name: value for name, value in placement.items() if f"OMPI_MCA_{name}" not in os.environ})
     if hosts:
         if re.search(r"\s", mpirun):
             text = f"{mpirun}: Open MPI starts its daemon on other hosts by this path, and cuts it at spaces"
@@ -164,16 +165,20 @@ def run(command: Sequence[str], requests: StopRequests, ranks_here: bool = True)
     """
     kills_before = oom_kills()
     parent_death = _dies_with(os.getpid())
-    process = Popen(  # noqa: S603 (what it runs is the user's)
-        command,
-        bufsize=0,
-        stdin=DEVNULL,
-        stdout=PIPE,
-        stderr=PIPE,
-        env=environment_of_job(os.environ),
-        start_new_session=True,
-        preexec_fn=parent_death,
-    )
+    try:
+        process = Popen(  # noqa: S603 (what it runs is the user's)
+            command,
+            bufsize=0,
+            stdin=DEVNULL,
+            stdout=PIPE,
+            stderr=PIPE,
+            env=environment_of_job(os.environ),
+            start_new_session=True,
+            preexec_fn=parent_death,
+        )
+    except OSError as error:  # such as no process left to this user
+        limit = thread_limit(Path("/"))[1] or "look for free memory and processes (ulimit -a)"
+        raise Failure(CONFIGURATION, f"mpirun cannot be started: {error.strerror} ({limit})") from error
     tail, ended = bytearray(), threading.Event()
     streams = ((process.stdout, 1, bytearray(), ended), (process.stderr, 2, tail, ended))
     pumps = [threading.Thread(target=_copy_output, args=stream, daemon=True) for stream in streams]
@@ -182,9 +187,9 @@ def run(command: Sequence[str], requests: StopRequests, ranks_here: bool = True)
     reason = _watch(process, requests, ranks_here)
     terminated = _stop(process, requests, reason) if reason else False
     ended.set()
-    patience = time.monotonic() + _COPY_SECONDS
+    patience = Deadline(_COPY_SECONDS)
     for pump in pumps:
-        while pump.is_alive() and not ((reason or requests.count) and time.monotonic() > patience):
+        while pump.is_alive() and not ((reason or requests.count) and patience.passed()):
             pump.join(_POLL_SECONDS)
     status = explain(process.returncode, tail.decode(errors="replace"), oom_kills() - kills_before)
     return _stopped_status(reason, terminated, status)
@@ -223,7 +228,7 @@ def _watch(process: "Popen[bytes]", requests: StopRequests, ranks_here: bool) ->
     """Waits until mpirun has ended and returns "", or until there is a reason to stop it and returns that."""
     ranks: Set[psutil.Process] = set()
     next_look, overdue = 0.0, _NOT_STARTED
-    deadline = time.monotonic() + _START_SECONDS if ranks_here else math.inf
+    deadline = Deadline(_START_SECONDS if ranks_here else math.inf)
     while process.poll() is None:
         now = time.monotonic()
         if now > next_look:
@@ -231,8 +236,8 @@ def _watch(process: "Popen[bytes]", requests: StopRequests, ranks_here: bool) ->
             # Looking for new children reads all of /proc, which takes a while on a large host.
             ranks = {rank for rank in ranks if _is_rank(rank)} or _local_ranks(process.pid)
             if ranks:
-                deadline, overdue = now + _LINGER_SECONDS, _RANKS_GONE
-        reason = requests.reason() or (overdue if now > deadline else "")
+                deadline, overdue = Deadline(_LINGER_SECONDS), _RANKS_GONE
+        reason = requests.reason() or (overdue if deadline.passed() else "")
         if reason:
             return reason
         time.sleep(_POLL_SECONDS)
@@ -262,8 +267,8 @@ def _stop(process: "Popen[bytes]", requests: StopRequests, reason: str) -> bool:
 
 def _ends_within(seconds: float, process: "Popen[bytes]", requests: StopRequests, most: float = math.inf) -> bool:
     """Waits for mpirun to end, for `seconds` and `most` requests at most; returns whether it has ended."""
-    until = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < until and requests.count <= most:
+    deadline = Deadline(seconds)
+    while process.poll() is None and not deadline.passed() and requests.count <= most:
         time.sleep(_POLL_SECONDS)
     return process.poll() is not None
 

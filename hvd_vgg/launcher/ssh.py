@@ -17,10 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import List, NamedTuple, Sequence, Tuple
 
 from hvd_vgg.environment import python_program
+from hvd_vgg.launcher.deadline import Deadline
 from hvd_vgg.launcher.hostfile import Host
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
 
 ANSWER_SECONDS = 12.0
+_POLL_SECONDS = 0.02
 _MAX_CLOCK_SKEW_SECONDS = 1.0  # more makes the times in logs and checkpoints wrong
 _QUOTED_CHARACTERS = 200  # of an agent's error message
 # Runs on the other host: tries all addresses at once and prints the first of those that answer within 2 s.
@@ -105,11 +107,12 @@ def _run_agent(command: List[str], seconds: float) -> Tuple[int, str]:
             )
         except OSError as error:
             return 127, f"{command[0]}: {error.strerror}"
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        deadline = Deadline(seconds)
+        while process.poll() is None:
+            if deadline.passed():
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            time.sleep(_POLL_SECONDS)
         output.seek(0)
         return process.returncode, output.read()
 

@@ -24,11 +24,13 @@ from hvd_vgg.config import LaunchConfig, StepConfig
 from hvd_vgg.data.sampler import most_ranks, too_many_ranks
 from hvd_vgg.environment import nested_refusal, python_program
 from hvd_vgg.errors import CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure
+from hvd_vgg.launcher.deadline import Deadline
 from hvd_vgg.launcher.hostfile import Host, read_hostfile
 from hvd_vgg.launcher.jobs import launcher_is_alive, local_processes, own_token, search_command
 from hvd_vgg.launcher.mpirun import ExitStatus, StopRequests, compose_mpirun, log_line, run
 from hvd_vgg.launcher.ssh import ask_hosts
 from hvd_vgg.parallel import network
+from hvd_vgg.parallel.cores import threads_refusal
 from hvd_vgg.parallel.mpi import root_refusal
 from hvd_vgg.reporting.findings import FAILURE
 from hvd_vgg.reporting.receipt import LogLine, read_log
@@ -61,6 +63,7 @@ def launch(config: LaunchConfig, spec: LaunchSpec) -> int:
         return DONE
     refusal = nested_refusal(os.environ) or root_refusal(os.environ)
     refusal = refusal or network.network_flag_error(config.network, network.interfaces())
+    refusal = refusal or ("" if hosts else threads_refusal(Path("/"), ranks))
     if refusal:
         raise Failure(CONFIGURATION, refusal)
     until = time.monotonic() + (config.time_limit_seconds or math.inf)
@@ -186,7 +189,7 @@ def _clear_leftovers(token: str) -> None:
 
     Raises Failure(CONFIGURATION) if another launcher is running it now. What another host launched is only reported.
     """
-    deadline = time.monotonic() + _EXIT_SECONDS
+    deadline = Deadline(_EXIT_SECONDS)
     while True:
         ours: List[psutil.Process] = []
         foreign: List[psutil.Process] = []
@@ -195,7 +198,7 @@ def _clear_leftovers(token: str) -> None:
             if alive:
                 raise Failure(CONFIGURATION, f"another launcher, process {job.split('.')[2]}, is running this --run_dir")
             (foreign if alive is None else ours).extend(processes)
-        if not ours or time.monotonic() > deadline:
+        if not ours or deadline.passed():
             break
         time.sleep(0.1)
     _report_leftovers("this host", [process.pid for process in foreign])

@@ -13,16 +13,17 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_vgg import streams
+from hvd_vgg.environment import library_path_hint
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.watchdog import watchdog
 
 try:
     import horovod.tensorflow as hvd
-except ImportError as error:
+except (ImportError, OSError, tf.errors.OpError) as error:  # the last: TensorFlow loads Horovod's library
     raise Failure(
         CONFIGURATION,
-        f"Horovod cannot be imported under TensorFlow {tf.__version__} and {sys.executable}: {error}. Create the "
-        f"environment with launch/environment.sh, or use this host's own (docs/compatibility.md)",
+        f"Horovod cannot be imported under TensorFlow {tf.__version__} and {sys.executable}: {error}{library_path_hint()}. "
+        f"Create the environment with launch/environment.sh, or use this host's own (docs/compatibility.md)",
     ) from error
 
 

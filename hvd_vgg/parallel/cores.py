@@ -1,14 +1,20 @@
-"""How many CPU cores a rank may use: affinity, control groups, ranks on the host."""
+"""How many CPU cores a rank may use and threads it may start: affinity, limits, control groups, ranks on the host."""
 
 import contextlib
 import os
+import resource
 from pathlib import Path
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 import psutil
 
+from hvd_vgg.text import plural
+
 # How the names of daemons that start ranks begin: Open MPI 4 and 5 (orterun_wrapper too), MPICH, Slurm.
 _LAUNCHERS = ("mpirun", "mpiexec", "orte", "prte", "hydra_pmi_proxy", "slurmstepd")
+
+# What a rank starts at the least, seen on 1 and 2 cores; pools of TensorFlow and of the input pipeline grow with the cores.
+_THREADS_OF_RANK, _THREADS_PER_CORE = 10, 2
 
 
 def share_of_cores(ranks: int) -> int:
@@ -41,6 +47,40 @@ def cpu_quota(root: Path) -> Optional[float]:
         if quota.isdigit() and period.isdigit():  # not "max", "-1" or "None"
             limits.append(int(quota) / int(period))
     return min(limits, default=None)
+
+
+def threads_refusal(root: Path, ranks: int) -> str:
+    """Returns why `ranks` cannot start their threads on this host, "" if nothing is known against it.
+
+    TensorFlow aborts the process where it can start no thread, and Horovod may wait for one that is not there.
+    """
+    room, limit = thread_limit(root)
+    needed = ranks * (_THREADS_OF_RANK + _THREADS_PER_CORE * share_of_cores(ranks))
+    if room is None or room >= needed:
+        return ""
+    text = f"{limit}, which leaves room for {max(room, 0)} more threads, but {plural(ranks, 'rank')} here will start"
+    return f"{text} {needed} or more: raise it (ulimit -u; pids.max, docker run --pids-limit), or start fewer ranks"
+
+
+def thread_limit(root: Path) -> Tuple[Optional[int], str]:
+    """Returns how many more threads this process's user may start, and what limits them; (None, "") without a limit.
+
+    Each process is one thread at least. For root only control groups count.
+    """
+    found = []
+    most, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    if os.getuid() != 0 and most != resource.RLIM_INFINITY:
+        running = sum(
+            process.info["num_threads"] or 0
+            for process in psutil.process_iter(["uids", "num_threads"])
+            if process.info["uids"] and process.info["uids"].real == os.getuid()
+        )
+        found.append((most - running, f"ulimit -u is {most}"))
+    for group in control_groups(root, "pids"):
+        limit, running = read_int(group / "pids.max"), read_int(group / "pids.current") or 0
+        if limit is not None:  # not "max"
+            found.append((limit - running, f"{group / 'pids.max'} is {limit}"))
+    return min(found, default=(None, ""))
 
 
 def _launcher_cores() -> Optional[int]:

@@ -5,15 +5,17 @@ import re
 from pathlib import Path
 from typing import List, Mapping
 
-UNSET_GLOO = "unset HOROVOD_CPU_OPERATIONS; horovodrun --gloo sets what it needs"
+UNSET_GLOO = "unset HOROVOD_CPU_OPERATIONS and HOROVOD_CONTROLLER; horovodrun --gloo sets what it needs"
 _CONSENT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
 # In a line of /proc/PID/maps the path starts at the first slash.
 _LIBRARY = re.compile(r"^[^/\n]*(/.*/libmpi(?:ch)?\.so\S*)", re.MULTILINE)
 
 
 def gloo_under_mpi_error(environ: Mapping[str, str]) -> str:
-    """Returns what happens if the environment asks for Gloo's collectives under mpirun; "" if it does not."""
+    """Returns what happens if the environment asks for Gloo under mpirun; "" if it does not."""
     operations, controller = (environ.get(f"HOROVOD_{name}", "").lower() for name in ("CPU_OPERATIONS", "CONTROLLER"))
+    if controller == "gloo" and "OMPI_COMM_WORLD_RANK" in environ:
+        return "HOROVOD_CONTROLLER=gloo ends all ranks of mpirun with MPI_ERR_COMM (Horovod 0.28.1)"
     if operations != "gloo" or controller == "gloo":
         return ""
     return "HOROVOD_CPU_OPERATIONS=gloo ends all ranks of mpirun with signal 11 in their first collective (Horovod 0.28.1)"
