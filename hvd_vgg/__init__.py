@@ -21,9 +21,10 @@ def train(config: "TrainConfig") -> None:
     """
     from hvd_vgg.__main__ import run_command
     from hvd_vgg.errors import USAGE, Failure
-    from hvd_vgg.flags import validate
+    from hvd_vgg.flags import expand_home, validate
     from hvd_vgg.watchdog import watchdog
 
+    config = expand_home(config)
     errors = validate(config)
     if errors:
         raise Failure(USAGE, "\n".join(errors))

@@ -344,7 +344,7 @@ class TrainConfig(RecipeConfig, BatchConfig, EvaluationConfig):
 class EvaluateConfig(EvaluationConfig):
     """Which checkpoint of a run to evaluate, and on what; the defaults are the run's own flags."""
 
-    checkpoint: str = flag("best", "Evaluate", "best, newest, or the path of a .safetensors file of this package.")
+    checkpoint: str = flag("best", "Evaluate", "best, newest, or the path of a .safetensors file of this package.", "path")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import operator
+import os
 import re
 import textwrap
 from pathlib import Path
@@ -98,11 +99,35 @@ def parse_flags(kind: Any, argv: Sequence[str], defaults: Any = None, shared: An
         unknown = values([""] + _expand_flag_files(argv, unused), known_only=True)[1:]
     except flags.Error as error:
         raise Failure(USAGE, f"flags: {error}") from error
-    config = kind(**{name: values[name].value for name in names})
+    config = expand_home(kind(**{name: values[name].value for name in names}))
     errors = [_unknown_flag(word, names) for word in unknown] + validate(config)
     if errors:
         raise Failure(USAGE, f"{len(errors)} illegal flag(s):\n" + "\n".join(f"  {error}" for error in errors))
     return config
+
+
+def expand_home(config: Any) -> Any:
+    """Returns `config` with the home directory in the place of ~ in its paths: a shell leaves --flag=~/x as it is."""
+    paths = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if _is_path(field)}
+    # Path would cut s3:// to s3:/, and raises where there is no such home.
+    homes = {name: os.path.expanduser(path) for name, path in paths.items() if isinstance(path, str)}  # noqa: PTH111
+    return dataclasses.replace(config, **homes)
+
+
+def _is_path(field: Any) -> bool:
+    return bool(field.metadata["unit"] == "path")
+
+
+def _path_error(path: str) -> str:
+    """Returns what was expected where a path cannot be one of a file here; "" if it can."""
+    if path.startswith("~"):
+        return "the home directory of a user of this host, or ./ in front of a name that begins with ~"
+    scheme, _, rest = path.partition("://")
+    if not rest or not scheme.isalnum():
+        return ""
+    if scheme == "file":
+        return f"a path without file://, as {rest}"
+    return f"a path on this host: files are not read from {scheme}:// storage; mount it, or copy them to a disk first"
 
 
 def _expand_flag_files(argv: Sequence[str], unused: Set[str]) -> List[str]:
@@ -118,11 +143,15 @@ def _expand_flag_files(argv: Sequence[str], unused: Set[str]) -> List[str]:
         if name not in ("-flagfile", "--flagfile"):
             expanded.append(word)
             continue
-        path = path if equals else next(words, "")
+        path = os.path.expanduser(path if equals else next(words, ""))  # noqa: PTH111
+        if _path_error(path):
+            raise Failure(USAGE, f"--flagfile={path}: expected {_path_error(path)}")
         try:
-            lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise Failure(USAGE, f"--flagfile={path} cannot be read: {error}") from error
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise Failure(USAGE, f"--flagfile={path}, byte {error.start}: expected text in UTF-8") from error
+        except OSError as error:
+            raise Failure(USAGE, f"--flagfile={path} cannot be read: {error.strerror}") from error
         for number, line in enumerate(lines, start=1):
             text = line.strip()
             if not text or text.startswith(("#", "//")):
@@ -152,6 +181,10 @@ def validate(config: Any) -> List[str]:
         if not _has_type(value, field.type):
             expected = _EXPECTED[field.type]
             untyped[field.name] = field.default
+        elif field.type is str and not _is_utf8(value):
+            expected = "text in UTF-8; for a file or directory of another name, make a link to it that has such a name"
+        elif _is_path(field) and _path_error(value):
+            expected = _path_error(value)
         elif field.type is str and field.default and "choices" not in field.metadata and not value.strip():
             expected = f"a {field.metadata['unit'] or 'value'}, found nothing"
         else:
@@ -163,6 +196,14 @@ def validate(config: Any) -> List[str]:
     for section in reversed(type(config).__mro__):
         errors += vars(section).get("conflicts", lambda _: [])(config)
     return errors
+
+
+def _is_utf8(text: str) -> bool:
+    """Returns whether a word of the command line was text: other bytes are kept in a form that cannot be encoded again."""
+    try:
+        return bool(text.encode()) or not text
+    except UnicodeEncodeError:
+        return False
 
 
 def _has_type(value: Any, kind: Any) -> bool:

@@ -1,6 +1,7 @@
 """Printing to stdout and stderr. Either may be closed or full, which is no reason to end a run."""
 
 import contextlib
+import io
 import os
 import sys
 from typing import Iterator, TextIO
@@ -9,13 +10,17 @@ from typing import Iterator, TextIO
 def ensure_std_streams() -> None:
     """Opens /dev/null in place of each of stdin, stdout and stderr that is closed; call first in a process.
 
-    Otherwise the next file that is opened would take its descriptor and receive what C libraries and children print.
+    Otherwise the next file that is opened would take its descriptor and receive what C libraries and children print. What
+    the locale's encoding lacks (in a path, a variable, the name of a host) is printed as a number after a backslash.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             number = os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor
             os.set_inheritable(number, True)
             setattr(sys, name, open(number, mode, encoding="utf-8"))  # noqa: SIM115 (stays open)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def write_line(text: str, stream: TextIO, end: str = "\n") -> None:

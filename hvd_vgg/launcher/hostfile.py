@@ -25,8 +25,10 @@ def read_hostfile(path: str) -> List[Host]:
     slots: Dict[str, int] = {}
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise Failure(CONFIGURATION, f"--hostfile={path} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise Failure(CONFIGURATION, f"--hostfile={path}, byte {error.start}: expected text in UTF-8") from error
+    except OSError as error:
+        raise Failure(CONFIGURATION, f"--hostfile={path} cannot be read: {error.strerror}") from error
     for number, line in enumerate(lines, 1):
         entry = line.split("#")[0].strip()
         if not entry:
@@ -35,7 +37,8 @@ def read_hostfile(path: str) -> List[Host]:
         settings = dict(re.findall(r"([\w-]+)\s*=\s*(\d+)", match[2])) if match else {}
         count = int(settings.get("slots", 1))
         if not match or count < 1:
-            raise Failure(CONFIGURATION, f"{path}, line {number}: {line!r}: expected `host slots=N` with N of at least 1")
+            expected = "expected `host slots=N` with N of at least 1 (not host:N, user@host or an IPv6 address)"
+            raise Failure(CONFIGURATION, f"{path}, line {number}: {line!r}: {expected}")
         slots[match[1]] = slots.get(match[1], 0) + count
     if not slots:
         raise Failure(CONFIGURATION, f"--hostfile={path} names no host: expected a line `host slots=N` for each")

@@ -12,8 +12,10 @@ _LIBRARY = re.compile(r"^[^/\n]*(/.*/libmpi(?:ch)?\.so\S*)", re.MULTILINE)
 
 
 def gloo_under_mpi_error(environ: Mapping[str, str]) -> str:
-    """Returns what happens if the environment asks for Gloo under mpirun; "" if it does not."""
+    """Returns what happens if the environment asks for Gloo under mpirun, or for what Horovod lacks; "" if not."""
     operations, controller = (environ.get(f"HOROVOD_{name}", "").lower() for name in ("CPU_OPERATIONS", "CONTROLLER"))
+    if controller not in ("", "mpi", "gloo"):
+        return f"HOROVOD_CONTROLLER={controller} aborts Horovod, which knows mpi and gloo"
     if controller == "gloo" and "OMPI_COMM_WORLD_RANK" in environ:
         return "HOROVOD_CONTROLLER=gloo ends all ranks of mpirun with MPI_ERR_COMM (Horovod 0.28.1)"
     if operations != "gloo" or controller == "gloo":
