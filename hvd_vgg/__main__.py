@@ -257,7 +257,8 @@ def _launch(argv: List[str]) -> int:
     run_dir = Path(started.run_dir) if inner[0] == "train" else None
     # `benchmark` gives each rank its images, however many there are.
     shared = isinstance(started, configs.StepConfig) and not isinstance(started, configs.BenchmarkConfig)
-    return launch(config, LaunchSpec(program, run_dir, started if shared else None))
+    check = (*PROGRAM, "doctor", *inner[1:], "--host_only", "--join_seconds=60") if run_dir and config.check_hosts else ()
+    return launch(config, LaunchSpec(program, run_dir, started if shared else None, check))
 
 
 def _parse_command(argv: List[str]) -> Any:

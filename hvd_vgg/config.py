@@ -433,6 +433,11 @@ class DoctorConfig(TrainConfig):
     collectives: bool = flag(
         False, "Doctor", "Sum and gather gradients of the network's own shapes: correct, how fast, and as `plan` assumes?"
     )
+    host_only: bool = flag(
+        False,
+        "Doctor",
+        "Check neither data nor links to other hosts: what `launch` runs on each host before it restarts a run.",
+    )
     hostfile: str = flag(
         "",
         "Doctor",
@@ -504,6 +509,12 @@ class LaunchConfig:
         "How often `train` is restarted after it hung (75), was preempted (80) or was killed by a signal (128 plus its "
         "number), on the hosts that still answer. Two failures at the same step without a new checkpoint end it.",
         at_least=0,
+    )
+    check_hosts: bool = flag(
+        True,
+        "Supervision",
+        "With several hosts, run `doctor --host_only` on each before a restart: devices, memory, run directory. A host that "
+        "fails it is left out of that start; one with two faults of its own, for good. Slots beyond --ranks are spare.",
     )
     grace_seconds: float = flag(
         60.0,

@@ -65,10 +65,12 @@ _PR_SET_PDEATHSIG = 1
 
 
 class ExitStatus(NamedTuple):
-    """How a start ended: the exit code, and the reason in a sentence."""
+    """How a start ended: the exit code, the reason in a sentence, and the rank or host that mpirun blames, if any."""
 
     code: int
     reason: str
+    rank: int = -1
+    host: str = ""
 
 
 def compose_mpirun(config: LaunchConfig, ranks: int, hosts: Sequence[Host], token: str, program: Sequence[str]) -> List[str]:
@@ -312,14 +314,15 @@ def explain(status: int, stderr: str, oom_kills: Mapping[str, int]) -> ExitStatu
         number = int(killed[3])
         hint = f" ({_HINTS[number]})" if number in _HINTS else ""
         risen = "".join(f"; oom_kill in {name} rose by {n}" for name, n in oom_kills.items() if number == signal.SIGKILL)
-        return ExitStatus(128 + number, f"rank {killed[1]} killed by signal {number}{hint}, on {killed[2]}{risen}")
+        text = f"rank {killed[1]} killed by signal {number}{hint}, on {killed[2]}{risen}"
+        return ExitStatus(128 + number, text, int(killed[1]))
     if status < 0:
         return ExitStatus(128 - status, f"mpirun killed by signal {-status}")
     if lost := re.search(r"lost communication with a remote daemon.*?Remote daemon:.*? on node (\S+)", stderr, re.S):
-        return ExitStatus(LOST_RANK, f"host {lost[1]} is gone: mpirun lost its daemon there")
+        return ExitStatus(LOST_RANK, f"host {lost[1]} is gone: mpirun lost its daemon there", host=lost[1])
     # With exit code 0, but without MPI_Finalize: a library may do so.
     if silent := re.search(r"process rank (\d+) with PID \d+ on\s+node (\S+) exiting improperly", stderr):
-        return ExitStatus(LOST_RANK, f"rank {silent[1]} exited without leaving MPI, on {silent[2]}")
+        return ExitStatus(LOST_RANK, f"rank {silent[1]} exited without leaving MPI, on {silent[2]}", int(silent[1]))
     if status == 1 and "ORTE" in stderr:
         return ExitStatus(LOST_RANK, "mpirun could not reach all of its hosts: see above")
     if status == 1 and "-----" not in stderr:  # the frame of all its messages about ranks; a SIGTERM is no such message

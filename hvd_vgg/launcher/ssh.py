@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import List, NamedTuple, Sequence, Tuple
+from typing import List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from hvd_vgg.environment import python_program
 from hvd_vgg.launcher.deadline import Deadline
@@ -74,7 +74,7 @@ def ask_hosts(
 def _ask(host: str, agent: str, remote: str, addresses: List[str], seconds: float) -> HostReply:
     """Runs the command `remote` on a host and judges what it prints; `agent`: a command line."""
     started = time.time()
-    code, output = _run_agent([*shlex.split(agent), host, remote], seconds)
+    code, output = run_command([*shlex.split(agent), host, remote], seconds)
     read = time.time()
     processes = sorted({int(pid) for pid in re.findall(r"/proc/(\d+)/", output)})
     try:  # an agent may write more, before and after, and echo its command
@@ -94,8 +94,8 @@ def _ask(host: str, agent: str, remote: str, addresses: List[str], seconds: floa
     return HostReply(ok("hosts", f"{host} answers and reaches {reached}"), processes)
 
 
-def _run_agent(command: List[str], seconds: float) -> Tuple[int, str]:
-    """Returns an agent's exit code, -SIGKILL if it had to be killed after `seconds`, and what it wrote.
+def run_command(command: List[str], seconds: float, environ: Optional[Mapping[str, str]] = None) -> Tuple[int, str]:
+    """Returns a command's exit code, -SIGKILL if it had to be killed after `seconds`, and what it wrote.
 
     Does not wait for what it leaves behind, such as ssh's ControlPersist master: a pipe would end with the last process that
     holds it, so its output goes to a file. It is in memory, because the disk may be full.
@@ -103,7 +103,12 @@ def _run_agent(command: List[str], seconds: float) -> Tuple[int, str]:
     with open(os.memfd_create("output"), "w+", errors="replace") as output:
         try:
             process = subprocess.Popen(  # noqa: S603
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=environ,
             )
         except OSError as error:
             return 127, f"{command[0]}: {error.strerror}"

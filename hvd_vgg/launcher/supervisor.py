@@ -22,9 +22,10 @@ import psutil
 
 from hvd_vgg.config import LaunchConfig, StepConfig
 from hvd_vgg.data.sampler import most_ranks, too_many_ranks
-from hvd_vgg.environment import nested_refusal, python_program
+from hvd_vgg.environment import environment_of_job, nested_refusal, python_program
 from hvd_vgg.errors import CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure
 from hvd_vgg.launcher.deadline import Deadline
+from hvd_vgg.launcher.host_faults import HostFaults, check_hosts, find_faulty_host, hosts_in_use, reporting_ranks
 from hvd_vgg.launcher.hostfile import Host, read_hostfile
 from hvd_vgg.launcher.jobs import launcher_is_alive, local_processes, own_token, search_command
 from hvd_vgg.launcher.mpirun import ExitStatus, StopRequests, compose_mpirun, log_line, run
@@ -45,11 +46,15 @@ _ASK_TIMES, _ASK_AGAIN_SECONDS = 10, 30.0
 
 
 class LaunchSpec(NamedTuple):
-    """What to start: the command of each rank; the directory of a run that can be resumed; what its ranks share."""
+    """What to start: the command of each rank; the directory of a run that can be resumed; what its ranks share.
+
+    host_check: the command that checks a host before a restart.
+    """
 
     program: List[str]
     run_dir: Optional[Path] = None
     shared: Optional[StepConfig] = None
+    host_check: Tuple[str, ...] = ()
 
 
 def launch(config: LaunchConfig, spec: LaunchSpec) -> int:
@@ -108,19 +113,25 @@ def _supervise(
     log = _RestartLog(run_dir)
     ended_at: Optional[float] = None  # of the last start, in time.time()
     last_progress: Optional[Tuple[int, int]] = None
+    faults = HostFaults()
     for attempt in range(config.max_restarts + 1):
         _clear_leftovers(token)
-        answering = _answering_hosts(config, hosts, token, attempt == 0, requests)
+        answering = _answering_hosts(config, faults.usable(hosts), token, attempt == 0, requests)
+        if attempt and spec.host_check and len(answering) > 1:
+            answering = _check_hosts(config, spec, answering, token, faults)
         if requests.reason():
             log_line(f"{requests.reason()}, before a start")
             return STOPPED if requests.count else LOST_RANK
         count = min(ranks, sum(host.slots for host in answering)) if hosts else ranks
-        command = compose_mpirun(config, count, answering, token, spec.program)
-        facts = {"attempt": attempt, "ranks": count, "hosts": [f"{host.name}:{host.slots}" for host in answering]}
+        used = hosts_in_use(answering, count)
+        _report_spares(answering[len(used) :], attempt)
+        command = compose_mpirun(config, count, used, token, spec.program)
+        facts = {"attempt": attempt, "ranks": count, "hosts": [f"{host.name}:{host.slots}" for host in used]}
         log.append("start", **facts, command=command)
         write_line(f"+ {shlex.join(command)}", sys.stdout)
         started, logged_before = time.monotonic(), len(_read_log(run_dir))
-        ranks_here = not answering or network.is_this_host(answering[0].name)  # the first host is filled first
+        ranks_here = not used or network.is_this_host(used[0].name)  # the first host is filled first
+        reports = reporting_ranks(run_dir, count)
         status = run(command, requests, ranks_here)
         seconds, lost_seconds = round(time.monotonic() - started, 1), _lost_seconds(run_dir, logged_before, ended_at)
         ended_at = time.time()
@@ -130,8 +141,10 @@ def _supervise(
             if status.code not in (DONE, *range(64, 128)) or requests.reason():  # otherwise the ranks have said it
                 log_line(status.reason)
             return status.code
+        faulty = find_faulty_host(status, used, reports, reporting_ranks(run_dir, count)) if status.code != STOPPED else ""
+        left_out = bool(faulty) and _count_fault(faults, faulty, f"{status.reason} (start {attempt + 1})")
         progress = _progress(run_dir)
-        if progress == last_progress:
+        if not left_out and progress == last_progress:
             log_line(f"{status.reason}, for the second time at step {progress[1]} without a new checkpoint: not restarted")
             return status.code
         if attempt < config.max_restarts:
@@ -182,6 +195,40 @@ def _answering_hosts(config: LaunchConfig, hosts: List[Host], token: str, first:
     for host, (_, pids) in replies.items():
         _report_leftovers(host.name, pids)
     return answering
+
+
+def _check_hosts(config: LaunchConfig, spec: LaunchSpec, hosts: List[Host], token: str, faults: HostFaults) -> List[Host]:
+    """Returns the hosts that pass doctor's checks; all of them if none does, for then it is no one host's fault."""
+    began = time.monotonic()
+
+    def command_for(host: Host) -> List[str]:
+        return compose_mpirun(config, host.slots, [host], token, spec.host_check)
+
+    wrong = check_hosts(hosts, command_for, environment_of_job(os.environ))
+    log_line(
+        f"checked {plural(len(hosts), 'host')} in {time.monotonic() - began:.0f} s: {len(hosts) - len(wrong)} can train"
+    )
+    if len(wrong) == len(hosts):
+        log_line(f"no host passed: {'; '.join(f'{name} ({text})' for name, text in wrong.items())}. Starting all the same")
+        return hosts
+    for name, text in wrong.items():
+        log_line(f"continuing without {name} ({text})")
+        _count_fault(faults, name, f"its checks: {text}")
+    return [host for host in hosts if host.name not in wrong]
+
+
+def _count_fault(faults: HostFaults, host: str, reason: str) -> bool:
+    """Counts a fault of a host's own; returns whether the host is left out from now on, which is said."""
+    left_out = faults.add(host, reason)
+    if left_out:
+        log_line(left_out)
+    return bool(left_out)
+
+
+def _report_spares(spares: List[Host], attempt: int) -> None:
+    if spares and not attempt:
+        named = ", ".join(f"{host.name} ({plural(host.slots, 'slot')})" for host in spares)
+        write_line(f"spare: {named}; used where another host fails", sys.stdout)
 
 
 def _clear_leftovers(token: str) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -462,6 +463,45 @@ def test_lost_host_is_left_out_and_run_is_the_same(tmp_path, data, undisturbed, 
     assert [(line["ranks"], len(line["hosts"])) for line in lines] == [(count, count)] * 2 + [(count - 1, count - 1)] * 2
     assert newest(out).meta["step"] == STEPS
     assert_same_state(newest(out), newest(undisturbed))
+
+
+@pytest.mark.fault("F33", tier=3)
+@pytest.mark.parametrize("emulated_hosts", [3], indirect=True)
+def test_host_with_two_faults_is_replaced_by_a_spare(tmp_path, data, undisturbed, emulated_hosts):
+    """F33: its rank is killed twice, the second time before it has trained; a host beyond --ranks takes its place."""
+    out, (first, second, third) = tmp_path / "out", emulated_hosts.addresses
+    started = start_run(out, data, "sleep@0:4:9", *emulated_hosts.flags, ACROSS, prefix=emulated_hosts.on(1, []))
+    at_step(started, 4)
+    kill_ranks_on(emulated_hosts, 2, started)
+    wait_for(lambda: "checked 3 hosts" in started.err.read_text(), 180)
+    kill_ranks_on(emulated_hosts, 2, started)
+    ended = started.wait(code=0)
+    assert f"spare: {third} (1 slot)" in ended.out and "3 can train" in ended.err
+    assert f"{second} is left out from now on, after 2 faults of its own: rank 1 killed by signal 9" in ended.err
+    used = [line["hosts"] for line in restarts(out) if line["event"] == "start"]
+    assert used == [[f"{first}:1", f"{second}:1"]] * 2 + [[f"{first}:1", f"{third}:1"]]
+    assert_same_state(newest(out), newest(undisturbed))
+
+
+def kill_ranks_on(hosts, number, started):
+    """Kills the ranks of a host with SIGKILL as soon as there is one."""
+
+    def ranks():
+        pids = subprocess.run(["ip", "netns", "pids", hosts.spaces[number - 1]], capture_output=True, text=True, check=True)
+        alive = (
+            {int(pid): Path(f"/proc/{pid}/environ") for pid in pids.stdout.split()} if started.process.poll() is None else {}
+        )
+        return [pid for pid, path in alive.items() if path.exists() and is_training(path)]
+
+    wait_for(ranks, 180)
+    for pid in ranks():
+        os.kill(pid, signal.SIGKILL)
+
+
+def is_training(environ):
+    """Whether this is the environment of a rank that trains, not of doctor's."""
+    words = environ.with_name("cmdline").read_bytes().split(b"\0")
+    return b"OMPI_COMM_WORLD_RANK=" in environ.read_bytes() and b"train" in words
 
 
 @pytest.mark.fault("F33", tier=3)

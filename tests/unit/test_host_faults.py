@@ -1,0 +1,79 @@
+"""Whose fault an end was, which hosts a start uses, and what a check of hosts says."""
+
+import os
+
+import pytest
+
+from hvd_vgg.errors import LOST_RANK
+from hvd_vgg.launcher.host_faults import HostFaults, check_hosts, find_faulty_host, hosts_in_use, reporting_ranks
+from hvd_vgg.launcher.hostfile import Host
+from hvd_vgg.launcher.mpirun import ExitStatus
+from hvd_vgg.run_dir import RunDir
+
+HOSTS = [Host("node1", 2), Host("node2.site", 2)]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        (1, [Host("node1", 1)]),
+        (2, [Host("node1", 2)]),
+        (3, [Host("node1", 2), Host("node2.site", 1)]),
+        (4, HOSTS),
+    ],
+)
+def test_first_hosts_are_used_and_others_spare(ranks, expected):
+    assert hosts_in_use([*HOSTS, Host("node3", 2)], ranks) == expected
+
+
+def test_host_is_left_out_after_two_faults():
+    """It is said once; the last hosts are never left out."""
+    faults = HostFaults()
+    assert faults.add("node1", "one") == ""
+    assert faults.usable(HOSTS) == HOSTS
+    assert faults.add("node1", "two") == "node1 is left out from now on, after 2 faults of its own: one; two"
+    assert faults.add("node1", "three") == ""
+    assert faults.usable(HOSTS) == HOSTS[1:]
+    assert faults.add("node2.site", "one") == "" != faults.add("node2.site", "two")
+    assert faults.usable(HOSTS) == HOSTS
+
+
+@pytest.mark.parametrize(
+    ("status", "silent", "expected"),
+    [
+        (ExitStatus(137, "", rank=1), [], "node1"),
+        (ExitStatus(139, "", rank=2), [], "node2.site"),
+        (ExitStatus(LOST_RANK, "", host="node2"), [], "node2.site"),
+        (ExitStatus(LOST_RANK, "", host="10.0.0.9"), [], ""),
+        (ExitStatus(LOST_RANK, ""), [2, 3], "node2.site"),
+        (ExitStatus(LOST_RANK, ""), [1, 3], ""),  # of two hosts
+        (ExitStatus(LOST_RANK, ""), [], ""),
+        (ExitStatus(LOST_RANK, ""), [0, 1, 2, 3], ""),
+    ],
+)
+def test_faulty_host_is_that_of_the_rank_at_fault(tmp_path, status, silent, expected):
+    """Or of the ranks that wrote no hang report while the others did."""
+    run_dir = RunDir(tmp_path)
+    run_dir.faults.mkdir()
+    run_dir.fault_report("hang", 2).write_text("of an earlier start\n")
+    before = reporting_ranks(run_dir, 4)
+    for rank in {0, 1, 2, 3} - set(silent):
+        with open(run_dir.fault_report("hang", rank), "a") as file:
+            file.write("{}\n")
+    assert find_faulty_host(status, HOSTS, before, reporting_ranks(run_dir, 4)) == expected
+
+
+def test_single_host_is_never_blamed():
+    assert find_faulty_host(ExitStatus(137, "", rank=0), [Host("node1", 2)], {}, {}) == ""
+    assert find_faulty_host(ExitStatus(137, "", rank=0), [], {}, {}) == ""
+
+
+def test_checks_name_hosts_that_fail_them():
+    """By doctor's first failure, or the last line of what was printed in its place."""
+    printed = {
+        "good": "echo 'ok       devices      fine'",
+        "bad": "echo 'failure  devices      GPU 3 cannot allocate'; echo '  fix: exclude it'; exit 78",
+        "gone": "echo 'ssh: no route' >&2; exit 255",
+    }
+    wrong = check_hosts([Host(name, 1) for name in printed], lambda host: ["sh", "-c", printed[host.name]], dict(os.environ))
+    assert wrong == {"bad": "devices GPU 3 cannot allocate", "gone": "ssh: no route"}
