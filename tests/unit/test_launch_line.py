@@ -294,7 +294,7 @@ LOST = """ORTE has lost communication with a remote daemon.
 )
 def test_explain_exit_status(status, told, code, reason):
     """What mpirun's exit status and last messages mean."""
-    assert explain(status, told, {}) == ExitStatus(code, reason)
+    assert explain(status, told, {})[:2] == (code, reason)
 
 
 def test_explain_oom_counter_for_sigkill_only():
