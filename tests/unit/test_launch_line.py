@@ -22,7 +22,7 @@ from hvd_vgg.flags import parse_flags
 from hvd_vgg.launcher import supervisor
 from hvd_vgg.launcher.hostfile import Host, read_hostfile
 from hvd_vgg.launcher.jobs import launcher_is_alive, local_processes, own_token, search_command
-from hvd_vgg.launcher.mpirun import ExitStatus, StopRequests, compose_mpirun, explain, nccl_interfaces
+from hvd_vgg.launcher.mpirun import StopRequests, compose_mpirun, explain, nccl_interfaces
 from hvd_vgg.launcher.ssh import ask_hosts
 from hvd_vgg.parallel import network
 from hvd_vgg.reporting.findings import OK
