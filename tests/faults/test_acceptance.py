@@ -2,16 +2,14 @@
 
 import json
 import signal
-import time
 
 import pytest
-from support import Started, command_line
+from support import LIMIT_SECONDS, Started, command_line, wait_for
 
 TOY = [
     *("--num_classes=10", "--model=vgg11", "--width=0.125", "--image_size=32", "--global_batch=32", "--device_batch=8"),
     *("--updates=3", "--equal_steps=2", "--half_precision=none"),
 ]
-
 SECRET = "".join(map(chr, range(97, 117)))
 
 
@@ -23,7 +21,7 @@ def start(tmp_path, *flags):
 
 def test_acceptance_of_this_host(tmp_path):
     """On 1 and 2 ranks: all stages end well, states are equal, and what is left is small and holds no secret."""
-    ended = start(tmp_path, "--ranks=2").wait(code=0)
+    ended = start(tmp_path, "--ranks=2").wait(2 * LIMIT_SECONDS, code=0)  # nine starts of TensorFlow
     folder = tmp_path / "accepted"
     results = json.loads((folder / "acceptance.json").read_text())
     assert results["verdict"] in ("ok", "warning")  # another job beside this one is a warning
@@ -68,9 +66,7 @@ def test_acceptance_ends_where_doctor_fails(tmp_path):
 def test_acceptance_that_is_stopped_says_so(tmp_path):
     """80; the ranks are gone, and so are the drawn pictures."""
     started = start(tmp_path, "--ranks=2", "--updates=100000")
-    while "updates in float32" not in started.out.read_text() or "images/s" not in started.out.read_text():
-        assert started.process.poll() is None
-        time.sleep(0.2)
+    wait_for(lambda: "input         images/s" in started.out.read_text(), LIMIT_SECONDS)
     started.process.send_signal(signal.SIGTERM)
     ended = started.wait(code=80)
     assert "stopped on request" in ended.err
