@@ -555,6 +555,11 @@ class AcceptanceConfig(BatchConfig):
     rsh_agent: str = same_flag(LaunchConfig, "rsh_agent")
     network: str = same_flag(LaunchConfig, "network")
     export_env: str = same_flag(LaunchConfig, "export_env")
+    gloo: bool = flag(
+        False,
+        "Ranks",
+        "Start ranks by `horovodrun --gloo`, on this host, for a Horovod without MPI; no stage has a time limit.",
+    )
     dry_run: bool = flag(False, "Acceptance", "Print the commands; start nothing.")
 
     def conflicts(self) -> Iterator[str]:
@@ -563,6 +568,8 @@ class AcceptanceConfig(BatchConfig):
             yield f"--reproducible={self.reproducible}: states on several numbers of ranks are equal under {BITS} alone"
         if self.console == "dllogger":
             yield "--console=dllogger is for train"
+        if self.gloo and (self.hostfile or self.network or self.export_env):
+            yield "--gloo is for the ranks of one host, without --hostfile, --network and --export_env"
 
 
 @dataclasses.dataclass(frozen=True)

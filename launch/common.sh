@@ -71,8 +71,8 @@ is_true() {
 
 # split_flags WORD...: flags of `hvd-vgg launch` go to the array launch_flags, all others to train_flags; `dry_run` is true or
 # false, and in neither. `what` is the command: train, or doctor or acceptance where that is among the words; `launcher` is what
-# starts it, with launch_flags and then the words `started` behind it. Acceptance is a launcher itself.
-# shellcheck disable=SC2034 # dry_run and started are for the scripts that source this
+# starts it, with launch_flags and then the words `started` behind it; `run_dir` is its default. Acceptance is a launcher itself.
+# shellcheck disable=SC2034 # dry_run, run_dir and started are for the scripts that source this
 split_flags() {
   launch_flags=() train_flags=() what=train dry_run=false
   check_words "$@"
@@ -86,9 +86,9 @@ split_flags() {
       *) train_flags+=("$flag") ;;
     esac
   done
-  launcher=(hvd-vgg launch) started=("$what")
+  launcher=(hvd-vgg launch) started=("$what") run_dir=./runs/vgg16_imagenet
   if [ "$what" = train ]; then launcher+=(--max_restarts=20); fi # a later flag wins
-  if [ "$what" = acceptance ]; then launcher=(hvd-vgg acceptance) started=(); fi
+  if [ "$what" = acceptance ]; then launcher=(hvd-vgg acceptance) started=() run_dir=./acceptance; fi
 }
 
 # show WORD...: prints a command so that it can be pasted into a shell.

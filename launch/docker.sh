@@ -109,7 +109,7 @@ docker_run() {
   check_words "$@"
   local access=device cards="" devices="" numbers=() device_words=() masked=false gloo=false
   local hostfile="" ssh_dir="" network="" worker=false
-  local data="${DATA_DIR:-./imagenet_tfrecord}" run_dir="" shm_size=32g flag flagfiles=() options=() rest=()
+  local data="${DATA_DIR:-./imagenet_tfrecord}" own_run_dir="" shm_size=32g flag flagfiles=() options=() rest=()
   for flag in "$@"; do
     case "${flag%%=*}" in
       --image | --devices | --cards | --access | --shm_size | --data_dir | --run_dir | --flagfile | --hostfile | --ssh_dir | --network | --docker)
@@ -123,7 +123,7 @@ docker_run() {
       --access=*) access="${flag#*=}" ;;
       --shm_size=*) shm_size="${flag#*=}" ;;
       --data_dir=*) data="${flag#*=}" ;;
-      --run_dir=*) run_dir="${flag#*=}" ;;
+      --run_dir=*) own_run_dir="${flag#*=}" ;;
       --flagfile=*) flagfiles+=("${flag#*=}") ;;
       --hostfile=*) hostfile="${flag#*=}" ;;
       --ssh_dir=*) ssh_dir="${flag#*=}" ;;
@@ -139,14 +139,10 @@ docker_run() {
   if [ -n "$network" ] && [ -z "$hostfile" ] && ! $worker; then
     fail "--network=$network: between hosts, where --hostfile is given; on one host a container has a network of its own"
   fi
-  local what launcher started dry_run
+  local what launcher started run_dir dry_run
   split_flags ${rest[@]+"${rest[@]}"}
-  if [ -z "$run_dir" ]; then
-    run_dir=./runs/vgg16_imagenet
-    if [ "$what" = acceptance ]; then run_dir=./acceptance; fi
-  fi
+  run_dir="${own_run_dir:-$run_dir}"
   if $gloo; then
-    [ "$what" != acceptance ] || fail "--gloo: acceptance starts the ranks itself, with mpirun"
     if $worker || [ -n "$hostfile${launch_flags[*]-}" ]; then
       fail "--gloo: horovodrun starts the ranks of one host, without the flags of hvd-vgg launch"
     fi
@@ -203,7 +199,9 @@ docker_run() {
       train+=("--flagfile=/etc/hvd-vgg/flags.$number")
       number=$((number + 1))
     done
-    if $gloo; then
+    if $gloo && [ "$what" = acceptance ]; then
+      command+=("$image" acceptance --gloo "--ranks=$devices")
+    elif $gloo; then
       command+=(--entrypoint=horovodrun "$image" --gloo -np "$devices" hvd-vgg)
     else
       if [ -n "$hostfile" ]; then

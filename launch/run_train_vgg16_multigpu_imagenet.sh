@@ -18,8 +18,6 @@ show_help "$@"
 split_flags "$@"
 use_environment
 if $dry_run; then launcher+=(--dry_run); fi
-run_dir=./runs/vgg16_imagenet
-if [ "$what" = acceptance ]; then run_dir=./acceptance; fi
 
 # The later flag wins: what is on the command line overrides what is here.
 exec "${launcher[@]}" ${launch_flags[@]+"${launch_flags[@]}"} \

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen
@@ -37,7 +38,7 @@ _SHORT_RUN = ("--lr=1e-4", "--lr_schedule=constant", "--eval_every_epochs=0", "-
 
 
 class Stage(NamedTuple):
-    """A command to run: its name in the results, what it does, and its words after `hvd-vgg`.
+    """A command to run: its name in the results, what it does, and its words as a user types them.
 
     needed: where it fails, nothing after it can work.
     """
@@ -59,23 +60,24 @@ def acceptance(config: AcceptanceConfig) -> None:
     hosts = read_hostfile(config.hostfile) if config.hostfile else []
     ranks = rank_count(_launch_config(config), LaunchSpec([], shared=config), hosts)
     bundle, stop = Bundle(Path(config.run_dir).absolute()), _Stop()
-    plan = stages(config, ranks, bundle)
     if config.dry_run:
-        print(*(f"+ {shlex.join(['hvd-vgg', *stage.words])}" for stage in plan), sep="\n")
+        plan = stages(config, ranks, bundle, bundle.path / "work")
+        print(*(f"+ {shlex.join(stage.words)}" for stage in plan), sep="\n")
         return
-    _make_directories(bundle)
+    _make_directory(bundle)
     began, results = time.monotonic(), []  # type: float, List[Dict[str, Any]]
-    try:
-        _write(bundle.flags, to_flag_file(_network_flags(config, bundle)))
+    # Drawn pictures and checkpoints, gigabytes; in --run_dir, because all hosts must see them.
+    with tempfile.TemporaryDirectory(prefix="work-", dir=bundle.path) as directory:
+        work = Path(directory)
+        plan = stages(config, ranks, bundle, work)
+        _write(bundle.flags, to_flag_file(_network_flags(config, work)))
         for number, stage in enumerate(plan, 1):
             write_line(f"== {number} of {len(plan)}: {stage.text}", sys.stdout)
             results.append(_run(stage, bundle, stop))
             write_line(f"== {stage.name}: {_ended(results[-1])}", sys.stdout)
             if stop.requested or (results[-1]["code"] != DONE and stage.needed):
                 break
-        _keep_runs(bundle)
-    finally:
-        shutil.rmtree(bundle.work, ignore_errors=True)
+        _keep_runs(bundle, work)
     facts = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.monotonic() - began, 1),
@@ -97,15 +99,17 @@ def acceptance(config: AcceptanceConfig) -> None:
         raise Failure(code, f"not accepted, see above; {bundle.path} has the results")
 
 
-def stages(config: AcceptanceConfig, ranks: int, bundle: Bundle) -> List[Stage]:
+def stages(config: AcceptanceConfig, ranks: int, bundle: Bundle, work: Path) -> List[Stage]:
     """Returns what is run, in order, on `ranks` ranks, half of them and one."""
-    counts, work = rank_counts(ranks), bundle.work
+    counts = rank_counts(ranks)
     flagfile, drawn, real = f"--flagfile={bundle.flags}", f"--data_dir={work / 'data'}", bool(config.data_dir)
     on = f"on {' and '.join(map(str, counts))} rank{'s' if ranks > 1 else ''}"
 
     def launch(count: int, *words: str) -> List[str]:
-        own = _launch_flags(_launch_config(config), count)
-        return ["launch", *own, *words[:1], flagfile, *words[1:]]
+        own = ["hvd-vgg", "launch", *_launch_flags(_launch_config(config), count)]
+        if config.gloo:
+            own = ["horovodrun", "--gloo", "-np", str(count), "hvd-vgg"]
+        return [*own, *words[:1], flagfile, *words[1:]]
 
     images = config.global_batch
     pictures = [f"--train_images={max(10, 4 * images)}", f"--validation_images={max(10, images)}", "--shards=4"]
@@ -113,7 +117,7 @@ def stages(config: AcceptanceConfig, ranks: int, bundle: Bundle) -> List[Stage]:
         Stage(
             "data",
             f"draw {5 * images} pictures",
-            ["make-demo-data", drawn, *pictures, f"--image_size={max(32, round(1.75 * config.image_size))}"],
+            ["hvd-vgg", "make-demo-data", drawn, *pictures, f"--image_size={max(32, round(1.75 * config.image_size))}"],
             needed=True,
         ),
         Stage(
@@ -147,10 +151,10 @@ def stages(config: AcceptanceConfig, ranks: int, bundle: Bundle) -> List[Stage]:
         whole = launch(count, "train", *trained, f"--steps={config.equal_steps}")
         yielded.append(Stage(f"train-{count}", f"train {config.equal_steps} steps {where}", whole))
     last = work / f"ranks-{ranks}"
-    yielded.append(Stage("verify", "check what the last run claims", ["verify-run", str(last), drawn]))
+    yielded.append(Stage("verify", "check what the last run claims", ["hvd-vgg", "verify-run", str(last), drawn]))
     for count in counts[:-1]:
         same = f"--same_as={work / f'ranks-{count}'}"
-        words = ["verify-run", str(last), same]
+        words = ["hvd-vgg", "verify-run", str(last), same]
         yielded.append(Stage(f"equal-{count}", f"compare the run with that on {plural(count, 'rank')}", words))
     return yielded
 
@@ -191,31 +195,30 @@ class _Stop:
 def _run(stage: Stage, bundle: Bundle, stop: _Stop) -> Dict[str, Any]:
     """Runs a stage, prints and keeps what it prints; returns its command, exit code and seconds."""
     printed, began = bytearray(), time.monotonic()
-    with Popen([*PROGRAM, *stage.words], stdout=PIPE, stderr=STDOUT, start_new_session=True) as process:  # noqa: S603
+    command = [part for word in stage.words for part in (PROGRAM if word == "hvd-vgg" else [word])]
+    with Popen(command, stdout=PIPE, stderr=STDOUT, start_new_session=True) as process:  # noqa: S603
         stop.watch(process)
         for line in process.stdout or ():
             printed += line
             write_line(line.decode(errors="replace"), sys.stdout, end="")
         process.wait()
         stop.watch(None)
-    words = ["hvd-vgg", *stage.words]
-    _write(bundle.log(stage.name), f"+ {shlex.join(words)}\n{printed[-_LOG_BYTES:].decode(errors='replace')}")
+    _write(bundle.log(stage.name), f"+ {shlex.join(stage.words)}\n{printed[-_LOG_BYTES:].decode(errors='replace')}")
     code = process.returncode if process.returncode >= 0 else 128 - process.returncode
-    return {"stage": stage.name, "command": words, "code": code, "seconds": round(time.monotonic() - began, 1)}
+    return {"stage": stage.name, "command": stage.words, "code": code, "seconds": round(time.monotonic() - began, 1)}
 
 
-def _make_directories(bundle: Bundle) -> None:
+def _make_directory(bundle: Bundle) -> None:
     with writing(bundle.path, CONFIGURATION):
         bundle.path.mkdir(parents=True, exist_ok=True)
         if any(bundle.path.iterdir()):
             raise Failure(CONFIGURATION, f"--run_dir={bundle.path} is not empty: name a new directory for the results")
-        for folder in (bundle.work, bundle.log("").parent):
-            folder.mkdir()
+        bundle.log("").parent.mkdir()
 
 
-def _keep_runs(bundle: Bundle) -> None:
+def _keep_runs(bundle: Bundle, work: Path) -> None:
     """Copies what is small of each run: all but checkpoints, events and the index of the data."""
-    for run in sorted(bundle.work.glob("ranks-*")):
+    for run in sorted(work.glob("ranks-*")):
         kept = bundle.path / "runs" / run.name
         kept.mkdir(parents=True)
         for name in ("flags.txt", "dllogger.json", "result.json", "receipt.json", "restarts.jsonl"):
@@ -225,11 +228,10 @@ def _keep_runs(bundle: Bundle) -> None:
         _write(kept / "checkpoint_bytes.txt", f"{max(sizes, default=0)}\n")
 
 
-def _network_flags(config: AcceptanceConfig, bundle: Bundle) -> BatchConfig:
+def _network_flags(config: AcceptanceConfig, work: Path) -> BatchConfig:
     """Returns the flags that all stages share."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(BatchConfig)}
-    data_dir = config.data_dir or str(bundle.work / "data")
-    return BatchConfig(**{**values, "data_dir": data_dir, "run_dir": str(bundle.work / "run")})
+    return BatchConfig(**{**values, "data_dir": config.data_dir or str(work / "data"), "run_dir": str(work / "run")})
 
 
 def _launch_config(config: AcceptanceConfig) -> LaunchConfig:

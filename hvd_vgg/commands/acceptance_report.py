@@ -41,7 +41,6 @@ class Bundle:
         self.path = path
         self.page, self.results, self.doctor = path / "acceptance.txt", path / "acceptance.json", path / "doctor.json"
         self.flags = path / "flags.txt"  # that all stages share
-        self.work = path / "work"  # drawn pictures and checkpoints, gigabytes; gone at the end
 
     def log(self, stage: str) -> Path:
         """Returns the path of what a stage printed."""

@@ -65,7 +65,7 @@ def test_acceptance_compares_one_half_and_all_ranks(ranks, expected):
 def test_stages_compare_all_runs_with_that_on_all_ranks(tmp_path):
     """Of which the last is made in two starts, so that a checkpoint has been read."""
     config = AcceptanceConfig(half_precision="float16", updates=7, equal_steps=5)
-    plan = {stage.name: stage for stage in stages(config, 8, Bundle(tmp_path))}
+    plan = {stage.name: stage for stage in stages(config, 8, Bundle(tmp_path), tmp_path / "work")}
     assert list(plan) == [
         *("data", "doctor", "benchmark-float32", "benchmark-float16", "train-1", "train-4", "train-8-begin", "train-8"),
         *("verify", "equal-1", "equal-4"),
@@ -73,8 +73,23 @@ def test_stages_compare_all_runs_with_that_on_all_ranks(tmp_path):
     assert [name for name, stage in plan.items() if stage.needed] == ["data", "doctor"]
     assert {"--ranks=1,4,8", "--steps=7", "--precision=float16"} <= set(plan["benchmark-float16"].words)
     assert {"--ranks=8", "--steps=2"} <= set(plan["train-8-begin"].words) and "--steps=5" in plan["train-8"].words
-    assert plan["equal-4"].words == ["verify-run", f"{tmp_path}/work/ranks-8", f"--same_as={tmp_path}/work/ranks-4"]
+    assert plan["equal-4"].words == [
+        "hvd-vgg",
+        "verify-run",
+        f"{tmp_path}/work/ranks-8",
+        f"--same_as={tmp_path}/work/ranks-4",
+    ]
     assert "--time_limit_seconds=7200.0" in plan["doctor"].words
+    assert {stage.words[0] for stage in plan.values()} == {"hvd-vgg"}
+
+
+def test_stages_of_a_horovod_without_mpi(tmp_path):
+    plan = stages(AcceptanceConfig(half_precision="none", gloo=True), 4, Bundle(tmp_path), tmp_path / "work")
+    started = [stage.words[:6] for stage in plan if stage.words[0] == "horovodrun"]
+    assert started == [
+        ["horovodrun", "--gloo", "-np", str(count), "hvd-vgg", command]
+        for count, command in [(4, "doctor"), (4, "benchmark"), (1, "train"), (2, "train"), (4, "train"), (4, "train")]
+    ]
 
 
 @pytest.mark.parametrize(
