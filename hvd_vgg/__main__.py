@@ -44,6 +44,7 @@ USAGE_TEXT = f"""hvd-vgg {__version__}: trains VGG networks on ImageNet-style TF
   hvd-vgg benchmark [--flags]                         measure throughput without input, with it, and on fewer ranks
   hvd-vgg plan --ranks=N --gbit=X [--flags]           predict what exchanging gradients costs on a cluster
   hvd-vgg doctor [--flagfile=FILE] [--flags]          check whether this host, or these ranks, can train, and what to do
+  hvd-vgg acceptance --ranks=N [--flags]              try a new host or cluster from end to end; leaves evidence to send
   hvd-vgg make-demo-data --data_dir=DIR [--flags]     generate a small synthetic data set
 
   hvd-vgg launch --ranks=N [--flags] COMMAND ...      start any of them on many ranks; stops and restarts runs
@@ -118,6 +119,13 @@ COMMANDS = {
         "hvd_vgg.doctor.runner:doctor",
         "hvd-vgg doctor [--hostfile=FILE] [--full] [--collectives] [--out=FILE] [--flagfile=FILE] [--flags]: alone or on "
         "all the ranks to come, with the flags of the run to come. Exit code 78 if anything would fail.",
+    ),
+    "acceptance": Command(
+        configs.AcceptanceConfig,
+        "hvd_vgg.commands.acceptance:acceptance",
+        "hvd-vgg acceptance [--ranks=N | --hostfile=FILE] [--data_dir=DIR] [--run_dir=DIR] [--flagfile=FILE] [--flags]: "
+        "try a new host or cluster on one, half and all ranks: doctor with collectives, throughput in 32 and 16 bits, runs "
+        "that must end equal in every bit, a checkpoint; one directory of results, with a verdict. Not under `launch`.",
     ),
     "make-demo-data": Command(
         configs.DemoConfig,
@@ -237,7 +245,7 @@ def _launch(argv: List[str]) -> int:
     """Runs `hvd-vgg launch`; wrong flags of the command are reported before anything is started."""
     from hvd_vgg.launcher.supervisor import LaunchSpec, launch
 
-    startable = [name for name in COMMANDS if name != "plan"]
+    startable = [name for name in COMMANDS if name not in ("plan", "acceptance")]
     cut = next((index for index, word in enumerate(argv) if word in (*startable, "--")), len(argv))
     own, inner = argv[:cut], argv[cut:]
     if {"-h", "--help"} & set(own):

@@ -540,6 +540,50 @@ class LaunchConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AcceptanceConfig(BatchConfig):
+    """The network, data and ranks that a host or cluster is tried with."""
+
+    run_dir: str = flag("./acceptance", "Run", "Directory for the results; new or empty.", "path")
+    data_dir: str = flag(
+        "", "Data", "Shards to measure with, as for `train`; empty: pictures that are drawn for the purpose."
+    )
+    half_precision: str = flag(
+        "auto",
+        "Acceptance",
+        "16-bit type that is measured beside --precision. auto: float16 on GPUs; on CPUs bfloat16 if the processor has "
+        "instructions for it, else none.",
+        choices=("auto", "none", "bfloat16", "float16"),
+    )
+    updates: int = flag(200, "Acceptance", "Updates measured for each throughput.", "updates", at_least=2, at_most=100_000)
+    equal_steps: int = flag(
+        8, "Acceptance", "Steps trained on each number of ranks, to compare states.", "updates", at_least=2, at_most=100_000
+    )
+    stage_minutes: float = flag(120.0, "Acceptance", "A stage that takes longer is ended.", "minutes", above=0.0)
+    device_tflops: float = same_flag(TrainConfig, "device_tflops")
+    gbit: float = same_flag(DoctorConfig, "gbit")
+    ranks: int = same_flag(LaunchConfig, "ranks")
+    hostfile: str = same_flag(LaunchConfig, "hostfile")
+    rsh_agent: str = same_flag(LaunchConfig, "rsh_agent")
+    network: str = same_flag(LaunchConfig, "network")
+    export_env: str = same_flag(LaunchConfig, "export_env")
+    gloo: bool = flag(
+        False,
+        "Ranks",
+        "Start ranks by `horovodrun --gloo`, on this host, for a Horovod without MPI; no stage has a time limit.",
+    )
+    dry_run: bool = flag(False, "Acceptance", "Print the commands; start nothing.")
+
+    def conflicts(self) -> Iterator[str]:
+        """Yields the combinations that cannot run."""
+        if self.reproducible != BITS:
+            yield f"--reproducible={self.reproducible}: states on several numbers of ranks are equal under {BITS} alone"
+        if self.console == "dllogger":
+            yield "--console=dllogger is for train"
+        if self.gloo and (self.hostfile or self.network or self.export_env):
+            yield "--gloo is for the ranks of one host, without --hostfile, --network and --export_env"
+
+
+@dataclasses.dataclass(frozen=True)
 class DemoConfig:
     """What `make-demo-data` draws."""
 

@@ -43,16 +43,16 @@ consent_to_root() {
   fi
 }
 
-# check_words WORD...: refuses values that no = joins to their flag, and all words without -- but doctor.
+# check_words WORD...: refuses values that no = joins to their flag, and all words without -- but doctor and acceptance.
 check_words() {
   local word flag=""
   for word in "$@"; do
     case "$word" in
-      doctor) flag="" ;;
+      doctor | acceptance) flag="" ;;
       -*) flag="$word" ;;
       *)
         case "$flag" in
-          '' | *=*) refuse "$word: expected --FLAG=VALUE, or the word doctor" ;;
+          '' | *=*) refuse "$word: expected --FLAG=VALUE, or the word doctor or acceptance" ;;
           *) refuse "$flag $word: expected $flag=$word" ;;
         esac
         ;;
@@ -70,24 +70,25 @@ is_true() {
 }
 
 # split_flags WORD...: flags of `hvd-vgg launch` go to the array launch_flags, all others to train_flags; `dry_run` is true or
-# false, and in neither. `what` is the command that the ranks run: train, or doctor where that is among the words; `launcher`
-# is what starts them.
-# shellcheck disable=SC2034 # dry_run is for the scripts that source this
+# false, and in neither. `what` is the command: train, or doctor or acceptance where that is among the words; `launcher` is what
+# starts it, with launch_flags and then the words `started` behind it; `run_dir` is its default. Acceptance is a launcher itself.
+# shellcheck disable=SC2034 # dry_run, run_dir and started are for the scripts that source this
 split_flags() {
   launch_flags=() train_flags=() what=train dry_run=false
   check_words "$@"
   local flag
   for flag in "$@"; do
     case "$flag" in
-      doctor) what=doctor ;;
+      doctor | acceptance) what="$flag" ;;
       --ranks=* | --hostfile=* | --rsh_agent=* | --network=* | --export_env=* | --max_restarts=* | --grace_seconds=* | \
         --time_limit_seconds=*) launch_flags+=("$flag") ;;
       --dry_run | --dry_run=*) if is_true "$flag"; then dry_run=true; else dry_run=false; fi ;;
       *) train_flags+=("$flag") ;;
     esac
   done
-  launcher=(hvd-vgg launch)
+  launcher=(hvd-vgg launch) started=("$what") run_dir=./runs/vgg16_imagenet
   if [ "$what" = train ]; then launcher+=(--max_restarts=20); fi # a later flag wins
+  if [ "$what" = acceptance ]; then launcher=(hvd-vgg acceptance) started=() run_dir=./acceptance; fi
 }
 
 # show WORD...: prints a command so that it can be pasted into a shell.

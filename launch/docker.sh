@@ -109,7 +109,7 @@ docker_run() {
   check_words "$@"
   local access=device cards="" devices="" numbers=() device_words=() masked=false gloo=false
   local hostfile="" ssh_dir="" network="" worker=false
-  local data="${DATA_DIR:-./imagenet_tfrecord}" run_dir=./runs/vgg16_imagenet shm_size=32g flag flagfiles=() options=() rest=()
+  local data="${DATA_DIR:-./imagenet_tfrecord}" own_run_dir="" shm_size=32g flag flagfiles=() options=() rest=()
   for flag in "$@"; do
     case "${flag%%=*}" in
       --image | --devices | --cards | --access | --shm_size | --data_dir | --run_dir | --flagfile | --hostfile | --ssh_dir | --network | --docker)
@@ -123,7 +123,7 @@ docker_run() {
       --access=*) access="${flag#*=}" ;;
       --shm_size=*) shm_size="${flag#*=}" ;;
       --data_dir=*) data="${flag#*=}" ;;
-      --run_dir=*) run_dir="${flag#*=}" ;;
+      --run_dir=*) own_run_dir="${flag#*=}" ;;
       --flagfile=*) flagfiles+=("${flag#*=}") ;;
       --hostfile=*) hostfile="${flag#*=}" ;;
       --ssh_dir=*) ssh_dir="${flag#*=}" ;;
@@ -139,8 +139,9 @@ docker_run() {
   if [ -n "$network" ] && [ -z "$hostfile" ] && ! $worker; then
     fail "--network=$network: between hosts, where --hostfile is given; on one host a container has a network of its own"
   fi
-  local what launcher dry_run
+  local what launcher started run_dir dry_run
   split_flags ${rest[@]+"${rest[@]}"}
+  run_dir="${own_run_dir:-$run_dir}"
   if $gloo; then
     if $worker || [ -n "$hostfile${launch_flags[*]-}" ]; then
       fail "--gloo: horovodrun starts the ranks of one host, without the flags of hvd-vgg launch"
@@ -185,7 +186,7 @@ docker_run() {
   fi
   command+=(${options[@]+"${options[@]}"})
   if $worker; then
-    [ "$what" = train ] || fail "$what: only where --hostfile is given; a worker waits for doctor and training alike"
+    [ "$what" = train ] || fail "$what: only where --hostfile is given; a worker waits for all commands alike"
     # Another user's sshd needs no right at all; root's gives up its rights in a corner of its own.
     if [ "$(id -u)" = 0 ] && [ "$access" != privileged ]; then command+=(--cap-add=SETUID --cap-add=SETGID --cap-add=SYS_CHROOT); fi
     command+=(--entrypoint=/usr/sbin/sshd "$image" -D -e -f /etc/hvd-vgg/sshd_config)
@@ -198,7 +199,9 @@ docker_run() {
       train+=("--flagfile=/etc/hvd-vgg/flags.$number")
       number=$((number + 1))
     done
-    if $gloo; then
+    if $gloo && [ "$what" = acceptance ]; then
+      command+=("$image" acceptance --gloo "--ranks=$devices")
+    elif $gloo; then
       command+=(--entrypoint=horovodrun "$image" --gloo -np "$devices" hvd-vgg)
     else
       if [ -n "$hostfile" ]; then
@@ -211,7 +214,7 @@ docker_run() {
       # The image's entry point is hvd-vgg.
       command+=("$image" "${launcher[@]:1}" ${launch_flags[@]+"${launch_flags[@]}"})
     fi
-    command+=("$what" "${train[@]}" ${train_flags[@]+"${train_flags[@]}"})
+    command+=(${started[@]+"${started[@]}"} "${train[@]}" ${train_flags[@]+"${train_flags[@]}"})
   fi
 
   show "${command[@]}"

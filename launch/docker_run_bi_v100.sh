@@ -4,6 +4,7 @@
 #
 #   DATA_DIR=./imagenet_tfrecord BATCH_SIZE=16 bash launch/docker_run_bi_v100.sh [--cards=N] [--dry_run] [--FLAG=VALUE ...]
 #   bash launch/docker_run_bi_v100.sh doctor ...     the same ranks with the same flags look whether they can train
+#   bash launch/docker_run_bi_v100.sh acceptance ...     try this host, or these, from end to end (docs/acceptance.md)
 #
 # --image=NAME      (default: hvd_vgg:corex)
 # --cards=N         the first N cards, or

@@ -4,6 +4,7 @@
 #
 #   DATA_DIR=./imagenet_tfrecord BATCH_SIZE=16 bash launch/docker_run_nvidia.sh [--devices=N] [--dry_run] [--FLAG=VALUE ...]
 #   bash launch/docker_run_nvidia.sh doctor ...     the same ranks with the same flags look whether they can train
+#   bash launch/docker_run_nvidia.sh acceptance ...     try this host, or these, from end to end (docs/acceptance.md)
 #
 # --image=NAME      (default: hvd_vgg:nvidia)
 # --devices=N       N of the GPUs (default: all, by nvidia-smi; of CUDA_VISIBLE_DEVICES=2,3 if that is set); docker needs NVIDIA's

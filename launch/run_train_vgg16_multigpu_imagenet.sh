@@ -4,6 +4,7 @@
 #
 #   DATA_DIR=./imagenet_tfrecord BATCH_SIZE=16 bash launch/run_train_vgg16_multigpu_imagenet.sh [--epochs=90] [--FLAG=VALUE ...]
 #   bash launch/run_train_vgg16_multigpu_imagenet.sh doctor ...      the same ranks with the same flags look whether they can train
+#   bash launch/run_train_vgg16_multigpu_imagenet.sh acceptance ...  try this host, or these, from end to end (docs/acceptance.md)
 #
 # DATA_DIR    TFRecords (default: ./imagenet_tfrecord)
 # BATCH_SIZE  images a device holds at once (default: the config's); the batch of an update is --global_batch and stays the same
@@ -20,6 +21,6 @@ if $dry_run; then launcher+=(--dry_run); fi
 
 # The later flag wins: what is on the command line overrides what is here.
 exec "${launcher[@]}" ${launch_flags[@]+"${launch_flags[@]}"} \
-  "$what" --flagfile="$clone/configs/vgg16_imagenet.flags" \
-  --data_dir="${DATA_DIR:-./imagenet_tfrecord}" --run_dir=./runs/vgg16_imagenet \
+  ${started[@]+"${started[@]}"} --flagfile="$clone/configs/vgg16_imagenet.flags" \
+  --data_dir="${DATA_DIR:-./imagenet_tfrecord}" --run_dir="$run_dir" \
   ${BATCH_SIZE:+"--device_batch=$BATCH_SIZE"} ${train_flags[@]+"${train_flags[@]}"}

@@ -1,4 +1,6 @@
-"""The `benchmark` command: images/s of training with no input, with input from the host, and with the real pipeline."""
+"""The `benchmark` command: images/s of training with no input, with input from the host, and with the real pipeline; and of
+that pipeline alone.
+"""
 
 import dataclasses
 import functools
@@ -6,6 +8,7 @@ import itertools
 import json
 import os
 import socket
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional
@@ -92,9 +95,7 @@ def _measure(
     factored = cost.factored_layers(config, size)
     train_step = make_train_step(state.weights, state.slots, config, session.device, factored, group)
     low, _ = part_bounds(config, comm.rank(group), size)
-    for kind in ("device", "host", "real"):
-        if kind == "real" and data is None:
-            continue
+    for kind in ("device", "host", "real") if data else ("device", "host"):
         throughput, keep_alive_at = Throughput(), 0
         throughput.excluded_seconds["keep_alive"] = 0.0
         progress = console.progress(f"{plural(size, 'rank')}, {kind}", config.steps or _UPDATES, "updates")
@@ -117,10 +118,31 @@ def _measure(
                     slowest = float(comm.gather_numbers([throughput.total_seconds[-1]], group).max())
                     keep_alive_at = step + max(1, round(_KEEP_ALIVE_SECONDS / slowest))
         row = {"ranks": size, "input": kind, **measure_run(throughput, config, config.device_tflops, group)}
-        first = next((earlier for earlier in rows if earlier["input"] == kind), row)
-        row["efficiency"] = row["fps"] / row["ranks"] / (first["fps"] / first["ranks"])
-        rows.append(row)
+        _compare(row, rows)
         console.say(_format_row(row))
+    if data is not None:
+        row = {"ranks": size, "input": "alone", "fps": _input_alone(config, session.device, data, group)}
+        _compare(row, rows)
+        console.say(
+            f"{size:5d}  {'input alone':12s} {row['fps']:9.1f} {'':9s} {row['fps'] / size:9.1f} {row['efficiency']:10.1%}"
+        )
+
+
+def _compare(row: Dict[str, Any], rows: List[Dict[str, Any]]) -> None:
+    """Adds a row and its efficiency: images/s of a rank, in shares of those on the fewest ranks."""
+    first = next((earlier for earlier in rows if earlier["input"] == row["input"]), row)
+    row["efficiency"] = row["fps"] / row["ranks"] / (first["fps"] / first["ranks"])
+    rows.append(row)
+
+
+def _input_alone(config: BenchmarkConfig, device: Device, data: Splits, group: comm.Group) -> float:
+    """Returns the images/s that all ranks of `group` read and decode when nothing is trained. Collective over the group."""
+    comm.gather_numbers([0.0], group)  # all begin together
+    began = time.monotonic()
+    for _ in _batches("real", config, device, data, group):
+        pass
+    seconds = float(comm.gather_numbers([time.monotonic() - began], group).max())
+    return (config.steps or _UPDATES) * config.global_batch / seconds
 
 
 def _format_row(row: Dict[str, Any]) -> str:

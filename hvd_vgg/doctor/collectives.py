@@ -113,24 +113,43 @@ def assess_pairs(rates: Mapping[Tuple[str, str], float], path: str) -> Finding:
 def check_collectives(
     config: DoctorConfig, device: str, carriers: Mapping[str, str], latency_seconds: float, gbit: Optional[float]
 ) -> List[Finding]:
-    """Sums gradients of the network's own shapes, and gathers rows of its dense layers, as training does."""
+    """Sums gradients of the network's own shapes in each type that training sends, and gathers rows of its dense layers."""
     if comm.size() == 1:
         return [warning("collectives", "not checked: one rank exchanges nothing", "start all ranks of the job to come")]
     layers = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
-    sums = sum_all(config, layers, device, carriers["sums"])
-    gathers = gather_all(config, layers, device, carriers["gathers"])
-    return [assess_exchange("collectives", each, latency_seconds, gbit, device) for each in (sums, gathers)]
+    exchanged = [
+        *(sum_all(config, layers, device, carriers["sums"], dtype) for dtype in ("float32", "int32")),
+        sum_limits(len(layers), device, carriers["sums"]),
+        gather_all(config, layers, device, carriers["gathers"]),
+    ]
+    return [assess_exchange("collectives", each, latency_seconds, gbit, device) for each in exchanged]
 
 
-def sum_all(config: DoctorConfig, layers: Sequence[Layer], device: str, carrier: str) -> Exchange:
-    """Sums every gradient of the network."""
+def sum_all(config: DoctorConfig, layers: Sequence[Layer], device: str, carrier: str, dtype: str) -> Exchange:
+    """Sums every gradient of the network; dtype: float32, or int32 as `--reproducible=bits` sends them."""
     shapes = {f"{layer.name}/kernel": layer.kernel for layer in layers}
     shapes.update({f"{layer.name}/bias": layer.kernel[-1:] for layer in layers})
-    seconds, wrong = _measure_sums(shapes, config.wire_dtype, device, _REPEATS)
-    sent = sum(cost.allreduce_bytes(layer.parameters, comm.size(), config.wire_dtype) for layer in layers)
+    wire_dtype = config.wire_dtype if dtype == "float32" else "float32"  # of the same four bytes
+    seconds, wrong = _measure_sums(shapes, wire_dtype, device, _REPEATS, dtype)
+    sent = sum(cost.allreduce_bytes(layer.parameters, comm.size(), wire_dtype) for layer in layers)
     # An upper bound: layers that share a message are counted separately.
     messages = sum(-(-layer.parameters // exchange.CHUNK_ELEMENTS) for layer in layers)
-    return Exchange(f"sums of gradients of {config.model} by {carrier}", sent, messages, seconds, wrong)
+    kind = wire_dtype if dtype == "float32" else dtype
+    return Exchange(f"sums of gradients of {config.model} in {kind} by {carrier}", sent, messages, seconds, wrong)
+
+
+def sum_limits(layers: int, device: str, carrier: str) -> Exchange:
+    """Sums three int64 for each kernel and bias: magnitudes and counts, which `--reproducible=bits` sends first."""
+    count, name = 3 * 2 * layers, "doctor_limits"
+    with tf.device(device):
+        mine = tf.constant(pattern(count, comm.rank()).astype(np.int64))
+
+    def expected(_: str) -> np.ndarray:
+        return expected_sum(count, comm.size())
+
+    seconds, wrong = _measure(lambda: {name: comm.sum_tensor(mine, name)}, expected, device, _REPEATS)
+    sent = 2 * cost.allreduce_bytes(count, comm.size(), "float32")  # of eight bytes each
+    return Exchange(f"sums of {count} numbers in int64 by {carrier}", sent, 1, seconds, wrong)
 
 
 def gather_all(config: DoctorConfig, layers: Sequence[Layer], device: str, carrier: str) -> Exchange:
@@ -160,11 +179,12 @@ def gather_all(config: DoctorConfig, layers: Sequence[Layer], device: str, carri
 
 
 def _measure_sums(
-    shapes: Mapping[str, Tuple[int, ...]], wire_dtype: str, device: str, repeats: int
+    shapes: Mapping[str, Tuple[int, ...]], wire_dtype: str, device: str, repeats: int, dtype: str = "float32"
 ) -> Tuple[float, List[str]]:
-    """Returns what `_measure` does of sums of float32 of these shapes; names are `NAME_OF_MESSAGE/NAME`."""
+    """Returns what `_measure` does of sums of float32 or int32 of these shapes; names are `NAME_OF_MESSAGE/NAME`."""
     with tf.device(device):
-        mine = {name: tf.constant(pattern(math.prod(shape), comm.rank()), shape=shape) for name, shape in shapes.items()}
+        numbers = {name: pattern(math.prod(shape), comm.rank()).astype(dtype) for name, shape in shapes.items()}
+        mine = {name: tf.constant(numbers[name], shape=shape) for name, shape in shapes.items()}
 
     def expected(name: str) -> np.ndarray:
         return expected_sum(math.prod(shapes[name]), comm.size())

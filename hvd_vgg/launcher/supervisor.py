@@ -60,7 +60,7 @@ class LaunchSpec(NamedTuple):
 def launch(config: LaunchConfig, spec: LaunchSpec) -> int:
     """Runs a command on many ranks, over restarts, and returns its exit code. Raises Failure(USAGE or CONFIGURATION)."""
     hosts = read_hostfile(config.hostfile) if config.hostfile else []
-    ranks = _rank_count(config, spec, hosts)
+    ranks = rank_count(config, spec, hosts)
     run_path = str((spec.run_dir or Path(f"/{os.getpid()}")).resolve())
     token = own_token(hashlib.sha256(os.fsencode(run_path)).hexdigest()[:16])
     if config.dry_run:
@@ -76,7 +76,7 @@ def launch(config: LaunchConfig, spec: LaunchSpec) -> int:
         return _supervise(config, spec, hosts, ranks, token, requests)
 
 
-def _rank_count(config: LaunchConfig, spec: LaunchSpec, hosts: List[Host]) -> int:
+def rank_count(config: LaunchConfig, spec: LaunchSpec, hosts: List[Host]) -> int:
     """Returns the number of ranks asked for, or one for each slot or device."""
     slots = sum(host.slots for host in hosts)
     if hosts and config.ranks > slots:

@@ -37,8 +37,9 @@ class CheckpointWriter:
             row = receipt.checkpoint_row(path)
         except (OSError, ValueError) as error:
             raise Failure(NOT_WRITTEN, f"the checkpoint {path} was written but cannot be read: {error}") from error
-        self.event("checkpoint", step=meta["step"], **row)
-        self.written, self.seconds = self.written + 1, self.seconds + time.monotonic() - began
+        seconds = time.monotonic() - began
+        self.event("checkpoint", step=meta["step"], **row, seconds=seconds)
+        self.written, self.seconds = self.written + 1, self.seconds + seconds
 
     def failure(self) -> Optional[Failure]:
         """Returns why the newest save has failed, once; None while it runs, or when it has succeeded."""

@@ -14,6 +14,7 @@ manifest="$1"
 shift
 [ -f "$manifest" ] || fail "$manifest: no such file"
 split_flags "$@"
+[ "$what" != acceptance ] || fail "acceptance starts the ranks itself: only doctor here"
 for line in '^  name: ' '^    Launcher:$' '^      restartPolicy: ' '^    backoffLimit: ' '^ *- train$' '^ *- --run_dir='; do
   grep -q -- "$line" "$manifest" || fail "$manifest: no line like \`$line\`, as the manifests of launch/kubernetes have it"
 done

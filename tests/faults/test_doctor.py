@@ -73,8 +73,10 @@ def test_doctor_on_two_ranks(launch, data, tmp_path):
     assert ended.out.count(" python ") == 1
     assert all(finding["ranks"] == [0, 1] for finding in found["devices"] + found["flags"] + found["collectives"])
     assert "lr_schedule=constant keeps" in found["flags"][-1]["text"]
-    sums, gathers = (finding["text"] for finding in found["collectives"])
-    assert "sums of gradients of vgg11 by mpi: correct;" in sums
+    sums, fixed_point, limits, gathers = (finding["text"] for finding in found["collectives"])
+    assert "sums of gradients of vgg11 in float32 by mpi: correct;" in sums
+    assert "sums of gradients of vgg11 in int32 by mpi: correct;" in fixed_point
+    assert "sums of 66 numbers in int64 by mpi: correct;" in limits
     assert "gathers of rows of its dense layers by mpi: correct;" in gathers
     assert "sums by mpi, one number in" in found["link"][0]["text"]
     assert "2 ranks, 1 host: " in ended.out

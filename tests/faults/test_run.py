@@ -234,8 +234,11 @@ def test_benchmark_measures_each_input_on_chosen_ranks(tiny, tmp_path):
     assert (host["host"], host["cores"]) == (socket.gethostname(), os.cpu_count())
     assert host["cpu"] == processor_name(Path("/"))
     rows = report["rows"]
-    kinds = [(ranks, kind) for ranks in (1, 3) for kind in ("device", "host", "real")]
+    kinds = [(ranks, kind) for ranks in (1, 3) for kind in ("device", "host", "real", "alone")]
     assert [(row["ranks"], row["input"]) for row in rows] == kinds
+    alone, rows = rows[3::4], [row for row in rows if row["input"] != "alone"]
+    printed = re.findall(r"^ +[13]  input alone +(\d+\.\d) +\d+\.\d +\d+\.\d%$", ended.out, re.M)
+    assert printed == [f"{row['fps']:.1f}" for row in alone]
     for row in rows:
         assert row["fps"] > 0 and len(row["by_rank"]) == row["ranks"]
         first = next(other for other in rows if other["input"] == row["input"])

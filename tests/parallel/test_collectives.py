@@ -53,23 +53,24 @@ def test_link_with_a_wrong_sum(monkeypatch):
 
 
 def test_sums_and_gathers_that_are_wrong(monkeypatch, measured):
-    """One number of the last kernel is off by one on rank 1, and all of a gathered factor."""
-    assert [each.verdict for each in check_collectives(SMALL, *measured, None)] == [OK, OK]
-    gather_rows, kernel = exchange.gather_rows, 512 * 10
+    """One number of the last kernel is off by one on rank 1, and of the limits, and all of a gathered factor."""
+    assert [each.verdict for each in check_collectives(SMALL, *measured, None)] == [OK] * 4
+    gather_rows, kernel, limits = exchange.gather_rows, 512 * 10, 3 * 2 * 11
 
     def gather_wrong(rows, name, *rest):
         return gather_rows(rows, name, *rest) + (name == "fc2_outputs")
 
     def pattern_wrong(count, rank):
         return pattern(count, rank) + np.eye(1, count, 7, dtype=np.float32)[0] * (
-            count == kernel and rank == comm.rank() == 1
+            count in (kernel, limits) and rank == comm.rank() == 1
         )
 
     monkeypatch.setattr(collectives, "pattern", pattern_wrong)
     monkeypatch.setattr(exchange, "gather_rows", gather_wrong)
-    sums, gathers = check_collectives(SMALL, *measured, None)
-    assert (sums.verdict, gathers.verdict) == (FAILURE, FAILURE)
-    assert sums.text.endswith(": wrong: predictions/kernel")
+    *sums, tally, gathers = check_collectives(SMALL, *measured, None)
+    assert [each.verdict for each in (*sums, tally, gathers)] == [FAILURE] * 4
+    assert all(each.text.endswith(": wrong: predictions/kernel") for each in sums)  # as float32 and as int32
+    assert tally.text.endswith(": wrong: doctor_limits")
     assert gathers.text.endswith(": wrong: fc2 outputs")
 
 
@@ -81,4 +82,4 @@ def test_rates_are_compared_with_plan(link, measured, gbit, verdict):
     found = check_collectives(SMALL, *measured, gbit)
     assert all(f"`plan` with --gbit={gbit:g} assumes" in each.text for each in found)
     # This network sends too little to show a rate: its latencies alone take as long.
-    assert [each.verdict for each in found] == [OK, OK] or gbit > 1
+    assert [each.verdict for each in found] == [OK] * 4 or gbit > 1

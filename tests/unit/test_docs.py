@@ -10,7 +10,7 @@ from support import ROOT
 
 import hvd_vgg
 from hvd_vgg.__main__ import COMMANDS
-from hvd_vgg.config import LaunchConfig
+from hvd_vgg.config import LaunchConfig, ModelConfig, TrainConfig
 from hvd_vgg.errors import Failure
 from hvd_vgg.flags import parse_flags
 
@@ -169,8 +169,9 @@ def complaints(words):
     kind = LaunchConfig if command == "launch" else COMMAND_KINDS[command]
     if command in ("replay", "verify-run") and given and not given[0].startswith("-"):
         given = [f"--run_dir={given[0]}", *given[1:]]
+    shared = TrainConfig if issubclass(kind, ModelConfig) else None  # as `hvd_vgg.__main__` has it
     try:
-        parse_flags(kind, list(filter(None, (filled(kind, word) for word in given if word != "--help"))))
+        parse_flags(kind, list(filter(None, (filled(kind, word) for word in given if word != "--help"))), shared=shared)
     except Failure as failure:
         yield f"{' '.join(words)}: {failure.message}"
 

@@ -181,7 +181,16 @@ def test_doctor_runs_in_the_pods_that_would_train(name):
     [
         ([], 78, "doctor.sh: expected a manifest, such as "),
         (["none.yaml"], 78, "doctor.sh: none.yaml: no such file"),
-        ([FOLDER / "mpijob-bi-v150.yaml", "bogus"], 64, "doctor.sh: bogus: expected --FLAG=VALUE, or the word doctor\n"),
+        (
+            [FOLDER / "mpijob-bi-v150.yaml", "acceptance"],
+            78,
+            "doctor.sh: acceptance starts the ranks itself: only doctor here\n",
+        ),
+        (
+            [FOLDER / "mpijob-bi-v150.yaml", "bogus"],
+            64,
+            "doctor.sh: bogus: expected --FLAG=VALUE, or the word doctor or acceptance\n",
+        ),
         ([FOLDER / "mpijob-bi-v150.yaml", "--network", "eth0"], 64, "doctor.sh: --network eth0: expected --network=eth0\n"),
         ([FOLDER / "volumes.yaml"], 78, f"doctor.sh: {FOLDER / 'volumes.yaml'}: no line like `^    Launcher:$`"),
     ],

@@ -12,7 +12,7 @@ import pytest
 from dockerfile import stages
 from support import BIN, ROOT, full, wait_for
 
-from hvd_vgg.config import DoctorConfig, LaunchConfig, TrainConfig
+from hvd_vgg.config import AcceptanceConfig, DoctorConfig, LaunchConfig, TrainConfig
 from hvd_vgg.flags import parse_flags
 
 LAUNCH = ROOT / "launch"
@@ -201,6 +201,19 @@ def test_docker_without_mpi(here, name, command):
     assert parsed(inside[5:], DoctorConfig if command == "doctor" else TrainConfig).run_dir == "/runs/run 1"
 
 
+@pytest.mark.parametrize("more", [[], ["--gloo"]])
+@pytest.mark.parametrize("name", ANY_VENDOR)
+def test_docker_runs_acceptance(here, name, more):
+    """Which starts the ranks itself, and has a directory of its own."""
+    words = printed(docker(name, "acceptance", "--devices=8", "--dry_run", *more, cwd=here))
+    options, inside = cut_at_image(words, name)
+    assert given(options, "entrypoint") == []
+    trying = parse_flags(AcceptanceConfig, [word for word in inside[1:] if "flagfile" not in word])
+    assert (inside[0], trying.ranks, trying.gloo) == ("acceptance", 8, bool(more))
+    assert (trying.data_dir, trying.run_dir) == ("/data", "/runs/acceptance")
+    assert mounts(words)["/runs/acceptance"] == (str(here / "acceptance"),)
+
+
 @pytest.mark.parametrize(("name", "cards", "devices"), [("bi_v150", 8, 16), ("bi_v100", 8, 8), ("bi_v150", 1, 2)])
 def test_docker_counts_devices_of_cards(here, name, cards, devices):
     assert given(printed(docker(name, "--dry_run", f"--cards={cards}", cwd=here)), "ranks") == [str(devices)]
@@ -345,8 +358,8 @@ SLURM["SLURM_NTASKS_PER_NODE"] = "2"
         (["--devices", "2"], "--devices 2: expected --devices=2"),
         (["--ranks", "8"], "--ranks 8: expected --ranks=8"),
         (["--epochs", "2"], "--epochs 2: expected --epochs=2"),
-        (["docter"], "docter: expected --FLAG=VALUE, or the word doctor"),
-        (["doctor", "--lr=0.1", "again"], "again: expected --FLAG=VALUE, or the word doctor"),
+        (["docter"], "docter: expected --FLAG=VALUE, or the word doctor or acceptance"),
+        (["doctor", "--lr=0.1", "again"], "again: expected --FLAG=VALUE, or the word doctor or acceptance"),
         (["--dry_run=yes"], "--dry_run=yes: expected --dry_run, --dry_run=true or --dry_run=false"),
     ],
 )
@@ -403,6 +416,14 @@ def test_multigpu_script(here, hosts, devices):
     assert lasting(doctor) == lasting(as_doctor(words))
     looking = parse_flags(DoctorConfig, doctor[doctor.index("doctor") + 1 :])
     assert (looking.data_dir, looking.run_dir, looking.lr) == ("./image net", "run 1", 0.02)
+
+
+def test_multigpu_script_runs_acceptance(here):
+    ended = call(MULTIGPU, "acceptance", "--dry_run", "--ranks=2", cwd=here, DATA_DIR="./image net", PYTHONPATH=str(ROOT))
+    assert ended.returncode == 0, ended.stderr
+    commands = [shlex.split(line)[1:] for line in ended.stdout.splitlines()]
+    assert [words[1] for words in commands] == ["make-demo-data", *["launch"] * (len(commands) - 3), *["verify-run"] * 2]
+    assert f"--out={here}/acceptance/doctor.json" in commands[1] and not (here / "acceptance").exists()
 
 
 def lasting(words):
