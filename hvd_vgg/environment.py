@@ -40,14 +40,33 @@ def launched_local_rank() -> int:
     return 0 if launched_rank() is None else _first_number(_LOCAL_RANK_VARIABLES) or 0
 
 
-def nested_refusal(environ: Mapping[str, str]) -> str:
-    """Returns why no job is to be started in this process, which a launcher has started as a rank; "" if none has.
+def runs_alone() -> bool:
+    """Returns whether there are no other ranks: no launcher started this process, or a scheduler did, as the only task.
 
-    A task of its own, as of `srun --pty bash`, is no rank of a job; any that mpirun started is one.
+    So it is in a shell of `srun --pty bash`. What mpirun starts is its rank, though it be the only one.
     """
-    found = next((name for name in _RANK_VARIABLES if environ.get(name, "").isdigit()), None)
-    if not found or not (found.startswith("OMPI") or int(environ[found]) > 0 or (launched_size() or 1) > 1):
+    return launched_rank() is None or ("OMPI_COMM_WORLD_RANK" not in os.environ and launched_size() == 1)
+
+
+def leftover_error(environ: Mapping[str, str]) -> str:
+    """Returns which variable says that a launcher started this process, though none did; "" if none does.
+
+    With it Horovod would ask Open MPI for ranks that are not there, which aborts the process.
+    """
+    if "OMPI_COMM_WORLD_RANK" in environ:
+        name, missing = "OMPI_COMM_WORLD_RANK", "PMIX_NAMESPACE"
+    else:
+        name, missing = "HOROVOD_RANK", "HOROVOD_GLOO_RENDEZVOUS_ADDR"
+    if runs_alone() or name not in environ or missing in environ:
         return ""
+    return f"{name}={environ[name]} is a leftover of a job: what its launcher sets beside it, {missing}, is not there"
+
+
+def nested_refusal(environ: Mapping[str, str]) -> str:
+    """Returns why no job is to be started in this process, which a launcher has started as a rank; "" if none has."""
+    if runs_alone():
+        return ""
+    found = next(name for name in _RANK_VARIABLES if environ.get(name, "").isdigit())
     text = f"{found}={environ[found]} in the environment: this is a rank of a job, and each of its ranks would start another"
     return f"{text}: call `hvd-vgg launch` once, outside of any launcher; if the variable is a leftover, unset it"
 

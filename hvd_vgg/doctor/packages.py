@@ -124,15 +124,25 @@ def check_tensorflow(host: HostView, vendor: str) -> Iterator[Finding]:
             yield failure(name, "not installed, or not on this Python's search path", fix)
         elif low <= parse_version(version)[:2] <= high:
             built = f", built for TensorFlow {built_for or 'of unknown version'}" if name == "horovod" else ""
-            yield ok(name, version + built)
+            yield ok(name, f"{version}{built}, in {_folders(host, name)[0]}")
         else:
             supported = f"use {'.'.join(map(str, low))} to {'.'.join(map(str, high))}"
             yield warning(name, f"{version} is not known to work", supported)
+    yield from _check_duplicates(host)
     if tensorflow and built_for and parse_version(built_for) != parse_version(tensorflow):
         text = f"Horovod was built for TensorFlow {built_for}, but {tensorflow} is installed: it warns, and may not load"
         yield warning("horovod", text, rebuild)
     if vendor == "Iluvatar":
         yield from _check_corex(host, tensorflow, horovod, fix)
+
+
+def _check_duplicates(host: HostView) -> Iterator[Finding]:
+    """Checks that there is one TensorFlow and one Horovod: of several, Python imports that of the first folder."""
+    for name in ("tensorflow", "horovod"):
+        folders = _folders(host, name)
+        if len(folders) > 1:
+            fix = "uninstall one; PYTHONNOUSERSITE=1 leaves out ~/.local, and PYTHONPATH comes before both"
+            yield warning(name, f"{folders[0]} is where it is imported from; {', '.join(folders[1:])} has one too", fix)
 
 
 def _check_corex(host: HostView, tensorflow: str, horovod: str, fix: str) -> Iterator[Finding]:
@@ -176,10 +186,19 @@ def _names(module: str) -> Sequence[str]:
 
 
 def _distribution(host: HostView, module: str) -> Optional[importlib.metadata.Distribution]:
-    for name in _names(module):
-        for found in importlib.metadata.distributions(name=name, path=list(host.path)):
-            return found
-    return None
+    return next(_distributions(host, module), None)
+
+
+def _distributions(host: HostView, module: str) -> Iterator[importlib.metadata.Distribution]:
+    """Yields what provides `module`, in the order in which Python looks for it."""
+    for folder in host.path:
+        for name in _names(module):
+            yield from importlib.metadata.distributions(name=name, path=[folder])
+
+
+def _folders(host: HostView, module: str) -> List[str]:
+    """Returns the folders in which `module` is installed, that from which it is imported first."""
+    return list(dict.fromkeys(os.path.realpath(str(each.locate_file(""))) for each in _distributions(host, module)))
 
 
 def _prefix_version(host: HostView) -> str:

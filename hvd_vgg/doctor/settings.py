@@ -8,7 +8,7 @@ from typing import Dict, Iterator, List, Mapping, Optional, Tuple
 
 from hvd_vgg.config import BITS, TrainConfig
 from hvd_vgg.data.sampler import most_ranks, too_many_ranks
-from hvd_vgg.environment import SECRET_NAME, launched_rank
+from hvd_vgg.environment import SECRET_NAME, launched_rank, leftover_error
 from hvd_vgg.parallel.cores import share_of_cores
 from hvd_vgg.parallel.mpi import UNSET_GLOO, gloo_under_mpi_error
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
@@ -44,6 +44,8 @@ def check_environment(environ: Mapping[str, str]) -> Iterator[Finding]:
         effects["TF_CUDNN_USE_AUTOTUNE"] = "keeps TensorFlow from finding the fastest convolution"
     for name, effect in effects.items():
         yield warning("environment", f"{name}={environ[name]} {effect}", f"unset {name}")
+    if leftover_error(environ):
+        yield failure("environment", leftover_error(environ), "unset it")
     error = gloo_under_mpi_error(environ)
     if error:
         yield (warning if launched_rank() is None else failure)("environment", error, UNSET_GLOO)

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from hvd_vgg import __version__
 from hvd_vgg.config import BITS, ComputeConfig
-from hvd_vgg.environment import launched_rank, launched_size
+from hvd_vgg.environment import launched_rank, launched_size, leftover_error, runs_alone
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.parallel import comm, network
 from hvd_vgg.parallel.consensus import run_on_all_ranks
@@ -69,7 +69,9 @@ def join(timeline: bool = False, hang_seconds: float = 0.0, group_sizes: Sequenc
     Raises Failure(CONFIGURATION), on this rank alone, where Horovod finds another number of ranks than the launcher started,
     cannot exchange as it is configured to, or the host's name does not resolve to it.
     """
-    if launched_rank() is None and hvd.gloo_built():
+    if leftover_error(os.environ):
+        raise Failure(CONFIGURATION, f"{leftover_error(os.environ)}: unset it, or start ranks by a launcher")
+    if runs_alone() and hvd.gloo_built():
         # Without a launcher there is nothing for MPI to find, and Open MPI may fail to start a world of one.
         os.environ.update(HOROVOD_CONTROLLER="gloo", HOROVOD_CPU_OPERATIONS="gloo")
         if not network.is_local_address(socket.gethostname()):  # Gloo would abort the process

@@ -1,6 +1,7 @@
 """Scalars for TensorBoard, written without its package."""
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -12,7 +13,7 @@ from hvd_vgg.reporting.console import Console
 def open_scalars(folder: Path, console: Console) -> Optional[Callable[[str, float, int], None]]:
     """Returns a function (name, value, step) that writes an event; None, which is reported, if `folder` is unwritable."""
     try:
-        writer = tf.summary.create_file_writer(str(folder))
+        writer = tf.summary.create_file_writer(os.fsencode(folder))  # of text TensorFlow makes UTF-8, whatever the locale
     except tf.errors.OpError as error:
         reason = (error.message or "").splitlines()[0].split(";")[-1].strip()
         console.say(f"{folder} cannot be written ({reason}): no TensorBoard events this time")

@@ -42,13 +42,17 @@ def settings(command):
     return {name: value for at, name, value in zip(command, command[1:], command[2:]) if at == "--mca"}
 
 
+# Neither a scheduler nor the installation's host file names hosts, and no daemon is started.
+HERE_ALONE = {"ras": "^alps,gridengine,loadleveler,lsf,slurm,tm", "orte_default_hostfile": "none", "plm": "isolated"}
+
+
 @pytest.mark.parametrize("ranks", [1, 8, 16, 32])
 def test_compose_mpirun_one_host(ranks):
     """On one host nothing is exported and no host is named."""
     command = compose_mpirun(LaunchConfig(), ranks, [], "token", PROGRAM)
     assert command[:3] == ["mpirun", "-np", str(ranks)]
     assert command[-len(PROGRAM) :] == PROGRAM
-    assert settings(command) == {JOB_PARAMETER: "token"}
+    assert settings(command) == {JOB_PARAMETER: "token", **HERE_ALONE}
     assert not {"-x", "--host", "--allow-run-as-root"} & set(command)
     assert shlex.split(shlex.join(command)) == command
 

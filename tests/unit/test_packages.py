@@ -69,3 +69,13 @@ def test_packages_sdk_that_is_a_dangling_link(tmp_path):
     accelerators, found = findings(host)
     assert accelerators.vendor == "Iluvatar"
     assert "a dangling link" in only(found, FAILURE).text
+
+
+def test_packages_tensorflow_of_user_before_the_vendors(tmp_path):
+    """As in ~/.local: doctor says which is imported, by its version and folder, and which is not."""
+    own = write_packages(tmp_path / "local", {"tensorflow": "2.18.0", "horovod": "0.28.1"})
+    host = iluvatar(tmp_path)
+    texts = [finding.text for finding in findings(host._replace(path=[own, own, *host.path]))[1]]
+    assert f"2.18.0, in {own}" in texts
+    assert f"{own} is where it is imported from; {host.path[0]} has one too" in texts
+    assert not [text for text in (finding.text for finding in findings(host)[1]) if "has one too" in text]

@@ -2,6 +2,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -77,11 +78,11 @@ def test_limits_few_open_files():
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
-        found = next(check_limits())
+        found = next(check_limits(Path("/"), 1))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert (found.verdict, found.text) == (WARNING, "512 open files")
-    assert next(check_limits()).verdict == OK
+    assert next(check_limits(Path("/"), 1)).verdict == OK
 
 
 def test_run_dir_is_tried_and_left_as_it_was(tmp_path):
