@@ -15,6 +15,7 @@ from typing import Any, Dict, List, Sequence, Set, Tuple
 
 from absl import flags
 
+from hvd_vgg import storage
 from hvd_vgg.errors import USAGE, Failure
 
 # What a value of each type is called in messages.
@@ -120,7 +121,7 @@ def _expand_flag_files(argv: Sequence[str], unused: Set[str]) -> List[str]:
             continue
         path = path if equals else next(words, "")
         try:
-            lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+            lines = storage.read_bytes(Path(path).expanduser()).decode("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise Failure(USAGE, f"--flagfile={path} cannot be read: {error}") from error
         for number, line in enumerate(lines, start=1):

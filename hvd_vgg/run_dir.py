@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import IO, Iterator, List, Optional, Union
 
+from hvd_vgg import storage
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
 from hvd_vgg.streams import write_line
 
@@ -105,7 +106,7 @@ def lock_run_dir(run_dir: Path) -> IO[str]:
         text = f"--run_dir={run_dir} is in use by another job ({holder})"
         raise Failure(CONFIGURATION, f"{text}. Wait for it, stop it, or use another --run_dir") from error
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        if error.errno not in storage.UNSUPPORTED:
             raise Failure(CONFIGURATION, f"{path} cannot be locked: {error.strerror}") from error
         text = f"hvd-vgg: {run_dir} cannot be locked ({error.strerror}): make sure that only one job uses it"
         write_line(text, sys.stdout)
@@ -127,8 +128,8 @@ def atomic_write_text(path: Path, text: str) -> None:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640), "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+            storage.sync(file.fileno(), path)
+        storage.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):
             temporary.unlink()  # on a full disk half a file takes the space of others
@@ -143,7 +144,7 @@ def append_whole(path: Path, data: bytes, sync: bool = False) -> None:
             if file.write(data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if sync:
-                os.fsync(file.fileno())
+                storage.sync(file.fileno(), path)
         except OSError:
             file.truncate(end)  # the next line must not be appended to half a line
             raise

@@ -29,7 +29,7 @@ import tensorflow as tf
 
 from hvd_vgg.config import BatchConfig, ComputeConfig, EvaluationConfig
 from hvd_vgg.data.index import Index
-from hvd_vgg.data.reader import BadRecord, parse_example, read_ahead, read_record
+from hvd_vgg.data.reader import BadRecord, parse_example, read_ahead, read_record, reads_in_progress
 from hvd_vgg.data.sampler import part_bounds, positions, replacement_record, sample_seeds, storage_order, window_records
 from hvd_vgg.data.transforms import augmentation_params, eval_image, train_image
 from hvd_vgg.errors import DATA, Failure
@@ -92,7 +92,10 @@ class Dataset:
             return bad
         if label != self.index.labels[record]:
             reason = f"its label is {label}, but was {self.index.labels[record]} when the shard was indexed"
-            return BadRecord(self.index, record, reason, "Did the shard change while in use? Start again")
+            advice = "Did the shard change while in use? Start again; if its size and time stayed as they were, remove the"
+            return BadRecord(
+                self.index, record, reason, f"{advice} .hvd_vgg_index_* beside it or in the run directory first"
+            )
         return Sample(record, encoded, label - self.label_base)
 
     def decode(self, sample: Union[Sample, BadRecord], params: List[float], out: np.ndarray) -> int:
@@ -211,6 +214,7 @@ def load_batches(dataset: Dataset, specs: Iterable[BatchSpec], rows: int, thread
         return pool.submit(lambda: None if closed.is_set() else function(*arguments))
 
     watchdog.add_to_report("batches_ready", lambda: sum(batch.done() for batch in list(begun)))
+    watchdog.add_to_report("reading", reads_in_progress)
     try:
         while True:
             for spec in itertools.islice(left, ahead + READ_AHEAD - len(planned) - len(begun)):
