@@ -45,8 +45,11 @@ class RunDir:
         return self.checkpoints / f"step-{step:08d}.safetensors"
 
     def list_checkpoints(self) -> List[Path]:
-        """Returns the checkpoint files that exist, newest first; they may be damaged."""
-        found = [path for path in self.checkpoints.glob("step-*") if checkpoint_step(path) is not None]
+        """Returns the checkpoint files that exist, newest first; they may be damaged.
+
+        Raises Failure(CONFIGURATION), or as `storage.retrying`, where the directory is there but cannot be read.
+        """
+        found = [path for path in _list(self.checkpoints) if checkpoint_step(path) is not None]
         return sorted(found, reverse=True)  # steps have leading zeros
 
     def nonfinite_step(self, step: int) -> "StepDir":
@@ -88,11 +91,21 @@ def checkpoint_step(path: Path) -> Optional[int]:
     return int(match[1]) if match else None
 
 
-def lock_run_dir(run_dir: Path) -> IO[str]:
+def _list(folder: Path) -> List[Path]:
+    try:
+        return storage.retrying(folder, lambda: list(folder.iterdir()))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise Failure(CONFIGURATION, f"{folder} cannot be read: {error.strerror}") from error
+
+
+def lock_run_dir(run_dir: Path, flag: str = "--run_dir") -> IO[str]:
     """Returns the open file `RUN_DIR/lock`, locked until it is closed or this process ends in any way.
 
-    Raises Failure(CONFIGURATION) naming the job that holds it, or why it cannot be opened. Locking a file that exists takes
-    no disk space. On a file system without locks (NFS and Lustre may be mounted so), prints that and goes on.
+    flag: whose value `run_dir` is. Raises Failure(CONFIGURATION) naming the job that holds it, or why it cannot be opened.
+    Locking a file that exists takes no disk space. On a file system without locks (NFS and Lustre may be mounted so), prints
+    that and goes on.
     """
     path = RunDir(run_dir).lock
     with writing(path, CONFIGURATION):
@@ -103,8 +116,8 @@ def lock_run_dir(run_dir: Path) -> IO[str]:
         with file:
             file.seek(0)
             holder = file.read().strip() or "holder unknown"
-        text = f"--run_dir={run_dir} is in use by another job ({holder})"
-        raise Failure(CONFIGURATION, f"{text}. Wait for it, stop it, or use another --run_dir") from error
+        text = f"{flag}={run_dir} is in use by another job ({holder})"
+        raise Failure(CONFIGURATION, f"{text}. Wait for it, stop it, or use another {flag}") from error
     except OSError as error:
         if error.errno not in storage.UNSUPPORTED:
             raise Failure(CONFIGURATION, f"{path} cannot be locked: {error.strerror}") from error

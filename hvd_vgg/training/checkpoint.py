@@ -138,18 +138,27 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(path, tensors, meta)
 
 
-def newest(run_dir: RunDir) -> Tuple[Optional[Checkpoint], Dict[Path, str]]:
+def newest(run_dir: RunDir, copy: Optional[RunDir] = None) -> Tuple[Optional[Checkpoint], Dict[Path, str]]:
     """Returns (the newest whole checkpoint of a run, or None if there are no files; what is wrong with newer ones).
 
-    Raises Failure(CONFIGURATION) if there are files but none is whole: a run never starts over silently.
+    copy: the run's --checkpoint_copy_dir, used for what the first directory lacks, or has damaged. Raises
+    Failure(CONFIGURATION) if there are files but none is whole: a run never starts over silently. Raises
+    Failure(LOST_RANK) where storage does not come back, rather than return an older one.
     """
     faults: Dict[Path, str] = {}
-    for path in run_dir.list_checkpoints():
+    places = [run_dir, copy] if copy else [run_dir]
+    files = [path for place in places for path in place.list_checkpoints()]
+    files.sort(key=lambda path: path.name, reverse=True)  # of one step the first directory's stays before its copy
+    for number, path in enumerate(files):
         try:
             return load(path), faults
         except ValueError as error:
             faults[path] = str(error)
-    faults.update(dict.fromkeys(sorted(run_dir.checkpoints.glob("step-*.bad")), "set aside as damaged"))
+        except Failure:
+            if path.name not in [other.name for other in files[number + 1 :]]:
+                raise
+    for place in places:
+        faults.update(dict.fromkeys(sorted(place.checkpoints.glob("step-*.bad")), "set aside as damaged"))
     if faults:
         lines = "\n".join(f"  {path.name}: {text}" for path, text in faults.items())
         raise Failure(
