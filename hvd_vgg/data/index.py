@@ -17,6 +17,7 @@ from hvd_vgg.data.tfrecord import (
     HEADER_BYTES,
     OpenShard,
     data_failure,
+    describe_damage,
     foreign_content,
     masked_crc,
     parse_label,
@@ -188,7 +189,8 @@ def _scan(file: OpenShard) -> Shard:
         try:
             label = _find_label(head, file, start + HEADER_BYTES, length)
         except ValueError as error:
-            raise failure(f"{error}. {EXPECTED_FEATURES}") from error
+            damage = describe_damage(file, start + HEADER_BYTES, file.read(length + FOOTER_BYTES, start + HEADER_BYTES))
+            raise failure(f"{damage}. Copy the shard again" if damage else f"{error}. {EXPECTED_FEATURES}") from error
         records.append((start + HEADER_BYTES, length, label))
         start = end
     offsets, lengths, labels = np.array(records, np.int64).T
@@ -239,7 +241,7 @@ def unseen_labels(train: Index, validation: Index) -> str:
     if not len(unseen):
         return ""
     records = int(np.isin(validation.labels, unseen).sum())
-    text = f"{plural(len(unseen), 'label')} of validation never occur in train: {_list(list(map(str, unseen)))}"
+    text = f"validation has {plural(len(unseen), 'label')} that train never has: {_list(list(map(str, unseen)))}"
     if unseen.max() < seen.min():
         text = f"the splits begin at different labels, train at {seen[0]} and validation at {own[0]}; {text}"
     return f"{text} ({records} of {validation.records} records)"

@@ -30,12 +30,23 @@ _known: Dict[Tuple[Path, int], bool] = {}  # by a split's first shard and the re
 _thread = threading.local()
 
 
+class _ThreadCounters:
+    """The kernel's counters of the thread that makes it, open until the thread ends."""
+
+    def __init__(self) -> None:
+        self.handle = os.open("/proc/thread-self/io", os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            os.close(self.handle)
+
+
 def count_writes() -> bytes:
     """Returns how often this thread has written to any file; "" where the kernel does not count. Takes 4 microseconds."""
     try:
         if not hasattr(_thread, "io"):
-            _thread.io = open("/proc/thread-self/io", "rb", buffering=0)  # noqa: SIM115 (until the thread ends)
-        return os.pread(_thread.io.fileno(), 512, 0).partition(b"syscw: ")[2].partition(b"\n")[0]
+            _thread.io = _ThreadCounters()
+        return os.pread(_thread.io.handle, 512, 0).partition(b"syscw: ")[2].partition(b"\n")[0]
     except OSError:
         return b""
 

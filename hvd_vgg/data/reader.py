@@ -3,9 +3,7 @@
 import contextlib
 import functools
 import os
-import re
 import resource
-import struct
 import threading
 import time
 from pathlib import Path
@@ -21,7 +19,7 @@ from hvd_vgg.data.tfrecord import (
     HEADER_BYTES,
     OpenShard,
     data_failure,
-    masked_crc,
+    describe_damage,
     parse_features,
     record_header,
 )
@@ -81,14 +79,10 @@ def read_record(index: Index, record: int) -> bytes:
     if len(found) < length + FOOTER_BYTES:
         reason = f"expected {length} bytes and a checksum, found {len(found)}: the shard has shrunk since it was indexed"
         raise BadRecord(index, record, reason, "Copy it again")
-    computed, (stored,) = masked_crc(memoryview(found)[:length]), struct.unpack_from("<I", found, length)
-    if computed != stored:
+    damage = describe_damage(file, offset, found)
+    if damage:
         _require_not_rewritten(index, shard, file)
-        reason = f"the checksum of its {length} bytes of data is {computed:08x}, the file says {stored:08x}: damaged"
-        zeros = re.search(rb"\0{64}", found)
-        if zeros:
-            reason += f", with {file.zeros_around(offset + zeros.start())}"
-        raise BadRecord(index, record, reason, "Copy the shard again")
+        raise BadRecord(index, record, damage, "Copy the shard again")
     return found
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import stat
 import struct
 import zlib
@@ -134,6 +135,17 @@ def record_header(length: int) -> bytes:
     """Returns the header of a record of `length` bytes of data."""
     header = struct.pack("<Q", length)
     return header + struct.pack("<I", masked_crc(header))
+
+
+def describe_damage(file: OpenShard, offset: int, found: bytes) -> str:
+    """Returns what is wrong with a record's data at `offset`, followed by their checksum; "" where the checksum holds."""
+    length = len(found) - FOOTER_BYTES
+    computed, (stored,) = masked_crc(memoryview(found)[:length]), struct.unpack_from("<I", found, length)
+    if computed == stored:
+        return ""
+    text = f"the checksum of its {length} bytes of data is {computed:08x}, the file says {stored:08x}: damaged"
+    zeros = re.search(rb"\0{64}", found)  # no data of an image have so many
+    return f"{text}, with {file.zeros_around(offset + zeros.start())}" if zeros else text
 
 
 # The wire format of protocol buffers: https://protobuf.dev/programming-guides/encoding/. An Example holds Features (field
