@@ -11,6 +11,7 @@ and the run's progress, are stored there; `header_sha256` is of the header, whic
 import contextlib
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional
@@ -104,8 +105,12 @@ def file_row(path: Path, length: Optional[int] = None) -> Optional[Dict[str, Any
 
 def sync(path: Path) -> None:
     """Puts what was written to a file on disk: digests of it must not outlive it in a power cut."""
-    with contextlib.suppress(FileNotFoundError), open(path, "rb+") as file:
-        storage.sync(file.fileno(), path)
+    with contextlib.suppress(FileNotFoundError):
+        handle = os.open(path, os.O_RDWR)
+        try:
+            storage.sync(handle, path)
+        finally:
+            os.close(handle)
 
 
 def write(run: RunDir) -> None:

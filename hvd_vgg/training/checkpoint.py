@@ -160,7 +160,7 @@ def newest(run_dir: RunDir, copy: Optional[RunDir] = None) -> Tuple[Optional[Che
     for place in places:
         faults.update(dict.fromkeys(sorted(place.checkpoints.glob("step-*.bad")), "set aside as damaged"))
     if faults:
-        lines = "\n".join(f"  {path.name}: {text}" for path, text in faults.items())
+        lines = "\n".join(f"  {path if copy else path.name}: {text}" for path, text in faults.items())
         raise Failure(
             CONFIGURATION,
             f"no checkpoint in {run_dir.checkpoints} is whole:\n{lines}\nRestore one from a copy, or start over in another "

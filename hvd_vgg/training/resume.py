@@ -83,19 +83,19 @@ def _restore_root(
     if refused:
         _refuse(refused, find_mismatch(state.variables(), found), found, run, run_dir)
     assign_variables(state.variables(), found)
-    if copy and found.path.parent == copy.checkpoints:
-        found = bring_back(found, run_dir, copy, reporter)
-    if found.meta.get("best"):  # killed before `best` could name it
-        with contextlib.suppress(OSError):
-            checkpoint.point_to_best(found.path)
     for path, reason in faults.items():
         try:
             renamed = checkpoint.set_aside(path)
         except OSError as error:
             reporter.say(f"{path} is damaged ({reason}), and cannot be renamed ({error.strerror})")
             continue
-        reporter.say(f"{path.name} is damaged ({reason}): renamed to {renamed.name}")
+        reporter.say(f"{path} is damaged ({reason}): renamed to {renamed.name}")
         reporter.event("checkpoint_damaged", file=path.name, reason=reason, renamed=renamed.name)
+    if copy and found.path.parent == copy.checkpoints:
+        found = bring_back(found, run_dir, copy, reporter)
+    if found.meta.get("best"):  # killed before `best` could name it
+        with contextlib.suppress(OSError):
+            checkpoint.point_to_best(found.path)
     for key in changed:
         reporter.say(f"--{key} was {before.get(key)}, is {run.get(key)} from here on")
         reporter.event("config_changed", flag=key, before=before.get(key), after=run.get(key))
