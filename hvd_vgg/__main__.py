@@ -229,7 +229,7 @@ def run_command(name: str, config: Any) -> Optional[Failure]:
         if from_operation and not _NOT_A_LOST_RANK.search(text):
             reason = str(error).strip().split("\n")[0][:200]
             message = f"another rank is gone ({reason}); the same command continues from the newest checkpoint"
-            return _end(Failure(LOST_RANK, message))
+            return _end(Failure(LOST_RANK, message), blamed=False)
         write_line(traceback.format_exc(), sys.stderr, end="")
         return _end(Failure(BUG, "an error of the program, above: please report it with the run's flags.txt"))
 
@@ -300,9 +300,12 @@ def _refuse(failure: Failure) -> int:
     return failure.code
 
 
-def _end(failure: Failure) -> Failure:
-    """Reports the failure of a rank that may have joined others, and has it leave them, or ends them."""
-    if not failure.collective and failure.code != LOST_RANK:
+def _end(failure: Failure, blamed: bool = True) -> Failure:
+    """Reports the failure of a rank that may have joined others, and has it leave them, or ends them.
+
+    blamed: whether it began here; otherwise another rank has ended first.
+    """
+    if not failure.collective and blamed:
         watchdog.record_fatal(failure.code, failure.message)
     comm, rank = _joined()
     if rank is None:  # it failed before Horovod was initialised, or when it no longer was

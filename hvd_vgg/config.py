@@ -298,6 +298,13 @@ class TrainConfig(RecipeConfig, BatchConfig, EvaluationConfig):
         at_least=0,
     )
     keep_checkpoints: int = flag(3, "Run", "Newest checkpoints to keep; the best one is kept as well.", at_least=1)
+    checkpoint_copy_dir: str = flag(
+        "",
+        "Run",
+        "Directory of this run alone, on another disk, for a second copy of each checkpoint; used at a restart where those "
+        "in --run_dir are gone or damaged. A copy that fails is a warning. Empty: none.",
+        "path",
+    )
     log_every_steps: int = flag(20, "Run", "One log line per this many.", "updates", at_least=1)
     stop_at_top1: float = flag(
         0.0, "Run", "End when an evaluation reaches this acc@1; 0: never.", "fraction", at_least=0.0, at_most=1.0
@@ -335,6 +342,8 @@ class TrainConfig(RecipeConfig, BatchConfig, EvaluationConfig):
         """Yields the combinations that cannot run."""
         if self.profile_steps and not profiled_steps(self.profile_steps):
             yield f"--profile_steps={self.profile_steps}: expected FIRST:LAST, two integers, the first not larger"
+        if self.checkpoint_copy_dir and Path(self.checkpoint_copy_dir).absolute() == Path(self.run_dir).absolute():
+            yield f"--checkpoint_copy_dir={self.checkpoint_copy_dir}: expected another directory than --run_dir"
         for name in sorted(allowed_changes(self) - set(hyperparameters())):
             allowed = ", ".join(hyperparameters())
             yield f"--allow_config_change={self.allow_config_change}: {name} is not among {allowed}"

@@ -16,6 +16,7 @@ from typing import Any, Dict, List, Sequence, Set, Tuple
 
 from absl import flags
 
+from hvd_vgg import storage
 from hvd_vgg.errors import USAGE, Failure
 
 # What a value of each type is called in messages.
@@ -147,7 +148,7 @@ def _expand_flag_files(argv: Sequence[str], unused: Set[str]) -> List[str]:
         if _path_error(path):
             raise Failure(USAGE, f"--flagfile={path}: expected {_path_error(path)}")
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            lines = storage.read_bytes(Path(path)).decode("utf-8").splitlines()
         except UnicodeDecodeError as error:
             raise Failure(USAGE, f"--flagfile={path}, byte {error.start}: expected text in UTF-8") from error
         except OSError as error:

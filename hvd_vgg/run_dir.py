@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import IO, Iterator, List, Optional, Union
 
+from hvd_vgg import storage
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
 from hvd_vgg.streams import write_line
 
@@ -44,8 +45,11 @@ class RunDir:
         return self.checkpoints / f"step-{step:08d}.safetensors"
 
     def list_checkpoints(self) -> List[Path]:
-        """Returns the checkpoint files that exist, newest first; they may be damaged."""
-        found = [path for path in self.checkpoints.glob("step-*") if checkpoint_step(path) is not None]
+        """Returns the checkpoint files that exist, newest first; they may be damaged.
+
+        Raises Failure(CONFIGURATION), or as `storage.retrying`, where the directory is there but cannot be read.
+        """
+        found = [path for path in _list(self.checkpoints) if checkpoint_step(path) is not None]
         return sorted(found, reverse=True)  # steps have leading zeros
 
     def nonfinite_step(self, step: int) -> "StepDir":
@@ -87,11 +91,21 @@ def checkpoint_step(path: Path) -> Optional[int]:
     return int(match[1]) if match else None
 
 
-def lock_run_dir(run_dir: Path) -> IO[str]:
+def _list(folder: Path) -> List[Path]:
+    try:
+        return storage.retrying(folder, lambda: list(folder.iterdir()))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise Failure(CONFIGURATION, f"{folder} cannot be read: {error.strerror}") from error
+
+
+def lock_run_dir(run_dir: Path, flag: str = "--run_dir") -> IO[str]:
     """Returns the open file `RUN_DIR/lock`, locked until it is closed or this process ends in any way.
 
-    Raises Failure(CONFIGURATION) naming the job that holds it, or why it cannot be opened. Locking a file that exists takes
-    no disk space. On a file system without locks (NFS and Lustre may be mounted so), prints that and goes on.
+    flag: whose value `run_dir` is. Raises Failure(CONFIGURATION) naming the job that holds it, or why it cannot be opened.
+    Locking a file that exists takes no disk space. On a file system without locks (NFS and Lustre may be mounted so), prints
+    that and goes on.
     """
     path = RunDir(run_dir).lock
     with writing(path, CONFIGURATION):
@@ -102,10 +116,10 @@ def lock_run_dir(run_dir: Path) -> IO[str]:
         with file:
             file.seek(0)
             holder = file.read().strip() or "holder unknown"
-        text = f"--run_dir={run_dir} is in use by another job ({holder})"
-        raise Failure(CONFIGURATION, f"{text}. Wait for it, stop it, or use another --run_dir") from error
+        text = f"{flag}={run_dir} is in use by another job ({holder})"
+        raise Failure(CONFIGURATION, f"{text}. Wait for it, stop it, or use another {flag}") from error
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        if error.errno not in storage.UNSUPPORTED:
             raise Failure(CONFIGURATION, f"{path} cannot be locked: {error.strerror}") from error
         text = f"hvd-vgg: {run_dir} cannot be locked ({error.strerror}): make sure that only one job uses it"
         write_line(text, sys.stdout)
@@ -127,8 +141,8 @@ def atomic_write_text(path: Path, text: str) -> None:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640), "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+            storage.sync(file.fileno(), path)
+        storage.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):
             temporary.unlink()  # on a full disk half a file takes the space of others
@@ -143,7 +157,7 @@ def append_whole(path: Path, data: bytes, sync: bool = False) -> None:
             if file.write(data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if sync:
-                os.fsync(file.fileno())
+                storage.sync(file.fileno(), path)
         except OSError:
             file.truncate(end)  # the next line must not be appended to half a line
             raise

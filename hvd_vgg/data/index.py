@@ -1,27 +1,31 @@
 """The index of a split: its shards, the place and label of every record, and the cache of these on disk."""
 
 import io
-import os
 import re
 import struct
+import uuid
 from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
+from hvd_vgg import storage
 from hvd_vgg.data.tfrecord import (
     EXPECTED_FEATURES,
     FOOTER_BYTES,
     HEADER_BYTES,
     OpenShard,
     data_failure,
+    describe_damage,
+    foreign_content,
     masked_crc,
     parse_label,
     regular_file_size,
     unreadable_file,
 )
 from hvd_vgg.errors import Failure
+from hvd_vgg.text import plural
 from hvd_vgg.watchdog import watchdog
 
 _SHARD_NAME = re.compile(r"(?P<split>[a-z]+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})")
@@ -88,7 +92,7 @@ def find_shards(data_dir: str, split: str) -> List[Path]:
                 f"{folder} is not a directory (now in {Path.cwd()}); expected TFRecords {split}-?????-of-????? in it. Name "
                 f"another with --data_dir, or draw a data set to try: hvd-vgg make-demo-data"
             )
-        names = sorted(path.name for path in folder.iterdir())
+        names = storage.retrying(folder, lambda: sorted(path.name for path in folder.iterdir()))
     except OSError as error:
         raise unreadable_file(folder, error) from error
     matches = [match for match in map(_SHARD_NAME.fullmatch, names) if match]
@@ -121,7 +125,7 @@ def _list(names: Sequence[str]) -> str:
 def shard_bytes(paths: Sequence[Path]) -> Dict[str, int]:
     """Returns each shard's size in bytes, by name; raises Failure(DATA) for one that is missing or not a regular file."""
     try:
-        return {path.name: regular_file_size(path, path.stat()) for path in paths}
+        return {path.name: regular_file_size(path, storage.retrying(path, path.stat)) for path in paths}
     except OSError as error:
         raise unreadable_file(Path(str(error.filename)), error) from error
 
@@ -133,17 +137,20 @@ def scan_shard(path: Path) -> Shard:
     a record has anything but one label.
     """
     try:
-        file = OpenShard(path)
-        return _scan(path, file.handle, file.size)
+        return _scan(OpenShard(path))
     except OSError as error:
         raise unreadable_file(path, error) from error
 
 
-def _scan(path: Path, handle: int, size: int) -> Shard:
+def _scan(file: OpenShard) -> Shard:
+    path, size = file.path, file.size
     if size == 0:
-        raise data_failure(f"{path} is empty (0 bytes); expected at least one record. Copy the shard again")
+        raise data_failure(
+            f"{path} is empty (0 bytes); expected at least one record. Copy the shard again; if it was written so, since "
+            f"there were more shards than records, write fewer shards, or remove it and number the others anew"
+        )
     records: List[Tuple[int, int, int]] = []
-    start, pread, unpack = 0, os.pread, struct.Struct("<QI").unpack_from
+    start, unpack = 0, struct.Struct("<QI").unpack_from
 
     def failure(reason: str) -> Failure:
         return data_failure(f"{_place(path, len(records), start)}: {reason}")
@@ -157,11 +164,19 @@ def _scan(path: Path, handle: int, size: int) -> Shard:
         if not len(records) % 4096:
             watchdog.heartbeat(phase="start")
         # One read for the header and what follows it. No more of it: records are far apart, and the rest is the image.
-        head = pread(handle, HEADER_BYTES + _SEARCH_BYTES, start)
+        head = file.read(HEADER_BYTES + _SEARCH_BYTES, start)
+        if head and not head[:HEADER_BYTES].strip(b"\0"):
+            raise failure(
+                f"{file.zeros_around(start)} of {size} bytes, where a record was expected (a copy that was cut off after "
+                f"its space was reserved, or a hole in it). Copy the shard again"
+            )
         if len(head) < HEADER_BYTES:
             raise cut_off(f"a header of {HEADER_BYTES} bytes")
         length, checksum = unpack(head)
         if checksum != masked_crc(head[:8]):
+            foreign = None if start else foreign_content(head)
+            if foreign:
+                raise data_failure(f"{path} is {foreign[0]}; expected a plain TFRecord file. {foreign[1]}")
             raise failure(
                 "the checksum of the record's length is wrong (not a TFRecord file, or damaged). Copy the shard again"
             )
@@ -172,22 +187,23 @@ def _scan(path: Path, handle: int, size: int) -> Shard:
             limit = f"expected at most {MAX_RECORD_BYTES}, one image"
             raise failure(f"it claims {length} bytes of data; {limit}. Leave the record out")
         try:
-            label = _find_label(head, handle, start + HEADER_BYTES, length)
+            label = _find_label(head, file, start + HEADER_BYTES, length)
         except ValueError as error:
-            raise failure(f"{error}. {EXPECTED_FEATURES}") from error
+            damage = describe_damage(file, start + HEADER_BYTES, file.read(length + FOOTER_BYTES, start + HEADER_BYTES))
+            raise failure(f"{damage}. Copy the shard again" if damage else f"{error}. {EXPECTED_FEATURES}") from error
         records.append((start + HEADER_BYTES, length, label))
         start = end
     offsets, lengths, labels = np.array(records, np.int64).T
     return Shard(np.ascontiguousarray(offsets), lengths.astype(np.uint32), labels.astype(np.int32))
 
 
-def _find_label(head: bytes, handle: int, offset: int, length: int) -> int:
+def _find_label(head: bytes, file: OpenShard, offset: int, length: int) -> int:
     """Returns the label of the record of `length` bytes at `offset`, whose header and first bytes are `head`."""
     found = _LABEL_ENTRY.search(head, HEADER_BYTES, HEADER_BYTES + length)
     if not found and length > _SEARCH_BYTES:
-        found = _LABEL_ENTRY.search(os.pread(handle, _SEARCH_BYTES, offset + length - _SEARCH_BYTES))
+        found = _LABEL_ENTRY.search(file.read(_SEARCH_BYTES, offset + length - _SEARCH_BYTES))
     if not found:
-        return parse_label(os.pread(handle, length, offset))
+        return parse_label(file.read(length, offset))
     low, high = found[1] or found[2][:1], found[2] or b"\0\0"
     return low[0] & 0x7F | high[1] << 7
 
@@ -216,6 +232,19 @@ def find_label_base(labels: np.ndarray, num_classes: int) -> int:
     ImageNet's own files count classes from 1 and keep 0 for background, so a data set that never uses 0 counts from 1.
     """
     return 0 if labels.min() == 0 and labels.max() < num_classes else 1
+
+
+def unseen_labels(train: Index, validation: Index) -> str:
+    """Returns what to say of labels in validation that never occur in train, on which a network always fails; or ""."""
+    own, seen = np.unique(validation.labels), np.unique(train.labels)
+    unseen = np.setdiff1d(own, seen)
+    if not len(unseen):
+        return ""
+    records = int(np.isin(validation.labels, unseen).sum())
+    text = f"validation has {plural(len(unseen), 'label')} that train never has: {_list(list(map(str, unseen)))}"
+    if unseen.max() < seen.min():
+        text = f"the splits begin at different labels, train at {seen[0]} and validation at {own[0]}; {text}"
+    return f"{text} ({records} of {validation.records} records)"
 
 
 def check_labels(index: Index, label_base: int, num_classes: int) -> None:
@@ -253,7 +282,7 @@ def cached_shards(places: Sequence[Path], paths: Sequence[Path]) -> Dict[int, Ca
 def load_cache(path: Path, paths: Sequence[Path]) -> Dict[int, Cached]:
     """Returns what the cache `path` has of the shards `paths`, by number: nothing where it is missing or damaged."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as cache:
+        with np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False) as cache:
             known = dict(zip(cache["names"].tolist(), zip(_load_shards(cache), cache["stamps"].tolist())))
         found = {number: (*known[each.name], _stamp(each)) for number, each in enumerate(paths) if each.name in known}
         return {number: Cached(_validate(shard, old[0]), old == new) for number, (shard, old, new) in found.items()}
@@ -279,17 +308,18 @@ def _validate(shard: Shard, size: int) -> Shard:
 def save_cache(path: Path, index: Index) -> None:
     """Writes `index` for `load_cache`; raises OSError where `path` cannot be written."""
     names, stamps = np.array([each.name for each in index.paths]), np.array([_stamp(each) for each in index.paths], np.int64)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # Processes of two containers may have one number, and their hosts one name.
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
             np.savez(file, names=names, stamps=stamps, **_arrays(index))
-        temporary.replace(path)
+        storage.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _stamp(path: Path) -> List[int]:
-    status = path.stat()
+    status = storage.retrying(path, path.stat)
     return [status.st_size, status.st_mtime_ns]
 
 

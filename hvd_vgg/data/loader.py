@@ -29,7 +29,8 @@ import tensorflow as tf
 
 from hvd_vgg.config import BatchConfig, ComputeConfig, EvaluationConfig
 from hvd_vgg.data.index import Index
-from hvd_vgg.data.reader import BadRecord, parse_example, read_ahead, read_record
+from hvd_vgg.data.mended import count_writes, name_if_mended, naming_record
+from hvd_vgg.data.reader import BadRecord, parse_example, read_ahead, read_record, reads_in_progress
 from hvd_vgg.data.sampler import part_bounds, positions, replacement_record, sample_seeds, storage_order, window_records
 from hvd_vgg.data.transforms import augmentation_params, eval_image, train_image
 from hvd_vgg.errors import DATA, Failure
@@ -92,7 +93,10 @@ class Dataset:
             return bad
         if label != self.index.labels[record]:
             reason = f"its label is {label}, but was {self.index.labels[record]} when the shard was indexed"
-            return BadRecord(self.index, record, reason, "Did the shard change while in use? Start again")
+            advice = "Did the shard change while in use? Start again; if its size and time stayed as they were, remove the"
+            return BadRecord(
+                self.index, record, reason, f"{advice} .hvd_vgg_index_* beside it or in the run directory first"
+            )
         return Sample(record, encoded, label - self.label_base)
 
     def decode(self, sample: Union[Sample, BadRecord], params: List[float], out: np.ndarray) -> int:
@@ -103,10 +107,11 @@ class Dataset:
         if isinstance(sample, BadRecord):
             raise sample
         try:
-            if self.training:
-                train_image(sample.encoded, params, self.augment, out)
-            else:
-                eval_image(sample.encoded, self.augment, out)
+            with naming_record(self.index, sample.record, sample.encoded):
+                if self.training:
+                    train_image(sample.encoded, params, self.augment, out)
+                else:
+                    eval_image(sample.encoded, self.augment, out)
         except ValueError as error:
             reason = f"the image ({len(sample.encoded)} bytes) cannot be decoded: {error}"
             advice = "Expected a whole JPEG or PNG: replace the record"
@@ -211,6 +216,7 @@ def load_batches(dataset: Dataset, specs: Iterable[BatchSpec], rows: int, thread
         return pool.submit(lambda: None if closed.is_set() else function(*arguments))
 
     watchdog.add_to_report("batches_ready", lambda: sum(batch.done() for batch in list(begun)))
+    watchdog.add_to_report("reading", reads_in_progress)
     try:
         while True:
             for spec in itertools.islice(left, ahead + READ_AHEAD - len(planned) - len(begun)):
@@ -248,6 +254,7 @@ def _fill(batch: Batch, spec: BatchSpec, rows: np.ndarray, dataset: Dataset) -> 
     """Reads and decodes the records of `rows`; raises Failure(DATA) naming a bad one that may not be replaced."""
     # All are read before the first is decoded: decoding pushes the code that reads out of the processor's caches.
     samples = [dataset.read(record) for record in spec.ids[rows].tolist()]
+    written = count_writes()
     for row, params, sample in zip(rows.tolist(), augmentation_params(spec.seeds[rows]), samples):
         try:
             batch.labels[row] = dataset.decode(sample, params, batch.images[row])
@@ -255,6 +262,10 @@ def _fill(batch: Batch, spec: BatchSpec, rows: np.ndarray, dataset: Dataset) -> 
             batch.labels[row], by = dataset.replace(bad, int(spec.epochs[row]), params, batch.images[row])
             batch.ids[row] = bad.record if by is None else by
             batch.bad.append(BadRow(row, bad.record, by, bad.reason))
+    if count_writes() != written:  # the decoder has told of an image, or something else was printed
+        for sample in samples:
+            if isinstance(sample, Sample):
+                name_if_mended(dataset.index, sample.record, sample.encoded)
 
 
 def _finish(batch: Batch, filled: int, tasks: List["Future[None]"]) -> Batch:

@@ -4,14 +4,25 @@ import contextlib
 import functools
 import os
 import resource
-import struct
+import threading
+import time
 from pathlib import Path
-from typing import Sequence, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 import numpy as np
 
+from hvd_vgg import storage
 from hvd_vgg.data.index import Index
-from hvd_vgg.data.tfrecord import EXPECTED_FEATURES, FOOTER_BYTES, OpenShard, masked_crc, parse_features, record_header
+from hvd_vgg.data.tfrecord import (
+    EXPECTED_FEATURES,
+    FOOTER_BYTES,
+    HEADER_BYTES,
+    OpenShard,
+    data_failure,
+    describe_damage,
+    parse_features,
+    record_header,
+)
 from hvd_vgg.errors import DATA, Failure
 
 
@@ -29,6 +40,7 @@ def _max_open_shards() -> int:
     return 4096 if files == resource.RLIM_INFINITY else max(64, min(files // 2, 4096))
 
 
+_reading: Dict[int, Tuple[Path, float]] = {}  # by thread: what it is reading, and since when
 _open_shard = functools.lru_cache(maxsize=_max_open_shards())(OpenShard)
 
 
@@ -51,23 +63,53 @@ def read_ahead(index: Index, ids: np.ndarray) -> None:
 def read_record(index: Index, record: int) -> bytes:
     """Returns a record's data followed by its 4-byte checksum, left on to save a copy. May be called on any thread.
 
-    Raises BadRecord naming file, record and offset, or Failure(DATA) where the file itself cannot be read.
+    Raises BadRecord naming file, record and offset; Failure(DATA) where the file itself cannot be read or was rewritten;
+    Failure(LOST_RANK) where storage does not come back.
     """
     shard = int(np.searchsorted(index.starts, record, side="right")) - 1
     length, offset = int(index.lengths[record]), int(index.offsets[record])
     try:
+        _reading[threading.get_ident()] = index.paths[shard], time.monotonic()
         file = _open_shard(index.paths[shard])
-        found = os.pread(file.handle, length + FOOTER_BYTES, offset)
+        found = file.read(length + FOOTER_BYTES, offset)
     except OSError as error:
         raise Failure(DATA, f"data: {index.where(record)}: cannot be read: {error.strerror}") from error
+    finally:
+        _reading.pop(threading.get_ident(), None)
     if len(found) < length + FOOTER_BYTES:
         reason = f"expected {length} bytes and a checksum, found {len(found)}: the shard has shrunk since it was indexed"
         raise BadRecord(index, record, reason, "Copy it again")
-    computed, (stored,) = masked_crc(memoryview(found)[:length]), struct.unpack_from("<I", found, length)
-    if computed != stored:
-        reason = f"the checksum of its {length} bytes of data is {computed:08x}, the file says {stored:08x}: damaged"
-        raise BadRecord(index, record, reason, "Copy the shard again")
+    damage = describe_damage(file, offset, found)
+    if damage:
+        _require_not_rewritten(index, shard, file)
+        raise BadRecord(index, record, damage, "Copy the shard again")
     return found
+
+
+def reads_in_progress() -> List[str]:
+    """Returns the shards that this process is waiting for, longest first, for a hang report."""
+    reads, now = sorted(_reading.copy().values(), key=lambda read: read[1]), time.monotonic()
+    return [f"{path} for {now - since:.1f} s" for path, since in reads]
+
+
+def _require_not_rewritten(index: Index, shard: int, file: OpenShard) -> None:
+    """Raises Failure(DATA) for a shard whose first record that is not as indexed is intact: another was written there.
+
+    Even if its size and time are those of the index: a copy may keep both.
+    """
+    low, high = index.starts[shard : shard + 2].tolist()
+    for record, offset, length in zip(range(low, high), index.offsets[low:high].tolist(), index.lengths[low:high].tolist()):
+        header = file.read(HEADER_BYTES, offset - HEADER_BYTES)
+        if header == record_header(length):
+            continue
+        found = int.from_bytes(header[:8], "little")
+        if len(header) == HEADER_BYTES and header == record_header(found):
+            raise data_failure(
+                f"{index.where(record)}: it has {found} bytes, but had {length} when it was indexed: the shard was replaced "
+                f"or rewritten. Restore it as it was, or if it is meant to be so, remove the .hvd_vgg_index_* beside it or "
+                f"in the run directory; then start again"
+            )
+        return
 
 
 def write_records(path: Path, index: Index, ids: Sequence[int]) -> None:
@@ -79,7 +121,7 @@ def write_records(path: Path, index: Index, ids: Sequence[int]) -> None:
         for record in ids:
             file.write(record_header(int(index.lengths[record])) + read_record(index, record))
         file.flush()
-        os.fsync(file.fileno())
+        storage.sync(file.fileno(), path)
 
 
 def parse_example(index: Index, record: int, data: bytes) -> Tuple[bytes, int]:

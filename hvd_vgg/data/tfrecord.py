@@ -2,19 +2,35 @@
 
 import itertools
 import os
+import re
 import stat
 import struct
+import zlib
 from pathlib import Path
-from typing import Dict, Iterator, List, Tuple, Union
+from typing import Dict, Iterator, List, Optional, Tuple, Union
 
 import crc32c
 
+from hvd_vgg import storage
 from hvd_vgg.errors import DATA, Failure
 
 HEADER_BYTES, FOOTER_BYTES = 12, 4  # a record: its length, the length's checksum, the data, the data's checksum
 IMAGE, LABEL = b"image/encoded", b"image/class/label"
 EXPECTED_FEATURES = "Expected a tf.train.Example with image/encoded (one JPEG or PNG) and image/class/label (one integer)"
 _LABEL_LIMIT = 2**31  # the index holds int32
+_STRETCH_BYTES = 2**20  # read at once to find where zeros begin and end
+# How files begin that are often put in place of TFRecords, what they are, and what to do.
+_DECOMPRESS = "Training reads records by their offsets: write it plain, with tf.io.TFRecordWriter(path) without options"
+_FOREIGN = (
+    (b"\x1f\x8b", "compressed with gzip", f"{_DECOMPRESS}, or by gzip -dc"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd", _DECOMPRESS),
+    (b"BZh", "compressed with bzip2", _DECOMPRESS),
+    (b"\xfd7zXZ", "compressed with xz", _DECOMPRESS),
+    (b"\x04\x22\x4d\x18", "compressed with lz4", _DECOMPRESS),
+    (b"PK\x03\x04", "a ZIP archive", "Unpack it"),
+    (b"version https://git-lfs", "a pointer of Git LFS", "Fetch the file itself with git lfs pull"),
+    (b"<", "a web page or XML", "Download the shard again"),
+)
 Span = Tuple[int, int]  # start and stop within the bytes of a record
 
 
@@ -45,12 +61,68 @@ class OpenShard:
     """
 
     def __init__(self, path: Path) -> None:
-        self.handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a FIFO would wait for its writer
-        self.size = regular_file_size(path, os.fstat(self.handle))
+        self.path = path
+        self.handle = storage.retrying(path, self._open)
+        status = os.fstat(self.handle)
+        self.size, self._modified = regular_file_size(path, status), status.st_mtime_ns
+
+    def _open(self) -> int:
+        return os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)  # opening a FIFO would wait for its writer
+
+    def _reopen(self) -> None:
+        """Opens the file anew behind the same handle, with which other threads may be reading.
+
+        Raises Failure(DATA) where it has become another. Not by its inode: FUSE file systems may number them anew.
+        """
+        handle = self._open()
+        try:
+            status = os.fstat(handle)
+            if (status.st_size, status.st_mtime_ns) != (self.size, self._modified):
+                raise data_failure(
+                    f"{self.path} was replaced, rewritten or cut off while in use: it had {self.size} bytes when it was "
+                    f"opened, and has {status.st_size} and another time of modification. Restore it as it was, then start "
+                    f"again; other data is another run, in another --run_dir"
+                )
+            os.dup2(handle, self.handle, inheritable=False)
+        finally:
+            os.close(handle)
+
+    def read(self, count: int, offset: int) -> bytes:
+        """Returns `count` bytes at `offset`, or fewer at the end of the file; repeats and raises as `storage.retrying`."""
+        return storage.retrying(self.path, lambda: storage.pread_all(self.handle, count, offset), self._reopen)
+
+    def zeros_around(self, offset: int) -> str:
+        """Returns `zeros from offset A to B` for the stretch around the zero at `offset`."""
+        first, end = offset, offset
+        while first > 0:
+            part = self.read(min(first, _STRETCH_BYTES), max(0, first - _STRETCH_BYTES))
+            first -= len(part) - len(part.rstrip(b"\0"))
+            if part.strip(b"\0"):
+                break
+        while end < self.size:
+            part = self.read(_STRETCH_BYTES, end)
+            end += len(part) - len(part.lstrip(b"\0"))
+            if part.strip(b"\0") or not part:
+                break
+        return f"zeros from offset {first} to " + (f"the end at {end}" if end == self.size else f"{end}")
 
     def __del__(self) -> None:
         if hasattr(self, "handle"):
             os.close(self.handle)
+
+
+def foreign_content(head: bytes) -> Optional[Tuple[str, str]]:
+    """Returns what a file is that begins with `head` and is not a TFRecord file, and what to do; None if unknown."""
+    for magic, what, fix in _FOREIGN:
+        if head.startswith(magic):
+            return what, fix
+    if len(head) > 1 and head[0] == 0x78 and (head[0] << 8 | head[1]) % 31 == 0:  # RFC 1950, 2.2
+        try:
+            zlib.decompressobj().decompress(head)
+        except zlib.error:
+            return None
+        return "compressed with zlib", _DECOMPRESS
+    return None
 
 
 def masked_crc(data: Union[bytes, memoryview]) -> int:
@@ -63,6 +135,17 @@ def record_header(length: int) -> bytes:
     """Returns the header of a record of `length` bytes of data."""
     header = struct.pack("<Q", length)
     return header + struct.pack("<I", masked_crc(header))
+
+
+def describe_damage(file: OpenShard, offset: int, found: bytes) -> str:
+    """Returns what is wrong with a record's data at `offset`, followed by their checksum; "" where the checksum holds."""
+    length = len(found) - FOOTER_BYTES
+    computed, (stored,) = masked_crc(memoryview(found)[:length]), struct.unpack_from("<I", found, length)
+    if computed == stored:
+        return ""
+    text = f"the checksum of its {length} bytes of data is {computed:08x}, the file says {stored:08x}: damaged"
+    zeros = re.search(rb"\0{64}", found)  # no data of an image have so many
+    return f"{text}, with {file.zeros_around(offset + zeros.start())}" if zeros else text
 
 
 # The wire format of protocol buffers: https://protobuf.dev/programming-guides/encoding/. An Example holds Features (field

@@ -21,7 +21,9 @@ from hvd_vgg.data.index import (
     scan_shard,
     shard_bytes,
     unpack_shards,
+    unseen_labels,
 )
+from hvd_vgg.data.mended import count_writes, decoder_message, decoder_messages, describe
 from hvd_vgg.data.reader import parse_example, read_record
 from hvd_vgg.data.sampler import slice_bounds
 from hvd_vgg.data.transforms import eval_image
@@ -138,6 +140,9 @@ def assess_labels(config: DoctorConfig, train: Index, validation: Index, complet
     """Yields what the labels of both splits mean; complete: all shards are in their indexes."""
     labels, classes = np.union1d(train.labels, validation.labels), config.num_classes
     base = find_label_base(labels, classes) if config.label_base == "auto" else int(config.label_base)
+    unseen = unseen_labels(train, validation) if complete else ""
+    if unseen:
+        yield warning("data", unseen, "they count as misses: convert both splits with the same labels")
     text = f"labels {labels.min()}..{labels.max()}, {len(labels)} distinct; the first class is {base}"
     outside = labels[(labels < base) | (labels >= base + classes)]
     in_train = len(np.unique(train.labels))
@@ -158,26 +163,44 @@ def _check_records(config: DoctorConfig, split: str, index: Index, threads: int,
     longest = -(-index.records // comm.size()) if config.full else 1  # so that all ranks have the same number of blocks
     progress = console.progress(f"reading {split}", len(records), "records")
     bad: List[str] = []
+    mended: List[str] = []
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, longest, _BLOCK):
             block = records[start : start + _BLOCK]
-            bad += filter(None, pool.map(lambda record: _record_error(index, record, config), block))
+            with decoder_messages() as messages:
+                checked = list(pool.map(lambda record: _check_record(index, record, config), block))
+            bad += [error for error, _ in checked if error]
+            if messages:  # each is of one of the threads that have written meanwhile
+                mended += filter(None, (_mended(index, record) for record, (_, wrote) in zip(block, checked) if wrote))
             progress.update(min(start + _BLOCK, len(records)))
             comm.barrier()  # Horovod would consider a rank lost that waits until a slow one is done with all
-    found = [failure("data", text, "copy the shard again, or remove the record from it") for text in bad[:_MAX_NAMED]]
-    if len(bad) > _MAX_NAMED:
-        found.append(failure("data", f"and {len(bad) - _MAX_NAMED} more records of {split}", "as above"))
+    found: List[Finding] = []
+    for texts, finding, fix in (
+        (bad, failure, "copy the shard again, or remove the record from it"),
+        (mended, warning, "replace the image; training goes on with it as it is"),
+    ):
+        found += [finding("data", text, fix) for text in texts[:_MAX_NAMED]]
+        if len(texts) > _MAX_NAMED:
+            found.append(finding("data", f"and {len(texts) - _MAX_NAMED} more records of {split}", "as above"))
     what = "every record" if config.full else "for each rank a record"
     return found or [ok("data", f"{what} of {split} is read and decoded")]
 
 
-def _record_error(index: Index, record: int, config: DoctorConfig) -> str:
-    """Returns what is wrong with a record; "" if it decodes."""
+def _check_record(index: Index, record: int, config: DoctorConfig) -> Tuple[str, bool]:
+    """Returns what is wrong with a record, "" if it decodes; and whether the decoder may have printed a message about it."""
+    written, error = count_writes(), ""
     try:
         encoded, _ = parse_example(index, record, read_record(index, record))
-        eval_image(encoded, config.augment, np.empty([config.image_size, config.image_size, 3], np.uint8))
-    except Failure as error:
-        return error.message
-    except ValueError as error:
-        return f"data: {index.where(record)}: {error}"
-    return ""
+        # All of the image: training may see any part of it.
+        eval_image(encoded, "none", np.empty([config.image_size, config.image_size, 3], np.uint8))
+    except Failure as failed:
+        error = failed.message
+    except ValueError as failed:
+        error = f"data: {index.where(record)}: {failed}"
+    return error, not error and (not written or count_writes() != written)
+
+
+def _mended(index: Index, record: int) -> str:
+    """Returns what the decoder says of a record that decodes; "" if nothing."""
+    message = decoder_message(parse_example(index, record, read_record(index, record))[0])
+    return f"{index.where(record)}: {describe(message)}" if message else ""

@@ -85,13 +85,13 @@ def check_limits(root: Path, ranks: int) -> Iterator[Finding]:
         yield warning("limits", text, "ulimit -l unlimited on every host; docker run --ulimit memlock=-1")
 
 
-def check_run_dir(run_dir: Path, checkpoint_bytes: float, is_root: bool) -> List[Finding]:
+def check_run_dir(run_dir: Path, checkpoint_bytes: float, is_root: bool, flag: str = "run_dir") -> List[Finding]:
     """Checks that files can be written and synced where the run will go, and that `checkpoint_bytes` fit.
 
     Leaves nothing behind. Only rank 0 writes checkpoints; the others need the directory for their hang reports.
     """
     place = nearest_existing(run_dir)
-    text = f"--run_dir={run_dir}" + ("" if place == run_dir.absolute() else f" (not created yet; {place} exists)")
+    text = f"--{flag}={run_dir}" + ("" if place == run_dir.absolute() else f" (not created yet; {place} exists)")
     try:
         with probe_file(place) as file:
             file.write(b"x" * 4096)
@@ -99,11 +99,11 @@ def check_run_dir(run_dir: Path, checkpoint_bytes: float, is_root: bool) -> List
             os.fsync(file.fileno())
     except OSError as error:
         severity = failure if is_root else warning
-        return [severity("run_dir", f"{text} cannot be written: {error.strerror}", "use another --run_dir, or free space")]
+        return [severity("run_dir", f"{text} cannot be written: {error.strerror}", f"use another --{flag}, or free space")]
     free = shutil.disk_usage(place).free
     if is_root and free < checkpoint_bytes:
         text += f" has {free / _GB:.1f} GB free; its checkpoints take {checkpoint_bytes / _GB:.1f} GB"
-        return [failure("run_dir", text, "free space, use another --run_dir, or lower --keep_checkpoints")]
+        return [failure("run_dir", text, f"free space, use another --{flag}, or lower --keep_checkpoints")]
     return [ok("run_dir", f"{text} is writable; {free / _GB:.0f} GB free")] if is_root else []
 
 

@@ -263,13 +263,15 @@ def _report_leftovers(host: str, pids: List[int]) -> None:
 
 def _progress(run_dir: RunDir) -> Tuple[int, int]:
     """Returns the step of the newest checkpoint and that of the last line of the log; -1 for none."""
-    saved = checkpoint_step(next(iter(run_dir.list_checkpoints()), Path()))
+    saved = None
+    with contextlib.suppress(Failure):  # storage that does not come back is the ranks' to report
+        saved = checkpoint_step(next(iter(run_dir.list_checkpoints()), Path()))
     steps = [line.step for line in _read_log(run_dir) if line.epoch >= 0]
     return -1 if saved is None else saved, steps[-1] if steps else -1
 
 
 def _read_log(run_dir: Optional[RunDir]) -> List[LogLine]:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, Failure):
         return read_log(run_dir.log) if run_dir else []
     return []
 

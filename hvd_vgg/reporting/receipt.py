@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
+from hvd_vgg import storage
 from hvd_vgg.run_dir import RunDir, atomic_write_text, writing
 
 ABOUT = "Integrity, not authenticity: whoever can rewrite the directory can rewrite this file. Check: hvd-vgg verify-run."
@@ -38,7 +39,7 @@ class LogLine(NamedTuple):
 def read_log(path: Path) -> List[LogLine]:
     """Returns the lines of dllogger.json; [] if there is none."""
     lines, sha256, size = [], hashlib.sha256(), 0
-    for number, text in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], 1):
+    for number, text in enumerate(storage.read_bytes(path).splitlines(keepends=True) if path.exists() else [], 1):
         sha256.update(text)
         size += len(text)
         digest = {"bytes": size, "sha256": sha256.hexdigest()}
@@ -104,8 +105,12 @@ def file_row(path: Path, length: Optional[int] = None) -> Optional[Dict[str, Any
 
 def sync(path: Path) -> None:
     """Puts what was written to a file on disk: digests of it must not outlive it in a power cut."""
-    with contextlib.suppress(FileNotFoundError), open(path, "rb+") as file:
-        os.fsync(file.fileno())
+    with contextlib.suppress(FileNotFoundError):
+        handle = os.open(path, os.O_RDWR)
+        try:
+            storage.sync(handle, path)
+        finally:
+            os.close(handle)
 
 
 def write(run: RunDir) -> None:

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import shutil
 import struct
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, Dict, Iterable, Mapping, NamedTuple, Optional, Tuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from hvd_vgg import storage
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
 from hvd_vgg.run_dir import DISK_FULL, RunDir, atomic_write_text, checkpoint_step
 
@@ -82,8 +82,8 @@ def write(path: Path, tensors: Tensors, meta: Dict[str, Any]) -> None:
         with safe_open(str(temporary), framework="numpy") as file:  # one tensor at a time: memory may be short
             if file.metadata() != metadata or tensors_sha256((name, file.get_tensor(name)) for name in tensors) != digest:
                 raise OSError("what was read back is not what was written")
-        temporary.replace(path)
-        _sync_directory(path.parent)
+        storage.replace(temporary, path)
+        storage.sync_directory(path.parent)
     except (OSError, SafetensorError, ValueError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()  # if it fills the disk, the log has no room either
@@ -108,7 +108,7 @@ def _write_safetensors(path: Path, tensors: Tensors, metadata: Dict[str, str]) -
         for tensor in tensors.values():
             file.write(_bytes(tensor))
         file.flush()
-        os.fsync(file.fileno())
+        storage.sync(file.fileno(), path)
 
 
 def _bytes(tensor: np.ndarray) -> memoryview:
@@ -116,8 +116,12 @@ def _bytes(tensor: np.ndarray) -> memoryview:
 
 
 def load(path: Path) -> Checkpoint:
-    """Returns the checkpoint in `path`; raises ValueError with what is wrong with the file."""
+    """Returns the checkpoint in `path`; raises ValueError with what is wrong with the file.
+
+    Raises Failure(LOST_RANK) where storage does not come back: the file may be whole.
+    """
     try:
+        storage.require_readable(path)
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
             meta = json.loads(metadata.get(_KEY, "null"))
@@ -134,20 +138,29 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(path, tensors, meta)
 
 
-def newest(run_dir: RunDir) -> Tuple[Optional[Checkpoint], Dict[Path, str]]:
+def newest(run_dir: RunDir, copy: Optional[RunDir] = None) -> Tuple[Optional[Checkpoint], Dict[Path, str]]:
     """Returns (the newest whole checkpoint of a run, or None if there are no files; what is wrong with newer ones).
 
-    Raises Failure(CONFIGURATION) if there are files but none is whole: a run never starts over silently.
+    copy: the run's --checkpoint_copy_dir, used for what the first directory lacks, or has damaged. Raises
+    Failure(CONFIGURATION) if there are files but none is whole: a run never starts over silently. Raises
+    Failure(LOST_RANK) where storage does not come back, rather than return an older one.
     """
     faults: Dict[Path, str] = {}
-    for path in run_dir.list_checkpoints():
+    places = [run_dir, copy] if copy else [run_dir]
+    files = [path for place in places for path in place.list_checkpoints()]
+    files.sort(key=lambda path: path.name, reverse=True)  # of one step the first directory's stays before its copy
+    for number, path in enumerate(files):
         try:
             return load(path), faults
         except ValueError as error:
             faults[path] = str(error)
-    faults.update(dict.fromkeys(sorted(run_dir.checkpoints.glob("step-*.bad")), "set aside as damaged"))
+        except Failure:
+            if path.name not in [other.name for other in files[number + 1 :]]:
+                raise
+    for place in places:
+        faults.update(dict.fromkeys(sorted(place.checkpoints.glob("step-*.bad")), "set aside as damaged"))
     if faults:
-        lines = "\n".join(f"  {path.name}: {text}" for path, text in faults.items())
+        lines = "\n".join(f"  {path if copy else path.name}: {text}" for path, text in faults.items())
         raise Failure(
             CONFIGURATION,
             f"no checkpoint in {run_dir.checkpoints} is whole:\n{lines}\nRestore one from a copy, or start over in another "
@@ -159,7 +172,7 @@ def newest(run_dir: RunDir) -> Tuple[Optional[Checkpoint], Dict[Path, str]]:
 def best(run_dir: RunDir) -> Optional[Path]:
     """Returns the file that `best` names, or None if it names none, or something else than a checkpoint."""
     try:
-        path = run_dir.checkpoints / run_dir.best.read_text(encoding="ascii").strip()
+        path = run_dir.checkpoints / storage.read_bytes(run_dir.best).decode("ascii").strip()
     except (OSError, UnicodeDecodeError):
         return None
     return path if path.parent == run_dir.checkpoints and checkpoint_step(path) is not None else None
@@ -168,7 +181,7 @@ def best(run_dir: RunDir) -> Optional[Path]:
 def point_to_best(path: Path) -> None:
     """Points `best` at the checkpoint `path`; on disk when this returns."""
     atomic_write_text(path.with_name("best"), path.name + "\n")
-    _sync_directory(path.parent)
+    storage.sync_directory(path.parent)
 
 
 def set_aside(path: Path) -> Path:
@@ -208,14 +221,6 @@ def _checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _sync_directory(place: Path) -> None:
-    handle = os.open(place, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _make_room(run_dir: RunDir, path: Path) -> bool:
     """Removes the checkpoints older than the newest whole one up to `path`, but the best; says whether it removed any."""
     there = run_dir.list_checkpoints()
@@ -237,7 +242,10 @@ def _prune(run_dir: RunDir, keep: int, written: Path) -> None:
     """Removes the checkpoints up to `written` beyond its newest `keep`, but never the one that `best` names."""
     # Later steps are from before a rewind, and will be written again.
     candidates = [path for path in run_dir.list_checkpoints() if path.name <= written.name]
-    spared = best(run_dir)
+    try:
+        spared = best(run_dir)
+    except Failure:
+        return  # the best one is not known at the moment
     for path in candidates[keep:]:
         if path != spared:
             with contextlib.suppress(OSError):  # what was written is whole all the same

@@ -16,10 +16,18 @@ class CheckpointWriter:
     """Writes one checkpoint at a time, in a thread. A save that fails is no reason to stop, except for the last one.
 
     `event` logs each one as soon as it is whole. Rank 0 alone begins any; on the others there is nothing to wait for.
+    copy: where a second copy of each is written, whether the first succeeds or not; `say` tells of a copy that fails.
     """
 
-    def __init__(self, run_dir: RunDir, keep: int, event: Callable[..., None]) -> None:
-        self.run_dir, self.keep, self.event = run_dir, keep, event
+    def __init__(
+        self,
+        run_dir: RunDir,
+        keep: int,
+        event: Callable[..., None],
+        copy: Optional[RunDir] = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.run_dir, self.keep, self.event, self.copy, self.say = run_dir, keep, event, copy, say
         self.pool = ThreadPoolExecutor(1, "checkpoint")
         self.saving: Optional[Future[None]] = None
         self.written, self.seconds = 0, 0.0
@@ -29,6 +37,22 @@ class CheckpointWriter:
         self.saving = self.pool.submit(self._save, tensors, meta, best)
 
     def _save(self, tensors: checkpoint.Tensors, meta: Dict[str, Any], best: bool) -> None:
+        try:
+            self._save_first(tensors, meta, best)
+        finally:
+            if self.copy:
+                self._save_copy(self.copy, tensors, meta, best)
+
+    def _save_copy(self, copy: RunDir, tensors: checkpoint.Tensors, meta: Dict[str, Any], best: bool) -> None:
+        try:
+            path = checkpoint.save(copy, tensors, meta, self.keep, best)
+            self.event("checkpoint_copy", step=meta["step"], file=str(path))
+        except Failure as failure:
+            reason = str(failure.__cause__ or failure)
+            self.event("copy_failed", step=meta["step"], error=reason)
+            self.say(f"warning: no copy of the checkpoint of step {meta['step']} in {copy.checkpoints}: {reason}")
+
+    def _save_first(self, tensors: checkpoint.Tensors, meta: Dict[str, Any], best: bool) -> None:
         began = time.monotonic()
         with contextlib.suppress(OSError):
             receipt.sync(self.run_dir.log)  # a checkpoint of updates that are in no log cannot be verified

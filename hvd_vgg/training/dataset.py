@@ -22,6 +22,7 @@ from hvd_vgg.data.index import (
     scan_shard,
     shard_bytes,
     unpack_shards,
+    unseen_labels,
 )
 from hvd_vgg.data.tfrecord import FOOTER_BYTES, data_failure
 from hvd_vgg.parallel import comm
@@ -48,6 +49,9 @@ def open_data(config: BatchConfig, run_dir: Path, console: Console) -> Splits:
     label_base = found if config.label_base == "auto" else int(config.label_base)
     for index in (train, validation):
         run_on_all_ranks(functools.partial(check_labels, index, label_base, config.num_classes))
+    unseen = unseen_labels(train, validation)
+    if unseen:
+        console.say(f"warning: {unseen}. They count as misses: were the splits converted with the same labels?")
     return Splits(train, validation, label_base)
 
 

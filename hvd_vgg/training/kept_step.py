@@ -11,6 +11,7 @@ from typing import Any, Dict, List
 
 import numpy as np
 
+from hvd_vgg import storage
 from hvd_vgg.config import TrainConfig
 from hvd_vgg.data.reader import write_records
 from hvd_vgg.data.sampler import positions
@@ -120,7 +121,7 @@ def read_skipped_steps(run_dir: RunDir) -> List[int]:
     """Returns the steps that the run was rewound to skip; raises Failure(CONFIGURATION)."""
     path = run_dir.skipped_steps
     try:
-        steps = json.loads(path.read_text(encoding="ascii"))
+        steps = json.loads(storage.read_bytes(path))
         if not (isinstance(steps, list) and all(type(each) is int and each >= 0 for each in steps)):
             raise ValueError("not a list of steps")
         return steps

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from typing import Any, Dict, List, NoReturn, Tuple
+from typing import Any, Dict, List, NoReturn, Optional, Tuple
 
 from hvd_vgg.config import BITS, TrainConfig, allowed_changes, hyperparameters
 from hvd_vgg.errors import CONFIGURATION, Failure
@@ -12,6 +12,7 @@ from hvd_vgg.reporting import receipt
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.text import difference_table
 from hvd_vgg.training import checkpoint
+from hvd_vgg.training.checkpoint_copy import bring_back
 from hvd_vgg.training.kept_step import read_skipped_steps
 from hvd_vgg.training.reporter import Reporter
 from hvd_vgg.training.state import CHECKPOINT_FORMAT, State, TrainProgress, assign_variables, find_mismatch
@@ -21,20 +22,25 @@ _ORDER = {"global_batch", "seed", "shuffle_block_records"}
 
 
 def restore_state(
-    state: State, config: TrainConfig, run: Dict[str, Any], arithmetic: Dict[str, str], reporter: Reporter
+    state: State,
+    config: TrainConfig,
+    run: Dict[str, Any],
+    arithmetic: Dict[str, str],
+    reporter: Reporter,
+    copy: Optional[RunDir] = None,
 ) -> Tuple[TrainProgress, List[str]]:
     """Brings `state` of all ranks to the newest checkpoint in --run_dir, or to rank 0's initial weights. Collective.
 
     Returns how far the run is, and the layers whose gradient is formed from gathered factors: as they were when it began.
 
-    run: `run_fingerprint` of this run, which gets these layers; arithmetic: of `describe_arithmetic`. Damaged checkpoints
-    newer than the one it continues from are renamed. Raises a collective Failure(CONFIGURATION) when no checkpoint is whole,
-    or when the run is another.
+    run: `run_fingerprint` of this run, which gets these layers; arithmetic: of `describe_arithmetic`; copy: of
+    `open_copy_dir`. Damaged checkpoints newer than the one it continues from are renamed. Raises a collective
+    Failure(CONFIGURATION) when no checkpoint is whole, or when the run is another.
     """
     run_dir = RunDir(config.run_dir)
 
     def restore() -> List[Any]:
-        progress = _restore_root(state, config, run_dir, run, arithmetic, reporter)
+        progress = _restore_root(state, config, run_dir, run, arithmetic, reporter, copy)
         # A checkpoint knows the steps skipped before it; a later one, which it was itself rewound to, is kept beside it.
         progress.skipped_steps = sorted({*progress.skipped_steps, *read_skipped_steps(run_dir)})
         return [dataclasses.asdict(progress), run["exchange"]]
@@ -52,9 +58,12 @@ def _restore_root(
     run: Dict[str, Any],
     arithmetic: Dict[str, str],
     reporter: Reporter,
+    copy: Optional[RunDir] = None,
 ) -> TrainProgress:
     checkpoint.clean(run_dir)
-    found, faults = checkpoint.newest(run_dir)
+    if copy:
+        checkpoint.clean(copy)
+    found, faults = checkpoint.newest(run_dir, copy)
     if found is None:
         _check_none_was_saved(run_dir)
         return TrainProgress()
@@ -74,13 +83,19 @@ def _restore_root(
     if refused:
         _refuse(refused, find_mismatch(state.variables(), found), found, run, run_dir)
     assign_variables(state.variables(), found)
+    for path, reason in faults.items():
+        try:
+            renamed = checkpoint.set_aside(path)
+        except OSError as error:
+            reporter.say(f"{path} is damaged ({reason}), and cannot be renamed ({error.strerror})")
+            continue
+        reporter.say(f"{path} is damaged ({reason}): renamed to {renamed.name}")
+        reporter.event("checkpoint_damaged", file=path.name, reason=reason, renamed=renamed.name)
+    if copy and found.path.parent == copy.checkpoints:
+        found = bring_back(found, run_dir, copy, reporter)
     if found.meta.get("best"):  # killed before `best` could name it
         with contextlib.suppress(OSError):
             checkpoint.point_to_best(found.path)
-    for path, reason in faults.items():
-        renamed = checkpoint.set_aside(path)
-        reporter.say(f"{path.name} is damaged ({reason}): renamed to {renamed.name}")
-        reporter.event("checkpoint_damaged", file=path.name, reason=reason, renamed=renamed.name)
     for key in changed:
         reporter.say(f"--{key} was {before.get(key)}, is {run.get(key)} from here on")
         reporter.event("config_changed", flag=key, before=before.get(key), after=run.get(key))
@@ -129,15 +144,15 @@ def _refuse(keys: List[str], mismatch: str, found: checkpoint.Checkpoint, run: D
     raise Failure(CONFIGURATION, f"{found.path} is of another run:\n{table}\n{fix}")
 
 
-def require_checkpoints(config: TrainConfig) -> None:
-    """Raises Failure(CONFIGURATION) unless there are checkpoints, or none, as --resume says; for rank 0."""
+def require_checkpoints(config: TrainConfig, copy: Optional[RunDir] = None) -> None:
+    """Raises Failure(CONFIGURATION) unless there are checkpoints, or copies, or none, as --resume says; for rank 0."""
     run_dir, resume = RunDir(config.run_dir), config.resume
-    found = run_dir.list_checkpoints()
+    found = run_dir.list_checkpoints() or (copy.list_checkpoints() if copy else [])
     if resume == "required" and not found:
         raise Failure(CONFIGURATION, f"--resume=required, but {run_dir.checkpoints} holds no checkpoint")
     if resume == "never" and found:
         raise Failure(
             CONFIGURATION,
-            f"--resume=never, but {run_dir.checkpoints} holds {len(found)} checkpoints, which are never "
-            f"overwritten: use another --run_dir",
+            f"--resume=never, but {found[0].parent} holds {len(found)} checkpoints, which are never "
+            f"overwritten: use another --run_dir or --checkpoint_copy_dir",
         )

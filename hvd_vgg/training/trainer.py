@@ -14,6 +14,7 @@ from hvd_vgg.parallel.consensus import check_replicas, run_on_all_ranks, run_on_
 from hvd_vgg.reporting.throughput import Throughput
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.training.bad_records import count_bad_records
+from hvd_vgg.training.checkpoint_copy import open_copy_dir
 from hvd_vgg.training.checkpoint_writer import CheckpointWriter
 from hvd_vgg.training.dataset import open_data
 from hvd_vgg.training.evaluate import evaluate, make_eval_step, report_evaluation
@@ -51,8 +52,10 @@ class Trainer:
         self.low, _ = part_bounds(config, comm.rank(), comm.size())  # of this rank's part of a global batch
         self.state = initial_state(config)
         self.fingerprint = run_fingerprint(config, self.data.train, self.data.label_base)
-        self.writer = CheckpointWriter(RunDir(config.run_dir), config.keep_checkpoints, self.reporter.event)
-        run_on_root(lambda: require_checkpoints(config))
+        self.copy = run_on_root(lambda: open_copy_dir(config.checkpoint_copy_dir, self.reporter))
+        run_dir, reporter = RunDir(config.run_dir), self.reporter
+        self.writer = CheckpointWriter(run_dir, config.keep_checkpoints, reporter.event, self.copy, reporter.say)
+        run_on_root(lambda: require_checkpoints(config, self.copy))
         self.restore()
         introduce(
             config, self.data, self.device, self.arithmetic, self.factored, self.total_steps, self.progress, self.reporter
@@ -67,7 +70,7 @@ class Trainer:
     def restore(self) -> None:
         """Brings the state to the newest checkpoint, if any, and prepares to train from there. Collective."""
         config, records = self.config, self.data.train.records
-        found = restore_state(self.state, config, self.fingerprint, self.arithmetic, self.reporter)
+        found = restore_state(self.state, config, self.fingerprint, self.arithmetic, self.reporter, self.copy)
         self.progress, self.factored = found
         step = self.progress.step
         self.result: Any = None  # the newest Evaluation of this process

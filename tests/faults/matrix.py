@@ -41,6 +41,9 @@ FAULTS = {
     "F35": "slow rank",
     "F36": "root without consent; more ranks than slots",
     "F37": "dllogger, mpi4py, TensorBoard are not installed",
+    "F40": "reads fail for a while, or for good; no locks, no fsync of directories, no renaming over; a mount blocks",
+    "F41": "zeros in a shard, compressed shards, shards rewritten in use, JPEGs that the decoder mends",
+    "F42": "checkpoints gone or damaged, with copies in another directory; the copies' disk fails",
 }
 
 

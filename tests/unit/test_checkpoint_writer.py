@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from hvd_vgg.errors import NOT_WRITTEN
+from hvd_vgg.errors import NOT_WRITTEN, Failure
 from hvd_vgg.run_dir import RunDir, checkpoint_step
 from hvd_vgg.training import checkpoint
 from hvd_vgg.training.checkpoint_writer import CheckpointWriter
@@ -90,3 +90,53 @@ def test_writer_unreadable_checkpoint_is_a_failed_save(tmp_path, monkeypatch):
     failure = writer.wait()
     assert (failure.code, "was written but cannot be read" in failure.message) == (NOT_WRITTEN, True)
     assert writer.written == 0
+
+
+@pytest.mark.fault("F42")
+def test_writer_writes_a_second_copy_of_each(tmp_path):
+    """Pruned alike, with its own pointer to the best; a failure of either does not touch the other."""
+    run, copy, events, said = RunDir(tmp_path / "run"), RunDir(tmp_path / "copy"), [], []
+    writer = CheckpointWriter(run, 2, lambda name, **data: events.append((name, data["step"])), copy, said.append)
+    for step in (1, 2, 3, 4):
+        begin(writer, step, best=step == 1)
+        assert writer.wait() is None
+    assert steps(run.path) == steps(copy.path) == [4, 3, 1]
+    assert checkpoint.best(copy) == copy.checkpoint(1)
+    assert events[:2] == [("checkpoint", 1), ("checkpoint_copy", 1)] and not said
+
+    shutil.rmtree(copy.checkpoints)
+    copy.checkpoints.write_text("in the way")
+    begin(writer, 5)
+    assert writer.wait() is None
+    assert steps(run.path) == [5, 4, 1]
+    assert events[-2:] == [("checkpoint", 5), ("copy_failed", 5)]
+    assert said[0].startswith(f"warning: no copy of the checkpoint of step 5 in {copy.checkpoints}: ") and len(said) == 1
+
+    copy.checkpoints.unlink()
+    shutil.rmtree(run.checkpoints)
+    run.checkpoints.write_text("in the way")
+    begin(writer, 6)
+    assert writer.wait().code == NOT_WRITTEN
+    assert steps(copy.path) == [6]
+
+
+@pytest.mark.fault("F42")
+def test_newest_checkpoint_of_a_run_and_its_copies(tmp_path):
+    """The newest whole one; of one step the run's own."""
+    run, copy = RunDir(tmp_path / "run"), RunDir(tmp_path / "copy")
+    writer = CheckpointWriter(run, 2, lambda name, **data: None, copy)
+    for step in (1, 2):
+        begin(writer, step)
+        assert writer.wait() is None
+    assert checkpoint.newest(run, copy)[0].path == run.checkpoint(2)
+    run.checkpoint(2).write_bytes(run.checkpoint(2).read_bytes()[:-9])
+    found, faults = checkpoint.newest(run, copy)
+    assert (found.path, list(faults)) == (copy.checkpoint(2), [run.checkpoint(2)])
+    copy.checkpoint(2).unlink()
+    assert checkpoint.newest(run, copy)[0].path == run.checkpoint(1)
+    shutil.rmtree(run.path)
+    assert checkpoint.newest(run, copy)[0].path == copy.checkpoint(1)
+    assert checkpoint.newest(run) == (None, {})
+    copy.checkpoint(1).write_bytes(b"")
+    with pytest.raises(Failure, match="is whole"):
+        checkpoint.newest(run, copy)

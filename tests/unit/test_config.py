@@ -46,13 +46,14 @@ def test_flags_errors_are_all_in_one_message():
         "--momentum=0",
         "--optimizer=nesterov",
         "--lr_step_epochs=30,20",
+        "--checkpoint_copy_dir=run/",
         "stray",
     ]
     with pytest.raises(Failure) as raised:
         parse_flags(TrainConfig, flags)
     assert raised.value.code == USAGE
     lines = raised.value.message.splitlines()
-    assert lines[0] == "8 illegal flag(s):"
+    assert lines[0] == "9 illegal flag(s):"
     for part in (
         "--lr=fast: expected a number",
         "--global_batch=0: expected at least 1",
@@ -61,6 +62,7 @@ def test_flags_errors_are_all_in_one_message():
         "--epochs=nan: expected a finite number",
         "--optimizer=nesterov needs --momentum above 0",
         "--lr_step_epochs=30,20: expected rising numbers above 0",
+        "--checkpoint_copy_dir=run/: expected another directory than --run_dir",
         "stray: no such flag of this command",
     ):
         assert any(part in line for line in lines), part

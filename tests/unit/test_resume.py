@@ -33,8 +33,8 @@ def resume(tmp_path):
     def restore(data=(), factored=("fc1",), arithmetic=ARITHMETIC, **flags):
         config = dataclasses.replace(CONFIG, **flags)
         state, run = initial_state(config), {**fingerprint(config), "exchange": [*factored], **DATA, **dict(data)}
-        reporter = Reporter(None, Console("lines", True))
-        return _restore_root(state, config, run_dir, run, arithmetic, reporter), state, tensors, run["exchange"]
+        reporter, copy = Reporter(None, Console("lines", True)), RunDir(tmp_path / "copy")
+        return _restore_root(state, config, run_dir, run, arithmetic, reporter, copy), state, tensors, run["exchange"]
 
     return restore
 
@@ -117,3 +117,25 @@ def test_resume_refuses_another_format(resume, tmp_path):
     checkpoint.write(path, found.tensors, {**found.meta, "format": CHECKPOINT_FORMAT - 1})
     with pytest.raises(Failure, match="written by another version"):
         resume()
+
+
+@pytest.mark.fault("F42")
+@pytest.mark.parametrize("harm", ["damaged", "gone"])
+def test_resume_brings_back_checkpoints_from_copies(resume, tmp_path, capsys, harm):
+    """The newest and the best; what was damaged is kept aside."""
+    run, copy = RunDir(tmp_path), RunDir(tmp_path / "copy")
+    found = checkpoint.load(run.checkpoint(4))
+    for step in (2, 4):
+        checkpoint.save(copy, found.tensors, {**found.meta, "step": step}, 3, step == 2)
+    whole = run.checkpoint(4).read_bytes()
+    run.checkpoint(4).write_bytes(whole[:-9])
+    if harm == "gone":
+        run.checkpoint(4).unlink()
+    assert resume()[0] == TrainProgress(step=4)
+    assert [path.name[5:13] for path in run.list_checkpoints()] == ["00000004", "00000002"]
+    assert all(checkpoint.load(path) for path in run.list_checkpoints())
+    assert checkpoint.best(run) == run.checkpoint(2)
+    assert len(list(run.checkpoints.glob("*.bad"))) == (harm == "damaged")
+    out = capsys.readouterr().out
+    assert f"{run.checkpoints} holds no whole checkpoint as new as the copy {copy.checkpoint(4)}, which is used" in out
+    assert f"continuing from step 4: {run.checkpoint(4)}" in out

@@ -1,0 +1,159 @@
+"""Storage that hiccups: reads are repeated for some seconds; what a file system does not support is told once.
+
+Network and FUSE mounts answer ESTALE, EIO or ETIMEDOUT for a moment when a server restarts, and all is well after the file
+is opened anew. Others have no fsync of directories, no locks, or cannot rename over a file that somebody has open.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Callable, Optional, Set, TypeVar
+
+from hvd_vgg.errors import LOST_RANK, Failure
+from hvd_vgg.streams import write_line
+
+T = TypeVar("T")
+
+WAITS = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 5.0)  # seconds between one attempt to read and the next
+SLOW_SECONDS = 30.0  # a read that takes longer is told
+
+
+def _numbers(*names: str) -> Set[int]:
+    return {getattr(errno, name) for name in names if hasattr(errno, name)}
+
+
+# Of servers and links that go away and come back, and of a host that is short of files or memory for a moment.
+_PASSING = _numbers(
+    *("EIO", "ESTALE", "ETIMEDOUT", "EINTR", "EAGAIN", "EBUSY", "EREMOTEIO", "ENOTCONN", "ECONNABORTED", "ECONNREFUSED"),
+    *("ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETRESET", "ENETUNREACH", "ENOLINK", "ECOMM", "EPROTO"),
+    *("ESHUTDOWN", "EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"),
+)
+UNSUPPORTED = _numbers("EINVAL", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "ENOTTY", "ENOLCK")
+_UNSUPPORTED_RENAME = UNSUPPORTED | _numbers("EBUSY", "ETXTBSY", "EEXIST", "EACCES", "EPERM")
+_told: Set[str] = set()
+
+
+def warn_once(about: str, text: str) -> None:
+    """Prints a warning to stderr, on any rank, unless this process has printed one about the same."""
+    if about not in _told:
+        _told.add(about)
+        write_line(f"hvd-vgg: warning on {socket.gethostname()}: {text}", sys.stderr)
+
+
+def retrying(path: Path, read: Callable[[], T], reopen: Callable[[], object] = lambda: None) -> T:
+    """Returns `read()`, repeated with growing waits, and after `reopen()`, while it fails as storage does that comes back.
+
+    Other OSErrors are raised at once. Raises Failure(LOST_RANK), for which a run is started again, if it does not come back.
+    A file whose read was repeated, or took minutes, is told once.
+    """
+    began = time.monotonic()
+    error: Optional[OSError] = None
+    for wait in (*WAITS, None):
+        try:
+            if error is not None:
+                reopen()
+            value = read()
+            break
+        except OSError as failed:
+            if failed.errno not in _PASSING:
+                raise
+            if wait is None:
+                raise Failure(
+                    LOST_RANK,
+                    f"{path} cannot be read: {_reason(failed)}, in {len(WAITS) + 1} attempts over "
+                    f"{time.monotonic() - began:.0f} s; start again when its file system is back",
+                ) from failed
+            error = failed
+            time.sleep(wait)
+    seconds = time.monotonic() - began
+    if error is not None:
+        text = f"could not be read for {seconds:.1f} s ({_reason(error)}), and was opened and read again"
+        warn_once(f"read {path}", f"{path} {text}: the run goes on; look after its file system or server")
+    elif seconds > SLOW_SECONDS:
+        warn_once(f"slow {path}", f"{path}: one read took {seconds:.0f} s; look after its file system or server")
+    return value
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.strerror}, {errno.errorcode.get(error.errno or 0, error.errno)}"
+
+
+def read_bytes(path: Path) -> bytes:
+    """Returns the contents of a file; raises OSError, or Failure(LOST_RANK), as `retrying` does."""
+    return retrying(path, path.read_bytes)
+
+
+def require_readable(path: Path) -> None:
+    """Reads a file to its end and drops what it reads; raises as `read_bytes`.
+
+    For libraries that map files into memory, where an error of storage is no OSError but the end of the process.
+    """
+
+    def read() -> None:
+        buffer = bytearray(2**24)
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+    retrying(path, read)
+
+
+def pread_all(handle: int, count: int, offset: int) -> bytes:
+    """Returns `count` bytes at `offset`, or fewer at the end of the file; the system may return them in parts.
+
+    Raises OSError, EIO where bytes are missing though the file is long enough.
+    """
+    found = os.pread(handle, count, offset)
+    while len(found) < count:
+        more = os.pread(handle, count - len(found), offset + len(found))
+        if not more:
+            if os.fstat(handle).st_size >= offset + count:
+                raise OSError(errno.EIO, f"only {len(found)} of {count} bytes at {offset} are returned")
+            break
+        found += more
+    return found
+
+
+def sync(handle: int, path: Path) -> None:
+    """Puts an open file or directory on disk; where the file system cannot, says so once. Raises OSError."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED | {errno.EBADF, errno.EISDIR}:
+            raise
+        kind = "directories" if path.is_dir() else "files"
+        text = f"the file system of {path} does not sync {kind} ({_reason(error)}): what is saved there is whole now, but a "
+        warn_once(f"sync {kind}", f"{text}power cut may undo the newest")
+
+
+def sync_directory(path: Path) -> None:
+    """Puts a directory's names on disk, as `sync` does."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        sync(handle, path)
+    finally:
+        os.close(handle)
+
+
+def replace(temporary: Path, path: Path) -> None:
+    """Renames `temporary` to `path`, over what is there. Raises OSError.
+
+    Where that cannot be renamed over, as some file systems refuse while somebody has it open, it is rewritten in place.
+    """
+    try:
+        temporary.replace(path)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED_RENAME or not path.exists():
+            raise
+        with contextlib.suppress(shutil.SameFileError):
+            shutil.copyfile(temporary, path)
+        with open(path, "rb") as file:
+            sync(file.fileno(), path)
+        temporary.unlink()
+        text = f"{path} cannot be renamed over ({_reason(error)}), and was rewritten in place"
+        warn_once("rename", f"{text}: files there are torn if this host crashes meanwhile")

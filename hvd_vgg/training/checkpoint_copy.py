@@ -1,0 +1,55 @@
+"""The second copy of each checkpoint, --checkpoint_copy_dir: opening it, and bringing back what the first directory lost.
+
+It has the layout of a run directory: `checkpoints/` and a lock. All functions are for rank 0 alone.
+"""
+
+from pathlib import Path
+from typing import Optional
+
+from hvd_vgg.errors import Failure
+from hvd_vgg.run_dir import RunDir, lock_run_dir, write_error
+from hvd_vgg.training import checkpoint
+from hvd_vgg.training.reporter import Reporter
+
+
+class CopyDir(RunDir):
+    """A directory of copies, locked until this process ends."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.path.mkdir(parents=True, exist_ok=True, mode=0o750)
+        RunDir(path).lock.touch()
+        self.held = lock_run_dir(path, "--checkpoint_copy_dir")
+
+
+def open_copy_dir(path: str, reporter: Reporter) -> Optional[RunDir]:
+    """Returns the directory of copies, None without one; raises Failure(CONFIGURATION) where another job uses it.
+
+    Where it cannot be written now, warns: the copies of later checkpoints may succeed.
+    """
+    if not path:
+        return None
+    try:
+        return CopyDir(Path(path))
+    except OSError as error:
+        reporter.say(f"warning: no copies of checkpoints at present: {write_error(Path(path), error)}")
+        return RunDir(path)
+
+
+def bring_back(found: checkpoint.Checkpoint, run_dir: RunDir, copy: RunDir, reporter: Reporter) -> checkpoint.Checkpoint:
+    """Returns the checkpoint `found` as it is in `run_dir`, after it and the best one were written there from the copies."""
+    reporter.say(f"{run_dir.checkpoints} holds no whole checkpoint as new as the copy {found.path}, which is used")
+    reporter.event("checkpoint_copy_used", step=found.meta["step"], file=str(found.path))
+    path = run_dir.checkpoint(found.meta["step"])
+    try:
+        checkpoint.write(path, found.tensors, found.meta)
+        best = checkpoint.best(copy)
+        if best is not None and checkpoint.best(run_dir) is None:
+            own = run_dir.checkpoints / best.name
+            if not own.exists():
+                scored = checkpoint.load(best)
+                checkpoint.write(own, scored.tensors, scored.meta)
+            checkpoint.point_to_best(own)
+    except (OSError, ValueError, Failure) as error:
+        reporter.say(f"warning: {run_dir.checkpoints} cannot be filled from the copies in {copy.checkpoints}: {error}")
+    return found._replace(path=path) if path.exists() else found

@@ -1,0 +1,214 @@
+"""Storage that hiccups: errors of the kernel's calls are put in their place; what is read and written is real."""
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import failure_of, write_data
+
+from hvd_vgg import storage
+from hvd_vgg.data import reader
+from hvd_vgg.data.index import find_shards, load_cache, save_cache, scan_split, shard_bytes
+from hvd_vgg.data.reader import read_record
+from hvd_vgg.errors import LOST_RANK, Failure
+from hvd_vgg.run_dir import RunDir, atomic_write_text, lock_run_dir
+from hvd_vgg.training import checkpoint
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Waits for milliseconds, and tells again what other tests have had told."""
+    monkeypatch.setattr(storage, "WAITS", (0.001,) * 3)
+    monkeypatch.setattr(storage, "_told", set())
+
+
+def failing(monkeypatch, place, name, number, times=1, when=lambda *arguments: True):
+    """Has the function `name` of `place` raise OSError(number) the next `times` that it is called so; returns its calls."""
+    call, calls = getattr(place, name), []
+
+    def maybe(*arguments, **named):
+        if when(*arguments) and len(calls) < times:
+            calls.append(arguments)
+            raise OSError(number, os.strerror(number))
+        return call(*arguments, **named)
+
+    monkeypatch.setattr(place, name, maybe)
+    return calls
+
+
+@pytest.mark.fault("F40")
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EINTR, errno.ENOTCONN])
+def test_read_record_is_repeated_after_reopening(tmp_path, monkeypatch, capsys, number):
+    """Told once for a shard, however often it happens."""
+    index = scan_split(str(write_data(tmp_path)), "train")
+    expected = [read_record(index, i) for i in range(3)]
+    opened = []
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda path, *more, **named: opened.append(path) or real(path, *more, **named))
+    for i in range(3):
+        failing(monkeypatch, os, "pread", number, times=2)
+        assert read_record(index, i) == expected[i]
+    assert opened.count(index.paths[0]) >= 6
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{index.paths[0]} could not be read for 0." in line
+    assert f"({os.strerror(number)}, {errno.errorcode[number]})" in line
+
+
+@pytest.mark.fault("F40")
+def test_reads_that_stay_failed_are_worth_a_start(tmp_path, monkeypatch):
+    """Of records, of shards while they are indexed, of names and sizes, of checkpoints and of other files."""
+    data = write_data(tmp_path / "data")
+    index, run = scan_split(str(data), "train"), RunDir(tmp_path)
+    path = checkpoint.save(run, {"a": np.ones(3, np.float32)}, {"step": 4}, 3, True)
+    for place, name, action in (
+        (os, "pread", lambda: read_record(index, 0)),
+        (os, "pread", lambda: scan_split(str(data), "train")),
+        (Path, "iterdir", lambda: find_shards(str(data), "train")),
+        (Path, "stat", lambda: shard_bytes(index.paths)),
+        (Path, "iterdir", run.list_checkpoints),
+        (Path, "read_bytes", lambda: checkpoint.best(run)),
+    ):
+        with monkeypatch.context() as patch:
+            failing(patch, place, name, errno.EIO, times=99, when=lambda *a: name != "stat" or "-of-" in str(a[0]))
+            with pytest.raises(Failure, match=r"cannot be read: Input/output error, EIO, in 4 attempts over") as raised:
+                action()
+            assert raised.value.code == LOST_RANK
+    assert checkpoint.newest(run)[0].path == path
+
+
+def test_read_record_of_a_replaced_shard_after_reopening(tmp_path, monkeypatch):
+    index = scan_split(str(write_data(tmp_path)), "train")
+    path = index.paths[0]
+    read_record(index, 0)
+    other = tmp_path / "other"
+    other.write_bytes(path.read_bytes() + b"more")
+    other.replace(path)
+    failing(monkeypatch, os, "pread", errno.ESTALE)
+    message = failure_of(lambda: read_record(index, 1))
+    assert f"{path} was replaced, rewritten or cut off while in use: it had {path.stat().st_size - 4} bytes" in message
+
+
+def test_other_errors_are_not_repeated(tmp_path, monkeypatch):
+    calls = failing(monkeypatch, Path, "read_bytes", errno.EACCES, times=9)
+    with pytest.raises(PermissionError):
+        storage.read_bytes(tmp_path / "file")
+    assert len(calls) == 1
+
+
+@pytest.mark.fault("F40")
+def test_reads_in_parts_are_put_together(tmp_path, monkeypatch):
+    """And a read that ends early for good is no end of the file."""
+    index = scan_split(str(write_data(tmp_path)), "train")
+    expected = [read_record(index, i) for i in range(75)]
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda handle, count, offset: pread(handle, min(count, 100), offset))
+    assert [read_record(index, i) for i in range(75)] == expected
+    again = scan_split(str(tmp_path), "train")
+    assert all((a == b).all() for a, b in zip(again[1:], index[1:]))
+    monkeypatch.setattr(os, "pread", lambda handle, count, offset: pread(handle, 50, offset) if offset < 50 else b"")
+    with pytest.raises(Failure, match=r"only 50 of \d+ bytes at 12 are returned|cannot be read") as raised:
+        read_record(index, 0)
+    assert raised.value.code == LOST_RANK
+
+
+def test_read_that_takes_long_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(storage, "SLOW_SECONDS", -1.0)
+    (tmp_path / "file").write_bytes(b"x")
+    assert storage.read_bytes(tmp_path / "file") == storage.read_bytes(tmp_path / "file") == b"x"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'file'}: one read took 0 s" in line
+
+
+def test_reads_in_progress_name_the_shard(tmp_path, monkeypatch):
+    """What a hang report says of a mount that blocks."""
+    index, seen = scan_split(str(write_data(tmp_path)), "train"), []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda *arguments: seen.append(reader.reads_in_progress()) or pread(*arguments))
+    read_record(index, 0)
+    assert [text.split(" for ")[0] for text in seen[0]] == [str(index.paths[0])]
+    assert reader.reads_in_progress() == []
+
+
+@pytest.mark.fault("F40")
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_checkpoint_where_directories_are_not_synced(tmp_path, monkeypatch, capsys, number):
+    """Is saved, pruned and pointed to as ever; told once."""
+    fsync = os.fsync
+
+    def files_only(handle):
+        if Path(f"/proc/self/fd/{handle}").is_dir():
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    run = RunDir(tmp_path)
+    for step in range(4):
+        checkpoint.save(run, {"a": np.ones(3, np.float32)}, {"step": step}, 2, step == 1)
+    assert [path.name[-13:-12] for path in run.list_checkpoints()] == ["3", "2", "1"]
+    assert checkpoint.best(run) == run.checkpoint(1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"the file system of {run.checkpoints} does not sync directories" in line
+
+
+@pytest.mark.fault("F40")
+def test_files_that_cannot_be_renamed_over_are_rewritten(tmp_path, monkeypatch, capsys):
+    """As some file systems refuse where the file is open; other errors of renaming are errors."""
+    for place in ("a", "b"):
+        atomic_write_text(tmp_path / place, "old")
+    failing(monkeypatch, Path, "replace", errno.EBUSY, times=9)
+    for place in ("a", "b"):
+        atomic_write_text(tmp_path / place, "new, and longer")
+        assert (tmp_path / place).read_text() == "new, and longer"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    assert capsys.readouterr().err.count("cannot be renamed over (Device or resource busy, EBUSY)") == 1
+    with pytest.raises(OSError, match="busy"):
+        atomic_write_text(tmp_path / "not there yet", "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
+def test_lock_run_dir_where_files_cannot_be_locked(tmp_path, monkeypatch, capsys, number):
+    failing(monkeypatch, fcntl, "flock", number)
+    lock_run_dir(tmp_path).close()
+    assert "cannot be locked" in capsys.readouterr().out
+
+
+def test_checkpoint_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch):
+    """An older one is not continued from instead."""
+    run = RunDir(tmp_path)
+    for step in (1, 2):
+        checkpoint.save(run, {"a": np.ones(3, np.float32)}, {"step": step}, 3, False)
+    with monkeypatch.context() as patch:
+        real = open
+
+        def refused(path, *more, **named):
+            if str(path).endswith("step-00000002.safetensors"):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(path, *more, **named)
+
+        patch.setattr("builtins.open", refused)
+        with pytest.raises(Failure, match="cannot be read") as raised:
+            checkpoint.newest(run)
+        assert raised.value.code == LOST_RANK
+    assert checkpoint.newest(run)[0].meta["step"] == 2
+
+
+def test_save_cache_of_two_processes_of_one_number(tmp_path, monkeypatch):
+    """As containers on one data directory may have: neither writes into the other's file."""
+    index = scan_split(str(write_data(tmp_path)), "train")
+    written, savez = [], np.savez
+
+    def noted(file, **arrays):
+        written.append(file.name)
+        if len(written) == 1:
+            save_cache(tmp_path / "cache.npz", index)  # the other process, meanwhile
+        savez(file, **arrays)
+
+    monkeypatch.setattr(np, "savez", noted)
+    save_cache(tmp_path / "cache.npz", index)
+    assert len(set(written)) == 2
+    assert len(load_cache(tmp_path / "cache.npz", index.paths)) == 3
+    assert not list(tmp_path.glob("*.tmp"))
