@@ -7,9 +7,10 @@ if __name__ == "__main__":  # python -m hvd_vgg, or this file by its path, which
     if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
         del sys.path[0]  # the current directory, or this one: a queue.py in it would take the place of Python's own
     sys.path.insert(0, __file__.rsplit(os.sep, 2)[0])
-    import hvd_vgg  # noqa: F401 (this very package, wherever else there may be one)
+    from hvd_vgg.environment import leave_out_current_directory  # of this very package, wherever else there may be one
 
     del sys.path[0]
+    leave_out_current_directory()
 
 import dataclasses
 import importlib

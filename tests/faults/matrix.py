@@ -41,6 +41,8 @@ FAULTS = {
     "F35": "slow rank",
     "F36": "root without consent; more ranks than slots",
     "F37": "dllogger, mpi4py, TensorBoard are not installed",
+    "F40": "variables of schedulers and profiles; no HOME, no ssh; foreign modules and libraries; limits of threads",
+    "F41": "a whole job is suspended and continued while its launcher waits",
 }
 
 
