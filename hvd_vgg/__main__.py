@@ -163,6 +163,9 @@ def run(argv: List[str]) -> int:
         if not argv or argv[0] in ("-h", "--help", "help"):
             print(USAGE_TEXT, end="")
             return DONE
+        if sys.flags.optimize > 1:
+            text = "without docstrings, which PYTHONOPTIMIZE=2 or python -OO leaves out, TensorFlow cannot be imported"
+            raise Failure(CONFIGURATION, f"{text}: unset it, or set PYTHONOPTIMIZE=1")
         if argv[0] == "launch":
             return _launch(argv[1:])
         if argv[0] not in COMMANDS:

@@ -58,7 +58,7 @@ def test_launch_in_a_shell_of_everything(tmp_path, data):
         "LC_ALL": "zh_CN.GBK",
         "CONDA_PREFIX": "/opt/conda",
         "PYTHONPATH": f":{ROOT}:/nowhere:",
-        "PYTHONOPTIMIZE": "2",
+        "PYTHONOPTIMIZE": "1",
         "PYTHONNOUSERSITE": "1",
         "PYTHONSTARTUP": "/nowhere",
         "PMI_RANK": "0",

@@ -136,6 +136,17 @@ def test_launch_in_a_clone_starts_the_package_of_the_clone():
     assert f" {ROOT / 'hvd_vgg' / '__main__.py'} train " in shown.stdout
 
 
+@pytest.mark.parametrize("command", [["launch", "--ranks=1", "--", "true"], ["train"]])
+def test_python_without_docstrings_is_refused(command):
+    """TensorFlow 2.16 reads its own docstrings."""
+    environ = {**os.environ, "PYTHONOPTIMIZE": "2"}
+    found = subprocess.run(
+        [sys.executable, "-m", "hvd_vgg", *command], env=environ, cwd=ROOT, capture_output=True, text=True
+    )
+    assert (found.returncode, found.stdout) == (78, "")
+    assert "PYTHONOPTIMIZE=2 or python -OO leaves out" in found.stderr
+
+
 def test_python_program_imports_nothing_of_the_current_directory(tmp_path):
     """What doctor and the launcher ask other processes."""
     shadowed(tmp_path)
