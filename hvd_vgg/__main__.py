@@ -152,6 +152,7 @@ def main() -> None:
     leave_out_current_directory()
     sys.dont_write_bytecode = True  # else TensorFlow leaves .pyc files of generated code in $TMPDIR
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.pop("TF_USE_LEGACY_KERAS", None)  # nothing here uses Keras, but Horovod imports it, and would want tf_keras
     # Where TensorBoard is not installed, TensorFlow before 2.16 warns of it on every rank; a run reports it once itself.
     logging.getLogger().addFilter(lambda record: "missing TensorBoard" not in record.getMessage())
     sys.exit(run(sys.argv[1:]))
@@ -232,7 +233,7 @@ def run_command(name: str, config: Any) -> Optional[Failure]:
 
 def _missing(error: ImportError) -> Failure:
     if not isinstance(error, ModuleNotFoundError):  # it is there, but what it needs is not
-        text = f"{str(error).strip().splitlines()[-1]} ({sys.executable}){library_path_hint()}"
+        text = f"{str(error).strip().splitlines()[-1]} ({sys.executable}){library_path_hint(str(error))}"
         return Failure(CONFIGURATION, f"{text}: a module cannot be loaded; hvd-vgg doctor says more")
     return Failure(CONFIGURATION, f"{error} ({sys.executable}): install it, or use launch/environment.sh")
 

@@ -338,3 +338,11 @@ def test_progress_newest_checkpoint_and_last_log_line(tmp_path):
     with open(run_dir.log, "a") as file:
         file.write('DLLL {"type": "LOG", "st')
     assert supervisor._progress(run_dir) == (20, 24)
+
+
+def test_launch_with_a_temporary_directory_that_cannot_be_written(monkeypatch):
+    """It is named before Open MPI ends with a page of its own; one that does not exist is passed over."""
+    monkeypatch.setenv("TMPDIR", "/proc")
+    assert supervisor._tmpdir_refusal().startswith("TMPDIR=/proc cannot be written")
+    monkeypatch.setenv("TMPDIR", "/nonexistent")
+    assert supervisor._tmpdir_refusal() == ""
