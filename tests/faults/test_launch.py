@@ -138,15 +138,15 @@ def test_deaf_ranks_terminated_by_grace_or_second_request(tmp_path, grace, signa
 @pytest.mark.fault("F41")
 def test_pause_of_the_whole_job_uses_up_no_grace(tmp_path):
     """As of Slurm's suspend or a paused virtual machine: launcher, mpirun and ranks are stopped, and go on together."""
-    started = start_stub(tmp_path, "wait", "--grace_seconds=3")
+    started = start_stub(tmp_path, "wait", "--grace_seconds=6", STUB_LEAVE_SECONDS="2")
     here(started)
     pids = started.alive()
     started.process.terminate()
-    time.sleep(0.3)  # the ranks take 0.5 s to leave
+    wait_for(lambda: "all ranks save and exit within 6 s" in started.err.read_text())
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for pid in pids:
             os.kill(pid, number)
-        time.sleep(5 if number == signal.SIGSTOP else 0)
+        time.sleep(8 if number == signal.SIGSTOP else 0)
     ended = started.wait(60, code=80)
     assert "stopped on request; all ranks stopped in order" in ended.err
     assert "terminating" not in ended.err
