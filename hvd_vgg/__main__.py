@@ -7,9 +7,10 @@ if __name__ == "__main__":  # python -m hvd_vgg, or this file by its path, which
     if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
         del sys.path[0]  # the current directory, or this one: a queue.py in it would take the place of Python's own
     sys.path.insert(0, __file__.rsplit(os.sep, 2)[0])
-    import hvd_vgg  # noqa: F401 (this very package, wherever else there may be one)
+    from hvd_vgg.environment import leave_out_current_directory  # of this very package, wherever else there may be one
 
     del sys.path[0]
+    leave_out_current_directory()
 
 import dataclasses
 import importlib
@@ -159,6 +160,7 @@ def main() -> None:
     leave_out_current_directory()
     sys.dont_write_bytecode = True  # else TensorFlow leaves .pyc files of generated code in $TMPDIR
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.pop("TF_USE_LEGACY_KERAS", None)  # nothing here uses Keras, but Horovod imports it, and would want tf_keras
     # Where TensorBoard is not installed, TensorFlow before 2.16 warns of it on every rank; a run reports it once itself.
     logging.getLogger().addFilter(lambda record: "missing TensorBoard" not in record.getMessage())
     sys.exit(run(sys.argv[1:]))
@@ -170,6 +172,9 @@ def run(argv: List[str]) -> int:
         if not argv or argv[0] in ("-h", "--help", "help"):
             print(USAGE_TEXT, end="")
             return DONE
+        if sys.flags.optimize > 1:
+            text = "without docstrings, which PYTHONOPTIMIZE=2 or python -OO leaves out, TensorFlow cannot be imported"
+            raise Failure(CONFIGURATION, f"{text}: unset it, or set PYTHONOPTIMIZE=1")
         if argv[0] == "launch":
             return _launch(argv[1:])
         if argv[0] not in COMMANDS:
@@ -236,7 +241,7 @@ def run_command(name: str, config: Any) -> Optional[Failure]:
 
 def _missing(error: ImportError) -> Failure:
     if not isinstance(error, ModuleNotFoundError):  # it is there, but what it needs is not
-        text = f"{str(error).strip().splitlines()[-1]} ({sys.executable}){library_path_hint()}"
+        text = f"{str(error).strip().splitlines()[-1]} ({sys.executable}){library_path_hint(str(error))}"
         return Failure(CONFIGURATION, f"{text}: a module cannot be loaded; hvd-vgg doctor says more")
     return Failure(CONFIGURATION, f"{error} ({sys.executable}): install it, or use launch/environment.sh")
 

@@ -98,9 +98,9 @@ def python_program(text: str) -> List[str]:
     return [sys.executable, "-c", f"import sys; sys.path = [each for each in sys.path if each]\n{text}"]
 
 
-def library_path_hint() -> str:
-    """Returns where a library that cannot be loaded may have come from; "" if no variable leads to any."""
-    path = os.environ.get("LD_LIBRARY_PATH")
+def library_path_hint(error: str) -> str:
+    """Returns where a library that cannot be loaded may come from; "" if `error` names none, or no variable leads there."""
+    path = os.environ.get("LD_LIBRARY_PATH") if ".so" in error else ""
     return f" (LD_LIBRARY_PATH={path} is searched first: is another version there, or another MPI?)" if path else ""
 
 

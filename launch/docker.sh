@@ -111,6 +111,12 @@ docker_run() {
   local hostfile="" ssh_dir="" network="" worker=false
   local data="${DATA_DIR:-./imagenet_tfrecord}" own_run_dir="" shm_size=32g flag flagfiles=() options=() rest=()
   for flag in "$@"; do
+    # A shell leaves ~ in --run_dir=~/x, and realpath would take it for a directory of that name.
+    case "$flag" in
+      --data_dir=\~/* | --run_dir=\~/* | --flagfile=\~/* | --hostfile=\~/* | --ssh_dir=\~/*)
+        flag="${flag%%=*}=$HOME/${flag#*=\~/}"
+        ;;
+    esac
     case "${flag%%=*}" in
       --image | --devices | --cards | --access | --shm_size | --data_dir | --run_dir | --flagfile | --hostfile | --ssh_dir | --network | --docker)
         [[ "$flag" = *=?* ]] || refuse "$flag: expected ${flag%%=*}=VALUE"

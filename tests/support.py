@@ -100,7 +100,7 @@ class Started:
             pytest.fail(f"still running after {limit_seconds} s\n{self.out.read_text()}\n{self.err.read_text()}")
         finally:
             left = self.end()
-        ended = Ended(ended_with, self.out.read_text(), self.err.read_text())
+        ended = Ended(ended_with, self.out.read_text(errors="replace"), self.err.read_text(errors="replace"))
         assert not left, f"processes left: {left}\n{ended.out}\n{ended.err}"
         assert code in (None, ended.code), f"exit code {ended.code}, expected {code}\n{ended.out}\n{ended.err}"
         return ended

@@ -32,6 +32,7 @@ _VARIABLES = {
     "CUDA_LAUNCH_BLOCKING": "waits after each kernel: for debugging",
     "UMD_ENABLEPROFILE": "profiles, which takes time",
     "TF_CUDNN_DETERMINISTIC": "selects slower convolutions",
+    "TF_XLA_FLAGS": "may compile operations, whose bits then depend on what is computed beside them",
 }
 # Variables that control devices and links: they may differ between hosts, and rarely should.
 LINKS = ("NCCL_", "UMD_", "CRT_", "DRT_", "UCX_")

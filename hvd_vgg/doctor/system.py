@@ -138,7 +138,9 @@ def check_other_jobs() -> List[Finding]:
     jobs = []
     for process in psutil.process_iter(["name", "cmdline", "status"]):
         name, command = process.info["name"], process.info["cmdline"] or []
-        training = "train" in command[:5] and any(word.endswith(("hvd-vgg", "hvd_vgg")) for word in command[:4])
+        training = "train" in command[:5] and any(
+            word.endswith(("hvd-vgg", "hvd_vgg", "hvd_vgg/__main__.py")) for word in command[:4]
+        )
         other = process.pid not in own and process.info["status"] != psutil.STATUS_ZOMBIE
         if other and (training or name in ("orted", "prted")):
             jobs.append(f"{'hvd-vgg train' if training else name} (process {process.pid})")

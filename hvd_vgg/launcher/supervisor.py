@@ -14,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Tuple
@@ -68,12 +69,23 @@ def launch(config: LaunchConfig, spec: LaunchSpec) -> int:
         return DONE
     refusal = nested_refusal(os.environ) or root_refusal(os.environ)
     refusal = refusal or network.network_flag_error(config.network, network.interfaces())
-    refusal = refusal or ("" if hosts else threads_refusal(Path("/"), ranks))
+    refusal = refusal or _tmpdir_refusal() or ("" if hosts else threads_refusal(Path("/"), ranks))
     if refusal:
         raise Failure(CONFIGURATION, refusal)
     until = time.monotonic() + (config.time_limit_seconds or math.inf)
     with StopRequests(config.grace_seconds, until) as requests:
         return _supervise(config, spec, hosts, ranks, token, requests)
+
+
+def _tmpdir_refusal() -> str:
+    """Returns why Open MPI cannot use TMPDIR, "" if it can; one that does not exist it passes over."""
+    folder = os.environ.get("TMPDIR", "")
+    try:
+        if Path(folder).is_dir():
+            tempfile.TemporaryFile(dir=folder or None).close()
+    except OSError as error:
+        return f"TMPDIR={folder} cannot be written: {error.strerror}; Open MPI needs it: unset it, or name another directory"
+    return ""
 
 
 def rank_count(config: LaunchConfig, spec: LaunchSpec, hosts: List[Host]) -> int:

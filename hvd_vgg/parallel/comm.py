@@ -20,10 +20,11 @@ from hvd_vgg.watchdog import watchdog
 try:
     import horovod.tensorflow as hvd
 except (ImportError, OSError, tf.errors.OpError) as error:  # the last: TensorFlow loads Horovod's library
+    reason = f"{error}{library_path_hint(str(error))}"
     raise Failure(
         CONFIGURATION,
-        f"Horovod cannot be imported under TensorFlow {tf.__version__} and {sys.executable}: {error}{library_path_hint()}. "
-        f"Create the environment with launch/environment.sh, or use this host's own (docs/compatibility.md)",
+        f"Horovod cannot be imported under TensorFlow {tf.__version__} and {sys.executable}: {reason}. Create the "
+        f"environment with launch/environment.sh, or use this host's own (docs/compatibility.md)",
     ) from error
 
 

@@ -44,6 +44,8 @@ FAULTS = {
     "F40": "reads fail for a while, or for good; no locks, no fsync of directories, no renaming over; a mount blocks",
     "F41": "zeros in a shard, compressed shards, shards rewritten in use, JPEGs that the decoder mends",
     "F42": "checkpoints gone or damaged, with copies in another directory; the copies' disk fails",
+    "F43": "variables of schedulers and profiles; no HOME, no ssh; foreign modules and libraries; limits of threads",
+    "F44": "a whole job is suspended and continued while its launcher waits",
 }
 
 

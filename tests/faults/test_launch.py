@@ -136,6 +136,23 @@ def test_deaf_ranks_terminated_by_grace_or_second_request(tmp_path, grace, signa
     assert "stopped on request; the ranks had to be terminated" in ended.err
 
 
+@pytest.mark.fault("F44")
+def test_pause_of_the_whole_job_uses_up_no_grace(tmp_path):
+    """As of Slurm's suspend or a paused virtual machine: launcher, mpirun and ranks are stopped, and go on together."""
+    started = start_stub(tmp_path, "wait", "--grace_seconds=6", STUB_LEAVE_SECONDS="2")
+    here(started)
+    pids = started.alive()
+    started.process.terminate()
+    wait_for(lambda: "all ranks save and exit within 6 s" in started.err.read_text())
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for pid in pids:
+            os.kill(pid, number)
+        time.sleep(8 if number == signal.SIGSTOP else 0)
+    ended = started.wait(60, code=80)
+    assert "stopped on request; all ranks stopped in order" in ended.err
+    assert "terminating" not in ended.err
+
+
 @pytest.mark.parametrize(
     ("how", "end"), [("wait", "all ranks stopped in order"), *full(("deaf", "the ranks had to be terminated"))]
 )

@@ -18,8 +18,9 @@ from hvd_vgg.config import (
     fingerprint,
     profiled_steps,
 )
-from hvd_vgg.errors import USAGE, Failure
+from hvd_vgg.errors import CONFIGURATION, USAGE, Failure
 from hvd_vgg.flags import describe_flags, parse_flags, to_flag_file, validate
+from hvd_vgg.launcher.hostfile import read_hostfile
 
 
 def test_config_defaults_are_the_documented_ones():
@@ -253,3 +254,81 @@ def test_config_benchmark_refuses_what_it_cannot_do():
     for flags in ({"ranks": (1.5,)}, {"steps": 1}, {"console": "dllogger"}):
         (name,) = flags
         assert any(f"--{name}" in error for error in validate(BenchmarkConfig(**flags))), name
+
+
+CONFIGS = [
+    TrainConfig,
+    EvaluateConfig,
+    ReplayConfig,
+    VerifyConfig,
+    BenchmarkConfig,
+    PlanConfig,
+    DoctorConfig,
+    LaunchConfig,
+    DemoConfig,
+]
+PATH_FLAGS = [
+    (kind, field.name)
+    for kind in CONFIGS
+    for field in dataclasses.fields(kind)
+    if field.metadata["unit"] == "path" and not (kind is PlanConfig and field.name == "out")
+]
+
+
+def test_path_flags_are_marked_as_such():
+    """By their unit, on which what follows rests; rsh_agent is a command."""
+    named = {name for kind in CONFIGS for name in (field.name for field in dataclasses.fields(kind))}
+    marked = {name for _, name in PATH_FLAGS}
+    assert marked == {"data_dir", "run_dir", "same_as", "out", "hostfile", "checkpoint"}
+    assert not {name for name in named - marked if name.endswith(("dir", "file", "path"))}
+
+
+@pytest.mark.parametrize(("kind", "name"), PATH_FLAGS)
+def test_path_flags_take_home(kind, name, tmp_path, monkeypatch):
+    """The shell leaves ~ in --flag=~/x as it is; on the command line and in a flag file it is the home directory."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.flags").write_text(f"--{name}=~/a b\n")
+    for argument in (f"--{name}=~/a b", "--flagfile=~/own.flags"):
+        assert getattr(parse_flags(kind, [argument]), name) == f"{tmp_path}/a b"
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("gs://bucket/x", "gs://bucket/x: expected a path on this host: files are not read from gs:// storage; mount it"),
+        ("s3://bucket/x", "s3://bucket/x: expected a path on this host"),
+        ("hdfs://name:8020/x", "hdfs://name:8020/x: expected a path on this host"),
+        ("file:///data/x", "file:///data/x: expected a path without file://, as /data/x"),
+        ("~no-such-user/x", "~no-such-user/x: expected the home directory of a user of this host"),
+        ("/data/\udcff", "expected text in UTF-8; for a file or directory of another name, make a link"),
+    ],
+)
+@pytest.mark.parametrize(("kind", "name"), PATH_FLAGS)
+def test_path_flags_that_are_no_paths(kind, name, path, expected):
+    """64, and the value as it was written."""
+    with pytest.raises(Failure) as raised:
+        parse_flags(kind, [f"--{name}={path}"])
+    assert raised.value.code == USAGE
+    assert f"--{name}={path}: expected" in raised.value.message and expected in raised.value.message
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [("s3://x/y", "--flagfile=s3://x/y: expected a path on this host"), ("~no-such-user/x", "a user of this host")],
+)
+def test_flag_file_elsewhere(path, expected):
+    """64, and the value as it was written."""
+    with pytest.raises(Failure, match=expected):
+        parse_flags(TrainConfig, [f"--flagfile={path}"])
+
+
+def test_flag_file_and_host_file_that_are_no_text(tmp_path):
+    """In GBK, for example: the message has the place."""
+    path = tmp_path / "file"
+    path.write_bytes(b"# \xca\xfd\n")
+    with pytest.raises(Failure, match=f"--flagfile={path}, byte 2: expected text in UTF-8") as raised:
+        parse_flags(TrainConfig, [f"--flagfile={path}"])
+    assert raised.value.code == USAGE
+    with pytest.raises(Failure, match=f"--hostfile={path}, byte 2: expected text in UTF-8") as raised:
+        read_hostfile(str(path))
+    assert raised.value.code == CONFIGURATION

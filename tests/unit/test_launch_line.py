@@ -94,6 +94,21 @@ def test_nccl_interfaces_empty_for_networks(network):
     assert nccl_interfaces(network) == ""
 
 
+def test_compose_mpirun_host_list_of_this_host_starts_no_daemon():
+    """So that it needs no ssh; elsewhere daemons are started by the agent, whatever the scheduler would use."""
+    assert settings(compose_mpirun(LaunchConfig(), 2, [Host("localhost", 2)], "token", PROGRAM)).items() > HERE_ALONE.items()
+    several = settings(compose_mpirun(LaunchConfig(), 2, [Host("localhost", 1), Host("b", 1)], "token", PROGRAM))
+    assert several.items() > {**HERE_ALONE, "plm": "rsh"}.items()
+
+
+def test_compose_mpirun_keeps_settings_of_the_user(monkeypatch):
+    """What the environment has for Open MPI is not overridden."""
+    monkeypatch.setenv("OMPI_MCA_plm", "slurm")
+    monkeypatch.setenv("OMPI_MCA_ras", "simulator")
+    told = settings(compose_mpirun(LaunchConfig(), 2, [], "token", PROGRAM))
+    assert told == {JOB_PARAMETER: "token", "orte_default_hostfile": "none"}
+
+
 def test_compose_mpirun_path_with_space_refused(tmp_path, monkeypatch):
     """Open MPI could not start its daemon on other hosts by such a path; on one host it is not needed."""
     folder = tmp_path / "my own" / "bin"
@@ -128,8 +143,8 @@ def test_export_env_value_refused():
 def test_read_hostfile_open_mpi(tmp_path):
     """Comments, spaces, maximal slots in both spellings, and a host that is listed twice."""
     path = tmp_path / "hosts"
-    path.write_text("# two\na slots=4 max_slots=8\n\n10.0.0.2   slots = 2 max-slots=3 # half\na slots=4\nb\n")
-    assert read_hostfile(str(path)) == [Host("a", 8), Host("10.0.0.2", 2), Host("b", 1)]
+    path.write_text("# two\na slots=4 max_slots=8\n\n10.0.0.2   slots = 2 max-slots=3 # half\na slots=4\nb\nc max-slots=2\n")
+    assert read_hostfile(str(path)) == [Host("a", 8), Host("10.0.0.2", 2), Host("b", 1), Host("c", 1)]
 
 
 @pytest.mark.parametrize(
@@ -141,6 +156,7 @@ def test_read_hostfile_open_mpi(tmp_path):
         ("a slots=x", "line 1"),
         ("-oProxyCommand=id slots=2", "line 1"),
         ("user@a slots=2; id", "line 1"),
+        ("a:2", "not host:N, user@host or an IPv6 address"),
     ],
 )
 def test_read_hostfile_error_names_line(tmp_path, text, told):
@@ -322,3 +338,11 @@ def test_progress_newest_checkpoint_and_last_log_line(tmp_path):
     with open(run_dir.log, "a") as file:
         file.write('DLLL {"type": "LOG", "st')
     assert supervisor._progress(run_dir) == (20, 24)
+
+
+def test_launch_with_a_temporary_directory_that_cannot_be_written(monkeypatch):
+    """It is named before Open MPI ends with a page of its own; one that does not exist is passed over."""
+    monkeypatch.setenv("TMPDIR", "/proc")
+    assert supervisor._tmpdir_refusal().startswith("TMPDIR=/proc cannot be written")
+    monkeypatch.setenv("TMPDIR", "/nonexistent")
+    assert supervisor._tmpdir_refusal() == ""

@@ -439,7 +439,7 @@ def test_single_device_script(here):
     assert "--data_dir=./image net" in train
     assert parse_flags(TrainConfig, train).device_batch == 16  # the config's
     words = printed(call(script, "doctor", "--dry_run", cwd=here, **environment))
-    assert (words[words.index("-np") + 1], words[words.index("hvd_vgg") + 1]) == ("1", "doctor")
+    assert (words[words.index("-np") + 1], words[words.index(str(ROOT / "hvd_vgg" / "__main__.py")) + 1]) == ("1", "doctor")
 
 
 # ---- Slurm
@@ -675,3 +675,14 @@ def test_environment_beside_a_vendors_needs_tensorflow(here):
     """A python3 without TensorFlow is refused before anything is installed."""
     path = stubs(here, python3='case "$*" in *find_spec*) exit 1 ;; esac; exec /bin/false')
     refused(call("container/beside_vendor.sh", cwd=here, PATH=path), 78, "python3 has no tensorflow")
+
+
+def test_docker_script_takes_home_in_paths(here):
+    """A shell leaves ~ in --flag=~/x, and docker would be given a directory of that name."""
+    paths = ["--data_dir=~/image net", "--run_dir=~/run 1", "--flagfile=~/more.flags"]
+    script = ["docker_run_nvidia.sh", "--devices=1", "--dry_run", *paths]
+    words = printed(call(*script, cwd=here / "the keys", HOME=str(here), PATH=stubs(here, **NVIDIA_SMI)))
+    found = mounts(words)
+    assert found["/data"] == (f"{here}/image net", "readonly")
+    assert f"{here}/run 1" in [source for source, *_ in found.values()]
+    assert f"{here}/more.flags" in [source for source, *_ in found.values()]
