@@ -94,7 +94,7 @@ def checkpoint_step(path: Path) -> Optional[int]:
 def _list(folder: Path) -> List[Path]:
     try:
         return storage.retrying(folder, lambda: list(folder.iterdir()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise Failure(CONFIGURATION, f"{folder} cannot be read: {error.strerror}") from error

@@ -87,7 +87,7 @@ def find_shards(data_dir: str, split: str) -> List[Path]:
     """
     folder = Path(data_dir)
     try:
-        if not folder.is_dir():
+        if not storage.retrying(folder, folder.is_dir):
             raise data_failure(
                 f"{folder} is not a directory (now in {Path.cwd()}); expected TFRecords {split}-?????-of-????? in it. Name "
                 f"another with --data_dir, or draw a data set to try: hvd-vgg make-demo-data"

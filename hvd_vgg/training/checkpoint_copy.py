@@ -3,9 +3,11 @@
 It has the layout of a run directory: `checkpoints/` and a lock. All functions are for rank 0 alone.
 """
 
+import shutil
 from pathlib import Path
 from typing import Optional
 
+from hvd_vgg import storage
 from hvd_vgg.errors import Failure
 from hvd_vgg.run_dir import RunDir, lock_run_dir, write_error
 from hvd_vgg.training import checkpoint
@@ -42,14 +44,28 @@ def bring_back(found: checkpoint.Checkpoint, run_dir: RunDir, copy: RunDir, repo
     reporter.event("checkpoint_copy_used", step=found.meta["step"], file=str(found.path))
     path = run_dir.checkpoint(found.meta["step"])
     try:
-        checkpoint.write(path, found.tensors, found.meta)
+        _copy_file(found.path, path)
         best = checkpoint.best(copy)
         if best is not None and checkpoint.best(run_dir) is None:
             own = run_dir.checkpoints / best.name
             if not own.exists():
-                scored = checkpoint.load(best)
-                checkpoint.write(own, scored.tensors, scored.meta)
+                checkpoint.load(best)  # raises if it is damaged
+                _copy_file(best, own)
             checkpoint.point_to_best(own)
     except (OSError, ValueError, Failure) as error:
         reporter.say(f"warning: {run_dir.checkpoints} cannot be filled from the copies in {copy.checkpoints}: {error}")
     return found._replace(path=path) if path.exists() else found
+
+
+def _copy_file(source: Path, path: Path) -> None:
+    """Copies a checkpoint byte for byte, as the log has its digests; whole or not at all. Raises OSError."""
+    temporary = path.with_suffix(".safetensors.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+    try:
+        shutil.copyfile(source, temporary)
+        with open(temporary, "rb") as file:
+            storage.sync(file.fileno(), temporary)
+        storage.replace(temporary, path)
+        storage.sync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)

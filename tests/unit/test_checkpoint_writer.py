@@ -137,6 +137,8 @@ def test_newest_checkpoint_of_a_run_and_its_copies(tmp_path):
     shutil.rmtree(run.path)
     assert checkpoint.newest(run, copy)[0].path == copy.checkpoint(1)
     assert checkpoint.newest(run) == (None, {})
+    (tmp_path / "file").write_text("in the way")
+    assert checkpoint.newest(copy, RunDir(tmp_path / "file"))[0].path == copy.checkpoint(1)
     copy.checkpoint(1).write_bytes(b"")
     with pytest.raises(Failure, match="is whole"):
         checkpoint.newest(run, copy)

@@ -198,6 +198,16 @@ def test_loader_names_mended_records_once(tmp_path, capfd):
     assert len(own) <= sum(kind in ("other bytes", "ends early") for kind in kinds)  # holes are seen beforehand
 
 
+def test_loader_suspects_no_whole_image(data, capfd):
+    """Nothing else that a decoding thread does is taken for a message: no image is decoded twice."""
+    index = scan_split(str(data), "train")
+    ids = np.arange(75)
+    specs = [BatchSpec(ids, ids * 0, np.zeros([75, 2], np.int64), ids)] * 3
+    list(load_batches(Dataset(index, 1, 32, "none", True), specs, 75, 4))
+    assert mended._known == {}
+    assert capfd.readouterr().err == ""
+
+
 def test_mended_images_are_counted_by_thread(capfd):
     """What one thread prints is not put down to an image that another decodes."""
     stop = threading.Event()

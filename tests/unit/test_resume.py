@@ -135,6 +135,7 @@ def test_resume_brings_back_checkpoints_from_copies(resume, tmp_path, capsys, ha
     assert [path.name[5:13] for path in run.list_checkpoints()] == ["00000004", "00000002"]
     assert all(checkpoint.load(path) for path in run.list_checkpoints())
     assert checkpoint.best(run) == run.checkpoint(2)
+    assert run.checkpoint(4).read_bytes() == copy.checkpoint(4).read_bytes()  # whose digests are in the log
     assert len(list(run.checkpoints.glob("*.bad"))) == (harm == "damaged")
     out = capsys.readouterr().out
     assert f"{run.checkpoints} holds no whole checkpoint as new as the copy {copy.checkpoint(4)}, which is used" in out
