@@ -41,6 +41,8 @@ FAULTS = {
     "F35": "slow rank",
     "F36": "root without consent; more ranks than slots",
     "F37": "dllogger, mpi4py, TensorBoard are not installed",
+    "F38": "all processes of a job are stopped, and continued later",
+    "F39": "the clock is set back or forward in mid-run",
 }
 
 
