@@ -194,8 +194,11 @@ def run(argv: List[str]) -> int:
     return ended.code if ended else DONE
 
 
-def run_command(name: str, config: Any) -> Optional[Failure]:
-    """Runs a command with its configuration on this rank; returns how it failed, which has been reported, or None."""
+def run_command(name: str, config: Any, **arguments: Any) -> Optional[Failure]:
+    """Runs a command with its configuration on this rank; returns how it failed, which has been reported, or None.
+
+    arguments: more of them, which only a program can give.
+    """
     try:
         from hvd_vgg.parallel.cores import thread_limit, threads_refusal  # here, for psutil may be missing
 
@@ -207,7 +210,7 @@ def run_command(name: str, config: Any) -> Optional[Failure]:
                 raise Failure(CONFIGURATION, refusal)
             watchdog.start(Path(config.run_dir) if name == "train" else None, launched_rank() or 0, config.hang_seconds)
         module, function = COMMANDS[name].target.split(":")
-        getattr(importlib.import_module(module), function)(config)
+        getattr(importlib.import_module(module), function)(config, **arguments)
         return None
     except Failure as failure:
         return _end(failure)

@@ -297,6 +297,14 @@ class TrainConfig(RecipeConfig, BatchConfig, EvaluationConfig):
         "updates",
         at_least=0,
     )
+    save_every_minutes: float = flag(
+        0.0,
+        "Run",
+        "Checkpoint also at the first log line that is this long after the newest checkpoint; 0: never. `hvd-vgg plan` "
+        "advises how long. What is learned does not depend on it.",
+        "minutes",
+        at_least=0.0,
+    )
     keep_checkpoints: int = flag(3, "Run", "Newest checkpoints to keep; the best one is kept as well.", at_least=1)
     checkpoint_copy_dir: str = flag(
         "",
@@ -306,6 +314,13 @@ class TrainConfig(RecipeConfig, BatchConfig, EvaluationConfig):
         "path",
     )
     log_every_steps: int = flag(20, "Run", "One log line per this many.", "updates", at_least=1)
+    metrics_file: str = flag(
+        "",
+        "Run",
+        "At each log line rank 0 rewrites this file, NAME.prom, in Prometheus' text format, for the textfile collector of a "
+        "node exporter. Empty: none.",
+        "path",
+    )
     stop_at_top1: float = flag(
         0.0, "Run", "End when an evaluation reaches this acc@1; 0: never.", "fraction", at_least=0.0, at_most=1.0
     )
@@ -344,6 +359,8 @@ class TrainConfig(RecipeConfig, BatchConfig, EvaluationConfig):
             yield f"--profile_steps={self.profile_steps}: expected FIRST:LAST, two integers, the first not larger"
         if self.checkpoint_copy_dir and Path(self.checkpoint_copy_dir).absolute() == Path(self.run_dir).absolute():
             yield f"--checkpoint_copy_dir={self.checkpoint_copy_dir}: expected another directory than --run_dir"
+        if self.metrics_file and Path(self.metrics_file).suffix != ".prom":
+            yield f"--metrics_file={self.metrics_file}: expected a name that ends in .prom, which collectors read alone"
         for name in sorted(allowed_changes(self) - set(hyperparameters())):
             allowed = ", ".join(hyperparameters())
             yield f"--allow_config_change={self.allow_config_change}: {name} is not among {allowed}"
@@ -398,6 +415,17 @@ class PlanConfig(ExchangeConfig):
     sweep_ranks: Tuple[int, ...] = flag(
         (), "Plan", "Also predict efficiency on these numbers of ranks, at the same images per rank.", "ranks", at_least=1
     )
+    save_seconds: float = flag(
+        0.0,
+        "Plan",
+        "Time that training waits for a checkpoint, `saving` of a run's goodput divided by its checkpoints; with "
+        "--failure_hours: advise how often to save. 0: unknown.",
+        "seconds",
+        at_least=0.0,
+    )
+    failure_hours: float = flag(
+        0.0, "Plan", "Mean time between failures of the whole job; 0: unknown.", "hours", at_least=0.0
+    )
     out: str = flag("", "Plan", "Plot the sweep into this file (.png, .svg, .pdf; needs matplotlib).", "path")
 
     def conflicts(self) -> Iterator[str]:
@@ -406,6 +434,10 @@ class PlanConfig(ExchangeConfig):
             yield f"--global_batch={self.global_batch}: expected at least one image for each of --ranks={self.ranks}"
         if self.out and Path(self.out).suffix not in (".png", ".svg", ".pdf"):
             yield f"--out={self.out}: expected a name that ends in .png, .svg or .pdf"
+        if (self.save_seconds > 0) != (self.failure_hours > 0):
+            yield "--save_seconds and --failure_hours need each other"
+        if self.save_seconds >= 3600 * self.failure_hours > 0:
+            yield f"--save_seconds={format_value(self.save_seconds)}: expected less than --failure_hours"
         if self.out and not self.sweep_ranks:
             yield "--out needs --sweep_ranks"
 

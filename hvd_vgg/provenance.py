@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any, Dict, Optional
 
@@ -35,14 +36,34 @@ _PACKAGES = ("absl", "crc32c", "cv2", "dllogger", "horovod", "mpi4py", "numpy", 
 
 
 def describe_process() -> Dict[str, Any]:
-    """Returns what this rank runs: `code`, `packages`, a part of `environment`, and whether it was `launched` by hvd-vgg."""
+    """Returns what this rank runs: `code`, `packages`, a part of `environment`, and whether it was `launched` by hvd-vgg.
+
+    And when: `process_seconds`, for how long it has been running, and `boot`, the id of the kernel's boot and the seconds
+    since then: unlike a host's clock nobody sets them.
+    """
     versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in _PACKAGES}
     return {
         "code": code_fingerprint(),
         "packages": {"python": sys.version.split()[0], **{name: version for name, version in versions.items() if version}},
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         "launched": f"OMPI_MCA_{JOB_PARAMETER}" in os.environ,
+        "process_seconds": round(_process_seconds(), 2),
+        "boot": {"id": _boot_id(), "seconds": time.clock_gettime(time.CLOCK_BOOTTIME)},
     }
+
+
+def _boot_id() -> str:
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return ""
+
+
+def _process_seconds() -> float:
+    """Returns how long ago this process was started, whatever became of the host's clock since then; 0 if it is unknown."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # from boot to the start
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    return 0.0
 
 
 def processor_name(root: Path) -> str:

@@ -7,11 +7,16 @@ GIL is never released, so that no thread can run, `faulthandler` writes the stac
 Horovod's stall inspector names the tensor that ranks wait for (`parallel.init`); and the launcher may limit the time of the
 whole job.
 
+A job that is suspended (SIGSTOP, a frozen cgroup, a paused virtual machine) is no hang. The thread looks several times a
+second; where it was away for long, this process was stopped, and everything is counted anew. `active_seconds` is a clock
+that leaves such times out. A rank that is stopped alone remains a hang: the threads of the others were not away.
+
 Everything goes to RUN_DIR/faults: `fatal.rankN.jsonl` (why this rank alone ended the job), `hang.rankN.jsonl` (the report),
 `stacks.rankN.txt`. Lines are appended, so that what happened before a restart is kept.
 """
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import os
@@ -36,6 +41,10 @@ SLOW_PHASE_FACTOR = 10
 MIN_HANG_SECONDS, _MEDIANS = 60.0, 20
 # Ranks in one collective fall silent within an update of each other; this long they may write their reports.
 _REPORT_SECONDS = 2.0
+# How often the thread looks, and how late it may be on a busy host before this process counts as having been stopped.
+_TICK_SECONDS, _LATE_SECONDS = 0.5, 5.0
+# From a SIGALRM that may be due to such a stop to the one that ends the process: the number of the signal, see `_set_alarm`.
+_SECOND_ALARM_SECONDS = float(signal.SIGALRM)
 
 
 class StopRequested(Exception):
@@ -48,13 +57,20 @@ class Watchdog:
     def __init__(self) -> None:
         self._stop_requested = threading.Event()
         self._handlers: Dict[int, Any] = {}  # those in place before this one's
+        self._lock = threading.Lock()
+        self._seen: Tuple[float, float] = (
+            time.monotonic(),
+            0.0,
+        )  # when this process last ran; seconds stopped by then
         self._reset()
 
     def _reset(self) -> None:
         self.rank, self.hang_seconds = 0, 0.0
         self.run_dir: Optional[RunDir] = None  # None where RUN_DIR/faults cannot be written
         self.stacks: Optional[IO[str]] = None
-        self.last: Tuple[float, str, Optional[int]] = (time.monotonic(), "start", None)  # replaced whole: no lock needed
+        # When, in what phase, after how many updates; replaced whole, so that no lock is needed.
+        self.last: Tuple[float, str, Optional[int]] = (time.monotonic(), "start", None)
+        self.counted_from = 0.0  # no silence before this is a hang: when this process was continued
         self.update_seconds: Deque[float] = deque(maxlen=101)
         self.last_collective = ""
         self.reports: Dict[str, Callable[[], Any]] = {}
@@ -79,6 +95,7 @@ class Watchdog:
                 self.stacks = open(paths.stacks(rank), "a", encoding="utf-8")  # noqa: SIM115 (it stays open)
                 self.run_dir = paths
         faulthandler.enable(self.stacks or sys.stderr)
+        self._seen = (time.monotonic(), self._seen[1])
         self.thread = threading.Thread(target=self._watch, args=[self.wake], name="watchdog", daemon=True)
         self.thread.start()
 
@@ -102,7 +119,7 @@ class Watchdog:
         faulthandler.disable()
         limit = self._limit_seconds("leaving")
         faulthandler.dump_traceback_later(limit, file=sys.stderr)
-        signal.setitimer(signal.ITIMER_REAL, limit + _REPORT_SECONDS / 2)  # Python's own shutdown may hold the GIL
+        _set_alarm(limit + _REPORT_SECONDS / 2)  # Python's own shutdown may hold the GIL
         if self.stacks and self.run_dir:
             self.stacks.close()
             with contextlib.suppress(OSError):
@@ -117,7 +134,8 @@ class Watchdog:
             return
         before, last_phase, last_step = self.last
         now = time.monotonic()
-        if phase == last_phase == "update" and step != last_step:
+        # One in which the process was stopped says nothing of how long an update takes.
+        if phase == last_phase == "update" and step != last_step and self.counted_from <= before:
             self.update_seconds.append(now - before)
         self.last = (now, phase, last_step if step is None else step)
         if phase != last_phase:
@@ -130,6 +148,17 @@ class Watchdog:
         self.heartbeat(phase=name)
         yield
         self.heartbeat(phase=before)
+
+    def active_seconds(self) -> float:
+        """Returns a monotonic clock, in seconds, that stands still while this process is stopped, but for _LATE_SECONDS."""
+        if self.thread and time.monotonic() - self._seen[0] > _LATE_SECONDS:  # read before the thread has looked again
+            self._look()
+        return time.monotonic() - self._seen[1]
+
+    def stopped_seconds(self) -> float:
+        """Returns how long this process has been stopped so far: what `active_seconds` leaves out."""
+        self.active_seconds()
+        return self._seen[1]
 
     def note_collective(self, name: str) -> None:
         """Notes the collective that this rank entered last, for the hang report."""
@@ -174,6 +203,7 @@ class Watchdog:
     def release(self) -> None:
         """Returns a process that goes on after `stop` to what it was: no timer that ends it, its own signal handlers."""
         signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         faulthandler.cancel_dump_traceback_later()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
@@ -191,8 +221,9 @@ class Watchdog:
 
     def _watch(self, wake: threading.Event) -> None:
         while self.thread is not None:
+            self._look()
             since, phase, step = self.last
-            limit, silent = self._limit_seconds(phase), time.monotonic() - since
+            limit, silent = self._limit_seconds(phase), time.monotonic() - max(since, self.counted_from)
             if silent > limit:
                 faulthandler.cancel_dump_traceback_later()
                 try:
@@ -202,9 +233,25 @@ class Watchdog:
                     os._exit(LOST_RANK)
             # Both go off by themselves should this thread never run again.
             faulthandler.dump_traceback_later(limit - silent + _REPORT_SECONDS / 2, file=self.stacks or sys.stderr)
-            signal.setitimer(signal.ITIMER_REAL, limit - silent + SLOW_PHASE_FACTOR * _REPORT_SECONDS)
-            wake.wait(min(1.0, limit / 10))
+            _set_alarm(limit - silent + SLOW_PHASE_FACTOR * _REPORT_SECONDS)
+            wake.wait(min(_TICK_SECONDS, limit / 10))
             wake.clear()
+
+    def _look(self) -> None:
+        """Notes that this process runs; where nobody did so for long, counts anew and says so, on rank 0."""
+        with self._lock:
+            (seen, stopped), now = self._seen, time.monotonic()
+            away = now - seen - _LATE_SECONDS
+            self._seen = (now, stopped + max(0.0, away))
+        if away > 0:
+            self.counted_from = now
+            text = f"this process was stopped for {away + _LATE_SECONDS:.0f} s (suspended?): no hang, and not counted"
+            if self.stacks:
+                with contextlib.suppress(OSError):  # where faulthandler's time was over too
+                    self.stacks.write(f"{text}; stacks of that moment may be above or below\n")
+                    self.stacks.flush()
+            if self.rank == 0:
+                print(f"hvd-vgg: {text}", file=sys.stderr, flush=True)
 
     def _report_hang(self, phase: str, step: Optional[int], silent: float, limit: float) -> None:
         with tempfile.TemporaryFile("w+") as file:
@@ -238,6 +285,21 @@ class Watchdog:
         except OSError:
             return None
         return path
+
+
+def _set_alarm(seconds: float) -> None:
+    """Has SIGALRM end this process after `seconds` unless this is called again before, even where the GIL is never released.
+
+    A process that was stopped gets the signal when it is continued, before any thread of it runs. So the first one does not
+    end it: its handler is the C library's own `alarm`, called with the signal's number, 14, which asks for a second one 14 s
+    later. `sysv_signal` has the handler serve once, so that the second one ends the process. None of it needs the GIL.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "sysv_signal"):
+        library.sysv_signal.argtypes, library.sysv_signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+        library.sysv_signal(signal.SIGALRM, ctypes.cast(library.alarm, ctypes.c_void_p))
+        seconds = max(seconds - _SECOND_ALARM_SECONDS, _REPORT_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 # The one of this process; `hvd_vgg.__main__` starts it for the commands that need it, `parallel.comm.shutdown` stops it.

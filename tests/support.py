@@ -155,6 +155,17 @@ def changed(change: str) -> List[str]:
     return [sys.executable, "-c", f"{textwrap.dedent(change)}\n{run}"]
 
 
+def clock_library(folder: Path) -> Path:
+    """Returns a library for LD_PRELOAD under which the host's clock can be set (tests/programs/set_clock.c)."""
+    library = folder / "set_clock.so"
+    source = ROOT / "tests" / "programs" / "set_clock.c"
+    try:
+        subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source)], check=True)
+    except FileNotFoundError:
+        pytest.fail("gcc is not installed: this test compiles a library")
+    return library
+
+
 def command_line(ranks: int, arguments: Sequence[str], program: Optional[Sequence[str]] = None) -> List[str]:
     """Returns the command that starts `hvd-vgg` (or `program`) with `arguments` on `ranks`; 0 ranks: without mpirun."""
     program = list(program or [sys.executable, "-m", "hvd_vgg"])

@@ -113,6 +113,8 @@ def equal(a: Any, b: Any) -> bool:
     """Compares JSON values; floats up to the last bits: sums may differ there between versions of Python."""
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(equal, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a)
     numbers = isinstance(a, (int, float)) and isinstance(b, (int, float))
     return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12) if numbers else bool(a == b)
 

@@ -33,6 +33,7 @@ from hvd_vgg.errors import CONFIGURATION, DATA, DONE, STOPPED, Failure
 from hvd_vgg.flags import parse_flags
 from hvd_vgg.reporting import receipt
 from hvd_vgg.reporting.console import Console
+from hvd_vgg.reporting.goodput import Goodput
 from hvd_vgg.run_dir import RunDir, checkpoint_step
 from hvd_vgg.text import plural
 from hvd_vgg.training import checkpoint
@@ -110,7 +111,10 @@ def _check_restarts(run: RunDir, history: History) -> Findings:
         if (event, number) not in (expected, ("start", 0)):
             yield f"{event} of attempt {number}, expected {' '.join(map(str, expected))}: a line is missing"
         if event == "start":
-            inside = [each for each in launched if row["time"] <= each.start.timestamp <= following["time"]]
+            began, ended = row["time"], following["time"]
+            if ended < began:  # the clock was set back meanwhile: times say nothing of this start
+                began, ended = -math.inf, math.inf
+            inside = [each for each in launched if began <= each.start.timestamp <= ended]
             matched += [each for each in inside if each.ranks == row["ranks"]]
             # One that ended otherwise may have ended before it began to log.
             if not inside and (following.get("code") in (DONE, STOPPED) or following.get("lost_seconds") is not None):
@@ -178,6 +182,8 @@ def _check_result(run: RunDir, history: History) -> Findings:
     expected.update(records_evaluated=evaluation["eval.records"], epochs=step * attempt.batch / attempt.records)
     expected.update(state_sha256=evaluation["eval.state_sha256"])
     expected.update(ranks=attempt.ranks, global_batch=attempt.batch, precision=attempt.config.precision)
+    yield from mismatches((name, result.get(name), value) for name, value in expected.items())
+    expected = Goodput(each for each in history.lines if each.number < line.number).report()
     yield from mismatches((name, result.get(name), value) for name, value in expected.items())
     yield from mismatches(throughput_rows(line, attempt))
     return PASS, f"of step {step}, as line {line.number} has it; its `seconds` are in no log"

@@ -23,6 +23,7 @@ from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.init import cpu_convolves, take_device
 from hvd_vgg.reporting.findings import FAILURE, Finding, failure, ok, warning, worst
 from hvd_vgg.text import plural
+from hvd_vgg.training.precision import measure_precision
 
 # Largest relative error of a product of random matrices in each precision, compared with float64 on the same rounded
 # inputs: ten times what accumulation in float32 gives, or for 16 bits what accumulation in those 16 bits gives.
@@ -64,6 +65,16 @@ def check_devices(report: Report, config: DoctorConfig, accelerators: Accelerato
         *check_flags(config, comm.size(), len(gpus)),
     ]
     return str(devices[0].name), threads
+
+
+def check_precision(report: Report, config: DoctorConfig, device: str) -> None:
+    """Compares the speed of --precision with that of float32 on each rank's device. Collective."""
+    kind = "GPU" if "GPU" in device else "CPU"
+    with report.time_limit("devices", "a convolution in --precision did not end"):
+        speed = measure_precision(config.precision, kind, "NCHW" if kind == "GPU" else "NHWC")
+    if speed:
+        about = "precision", speed.text()
+        report.findings.append(warning(*about, speed.fix()) if speed.slower() else ok(*about))
 
 
 def _take_devices(config: DoctorConfig, gpus: Sequence[Any], alone: bool) -> int:

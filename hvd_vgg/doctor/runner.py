@@ -47,6 +47,7 @@ def doctor(config: DoctorConfig) -> None:
 
     device, threads = device_test.check_devices(report, config, accelerators)
     hosts_of_ranks = ranks.check_ranks(report, config, accelerators.host)
+    device_test.check_precision(report, config, device)
     collectives.check_links(report, config, device, hosts_of_ranks)
     if not config.host_only:
         dataset.check_dataset(report, config, threads)

@@ -43,6 +43,8 @@ def check_environment(environ: Mapping[str, str]) -> Iterator[Finding]:
     effects = {name: effect for name, effect in _VARIABLES.items() if environ.get(name, "0") not in ("", "0")}
     if environ.get("TF_CUDNN_USE_AUTOTUNE") == "0":
         effects["TF_CUDNN_USE_AUTOTUNE"] = "keeps TensorFlow from finding the fastest convolution"
+    if environ.get("TF_ENABLE_ONEDNN_OPTS") == "0":
+        effects["TF_ENABLE_ONEDNN_OPTS"] = "switches off the fastest convolutions of CPUs, above all those in 16 bits"
     for name, effect in effects.items():
         yield warning("environment", f"{name}={environ[name]} {effect}", f"unset {name}")
     if leftover_error(environ):
@@ -117,8 +119,6 @@ def _questionable_flags(config: TrainConfig, ranks: int, devices: int) -> Iterat
         yield f"--link_flops_per_byte has no effect with --exchange={config.exchange}", "omit it"
     if config.max_rewinds != default.max_rewinds and config.on_nonfinite != "rewind":
         yield f"--max_rewinds={config.max_rewinds} has no effect without --on_nonfinite=rewind", "omit it"
-    if config.precision == "float16" and not devices:
-        yield "--precision=float16 is slower than float32 on CPUs, which do not compute in it", "use bfloat16 or float32"
     if config.xla and not devices:
         yield "--xla compiles for GPUs, and this host has none", "omit it"
     if config.profile_ranks != default.profile_ranks and not config.profile_steps:

@@ -35,6 +35,7 @@ from hvd_vgg.parallel import network
 from hvd_vgg.parallel.cores import threads_refusal
 from hvd_vgg.parallel.mpi import root_refusal
 from hvd_vgg.reporting.findings import FAILURE
+from hvd_vgg.reporting.goodput import Goodput
 from hvd_vgg.reporting.receipt import LogLine, read_log
 from hvd_vgg.run_dir import DISK_FULL, RunDir, append_whole, checkpoint_step, write_error
 from hvd_vgg.streams import write_line
@@ -123,7 +124,7 @@ def _supervise(
     """Starts the command, and restarts it while that is worth it; returns the exit code."""
     run_dir = RunDir(spec.run_dir) if spec.run_dir else None
     log = _RestartLog(run_dir)
-    ended_at: Optional[float] = None  # of the last start, in time.time()
+    ended_at: Optional[Tuple[float, float]] = None  # of the last start, in time.time() and time.monotonic()
     last_progress: Optional[Tuple[int, int]] = None
     faults = HostFaults()
     for attempt in range(config.max_restarts + 1):
@@ -146,9 +147,11 @@ def _supervise(
         reports = reporting_ranks(run_dir, count)
         status = run(command, requests, ranks_here)
         seconds, lost_seconds = round(time.monotonic() - started, 1), _lost_seconds(run_dir, logged_before, ended_at)
-        ended_at = time.time()
+        ended_at = time.time(), time.monotonic()
         _clear_leftovers(token)
-        log.append("end", **facts, code=status.code, reason=status.reason, seconds=seconds, lost_seconds=lost_seconds)
+        goodput = Goodput(_read_log(run_dir)).report()["goodput"]
+        ended = {"code": status.code, "reason": status.reason, "seconds": seconds, "lost_seconds": lost_seconds}
+        log.append("end", **facts, **ended, goodput=goodput)
         if run_dir is None or requests.reason() or not _may_pass(status):
             if status.code not in (DONE, *range(64, 128)) or requests.reason():  # otherwise the ranks have said it
                 log_line(status.reason)
@@ -160,7 +163,8 @@ def _supervise(
             log_line(f"{status.reason}, for the second time at step {progress[1]} without a new checkpoint: not restarted")
             return status.code
         if attempt < config.max_restarts:
-            log_line(f"{status.reason}. Restarting, {attempt + 1} of at most {config.max_restarts}")
+            so_far = "" if goodput is None else f"; goodput so far {goodput:.1%}"
+            log_line(f"{status.reason}. Restarting, {attempt + 1} of at most {config.max_restarts}{so_far}")
         last_progress = progress
     log_line(f"{status.reason}. --max_restarts={config.max_restarts} is used up; the same command resumes the run")
     return status.code
@@ -288,15 +292,18 @@ def _read_log(run_dir: Optional[RunDir]) -> List[LogLine]:
     return []
 
 
-def _lost_seconds(run_dir: Optional[RunDir], logged_before: int, ended_at: Optional[float]) -> Optional[float]:
-    """Returns how long after `ended_at` (a time.time(), or None) the run made its first update after a restart.
+def _lost_seconds(run_dir: Optional[RunDir], logged_before: int, ended_at: Optional[Tuple[float, float]]) -> Optional[float]:
+    """Returns how long after `ended_at` (time.time() and time.monotonic(), or None) the run made its first update again.
 
-    logged_before: lines of the log that earlier starts wrote. None if it has made none, and at the first start.
+    logged_before: lines of the log that earlier starts wrote. None if it has made none, and at the first start. A clock that
+    was set since then makes it no less than the log's process took by itself, and no more than has passed here.
     """
     for line in _read_log(run_dir)[logged_before:]:
         if line.kind == "first_update" and ended_at is not None:
-            log_line(f"trained again {line.timestamp - ended_at:.1f} s after the last start ended")
-            return round(line.timestamp - ended_at, 1)
+            least, most = line.timestamp - line.began, time.monotonic() - ended_at[1]
+            seconds = min(max(line.timestamp - ended_at[0], least), most)
+            log_line(f"trained again {seconds:.1f} s after the last start ended")
+            return round(seconds, 1)
     return None
 
 

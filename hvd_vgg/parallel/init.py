@@ -84,12 +84,13 @@ def join(timeline: bool = False, hang_seconds: float = 0.0, group_sizes: Sequenc
         raise Failure(CONFIGURATION, f"{gloo_under_mpi_error(os.environ)}: {UNSET_GLOO}")
     if timeline:
         os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")
-    # By default Horovod waits for ever. Its stall inspector names the tensor and the missing ranks; the watchdog ends the
-    # job sooner, unless it is itself what hangs.
+    # By default Horovod waits for ever. Its stall inspector names the tensor and the missing ranks. It counts the time in
+    # which a job was suspended, so that it ends none that has a watchdog, which does not, and SIGALRM behind that.
     longest = SLOW_PHASE_FACTOR * (hang_seconds or MIN_HANG_SECONDS)
     check_seconds = max(1, round(min(60.0, longest / 2 / SLOW_PHASE_FACTOR)))
     os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(check_seconds))
-    os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(max(2, round(longest))))
+    shutdown_seconds = 0 if watchdog.thread else max(2, round(longest))
+    os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(shutdown_seconds))
     os.environ.setdefault("OMPI_MCA_btl_tcp_rdma_pipeline_frag_size", str(_TCP_FRAGMENT_BYTES))
     here, texts = network.interfaces(), network.mpi_parameter_files(os.environ)
     os.environ.update(network.exclude_bridges(os.environ, here, texts, network.routes()))

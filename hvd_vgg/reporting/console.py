@@ -1,11 +1,11 @@
 """Console output for people: lines, or a progress bar on a terminal."""
 
 import sys
-import time
 from typing import Optional
 
 from hvd_vgg.streams import write_line
 from hvd_vgg.text import format_duration
+from hvd_vgg.watchdog import watchdog
 
 _BAR_SECONDS, _LINE_SECONDS = 0.1, 10.0  # how often progress is shown
 _BAR_WIDTH = 24
@@ -48,25 +48,25 @@ class Progress:
 
     def __init__(self, console: Console, title: str, total: int, unit: str, start: int) -> None:
         self.console, self.title, self.total, self.unit, self.start = console, title, total, unit, start
-        self.began = self.shown = time.monotonic()
+        self.began = self.shown = watchdog.active_seconds()
 
     def restart(self, done: int) -> None:
         """Excludes what was done before from the estimate of the time left."""
-        self.start, self.began = done, time.monotonic()
+        self.start, self.began = done, watchdog.active_seconds()
 
     def left_seconds(self, done: int) -> Optional[float]:
         """Returns an estimate of the time left; None before there is one."""
-        elapsed, fresh = time.monotonic() - self.began, done - self.start
+        elapsed, fresh = watchdog.active_seconds() - self.began, done - self.start
         return elapsed / fresh * (self.total - done) if fresh > 0 else None
 
     def say(self, text: str) -> None:
         """Prints a line that stays and itself shows the progress, so that the next one is due later."""
-        self.shown = time.monotonic()
+        self.shown = watchdog.active_seconds()
         self.console.say(text)
 
     def update(self, done: int, note: str = "") -> None:
         """Redraws the progress, `done` units, if the interval has elapsed, with a note."""
-        now = time.monotonic()
+        now = watchdog.active_seconds()
         if now - self.shown < (_BAR_SECONDS if self.console.bar else _LINE_SECONDS):
             return
         left = self.left_seconds(done)

@@ -1,6 +1,9 @@
 """What a run logs: DLLogger's JSON lines in a file, DLLogger's lines on stdout, and TensorBoard events.
 
 The names in METRICS, their units and formats are an interface: other programs parse them.
+
+The times of a process's lines are that at which it opened the log plus a monotonic clock: a host's clock that is set in
+mid-run makes no time between two of them negative, and none too long.
 """
 
 import contextlib
@@ -9,7 +12,8 @@ import math
 import os
 import sys
 import threading
-from datetime import datetime
+import time
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Tuple, Union
 
@@ -34,6 +38,8 @@ METRICS: Dict[str, Dict[str, str]] = {
     "train.input_share": {"unit": "", "format": ":.4f"},
     "train.network_share": {"unit": "", "format": ":.4f"},
     "train.straggler_share": {"unit": "", "format": ":.4f"},
+    "train.input_shares": {"unit": "of each rank"},
+    "train.exchange_shares": {"unit": "of each rank, its waits for the network and for other ranks"},
     "train.slow_rank": {"unit": "", "format": ":d"},
     "train.update_seconds": {"unit": "s, each update on rank 0"},
     "train.input_seconds": {"unit": "s, of them waiting for input"},
@@ -57,25 +63,20 @@ def _format_metric(name: str, _: Dict[str, str], value: Any) -> str:
 
 
 class _JsonFile:
-    """Writes DLLogger's JSON format, `DLLL {...}` a line, where the package is not installed."""
+    """Writes DLLogger's JSON format, `DLLL {...}` a line, where the package is not installed; called as its backend is."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.began, self.unwritten = path, datetime.now().astimezone(), b""
+        self.path, self.unwritten = path, b""
 
-    def _append(self, kind: str, **fields: Any) -> None:
-        now = datetime.now().astimezone()
-        times = {
-            "timestamp": str(now.timestamp()),
-            "datetime": str(now),
-            "elapsedtime": str((now - self.began).total_seconds()),
-        }
+    def _append(self, timestamp: datetime, elapsed: float, kind: str, **fields: Any) -> None:
+        times = {"timestamp": str(timestamp.timestamp()), "datetime": str(timestamp), "elapsedtime": str(elapsed)}
         self.unwritten += f"DLLL {json.dumps({**times, 'type': kind, **fields})}\n".encode()
 
-    def metadata(self, metric: str, metadata: Dict[str, str]) -> None:
-        self._append("METADATA", metric=metric, metadata=metadata)
+    def metadata(self, timestamp: datetime, elapsed: float, metric: str, metadata: Dict[str, str]) -> None:
+        self._append(timestamp, elapsed, "METADATA", metric=metric, metadata=metadata)
 
-    def log(self, step: Step, data: Dict[str, Any]) -> None:
-        self._append("LOG", step=step, data=data)
+    def log(self, timestamp: datetime, elapsed: float, step: Step, data: Dict[str, Any]) -> None:
+        self._append(timestamp, elapsed, "LOG", step=step, data=data)
 
     def flush(self) -> None:
         """Appends the unwritten lines to the file, all or none."""
@@ -89,7 +90,7 @@ def _print(step: Step, data: Dict[str, Any]) -> None:
 
 
 def _open(path: Path) -> Tuple[Any, Callable[[Step, Dict[str, Any]], None]]:
-    """Returns what writes to the file, with `metadata`, `log` and `flush`, and a function that prints a line.
+    """Returns the backend that writes to the file, with `metadata`, `log` and `flush`, and a function that prints a line.
 
     They are separate, so that a closed stdout keeps no line out of the file.
     """
@@ -97,7 +98,7 @@ def _open(path: Path) -> Tuple[Any, Callable[[Step, Dict[str, Any]], None]]:
         return _JsonFile(path), _print
     verbosity = dllogger.Verbosity.VERBOSE
     printer = dllogger.Logger([dllogger.StdOutBackend(verbosity, metric_format=_format_metric)])
-    return dllogger.Logger([dllogger.JSONStreamBackend(verbosity, str(path), append=True)]), printer.log
+    return dllogger.JSONStreamBackend(verbosity, str(path), append=True), printer.log
 
 
 class RunLog:
@@ -112,8 +113,14 @@ class RunLog:
         _terminate_last_line(self.path)
         self.file, self.print = _open(self.path)
         self.stdout = stdout
+        self._opened, self._opened_at = datetime.now().astimezone(), time.monotonic()
         for name, metadata in METRICS.items():
-            self.file.metadata(name, metadata)
+            self.file.metadata(*self.times(), name, metadata)
+
+    def times(self) -> Tuple[datetime, float]:
+        """Returns the time now, by the clock of this log, and the seconds since it was opened."""
+        elapsed = round(time.monotonic() - self._opened_at, 6)
+        return self._opened + timedelta(seconds=elapsed), elapsed
 
     def log(self, step: Step, data: Dict[str, Any]) -> None:
         """Writes one line; step: (epoch, update), "PARAMETER" for what the run is, "EVENT", or () for its end.
@@ -124,7 +131,7 @@ class RunLog:
         finite = {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in data.items()}
         with self.lock:
             with contextlib.suppress(OSError):  # a full disk is no reason to stop before the end
-                self.file.log(step, finite)
+                self.file.log(*self.times(), step, finite)
                 self.file.flush()
             if self.stdout:
                 with ignore_broken_pipe(sys.stdout):

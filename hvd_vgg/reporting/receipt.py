@@ -14,7 +14,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from hvd_vgg import storage
 from hvd_vgg.run_dir import RunDir, atomic_write_text, writing
@@ -32,8 +32,8 @@ class LogLine(NamedTuple):
     epoch: int  # -1 where the line has none
     step: int  # updates made by then; -1 where the line does not say
     data: Dict[str, Any]
-    timestamp: float  # seconds since 1970
-    began: float  # when its process opened the log: equal in all its lines, even if the clock is set meanwhile
+    timestamp: float  # seconds since 1970 by the clock that its process found, and monotonic from there on
+    began: float  # when its process opened the log: equal in all its lines
 
 
 def read_log(path: Path) -> List[LogLine]:
@@ -54,15 +54,21 @@ def _parse_line(number: int, text: bytes, digest: Dict[str, Any]) -> LogLine:
     if not text.startswith(b"DLLL ") or not text.endswith(b"\n"):
         raise ValueError("torn, or not a line of DLLogger's")
     row = json.loads(text[5:])
-    step, data, timestamp = row.get("step"), row.get("data", {}), float(row["timestamp"])
-    began, epoch, done, kind = timestamp - float(row["elapsedtime"]), -1, data.get("step", -1), row["type"]
-    if kind == "LOG" and isinstance(step, str):
-        kind = data["event"] if step == "EVENT" else step
-    elif kind == "LOG" and step:
-        (epoch, done), kind = map(int, step), "train" if "train.loss" in data else "evaluation"
-    elif kind == "LOG":
-        kind = "end"
-    return LogLine(number, str(kind), digest, epoch, done, data, timestamp, began)
+    data, timestamp = row.get("data", {}), float(row["timestamp"])
+    kind, epoch, done = row["type"], -1, data.get("step", -1)
+    if kind == "LOG":
+        kind, epoch, done = kind_of(row.get("step"), data)
+    return LogLine(number, str(kind), digest, epoch, done, data, timestamp, timestamp - float(row["elapsedtime"]))
+
+
+def kind_of(step: Any, data: Dict[str, Any]) -> Tuple[str, int, int]:
+    """Returns kind, epoch and step, as in LogLine, of a line that is logged as `RunLog.log` has it."""
+    if isinstance(step, str):
+        return data["event"] if step == "EVENT" else step, -1, data.get("step", -1)
+    if not step:
+        return "end", -1, data.get("step", -1)
+    epoch, done = map(int, step)
+    return "train" if "train.loss" in data else "evaluation", epoch, done
 
 
 def read_json_lines(path: Path, length: Optional[int] = None) -> List[Dict[str, Any]]:

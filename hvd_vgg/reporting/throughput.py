@@ -15,13 +15,15 @@ the device then shows up wherever the host first needs a result.
 
 Images per second (fps) are the images of the steady updates over their wall time on rank 0. Where the steady updates begin
 is found in the times themselves, without the waits for input (`steady_from`): a run that starts slowly because its input
-is slow, as from cold storage, is slow, and those updates count. What was left out is reported.
+is slow, as from cold storage, is slow, and those updates count. What was left out is reported. The time in which a job was
+suspended is in none of these times (`Watchdog.active_seconds`).
 """
 
 import contextlib
 import statistics
-import time
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, TypeVar
+
+from hvd_vgg.watchdog import watchdog
 
 T = TypeVar("T")
 _SHARES = ("input", "compute", "network", "straggler_wait")
@@ -74,7 +76,7 @@ class Throughput:
     """Times of every update since this process began to train, on this rank, in seconds."""
 
     def __init__(self) -> None:
-        self.began = self.mark = time.perf_counter()
+        self.began = self.mark = watchdog.active_seconds()
         self.total_seconds: List[float] = []
         self.input_seconds: List[float] = []
         self.exchange_seconds: List[float] = []
@@ -82,15 +84,15 @@ class Throughput:
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
         """Yields `batches` and records the wait for each."""
-        began = time.perf_counter()
+        began = watchdog.active_seconds()
         for batch in batches:
-            self.input_seconds.append(time.perf_counter() - began)
+            self.input_seconds.append(watchdog.active_seconds() - began)
             yield batch
-            began = time.perf_counter()
+            began = watchdog.active_seconds()
 
     def end_update(self) -> None:
         """Records the end of an update, where the next one begins."""
-        now = time.perf_counter()
+        now = watchdog.active_seconds()
         self.total_seconds.append(now - self.mark)
         self.mark = now
 
@@ -100,9 +102,9 @@ class Throughput:
 
         If it takes some ranks longer than others they must meet inside, or the wait lands in the others' next update.
         """
-        began = time.perf_counter()
+        began = watchdog.active_seconds()
         yield
-        seconds = time.perf_counter() - began
+        seconds = watchdog.active_seconds() - began
         self.excluded_seconds[name] += seconds
         self.mark += seconds
 
@@ -127,7 +129,7 @@ class Throughput:
             "fps_updates": len(steady),
             "fps_standard_deviation": statistics.pstdev(each),
             "fps_jitter": _robust_deviation(each),
-            "fps_wall": global_batch * len(self.total_seconds) / (time.perf_counter() - self.began),
+            "fps_wall": global_batch * len(self.total_seconds) / (watchdog.active_seconds() - self.began),
             "warm_up_updates": first,
             "warm_up_seconds": sum(self.total_seconds[:first]),
             "steady": found,

@@ -17,6 +17,7 @@ from hvd_vgg.reporting import receipt
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.text import difference_table, plural
 from hvd_vgg.training.dataset import Splits
+from hvd_vgg.training.precision import measure_precision
 from hvd_vgg.training.reporter import Reporter
 from hvd_vgg.training.result import write_run_files
 from hvd_vgg.training.state import TrainProgress, data_digest
@@ -39,6 +40,9 @@ def introduce(
     """
     choices = cost.choose(config, comm.size(), factored)
     _warn_of_missing_packages(reporter)
+    speed = measure_precision(config.precision, device.kind, device.data_format)
+    if speed and speed.slower():
+        reporter.say(f"warning: {speed.text()}: {speed.fix()}")
     _print_run(config, data, device, total_steps, progress, reporter)
     if comm.size() > 1:
         reporter.say(f"sent by each rank in an update, {config.wire_dtype} on the wire:\n{cost.table(choices)}")
@@ -54,13 +58,13 @@ def introduce(
     run: Dict[str, Any] = {"ranks": comm.size(), "device": device.kind, "steps": total_steps, "first_step": first}
     software = describe_software(IMAGE_LIBRARY)
     reporter.row("PARAMETER", {**dataclasses.asdict(config), **software, **run, **cost.as_log(choices)})
-    process = describe_process()
-    process["packages"]["mpi"] = mpi_version()
     path = RunDir(config.run_dir).checkpoint(first)
     row = receipt.checkpoint_row(path) if comm.is_root() and path.exists() else None
     splits = {"train": data.train, "validation": data.validation}
     digests = {name: {"records": index.records, "sha256": data_digest(index)} for name, index in splits.items()}
     start = {"step": first, "steps": total_steps, "skipped_steps": progress.skipped_steps, "ranks": comm.size()}
+    process = describe_process()
+    process["packages"]["mpi"] = mpi_version()
     reporter.event("start", **process, **start, arithmetic=arithmetic, hosts=hosts, checkpoint=row, data=digests)
     run_on_root(lambda: write_run_files(config, reporter.console))
 

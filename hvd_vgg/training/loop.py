@@ -1,17 +1,21 @@
 """The training loop."""
 
+from typing import Optional
+
 from hvd_vgg.config import TrainConfig
 from hvd_vgg.training.metrics import NonFiniteStep
+from hvd_vgg.training.reporter import OnLog
 from hvd_vgg.training.rewind import rewind_or_stop
 from hvd_vgg.training.trainer import Trainer
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig, on_log: Optional[OnLog] = None) -> None:
     """Trains to the end and leaves everything in --run_dir. Collective.
 
+    on_log: called on rank 0 with each line of updates, each evaluation and the end, as a dictionary (`hvd_vgg.train`).
     Raises a collective Failure where the run must end otherwise: STOPPED on request, NOT_FINITE, DATA, CONFIGURATION ...
     """
-    with Trainer(config) as trainer:  # joins the ranks, opens the data, restores the newest checkpoint
+    with Trainer(config, on_log) as trainer:  # joins the ranks, opens the data, restores the newest checkpoint
         while True:
             try:
                 return fit(trainer)
@@ -33,11 +37,12 @@ def fit(trainer: Trainer) -> None:
             continue
 
         trainer.log_metrics()  # waits for the device and all ranks; raises NonFiniteStep
-        if due.check_replicas or stopping:  # before weights are scored or saved
+        overdue = trainer.save_overdue()
+        if due.check_replicas or overdue or stopping:  # before weights are scored or saved
             trainer.check_replicas()
         improved = due.evaluate and trainer.evaluate()
         done = progress.step == trainer.total_steps or trainer.target_reached()
-        if due.save or improved or done or stopping:
+        if due.save or overdue or improved or done or stopping:
             trainer.save(best=improved)  # rank 0 writes in the background
         if done:
             break

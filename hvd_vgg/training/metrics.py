@@ -114,6 +114,8 @@ def measure_window(
         "train.input_share": shares["input"],
         "train.network_share": shares["network"],
         "train.straggler_share": shares["straggler_wait"],
+        "train.input_shares": [round(one.input / one.total, 4) for one in times],
+        "train.exchange_shares": [round(one.exchange / one.total, 4) for one in times],
         "train.slow_rank": -1 if bottleneck.rank is None else bottleneck.rank,
         "train.update_seconds": totals,
         "train.input_seconds": throughput.input_seconds[-updates:],

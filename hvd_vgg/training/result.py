@@ -12,6 +12,7 @@ from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import run_on_root
 from hvd_vgg.reporting import receipt
 from hvd_vgg.reporting.console import Console
+from hvd_vgg.reporting.goodput import Goodput, describe
 from hvd_vgg.reporting.throughput import Throughput, format_table, limiting_part
 from hvd_vgg.run_dir import DISK_FULL, RunDir, atomic_write_text, writing
 from hvd_vgg.text import format_duration, plural
@@ -66,10 +67,14 @@ def write_result(
 ) -> Dict[str, Any]:
     """Writes result.json, flags and receipt, on rank 0; logs and returns the throughput of `measure_run`. Collective.
 
+    On rank 0 what it returns has the goodput too, computed from the log up to here.
+
     Raises a collective Failure(NOT_WRITTEN).
     """
     measured = measure_run(throughput, config, config.device_tflops)
     path = RunDir(config.run_dir).result
+    log = RunDir(config.run_dir).log
+    goodput = run_on_root(lambda: Goodput(receipt.read_log(log)).report()) or {}
 
     def write() -> None:
         # A process that trained nothing has measured nothing, and may find the result of the one that did.
@@ -84,6 +89,7 @@ def write_result(
             "records_evaluated": evaluation.records,
             "bad_records_evaluated": evaluation.bad,
             **measured,
+            **goodput,
             "steps": progress.step,
             "epochs": epochs,
             "ranks": comm.size(),
@@ -96,7 +102,7 @@ def write_result(
 
     run_on_root(write)
     run_on_root(lambda: write_run_files(config))
-    return measured
+    return {**measured, **goodput}
 
 
 def _is_result_of(path: Path, step: int) -> bool:
@@ -125,6 +131,8 @@ def finish_log(
     reporter.say(f"  state SHA-256      {evaluation.state_sha256}")
     if measured["fps"]:
         _print_throughput(measured, reporter)
+    if measured.get("goodput"):
+        reporter.say(f"  goodput            {describe(measured)}")
     if writer.written:
         each = writer.seconds / writer.written
         reporter.say(f"  checkpoints        {writer.written} written in the background, {each:.2f} s each")

@@ -21,7 +21,7 @@ from hvd_vgg.training.evaluate import evaluate, make_eval_step, report_evaluatio
 from hvd_vgg.training.introduction import introduce
 from hvd_vgg.training.metrics import PendingUpdate, measure_window, reduce_metrics
 from hvd_vgg.training.profile import profiled
-from hvd_vgg.training.reporter import open_reporter
+from hvd_vgg.training.reporter import OnLog, open_reporter
 from hvd_vgg.training.reproducibility import check_bits, describe_arithmetic
 from hvd_vgg.training.result import finish_log, write_result, write_run_files
 from hvd_vgg.training.resume import require_checkpoints, restore_state
@@ -39,13 +39,13 @@ class Trainer:
     `epoch`, `target_reached` and `evaluation_missed`.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, on_log: Optional[OnLog] = None) -> None:
         """Joins the ranks, opens the data, restores the newest checkpoint. Collective; raises collective Failures."""
         self.config = config
         self.device, console, _ = join_ranks(config, timeline=bool(config.profile_steps))
         watchdog.save_when_asked()  # now: joining may have set other handlers
         self.lock = run_on_all_ranks(lambda: claim_run_dir(config))
-        self.reporter = open_reporter(config, console)
+        self.reporter = open_reporter(config, console, on_log)
         self.data = open_data(config, Path(config.run_dir), console)
         self.total_steps = total_steps(config, self.data.train.records)
         self.arithmetic = describe_arithmetic(self.device)
@@ -65,6 +65,8 @@ class Trainer:
         if config.reproducible == BITS:
             check_bits(self.local_sums, self.eval_step, len(self.state.weights), config, self.device)
         self.checksums = make_checksums(self.state.weights)
+        self.saved_at = watchdog.active_seconds()  # the newest checkpoint, or the start of this process
+        self.suspended = watchdog.stopped_seconds()  # seconds, as the log has them
         self.throughput = Throughput()  # last: its clock starts now, and the first update is to have nothing of the above
 
     def restore(self) -> None:
@@ -160,12 +162,24 @@ class Trainer:
         speed, bottleneck, seconds = measure_window(self.window, self.throughput, config.global_batch)
         self.cadence = self.cadence._replace(stop_poll_steps=stop_poll_steps(seconds))
         self.window.clear()
+        self._log_suspension()
         if self.coverage.ended(progress.step):
             self._settle_coverage()
         if progress.step <= self.cadence.first_log_step:  # the estimate excludes compilation
             self.bar.restart(progress.step)
         self.reporter.training({**row, **speed}, bottleneck, progress.step, self.total_steps, self.epoch(), self.bar)
         self.reporter.save_failed(self.writer.failure())
+
+    def _log_suspension(self) -> None:
+        seconds = watchdog.stopped_seconds() - self.suspended
+        if seconds > 0.5:  # more than two clocks differ
+            self.suspended += seconds
+            self.reporter.event("suspended", step=self.progress.step, seconds=round(seconds, 3))
+
+    def save_overdue(self) -> bool:
+        """Returns whether --save_every_minutes have passed since the newest checkpoint by rank 0's clock; equal on all."""
+        minutes = self.config.save_every_minutes
+        return minutes > 0 and bool(comm.broadcast_json(watchdog.active_seconds() - self.saved_at >= 60 * minutes))
 
     def _settle_coverage(self) -> None:
         for covered in self.coverage.settle(self.progress.step, comm.gather_json):
@@ -184,6 +198,7 @@ class Trainer:
             with self.throughput.exclude("evaluation"), watchdog.phase("evaluation"):
                 result = evaluate(self.eval_step, data.validation, config, data.label_base, self.device, self.reporter)
                 improved = result.top1 > progress.best_top1
+                self._log_suspension()
                 progress.best_top1, progress.evaluated = max(result.top1, progress.best_top1), progress.step
                 digest = run_on_root(lambda: state_sha256(self.state, progress))  # as a checkpoint saved now has it
                 self.result = result._replace(state_sha256=digest or "")
@@ -201,6 +216,7 @@ class Trainer:
             self.progress.seconds = time.monotonic() - self.started
             kept = {"run": self.fingerprint, "arithmetic": self.arithmetic}
             save_state(self.state, self.progress, kept, self.writer, best)
+            self.saved_at = watchdog.active_seconds()
             comm.barrier()  # else the others wait for rank 0's copy inside their next update
 
     def write_result(self, required: bool = False) -> Any:

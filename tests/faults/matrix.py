@@ -41,11 +41,12 @@ FAULTS = {
     "F35": "slow rank",
     "F36": "root without consent; more ranks than slots",
     "F37": "dllogger, mpi4py, TensorBoard are not installed",
+    "F38": "all processes of a job are stopped, and continued later",
+    "F39": "the clock is set back or forward in mid-run",
     "F40": "reads fail for a while, or for good; no locks, no fsync of directories, no renaming over; a mount blocks",
     "F41": "zeros in a shard, compressed shards, shards rewritten in use, JPEGs that the decoder mends",
     "F42": "checkpoints gone or damaged, with copies in another directory; the copies' disk fails",
     "F43": "variables of schedulers and profiles; no HOME, no ssh; foreign modules and libraries; limits of threads",
-    "F44": "a whole job is suspended and continued while its launcher waits",
 }
 
 

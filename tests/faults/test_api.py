@@ -7,6 +7,7 @@ import textwrap
 from support import TINY
 
 PROGRAM = """
+    import os
     import signal
     import sys
     import hvd_vgg
@@ -24,11 +25,23 @@ PROGRAM = """
             hvd_vgg.train(TrainConfig(**wrong))
         except Failure as failure:
             assert failure.code == 64 and "expected" in failure.message
+    rows = []
+
+    def tracker(row):
+        rows.append(row)
+        if row["kind"] == "end":
+            raise ValueError("the tracker is away")
+
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     try:
-        hvd_vgg.train(TrainConfig(data_dir=sys.argv[1], run_dir="python", **config))
+        hvd_vgg.train(TrainConfig(data_dir=sys.argv[1], run_dir="python", **config), on_log=tracker)
     except Failure as failure:
         sys.exit(failure.code)
+    root = os.environ["OMPI_COMM_WORLD_RANK"] == "0"
+    expected = [*[("train", step) for step in (1, 2, 3)], ("evaluation", 3), ("end", None)]
+    assert [(row["kind"], row.get("step")) for row in rows] == root * expected
+    assert all(isinstance(row["train.loss"], float) and row["epoch"] >= 0 for row in rows if row["kind"] == "train")
+    assert not root or rows[-1]["eval.records"] == 37
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0  # nothing ends this process later
     assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
 """
@@ -37,7 +50,8 @@ PROGRAM = """
 def test_train_from_python_equals_the_command(launch, data, tmp_path):
     """On 2 ranks, to the last bit; illegal fields are refused, and the process is its own again afterwards."""
     program = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(data)]
-    assert launch(2, program=program).code == 0
+    ended = launch(2, program=program, code=0)
+    assert ended.out.count("on_log=tracker raised ValueError: the tracker is away (at end): it is not called again") == 1
     assert launch(2, "train", f"--data_dir={data}", "--run_dir=command", "--steps=3", *TINY).code == 0
     found, expected = (
         (tmp_path / name / "checkpoints" / "step-00000003.safetensors").read_bytes() for name in ("python", "command")

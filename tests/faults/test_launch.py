@@ -136,7 +136,7 @@ def test_deaf_ranks_terminated_by_grace_or_second_request(tmp_path, grace, signa
     assert "stopped on request; the ranks had to be terminated" in ended.err
 
 
-@pytest.mark.fault("F44")
+@pytest.mark.fault("F38")
 def test_pause_of_the_whole_job_uses_up_no_grace(tmp_path):
     """As of Slurm's suspend or a paused virtual machine: launcher, mpirun and ranks are stopped, and go on together."""
     started = start_stub(tmp_path, "wait", "--grace_seconds=6", STUB_LEAVE_SECONDS="2")

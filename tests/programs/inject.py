@@ -4,7 +4,8 @@
 
 FAULT is a key of _FAULTS or _BATCH_FAULTS; it happens when STEP updates are done (0: at once), from the FIRST to the LAST
 time that the rank gets there (default: the first). The record ids that a rank trains on go to OUT_DIR/ids.rankN, a line per
-step. The package has no switch for any of this: its functions are replaced from outside, only those that a fault needs.
+step; when rank 0 did what, by a monotonic clock, to OUT_DIR/times. The package has no switch for any of this: its functions
+are replaced from outside, only those that a fault needs.
 """
 
 import atexit
@@ -20,7 +21,7 @@ from typing import NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from patching import replace
+from patching import BEGAN, replace
 
 from hvd_vgg.__main__ import run
 from hvd_vgg.environment import launched_rank
@@ -57,8 +58,10 @@ def fail(seconds):
 
 
 def hold_gil(seconds):
-    """Sleeps without releasing the GIL: PyDLL does not, as C extensions may not."""
-    ctypes.PyDLL(None).usleep(ctypes.c_uint(int(seconds * 1e6)))
+    """Waits for ever without releasing the GIL: PyDLL does not, as C extensions may not. No signal interrupts a mutex."""
+    mutex = ctypes.create_string_buffer(64)
+    for _ in range(2):
+        ctypes.PyDLL(None).pthread_mutex_lock(mutex)
 
 
 def flip_byte(seconds):
@@ -291,6 +294,31 @@ def keep_state(initial_state):
     return kept
 
 
+def note_times():
+    """Notes in OUT_DIR/times, `WHAT STEP BEGAN ENDED` a line, when updates ended, and all that is done between them."""
+    from hvd_vgg.reporting.throughput import Throughput
+    from hvd_vgg.training.trainer import Trainer
+
+    def noting(what, call):
+        def noted(*arguments, **named):
+            began = time.monotonic()
+            try:
+                return call(*arguments, **named)
+            finally:
+                line = f"{what} {watchdog.last[2] or 0} {began} {time.monotonic()}\n"
+                with open(OUT / "times", "a") as file:
+                    file.write(line)
+
+        return noted
+
+    Throughput.end_update = noting("update", Throughput.end_update)
+    Trainer.__init__ = noting("starting", Trainer.__init__)
+    for name in ("evaluate", "save", "write_result"):
+        setattr(Trainer, name, noting(name, getattr(Trainer, name)))
+    with open(OUT / "times", "a") as file:
+        file.write(f"process 0 {BEGAN} {BEGAN}\n")
+
+
 def main():
     """Does the faults of step 0, prepares the others, and runs the command."""
     sys.modules["matplotlib"] = None  # Keras would import it, an eighth of the time of a start
@@ -299,6 +327,8 @@ def main():
     for fault in due(_FAULTS, 0):
         _FAULTS[fault.kind](fault.seconds)
     replace(loader, "train_batches", batches_with_faults)
+    if RANK == 0 and "train" in sys.argv:
+        note_times()
     Watchdog.heartbeat = heartbeat_with_faults(Watchdog.heartbeat)
     if any(fault.kind == "nan" for fault in mine):
         from hvd_vgg.models import vgg

@@ -2,6 +2,9 @@
 
 import functools
 import sys
+import time
+
+BEGAN = time.monotonic()  # before a program imports the package
 
 
 def replace(module, name, wrap):

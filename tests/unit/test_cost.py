@@ -166,6 +166,21 @@ def test_plan_needs_no_tensorflow_and_draws(launch, tmp_path):
     assert "2 illegal flag(s)" in ended.err
 
 
+def test_plan_advises_how_often_to_save(launch):
+    """sqrt(2 x 6 s x 86400 s) = 1018 s; both figures are needed, and a save that is shorter than the time to a failure."""
+    ended = launch(0, "plan", "--save_seconds=6", "--failure_hours=24", code=0)
+    assert ended.out.rstrip().splitlines()[-1] == (
+        "Save with --save_every_minutes=17: sqrt(2 x 6 s a save x 24 h between failures), to first order (Young 1974); "
+        "saves and lost updates take 1.2% then."
+    )
+    for flags, message in (
+        (["--save_seconds=6"], "--save_seconds and --failure_hours need each other"),
+        (["--save_seconds=7200", "--failure_hours=1"], "--save_seconds=7200: expected less than --failure_hours"),
+    ):
+        assert message in launch(0, "plan", *flags, code=64).err
+    assert "--save_every_minutes" not in launch(0, "plan", code=0).out
+
+
 def test_plan_knows_what_its_cluster_computes(launch):
     """Where links are fast, ranks many and processors slow: with the flag that it says, training does what it predicts."""
     flags = ["--ranks=128", "--ranks_per_host=16", "--gbit=100", "--fps_per_rank=54.5", "--global_batch=2048"]

@@ -9,7 +9,7 @@ from support import ROOT
 
 from hvd_vgg.errors import NOT_WRITTEN, Failure
 from hvd_vgg.reporting import log
-from hvd_vgg.reporting.console import Console, time
+from hvd_vgg.reporting.console import Console, watchdog
 from hvd_vgg.reporting.log import METRICS, RunLog
 from hvd_vgg.streams import write_line
 from hvd_vgg.text import format_duration
@@ -93,7 +93,7 @@ def test_log_that_cannot_be_written_fails_at_its_end(tmp_path, monkeypatch):
 
 def test_console_draws_a_bar_on_terminals_alone(capsys, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(watchdog, "active_seconds", lambda: clock[0])
     for mode in ("bar", "lines"):
         progress = Console(mode, True).progress("training", 100, "steps")
         for done in (10, 50):

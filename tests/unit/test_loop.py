@@ -15,7 +15,8 @@ class FakeTrainer:
 
     total_steps = 12
 
-    def __init__(self, first=0, evaluated=0, scores=(5, 7), target=99, stop_at=None, nonfinite=()):
+    def __init__(self, first=0, evaluated=0, scores=(5, 7), target=99, stop_at=None, nonfinite=(), overdue=()):
+        self.overdue = overdue
         self.progress = types.SimpleNamespace(step=first, evaluated=evaluated, best=-1)
         self.cadence = Cadence(first, frozenset({6, 12}), 3, 4, 0, stop_poll_steps=1)
         self.scores, self.target, self.stop_at, self.nonfinite = list(scores), target, stop_at, list(nonfinite)
@@ -52,6 +53,9 @@ class FakeTrainer:
         if self.nonfinite and self.progress.step > self.nonfinite[0]:
             raise NonFiniteStep(self.nonfinite.pop(0), float("nan"), 1.0)
 
+    def save_overdue(self):
+        return self.progress.step in self.overdue
+
     def check_replicas(self):
         self.done.append("check")
 
@@ -81,7 +85,7 @@ class FakeTrainer:
 
 def train(monkeypatch, trainer):
     """Returns what the loop had `trainer` do, without the updates after which nothing was due."""
-    monkeypatch.setattr(loop, "Trainer", lambda config: trainer)
+    monkeypatch.setattr(loop, "Trainer", lambda config, on_log: trainer)
     monkeypatch.setattr(loop, "rewind_or_stop", FakeTrainer.rewind_or_stop)
     loop.train(None)
     return [what for what in trainer.done if what != "end"]
@@ -110,6 +114,12 @@ def test_loop_checks_replicas_before_scores_and_checkpoints(monkeypatch):
         if what in ("evaluate", "save"):
             assert "check" in done[position - 2 : position]
     assert done[done.index(4) + 1 : done.index(5)] == ["log", "check"]
+
+
+def test_loop_saves_when_time_is_over_at_a_log_line(monkeypatch):
+    """As at a step at which that is due: replicas are compared first. Between log lines nobody asks for the time."""
+    done = train(monkeypatch, FakeTrainer(overdue=(3, 5)))
+    assert done[done.index(2) : done.index(5) + 1] == [2, "log", "check", "save", 3, "log", "save", 4, 5]
 
 
 def test_loop_stops_on_request_at_a_polled_step(monkeypatch):

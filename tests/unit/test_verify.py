@@ -22,6 +22,7 @@ from hvd_vgg.models.architecture import training_flops, vgg_layers
 from hvd_vgg.provenance import describe_process
 from hvd_vgg.reporting import receipt
 from hvd_vgg.reporting.console import Console
+from hvd_vgg.reporting.goodput import Goodput
 from hvd_vgg.reporting.log import RunLog
 from hvd_vgg.reporting.throughput import Throughput, per_host, per_rank
 from hvd_vgg.run_dir import RunDir
@@ -64,6 +65,7 @@ class Trainer:
     """Does for the loop what training.trainer.Trainer does, on paper; kill_at: the number of the write that is its last."""
 
     total_steps, target_reached, check_replicas = STEPS, staticmethod(lambda: False), staticmethod(lambda: None)
+    save_overdue = staticmethod(lambda: False)
     loss = staticmethod(lambda step: 1 / (step + 3))
 
     def __init__(self, path, kill_at=None, bad=(), poisoned=(), skipped=(), stop_at=None, launched=False):
@@ -179,6 +181,7 @@ class Trainer:
         content = {name: metrics[f"eval.{name}"] for name in ("acc@1", "acc@5", "top1_hits", "top5_hits")}
         content.update(records_evaluated=VALIDATION, steps=step, epochs=self.epoch(), ranks=2, global_batch=32)
         content["state_sha256"] = self.result.state_sha256
+        content.update(Goodput(receipt.read_log(self.run.log)).report())
         if measured["fps"] or not self.run.result.exists() or json.loads(self.run.result.read_text())["steps"] != step:
             self.reporter.event("throughput", step=step, **measured)
             self.write(self.run.result.write_text, json.dumps({**content, "precision": "float32", **measured}))
@@ -210,7 +213,9 @@ class Trainer:
 def train(path, **how):
     """Runs to the end, or raises Killed, or the Failure of a stop; returns the number of writes."""
     trainer = Trainer(path, **how)
-    with mock.patch.multiple(loop, Trainer=contextlib.nullcontext, rewind_or_stop=Trainer.rewind_or_stop):
+    with mock.patch.multiple(
+        loop, Trainer=lambda trainer, on_log: contextlib.nullcontext(trainer), rewind_or_stop=Trainer.rewind_or_stop
+    ):
         loop.train(trainer)
     return trainer.writes
 
