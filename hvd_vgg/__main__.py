@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Tuple
 
 from hvd_vgg import __version__
-from hvd_vgg.environment import launched_rank, leave_out_current_directory, library_path_hint
+from hvd_vgg.environment import PROGRAM, launched_rank, leave_out_current_directory, library_path_hint
 from hvd_vgg.errors import BUG, CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.streams import ensure_std_streams, write_line
@@ -146,8 +146,6 @@ an external reason is restarted; RUN_DIR/restarts.jsonl records every start and 
   hvd-vgg launch --ranks=8 train --flagfile=configs/vgg16_imagenet.flags --data_dir=/data/imagenet
   hvd-vgg launch --hostfile=hosts.txt --max_restarts=20 train --flagfile=configs/vgg16_imagenet.flags
 """
-# What `launch` starts a command of this package with: the same files, and nothing of the current directory.
-PROGRAM = [sys.executable, str(Path(__file__).absolute())]
 # Python's words where a limit of threads is reached.
 _NO_THREAD = re.compile(r"can't start new thread|unable to start watchdog thread")
 # In an error of Horovod's: a fault of the program or of the machine, rather than a rank that is gone.

@@ -3,11 +3,14 @@
 import os
 import re
 import sys
+from pathlib import Path
 from typing import Dict, List, Mapping, Optional, Sequence
 
 # A parameter that Open MPI itself does not know: mpirun passes it on the command lines of its daemons and in the environment
 # of all ranks, so the processes of a job can be recognised on every host.
 JOB_PARAMETER = "hvd_vgg_job"
+# What starts a command of this package: the same files, and nothing of the current directory.
+PROGRAM = [sys.executable, str(Path(__file__).absolute().with_name("__main__.py"))]
 # Variables with such names are neither passed to other hosts nor printed.
 SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASS|CRED", re.I)
 # Set for each process by mpirun, horovodrun --gloo, and srun with either form of PMI.

@@ -6,6 +6,7 @@ wrote is then judged by `hvd_vgg.commands.acceptance_report`. Nothing here impor
 
 import dataclasses
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -20,8 +21,8 @@ from hvd_vgg.commands.acceptance_report import Bundle, assess, format_page
 from hvd_vgg.config import RSH_AGENT, AcceptanceConfig, BatchConfig, LaunchConfig
 from hvd_vgg.doctor.driver import find_accelerators
 from hvd_vgg.doctor.packages import this_host
-from hvd_vgg.environment import launched_rank
-from hvd_vgg.errors import CONFIGURATION, DATA, DONE, STOPPED, USAGE, Failure
+from hvd_vgg.environment import PROGRAM, nested_refusal
+from hvd_vgg.errors import CONFIGURATION, DATA, DONE, STOPPED, Failure
 from hvd_vgg.flags import to_flag_file
 from hvd_vgg.launcher.hostfile import read_hostfile
 from hvd_vgg.launcher.supervisor import LaunchSpec, rank_count
@@ -31,7 +32,6 @@ from hvd_vgg.run_dir import atomic_write_text, writing
 from hvd_vgg.streams import write_line
 from hvd_vgg.text import format_duration, plural
 
-PROGRAM = [sys.executable, "-m", "hvd_vgg"]
 _LOG_BYTES = 200_000  # of each stage, the newest: the directory is to be sent by mail
 # A rate at which no network diverges; equality of states asks for nothing more.
 _SHORT_RUN = ("--lr=1e-4", "--lr_schedule=constant", "--eval_every_epochs=0", "--save_every_steps=0", "--log_every_steps=1")
@@ -55,8 +55,9 @@ def acceptance(config: AcceptanceConfig) -> None:
     With the code of the first stage that failed, DATA where all ended well but one result is not as it should be,
     CONFIGURATION if --run_dir is not empty, and STOPPED on SIGINT or SIGTERM, in which case the verdict is on what there is.
     """
-    if launched_rank() is not None:
-        raise Failure(USAGE, "acceptance starts the ranks itself: start it alone, without a launcher")
+    refusal = nested_refusal(os.environ)
+    if refusal:
+        raise Failure(CONFIGURATION, refusal)
     hosts = read_hostfile(config.hostfile) if config.hostfile else []
     ranks = rank_count(_launch_config(config), LaunchSpec([], shared=config), hosts)
     bundle, stop = Bundle(Path(config.run_dir).absolute()), _Stop()
