@@ -92,7 +92,6 @@ def test_launch_in_a_shell_of_everything(tmp_path, data):
             "PYTHONDEVMODE=1",
             "PYTHONUTF8=1",
             "PYTHONIOENCODING=ascii",
-            "PYTHONINSPECT=1",
             "PYTHONWARNINGS=error",
             "OMP_PROC_BIND=true",
         ),
