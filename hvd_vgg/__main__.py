@@ -18,6 +18,7 @@ import logging
 import re
 import time
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Tuple
 
@@ -157,6 +158,8 @@ def main() -> None:
     ensure_std_streams()
     leave_out_current_directory()
     sys.dont_write_bytecode = True  # else TensorFlow leaves .pyc files of generated code in $TMPDIR
+    if any(option.startswith("error") for option in sys.warnoptions):  # PYTHONWARNINGS=error; TensorFlow warns when imported
+        warnings.simplefilter("default")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.pop("TF_USE_LEGACY_KERAS", None)  # nothing here uses Keras, but Horovod imports it, and would want tf_keras
     # Where TensorBoard is not installed, TensorFlow before 2.16 warns of it on every rank; a run reports it once itself.

@@ -88,7 +88,13 @@ def test_launch_in_a_shell_of_everything(tmp_path, data):
         *("HOROVOD_TIMELINE=/nowhere/x.json", "HOROVOD_STALL_CHECK_DISABLE=1", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS=1"),
         *("HOROVOD_CPU_OPERATIONS=mpi", "HOROVOD_CPU_OPERATIONS=ccl", "HOROVOD_LOG_LEVEL=x", "HOROVOD_ELASTIC=1"),
         *("HOROVOD_CACHE_CAPACITY=0", "HOROVOD_THREAD_AFFINITY=0,1", "HOROVOD_DISABLE_GROUP_FUSION=1", "NCCL_DEBUG=INFO"),
-        *("PYTHONDEVMODE=1", "PYTHONUTF8=1", "PYTHONIOENCODING=ascii", "PYTHONINSPECT=1", "OMP_PROC_BIND=true"),
+        *(
+            "PYTHONDEVMODE=1",
+            "PYTHONUTF8=1",
+            "PYTHONIOENCODING=ascii",
+            "PYTHONWARNINGS=error",
+            "OMP_PROC_BIND=true",
+        ),
     ],
 )
 def test_variable_changes_no_run(tmp_path, data, variable):

@@ -340,7 +340,7 @@ def test_progress_newest_checkpoint_and_last_log_line(tmp_path):
     assert supervisor._progress(run_dir) == (20, 24)
 
 
-def test_launch_with_a_temporary_directory_that_cannot_be_written(monkeypatch):
+def test_launch_tmpdir_that_cannot_be_written(monkeypatch):
     """It is named before Open MPI ends with a page of its own; one that does not exist is passed over."""
     monkeypatch.setenv("TMPDIR", "/proc")
     assert supervisor._tmpdir_refusal().startswith("TMPDIR=/proc cannot be written")
