@@ -168,7 +168,7 @@ def test_copies_that_fail_end_no_run(tmp_path, data, undisturbed):
 def test_two_jobs_with_one_directory_of_copies(tmp_path, data):
     flag = f"--checkpoint_copy_dir={tmp_path / 'copy'}"
     first = start(tmp_path / "first", data, 0, "sleep@0:2:1000", flag)
-    wait_for(lambda: "step 2/" in first.out.read_text())
+    wait_for(lambda: "step 1/" in first.out.read_text())
     ended = run(tmp_path / "second", data, 0, flag, code=78)
     assert f"{flag} is in use by another job" in ended.err
     first.process.terminate()
