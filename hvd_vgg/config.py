@@ -586,7 +586,7 @@ class AcceptanceConfig(BatchConfig):
 
     run_dir: str = flag("./acceptance", "Run", "Directory for the results; new or empty.", "path")
     data_dir: str = flag(
-        "", "Data", "Shards to measure with, as for `train`; empty: pictures that are drawn for the purpose."
+        "", "Data", "Shards to measure with, as for `train`; empty: pictures that are drawn for the purpose.", "path"
     )
     half_precision: str = flag(
         "auto",

@@ -279,7 +279,8 @@ def test_path_flags_are_marked_as_such():
     """By their unit, on which what follows rests; rsh_agent is a command."""
     named = {name for kind in CONFIGS for name in (field.name for field in dataclasses.fields(kind))}
     marked = {name for _, name in PATH_FLAGS}
-    assert marked == {"data_dir", "run_dir", "same_as", "out", "hostfile", "checkpoint"}
+    own = {"data_dir", "run_dir", "same_as", "out", "hostfile", "checkpoint"}
+    assert marked == {*own, "checkpoint_copy_dir", "metrics_file"}
     assert not {name for name in named - marked if name.endswith(("dir", "file", "path"))}
 
 
@@ -287,9 +288,9 @@ def test_path_flags_are_marked_as_such():
 def test_path_flags_take_home(kind, name, tmp_path, monkeypatch):
     """The shell leaves ~ in --flag=~/x as it is; on the command line and in a flag file it is the home directory."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "own.flags").write_text(f"--{name}=~/a b\n")
-    for argument in (f"--{name}=~/a b", "--flagfile=~/own.flags"):
-        assert getattr(parse_flags(kind, [argument]), name) == f"{tmp_path}/a b"
+    (tmp_path / "own.flags").write_text(f"--{name}=~/a b.prom\n")
+    for argument in (f"--{name}=~/a b.prom", "--flagfile=~/own.flags"):
+        assert getattr(parse_flags(kind, [argument]), name) == f"{tmp_path}/a b.prom"
 
 
 @pytest.mark.parametrize(
