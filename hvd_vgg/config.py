@@ -12,6 +12,7 @@ from hvd_vgg.flags import flag, format_value, hyperparameter, same_flag
 
 BITS, ROUNDING = "bits", "rounding"  # of --reproducible
 MOST_MICRO_BATCHES = 4095  # for which sums in fixed point are made
+_DRAWN_CLASSES = 10  # of `make-demo-data`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -588,6 +589,7 @@ class AcceptanceConfig(BatchConfig):
     data_dir: str = flag(
         "", "Data", "Shards to measure with, as for `train`; empty: pictures that are drawn for the purpose.", "path"
     )
+    device_batch: int = same_flag(ComputeConfig, "device_batch", 16)  # so that 256 images are enough for 16 ranks
     half_precision: str = flag(
         "auto",
         "Acceptance",
@@ -620,6 +622,10 @@ class AcceptanceConfig(BatchConfig):
             yield f"--reproducible={self.reproducible}: states on several numbers of ranks are equal under {BITS} alone"
         if self.console == "dllogger":
             yield "--console=dllogger is for train"
+        if self.num_classes < _DRAWN_CLASSES:
+            yield f"--num_classes={self.num_classes}: expected at least {_DRAWN_CLASSES}, those of drawn pictures"
+        if self.label_base != "auto" and not self.data_dir:
+            yield f"--label_base={self.label_base} needs --data_dir: labels of drawn pictures are known"
         if self.gloo and (self.hostfile or self.network or self.export_env):
             yield "--gloo is for the ranks of one host, without --hostfile, --network and --export_env"
 

@@ -51,10 +51,10 @@ def hyperparameter(default: Any, group: str, text: str, unit: str = "", **limits
     return flag(default, group, text, unit, hyperparameter=True, **limits)
 
 
-def same_flag(section: Any, name: str) -> Any:
-    """Declares the flag `name` of another section, for a command that needs that flag but not the section."""
+def same_flag(section: Any, name: str, default: Any = None) -> Any:
+    """Declares the flag `name` of another section, for a command that needs that flag but not the section, or not its default."""
     field = section.__dataclass_fields__[name]
-    return dataclasses.field(default=field.default, metadata=field.metadata)
+    return dataclasses.field(default=field.default if default is None else default, metadata=field.metadata)
 
 
 class _Parser(flags.ArgumentParser):

@@ -81,7 +81,7 @@ split_flags() {
     case "$flag" in
       doctor | acceptance) what="$flag" ;;
       --ranks=* | --hostfile=* | --rsh_agent=* | --network=* | --export_env=* | --max_restarts=* | --grace_seconds=* | \
-        --time_limit_seconds=*) launch_flags+=("$flag") ;;
+        --time_limit_seconds=* | --check_hosts | --check_hosts=* | --nocheck_hosts) launch_flags+=("$flag") ;;
       --dry_run | --dry_run=*) if is_true "$flag"; then dry_run=true; else dry_run=false; fi ;;
       *) train_flags+=("$flag") ;;
     esac

@@ -143,7 +143,7 @@ def stages(config: AcceptanceConfig, ranks: int, bundle: Bundle, work: Path) -> 
             )
         )
     for count in counts:
-        trained = [drawn, f"--run_dir={work / f'ranks-{count}'}", *_SHORT_RUN]
+        trained = [drawn, "--label_base=auto", f"--run_dir={work / f'ranks-{count}'}", *_SHORT_RUN]
         where, half = f"on {plural(count, 'rank')}", config.equal_steps // 2
         if count == ranks:  # in two starts, which must not show
             begun = launch(count, "train", *trained, f"--steps={half}")

@@ -1,13 +1,13 @@
 """Which hosts fail: faults counted by host, doctor's checks of each before a restart, and the hosts that a start uses."""
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Callable, Dict, List, Mapping, Sequence
 
 from hvd_vgg.launcher.hostfile import Host
 from hvd_vgg.launcher.mpirun import ExitStatus
-from hvd_vgg.launcher.ssh import run_command
+from hvd_vgg.launcher.ssh import TOOK_TOO_LONG, run_command
+from hvd_vgg.parallel import network
 from hvd_vgg.reporting.findings import FAILURE
-from hvd_vgg.run_dir import RunDir
 
 # A host with as many faults of its own is left out: one may be chance.
 _MOST_FAULTS = 2
@@ -35,53 +35,53 @@ class HostFaults:
 
 
 def hosts_in_use(hosts: Sequence[Host], ranks: int) -> List[Host]:
-    """Returns the first hosts, and as many of their slots, as `ranks` need; the others are spare."""
+    """Returns the first hosts, and as many of their slots, as `ranks` need, in the order of their ranks; others are spare.
+
+    Open MPI gives the first ranks to its own host, wherever that stands, and then keeps to the order of the file.
+    """
     used, left = [], ranks
-    for host in hosts:
+    for host in sorted(hosts, key=lambda host: not network.is_this_host(host.name)):
         if left > 0:
             used.append(Host(host.name, min(host.slots, left)))
             left -= host.slots
     return used
 
 
-def reporting_ranks(run_dir: Optional[RunDir], ranks: int) -> Dict[int, int]:
-    """Returns the size of each rank's hang report, in bytes; compared over a start, it shows which ranks wrote one."""
-    paths = {rank: run_dir.fault_report("hang", rank) for rank in range(ranks)} if run_dir else {}
-    return {rank: path.stat().st_size if path.exists() else 0 for rank, path in paths.items()}
-
-
-def find_faulty_host(
-    status: ExitStatus, hosts: Sequence[Host], reports_before: Dict[int, int], reports: Dict[int, int]
-) -> str:
+def find_faulty_host(status: ExitStatus, hosts: Sequence[Host]) -> str:
     """Returns the host by whose fault a start ended; "" if no one host's is known, or there is only one.
 
-    hosts: in use, with as many slots as it has ranks. It is the host of a rank that was killed or left MPI, one whose daemon
-    is gone, or that of the ranks that wrote no hang report while the others did: they were stopped as a whole.
+    hosts: of `hosts_in_use`. It is the host of a rank that was killed or left MPI, or one whose daemon is gone. Of a hang
+    nobody can tell from outside; the checks before the restart find a device that hangs.
     """
     places = [host.name for host in hosts for _ in range(host.slots)]
     if len(set(places)) < 2:
         return ""
     if 0 <= status.rank < len(places):
         return places[status.rank]
-    if status.host:  # mpirun may use another name for it, or a shorter one
-        return next((name for name in places if name.split(".")[0] == status.host.split(".")[0]), "")
-    silent = {places[rank] for rank, size in reports.items() if size == reports_before.get(rank, 0)}
-    return silent.pop() if len(silent) == 1 else ""
+    # mpirun may name it without its domain
+    same = (name for name in places if status.host and status.host in (name, name.split(".")[0]))
+    return next(same, "")
 
 
-def check_hosts(hosts: Sequence[Host], command_for: Callable[[Host], List[str]], environ: Dict[str, str]) -> Dict[str, str]:
+def check_hosts(
+    hosts: Sequence[Host],
+    command_for: Callable[[Host], List[str]],
+    environ: Mapping[str, str],
+    stop: Callable[[], object] = lambda: False,
+) -> Dict[str, str]:
     """Runs a command for each host, at the same time; returns what is wrong, by the names of those where it failed.
 
-    command_for: returns the command that runs `hvd-vgg doctor --host_only` on a host's ranks.
+    command_for: returns the command that runs `hvd-vgg doctor --host_only` on a host's ranks; stop: once it returns
+    something true, the commands are killed, and what they say means nothing.
     """
     with ThreadPoolExecutor(len(hosts)) as pool:
-        ended = list(pool.map(lambda host: run_command(command_for(host), _CHECK_SECONDS, environ), hosts))
+        ended = list(pool.map(lambda host: run_command(command_for(host), _CHECK_SECONDS, environ, stop), hosts))
     return {host.name: _explain_check(code, output) for host, (code, output) in zip(hosts, ended) if code}
 
 
 def _explain_check(code: int, output: str) -> str:
     """Returns the first failure that doctor printed, or the last line of what it printed instead."""
-    if code < 0:
+    if code == TOOK_TOO_LONG:
         return f"its checks did not end within {_CHECK_SECONDS:g} s"
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     failures = [" ".join(line.split()[1:]) for line in lines if line.startswith(FAILURE)]

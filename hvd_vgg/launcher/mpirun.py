@@ -1,7 +1,6 @@
 """One mpirun: its command line, running and stopping it, and what its exit means."""
 
 import contextlib
-import ctypes
 import math
 import os
 import re
@@ -14,7 +13,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
-from typing import IO, Any, Callable, Dict, List, Mapping, NamedTuple, Sequence, Set
+from typing import IO, Any, Dict, List, Mapping, NamedTuple, Sequence, Set
 
 import psutil
 
@@ -23,6 +22,7 @@ from hvd_vgg.environment import JOB_PARAMETER, SECRET_NAME, environment_of_job
 from hvd_vgg.errors import CONFIGURATION, DONE, LOST_RANK, STOPPED, Failure
 from hvd_vgg.launcher.deadline import Deadline
 from hvd_vgg.launcher.hostfile import Host
+from hvd_vgg.launcher.parent_death import dies_with
 from hvd_vgg.parallel import network
 from hvd_vgg.parallel.cores import control_groups, thread_limit
 from hvd_vgg.streams import write_line
@@ -61,7 +61,6 @@ _HINTS: Dict[int, str] = {
     signal.SIGALRM: "hung while holding the GIL: see RUN_DIR/faults; or hung at exit: see above",
     signal.SIGTERM: "terminated from outside the job",
 }
-_PR_SET_PDEATHSIG = 1
 
 
 class ExitStatus(NamedTuple):
@@ -166,7 +165,7 @@ def run(command: Sequence[str], requests: StopRequests, ranks_here: bool = True)
     ranks_here: whether any ranks are on this host.
     """
     kills_before = oom_kills()
-    parent_death = _dies_with(os.getpid())
+    parent_death = dies_with(os.getpid())
     try:
         process = Popen(  # noqa: S603 (what it runs is the user's)
             command,
@@ -332,18 +331,6 @@ def explain(status: int, stderr: str, oom_kills: Mapping[str, int]) -> ExitStatu
     # Ranks that exit with a code of this package have said who found what; which of them mpirun noticed first means nothing.
     rank = f"; rank {first[1]} exited first" if first and not 64 <= status < 128 else ""
     return ExitStatus(status, known.get(status, f"exit code {status}") + rank)
-
-
-def _dies_with(parent: int) -> Callable[[], None]:
-    """Returns a preexec function with which the kernel kills mpirun when this process dies."""
-    libc = ctypes.CDLL(None)  # loaded here: little may be done between fork and exec
-
-    def prepare() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it has died already
-            os._exit(CONFIGURATION)
-
-    return prepare
 
 
 def oom_kills() -> "Counter[str]":

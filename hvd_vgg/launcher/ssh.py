@@ -12,16 +12,19 @@ import signal
 import socketserver
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import IO, Callable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from hvd_vgg.environment import python_program
 from hvd_vgg.launcher.deadline import Deadline
 from hvd_vgg.launcher.hostfile import Host
+from hvd_vgg.launcher.parent_death import dies_with
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
 
 ANSWER_SECONDS = 12.0
+TOOK_TOO_LONG = -1000  # no exit code, and no signal
 _POLL_SECONDS = 0.02
 _MAX_CLOCK_SKEW_SECONDS = 1.0  # more makes the times in logs and checkpoints wrong
 _QUOTED_CHARACTERS = 200  # of an agent's error message
@@ -94,13 +97,19 @@ def _ask(host: str, agent: str, remote: str, addresses: List[str], seconds: floa
     return HostReply(ok("hosts", f"{host} answers and reaches {reached}"), processes)
 
 
-def run_command(command: List[str], seconds: float, environ: Optional[Mapping[str, str]] = None) -> Tuple[int, str]:
-    """Returns a command's exit code, -SIGKILL if it had to be killed after `seconds`, and what it wrote.
+def run_command(
+    command: List[str],
+    seconds: float,
+    environ: Optional[Mapping[str, str]] = None,
+    stop: Callable[[], object] = lambda: False,
+) -> Tuple[int, str]:
+    """Returns a command's exit code, TOOK_TOO_LONG if it had to be killed after `seconds`, and what it wrote.
 
+    stop: once it returns something true, the command is killed. The kernel kills it if this process dies.
     Does not wait for what it leaves behind, such as ssh's ControlPersist master: a pipe would end with the last process that
     holds it, so its output goes to a file. It is in memory, because the disk may be full.
     """
-    with open(os.memfd_create("output"), "w+", errors="replace") as output:
+    with _open_in_memory() as output:
         try:
             process = subprocess.Popen(  # noqa: S603
                 command,
@@ -109,23 +118,36 @@ def run_command(command: List[str], seconds: float, environ: Optional[Mapping[st
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 env=environ,
+                preexec_fn=dies_with(os.getpid()),
             )
         except OSError as error:
             return 127, f"{command[0]}: {error.strerror}"
         deadline = Deadline(seconds)
         while process.poll() is None:
-            if deadline.passed():
+            late = deadline.passed()
+            if late or stop():
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+                return (TOOK_TOO_LONG if late else -signal.SIGKILL), _contents(output)
             time.sleep(_POLL_SECONDS)
-        output.seek(0)
-        return process.returncode, output.read()
+        return process.returncode, _contents(output)
+
+
+def _open_in_memory() -> IO[str]:
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("output"), "w+", errors="replace")
+    return tempfile.TemporaryFile("w+", errors="replace")  # a Python built for an older glibc
+
+
+def _contents(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
 
 
 def _explain_silence(host: str, agent: str, seconds: float, code: int, output: str) -> Tuple[str, str]:
     """Returns what happened to an agent that brought no answer, and what to do."""
     shell = agent.split()[0]
-    if code == -signal.SIGKILL:
+    if code == TOOK_TOO_LONG:
         text = f"{host} did not answer {shell} within {seconds:g} s"
         return text, "is it up, its name right, the network between the hosts up? Leave it out of the job until then"
     message = " ".join(output.split())[-_QUOTED_CHARACTERS:] or "it printed nothing"

@@ -26,7 +26,7 @@ from hvd_vgg.data.sampler import most_ranks, too_many_ranks
 from hvd_vgg.environment import environment_of_job, nested_refusal, python_program
 from hvd_vgg.errors import CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure
 from hvd_vgg.launcher.deadline import Deadline
-from hvd_vgg.launcher.host_faults import HostFaults, check_hosts, find_faulty_host, hosts_in_use, reporting_ranks
+from hvd_vgg.launcher.host_faults import HostFaults, check_hosts, find_faulty_host, hosts_in_use
 from hvd_vgg.launcher.hostfile import Host, read_hostfile
 from hvd_vgg.launcher.jobs import launcher_is_alive, local_processes, own_token, search_command
 from hvd_vgg.launcher.mpirun import ExitStatus, StopRequests, compose_mpirun, log_line, run
@@ -131,20 +131,21 @@ def _supervise(
         _clear_leftovers(token)
         answering = _answering_hosts(config, faults.usable(hosts), token, attempt == 0, requests)
         if attempt and spec.host_check and len(answering) > 1:
-            answering = _check_hosts(config, spec, answering, token, faults)
+            answering = _check_hosts(config, spec, answering, token, faults, requests)
+            _clear_leftovers(token)
         if requests.reason():
             log_line(f"{requests.reason()}, before a start")
             return STOPPED if requests.count else LOST_RANK
         count = min(ranks, sum(host.slots for host in answering)) if hosts else ranks
         used = hosts_in_use(answering, count)
-        _report_spares(answering[len(used) :], attempt)
+        if not attempt:
+            _report_spares(answering, used)
         command = compose_mpirun(config, count, used, token, spec.program)
         facts = {"attempt": attempt, "ranks": count, "hosts": [f"{host.name}:{host.slots}" for host in used]}
         log.append("start", **facts, command=command)
         write_line(f"+ {shlex.join(command)}", sys.stdout)
         started, logged_before = time.monotonic(), len(_read_log(run_dir))
-        ranks_here = not used or network.is_this_host(used[0].name)  # the first host is filled first
-        reports = reporting_ranks(run_dir, count)
+        ranks_here = not used or network.is_this_host(used[0].name)
         status = run(command, requests, ranks_here)
         seconds, lost_seconds = round(time.monotonic() - started, 1), _lost_seconds(run_dir, logged_before, ended_at)
         ended_at = time.time(), time.monotonic()
@@ -156,7 +157,7 @@ def _supervise(
             if status.code not in (DONE, *range(64, 128)) or requests.reason():  # otherwise the ranks have said it
                 log_line(status.reason)
             return status.code
-        faulty = find_faulty_host(status, used, reports, reporting_ranks(run_dir, count)) if status.code != STOPPED else ""
+        faulty = find_faulty_host(status, used) if status.code != STOPPED else ""
         left_out = bool(faulty) and _count_fault(faults, faulty, f"{status.reason} (start {attempt + 1})")
         progress = _progress(run_dir)
         if not left_out and progress == last_progress:
@@ -213,14 +214,21 @@ def _answering_hosts(config: LaunchConfig, hosts: List[Host], token: str, first:
     return answering
 
 
-def _check_hosts(config: LaunchConfig, spec: LaunchSpec, hosts: List[Host], token: str, faults: HostFaults) -> List[Host]:
-    """Returns the hosts that pass doctor's checks; all of them if none does, for then it is no one host's fault."""
+def _check_hosts(
+    config: LaunchConfig, spec: LaunchSpec, hosts: List[Host], token: str, faults: HostFaults, requests: StopRequests
+) -> List[Host]:
+    """Returns the hosts that pass doctor's checks; all of them if none does, for then it is no one host's fault.
+
+    Also all of them if it is asked to stop meanwhile.
+    """
     began = time.monotonic()
 
     def command_for(host: Host) -> List[str]:
         return compose_mpirun(config, host.slots, [host], token, spec.host_check)
 
-    wrong = check_hosts(hosts, command_for, environment_of_job(os.environ))
+    wrong = check_hosts(hosts, command_for, environment_of_job(os.environ), requests.reason)
+    if requests.reason():
+        return hosts
     log_line(
         f"checked {plural(len(hosts), 'host')} in {time.monotonic() - began:.0f} s: {len(hosts) - len(wrong)} can train"
     )
@@ -241,9 +249,10 @@ def _count_fault(faults: HostFaults, host: str, reason: str) -> bool:
     return bool(left_out)
 
 
-def _report_spares(spares: List[Host], attempt: int) -> None:
-    if spares and not attempt:
-        named = ", ".join(f"{host.name} ({plural(host.slots, 'slot')})" for host in spares)
+def _report_spares(hosts: List[Host], used: List[Host]) -> None:
+    names = {host.name for host in used}
+    named = ", ".join(f"{host.name} ({plural(host.slots, 'slot')})" for host in hosts if host.name not in names)
+    if named:
         write_line(f"spare: {named}; used where another host fails", sys.stdout)
 
 
