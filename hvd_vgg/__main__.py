@@ -7,10 +7,13 @@ if __name__ == "__main__":  # python -m hvd_vgg, or this file by its path, which
     if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
         del sys.path[0]  # the current directory, or this one: a queue.py in it would take the place of Python's own
     sys.path.insert(0, __file__.rsplit(os.sep, 2)[0])
-    from hvd_vgg.environment import leave_out_current_directory  # of this very package, wherever else there may be one
+    import hvd_vgg  # noqa: F401 (this very package, wherever else there may be one)
 
     del sys.path[0]
-    leave_out_current_directory()
+
+from hvd_vgg.environment import leave_out_current_directory
+
+leave_out_current_directory()  # before other modules are imported
 
 import dataclasses
 import importlib
@@ -23,7 +26,7 @@ from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Tuple
 
 from hvd_vgg import __version__
-from hvd_vgg.environment import PROGRAM, launched_rank, leave_out_current_directory, library_path_hint
+from hvd_vgg.environment import PROGRAM, launched_rank, library_path_hint
 from hvd_vgg.errors import BUG, CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.streams import ensure_std_streams, write_line
@@ -156,7 +159,6 @@ _NOT_A_LOST_RANK = re.compile(r"Mismatched|OOM|out of memory|ResourceExhausted")
 def main() -> None:
     """Runs the command line and exits with the codes of `hvd_vgg.errors`."""
     ensure_std_streams()
-    leave_out_current_directory()
     sys.dont_write_bytecode = True  # else TensorFlow leaves .pyc files of generated code in $TMPDIR
     if any(option.startswith("error") for option in sys.warnoptions):  # PYTHONWARNINGS=error; TensorFlow warns when imported
         warnings.simplefilter("default")

@@ -601,7 +601,9 @@ class AcceptanceConfig(BatchConfig):
     equal_steps: int = flag(
         8, "Acceptance", "Steps trained on each number of ranks, to compare states.", "updates", at_least=2, at_most=100_000
     )
-    stage_minutes: float = flag(120.0, "Acceptance", "A stage that takes longer is ended.", "minutes", above=0.0)
+    stage_minutes: float = flag(
+        120.0, "Acceptance", "A stage of ranks that takes longer is ended; not with --gloo.", "minutes", above=0.0
+    )
     device_tflops: float = same_flag(TrainConfig, "device_tflops")
     gbit: float = same_flag(DoctorConfig, "gbit")
     ranks: int = same_flag(LaunchConfig, "ranks")

@@ -15,6 +15,13 @@ PROGRAM = [sys.executable, str(Path(__file__).absolute().with_name("__main__.py"
 SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASS|CRED", re.I)
 # Set for each process by mpirun, horovodrun --gloo, and srun with either form of PMI.
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RANK")
+# What each of them cannot do without: the way to the launcher.
+_BESIDE = {
+    "OMPI_COMM_WORLD_RANK": ("PMIX_NAMESPACE",),
+    "HOROVOD_RANK": ("HOROVOD_GLOO_RENDEZVOUS_ADDR",),
+    "PMIX_RANK": ("PMIX_NAMESPACE",),
+    "PMI_RANK": ("PMI_FD", "PMI_PORT"),
+}
 # PMIx has no size variable of its own under srun.
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 _LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "HOROVOD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
@@ -56,13 +63,11 @@ def leftover_error(environ: Mapping[str, str]) -> str:
 
     With it Horovod would ask Open MPI for ranks that are not there, which aborts the process.
     """
-    if "OMPI_COMM_WORLD_RANK" in environ:
-        name, missing = "OMPI_COMM_WORLD_RANK", "PMIX_NAMESPACE"
-    else:
-        name, missing = "HOROVOD_RANK", "HOROVOD_GLOO_RENDEZVOUS_ADDR"
-    if runs_alone() or name not in environ or missing in environ:
+    name = next((name for name in _RANK_VARIABLES if environ.get(name, "").isdigit()), "")
+    beside = _BESIDE.get(name, ())
+    if runs_alone() or not name or any(each in environ for each in beside):
         return ""
-    return f"{name}={environ[name]} is a leftover of a job: what its launcher sets beside it, {missing}, is not there"
+    return f"{name}={environ[name]} is a leftover of a job: what its launcher sets beside it, {beside[0]}, is not there"
 
 
 def nested_refusal(environ: Mapping[str, str]) -> str:
@@ -98,7 +103,7 @@ def leave_out_current_directory() -> None:
 
 def python_program(text: str) -> List[str]:
     """Returns the command that runs `text` as this process would: nothing is imported from the current directory."""
-    return [sys.executable, "-c", f"import sys; sys.path = [each for each in sys.path if each]\n{text}"]
+    return [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\n{text}"]
 
 
 def library_path_hint(error: str) -> str:

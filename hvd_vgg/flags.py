@@ -52,7 +52,10 @@ def hyperparameter(default: Any, group: str, text: str, unit: str = "", **limits
 
 
 def same_flag(section: Any, name: str, default: Any = None) -> Any:
-    """Declares the flag `name` of another section, for a command that needs that flag but not the section, or not its default."""
+    """Declares the flag `name` of another section, for a command that needs that flag but not the section.
+
+    default: in place of the other section's.
+    """
     field = section.__dataclass_fields__[name]
     return dataclasses.field(default=field.default if default is None else default, metadata=field.metadata)
 

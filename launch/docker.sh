@@ -109,7 +109,7 @@ docker_run() {
   check_words "$@"
   local access=device cards="" devices="" numbers=() device_words=() masked=false gloo=false
   local hostfile="" ssh_dir="" network="" worker=false
-  local data="${DATA_DIR:-./imagenet_tfrecord}" own_run_dir="" shm_size=32g flag flagfiles=() options=() rest=()
+  local data="${DATA_DIR:-./imagenet_tfrecord}" own_run_dir="" copies="" metrics="" shm_size=32g flag flagfiles=() options=() rest=()
   for flag in "$@"; do
     # A shell leaves ~ in --run_dir=~/x, and realpath would take it for a directory of that name.
     case "$flag" in
@@ -118,7 +118,7 @@ docker_run() {
         ;;
     esac
     case "${flag%%=*}" in
-      --image | --devices | --cards | --access | --shm_size | --data_dir | --run_dir | --flagfile | --hostfile | --ssh_dir | --network | --docker)
+      --checkpoint_copy_dir | --metrics_file | --image | --devices | --cards | --access | --shm_size | --data_dir | --run_dir | --flagfile | --hostfile | --ssh_dir | --network | --docker)
         [[ "$flag" = *=?* ]] || refuse "$flag: expected ${flag%%=*}=VALUE"
         ;;
     esac
@@ -131,6 +131,8 @@ docker_run() {
       --data_dir=*) data="${flag#*=}" ;;
       --run_dir=*) own_run_dir="${flag#*=}" ;;
       --flagfile=*) flagfiles+=("${flag#*=}") ;;
+      --checkpoint_copy_dir=*) copies="${flag#*=}" ;;
+      --metrics_file=*) metrics="${flag#*=}" ;;
       --hostfile=*) hostfile="${flag#*=}" ;;
       --ssh_dir=*) ssh_dir="${flag#*=}" ;;
       --worker | --worker=*) if is_true "$flag"; then worker=true; else worker=false; fi ;;
@@ -178,6 +180,18 @@ docker_run() {
   if [ "$(id -u)" = 0 ]; then command+=(--env=OMPI_ALLOW_RUN_AS_ROOT=1 --env=OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1); fi
   if [ "$access" != privileged ]; then command+=(--cap-drop=ALL --security-opt=no-new-privileges); fi
   command+=("--mount=type=bind,source=$data_at,target=/data,readonly" "--mount=type=bind,source=$run_at,target=$inside")
+  local outputs=() path
+  if [ -n "$copies" ]; then
+    if ! $dry_run; then mkdir -p -- "$copies"; fi
+    path="$(absolute "$copies")" || exit
+    command+=("--mount=type=bind,source=$path,target=/copies")
+    outputs+=(--checkpoint_copy_dir=/copies)
+  fi
+  if [ -n "$metrics" ]; then
+    path="$(existing "$(dirname -- "$metrics")")" || exit
+    command+=("--mount=type=bind,source=$path,target=/metrics")
+    outputs+=("--metrics_file=/metrics/$(basename -- "$metrics")")
+  fi
   for flag in $(passed_variables); do
     command+=("--env=$flag")
   done
@@ -198,7 +212,8 @@ docker_run() {
     command+=(--entrypoint=/usr/sbin/sshd "$image" -D -e -f /etc/hvd-vgg/sshd_config)
   else
     train=(--flagfile=/opt/hvd_vgg/configs/vgg16_imagenet.flags --data_dir=/data "--run_dir=$inside" ${BATCH_SIZE:+"--device_batch=$BATCH_SIZE"})
-    local number=0 path
+    train+=(${outputs[@]+"${outputs[@]}"})
+    local number=0
     for flag in ${flagfiles[@]+"${flagfiles[@]}"}; do
       path="$(existing "$flag")" || exit
       command+=("--mount=type=bind,source=$path,target=/etc/hvd-vgg/flags.$number,readonly")

@@ -11,6 +11,7 @@
 #                   container toolkit
 # --data_dir=DIR    TFRecords (default: DATA_DIR, else ./imagenet_tfrecord), mounted read-only
 # --run_dir=DIR     (default: ./runs/vgg16_imagenet)
+# --checkpoint_copy_dir=DIR, --metrics_file=FILE   as for `hvd-vgg train`; mounted too
 # --flagfile=FILE   a file of flags of this host
 # --shm_size=32g    limit of shared memory
 # --docker=OPTION   one more option of docker run, such as --docker=--volume=/on/host:/inside:ro; as often as there are any

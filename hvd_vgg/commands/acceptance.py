@@ -25,6 +25,8 @@ from hvd_vgg.environment import PROGRAM, nested_refusal
 from hvd_vgg.errors import CONFIGURATION, DATA, DONE, STOPPED, Failure
 from hvd_vgg.flags import to_flag_file
 from hvd_vgg.launcher.hostfile import read_hostfile
+from hvd_vgg.launcher.mpirun import STOP_SIGNALS
+from hvd_vgg.launcher.parent_death import dies_with
 from hvd_vgg.launcher.supervisor import LaunchSpec, rank_count
 from hvd_vgg.provenance import code_fingerprint, instruction_sets, processor_name
 from hvd_vgg.reporting.findings import FAILURE, worst
@@ -53,7 +55,7 @@ def acceptance(config: AcceptanceConfig) -> None:
     """Runs all stages, prints the verdict and leaves --run_dir. Raises Failure.
 
     With the code of the first stage that failed, DATA where all ended well but one result is not as it should be,
-    CONFIGURATION if --run_dir is not empty, and STOPPED on SIGINT or SIGTERM, in which case the verdict is on what there is.
+    CONFIGURATION if --run_dir is not empty, and STOPPED on a signal to stop, in which case the verdict is on what there is.
     """
     refusal = nested_refusal(os.environ)
     if refusal:
@@ -68,8 +70,10 @@ def acceptance(config: AcceptanceConfig) -> None:
     _make_directory(bundle)
     began, results = time.monotonic(), []  # type: float, List[Dict[str, Any]]
     # Drawn pictures and checkpoints, gigabytes; in --run_dir, because all hosts must see them.
-    with tempfile.TemporaryDirectory(prefix="work-", dir=bundle.path) as directory:
-        work = Path(directory)
+    with writing(bundle.path, CONFIGURATION):
+        directory = tempfile.TemporaryDirectory(prefix="work-", dir=bundle.path)
+    try:
+        work = Path(directory.name)
         plan = stages(config, ranks, bundle, work)
         _write(bundle.flags, to_flag_file(_network_flags(config, work)))
         for number, stage in enumerate(plan, 1):
@@ -79,6 +83,8 @@ def acceptance(config: AcceptanceConfig) -> None:
             if stop.requested or (results[-1]["code"] != DONE and stage.needed):
                 break
         _keep_runs(bundle, work)
+    finally:
+        _clean_up(directory)
     facts = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.monotonic() - began, 1),
@@ -175,12 +181,13 @@ def precisions(config: AcceptanceConfig) -> List[str]:
 
 
 class _Stop:
-    """Handler of SIGINT and SIGTERM: passes a request to stop to the command that is running."""
+    """Handler of the signals that stop a launcher: passes a request to stop to the command that is running."""
 
     def __init__(self) -> None:
         self.requested, self.process = False, None  # type: bool, Optional[Popen[bytes]]
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self)
 
     def __call__(self, number: int, frame: Any) -> None:
         self.requested = True
@@ -197,7 +204,9 @@ def _run(stage: Stage, bundle: Bundle, stop: _Stop) -> Dict[str, Any]:
     """Runs a stage, prints and keeps what it prints; returns its command, exit code and seconds."""
     printed, began = bytearray(), time.monotonic()
     command = [part for word in stage.words for part in (PROGRAM if word == "hvd-vgg" else [word])]
-    with Popen(command, stdout=PIPE, stderr=STDOUT, start_new_session=True) as process:  # noqa: S603
+    with Popen(  # noqa: S603
+        command, stdout=PIPE, stderr=STDOUT, start_new_session=True, preexec_fn=dies_with(os.getpid())
+    ) as process:
         stop.watch(process)
         for line in process.stdout or ():
             printed += line
@@ -209,7 +218,20 @@ def _run(stage: Stage, bundle: Bundle, stop: _Stop) -> Dict[str, Any]:
     return {"stage": stage.name, "command": stage.words, "code": code, "seconds": round(time.monotonic() - began, 1)}
 
 
+def _clean_up(directory: "tempfile.TemporaryDirectory[str]") -> None:
+    """Deletes the directory; says what is left of it, as where a file server keeps a file that a process still has open."""
+    try:
+        directory.cleanup()
+    except OSError as error:
+        write_line(f"hvd-vgg: {directory.name} is not needed any more and cannot be deleted: {error}", sys.stderr)
+
+
 def _make_directory(bundle: Bundle) -> None:
+    try:
+        str(bundle.path).encode()
+    except UnicodeEncodeError as error:
+        text = f"--run_dir={os.fsencode(bundle.path)!r}: expected a path in UTF-8, for results that can be read elsewhere"
+        raise Failure(CONFIGURATION, text) from error
     with writing(bundle.path, CONFIGURATION):
         bundle.path.mkdir(parents=True, exist_ok=True)
         if any(bundle.path.iterdir()):
@@ -224,7 +246,8 @@ def _keep_runs(bundle: Bundle, work: Path) -> None:
         kept.mkdir(parents=True)
         for name in ("flags.txt", "dllogger.json", "result.json", "receipt.json", "restarts.jsonl"):
             if (run / name).is_file():
-                shutil.copyfile(run / name, kept / name)
+                with writing(kept / name):
+                    shutil.copyfile(run / name, kept / name)
         sizes = [path.stat().st_size for path in (run / "checkpoints").glob("step-*")]
         _write(kept / "checkpoint_bytes.txt", f"{max(sizes, default=0)}\n")
 

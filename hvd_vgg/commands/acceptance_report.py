@@ -20,7 +20,7 @@ _KINDS = {"device": "on the device", "host": "from the host", "real": "read and 
 
 
 class Published(NamedTuple):
-    """A throughput that others have published, of training from records."""
+    """A throughput that others have published, of training from records on one host."""
 
     device: str  # a part of the device's name
     ranks: int
@@ -104,7 +104,8 @@ def _assess_published(content: Mapping[str, Any], facts: Mapping[str, Any]) -> F
     flags, device = facts["flags"], content["machine"]["hosts"][0]["gpu"]
     fps = {row["input"]: row["fps"] for row in content["rows"] if row["ranks"] == facts["machine"]["ranks"]}
     mine = (facts["machine"]["ranks"], flags["model"], flags["image_size"], flags["precision"])
-    known = [each for each in PUBLISHED if each.device in device and each[1:5] == mine and flags["width"] == 1]
+    one_host = facts["machine"]["hosts"] == 1 and flags["width"] == 1
+    known = [each for each in PUBLISHED if one_host and each.device in device and each[1:5] == mine]
     if not known:
         what = f"{flags['model']} at {flags['image_size']} pixels in {flags['precision']} on {plural(mine[0], 'rank')} of"
         return ok("published", f"no figure is known for {what} {device or 'CPUs'}")

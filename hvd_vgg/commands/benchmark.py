@@ -114,9 +114,7 @@ def _measure(
                 )
             if step >= keep_alive_at:
                 with throughput.exclude("keep_alive"):
-                    keep_alive(group)
-                    slowest = float(comm.gather_numbers([throughput.total_seconds[-1]], group).max())
-                    keep_alive_at = step + max(1, round(_KEEP_ALIVE_SECONDS / slowest))
+                    keep_alive_at = step + _keep_alive(throughput.total_seconds[-1], group)
         row = {"ranks": size, "input": kind, **measure_run(throughput, config, config.device_tflops, group)}
         _compare(row, rows)
         console.say(_format_row(row))
@@ -135,12 +133,19 @@ def _compare(row: Dict[str, Any], rows: List[Dict[str, Any]]) -> None:
     rows.append(row)
 
 
+def _keep_alive(seconds: float, group: comm.Group) -> int:
+    """Keeps the ranks outside of `group` alive; returns after how many updates of `seconds` it is due again. Collective."""
+    keep_alive(group)
+    return max(1, round(_KEEP_ALIVE_SECONDS / float(comm.gather_numbers([seconds], group).max())))
+
+
 def _input_alone(config: BenchmarkConfig, device: Device, data: Splits, group: comm.Group) -> float:
     """Returns the images/s that all ranks of `group` read and decode when nothing is trained. Collective over the group."""
     comm.gather_numbers([0.0], group)  # all begin together
-    began = time.monotonic()
-    for _ in _batches("real", config, device, data, group):
-        pass
+    began, keep_alive_at = time.monotonic(), 0
+    for step, _ in enumerate(_batches("real", config, device, data, group)):
+        if step >= keep_alive_at:
+            keep_alive_at = step + _keep_alive((time.monotonic() - began) / (step + 1), group)
     seconds = float(comm.gather_numbers([time.monotonic() - began], group).max())
     return (config.steps or _UPDATES) * config.global_batch / seconds
 

@@ -76,7 +76,7 @@ def _check_system(config: DoctorConfig, root: Path, is_root: bool) -> Iterator[F
     yield system.check_shared_memory(root, ranks)
     yield from system.check_limits(root, 1 if launched_size() else ranks)
     yield from system.check_run_dir(Path(config.run_dir), checkpoint_bytes, is_root)
-    if config.checkpoint_copy_dir and is_root:
+    if config.checkpoint_copy_dir and is_root and not config.host_only:  # of the host that will have rank 0 alone
         copies = Path(config.checkpoint_copy_dir)
         yield from system.check_run_dir(copies, checkpoint_bytes, is_root, "checkpoint_copy_dir")
     yield from system.check_other_jobs()

@@ -47,6 +47,7 @@ _START_SECONDS = 120.0
 _COPY_SECONDS = 1.0
 _POLL_SECONDS = 0.1
 _TAIL_BYTES = 20_000
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _STOP_REQUESTED, _TIME_LIMIT = "stopped on request", "--time_limit_seconds has passed"
 _NOT_STARTED = f"mpirun started no rank within {_START_SECONDS:g} s and was terminated"
 _RANKS_GONE = (
@@ -142,7 +143,7 @@ class StopRequests(contextlib.ExitStack):
     def __enter__(self) -> "StopRequests":
         # A parent may have left SIGCHLD ignored; then the kernel keeps no exit codes.
         self.callback(signal.signal, signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 self.callback(signal.signal, number, signal.signal(number, self._handle))
         return self

@@ -143,3 +143,23 @@ def assert_goes_on(out, data, undisturbed, step=None):
     ended = run(out, data, 2)
     assert f"steps {found} to {STEPS}" in ended.out
     assert_exact(out, 2, undisturbed)
+
+
+def times(out):
+    """Returns (what, step, began, ended) as rank 0's processes have noted them, apart from the package."""
+    rows = [line.split() for line in (out / "times").read_text().splitlines()]
+    return [(what, int(step), float(began), float(ended)) for what, step, began, ended in rows]
+
+
+def measured_goodput(out):
+    """Returns the seconds of updates that count, and of all until the last evaluation, from those times."""
+    updates, first, at, between = {}, None, 0.0, 0.0
+    for what, step, began, ended in times(out):
+        if what in ("process", "starting"):
+            first, at, between = first or began, ended, 0.0
+        elif what == "update":
+            updates[step], at, between = ended - at - between, ended, 0.0  # of a step made twice the last
+        else:
+            between += ended - began
+    last = max(ended for what, _, _, ended in times(out) if what == "evaluate")
+    return sum(updates.values()), last - first

@@ -63,13 +63,22 @@ def test_acceptance_ends_where_doctor_fails(tmp_path):
 
 
 @pytest.mark.fault(tier=3)
-def test_acceptance_that_is_stopped_says_so(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_acceptance_that_is_stopped_says_so(tmp_path, number):
     """80; the ranks are gone, and so are the drawn pictures."""
     started = start(tmp_path, "--ranks=2", "--updates=100000")
     wait_for(lambda: "input         images/s" in started.out.read_text(), LIMIT_SECONDS)
-    started.process.send_signal(signal.SIGTERM)
+    started.process.send_signal(number)
     ended = started.wait(code=80)
     assert "stopped on request" in ended.err
     folder = tmp_path / "accepted"
     assert not list(folder.glob("work-*")) and (folder / "doctor.json").exists()
     assert json.loads((folder / "acceptance.json").read_text())["stages"][-1]["stage"] == "benchmark-float32"
+
+
+@pytest.mark.fault(tier=3)
+def test_acceptance_that_is_killed_leaves_no_process(tmp_path):
+    started = start(tmp_path, "--ranks=2", "--updates=100000")
+    wait_for(lambda: "input         images/s" in started.out.read_text(), LIMIT_SECONDS)
+    started.process.kill()
+    wait_for(lambda: not started.alive(), 60)

@@ -1,4 +1,4 @@
-"""What people's machines have set, lack and hold: variables, home directories, modules, libraries, limits (F40)."""
+"""What people's machines have set, lack and hold: variables, home directories, modules, libraries, limits (F43)."""
 
 import os
 import shutil
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from oracles import log_rows
 from support import BIN, ROOT, TINY, Started, command_line, full
 
 COMMAND = [sys.executable, "-m", "hvd_vgg"]
@@ -97,12 +98,28 @@ def test_launch_in_a_shell_of_everything(tmp_path, data):
         ),
     ],
 )
-def test_variable_changes_no_run(tmp_path, data, variable):
+def test_variable_changes_no_run(tmp_path, data, variable, plain_losses):
     """One by one, on ranks of the launcher."""
     name, _, value = variable.partition("=")
     words = [*COMMAND, "launch", "--ranks=2", "--max_restarts=0", *tiny(data, tmp_path)]
     ended = Started(words, tmp_path, **{"PYTHONPATH": str(ROOT), name: value}).wait(code=0)
     assert "Traceback" not in ended.err
+    # oneDNN and XLA are other kernels, with other rounding.
+    tolerance = 1e-4 if name in ("TF_ENABLE_ONEDNN_OPTS", "TF_XLA_FLAGS") else 0
+    assert losses_of(tmp_path / "run") == pytest.approx(plain_losses, rel=tolerance, abs=0)
+
+
+def losses_of(run_dir):
+    """Returns the loss of each update of a run."""
+    return [loss for row in log_rows(run_dir) for loss in row["data"].get("train.losses", [])]
+
+
+@pytest.fixture(scope="module")
+def plain_losses(tmp_path_factory, data):
+    """Of the run of `tiny` without any variable, on one rank."""
+    folder = tmp_path_factory.mktemp("plain")
+    Started([*COMMAND, *tiny(data, folder)], folder, PYTHONPATH=str(ROOT)).wait(code=0)
+    return losses_of(folder / "run")
 
 
 @pytest.mark.fault("F43", tier=3)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import namespaces
 import pytest
-from oracles import FLAGS, INJECT, STEPS, assert_exact, assert_same_state, newest
+from oracles import FLAGS, INJECT, STEPS, assert_exact, assert_same_state, measured_goodput, newest
 from support import ROOT, TINY, Started, full, wait_for
 
 from hvd_vgg.launcher import mpirun
@@ -498,6 +498,10 @@ def test_host_with_two_faults_is_replaced_by_a_spare(tmp_path, data, undisturbed
     used = [line["hosts"] for line in restarts(out) if line["event"] == "start"]
     assert used == [[f"{first}:1", f"{second}:1"]] * 2 + [[f"{first}:1", f"{third}:1"]]
     assert_same_state(newest(out), newest(undisturbed))
+    training, wall = measured_goodput(out)
+    found = json.loads((out / "run" / "result.json").read_text())
+    assert sum(found["goodput_seconds"].values()) == pytest.approx(wall, rel=0.02)
+    assert found["goodput"] == pytest.approx(training / wall, rel=0.02, abs=0.002)
 
 
 def kill_ranks_on(hosts, number, started):

@@ -6,31 +6,11 @@ import re
 import sys
 
 import pytest
-from oracles import FLAGS, INJECT, STEPS, assert_same_run, assert_true, events, log_rows, result, run
+from oracles import FLAGS, INJECT, STEPS, assert_same_run, assert_true, events, log_rows, measured_goodput, result, run
 from prometheus_text import parse
 from support import ROOT, TINY, Started, clock_library, full, wait_for
 
 LAUNCH_PROGRAM = [sys.executable, str(ROOT / "tests" / "programs" / "launch_program.py")]
-
-
-def times(out):
-    """Returns (what, step, began, ended) as rank 0's processes have noted them, apart from the package."""
-    rows = [line.split() for line in (out / "times").read_text().splitlines()]
-    return [(what, int(step), float(began), float(ended)) for what, step, began, ended in rows]
-
-
-def measured_goodput(out):
-    """Returns the seconds of updates that count, and of all until the last evaluation, from those times."""
-    updates, first, at, between = {}, None, 0.0, 0.0
-    for what, step, began, ended in times(out):
-        if what in ("process", "starting"):
-            first, at, between = first or began, ended, 0.0
-        elif what == "update":
-            updates[step], at, between = ended - at - between, ended, 0.0  # of a step made twice the last
-        else:
-            between += ended - began
-    last = max(ended for what, _, _, ended in times(out) if what == "evaluate")
-    return sum(updates.values()), last - first
 
 
 @pytest.mark.fault("F39", "F03")

@@ -6,7 +6,10 @@ import pytest
 
 from hvd_vgg.commands.acceptance import precisions, rank_counts, stages
 from hvd_vgg.commands.acceptance_report import Bundle, assess, format_page
-from hvd_vgg.config import AcceptanceConfig
+from hvd_vgg.config import AcceptanceConfig, LaunchConfig
+from hvd_vgg.errors import USAGE, Failure
+from hvd_vgg.flags import parse_flags
+from hvd_vgg.launcher.supervisor import LaunchSpec, rank_count
 from hvd_vgg.reporting.findings import FAILURE, OK, WARNING
 
 STAGES = [{"stage": name, "command": ["hvd-vgg"], "code": 0, "seconds": 1.5} for name in ("doctor", "benchmark-float32")]
@@ -81,6 +84,27 @@ def test_stages_compare_all_runs_with_that_on_all_ranks(tmp_path):
     ]
     assert "--time_limit_seconds=7200.0" in plan["doctor"].words
     assert {stage.words[0] for stage in plan.values()} == {"hvd-vgg"}
+
+
+def test_sixteen_devices_are_tried_by_default():
+    """256 images an update are enough for them."""
+    config = AcceptanceConfig(ranks=16)
+    assert rank_count(LaunchConfig(ranks=16), LaunchSpec([], shared=config), []) == 16
+
+
+@pytest.mark.parametrize(
+    ("flags", "wrong"),
+    [
+        (["--num_classes=5"], "--num_classes=5: expected at least 10"),
+        (["--label_base=0"], "--label_base=0 needs --data_dir"),
+        (["--reproducible=rounding"], "--reproducible=rounding: states"),
+        (["--gloo", "--network=eth0"], "--gloo is for the ranks of one host"),
+    ],
+)
+def test_what_cannot_be_accepted_is_refused_at_once(flags, wrong):
+    with pytest.raises(Failure) as raised:
+        parse_flags(AcceptanceConfig, flags)
+    assert raised.value.code == USAGE and wrong in raised.value.message
 
 
 def test_stages_of_a_horovod_without_mpi(tmp_path):

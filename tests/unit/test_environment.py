@@ -30,9 +30,11 @@ def _no_launcher(monkeypatch):
         # srun --pty bash, with either form of PMI
         ({"PMIX_RANK": "0", "PMIX_NAMESPACE": "slurm", "SLURM_STEP_NUM_TASKS": "1"}, True, "", ""),
         ({"PMI_RANK": "0", "PMI_SIZE": "1"}, True, "", ""),
-        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, False, "", "PMI_RANK=0"),
-        ({"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "2"}, False, "", "PMIX_RANK=0"),
-        ({"PMI_RANK": "0"}, False, "", "PMI_RANK=0"),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2", "PMI_FD": "9"}, False, "", "PMI_RANK=0"),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, False, "PMI_FD", "PMI_RANK=0"),
+        ({"PMI_RANK": "0"}, False, "PMI_FD", "PMI_RANK=0"),
+        ({"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "2", "PMIX_NAMESPACE": "1"}, False, "", "PMIX_RANK=0"),
+        ({"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "2"}, False, "PMIX_NAMESPACE", "PMIX_RANK=0"),
         # mpirun, and what is left of it
         (
             {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "PMIX_NAMESPACE": "1"},
@@ -126,6 +128,23 @@ def test_commands_import_nothing_of_the_current_directory(tmp_path, program):
         environ = {"PYTHONPATH": str(other)}
         found = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
         assert (found.returncode, found.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("start", ["hvd_vgg.__main__", "hvd_vgg.environment"])
+def test_console_script_passes_over_an_empty_entry(tmp_path, start):
+    """PYTHONPATH=:/x leads to the current directory; the programs that `launch` starts by text pass over it too."""
+    shadowed(tmp_path)
+    script = tmp_path / "bin" / "program"
+    script.parent.mkdir()
+    text = {  # as pip writes it
+        "hvd_vgg.__main__": "import sys\nfrom hvd_vgg.__main__ import main\nsys.argv[1:] = ['plan']\nmain()\n",
+        "hvd_vgg.environment": "import subprocess, hvd_vgg.__main__\nfrom hvd_vgg.environment import python_program\n"
+        "subprocess.run(python_program('import queue'), check=True)\n",
+    }
+    script.write_text(text[start])
+    environ = {"PYTHONPATH": f":{ROOT}"}
+    found = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
 
 
 def test_launch_in_a_clone_starts_the_package_of_the_clone():

@@ -1,14 +1,15 @@
 """Whose fault an end was, which hosts a start uses, and what a check of hosts says."""
 
 import os
+import socket
+import time
 
 import pytest
 
 from hvd_vgg.errors import LOST_RANK
-from hvd_vgg.launcher.host_faults import HostFaults, check_hosts, find_faulty_host, hosts_in_use, reporting_ranks
+from hvd_vgg.launcher.host_faults import HostFaults, check_hosts, find_faulty_host, hosts_in_use
 from hvd_vgg.launcher.hostfile import Host
 from hvd_vgg.launcher.mpirun import ExitStatus
-from hvd_vgg.run_dir import RunDir
 
 HOSTS = [Host("node1", 2), Host("node2.site", 2)]
 
@@ -38,34 +39,39 @@ def test_host_is_left_out_after_two_faults():
     assert faults.usable(HOSTS) == HOSTS
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_own_host_has_the_first_ranks(place):
+    """As Open MPI has it: `mpirun --host a:1,THIS:1` starts rank 0 here."""
+    own = Host(socket.gethostname(), 2)
+    hosts = [*HOSTS[:place], own, *HOSTS[place:]]
+    assert hosts_in_use(hosts, 6) == [own, *HOSTS]
+    assert hosts_in_use(hosts, 3) == [own, Host("node1", 1)]
+
+
 @pytest.mark.parametrize(
-    ("status", "silent", "expected"),
+    ("status", "expected"),
     [
-        (ExitStatus(137, "", rank=1), [], "node1"),
-        (ExitStatus(139, "", rank=2), [], "node2.site"),
-        (ExitStatus(LOST_RANK, "", host="node2"), [], "node2.site"),
-        (ExitStatus(LOST_RANK, "", host="10.0.0.9"), [], ""),
-        (ExitStatus(LOST_RANK, ""), [2, 3], "node2.site"),
-        (ExitStatus(LOST_RANK, ""), [1, 3], ""),  # of two hosts
-        (ExitStatus(LOST_RANK, ""), [], ""),
-        (ExitStatus(LOST_RANK, ""), [0, 1, 2, 3], ""),
+        (ExitStatus(137, "", rank=1), "node1"),
+        (ExitStatus(139, "", rank=2), "node2.site"),
+        (ExitStatus(LOST_RANK, "", host="node2"), "node2.site"),
+        (ExitStatus(LOST_RANK, "", host="node2.site"), "node2.site"),
+        (ExitStatus(LOST_RANK, "", host="10.0.0.9"), ""),
+        (ExitStatus(LOST_RANK, ""), ""),
+        (ExitStatus(137, "", rank=4), ""),
     ],
 )
-def test_faulty_host_is_that_of_the_rank_at_fault(tmp_path, status, silent, expected):
-    """Or of the ranks that wrote no hang report while the others did."""
-    run_dir = RunDir(tmp_path)
-    run_dir.faults.mkdir()
-    run_dir.fault_report("hang", 2).write_text("of an earlier start\n")
-    before = reporting_ranks(run_dir, 4)
-    for rank in {0, 1, 2, 3} - set(silent):
-        with open(run_dir.fault_report("hang", rank), "a") as file:
-            file.write("{}\n")
-    assert find_faulty_host(status, HOSTS, before, reporting_ranks(run_dir, 4)) == expected
+def test_faulty_host_is_that_of_the_rank_at_fault(status, expected):
+    assert find_faulty_host(status, HOSTS) == expected
+
+
+def test_faulty_host_of_addresses():
+    hosts = [Host("10.0.0.1", 1), Host("10.0.0.2", 1)]
+    assert find_faulty_host(ExitStatus(LOST_RANK, "", host="10.0.0.2"), hosts) == "10.0.0.2"
 
 
 def test_single_host_is_never_blamed():
-    assert find_faulty_host(ExitStatus(137, "", rank=0), [Host("node1", 2)], {}, {}) == ""
-    assert find_faulty_host(ExitStatus(137, "", rank=0), [], {}, {}) == ""
+    assert find_faulty_host(ExitStatus(137, "", rank=0), [Host("node1", 2)]) == ""
+    assert find_faulty_host(ExitStatus(137, "", rank=0), []) == ""
 
 
 def test_checks_name_hosts_that_fail_them():
@@ -74,6 +80,14 @@ def test_checks_name_hosts_that_fail_them():
         "good": "echo 'ok       devices      fine'",
         "bad": "echo 'failure  devices      GPU 3 cannot allocate'; echo '  fix: exclude it'; exit 78",
         "gone": "echo 'ssh: no route' >&2; exit 255",
+        "killed": "kill -SEGV $$",
     }
     wrong = check_hosts([Host(name, 1) for name in printed], lambda host: ["sh", "-c", printed[host.name]], dict(os.environ))
-    assert wrong == {"bad": "devices GPU 3 cannot allocate", "gone": "ssh: no route"}
+    assert wrong == {"bad": "devices GPU 3 cannot allocate", "gone": "ssh: no route", "killed": "doctor ended with -11"}
+
+
+def test_checks_end_when_the_job_is_to_stop():
+    """And not when they are done."""
+    began = time.monotonic()
+    check_hosts([Host("slow", 1)], lambda host: ["sleep", "100"], dict(os.environ), lambda: time.monotonic() > began + 0.2)
+    assert time.monotonic() - began < 50

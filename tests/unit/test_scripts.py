@@ -1,6 +1,7 @@
 """The launch scripts without what they start: each prints the command that it would run, and nothing else happens."""
 
 import csv
+import dataclasses
 import os
 import shlex
 import shutil
@@ -13,7 +14,7 @@ from dockerfile import stages
 from support import BIN, ROOT, full, wait_for
 
 from hvd_vgg.config import AcceptanceConfig, DoctorConfig, LaunchConfig, TrainConfig
-from hvd_vgg.flags import parse_flags
+from hvd_vgg.flags import format_value, parse_flags
 
 LAUNCH = ROOT / "launch"
 # name: image, devices per card. All vendors' scripts share launch/docker.sh, but for how they find and pass on devices.
@@ -416,6 +417,15 @@ def test_multigpu_script(here, hosts, devices):
     assert lasting(doctor) == lasting(as_doctor(words))
     looking = parse_flags(DoctorConfig, doctor[doctor.index("doctor") + 1 :])
     assert (looking.data_dir, looking.run_dir, looking.lr) == ("./image net", "run 1", 0.02)
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(LaunchConfig) if field.name != "dry_run"])
+def test_scripts_know_the_flags_of_launch(here, name):
+    """Which go before the command; else it would refuse them."""
+    default = next(field.default for field in dataclasses.fields(LaunchConfig) if field.name == name)
+    shown = call(MULTIGPU, "--dry_run", f"--{name}={format_value(default)}", cwd=here, PYTHONPATH=str(ROOT))
+    assert "no such flag" not in shown.stderr
+    assert shown.returncode == 0, shown.stderr
 
 
 def test_multigpu_script_runs_acceptance(here):
