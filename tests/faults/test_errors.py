@@ -73,9 +73,14 @@ def test_ranks_with_different_flags_are_refused(launch, tmp_path, data):
 
 
 def test_ranks_that_horovod_does_not_connect_are_refused(launch, data):
-    """Two processes of one rank each would both be rank 0 of the same run."""
+    """Two processes of one rank each would both be rank 0 of the same run: those of a launcher that Horovod has not met."""
+    of_launcher = {"PMI_RANK": "0", "PMI_SIZE": "2", "PMI_PORT": "localhost:1"}
     ended = launch(
-        2, "train", f"--data_dir={data}", *TINY, HOROVOD_CONTROLLER="gloo", HOROVOD_CPU_OPERATIONS="gloo", code=78
+        *(0, "train", f"--data_dir={data}", *TINY),
+        **of_launcher,
+        HOROVOD_CONTROLLER="gloo",
+        HOROVOD_CPU_OPERATIONS="gloo",
+        code=78,
     )
     assert "hvd-vgg: the launcher started 2 processes, but Horovod sees 1" in ended.err
 

@@ -5,6 +5,7 @@ Where only the end of ranks matters, tests/programs/rank_stub.py takes their pla
 undisturbed one.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -146,7 +147,8 @@ def test_pause_of_the_whole_job_uses_up_no_grace(tmp_path):
     wait_for(lambda: "all ranks save and exit within 6 s" in started.err.read_text())
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for pid in pids:
-            os.kill(pid, number)
+            with contextlib.suppress(ProcessLookupError):  # a stub on a busy machine may have left by now
+                os.kill(pid, number)
         time.sleep(8 if number == signal.SIGSTOP else 0)
     ended = started.wait(60, code=80)
     assert "stopped on request; all ranks stopped in order" in ended.err
