@@ -1,5 +1,7 @@
 """The watchdog's clock, and its alarm; real hangs and suspended jobs are in tests/faults/test_processes.py."""
 
+import errno
+import json
 import os
 import signal
 import socket
@@ -159,6 +161,36 @@ def test_watchdog_gives_back_what_its_caller_had(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
     ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_watchdog_report_where_fsync_is_unknown(tmp_path, monkeypatch):
+    """It is there, and its path is what the message names."""
+
+    def refused(handle):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(module.os, "fsync", refused)
+    dog = Watchdog()
+    dog.run_dir = module.RunDir(tmp_path)
+    dog.run_dir.faults.mkdir()
+    path = dog._append("hang", {"event": "hang"})
+    assert json.loads(path.read_text())["event"] == "hang"
+
+
+def test_watchdog_alarm_leaves_no_garbage():
+    """It is set twice a second for weeks."""
+    program = """
+        import gc, signal
+        from hvd_vgg import watchdog
+        watchdog._set_alarm(600)
+        gc.collect()
+        for _ in range(100):
+            watchdog._set_alarm(600)
+        print(gc.collect())
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    ended = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=60)
+    assert int(ended.stdout) < 100
 
 
 def test_watchdog_clock_goes_on_without_a_thread(clock):
