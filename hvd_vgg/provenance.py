@@ -38,15 +38,18 @@ _PACKAGES = ("absl", "crc32c", "cv2", "dllogger", "horovod", "mpi4py", "numpy", 
 def describe_process() -> Dict[str, Any]:
     """Returns what this rank runs: `code`, `packages`, a part of `environment`, and whether it was `launched` by hvd-vgg.
 
+    `job` is then the launcher's name for this attempt, which restarts.jsonl has too.
     And when: `process_seconds`, for how long it has been running, and `boot`, the id of the kernel's boot and the seconds
     since then: unlike a host's clock nobody sets them.
     """
+    job = os.environ.get(f"OMPI_MCA_{JOB_PARAMETER}")
     versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in _PACKAGES}
     return {
         "code": code_fingerprint(),
         "packages": {"python": sys.version.split()[0], **{name: version for name, version in versions.items() if version}},
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-        "launched": f"OMPI_MCA_{JOB_PARAMETER}" in os.environ,
+        "launched": job is not None,
+        "job": job,
         "process_seconds": round(_process_seconds(), 2),
         "boot": {"id": _boot_id(), "seconds": time.clock_gettime(time.CLOCK_BOOTTIME)},
     }

@@ -8,8 +8,9 @@ Horovod's stall inspector names the tensor that ranks wait for (`parallel.init`)
 whole job.
 
 A job that is suspended (SIGSTOP, a frozen cgroup, a paused virtual machine) is no hang. The thread looks several times a
-second; where it was away for long, this process was stopped, and everything is counted anew. `active_seconds` is a clock
-that leaves such times out. A rank that is stopped alone remains a hang: the threads of the others were not away.
+second; where it was away for long, and was not merely waiting for the GIL, this process was stopped, and everything is
+counted anew. `active_seconds` is a clock that leaves such times out. A rank that is stopped alone remains a hang: the
+threads of the others were not away.
 
 Everything goes to RUN_DIR/faults: `fatal.rankN.jsonl` (why this rank alone ended the job), `hang.rankN.jsonl` (the report),
 `stacks.rankN.txt`. Lines are appended, so that what happened before a restart is kept.
@@ -20,6 +21,7 @@ import ctypes
 import faulthandler
 import json
 import os
+import resource
 import signal
 import socket
 import statistics
@@ -29,11 +31,13 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
-from typing import IO, Any, Callable, Deque, Dict, Iterator, Optional, Tuple
+from typing import IO, Any, Callable, Deque, Dict, Iterator, NamedTuple, Optional, Tuple, Union
 
+from hvd_vgg import storage
 from hvd_vgg.environment import launched_rank
 from hvd_vgg.errors import LOST_RANK, STOPPED
 from hvd_vgg.run_dir import RunDir
+from hvd_vgg.streams import write_line
 
 # How much longer than an update a start, an evaluation or a save may take.
 SLOW_PHASE_FACTOR = 10
@@ -43,8 +47,23 @@ MIN_HANG_SECONDS, _MEDIANS = 60.0, 20
 _REPORT_SECONDS = 2.0
 # How often the thread looks, and how late it may be on a busy host before this process counts as having been stopped.
 _TICK_SECONDS, _LATE_SECONDS = 0.5, 5.0
+# A thread that waits for the GIL wakes every 5 ms (sys.getswitchinterval), one of a stopped process does not. So far apart
+# are these moments at most on a host, or in a container, that is short of processors.
+_WAKE_SECONDS = 0.1
 # From a SIGALRM that may be due to such a stop to the one that ends the process: the number of the signal, see `_set_alarm`.
 _SECOND_ALARM_SECONDS = float(signal.SIGALRM)
+_LIBC = ctypes.CDLL(None)
+if hasattr(_LIBC, "sysv_signal"):
+    _LIBC.sysv_signal.argtypes, _LIBC.sysv_signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+
+
+class _Found(NamedTuple):
+    """What `Watchdog.start` changes in a process, before it does; Python has the handlers of signals besides."""
+
+    time: float
+    timer: Tuple[float, float]
+    faulthandler: bool
+    umask: int
 
 
 class StopRequested(Exception):
@@ -57,11 +76,10 @@ class Watchdog:
     def __init__(self) -> None:
         self._stop_requested = threading.Event()
         self._handlers: Dict[int, Any] = {}  # those in place before this one's
-        self._lock = threading.Lock()
-        self._seen: Tuple[float, float] = (
-            time.monotonic(),
-            0.0,
-        )  # when this process last ran; seconds stopped by then
+        self._seen = (time.monotonic(), 0.0)  # when the thread last looked; seconds stopped by then
+        self._looked = threading.Condition()
+        self._wakes = 0  # of the thread, by then
+        self._found: Optional[_Found] = None  # how `start` found this process
         self._reset()
 
     def _reset(self) -> None:
@@ -87,14 +105,19 @@ class Watchdog:
             raise RuntimeError("the watchdog of this process is running already")
         self._reset()
         self.rank, self.hang_seconds = rank, hang_seconds
+        umask = os.umask(0o027)
+        os.umask(umask | (0o027 if run_dir else 0))  # what a run writes is for its owner and group
+        if self._found is None:
+            timer = signal.getitimer(signal.ITIMER_REAL)
+            self._found = _Found(time.monotonic(), timer, faulthandler.is_enabled(), umask)
+            self._handlers[signal.SIGALRM] = signal.getsignal(signal.SIGALRM)
         if run_dir is not None:
-            os.umask(os.umask(0o027) | 0o027)  # what a run writes is for its owner and group
             with contextlib.suppress(OSError):  # whoever must write there reports it better
                 paths = RunDir(run_dir)
                 paths.faults.mkdir(parents=True, exist_ok=True, mode=0o750)
                 self.stacks = open(paths.stacks(rank), "a", encoding="utf-8")  # noqa: SIM115 (it stays open)
                 self.run_dir = paths
-        faulthandler.enable(self.stacks or sys.stderr)
+        faulthandler.enable(self.stacks or _stacks_to_stderr())
         self._seen = (time.monotonic(), self._seen[1])
         self.thread = threading.Thread(target=self._watch, args=[self.wake], name="watchdog", daemon=True)
         self.thread.start()
@@ -118,7 +141,7 @@ class Watchdog:
         thread.join()  # it would set again the timers that are set here
         faulthandler.disable()
         limit = self._limit_seconds("leaving")
-        faulthandler.dump_traceback_later(limit, file=sys.stderr)
+        faulthandler.dump_traceback_later(limit, file=_stacks_to_stderr())
         _set_alarm(limit + _REPORT_SECONDS / 2)  # Python's own shutdown may hold the GIL
         if self.stacks and self.run_dir:
             self.stacks.close()
@@ -151,8 +174,11 @@ class Watchdog:
 
     def active_seconds(self) -> float:
         """Returns a monotonic clock, in seconds, that stands still while this process is stopped, but for _LATE_SECONDS."""
-        if self.thread and time.monotonic() - self._seen[0] > _LATE_SECONDS:  # read before the thread has looked again
-            self._look()
+        seen = self._seen
+        if self.thread and time.monotonic() - seen[0] > _LATE_SECONDS:  # the thread has still to judge what that was
+            self.wake.set()
+            with self._looked:
+                self._looked.wait_for(lambda: self._seen is not seen or self.thread is None, _LATE_SECONDS)
         return time.monotonic() - self._seen[1]
 
     def stopped_seconds(self) -> float:
@@ -201,14 +227,21 @@ class Watchdog:
             self._handlers.setdefault(number, signal.signal(number, handler))
 
     def release(self) -> None:
-        """Returns a process that goes on after `stop` to what it was: no timer that ends it, its own signal handlers."""
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        faulthandler.cancel_dump_traceback_later()
+        """Returns a process that goes on after `stop` to what it was: signal handlers, timer, umask, faulthandler."""
+        found, self._found = self._found, None
+        if found:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            faulthandler.cancel_dump_traceback_later()
+            os.umask(found.umask)
+            if found.faulthandler:
+                faulthandler.enable(_stacks_to_stderr())
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not Python's
         self._handlers.clear()
         self._stop_requested.clear()
+        if found and found.timer[0]:  # if its time has come meanwhile, at once
+            left = found.timer[0] - (time.monotonic() - found.time)
+            signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3), found.timer[1])
 
     def stop_requested(self) -> bool:
         """Returns whether this rank was asked to stop. The ranks must agree before any of them does."""
@@ -220,6 +253,7 @@ class Watchdog:
         return base if phase == "update" and self.update_seconds else SLOW_PHASE_FACTOR * base
 
     def _watch(self, wake: threading.Event) -> None:
+        self._wakes = _count_wakes()
         while self.thread is not None:
             self._look()
             since, phase, step = self.last
@@ -232,26 +266,36 @@ class Watchdog:
                     time.sleep(_REPORT_SECONDS)
                     os._exit(LOST_RANK)
             # Both go off by themselves should this thread never run again.
-            faulthandler.dump_traceback_later(limit - silent + _REPORT_SECONDS / 2, file=self.stacks or sys.stderr)
+            faulthandler.dump_traceback_later(limit - silent + _REPORT_SECONDS / 2, file=self.stacks or _stacks_to_stderr())
             _set_alarm(limit - silent + SLOW_PHASE_FACTOR * _REPORT_SECONDS)
             wake.wait(min(_TICK_SECONDS, limit / 10))
             wake.clear()
 
     def _look(self) -> None:
-        """Notes that this process runs; where nobody did so for long, counts anew and says so, on rank 0."""
-        with self._lock:
-            (seen, stopped), now = self._seen, time.monotonic()
-            away = now - seen - _LATE_SECONDS
-            self._seen = (now, stopped + max(0.0, away))
-        if away > 0:
+        """Notes, on the watchdog's thread, that this process runs; counts anew if it was stopped, and says so."""
+        (seen, stopped), now, wakes = self._seen, time.monotonic(), _count_wakes()
+        woken, self._wakes = wakes - self._wakes, wakes
+        away = 0.0
+        if now - seen - woken * _WAKE_SECONDS > _LATE_SECONDS:
+            away = now - seen - max(_LATE_SECONDS, woken * sys.getswitchinterval())  # a part may have been a held GIL
             self.counted_from = now
-            text = f"this process was stopped for {away + _LATE_SECONDS:.0f} s (suspended?): no hang, and not counted"
-            if self.stacks:
-                with contextlib.suppress(OSError):  # where faulthandler's time was over too
-                    self.stacks.write(f"{text}; stacks of that moment may be above or below\n")
-                    self.stacks.flush()
-            if self.rank == 0:
-                print(f"hvd-vgg: {text}", file=sys.stderr, flush=True)
+        with self._looked:
+            self._seen = (now, stopped + away)
+            self._looked.notify_all()
+        if away > 0:
+            with contextlib.suppress(Exception):  # whatever stderr is: without this thread SIGALRM would end the process
+                self._report_stop(now - seen)
+
+    def _report_stop(self, seconds: float) -> None:
+        text = f"was stopped for {seconds:.0f} s (suspended?): no hang, and not counted"
+        if self.stacks:
+            with contextlib.suppress(OSError):  # where faulthandler's time was over too
+                self.stacks.write(f"this process {text}; stacks of that moment may be above or below\n")
+                self.stacks.flush()
+        if self.rank == 0:
+            write_line(f"hvd-vgg: this process {text}", sys.stderr)
+        else:  # once: of a job that is suspended every night rank 0 speaks
+            storage.warn_once("stopped", f"rank {self.rank} {text}; if the other ranks were not, they waited for it")
 
     def _report_hang(self, phase: str, step: Optional[int], silent: float, limit: float) -> None:
         with tempfile.TemporaryFile("w+") as file:
@@ -281,7 +325,7 @@ class Watchdog:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
-                os.fsync(file.fileno())
+                storage.sync(file.fileno(), path)
         except OSError:
             return None
         return path
@@ -294,12 +338,23 @@ def _set_alarm(seconds: float) -> None:
     end it: its handler is the C library's own `alarm`, called with the signal's number, 14, which asks for a second one 14 s
     later. `sysv_signal` has the handler serve once, so that the second one ends the process. None of it needs the GIL.
     """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "sysv_signal"):
-        library.sysv_signal.argtypes, library.sysv_signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
-        library.sysv_signal(signal.SIGALRM, ctypes.cast(library.alarm, ctypes.c_void_p))
+    if hasattr(_LIBC, "sysv_signal"):
+        _LIBC.sysv_signal(signal.SIGALRM, ctypes.cast(_LIBC.alarm, ctypes.c_void_p))
         seconds = max(seconds - _SECOND_ALARM_SECONDS, _REPORT_SECONDS)
     signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def _count_wakes() -> int:
+    """Returns how often this thread has waited for something so far."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+
+
+def _stacks_to_stderr() -> Union[IO[str], int]:
+    """Returns where faulthandler may write: stderr, or its descriptor where the caller has put something else there."""
+    try:
+        return sys.stderr if sys.stderr.fileno() >= 0 else 2
+    except (AttributeError, OSError, ValueError):
+        return 2
 
 
 # The one of this process; `hvd_vgg.__main__` starts it for the commands that need it, `parallel.comm.shutdown` stops it.

@@ -10,13 +10,14 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Dict, Iterator
 
 from hvd_vgg.commands.history import (
     DAMAGED,
     FAIL,
     PASS,
     UNKNOWN,
+    Attempt,
     Check,
     Findings,
     History,
@@ -101,7 +102,10 @@ def _check_log(history: History) -> Findings:
 
 
 def _check_restarts(run: RunDir, history: History) -> Findings:
-    """Compares the starts in the log with those that `hvd-vgg launch` has noted, by the clock of its host."""
+    """Compares the starts in the log with those that `hvd-vgg launch` has noted, by the name that it gave each.
+
+    Runs of earlier versions have no names; there the clock of the launcher's host must do.
+    """
     rows = [row for row in receipt.read_json_lines(run.restarts) if row["event"] in ("start", "end")]
     launched = [attempt for attempt in history.attempts if attempt.start.data["launched"]]
     event, number, matched = "end", -1, []
@@ -111,17 +115,23 @@ def _check_restarts(run: RunDir, history: History) -> Findings:
         if (event, number) not in (expected, ("start", 0)):
             yield f"{event} of attempt {number}, expected {' '.join(map(str, expected))}: a line is missing"
         if event == "start":
-            began, ended = row["time"], following["time"]
-            if ended < began:  # the clock was set back meanwhile: times say nothing of this start
-                began, ended = -math.inf, math.inf
-            inside = [each for each in launched if began <= each.start.timestamp <= ended]
+            inside = [each for each in launched if _is_start_of(each, row, following["time"])]
             matched += [each for each in inside if each.ranks == row["ranks"]]
             # One that ended otherwise may have ended before it began to log.
             if not inside and (following.get("code") in (DONE, STOPPED) or following.get("lost_seconds") is not None):
                 yield f"the attempt of {row['at']} ended with {following['code']}, but the log has no start of it"
     for attempt in [attempt for attempt in launched if attempt not in matched]:
-        yield f"no attempt on {plural(attempt.ranks, 'rank')} at the time of start {attempt.number} of the log"
+        yield f"no attempt on {plural(attempt.ranks, 'rank')} is start {attempt.number} of the log"
     return PASS, f"has {len(launched)} of {plural(len(history.attempts), 'start')} in the log"
+
+
+def _is_start_of(attempt: Attempt, row: Dict[str, Any], ended: float) -> bool:
+    """Returns whether `attempt` is what the launcher started, with `row` of restarts.jsonl, and saw end at a time."""
+    job, began = attempt.start.data.get("job"), row["time"]
+    if job or "job" in row:
+        return bool(job == row.get("job"))
+    # A clock that was set back meanwhile says nothing of this start.
+    return bool(ended < began or began <= attempt.start.timestamp <= ended)
 
 
 def _check_file(path: Path, history: History) -> Findings:
@@ -183,8 +193,9 @@ def _check_result(run: RunDir, history: History) -> Findings:
     expected.update(state_sha256=evaluation["eval.state_sha256"])
     expected.update(ranks=attempt.ranks, global_batch=attempt.batch, precision=attempt.config.precision)
     yield from mismatches((name, result.get(name), value) for name, value in expected.items())
-    expected = Goodput(each for each in history.lines if each.number < line.number).report()
-    yield from mismatches((name, result.get(name), value) for name, value in expected.items())
+    if "goodput" in result or "process_seconds" in attempt.start.data:  # earlier versions had neither
+        expected = Goodput(each for each in history.lines if each.number < line.number).report()
+        yield from mismatches((name, result.get(name), value) for name, value in expected.items())
     yield from mismatches(throughput_rows(line, attempt))
     return PASS, f"of step {step}, as line {line.number} has it; its `seconds` are in no log"
 

@@ -15,7 +15,10 @@ _VARIABLE = f"OMPI_MCA_{JOB_PARAMETER}"
 
 
 def own_token(run_token: str) -> str:
-    """Returns the token of the job that this process launches: run, host, process, start time of the process."""
+    """Returns what the token of each job that this process launches begins with: run, host, process, its start time.
+
+    The number of the attempt follows.
+    """
     return f"{run_token}.{_host()}.{os.getpid()}.{_start_ticks(os.getpid())}"
 
 
@@ -44,7 +47,7 @@ def local_processes(run_token: str) -> Dict[str, List[psutil.Process]]:
 
 def launcher_is_alive(token: str) -> Optional[bool]:
     """Returns whether the launcher of a job is still running; None if it runs on another host."""
-    _, host, launcher, started = token.split(".")
+    _, host, launcher, started = token.split(".")[:4]
     return _start_ticks(int(launcher)) == started if host == _host() else None
 
 

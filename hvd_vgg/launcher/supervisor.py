@@ -140,8 +140,9 @@ def _supervise(
         used = hosts_in_use(answering, count)
         if not attempt:
             _report_spares(answering, used)
-        command = compose_mpirun(config, count, used, token, spec.program)
-        facts = {"attempt": attempt, "ranks": count, "hosts": [f"{host.name}:{host.slots}" for host in used]}
+        job = f"{token}.{attempt}"  # the ranks log it at their start
+        command = compose_mpirun(config, count, used, job, spec.program)
+        facts = {"attempt": attempt, "job": job, "ranks": count, "hosts": [f"{host.name}:{host.slots}" for host in used]}
         log.append("start", **facts, command=command)
         write_line(f"+ {shlex.join(command)}", sys.stdout)
         started, logged_before = time.monotonic(), len(_read_log(run_dir))
@@ -266,7 +267,7 @@ def _clear_leftovers(token: str) -> None:
         ours: List[psutil.Process] = []
         foreign: List[psutil.Process] = []
         for job, processes in local_processes(token.split(".")[0]).items():  # without zombies, which may stay for ever
-            alive = job != token and launcher_is_alive(job)
+            alive = not f"{job}.".startswith(f"{token}.") and launcher_is_alive(job)
             if alive:
                 raise Failure(CONFIGURATION, f"another launcher, process {job.split('.')[2]}, is running this --run_dir")
             (foreign if alive is None else ours).extend(processes)

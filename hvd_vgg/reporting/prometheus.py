@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Tuple
 
+from hvd_vgg import storage
 from hvd_vgg.reporting.goodput import Goodput
 from hvd_vgg.reporting.receipt import LogLine
 from hvd_vgg.run_dir import write_error
@@ -93,9 +94,10 @@ class MetricsFile:
         temporary = self.path.with_name(f"{self.path.name}.tmp")  # collectors read *.prom
         try:
             with open(temporary, "w", encoding="utf-8", errors="replace") as file:  # a path may be no text
-                os.fchmod(file.fileno(), 0o644)  # whatever the umask of this process is
+                with contextlib.suppress(OSError):  # CIFS and vfat have no modes
+                    os.fchmod(file.fileno(), 0o644)  # whatever the umask of this process is
                 file.write(format_metrics(self.samples))
-            temporary.replace(self.path)
+            storage.replace(temporary, self.path)
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()

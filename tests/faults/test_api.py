@@ -32,7 +32,9 @@ PROGRAM = """
         if row["kind"] == "end":
             raise ValueError("the tracker is away")
 
-    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    numbers, rang = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM), []
+    signal.signal(signal.SIGALRM, lambda *_: rang.append(1))
+    handlers = [signal.getsignal(each) for each in numbers]
     try:
         hvd_vgg.train(TrainConfig(data_dir=sys.argv[1], run_dir="python", **config), on_log=tracker)
     except Failure as failure:
@@ -43,7 +45,9 @@ PROGRAM = """
     assert all(isinstance(row["train.loss"], float) and row["epoch"] >= 0 for row in rows if row["kind"] == "train")
     assert not root or rows[-1]["eval.records"] == 37
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0  # nothing ends this process later
-    assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    assert handlers == [signal.getsignal(each) for each in numbers]
+    os.kill(os.getpid(), signal.SIGALRM)  # whose handler is the watchdog's meanwhile, behind Python's back
+    assert rang == [1]
 """
 
 

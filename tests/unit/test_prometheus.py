@@ -1,7 +1,10 @@
 """--metrics_file: the text format as Prometheus defines it, and files that cannot be written."""
 
+import errno
+import os
 import re
 import stat
+from pathlib import Path
 
 import pytest
 from prometheus_text import parse
@@ -79,3 +82,24 @@ def test_metrics_file_that_cannot_be_written_is_reported_once(tmp_path):
     path.parent.mkdir()
     metrics.add(updates(6, 1.0))
     assert len(parse(path.read_text())) > 6 and len(said) == 1
+
+
+def test_metrics_file_where_there_are_no_modes(tmp_path, monkeypatch):
+    """CIFS and vfat refuse chmod, and some file systems to rename over a file that somebody has open."""
+    path, said = tmp_path / "a.prom", []
+
+    def refused(number):
+        def call(*arguments):
+            raise OSError(number, os.strerror(number))
+
+        return call
+
+    monkeypatch.setattr(os, "fchmod", refused(errno.EPERM))
+    metrics = MetricsFile(path, "a", Goodput(), said.append)
+    metrics.add(updates(2, 1.0))
+    assert len(parse(path.read_text())) > 6
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda old, new: (refused(errno.EBUSY) if new.exists() else replace)(old, new))
+    metrics.add(updates(4, 1.0))
+    (step,) = [value for (name, _), value in parse(path.read_text()).items() if name == "hvd_vgg_step"]
+    assert step == 4 and not said and [each.name for each in tmp_path.iterdir()] == ["a.prom"]

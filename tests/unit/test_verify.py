@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 import types
 from unittest import mock
@@ -68,7 +69,7 @@ class Trainer:
     save_overdue = staticmethod(lambda: False)
     loss = staticmethod(lambda step: 1 / (step + 3))
 
-    def __init__(self, path, kill_at=None, bad=(), poisoned=(), skipped=(), stop_at=None, launched=False):
+    def __init__(self, path, kill_at=None, bad=(), poisoned=(), skipped=(), stop_at=None, job=None, launched=False):
         self.run, self.kill_at, self.bad, self.poisoned, self.stop_at = RunDir(path), kill_at, bad, poisoned, stop_at
         self.skipped_file, self.writes, self.throughput = self.run.path / "skipped", 0, Throughput()
         path.mkdir(exist_ok=True)
@@ -82,7 +83,8 @@ class Trainer:
         digests = {"train": {"records": RECORDS, "sha256": "t"}, "validation": {"records": VALIDATION, "sha256": "v"}}
         start = {"step": self.progress.step, "skipped_steps": sorted(self.skipped), "ranks": 2, "hosts": ["a", "a"]}
         start["checkpoint"] = receipt.checkpoint_row(found.path) if found else None
-        self.reporter.event("start", **{**describe_process(), "launched": launched}, **start, data=digests)
+        process = {**describe_process(), "job": job, "launched": launched}
+        self.reporter.event("start", **process, **start, data=digests)
         self.write(receipt.write, self.run)
 
     def write(self, function, *arguments):
@@ -479,17 +481,22 @@ def test_verify_finds_checkpoints_that_are_gone(run):
     assert verdicts(run.path) == []
 
 
-def test_verify_compares_starts_with_restarts(tmp_path):
-    """Three attempts: killed, killed before it could log, and through; then without each of their rows."""
-    run = RunDir(tmp_path)
+@pytest.mark.parametrize("ahead", [None, 0, -3600, 3600])
+def test_verify_compares_starts_with_restarts(tmp_path, ahead):
+    """Three attempts: killed, killed before it could log, and through; then without each of their rows.
+
+    ahead: by how many seconds the clock of the launcher's host is; None: an earlier version, which gave starts no names.
+    """
+    run, names = RunDir(tmp_path), [None if ahead is None else f"run.host.1.2.{attempt}" for attempt in range(3)]
     with pytest.raises(Killed):
-        train(tmp_path, kill_at=20, launched=True)
-    train(tmp_path, launched=True)
+        train(tmp_path, kill_at=20, launched=True, job=names[0])
+    train(tmp_path, launched=True, job=names[2])
     first, second = [line.timestamp for line in receipt.read_log(run.log) if line.kind == "start"]
     rows = []
     for attempt, (when, code) in enumerate([(first, 137), ((first + second) / 2, 139), (second, 0)]):
-        rows.append({"time": when - 1e-4, "at": "then", "event": "start", "attempt": attempt, "ranks": 2})
-        rows.append({"time": when + 1e-4, "at": "then", "event": "end", "attempt": attempt, "ranks": 2, "code": code})
+        row = {"at": "then", "attempt": attempt, "ranks": 2, **({} if ahead is None else {"job": names[attempt]})}
+        rows.append({"time": when + (ahead or 0) - 1e-4, "event": "start", **row})
+        rows.append({"time": when + (ahead or 0) + 1e-4, "event": "end", **row, "code": code})
 
     def faults(rows, subject="restarts.jsonl"):
         run.restarts.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -503,6 +510,8 @@ def test_verify_compares_starts_with_restarts(tmp_path):
     for gone in range(3):
         assert faults(rows[: 2 * gone] + rows[2 * gone + 2 :]), gone
     unknown = [{**rows[0], "time": 9e9}, {**rows[-1], "attempt": 0, "time": 9.1e9}]
+    for row in unknown[: 2 * (ahead is not None)]:
+        row["job"] = "run.host.1.3.0"
     assert any("but the log has no start of it" in fault for fault in faults([*rows, *unknown]))
     assert any("no attempt on 2 ranks" in fault for fault in faults([{**row, "ranks": 3} for row in rows]))
     receipt_of = {"rows": receipt.read(run)["restarts"], "file": receipt.read(run)["files"]["restarts.jsonl"]}
@@ -516,6 +525,39 @@ def test_verify_compares_starts_with_restarts(tmp_path):
             for fault in verdicts(tmp_path)
         ), change
         receipt.write(run)
+
+
+def test_verify_accepts_a_run_of_an_earlier_version(run):
+    """Which noted no goodput, and not since when its process had been running; now one without the other is a fault."""
+    result = json.loads(run.result.read_text())
+    del result["goodput"], result["goodput_seconds"]
+    run.result.write_text(json.dumps(result))
+    seal(run)
+    assert any(text.startswith("result.json: goodput is None, expected ") for text in verdicts(run.path))
+    for name in ("process_seconds", "boot", "job"):
+        run.log.write_text(re.sub(rf', "{name}": ([^{{}},]+|{{[^}}]*}})', "", run.log.read_text()))
+    assert "process_seconds" not in run.log.read_text()
+    seal(run)
+    assert verdicts(run.path) == []
+
+
+def test_verify_computes_goodput_from_the_log(run):
+    """The share of its updates in the time from 2.5 s before the start to the last evaluation, summed up without Goodput."""
+    lines, now, trained, share = [json.loads(line[5:]) for line in run.log.read_text().splitlines()], 1e9, 0.0, 0.0
+    for row in lines:
+        data = row.get("data", {})
+        if data.get("event") == "start":
+            data["process_seconds"], began = 2.5, now - 2.5
+        trained += sum(data.get("train.update_seconds", []))
+        row.update(timestamp=str(now + trained), elapsedtime=str(now + trained - 1e9))
+        if "eval.loss" in data and row["step"]:
+            share = trained / (now + trained - began)
+        now += 1.0
+    run.log.write_text("".join(f"DLLL {json.dumps(row)}\n" for row in lines))
+    result = json.loads(run.result.read_text())
+    for wrong in (0.0, 1e-6):
+        run.result.write_text(json.dumps({**result, "goodput": share + wrong}))
+        assert any(text.startswith("result.json: goodput is ") for text in verdicts(run.path)) == bool(wrong)
 
 
 def test_verify_survives_any_change_of_a_line(tmp_path):
