@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Callable, Optional, Set, TypeVar
@@ -36,12 +37,15 @@ _PASSING = _numbers(
 UNSUPPORTED = _numbers("EINVAL", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "ENOTTY", "ENOLCK")
 _UNSUPPORTED_RENAME = UNSUPPORTED | _numbers("EBUSY", "ETXTBSY", "EEXIST", "EACCES", "EPERM")
 _told: Set[str] = set()
+_telling = threading.Lock()
 
 
 def warn_once(about: str, text: str) -> None:
     """Prints a warning to stderr, on any rank, unless this process has printed one about the same."""
-    if about not in _told:
+    with _telling:
+        known = about in _told
         _told.add(about)
+    if not known:
         write_line(f"hvd-vgg: warning on {socket.gethostname()}: {text}", sys.stderr)
 
 
