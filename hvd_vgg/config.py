@@ -5,6 +5,7 @@ configuration that has it. What takes a ModelConfig takes a TrainConfig too, but
 """
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Set, Tuple
 
@@ -358,8 +359,8 @@ class TrainConfig(RecipeConfig, BatchConfig, EvaluationConfig):
         """Yields the combinations that cannot run."""
         if self.profile_steps and not profiled_steps(self.profile_steps):
             yield f"--profile_steps={self.profile_steps}: expected FIRST:LAST, two integers, the first not larger"
-        if self.checkpoint_copy_dir and Path(self.checkpoint_copy_dir).absolute() == Path(self.run_dir).absolute():
-            yield f"--checkpoint_copy_dir={self.checkpoint_copy_dir}: expected another directory than --run_dir"
+        if self.checkpoint_copy_dir and _is_inside(self.checkpoint_copy_dir, self.run_dir):
+            yield f"--checkpoint_copy_dir={self.checkpoint_copy_dir}: expected a directory outside --run_dir"
         if self.metrics_file and Path(self.metrics_file).suffix != ".prom":
             yield f"--metrics_file={self.metrics_file}: expected a name that ends in .prom, which collectors read alone"
         for name in sorted(allowed_changes(self) - set(hyperparameters())):
@@ -658,6 +659,12 @@ def hyperparameters() -> List[str]:
 def allowed_changes(config: TrainConfig) -> Set[str]:
     """Returns the names in --allow_config_change."""
     return {name.strip() for name in config.allow_config_change.split(",") if name.strip()}
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    """Returns whether a path is a directory or lies in it, whatever links lead there."""
+    inner, outer = Path(os.path.realpath(path)), Path(os.path.realpath(folder))  # unlike resolve(), of a loop of links too
+    return outer in (inner, *inner.parents)
 
 
 def profiled_steps(text: str) -> range:

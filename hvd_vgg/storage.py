@@ -4,15 +4,16 @@ Network and FUSE mounts answer ESTALE, EIO or ETIMEDOUT for a moment when a serv
 is opened anew. Others have no fsync of directories, no locks, or cannot rename over a file that somebody has open.
 """
 
-import contextlib
 import errno
+import filecmp
 import os
 import shutil
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
-from typing import Callable, Optional, Set, TypeVar
+from typing import IO, Callable, Dict, Optional, Set, Tuple, TypeVar
 
 from hvd_vgg.errors import LOST_RANK, Failure
 from hvd_vgg.streams import write_line
@@ -21,6 +22,7 @@ T = TypeVar("T")
 
 WAITS = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 5.0)  # seconds between one attempt to read and the next
 SLOW_SECONDS = 30.0  # a read that takes longer is told
+GIVEN_UP_SECONDS = 30.0  # so long after one read was given up, another that fails in the same directory is not repeated
 
 
 def _numbers(*names: str) -> Set[int]:
@@ -35,21 +37,34 @@ _PASSING = _numbers(
 )
 UNSUPPORTED = _numbers("EINVAL", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "ENOTTY", "ENOLCK")
 _UNSUPPORTED_RENAME = UNSUPPORTED | _numbers("EBUSY", "ETXTBSY", "EEXIST", "EACCES", "EPERM")
+# What the host lacks, rather than the file system.
+_SHORTAGES = {
+    "EMFILE": "raise this process's limit of open files (ulimit -n)",
+    "ENFILE": "raise the host's limit of open files (sysctl fs.file-max), or close some",
+    "ENOMEM": "free memory on this host",
+    "ENOBUFS": "free memory on this host",
+}
+_given_up: Dict[Path, Tuple[float, str]] = {}  # by directory: when a read in it was given up, and why
+_changed = threading.Condition()
 _told: Set[str] = set()
+_telling = threading.Lock()
 
 
 def warn_once(about: str, text: str) -> None:
     """Prints a warning to stderr, on any rank, unless this process has printed one about the same."""
-    if about not in _told:
+    with _telling:
+        known = about in _told
         _told.add(about)
+    if not known:
         write_line(f"hvd-vgg: warning on {socket.gethostname()}: {text}", sys.stderr)
 
 
 def retrying(path: Path, read: Callable[[], T], reopen: Callable[[], object] = lambda: None) -> T:
     """Returns `read()`, repeated with growing waits, and after `reopen()`, while it fails as storage does that comes back.
 
-    Other OSErrors are raised at once. Raises Failure(LOST_RANK), for which a run is started again, if it does not come back.
-    A file whose read was repeated, or took minutes, is told once.
+    Other OSErrors are raised at once. Raises Failure(LOST_RANK), for which a run is started again, if it does not come
+    back; then whatever else fails in its directory does so at once, in all threads, lest one wait for the other. A file
+    whose read was repeated, or took minutes, is told once.
     """
     began = time.monotonic()
     error: Optional[OSError] = None
@@ -62,21 +77,47 @@ def retrying(path: Path, read: Callable[[], T], reopen: Callable[[], object] = l
         except OSError as failed:
             if failed.errno not in _PASSING:
                 raise
-            if wait is None:
-                raise Failure(
-                    LOST_RANK,
+            if wait is not None:
+                reason = _wait_unless_given_up(path.parent, wait)
+            else:
+                reason = (
                     f"{path} cannot be read: {_reason(failed)}, in {len(WAITS) + 1} attempts over "
-                    f"{time.monotonic() - began:.0f} s; start again when its file system is back",
-                ) from failed
+                    f"{time.monotonic() - began:.0f} s; {_advice(failed, 'start again when its file system is back')}"
+                )
+                _give_up(path.parent, reason)
+            if reason:
+                raise Failure(LOST_RANK, reason) from failed
             error = failed
-            time.sleep(wait)
     seconds = time.monotonic() - began
+    look = "look after its file system or server"
     if error is not None:
         text = f"could not be read for {seconds:.1f} s ({_reason(error)}), and was opened and read again"
-        warn_once(f"read {path}", f"{path} {text}: the run goes on; look after its file system or server")
+        warn_once(f"read {path}", f"{path} {text}: the run goes on; {_advice(error, look)}")
     elif seconds > SLOW_SECONDS:
-        warn_once(f"slow {path}", f"{path}: one read took {seconds:.0f} s; look after its file system or server")
+        warn_once(f"slow {path}", f"{path}: one read took {seconds:.0f} s; {look}")
     return value
+
+
+def _give_up(folder: Path, reason: str) -> None:
+    with _changed:
+        _given_up[folder] = time.monotonic(), reason
+        _changed.notify_all()
+
+
+def _wait_unless_given_up(folder: Path, seconds: float) -> str:
+    """Waits for so long and returns ""; or as soon as a read in `folder` was given up, or if one was lately, returns why."""
+
+    def given_up() -> str:
+        at, reason = _given_up.get(folder, (0.0, ""))
+        return reason if time.monotonic() - at < GIVEN_UP_SECONDS else ""
+
+    with _changed:
+        _changed.wait_for(lambda: bool(given_up()), seconds)
+        return given_up()
+
+
+def _advice(error: OSError, otherwise: str) -> str:
+    return _SHORTAGES.get(errno.errorcode.get(error.errno or 0, ""), otherwise)
 
 
 def _reason(error: OSError) -> str:
@@ -150,10 +191,31 @@ def replace(temporary: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in _UNSUPPORTED_RENAME or not path.exists():
             raise
-        with contextlib.suppress(shutil.SameFileError):
-            shutil.copyfile(temporary, path)
-        with open(path, "rb") as file:
-            sync(file.fileno(), path)
+        with open(temporary, "rb") as source, open(path, "r+b") as file:
+            _reserve(file, os.fstat(source.fileno()).st_size)  # before anything of the old contents is lost
+            try:
+                shutil.copyfileobj(source, file)
+                file.truncate()
+                file.flush()
+                sync(file.fileno(), path)
+                if not filecmp.cmp(temporary, path, shallow=False):
+                    raise OSError(errno.EIO, "what was read back is not what was written")
+            except OSError as failed:
+                whole = path.with_name(f"{path.name}.whole")
+                temporary.replace(whole)  # callers remove what has the temporary name
+                raise OSError(failed.errno, f"{failed.strerror}; its new contents are in {whole.name}") from failed
         temporary.unlink()
         text = f"{path} cannot be renamed over ({_reason(error)}), and was rewritten in place"
         warn_once("rename", f"{text}: files there are torn if this host crashes meanwhile")
+
+
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Gives an open file the space for `size` bytes, or leaves it as it was and raises OSError."""
+    before = os.fstat(file.fileno()).st_size
+    try:
+        if size > before:
+            os.posix_fallocate(file.fileno(), before, size - before)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            file.truncate(before)
+            raise

@@ -29,7 +29,7 @@ import tensorflow as tf
 
 from hvd_vgg.config import BatchConfig, ComputeConfig, EvaluationConfig
 from hvd_vgg.data.index import Index
-from hvd_vgg.data.mended import count_writes, name_if_mended, naming_record
+from hvd_vgg.data.mended import decode_and_name
 from hvd_vgg.data.reader import BadRecord, parse_example, read_ahead, read_record, reads_in_progress
 from hvd_vgg.data.sampler import part_bounds, positions, replacement_record, sample_seeds, storage_order, window_records
 from hvd_vgg.data.transforms import augmentation_params, eval_image, train_image
@@ -106,12 +106,15 @@ class Dataset:
         """
         if isinstance(sample, BadRecord):
             raise sample
+
+        def decode() -> None:
+            if self.training:
+                train_image(sample.encoded, params, self.augment, out)
+            else:
+                eval_image(sample.encoded, self.augment, out)
+
         try:
-            with naming_record(self.index, sample.record, sample.encoded):
-                if self.training:
-                    train_image(sample.encoded, params, self.augment, out)
-                else:
-                    eval_image(sample.encoded, self.augment, out)
+            decode_and_name(self.index, sample.record, sample.encoded, decode)
         except ValueError as error:
             reason = f"the image ({len(sample.encoded)} bytes) cannot be decoded: {error}"
             advice = "Expected a whole JPEG or PNG: replace the record"
@@ -254,7 +257,6 @@ def _fill(batch: Batch, spec: BatchSpec, rows: np.ndarray, dataset: Dataset) -> 
     """Reads and decodes the records of `rows`; raises Failure(DATA) naming a bad one that may not be replaced."""
     # All are read before the first is decoded: decoding pushes the code that reads out of the processor's caches.
     samples = [dataset.read(record) for record in spec.ids[rows].tolist()]
-    written = count_writes()
     for row, params, sample in zip(rows.tolist(), augmentation_params(spec.seeds[rows]), samples):
         try:
             batch.labels[row] = dataset.decode(sample, params, batch.images[row])
@@ -262,10 +264,6 @@ def _fill(batch: Batch, spec: BatchSpec, rows: np.ndarray, dataset: Dataset) -> 
             batch.labels[row], by = dataset.replace(bad, int(spec.epochs[row]), params, batch.images[row])
             batch.ids[row] = bad.record if by is None else by
             batch.bad.append(BadRow(row, bad.record, by, bad.reason))
-    if count_writes() != written:  # the decoder has told of an image, or something else was printed
-        for sample in samples:
-            if isinstance(sample, Sample):
-                name_if_mended(dataset.index, sample.record, sample.encoded)
 
 
 def _finish(batch: Batch, filled: int, tasks: List["Future[None]"]) -> Batch:

@@ -1,16 +1,20 @@
 """Images that the JPEG decoder mends: it prints `Corrupt JPEG data` without a name, fills up what is lost, and goes on.
 
-It prints to the process's stderr, which all threads and libraries share. So that is redirected only while an image is
-decoded that is known or likely to be mended, and what others print meanwhile is passed on. Any other image is recognised
-afterwards: the kernel counts what each thread writes.
+It prints to the process's stderr, which all threads and libraries share, and at which the reason of a failure must arrive
+though the process ends in that moment. So in training that is never redirected: an image that is known or likely to be
+mended is decoded in a thread with file descriptors of its own, whose stderr is a pipe. Any other image is recognised
+afterwards: the kernel counts what each thread writes. Naming is a courtesy; where anything of it fails, the image is
+decoded as any other, and the decoder's own line stays.
 """
 
 import contextlib
+import ctypes
 import os
 import re
+import tempfile
 import threading
 from pathlib import Path
-from typing import Dict, Iterator, List, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 
@@ -25,9 +29,13 @@ _MESSAGE = re.compile(
     r"Corrupt JPEG data|Premature end of JPEG|Inconsistent progression|Invalid SOS param|Unknown Adobe|Application tr|"
     r"Warning: (unknown JPEG|thumbnail)"
 )
+_PRINTED = "its own line is above"  # in place of a message that could not be caught
 _redirecting = threading.Lock()
 _known: Dict[Tuple[Path, int], bool] = {}  # by a split's first shard and the record: whether it is mended
 _thread = threading.local()
+_libc = ctypes.CDLL(None)
+# Of Linux: the flag of unshare(), the number of the system call close_range() on all processors, and its flag.
+_CLONE_FILES, _CLOSE_RANGE, _CLOSE_RANGE_UNSHARE = 0x400, 436, 2
 
 
 class _ThreadCounters:
@@ -55,11 +63,18 @@ def count_writes() -> bytes:
 def decoder_messages() -> Iterator[List[str]]:
     """Catches the decoder's messages, of all threads, in a list that is complete after the block; one block at a time.
 
-    What else is written to stderr inside the block is passed on at its end.
+    What else is written to stderr inside the block is passed on at its end. Where nothing can be caught, messages stay on
+    stderr, and the list says that there may be some. For doctor, which has nobody who ends the process meanwhile.
     """
     messages: List[str] = []
-    with _redirecting, open(os.memfd_create("stderr"), "w+b", buffering=0) as caught:
-        stderr = os.dup(2)
+    with _redirecting, contextlib.ExitStack() as stack:
+        try:
+            caught = stack.enter_context(tempfile.TemporaryFile())
+            stderr = os.dup(2)
+        except OSError:
+            messages.append(_PRINTED)
+            yield messages
+            return
         os.dup2(caught.fileno(), 2)
         try:
             yield messages
@@ -75,22 +90,89 @@ def decoder_messages() -> Iterator[List[str]]:
 
 def decoder_message(encoded: bytes) -> str:
     """Returns what the decoder prints about an image, decoded whole; "" if nothing, or if it cannot be decoded."""
-    with decoder_messages() as messages:
-        before = count_writes()
+
+    def decode() -> None:
         with contextlib.suppress(ValueError):
             eval_image(encoded, "none", np.empty([8, 8, 3], np.uint8))
-        own = count_writes() != before or not before  # else another thread's image is meant
-    return messages[0] if messages and own else ""
+
+    before = count_writes()
+    printed = _quietly(decode)
+    if printed is None:  # and so it was by this thread
+        return _PRINTED if count_writes() != before else ""
+    return next(filter(_MESSAGE.match, printed.splitlines()), "")
 
 
-@contextlib.contextmanager
-def naming_record(index: Index, record: int, encoded: bytes) -> Iterator[None]:
-    """Has an image that is known or likely to be mended decoded inside the block without a nameless line."""
+def decode_and_name(index: Index, record: int, encoded: bytes, decode: Callable[[], None]) -> None:
+    """Calls `decode`, which decodes an image and may raise; names the record where the decoder mends it.
+
+    Without a nameless line, if it is known or likely to be mended.
+    """
     mended = _known.get((index.paths[0], record))
     if mended is None and _has_hole(encoded):
         mended = name_if_mended(index, record, encoded)
-    with decoder_messages() if mended else contextlib.nullcontext():
-        yield
+    if mended:
+        _quietly(decode)
+        return
+    before = count_writes()
+    decode()
+    if count_writes() != before:
+        name_if_mended(index, record, encoded)
+
+
+def _quietly(action: Callable[[], None]) -> Optional[str]:
+    """Calls `action` in a thread of its own and returns what was printed to stderr there; raises what it raises.
+
+    Returns None, after calling it in this thread, where the kernel or a limit does not allow this.
+    """
+    errors: List[BaseException] = []
+    called = False
+
+    def call(write: int) -> None:
+        nonlocal called
+        if not _own_descriptors():
+            return
+        os.dup2(write, 2)  # of this thread alone
+        called = True
+        try:
+            action()
+        except BaseException as error:
+            errors.append(error)
+
+    printed = b""
+    with contextlib.suppress(OSError, RuntimeError), _pipe() as (read, write):  # too many files, or threads
+        thread = threading.Thread(target=call, args=[write], name="mended")
+        thread.start()
+        thread.join()
+        with contextlib.suppress(BlockingIOError):  # nothing
+            printed = os.read(read, 2**16)
+    if errors:
+        raise errors[0]
+    if not called:
+        action()
+        return None
+    return printed.decode("utf-8", "replace")
+
+
+@contextlib.contextmanager
+def _pipe() -> Iterator[Tuple[int, int]]:
+    """Opens a pipe, (read, write), at which nobody waits: what it cannot hold, 64 kB, is dropped."""
+    ends = os.pipe()
+    try:
+        for end in ends:
+            os.set_blocking(end, False)
+        yield ends
+    finally:
+        for end in ends:
+            os.close(end)
+
+
+def _own_descriptors() -> bool:
+    """Gives the calling thread file descriptors of its own, copies of the process's; returns whether the kernel did.
+
+    The seccomp filters of container engines refuse the first call and know the second, which is of Linux 5.9.
+    """
+    none = ctypes.c_uint(0xFFFFFFFF)  # of the descriptors that it closes
+    return not _libc.unshare(_CLONE_FILES) or not _libc.syscall(_CLOSE_RANGE, none, none, _CLOSE_RANGE_UNSHARE)
 
 
 def name_if_mended(index: Index, record: int, encoded: bytes) -> bool:
@@ -110,7 +192,8 @@ def name_if_mended(index: Index, record: int, encoded: bytes) -> bool:
 
 def describe(message: str) -> str:
     """Returns what a message of the decoder means."""
-    return f'the JPEG decoder mended the image ("{message}"): part of it may be grey or wrong'
+    quoted = message if message == _PRINTED else f'"{message}"'
+    return f"the JPEG decoder mended the image ({quoted}): part of it may be grey or wrong"
 
 
 def _has_hole(encoded: bytes) -> bool:

@@ -63,10 +63,29 @@ def test_flags_errors_are_all_in_one_message():
         "--epochs=nan: expected a finite number",
         "--optimizer=nesterov needs --momentum above 0",
         "--lr_step_epochs=30,20: expected rising numbers above 0",
-        "--checkpoint_copy_dir=run/: expected another directory than --run_dir",
+        "--checkpoint_copy_dir=run/: expected a directory outside --run_dir",
         "stray: no such flag of this command",
     ):
         assert any(part in line for line in lines), part
+
+
+def test_copies_of_checkpoints_are_outside_the_run(tmp_path, monkeypatch):
+    """Whatever links lead to either, and a loop of links is a path as any other."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "loop").symlink_to("loop")
+    for run, copy in (
+        ("run", "run/checkpoints"),
+        ("link", "real/x/y"),
+        ("real", "x/../link/y"),
+        ("run", str(tmp_path / "run")),
+    ):
+        with pytest.raises(Failure, match="expected a directory outside --run_dir") as raised:
+            parse_flags(TrainConfig, [f"--run_dir={run}", f"--checkpoint_copy_dir={copy}"])
+        assert raised.value.code == USAGE
+    for run, copy in (("run", "run2"), ("run/a", "run/b"), ("run", "loop/checkpoints"), ("run/a", "run")):
+        assert parse_flags(TrainConfig, [f"--run_dir={run}", f"--checkpoint_copy_dir={copy}"])
 
 
 def test_flag_file_comments_and_later_flags(tmp_path):

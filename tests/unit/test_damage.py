@@ -1,11 +1,15 @@
 """Damage is told as damage: zeros, foreign files, shards that were rewritten, images that the decoder mends."""
 
 import bz2
+import ctypes
+import errno
 import gzip
 import lzma
 import os
+import platform
 import threading
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -210,6 +214,111 @@ def test_loader_suspects_no_whole_image(data, capfd):
     list(load_batches(Dataset(index, 1, 32, "none", True), specs, 75, 4))
     assert mended._known == {}
     assert capfd.readouterr().err == ""
+
+
+def load(path, kinds, epochs, threads=4):
+    """Loads images of these kinds, all in one batch, so often; returns the images."""
+    shard_of(path, *map(damaged, kinds))
+    index, ids = scan_split(str(path), "train"), np.arange(len(kinds))
+    specs = [BatchSpec(ids, ids * 0, np.zeros([len(ids), 2], np.int64), ids)] * epochs
+    return [batch.images.numpy() for batch in load_batches(Dataset(index, 1, 32, "none", True), specs, len(ids), threads)]
+
+
+@pytest.mark.fault("F41")
+def test_loader_leaves_stderr_in_its_place(tmp_path, capfd):
+    """Whatever ends the process may say why at any moment, while any number of threads decode known images."""
+    load(tmp_path, ["zeros"] * 8, 1)
+    places, stop, place = set(), threading.Event(), os.fstat(2)
+
+    def look():
+        while not stop.is_set():
+            now = os.fstat(2)
+            places.add((now.st_dev, now.st_ino))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    load(tmp_path, ["zeros"] * 8, 20)
+    stop.set()
+    watcher.join()
+    assert places == {(place.st_dev, place.st_ino)}
+    assert capfd.readouterr().err.count("Corrupt JPEG data") == 8  # once each, with its name
+
+
+@pytest.mark.fault("F41")
+def test_loader_decodes_no_neighbour_of_a_mended_image_again(tmp_path, capfd):
+    load(tmp_path, ["whole", "zeros", "whole", "other bytes", "whole"], 2)
+    assert {record for (_, record), found in mended._known.items()} == {1, 3}
+    assert all(mended._known.values())
+
+
+def refused(number):
+    def call(*arguments, **named):
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+def no_thread(thread):
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "instead"),
+    [
+        (os, "pipe", refused(errno.EMFILE)),
+        (mended, "_own_descriptors", lambda: False),
+        (mended.threading.Thread, "start", None),
+    ],
+    ids=["no descriptor is left", "seccomp", "no thread is left"],
+)
+@pytest.mark.fault("F41")
+def test_loader_names_mended_records_where_nothing_is_caught(tmp_path, monkeypatch, capfd, place, name, instead):
+    """The images are the same; the decoder's own lines stand beside the named ones."""
+    kinds = ["whole", "zeros", "other bytes", "ends early"]
+    expected = load(tmp_path, kinds, 2)
+    capfd.readouterr()
+    monkeypatch.setattr(storage, "_told", set())
+    monkeypatch.setattr(mended, "_known", {})
+    start = threading.Thread.start
+    instead = instead or (lambda thread: no_thread(thread) if thread.name == "mended" else start(thread))
+    monkeypatch.setattr(place, name, instead)
+    assert all((a == b).all() for a, b in zip(load(tmp_path, kinds, 2), expected))
+    named = [line for line in capfd.readouterr().err.splitlines() if "mended the image (its own line is above)" in line]
+    assert [sum(f", record {number}, offset " in line for line in named) for number in range(4)] == [0, 1, 1, 1]
+
+
+@pytest.mark.fault("F41")
+def test_decoder_message_where_unshare_is_refused(monkeypatch, capfd):
+    """As the seccomp filters of container engines do, which know close_range, if the kernel does."""
+    real = mended._libc
+    none = ctypes.c_uint(0xFFFFFFFF)
+    if real.syscall(mended._CLOSE_RANGE, none, none, 0):
+        assert platform.release() < "5.9", "this kernel should know close_range"
+    monkeypatch.setattr(mended, "_libc", SimpleNamespace(unshare=lambda flags: -1, syscall=real.syscall))
+    place = os.fstat(2)
+    assert mended.decoder_message(damaged("zeros")).startswith(("Corrupt JPEG data: ", mended._PRINTED))
+    assert os.fstat(2).st_ino == place.st_ino
+    if not real.syscall(mended._CLOSE_RANGE, none, none, 0):
+        assert capfd.readouterr().err == ""
+
+
+@pytest.mark.fault("F41")
+def test_decoder_messages_where_no_file_can_be_made(monkeypatch, capfd):
+    """Doctor then looks at each image again whose thread has written."""
+    monkeypatch.setattr(mended.tempfile, "TemporaryFile", refused(errno.ENOSPC))
+    with mended.decoder_messages() as messages:
+        os.write(2, b"Corrupt JPEG data: some\n")
+    assert messages == [mended._PRINTED]
+    assert capfd.readouterr().err == "Corrupt JPEG data: some\n"
+
+
+def test_mended_images_need_no_memfd(monkeypatch, tmp_path, capfd):
+    """Which Python lacks where it was built with an old C library, as conda's was."""
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    load(tmp_path, ["zeros", "other bytes"], 2)
+    with mended.decoder_messages() as messages:
+        os.write(2, b"Corrupt JPEG data: some\n")
+    assert messages == ["Corrupt JPEG data: some"]
 
 
 def test_mended_images_are_counted_by_thread(capfd):

@@ -2,7 +2,12 @@
 
 import errno
 import fcntl
+import filecmp
 import os
+import shutil
+import subprocess
+import threading
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +17,7 @@ from support import failure_of, write_data
 from hvd_vgg import storage
 from hvd_vgg.data import reader
 from hvd_vgg.data.index import find_shards, load_cache, save_cache, scan_split, shard_bytes
+from hvd_vgg.data.loader import BatchSpec, Dataset, load_batches
 from hvd_vgg.data.reader import read_record
 from hvd_vgg.errors import LOST_RANK, Failure
 from hvd_vgg.run_dir import RunDir, atomic_write_text, lock_run_dir
@@ -23,6 +29,7 @@ def quick(monkeypatch):
     """Waits for milliseconds, and tells again what other tests have had told."""
     monkeypatch.setattr(storage, "WAITS", (0.001,) * 3)
     monkeypatch.setattr(storage, "_told", set())
+    monkeypatch.setattr(storage, "_given_up", {})
 
 
 def failing(monkeypatch, place, name, number, times=1, when=lambda *arguments: True):
@@ -73,10 +80,85 @@ def test_reads_that_stay_failed_are_worth_a_start(tmp_path, monkeypatch):
     ):
         with monkeypatch.context() as patch:
             failing(patch, place, name, errno.EIO, times=99, when=lambda *a: name != "stat" or "-of-" in str(a[0]))
+            patch.setattr(storage, "_given_up", {})
             with pytest.raises(Failure, match=r"cannot be read: Input/output error, EIO, in 4 attempts over") as raised:
                 action()
             assert raised.value.code == LOST_RANK
     assert checkpoint.newest(run)[0].path == path
+
+
+@pytest.mark.fault("F40")
+def test_reads_are_given_up_together(tmp_path, monkeypatch):
+    """Those that wait, and those that begin afterwards, where one of the same directory has been given up; not elsewhere."""
+    monkeypatch.setattr(storage, "WAITS", (0.01, 1000.0))
+    ended, waiting = [], threading.Event()
+
+    def fail():
+        waiting.set()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def read(name):
+        with pytest.raises(Failure) as raised:
+            storage.retrying(tmp_path / name, fail)
+        ended.append(raised.value)
+
+    reader_thread = threading.Thread(target=read, args=["a"], daemon=True)
+    reader_thread.start()
+    assert waiting.wait(60)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "WAITS", (0.001,))
+        read("b")
+    reader_thread.join(60)
+    read("c")  # with its wait of 1000 s
+    assert [(failure.code, failure.message) for failure in ended] == [(LOST_RANK, ended[0].message)] * 3
+    assert ended[0].message.startswith(f"{tmp_path / 'b'} cannot be read: Input/output error, EIO, in 2 attempts over 0 s")
+    monkeypatch.setattr(storage, "WAITS", (0.001,))
+    attempts = []
+
+    def fail_once():
+        attempts.append(1)
+        return fail() if len(attempts) == 1 else b"there"
+
+    assert storage.retrying(tmp_path / "elsewhere" / "d", fail_once) == b"there"
+    monkeypatch.setattr(storage, "GIVEN_UP_SECONDS", 0.0)  # later
+    attempts.clear()
+    assert storage.retrying(tmp_path / "e", fail_once) == b"there"
+
+
+@pytest.mark.fault("F40")
+def test_loader_gives_up_once(tmp_path, monkeypatch):
+    """However many reads wait in the pool: each that failed anew would double the time until the run ends."""
+    index = scan_split(str(write_data(tmp_path)), "train")
+    monkeypatch.setattr(storage, "WAITS", (0.05,) * 7)
+    reader._open_shard.cache_clear()
+    calls = failing(monkeypatch, os, "pread", errno.EIO, times=10**6, when=lambda handle, count, offset: count != 512)
+    ids = np.arange(64)
+    specs = [BatchSpec(ids, ids * 0, np.zeros([64, 2], np.int64), ids)] * 3
+    with pytest.raises(Failure, match="in 8 attempts over") as raised:
+        list(load_batches(Dataset(index, 1, 32, "none", True), specs, 64, 2))
+    assert raised.value.code == LOST_RANK
+    attempts = Counter(offset for _, _, offset in calls)
+    assert sum(times > len(specs) for times in attempts.values()) <= 2  # one in each thread
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.EMFILE, "raise this process's limit of open files (ulimit -n)"),
+        (errno.ENFILE, "raise the host's limit of open files"),
+        (errno.ENOMEM, "free memory on this host"),
+        (errno.EIO, "its file system"),
+    ],
+)
+def test_advice_is_about_what_is_short(tmp_path, monkeypatch, capsys, number, advice):
+    (tmp_path / "file").write_bytes(b"x")
+    failing(monkeypatch, Path, "read_bytes", number)
+    assert storage.read_bytes(tmp_path / "file") == b"x"
+    failing(monkeypatch, Path, "read_bytes", number, times=99)
+    with pytest.raises(Failure) as raised:
+        storage.read_bytes(tmp_path / "file")
+    for text in (capsys.readouterr().err, raised.value.message):
+        assert advice in text and ("file system" in text) == (number == errno.EIO)
 
 
 def test_read_record_of_a_replaced_shard_after_reopening(tmp_path, monkeypatch):
@@ -167,6 +249,55 @@ def test_files_that_cannot_be_renamed_over_are_rewritten(tmp_path, monkeypatch, 
     with pytest.raises(OSError, match="busy"):
         atomic_write_text(tmp_path / "not there yet", "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+@pytest.mark.fault("F40")
+@pytest.mark.parametrize("failed", ["posix_fallocate", "copyfileobj", "cmp"])
+def test_failed_rewriting_in_place_loses_nothing(tmp_path, monkeypatch, failed):
+    """On a full disk the old contents stay; where writing fails later, or reads back other bytes, the new ones are kept."""
+    path, temporary = tmp_path / "file", tmp_path / "file.tmp"
+    path.write_text("old")
+    temporary.write_text("new, and longer")
+    failing(monkeypatch, Path, "replace", errno.EBUSY)
+    place = {"posix_fallocate": os, "copyfileobj": shutil, "cmp": filecmp}[failed]
+    if failed == "cmp":
+        monkeypatch.setattr(filecmp, "cmp", lambda *paths, shallow: False)
+    else:
+        failing(monkeypatch, place, failed, errno.ENOSPC)
+    with pytest.raises(OSError, match="No space|read back is not what was written") as raised:
+        storage.replace(temporary, path)
+    if failed == "posix_fallocate":
+        assert (path.read_text(), temporary.read_text()) == ("old", "new, and longer")
+    else:
+        assert "its new contents are in file.whole" in str(raised.value)
+        assert (tmp_path / "file.whole").read_text() == "new, and longer"
+        assert not temporary.exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 48 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "hvd_vgg_test", disk], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"capability: mounting a tmpfs ({made.stderr.strip()})")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.fault("F40")
+def test_full_disk_where_files_cannot_be_renamed_over(small_disk, monkeypatch):
+    """There is room for the temporary file, and none to copy it: what was there before stays."""
+    path = small_disk / "result.json"
+    path.write_text("old" * 2000)
+    failing(monkeypatch, Path, "replace", errno.EBUSY, times=9)
+    with pytest.raises(OSError, match="No space"):
+        atomic_write_text(path, "new, and longer" * 2000)
+    assert path.read_text() == "old" * 2000
+    assert [each.name for each in small_disk.iterdir()] == ["result.json"]
+    atomic_write_text(path, "shorter")
+    assert path.read_text() == "shorter"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
