@@ -102,8 +102,11 @@ def leave_out_current_directory() -> None:
 
 
 def python_program(text: str) -> List[str]:
-    """Returns the command that runs `text` as this process would: nothing is imported from the current directory."""
-    return [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\n{text}"]
+    """Returns the command that runs `text` without importing anything from the current directory.
+
+    In `environment_of_job`, or where PYTHONPATH has no empty entry.
+    """
+    return [sys.executable, "-c", f"import sys; sys.path = [each for each in sys.path if each]\n{text}"]
 
 
 def library_path_hint(error: str) -> str:

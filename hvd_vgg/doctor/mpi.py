@@ -7,7 +7,7 @@ import shutil
 from typing import Any, Dict, List, Mapping, Optional
 
 from hvd_vgg.doctor.system import run_tool
-from hvd_vgg.environment import launched_rank, python_program
+from hvd_vgg.environment import environment_of_job, launched_rank, python_program
 from hvd_vgg.parallel.mpi import mpi_libraries_in, root_refusal
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
 
@@ -24,8 +24,8 @@ print(json.dumps({"mpi4py": mpi4py.__version__, "mpi": MPI.Get_library_version()
 
 def query_mpi4py(environ: Mapping[str, str]) -> Dict[str, Any]:
     """Returns `mpi4py` (its version), `mpi` (its MPI's version string) and `libraries` (paths); or `error`."""
-    environ = {name: value for name, value in environ.items() if not name.startswith(("OMPI_", "PMIX_", "PMI_"))}
-    done = run_tool(python_program(_QUERY), environ, 20)
+    alone = {name: value for name, value in environ.items() if not name.startswith(("OMPI_", "PMIX_", "PMI_"))}
+    done = run_tool(python_program(_QUERY), environment_of_job(alone), 20)
     if done is None:
         return {"error": "no answer"}
     try:

@@ -108,7 +108,7 @@ def rank_count(config: LaunchConfig, spec: LaunchSpec, hosts: List[Host]) -> int
 def _device_count() -> int:
     """Returns how many devices TensorFlow sees here, as the ranks will; 1 if it sees none."""
     program = python_program("import tensorflow as tf; print(len(tf.config.list_physical_devices('GPU')))")
-    ended = subprocess.run(program, capture_output=True, check=False)  # noqa: S603
+    ended = subprocess.run(program, capture_output=True, check=False, env=environment_of_job(os.environ))  # noqa: S603
     if ended.returncode:
         error = ended.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise Failure(CONFIGURATION, f"{sys.executable} cannot import tensorflow: {''.join(error)}")

@@ -138,8 +138,8 @@ def test_console_script_passes_over_an_empty_entry(tmp_path, start):
     script.parent.mkdir()
     text = {  # as pip writes it
         "hvd_vgg.__main__": "import sys\nfrom hvd_vgg.__main__ import main\nsys.argv[1:] = ['plan']\nmain()\n",
-        "hvd_vgg.environment": "import subprocess, hvd_vgg.__main__\nfrom hvd_vgg.environment import python_program\n"
-        "subprocess.run(python_program('import queue'), check=True)\n",
+        "hvd_vgg.environment": "import os, subprocess, hvd_vgg.__main__\nfrom hvd_vgg.environment import *\n"
+        "subprocess.run(python_program('import queue'), check=True, env=environment_of_job(os.environ))\n",
     }
     script.write_text(text[start])
     environ = {"PYTHONPATH": f":{ROOT}"}
