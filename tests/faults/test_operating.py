@@ -50,6 +50,26 @@ def test_goodput_is_right_though_the_clock_is_set(tmp_path, data, undisturbed, s
     assert left and all(int(minutes or 0) * 60 + int(rest) < 600 for minutes, rest in left)
 
 
+@pytest.mark.fault("F39")
+def test_verify_passes_though_the_clock_is_set_at_the_start(tmp_path, data):
+    """Back after the launcher has noted the start and before the ranks do, as by NTP at boot; and right again later."""
+    (tmp_path / "ahead").write_text("0")
+    clock = {"LD_PRELOAD": str(clock_library(tmp_path)), "CLOCK_AHEAD_FILE": str(tmp_path / "ahead")}
+    flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *FLAGS]
+    words = [sys.executable, "-m", "hvd_vgg", "launch", "--ranks=2", "train"]
+    started = Started([*words, *flags], tmp_path, PYTHONPATH=str(ROOT), **clock)
+    # The watchdogs of ranks make it; mpirun itself loops for an hour if that hour comes again while it starts.
+    wait_for(lambda: (tmp_path / "run" / "faults").exists())
+    (tmp_path / "ahead").write_text("-3600")
+    wait_for(lambda: "step 2/" in started.out.read_text())
+    (tmp_path / "ahead").write_text("0")
+    started.wait(code=0)
+    launched = [json.loads(line) for line in (tmp_path / "run" / "restarts.jsonl").read_text().splitlines()]
+    (logged,) = [row for row in log_rows(tmp_path / "run") if row["data"].get("event") == "start"]
+    assert float(logged["timestamp"]) < launched[0]["time"] - 3000  # the shim was there
+    assert_true(tmp_path / "run")
+
+
 def test_saving_by_the_clock_changes_nothing(tmp_path, data, undisturbed):
     """A checkpoint whenever 1.2 s have passed, at log lines alone, on 2 ranks; and the metrics of each line in a file."""
     flags = ["--save_every_steps=0", "--save_every_minutes=0.02", f"--metrics_file={tmp_path / 'a.prom'}"]
