@@ -50,7 +50,7 @@ def test_goodput_is_right_though_the_clock_is_set(tmp_path, data, undisturbed, s
     assert left and all(int(minutes or 0) * 60 + int(rest) < 600 for minutes, rest in left)
 
 
-@pytest.mark.fault("F39")
+@pytest.mark.fault("F39", tier=3)
 def test_verify_passes_though_the_clock_is_set_at_the_start(tmp_path, data):
     """Back after the launcher has noted the start and before the ranks do, as by NTP at boot; and right again later."""
     (tmp_path / "ahead").write_text("0")
