@@ -120,6 +120,7 @@ def lock_run_dir(run_dir: Path, flag: str = "--run_dir") -> IO[str]:
         raise Failure(CONFIGURATION, f"{text}. Wait for it, stop it, or use another {flag}") from error
     except OSError as error:
         if error.errno not in storage.UNSUPPORTED:
+            file.close()
             raise Failure(CONFIGURATION, f"{path} cannot be locked: {error.strerror}") from error
         text = f"hvd-vgg: {run_dir} cannot be locked ({error.strerror}): make sure that only one job uses it"
         write_line(text, sys.stdout)

@@ -141,24 +141,42 @@ def load(path: Path) -> Checkpoint:
 def newest(run_dir: RunDir, copy: Optional[RunDir] = None) -> Tuple[Optional[Checkpoint], Dict[Path, str]]:
     """Returns (the newest whole checkpoint of a run, or None if there are no files; what is wrong with newer ones).
 
-    copy: the run's --checkpoint_copy_dir, used for what the first directory lacks, or has damaged. Raises
-    Failure(CONFIGURATION) if there are files but none is whole: a run never starts over silently. Raises
-    Failure(LOST_RANK) where storage does not come back, rather than return an older one.
+    copy: the run's --checkpoint_copy_dir, used for what the first directory lacks, or has damaged; where it cannot be read,
+    a warning, as long as the first directory holds a whole checkpoint. Raises Failure(CONFIGURATION) if there are files but
+    none is whole: a run never starts over silently. Raises Failure(LOST_RANK) where storage does not come back, rather than
+    return an older one.
     """
     faults: Dict[Path, str] = {}
-    places = [run_dir, copy] if copy else [run_dir]
-    files = [path for place in places for path in place.list_checkpoints()]
-    files.sort(key=lambda path: path.name, reverse=True)  # of one step the first directory's stays before its copy
-    for number, path in enumerate(files):
-        try:
-            return load(path), faults
-        except ValueError as error:
-            faults[path] = str(error)
-        except Failure:
-            if path.name not in [other.name for other in files[number + 1 :]]:
-                raise
-    for place in places:
-        faults.update(dict.fromkeys(sorted(place.checkpoints.glob("step-*.bad")), "set aside as damaged"))
+    own, copies, no_copies = run_dir.list_checkpoints(), [], None  # the last: why copies cannot be read
+    try:
+        copies = copy.list_checkpoints() if copy else []
+    except Failure as failure:
+        no_copies = failure
+    for name in sorted({path.name for path in (*own, *copies)}, reverse=True):
+        unread = None
+        for path in (path for path in (*own, *copies) if path.name == name and not (no_copies and path in copies)):
+            try:
+                found = load(path)
+            except ValueError as error:
+                faults[path] = str(error)
+            except Failure as failure:
+                if path in own:
+                    unread = failure
+                else:
+                    no_copies = failure
+            else:
+                if no_copies:
+                    text = f"the copies of checkpoints cannot be used: {no_copies.message}"
+                    storage.warn_once("copies", f"{text}. The run continues from {found.path}")
+                return found, faults
+        if unread:
+            raise unread
+    if no_copies:
+        fix = "mend it, or start without --checkpoint_copy_dir if it holds no checkpoint of this run"
+        raise Failure(no_copies.code, f"{run_dir.checkpoints} holds no whole checkpoint, and {no_copies.message}: {fix}")
+    for place in [run_dir, copy] if copy else [run_dir]:
+        with contextlib.suppress(OSError):
+            faults.update(dict.fromkeys(sorted(place.checkpoints.glob("step-*.bad")), "set aside as damaged"))
     if faults:
         lines = "\n".join(f"  {path if copy else path.name}: {text}" for path, text in faults.items())
         raise Failure(
@@ -191,8 +209,9 @@ def set_aside(path: Path) -> Path:
 
 def clean(run_dir: RunDir) -> None:
     """Removes what a killed save left behind."""
-    for path in run_dir.checkpoints.glob("step-*.safetensors.tmp"):
-        path.unlink()
+    with contextlib.suppress(OSError):  # it is in nobody's way
+        for path in run_dir.checkpoints.glob("step-*.safetensors.tmp"):
+            path.unlink()
 
 
 def tensors_sha256(tensors: Iterable[Tuple[str, np.ndarray]]) -> str:
@@ -223,11 +242,14 @@ def _checksum(text: str) -> str:
 
 def _make_room(run_dir: RunDir, path: Path) -> bool:
     """Removes the checkpoints older than the newest whole one up to `path`, but the best; says whether it removed any."""
-    there = run_dir.list_checkpoints()
-    whole = next((each for each in there if each.name <= path.name and _is_whole(each)), None)
-    if whole is not None:
-        _prune(run_dir, 1, whole)
-    return len(run_dir.list_checkpoints()) < len(there)
+    try:
+        there = run_dir.list_checkpoints()
+        whole = next((each for each in there if each.name <= path.name and _is_whole(each)), None)
+        if whole is not None:
+            _prune(run_dir, 1, whole)
+        return len(run_dir.list_checkpoints()) < len(there)
+    except Failure:
+        return False  # what there is cannot be read at the moment
 
 
 def _is_whole(path: Path) -> bool:
@@ -241,11 +263,11 @@ def _is_whole(path: Path) -> bool:
 def _prune(run_dir: RunDir, keep: int, written: Path) -> None:
     """Removes the checkpoints up to `written` beyond its newest `keep`, but never the one that `best` names."""
     # Later steps are from before a rewind, and will be written again.
-    candidates = [path for path in run_dir.list_checkpoints() if path.name <= written.name]
     try:
+        candidates = [path for path in run_dir.list_checkpoints() if path.name <= written.name]
         spared = best(run_dir)
     except Failure:
-        return  # the best one is not known at the moment
+        return  # what there is, or which is the best, is not known at the moment
     for path in candidates[keep:]:
         if path != spared:
             with contextlib.suppress(OSError):  # what was written is whole all the same

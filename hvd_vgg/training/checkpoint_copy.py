@@ -34,8 +34,13 @@ def open_copy_dir(path: str, reporter: Reporter) -> Optional[RunDir]:
     try:
         return CopyDir(Path(path))
     except OSError as error:
-        reporter.say(f"warning: no copies of checkpoints at present: {write_error(Path(path), error)}")
-        return RunDir(path)
+        reason = write_error(Path(path), error)
+    except Failure as failure:
+        if isinstance(failure.__cause__, BlockingIOError):  # another job uses it
+            raise
+        reason = failure.message
+    reporter.say(f"warning: no copies of checkpoints at present: {reason}")
+    return RunDir(path)
 
 
 def bring_back(found: checkpoint.Checkpoint, run_dir: RunDir, copy: RunDir, reporter: Reporter) -> checkpoint.Checkpoint:

@@ -147,6 +147,8 @@ def _refuse(keys: List[str], mismatch: str, found: checkpoint.Checkpoint, run: D
 def require_checkpoints(config: TrainConfig, copy: Optional[RunDir] = None) -> None:
     """Raises Failure(CONFIGURATION) unless there are checkpoints, or copies, or none, as --resume says; for rank 0."""
     run_dir, resume = RunDir(config.run_dir), config.resume
+    if resume not in ("required", "never"):
+        return
     found = run_dir.list_checkpoints() or (copy.list_checkpoints() if copy else [])
     if resume == "required" and not found:
         raise Failure(CONFIGURATION, f"--resume=required, but {run_dir.checkpoints} holds no checkpoint")

@@ -29,7 +29,7 @@ from hvd_vgg.training.schedule import learning_rate, make_cadence, stop_poll_ste
 from hvd_vgg.training.startup import claim_run_dir, join_ranks
 from hvd_vgg.training.state import initial_state, make_checksums, run_fingerprint, save_state, state_sha256
 from hvd_vgg.training.train_step import StepMetrics, make_local_sums, make_train_step, step_inputs
-from hvd_vgg.watchdog import StopRequested, watchdog
+from hvd_vgg.watchdog import MIN_HANG_SECONDS, SLOW_PHASE_FACTOR, StopRequested, watchdog
 
 
 class Trainer:
@@ -55,6 +55,8 @@ class Trainer:
         self.copy = run_on_root(lambda: open_copy_dir(config.checkpoint_copy_dir, self.reporter))
         run_dir, reporter = RunDir(config.run_dir), self.reporter
         self.writer = CheckpointWriter(run_dir, config.keep_checkpoints, reporter.event, self.copy, reporter.say)
+        # Half of what the watchdog allows a save: the most that the end of the run waits for the last copy.
+        self.copy_seconds = SLOW_PHASE_FACTOR * (config.hang_seconds or MIN_HANG_SECONDS) / 2
         run_on_root(lambda: require_checkpoints(config, self.copy))
         self.restore()
         introduce(
@@ -89,7 +91,8 @@ class Trainer:
 
     def __exit__(self, kind: Any, error: Optional[BaseException], trace: Any) -> None:
         if isinstance(error, Failure) and error.collective:
-            self.writer.wait()  # all ranks will leave, and the launcher would kill whoever is still writing
+            # All ranks will leave, and the launcher would kill whoever is still writing.
+            self.writer.wait(self.copy_seconds)
 
     def epoch(self) -> float:
         """Returns the epochs trained so far, as a fraction."""
@@ -234,7 +237,7 @@ class Trainer:
         """Ends a run that was asked to stop and is saved; raises a collective Failure(STOPPED)."""
         step = self.progress.step
         with watchdog.phase("saving"):
-            self.writer.finish()
+            self.writer.finish(self.copy_seconds)
         self.reporter.event("stopped", step=step)
         run_on_root(lambda: write_run_files(self.config))
         text = f"stopped on request after step {step} of {self.total_steps}: the same command continues from there"
@@ -247,7 +250,7 @@ class Trainer:
         if self.result is None:  # it was complete before this process began
             self.evaluate()
         with watchdog.phase("saving"):
-            self.writer.finish()
+            self.writer.finish(self.copy_seconds)
         measured = self.write_result(required=True)
         finish_log(self.config, self.result, measured, self.progress, self.writer, self.reporter)
         comm.shutdown()

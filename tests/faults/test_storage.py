@@ -6,6 +6,7 @@ tests/unit/test_storage.py and tests/unit/test_damage.py.
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 
@@ -161,6 +162,30 @@ def test_copies_that_fail_end_no_run(tmp_path, data, undisturbed):
     assert failed and ended.out.count("warning: no copy of the checkpoint of step ") == len(failed)
     assert len(failed) + len(events(tmp_path / "run", "checkpoint_copy")) == len(events(tmp_path / "run", "checkpoint"))
     assert checkpoint.newest(RunDir(place))[0].meta["step"] == STEPS
+    assert_exact(tmp_path, 2, undisturbed)
+
+
+@pytest.mark.fault("F42", tier=3)
+def test_copies_that_cannot_be_listed_end_no_run(tmp_path, data, undisturbed):
+    """A loop of links is in their place when the run starts again."""
+    flag = f"--checkpoint_copy_dir={tmp_path / 'copy'}"
+    run(tmp_path, data, 2, "kill@1:6", flag, code=137)
+    shutil.rmtree(tmp_path / "copy" / "checkpoints")
+    (tmp_path / "copy" / "checkpoints").symlink_to("checkpoints")
+    ended = run(tmp_path, data, 2, flag)
+    assert ended.err.count("warning on ") == 1 and "the copies of checkpoints cannot be used: " in ended.err
+    assert len(events(tmp_path / "run", "copy_failed")) >= STEPS - 6
+    assert_exact(tmp_path, 2, undisturbed)
+
+
+@pytest.mark.fault("F42", tier=3)
+def test_copy_that_blocks_ends_no_run(tmp_path, data, undisturbed):
+    """The end of the run waits for it in bounds."""
+    place = RunDir(tmp_path / "copy")
+    place.checkpoints.mkdir(parents=True)
+    os.mkfifo(place.checkpoints / "best.tmp")  # opening it waits for a reader
+    ended = run(tmp_path, data, 2, f"--checkpoint_copy_dir={place.path}", "--hang_seconds=6")
+    assert f"warning: {place.checkpoints} blocks: the copy that is being written there is given up" in ended.out
     assert_exact(tmp_path, 2, undisturbed)
 
 

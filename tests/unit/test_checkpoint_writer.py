@@ -1,16 +1,25 @@
 """The thread that writes checkpoints, where disks fail in ways that a checkpoint alone cannot know of."""
 
 import errno
+import fcntl
 import os
 import shutil
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hvd_vgg.errors import NOT_WRITTEN, Failure
+from hvd_vgg import storage
+from hvd_vgg.config import TrainConfig
+from hvd_vgg.errors import CONFIGURATION, LOST_RANK, NOT_WRITTEN, Failure
+from hvd_vgg.reporting.console import Console
 from hvd_vgg.run_dir import RunDir, checkpoint_step
 from hvd_vgg.training import checkpoint
+from hvd_vgg.training.checkpoint_copy import open_copy_dir
 from hvd_vgg.training.checkpoint_writer import CheckpointWriter
+from hvd_vgg.training.reporter import Reporter
+from hvd_vgg.training.resume import require_checkpoints
 
 
 def begin(writer, step, best=False):
@@ -142,3 +151,164 @@ def test_newest_checkpoint_of_a_run_and_its_copies(tmp_path):
     copy.checkpoint(1).write_bytes(b"")
     with pytest.raises(Failure, match="is whole"):
         checkpoint.newest(run, copy)
+
+
+@pytest.mark.fault("F42")
+def test_writer_copy_that_blocks_keeps_nobody_waiting(tmp_path):
+    """Checkpoints are written, and the newest is copied as soon as that is possible again."""
+    run, copy, events, said = RunDir(tmp_path / "run"), RunDir(tmp_path / "copy"), [], []
+    writer = CheckpointWriter(run, 3, lambda name, **data: events.append((name, data["step"])), copy, said.append)
+    copy.checkpoints.mkdir(parents=True)
+    pipe = copy.checkpoint(1).with_suffix(".safetensors.tmp")
+    os.mkfifo(pipe)  # opening it waits for a reader
+    for step in (1, 2, 3):
+        begin(writer, step)
+        assert writer.wait(0.01) is None
+    assert steps(run.path) == [3, 2, 1] and steps(copy.path) == []
+    assert events == [("checkpoint", 1), ("checkpoint", 2), ("checkpoint", 3), ("copy_failed", 2)]
+    assert said == [
+        f"warning: {copy.checkpoints} is slow or blocks: its last copy is still being written",
+        f"warning: no copy of the checkpoint of step 2 in {copy.checkpoints}: the one before is still being written",
+    ]
+    writer.wait_for_last(0.01)
+    assert said[2:] == [f"warning: {copy.checkpoints} blocks: the copy that is being written there is given up"]
+    with open(pipe, "rb") as reader:
+        pipe.unlink()
+        reader.read()  # what is behind the pipe is lost: the copy of step 1 fails
+    writer.wait_for_last(60)
+    assert steps(copy.path) == [3] and len(said) == 4
+    assert events[4:] == [("copy_failed", 1), ("checkpoint_copy", 3)]
+
+
+@pytest.mark.fault("F42")
+def test_writer_copy_without_a_thread_is_a_failed_copy(tmp_path, monkeypatch):
+    run, copy, said = RunDir(tmp_path / "run"), RunDir(tmp_path / "copy"), []
+    writer = CheckpointWriter(run, 3, lambda name, **data: None, copy, said.append)
+    begin(writer, 1)
+    assert writer.wait() is None
+    start = threading.Thread.start
+
+    def limited(thread):
+        if thread.name == "copy":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", limited)
+        begin(writer, 2)
+        assert writer.wait() is None
+    begin(writer, 3)
+    assert writer.wait() is None
+    assert (steps(run.path), steps(copy.path)) == ([3, 2, 1], [3, 1])
+    assert said == [f"warning: no copy of the checkpoint of step 2 in {copy.checkpoints}: can't start new thread"]
+
+
+def unlisted(run_dir):
+    """Has a directory's names not be read; returns the code of the failure."""
+    shutil.rmtree(run_dir.checkpoints)
+    run_dir.checkpoints.symlink_to(run_dir.checkpoints.name)
+    return CONFIGURATION
+
+
+def unanswered(run_dir, monkeypatch, what, when):
+    """Has storage answer EIO for a directory, or a file in it."""
+    real = open if what == ("builtins.open",) else getattr(*what)
+
+    def answer(path, *more, **named):
+        if when(Path(path)):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, *more, **named)
+
+    monkeypatch.setattr(*what, answer)
+    return LOST_RANK
+
+
+HARMS = {
+    "loop of links": lambda copy, patch: unlisted(copy),
+    "names": lambda copy, patch: unanswered(copy, patch, (Path, "iterdir"), lambda path: path == copy.checkpoints),
+    "files": lambda copy, patch: unanswered(copy, patch, ("builtins.open",), lambda path: path.parent == copy.checkpoints),
+}
+
+
+@pytest.mark.fault("F42")
+@pytest.mark.parametrize("harm", HARMS)
+def test_copies_that_cannot_be_read_end_no_run(tmp_path, monkeypatch, capsys, harm):
+    """That has a whole checkpoint of its own, if an older one; one that has none does not start over."""
+    monkeypatch.setattr(storage, "WAITS", (0.001,))
+    monkeypatch.setattr(storage, "_told", set())
+    monkeypatch.setattr(storage, "_given_up", {})
+    run, copy = RunDir(tmp_path / "run"), RunDir(tmp_path / "copy")
+    writer = CheckpointWriter(run, 2, lambda name, **data: None, copy)
+    for step in (1, 2):
+        begin(writer, step)
+        assert writer.wait() is None
+    run.checkpoint(2).unlink()
+    code = HARMS[harm](copy, monkeypatch)
+    checkpoint.clean(copy)
+    for _ in range(2):
+        assert checkpoint.newest(run, copy)[0].path == run.checkpoint(1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"the copies of checkpoints cannot be used: {copy.checkpoints}" in line and "cannot be read: " in line
+    assert line.endswith(f". The run continues from {run.checkpoint(1)}")
+    require_checkpoints(TrainConfig(run_dir=str(run.path), resume="required"), copy)
+    for harmed in (lambda: run.checkpoint(1).write_bytes(b""), lambda: shutil.rmtree(run.path)):
+        harmed()
+        require_checkpoints(TrainConfig(run_dir=str(run.path)), copy)
+        with pytest.raises(Failure, match="start without --checkpoint_copy_dir if it holds no checkpoint of this") as raised:
+            checkpoint.newest(run, copy)
+        assert raised.value.code == code
+        assert f"{run.checkpoints} holds no whole checkpoint, and {copy.checkpoints}" in raised.value.message
+
+
+@pytest.mark.fault("F42")
+def test_own_checkpoint_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    """Its copy is taken; where that is damaged or not there, no older one of either is."""
+    monkeypatch.setattr(storage, "WAITS", (0.001,))
+    monkeypatch.setattr(storage, "_given_up", {})
+    run, copy = RunDir(tmp_path / "run"), RunDir(tmp_path / "copy")
+    writer = CheckpointWriter(run, 2, lambda name, **data: None, copy)
+    for step in (1, 2):
+        begin(writer, step)
+        assert writer.wait() is None
+    unanswered(run, monkeypatch, ("builtins.open",), lambda path: path == run.checkpoint(2))
+    assert checkpoint.newest(run, copy)[0].path == copy.checkpoint(2)
+    for harm in (lambda: copy.checkpoint(2).write_bytes(b""), copy.checkpoint(2).unlink):
+        harm()
+        with pytest.raises(Failure, match="cannot be read: Input/output error") as raised:
+            checkpoint.newest(run, copy)
+        assert raised.value.code == LOST_RANK
+
+
+@pytest.mark.fault("F42")
+def test_checkpoint_is_saved_where_names_cannot_be_read(tmp_path, monkeypatch):
+    """What cannot be pruned stays: the file is whole and in place."""
+    monkeypatch.setattr(storage, "WAITS", (0.001,))
+    monkeypatch.setattr(storage, "_given_up", {})
+    run, events = RunDir(tmp_path), []
+    writer = CheckpointWriter(run, 1, lambda name, **data: events.append((name, data["step"])))
+    with monkeypatch.context() as patch:
+        unanswered(run, patch, (Path, "iterdir"), lambda path: path == run.checkpoints)
+        for step in (1, 2):
+            begin(writer, step, best=True)
+            assert writer.wait() is None
+    assert steps(tmp_path) == [2, 1] and checkpoint.best(run) == run.checkpoint(2)
+    assert events == [("checkpoint", 1), ("checkpoint", 2)]
+
+
+@pytest.mark.fault("F42")
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_directory_of_copies_that_cannot_be_locked_is_a_warning(tmp_path, monkeypatch, capsys, number):
+    """Unless another job holds it."""
+    reporter = Reporter(None, Console("lines", True))
+
+    def refused(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", refused)
+        assert open_copy_dir(str(tmp_path), reporter).path == tmp_path
+    assert "warning: no copies of checkpoints at present: " in capsys.readouterr().out
+    held = open_copy_dir(str(tmp_path), reporter)
+    with held.held, pytest.raises(Failure, match="is in use by another job") as raised:
+        open_copy_dir(str(tmp_path), reporter)
+    assert raised.value.code == CONFIGURATION
