@@ -9,10 +9,10 @@ import time
 from hvd_vgg.doctor import dataset
 from hvd_vgg.environment import launched_rank
 
-dataset._BLOCK, record_error = 4, dataset._record_error
-dataset._record_error = lambda *args: (time.sleep(0.3 * launched_rank()), record_error(*args))[1]
+dataset._BLOCK, check_record = 4, dataset._check_record
+dataset._check_record = lambda *args: (time.sleep(0.3 * launched_rank()), check_record(*args))[1]
 """)
-FLAGS = ["--num_classes=10", "--model=vgg11", "--width=0.125", "--image_size=32", "--global_batch=32"]
+FLAGS = ["--num_classes=10", "--model=vgg11", "--width=0.125", "--image_size=32", "--global_batch=32", "--device_batch=8"]
 
 
 @pytest.mark.fault(tier=3)

@@ -192,15 +192,13 @@ def test_loader_names_mended_records_once(tmp_path, capfd):
     ids = np.arange(len(kinds))
     specs = [BatchSpec(ids, ids * 0, np.zeros([len(ids), 2], np.int64), ids)] * 3
     list(load_batches(Dataset(index, 1, 32, "none", True), specs, len(ids), 4))
-    lines = capfd.readouterr().err.splitlines()
-    named = [line for line in lines if "the JPEG decoder mended the image" in line]
+    text = capfd.readouterr().err
     bad = [number for number, kind in enumerate(kinds) if kind in ("zeros", "other bytes", "ends early")]
-    assert [sum(f"{path}, record {number}, offset " in line for line in named) for number in bad] == [1] * len(bad)
-    assert len(named) == len(bad)
-    own = [line for line in lines if line not in named]
-    assert all(line.startswith("Corrupt JPEG data") for line in own)
+    assert [text.count(f"{path}, record {number}, offset ") for number in bad] == [1] * len(bad)
+    assert text.count("the JPEG decoder mended the image") == len(bad)
+    own = text.count("Corrupt JPEG data") - text.count('("Corrupt JPEG data')  # lines of several threads may be one
     seen_late = sum(kind in ("other bytes", "ends early") for kind in kinds)  # holes are seen beforehand
-    assert len(own) <= seen_late * len(specs)
+    assert own <= seen_late * len(specs)
     capfd.readouterr()
     list(load_batches(Dataset(index, 1, 32, "none", True), specs, len(ids), 4))
     assert capfd.readouterr().err == ""  # from now on they are known
