@@ -131,7 +131,7 @@ def stages(config: AcceptanceConfig, ranks: int, bundle: Bundle, work: Path) -> 
             "doctor",
             f"check {plural(ranks, 'rank')}: software, devices, links, collectives, data",
             launch(
-                ranks, "doctor", "--collectives", f"--out={bundle.doctor}", f"--run_dir={work / 'doctor'}",
+                ranks, "doctor", *["--collectives"] * (ranks > 1), f"--out={bundle.doctor}", f"--run_dir={work / 'doctor'}",
                 f"--gbit={config.gbit}", "--join_seconds=120",
             ),
             needed=True,

@@ -307,7 +307,7 @@ LOST = """ORTE has lost communication with a remote daemon.
         (1, "-----\nProcess name: [[1,1],0]\n  Exit code:    1\n-----", 1, "exit code 1; rank 0 exited first"),
         (205, LOST, 75, "host 10.213.99.2 is gone: mpirun lost its daemon there"),
         (74, "Process name: [[1,1],3]\n  Exit code:    74", 74, "exit code 74"),
-        (75, "Process name: [[1,1],3]\n  Exit code:    75", 75, "a rank hung or was lost"),
+        (75, "Process name: [[1,1],3]\n  Exit code:    75", 75, "a rank hung, was lost, or could not read its files"),
         (80, "Process name: [[1,1],0]\n  Exit code:    80", 80, "all ranks stopped in order"),
         (65, "", 65, "exit code 65"),
     ],
