@@ -328,7 +328,11 @@ def explain(status: int, stderr: str, oom_kills: Mapping[str, int]) -> ExitStatu
     if status == 1 and "-----" not in stderr:  # the frame of all its messages about ranks; a SIGTERM is no such message
         return ExitStatus(LOST_RANK, "mpirun was terminated from outside")
     first = re.search(r"Process name: \[\[\d+,\d+\],(\d+)\]\s+Exit code:\s+(\d+)", stderr)
-    known = {DONE: "done", STOPPED: "all ranks stopped in order", LOST_RANK: "a rank hung, was lost, or could not read its files"}
+    known = {
+        DONE: "done",
+        STOPPED: "all ranks stopped in order",
+        LOST_RANK: "a rank hung, was lost, or could not read its files",
+    }
     # Ranks that exit with a code of this package have said who found what; which of them mpirun noticed first means nothing.
     rank = f"; rank {first[1]} exited first" if first and not 64 <= status < 128 else ""
     return ExitStatus(status, known.get(status, f"exit code {status}") + rank)
