@@ -50,6 +50,7 @@ def test_acceptance_of_this_host(tmp_path):
     assert not any(SECRET.encode() in path.read_bytes() for path in files)
 
 
+@pytest.mark.fault(tier=3)
 def test_acceptance_ends_where_doctor_fails(tmp_path):
     """With doctor's exit code; the results say so."""
     (tmp_path / "hosts").write_text("no-such-host.invalid slots=2\n")

@@ -72,6 +72,7 @@ def test_benchmark_runs_at_toy_size(tmp_path, data, name):
         assert "tf_cnn, bfloat16: without --tf_cnn_benchmarks" in ended.out and "no bfloat16" in ended.out
 
 
+@pytest.mark.fault(tier=3)
 def test_timeline_of_a_profiled_run(launch, tmp_path, data):
     """The sum of block5 is handed over first, well before that of block1."""
     flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY, "--steps=4", "--profile_steps=2:2"]

@@ -143,7 +143,7 @@ def test_killed_at_random_and_resumed_on_other_ranks(tmp_path, data, undisturbed
     assert_same_run(tmp_path, undisturbed)
 
 
-@pytest.mark.fault("F21")
+@pytest.mark.fault("F21", tier=3)
 def test_killed_on_two_ranks_and_resumed_on_one(tmp_path, data, undisturbed):
     """No record is left out or read twice, from whichever step it was killed at."""
     started = start(tmp_path, data, 2, "--save_every_steps=2")
@@ -193,6 +193,7 @@ def test_going_on_with_other_sums_is_refused(tmp_path, data, flag, value):
     assert ended.out.count(" from here on") == 1 and f"--{flag} was " in ended.out
 
 
+@pytest.mark.fault(tier=3)  # test_variables.py has it among others in tier 1
 def test_tensorflow_deterministic_ops_of_a_user_work(tmp_path, data):
     """With sums that depend on order too."""
     run(tmp_path, data, 2, "--reproducible=rounding", "--steps=2", TF_DETERMINISTIC_OPS="1")
