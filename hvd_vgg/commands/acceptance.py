@@ -120,7 +120,7 @@ def stages(config: AcceptanceConfig, ranks: int, bundle: Bundle, work: Path) -> 
 
     images = config.global_batch
     pictures = [f"--train_images={max(10, 4 * images)}", f"--validation_images={max(10, images)}", "--shards=4"]
-    yielded = [
+    planned = [
         Stage(
             "data",
             f"draw {5 * images} pictures",
@@ -141,7 +141,7 @@ def stages(config: AcceptanceConfig, ranks: int, bundle: Bundle, work: Path) -> 
         measured = [f"--ranks={','.join(map(str, counts))}", f"--steps={config.updates}", f"--precision={precision}"]
         measured += [f"--out={bundle.benchmark(precision)}", f"--device_tflops={config.device_tflops}"]
         kind = "read from --data_dir" if real else "drawn"
-        yielded.append(
+        planned.append(
             Stage(
                 f"benchmark-{precision}",
                 f"{config.updates} updates in {precision} {on}: images on the device, from the host, {kind}",
@@ -153,17 +153,17 @@ def stages(config: AcceptanceConfig, ranks: int, bundle: Bundle, work: Path) -> 
         where, half = f"on {plural(count, 'rank')}", config.equal_steps // 2
         if count == ranks:  # in two starts, which must not show
             begun = launch(count, "train", *trained, f"--steps={half}")
-            yielded.append(Stage(f"train-{count}-begin", f"train {half} steps {where}", begun))
+            planned.append(Stage(f"train-{count}-begin", f"train {half} steps {where}", begun))
             where += ", continued from a checkpoint"
         whole = launch(count, "train", *trained, f"--steps={config.equal_steps}")
-        yielded.append(Stage(f"train-{count}", f"train {config.equal_steps} steps {where}", whole))
+        planned.append(Stage(f"train-{count}", f"train {config.equal_steps} steps {where}", whole))
     last = work / f"ranks-{ranks}"
-    yielded.append(Stage("verify", "check what the last run claims", ["hvd-vgg", "verify-run", str(last), drawn]))
+    planned.append(Stage("verify", "check what the last run claims", ["hvd-vgg", "verify-run", str(last), drawn]))
     for count in counts[:-1]:
         same = f"--same_as={work / f'ranks-{count}'}"
         words = ["hvd-vgg", "verify-run", str(last), same]
-        yielded.append(Stage(f"equal-{count}", f"compare the run with that on {plural(count, 'rank')}", words))
-    return yielded
+        planned.append(Stage(f"equal-{count}", f"compare the run with that on {plural(count, 'rank')}", words))
+    return planned
 
 
 def rank_counts(ranks: int) -> List[int]:

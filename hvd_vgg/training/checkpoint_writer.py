@@ -53,7 +53,7 @@ class CheckpointWriter:
                 self._begin_copy(self.copy, (tensors, meta, best))
 
     def _begin_copy(self, copy: RunDir, save: Save) -> None:
-        """Has a thread write a copy, now or after the one that it is at; only the newest of those that wait is written."""
+        """Writes a copy in a thread, now or after the current one; of those waiting, only the newest is written."""
         with self.lock:
             waiting, self.next_copy = self.next_copy, save
             if not (self.copying and self.copying.is_alive()):
