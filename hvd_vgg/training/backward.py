@@ -8,7 +8,7 @@ from hvd_vgg.config import StepConfig
 from hvd_vgg.models import vgg
 from hvd_vgg.models.architecture import DENSE
 from hvd_vgg.models.dropout import dropout_mask
-from hvd_vgg.training.loss import top_k_correct
+from hvd_vgg.training.loss import cross_entropy, top_k_correct
 from hvd_vgg.training.optimizer import LOSS_SCALE, Slots
 
 
@@ -60,7 +60,7 @@ def make_backward(
             sources = [weights[name] for name in summed] + list(probes.values())
             tape.watch(sources)
             logits = vgg.logits(weights, config.model, images, data_format, config.precision, masks, config.dropout, dense)
-            loss = tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+            loss = tf.reduce_sum(cross_entropy(logits, labels, config.label_smoothing))
             objective = loss / config.global_batch * (1.0 if loss_scale is None else loss_scale)
         gradients = [tf.cast(gradient, tf.float32) for gradient in tape.gradient(objective, sources)]
         if loss_scale is not None:

@@ -12,6 +12,7 @@ from hvd_vgg.models import vgg
 from hvd_vgg.parallel import comm
 from hvd_vgg.text import plural
 from hvd_vgg.training.backward import draw_dropout_masks
+from hvd_vgg.training.loss import cross_entropy
 from hvd_vgg.training.metrics import NonFiniteStep, global_losses
 from hvd_vgg.training.optimizer import LOSS_SCALE, Slots
 from hvd_vgg.training.state import State
@@ -84,7 +85,7 @@ def make_finite_check(
             logits = vgg.logits(
                 weights, config.model, images, data_format, config.precision, masks, config.dropout, observe=outputs.append
             )
-            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+            losses = cross_entropy(logits, labels, config.label_smoothing)
             objective = tf.reduce_sum(losses) / config.global_batch * slots.get(LOSS_SCALE, 1.0)
         gradients = tape.gradient(objective, list(weights.values()))
         # Check pre-activations: fused kernels of a layer and its ReLU turn NaN into 0. -Inf is fine: ReLU maps it to 0.

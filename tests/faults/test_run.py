@@ -88,7 +88,7 @@ def test_log_has_every_metric_at_its_steps(finished):
     assert [row["step"] for row in train] == [[0, 1], [0, 2], [1, 3], [1, 4], [2, 5]]
     assert [row["step"] for row in evaluated] == [[1, 3], [2, 5]]
     float16 = {"train.loss_scale", "train.skipped_updates"}
-    assert set(train[0]["data"]) | set(evaluated[0]["data"]) | float16 == set(METRICS)
+    assert set(train[0]["data"]) | set(evaluated[0]["data"]) | float16 | {"eval.reference_difference"} == set(METRICS)
 
 
 def test_tensorboard_has_the_same_numbers(finished):

@@ -74,7 +74,8 @@ def test_apply_update_is_the_formula(kind):
     slots = make_slots(weights, TrainConfig())
     for _ in range(5):
         g = random.normal(size=(4, 3))
-        apply_update(weights, slots, {"a/kernel": tf.constant(g, tf.float32)}, tf.constant(0.1), kind, 0.9, 0.01)
+        config = TrainConfig(optimizer=kind, momentum=0.9, weight_decay=0.01)
+        apply_update(weights, slots, {"a/kernel": tf.constant(g, tf.float32)}, tf.constant(0.1), config)
         d = g + 0.01 * w
         v = 0.9 * v + d
         w = w - 0.1 * (d + 0.9 * v if kind == "nesterov" else v)
