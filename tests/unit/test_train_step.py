@@ -122,13 +122,14 @@ def make_parts(factored, **more):
     return config, weights, backward, images, labels, tf.constant(0, tf.int64), tf.constant(dropout_keys(1, 0, 2))
 
 
-@pytest.mark.parametrize("factored", [[], ["fc2"], ["fc1", "fc2", "predictions"]])
-def test_backward_is_the_gradient_of_the_summed_loss(factored):
+@pytest.mark.parametrize(("factored", "smoothing"), [([], 0.0), (["fc2"], 0.1), (["fc1", "fc2", "predictions"], 0.0)])
+def test_backward_is_the_gradient_of_the_summed_loss(factored, smoothing):
     """Summed gradients, and the products of factors, are those of sum(loss) / global_batch computed plainly."""
-    _, weights, backward, images, labels, position, keys = make_parts(factored, dropout=0.0)
+    _, weights, backward, images, labels, position, keys = make_parts(factored, dropout=0.0, label_smoothing=smoothing)
     with tf.GradientTape() as tape:
         logits = vgg.logits(weights, "vgg11", images, "NHWC")
-        loss = tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+        target = (1 - smoothing) * tf.one_hot(labels, 10) + smoothing / 10
+        loss = -tf.reduce_sum(target * tf.nn.log_softmax(logits))
         objective = loss / 11
     expected = dict(zip(weights, tape.gradient(objective, list(weights.values()))))
     found = tf.function(backward)(images, labels, position, keys)
