@@ -201,7 +201,7 @@ def apply_gradients(
     tally: as in Sums, of all ranks; stopped: a bool variable, set by the first update that is not finite, after
     which none is applied; limits: those that the gradients were summed in, if any.
     """
-    norm = global_norm(gradients.values())
+    norm = global_norm(gradients[name] for name in weights)
     with tf.device("/CPU:0"):
         finite, gradient_finite = fixed_point.is_finite(tally)[-1], tf.math.is_finite(norm)
         scale = tf.constant(1.0)
