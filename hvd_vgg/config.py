@@ -309,8 +309,9 @@ class RecipeConfig:
             yield f"--lr_step_epochs={format_value(boundaries)}: expected rising numbers above 0"
         if self.lr_schedule == "step" and not boundaries:
             yield "--lr_schedule=step needs --lr_step_epochs"
-        for name, rate in (("lr_min", self.lr_min), ("warmup_lr", self.warmup_lr)):
-            if rate > self.lr:
+        decays, warms_up = self.lr_schedule in DECAYING, self.warmup_epochs > 0
+        for name, rate, used in (("lr_min", self.lr_min, decays), ("warmup_lr", self.warmup_lr, warms_up)):
+            if used and rate > self.lr:
                 yield f"--{name}={format_value(rate)}: expected at most --lr={format_value(self.lr)}"
         if not self.steps and self.warmup_epochs >= self.epochs:
             warmup, epochs = format_value(self.warmup_epochs), format_value(self.epochs)

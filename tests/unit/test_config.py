@@ -50,6 +50,7 @@ def test_flags_errors_are_all_in_one_message():
         "--optimizer=nesterov",
         "--lr_step_epochs=30,20",
         "--no_decay=bias,gamma",
+        "--lr_schedule=cosine",
         "--lr_min=1",
         "--reference_curve=10:0.3,9:0.4",
         "--checkpoint_copy_dir=run/",
