@@ -13,6 +13,7 @@ from hvd_vgg.flags import flag, format_value, hyperparameter, same_flag
 
 BITS, ROUNDING = "bits", "rounding"  # of --reproducible
 MOST_MICRO_BATCHES = 4095  # for which sums in fixed point are made
+_MODELS = ("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn")
 _DRAWN_CLASSES = 10  # of `make-demo-data`
 
 
@@ -22,7 +23,7 @@ class ModelConfig:
 
     num_classes: int = hyperparameter(1000, "Data", "Classes; a label outside them is an error.", at_least=2)
     image_size: int = hyperparameter(224, "Data", "Height and width of the network's input.", "pixels", at_least=32)
-    model: str = hyperparameter("vgg16", "Model", "The network.", choices=("vgg11", "vgg13", "vgg16", "vgg19"))
+    model: str = hyperparameter("vgg16", "Model", "The network; those ending in _bn have BatchNorm.", choices=_MODELS)
     width: float = hyperparameter(1.0, "Model", "Multiplier on the width of every layer.", above=0.0, at_most=4.0)
 
 
@@ -70,6 +71,14 @@ class UpdateConfig:
         "Fraction of the outputs of each hidden dense layer that is dropped.",
         at_least=0.0,
         below=1.0,
+    )
+    norm_batch: int = hyperparameter(
+        32,
+        "Model",
+        "Images whose statistics BatchNorm normalizes with in training: consecutive positions of the global batch, whole on "
+        "one rank. Must divide --device_batch and --global_batch. Evaluation uses moving averages of all.",
+        "images",
+        at_least=2,
     )
     optimizer: str = hyperparameter("momentum", "Recipe", "SGD with momentum.", choices=("momentum", "nesterov"))
     momentum: float = hyperparameter(0.9, "Recipe", "Momentum.", at_least=0.0, below=1.0)
@@ -176,6 +185,10 @@ class StepConfig(ExchangeConfig, UpdateConfig, ComputeConfig):
             enough = -(-self.global_batch // MOST_MICRO_BATCHES)
             least = f"at least {enough}, so that there are {MOST_MICRO_BATCHES} micro-batches at most"
             yield f"--device_batch={self.device_batch}: expected {least}"
+        if has_batch_norm(self.model):
+            for name in ("device_batch", "global_batch"):
+                if getattr(self, name) % self.norm_batch:
+                    yield f"--{name}={getattr(self, name)}: expected a multiple of --norm_batch={self.norm_batch}"
         if self.reproducible == BITS and self.xla:
             yield f"--xla needs --reproducible={ROUNDING}: XLA has no deterministic gradient of max pooling"
 
@@ -651,6 +664,11 @@ class DemoConfig:
             yield f"--shards={self.shards}: expected at least one image for each shard of both splits"
 
 
+def has_batch_norm(model: str) -> bool:
+    """Returns whether the convolutions of `model` are followed by BatchNorm."""
+    return model.endswith("_bn")
+
+
 def hyperparameters() -> List[str]:
     """Returns the names of the flags that decide what is learned; --allow_config_change may name them."""
     return [field.name for field in dataclasses.fields(TrainConfig) if field.metadata.get("hyperparameter")]
@@ -684,6 +702,8 @@ def fingerprint(config: TrainConfig) -> Dict[str, Any]:
         del chosen["epochs"], chosen["steps"]
     if config.lr_schedule != "step":
         del chosen["lr_step_epochs"]
+    if not has_batch_norm(config.model):
+        del chosen["norm_batch"]
     del chosen["exchange"]  # the layers that it chooses are compared instead: `run_fingerprint`
     if config.reproducible != BITS:
         del chosen["device_batch"]

@@ -17,7 +17,7 @@ from hvd_vgg.training.dataset import open_split
 from hvd_vgg.training.evaluate import Evaluation, evaluate, make_eval_step
 from hvd_vgg.training.reporter import Reporter
 from hvd_vgg.training.startup import join_ranks
-from hvd_vgg.training.state import assign_variables, data_digest, initial_weights
+from hvd_vgg.training.state import assign_variables, data_digest, initial_network
 
 
 class Score(NamedTuple):
@@ -51,10 +51,10 @@ def _score(config: EvaluationConfig, name: str, index: Index, device: Device, co
     meta = comm.broadcast_json(found.meta if found else None)
     label_base = meta["run"]["label_base"] if config.label_base == "auto" else int(config.label_base)
     run_on_all_ranks(lambda: check_labels(index, label_base, config.num_classes))
-    weights = initial_weights(config, seed=0)
-    run_on_root(lambda: assign_variables(weights, found))
-    comm.broadcast_variables(list(weights.values()))
-    eval_step = make_eval_step(weights, config, device.data_format)
+    weights, moments = initial_network(config, seed=0)
+    run_on_root(lambda: assign_variables({**weights, **moments}, found))
+    comm.broadcast_variables([*weights.values(), *moments.values()])
+    eval_step = make_eval_step(weights, moments, config, device.data_format)
     result = evaluate(eval_step, index, config, label_base, device, Reporter(None, console))
     console.say(
         f"step {meta['step']}: {result.accuracy()}  "

@@ -9,8 +9,9 @@ from typing import Callable, NamedTuple, Tuple
 
 import numpy as np
 
-from hvd_vgg.config import BITS, StepConfig
+from hvd_vgg.config import BITS, StepConfig, has_batch_norm
 from hvd_vgg.seeds import AUGMENT, BLOCKS, ORDER, REPLACEMENT, raw_draws, seed_bits
+from hvd_vgg.text import plural
 
 # Whole blocks are shuffled within windows of about this many records, the size of the shuffle buffers in TensorFlow's
 # ImageNet examples.
@@ -71,9 +72,19 @@ def micro_batches(config: StepConfig) -> int:
     return -(-config.global_batch // config.device_batch)
 
 
+def whole_images(config: StepConfig) -> int:
+    """Returns of how many consecutive positions of the global batch a rank takes all or none.
+
+    A micro-batch under --reproducible=bits; else a group of --norm_batch where there is BatchNorm, or one image.
+    """
+    if config.reproducible == BITS:
+        return config.device_batch
+    return config.norm_batch if has_batch_norm(config.model) else 1
+
+
 def most_ranks(config: StepConfig) -> int:
     """Returns how many ranks can share the global batch."""
-    return micro_batches(config) if config.reproducible == BITS else config.global_batch
+    return -(-config.global_batch // whole_images(config))
 
 
 def too_many_ranks(config: StepConfig, ranks: int) -> str:
@@ -83,6 +94,10 @@ def too_many_ranks(config: StepConfig, ranks: int) -> str:
         return ""
     if most == batch:
         return f"--global_batch={batch} has fewer images than the {ranks} ranks: start at most {batch}"
+    if config.reproducible != BITS:
+        groups = f"{plural(most, 'group')} of --norm_batch={config.norm_batch}"
+        least = f"fewer than the {ranks} ranks, each of which computes whole ones: start at most {most}"
+        return f"--global_batch={batch} has {groups}, {least}"
     text = (
         f"--global_batch={batch} has {most} micro-batch{'es' if most > 1 else ''} of --device_batch={config.device_batch}, "
         f"fewer than the {ranks} ranks, each of which computes whole ones under --reproducible={BITS}: start at most {most}"
@@ -93,11 +108,10 @@ def too_many_ranks(config: StepConfig, ranks: int) -> str:
 def part_bounds(config: StepConfig, rank: int, size: int) -> Tuple[int, int]:
     """Returns the part [low, high) of the global batch that `rank` of `size` computes.
 
-    Under --reproducible=bits parts are whole micro-batches and differ by one of these at most, else by one image. Ranks for
-    which none is left have no images.
+    Parts differ by `whole_images` at most. Ranks for which none is left have no images.
     """
     low, high = slice_bounds(most_ranks(config), rank, size)
-    images = config.device_batch if config.reproducible == BITS else 1
+    images = whole_images(config)
     return min(low * images, config.global_batch), min(high * images, config.global_batch)
 
 

@@ -13,6 +13,7 @@ from hvd_vgg.data.index import Index
 from hvd_vgg.data.loader import PADDING, BadRow, Batch, eval_batches
 from hvd_vgg.errors import BUG, Failure
 from hvd_vgg.models import vgg
+from hvd_vgg.models.batch_norm import fold
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.init import Device
 from hvd_vgg.text import plural
@@ -57,7 +58,9 @@ class Evaluation(NamedTuple):
         }
 
 
-def make_eval_step(weights: vgg.Weights, config: ComputeConfig, data_format: str) -> Callable[..., Any]:
+def make_eval_step(
+    weights: vgg.Weights, moments: vgg.Weights, config: ComputeConfig, data_format: str
+) -> Callable[..., Any]:
     """Returns the function (images, labels) -> (loss float32, top1, top5, records int64), sums over one batch.
 
     images: uint8 [n, h, w, 3]; labels: int32 [n], negative where the row is padding and counts for nothing.
@@ -65,7 +68,7 @@ def make_eval_step(weights: vgg.Weights, config: ComputeConfig, data_format: str
 
     @tf.function(jit_compile=False, autograph=False)
     def eval_step(images: Any, labels: Any) -> Any:
-        logits = vgg.logits(weights, config.model, images, data_format, config.precision)
+        logits = vgg.logits(fold(weights, moments), config.model, images, data_format, config.precision)
         real = labels >= 0
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.maximum(labels, 0), logits)
         loss = tf.reduce_sum(tf.where(real, losses, 0.0))

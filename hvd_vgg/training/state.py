@@ -1,8 +1,8 @@
-"""The state of a run: weights, momentum, and its progress. It is equal on all ranks."""
+"""The state of a run: weights, moving moments, momentum, and its progress. It is equal on all ranks."""
 
 import dataclasses
 import hashlib
-from typing import Any, Callable, Dict, List, NamedTuple
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 import numpy as np
 import tensorflow as tf
@@ -23,14 +23,19 @@ CHECKPOINT_FORMAT = 3
 
 
 class State(NamedTuple):
-    """The variables of a run by name, on this rank."""
+    """The variables of a run by name, on this rank; moments: of BatchNorm, empty without."""
 
     weights: vgg.Weights
+    moments: vgg.Weights
     slots: Slots
+
+    def network(self) -> vgg.Weights:
+        """Returns the variables that evaluation needs, by name."""
+        return {**self.weights, **self.moments}
 
     def variables(self) -> Dict[str, Any]:
         """Returns all variables by name."""
-        return {**self.weights, **self.slots}
+        return {**self.network(), **self.slots}
 
 
 @dataclasses.dataclass
@@ -51,15 +56,16 @@ class TrainProgress:
     skipped_steps: List[int] = dataclasses.field(default_factory=list)
 
 
-def initial_weights(config: ModelConfig, seed: int) -> vgg.Weights:
-    """Returns the weights before the first update, as variables: a function of the network and the seed."""
-    return vgg.initial_weights(vgg_layers(config.model, config.width, config.image_size, config.num_classes), seed)
+def initial_network(config: ModelConfig, seed: int) -> Tuple[vgg.Weights, vgg.Weights]:
+    """Returns (weights, moments) before the first update, as variables: a function of the network and the seed."""
+    layers = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
+    return vgg.initial_weights(layers, seed), vgg.initial_moments(layers)
 
 
 def initial_state(config: StepConfig) -> State:
     """Returns the state before the first update: a function of the configuration, equal on every rank."""
-    weights = initial_weights(config, config.seed)
-    return State(weights, make_slots(weights, config))
+    weights, moments = initial_network(config, config.seed)
+    return State(weights, moments, make_slots(weights, moments, config))
 
 
 def reset_state(state: State, config: StepConfig) -> None:
@@ -121,15 +127,15 @@ def run_fingerprint(config: TrainConfig, train_index: Index, label_base: int) ->
     return {**fingerprint(config), "exchange": cost.factored_layers(config, comm.size()), **data}
 
 
-def make_checksums(weights: vgg.Weights) -> Callable[[], Any]:
-    """Returns the function () -> int64 [weights]: of each weight, in order, the sum of its bits as integers.
+def make_checksums(variables: Dict[str, Any]) -> Callable[[], Any]:
+    """Returns the function () -> int64 [variables]: of each float32 variable, in order, the sum of its bits as integers.
 
-    Exact, whatever the order of summing: equal weights have equal sums, and any one number that differs changes its sum.
+    Exact, whatever the order of summing: equal variables have equal sums, and any one number that differs changes its sum.
     """
 
     @tf.function(jit_compile=False, autograph=False)
     def checksums() -> Any:
-        bits = [tf.cast(tf.bitcast(weight, tf.int32), tf.int64) for weight in weights.values()]
+        bits = [tf.cast(tf.bitcast(variable, tf.int32), tf.int64) for variable in variables.values()]
         return tf.stack([tf.reduce_sum(each) for each in bits])
 
     return checksums

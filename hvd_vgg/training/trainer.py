@@ -63,10 +63,10 @@ class Trainer:
             config, self.data, self.device, self.arithmetic, self.factored, self.total_steps, self.progress, self.reporter
         )
         self.started = time.monotonic() - self.progress.seconds
-        self.eval_step = make_eval_step(self.state.weights, config, self.device.data_format)
+        self.eval_step = make_eval_step(self.state.weights, self.state.moments, config, self.device.data_format)
         if config.reproducible == BITS:
-            check_bits(self.local_sums, self.eval_step, len(self.state.weights), config, self.device)
-        self.checksums = make_checksums(self.state.weights)
+            check_bits(self.local_sums, self.eval_step, self.state, config, self.device)
+        self.checksums = make_checksums(self.state.network())
         self.saved_at = watchdog.active_seconds()  # the newest checkpoint, or the start of this process
         self.suspended = watchdog.stopped_seconds()  # seconds, as the log has them
         self.throughput = Throughput()  # last: its clock starts now, and the first update is to have nothing of the above
@@ -82,7 +82,7 @@ class Trainer:
         self.coverage = Coverage(records, config.global_batch, step, self.progress.coverage)
         self.bar = self.reporter.console.progress("training", self.total_steps, "steps", step)
         self.window: List[PendingUpdate] = []  # since the last log line
-        network = (*self.state, config, self.device, self.factored)
+        network = (self.state, config, self.device, self.factored)
         self.local_sums = make_local_sums(*network)
         self.train_step: Callable[..., StepMetrics] = make_train_step(*network, local_sums=self.local_sums)
 
@@ -192,7 +192,7 @@ class Trainer:
     def check_replicas(self) -> None:
         """Raises a collective Failure(NOT_FINITE) if the ranks' weights differ in any bit; see --drift_every_steps."""
         if self.config.drift_every_steps:
-            check_replicas(list(self.state.weights), self.checksums().numpy(), self.progress.step - 1)
+            check_replicas(list(self.state.network()), self.checksums().numpy(), self.progress.step - 1)
 
     def evaluate(self) -> bool:
         """Evaluates the weights; returns whether they are better than all before. Stops instead if asked to."""
