@@ -134,7 +134,7 @@ def make_step(way, weights, slots, device, options):
     if way != "horovod":
         group, factored = comm.Group(Alone) if way == "local" else comm.WORLD, DENSE if config.exchange == "factored" else []
         own = {name: slot for name, slot in slots.items() if config.reproducible == "bits" or name != GRADIENT_LIMITS}
-        step = make_train_step(State(weights, {}, own), config, device, factored, group)
+        step = make_train_step(State(weights, {}, own, {}), config, device, factored, group)
         return lambda *inputs: step(*inputs).gradient_norm
 
     def mean_gradients(images, labels, position, keys):

@@ -88,6 +88,14 @@ class UpdateConfig:
         "L2 penalty on all weights and biases, added to the gradient.",
         at_least=0.0,
     )
+    ema_decay: float = hyperparameter(
+        0.0,
+        "Recipe",
+        "Decay of an exponential moving average of all weights, which is evaluated beside them and has a best checkpoint of "
+        "its own; (1 + n) / (10 + n) in update n while that is less. 0: none.",
+        at_least=0.0,
+        below=1.0,
+    )
     seed: int = hyperparameter(
         1,
         "Recipe",
@@ -386,6 +394,9 @@ class EvaluateConfig(EvaluationConfig):
     """Which checkpoint of a run to evaluate, and on what; the defaults are the run's own flags."""
 
     checkpoint: str = flag("best", "Evaluate", "best, newest, or the path of a .safetensors file of this package.", "path")
+    average: bool = flag(
+        False, "Evaluate", "Evaluate the moving average of the weights (--ema_decay), and its own best checkpoint."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ _POLL_BATCHES = 4  # how often the ranks ask each other whether one was asked to
 class Evaluation(NamedTuple):
     """Integer hits among `records` records, of which `bad` could not be read and are misses, and the sum of their losses.
 
-    state_sha256: of the run that was evaluated, on rank 0.
+    state_sha256: of the run that was evaluated, on rank 0; average: the evaluation of the average of its weights, if any.
     """
 
     top1: int
@@ -38,37 +38,48 @@ class Evaluation(NamedTuple):
     loss_sum: float
     bad: int
     state_sha256: str = ""
+    average: Any = None
 
     def accuracy(self) -> str:
         """Returns both accuracies for people."""
         text = f"acc@1 {self.top1 / self.records:.4f}  acc@5 {self.top5 / self.records:.4f}"
         return f"{text}  ({plural(self.bad, 'bad record')} counted as missed)" if self.bad else text
 
+    def counts(self) -> Dict[str, Any]:
+        """Returns loss, shares and hits of one network by name."""
+        return {
+            "loss": self.loss_sum / self.records,
+            "acc@1": self.top1 / self.records,
+            "acc@5": self.top5 / self.records,
+            "top1_hits": self.top1,
+            "top5_hits": self.top5,
+        }
+
+    def average_counts(self) -> Dict[str, Any]:
+        """Returns `counts` of the average, under names that say so; nothing without one."""
+        return {f"average_{name}": value for name, value in self.average.counts().items()} if self.average else {}
+
     def metrics(self) -> Dict[str, Any]:
         """Returns shares and counts under the names of the log."""
         return {
-            "eval.loss": self.loss_sum / self.records,
-            "eval.acc@1": self.top1 / self.records,
-            "eval.acc@5": self.top5 / self.records,
-            "eval.top1_hits": self.top1,
-            "eval.top5_hits": self.top5,
+            **{f"eval.{name}": value for name, value in self.counts().items()},
             "eval.records": self.records,
             "eval.bad_records": self.bad,
             "eval.state_sha256": self.state_sha256,
+            **{f"eval.{name}": value for name, value in self.average_counts().items()},
         }
 
 
-def make_eval_step(
-    weights: vgg.Weights, moments: vgg.Weights, config: ComputeConfig, data_format: str
-) -> Callable[..., Any]:
+def make_eval_step(network: vgg.Weights, config: ComputeConfig, data_format: str) -> Callable[..., Any]:
     """Returns the function (images, labels) -> (loss float32, top1, top5, records int64), sums over one batch.
 
-    images: uint8 [n, h, w, 3]; labels: int32 [n], negative where the row is padding and counts for nothing.
+    network: weights and moments, by name; images: uint8 [n, h, w, 3]; labels: int32 [n], negative where the row is padding
+    and counts for nothing.
     """
 
     @tf.function(jit_compile=False, autograph=False)
     def eval_step(images: Any, labels: Any) -> Any:
-        logits = vgg.logits(fold(weights, moments), config.model, images, data_format, config.precision)
+        logits = vgg.logits(fold(network), config.model, images, data_format, config.precision)
         real = labels >= 0
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.maximum(labels, 0), logits)
         loss = tf.reduce_sum(tf.where(real, losses, 0.0))
@@ -137,3 +148,6 @@ def report_evaluation(result: Evaluation, step: int, epoch: float, reporter: Rep
         f"step {step}  epoch {epoch:.2f}  evaluation: {result.accuracy()}  loss {loss:.4f}  of {result.records} records  "
         f"state {result.state_sha256[:16]}"
     )
+    if result.average:
+        loss = result.average.loss_sum / result.records
+        reporter.say(f"  the average of the weights: {result.average.accuracy()}  loss {loss:.4f}")

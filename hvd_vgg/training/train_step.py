@@ -23,6 +23,7 @@ from hvd_vgg.models.batch_norm import updated_moment
 from hvd_vgg.parallel import comm, fixed_point
 from hvd_vgg.parallel.init import Device
 from hvd_vgg.seeds import dropout_keys
+from hvd_vgg.training.average import update_averages
 from hvd_vgg.training.backward import Backward, make_backward
 from hvd_vgg.training.clock import time_after
 from hvd_vgg.training.optimizer import (
@@ -193,7 +194,7 @@ def apply_gradients(
     gradients: of `gradients_of`; tally: as in Sums, of all ranks; stopped: a bool variable, set by the first update that is
     not finite, after which none is applied; limits: those that the gradients were summed in, if any.
     """
-    weights, moments, slots = state
+    weights, moments, slots, averages = state
     norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(gradients[name]) for name in weights]))
     with tf.device("/CPU:0"):
         finite, gradient_finite = fixed_point.is_finite(tally)[-1], tf.math.is_finite(norm)
@@ -211,6 +212,8 @@ def apply_gradients(
         apply_update(weights, slots, gradients, lr, config.optimizer, config.momentum, config.weight_decay)
         for name, moment in moments.items():
             moment.assign(updated_moment(moment, gradients[name]))
+        if averages:
+            update_averages(averages, state.network(), config.ema_decay)
         if limits is not None:
             slots[GRADIENT_LIMITS].assign(fixed_point.next_limits(limits, tally[:, :-1]))
 
