@@ -147,7 +147,7 @@ def make_step(way, weights, slots, device, options):
     @tf.function
     def step(images, labels, position, keys, lr):
         gradients = mean_gradients(images, labels, position, keys)
-        apply_update(weights, slots, dict(zip(names, gradients)), lr, "momentum", 0.9, config.weight_decay)
+        apply_update(weights, slots, dict(zip(names, gradients)), lr, config)
         return tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(gradient) for gradient in gradients]))
 
     return step

@@ -56,6 +56,7 @@ METRICS: Dict[str, Dict[str, str]] = {
     "eval.records": {"unit": "records", "format": ":d"},
     "eval.bad_records": {"unit": "records", "format": ":d"},
     "eval.state_sha256": {"unit": ""},
+    "eval.reference_difference": {"unit": "", "format": ":+.4f"},
 }
 Step = Union[str, Tuple[int, ...]]
 

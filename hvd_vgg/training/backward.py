@@ -10,7 +10,7 @@ from hvd_vgg.models.architecture import BETA, DENSE, GAMMA, MOVING_MEAN, MOVING_
 from hvd_vgg.models.batch_norm import normalize_groups
 from hvd_vgg.models.dropout import dropout_mask
 from hvd_vgg.models.vgg import NormFunction
-from hvd_vgg.training.loss import top_k_correct
+from hvd_vgg.training.loss import cross_entropy, top_k_correct
 from hvd_vgg.training.optimizer import LOSS_SCALE
 from hvd_vgg.training.state import State
 
@@ -86,7 +86,7 @@ def make_backward(state: State, config: StepConfig, data_format: str, factored: 
                 dense,
                 normalize=normalize,
             )
-            loss = tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+            loss = tf.reduce_sum(cross_entropy(logits, labels, config.label_smoothing))
             objective = loss / config.global_batch * (1.0 if loss_scale is None else loss_scale)
         found = tape.gradient(objective, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO)  # BatchNorm's biases
         gradients = [tf.cast(gradient, tf.float32) for gradient in found]

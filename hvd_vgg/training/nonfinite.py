@@ -12,6 +12,7 @@ from hvd_vgg.models import vgg
 from hvd_vgg.parallel import comm
 from hvd_vgg.text import plural
 from hvd_vgg.training.backward import draw_dropout_masks, make_normalize
+from hvd_vgg.training.loss import cross_entropy
 from hvd_vgg.training.metrics import NonFiniteStep, global_losses
 from hvd_vgg.training.optimizer import LOSS_SCALE
 from hvd_vgg.training.state import State
@@ -92,7 +93,7 @@ def make_finite_check(state: State, config: StepConfig, data_format: str) -> Cal
                 observe=outputs.append,
                 normalize=normalize,
             )
-            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+            losses = cross_entropy(logits, labels, config.label_smoothing)
             objective = tf.reduce_sum(losses) / config.global_batch * state.slots.get(LOSS_SCALE, 1.0)
         zero = tf.UnconnectedGradients.ZERO
         gradients = tape.gradient(objective, list(weights.values()), unconnected_gradients=zero)

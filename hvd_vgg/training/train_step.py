@@ -30,6 +30,8 @@ from hvd_vgg.training.optimizer import (
     GRADIENT_LIMITS,
     LOSS_SCALE,
     apply_update,
+    clip_gradients,
+    global_norm,
     next_loss_scale,
     set_loss_scale,
 )
@@ -41,11 +43,11 @@ class StepMetrics(NamedTuple):
     """What one update amounts to on one rank.
 
     losses: float32 [micro-batches], each summed over its images. top1, top5: int64, over this rank's images. gradient_norm:
-    float32, of the global gradient. loss_scale: float32, factor of the next update's loss; 1 but for --precision=float16.
-    passes: int32, how often it was computed: a second time where a gradient exceeded its limit in fixed point.
-    exchange_seconds: float64, from when this rank's gradients were ready until those of all ranks had arrived. finite: bool,
-    whether training may continue: every rank's loss is finite and so is the gradient, or float16's loss scale can still be
-    halved.
+    float32, of the global gradient before clipping. loss_scale: float32, factor of the next update's loss; 1 but for
+    --precision=float16. passes: int32, how often it was computed: a second time where a gradient exceeded its limit in fixed
+    point. exchange_seconds: float64, from when this rank's gradients were ready until those of all ranks had arrived.
+    finite: bool, whether training may continue: every rank's loss is finite and so is the gradient, or float16's loss scale
+    can still be halved.
     """
 
     losses: Any
@@ -195,7 +197,7 @@ def apply_gradients(
     not finite, after which none is applied; limits: those that the gradients were summed in, if any.
     """
     weights, moments, slots, averages = state
-    norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(gradients[name]) for name in weights]))
+    norm = global_norm([gradients[name] for name in weights])
     with tf.device("/CPU:0"):
         finite, gradient_finite = fixed_point.is_finite(tally)[-1], tf.math.is_finite(norm)
         scale = tf.constant(1.0)
@@ -209,7 +211,7 @@ def apply_gradients(
         stopped.assign(~continues)
 
     def update() -> None:
-        apply_update(weights, slots, gradients, lr, config.optimizer, config.momentum, config.weight_decay)
+        apply_update(weights, slots, clip_gradients(gradients, norm, config.clip_norm), lr, config)
         for name, moment in moments.items():
             moment.assign(updated_moment(moment, gradients[name]))
         if averages:

@@ -22,6 +22,7 @@ from hvd_vgg.training.evaluate import evaluate, make_eval_step, report_evaluatio
 from hvd_vgg.training.introduction import introduce
 from hvd_vgg.training.metrics import PendingUpdate, measure_window, reduce_metrics
 from hvd_vgg.training.profile import profiled
+from hvd_vgg.training.reference_curve import warn_if_far_below, with_reference
 from hvd_vgg.training.reporter import OnLog, open_reporter
 from hvd_vgg.training.reproducibility import check_bits, describe_arithmetic
 from hvd_vgg.training.result import finish_log, write_result, write_run_files
@@ -216,8 +217,9 @@ class Trainer:
                 self._log_suspension()
                 progress.best_top1, progress.evaluated = max(result.top1, progress.best_top1), progress.step
                 digest = run_on_root(lambda: state_sha256(self.state, progress))  # as a checkpoint saved now has it
-                self.result = result._replace(state_sha256=digest or "")
+                self.result = with_reference(result._replace(state_sha256=digest or ""), config, progress.step, self.epoch())
                 report_evaluation(self.result, progress.step, self.epoch(), self.reporter)
+                run_on_root(lambda: warn_if_far_below(self.result, config, progress.step, self.epoch(), self.reporter))
         except StopRequested:
             self.save()
             self.stop()

@@ -74,7 +74,8 @@ def test_apply_update_is_the_formula(kind):
     slots = make_slots(weights, {}, TrainConfig())
     for _ in range(5):
         g = random.normal(size=(4, 3))
-        apply_update(weights, slots, {"a/kernel": tf.constant(g, tf.float32)}, tf.constant(0.1), kind, 0.9, 0.01)
+        config = TrainConfig(optimizer=kind, momentum=0.9, weight_decay=0.01)
+        apply_update(weights, slots, {"a/kernel": tf.constant(g, tf.float32)}, tf.constant(0.1), config)
         d = g + 0.01 * w
         v = 0.9 * v + d
         w = w - 0.1 * (d + 0.9 * v if kind == "nesterov" else v)
@@ -121,13 +122,14 @@ def make_parts(factored, **more):
     return config, weights, backward, images, labels, tf.constant(0, tf.int64), tf.constant(dropout_keys(1, 0, 2))
 
 
-@pytest.mark.parametrize("factored", [[], ["fc2"], ["fc1", "fc2", "predictions"]])
-def test_backward_is_the_gradient_of_the_summed_loss(factored):
+@pytest.mark.parametrize(("factored", "smoothing"), [([], 0.0), (["fc2"], 0.1), (["fc1", "fc2", "predictions"], 0.0)])
+def test_backward_is_the_gradient_of_the_summed_loss(factored, smoothing):
     """Summed gradients, and the products of factors, are those of sum(loss) / global_batch computed plainly."""
-    _, weights, backward, images, labels, position, keys = make_parts(factored, dropout=0.0)
+    _, weights, backward, images, labels, position, keys = make_parts(factored, dropout=0.0, label_smoothing=smoothing)
     with tf.GradientTape() as tape:
         logits = vgg.logits(weights, "vgg11", images, "NHWC")
-        loss = tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+        target = (1 - smoothing) * tf.one_hot(labels, 10) + smoothing / 10
+        loss = -tf.reduce_sum(target * tf.nn.log_softmax(logits))
         objective = loss / 11
     expected = dict(zip(weights, tape.gradient(objective, list(weights.values()))))
     found = tf.function(backward)(images, labels, position, keys)
