@@ -92,6 +92,29 @@ class UpdateConfig:
         at_least=0.0,
         below=1.0,
     )
+    mixup: float = hyperparameter(
+        0.0,
+        "Recipe",
+        "Alpha of mixup: each image is blended with its neighbour by a share drawn from Beta(alpha, alpha). 0: never.",
+        at_least=0.0,
+        at_most=1.0,
+    )
+    cutmix: float = hyperparameter(
+        0.0,
+        "Recipe",
+        "Alpha of CutMix: a box of each image is its neighbour's, its area drawn from Beta(alpha, alpha). With --mixup too, "
+        "either has an equal chance. 0: never.",
+        at_least=0.0,
+        at_most=1.0,
+    )
+    mix_batch: int = hyperparameter(
+        32,
+        "Recipe",
+        "Images that share a draw of --mixup and --cutmix and are mixed among each other: consecutive positions of the "
+        "global batch, whole on one rank. Must divide --device_batch and --global_batch.",
+        "images",
+        at_least=2,
+    )
     optimizer: str = hyperparameter(
         "momentum",
         "Recipe",
@@ -223,6 +246,17 @@ class ComputeConfig(ModelConfig):
 class StepConfig(ExchangeConfig, UpdateConfig, ComputeConfig):
     """Everything that the compiled train step depends on."""
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with each other."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def group_batch(self) -> int:
+        """Consecutive positions of the global batch that are computed together: whole groups of BatchNorm and mixing."""
+        norm, mix = self.norm_batch if has_batch_norm(self.model) else 1, self.mix_batch if self.mixes else 1
+        return norm * mix // math.gcd(norm, mix)
+
     def conflicts(self) -> Iterator[str]:
         """Yields the combinations that cannot run."""
         if self.reproducible == BITS and self.wire_dtype != "float32":
@@ -231,10 +265,11 @@ class StepConfig(ExchangeConfig, UpdateConfig, ComputeConfig):
             enough = -(-self.global_batch // MOST_MICRO_BATCHES)
             least = f"at least {enough}, so that there are {MOST_MICRO_BATCHES} micro-batches at most"
             yield f"--device_batch={self.device_batch}: expected {least}"
-        if has_batch_norm(self.model):
+        groups = {"norm_batch": has_batch_norm(self.model), "mix_batch": self.mixes}
+        for group in (name for name, used in groups.items() if used):
             for name in ("device_batch", "global_batch"):
-                if getattr(self, name) % self.norm_batch:
-                    yield f"--{name}={getattr(self, name)}: expected a multiple of --norm_batch={self.norm_batch}"
+                if getattr(self, name) % getattr(self, group):
+                    yield f"--{name}={getattr(self, name)}: expected a multiple of --{group}={getattr(self, group)}"
         if self.reproducible == BITS and self.xla:
             yield f"--xla needs --reproducible={ROUNDING}: XLA has no deterministic gradient of max pooling"
 
@@ -787,6 +822,7 @@ def unused_hyperparameters(config: TrainConfig) -> Dict[str, str]:
         "lr_power": schedule if config.lr_schedule != "polynomial" else "",
         "warmup_lr": "" if config.warmup_epochs else "without --warmup_epochs",
         "norm_batch": "" if has_batch_norm(config.model) else f"with --model={config.model}",
+        "mix_batch": "" if config.mixes else "without --mixup and --cutmix",
         "no_decay": "" if config.weight_decay else "with --weight_decay=0",
         "lars_eta": optimizer if config.optimizer != LARS else "",
         "lars_skip": optimizer if config.optimizer != LARS else "",

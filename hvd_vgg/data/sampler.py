@@ -9,7 +9,7 @@ from typing import Callable, NamedTuple, Tuple
 
 import numpy as np
 
-from hvd_vgg.config import BITS, StepConfig, has_batch_norm
+from hvd_vgg.config import BITS, StepConfig
 from hvd_vgg.seeds import AUGMENT, BLOCKS, ORDER, REPLACEMENT, raw_draws, seed_bits
 from hvd_vgg.text import plural
 
@@ -75,11 +75,9 @@ def micro_batches(config: StepConfig) -> int:
 def whole_images(config: StepConfig) -> int:
     """Returns of how many consecutive positions of the global batch a rank takes all or none.
 
-    A micro-batch under --reproducible=bits; else a group of --norm_batch where there is BatchNorm, or one image.
+    A micro-batch under --reproducible=bits; else the images that must be computed together.
     """
-    if config.reproducible == BITS:
-        return config.device_batch
-    return config.norm_batch if has_batch_norm(config.model) else 1
+    return config.device_batch if config.reproducible == BITS else config.group_batch
 
 
 def most_ranks(config: StepConfig) -> int:
@@ -95,7 +93,7 @@ def too_many_ranks(config: StepConfig, ranks: int) -> str:
     if most == batch:
         return f"--global_batch={batch} has fewer images than the {ranks} ranks: start at most {batch}"
     if config.reproducible != BITS:
-        groups = f"{plural(most, 'group')} of --norm_batch={config.norm_batch}"
+        groups = f"{plural(most, 'group')} of {config.group_batch} images (--norm_batch, --mix_batch)"
         least = f"fewer than the {ranks} ranks, each of which computes whole ones: start at most {most}"
         return f"--global_batch={batch} has {groups}, {least}"
     text = (

@@ -18,13 +18,11 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 import tensorflow as tf
 
 from hvd_vgg.config import StepConfig
-from hvd_vgg.models.architecture import DENSE
 from hvd_vgg.models.batch_norm import updated_moment
 from hvd_vgg.parallel import comm, fixed_point
 from hvd_vgg.parallel.init import Device
-from hvd_vgg.seeds import dropout_keys
 from hvd_vgg.training.average import update_averages
-from hvd_vgg.training.backward import Backward, make_backward
+from hvd_vgg.training.backward import Backward, make_backward, step_keys
 from hvd_vgg.training.clock import time_after
 from hvd_vgg.training.optimizer import (
     GRADIENT_LIMITS,
@@ -71,7 +69,7 @@ def make_train_step(
     """Returns the function of one update: (images, labels, position, keys, lr) -> StepMetrics. Collective over the group.
 
     images: uint8 [n, h, w, 3] and labels: int32 [n], this rank's part of the global batch, which begins at `position` of it
-    (int64 scalar); keys: `seeds.dropout_keys`, uint64 [2]; lr: float32 scalar. factored: the dense layers whose gradient is
+    (int64 scalar); keys: of `step_keys`; lr: float32 scalar. factored: the dense layers whose gradient is
     formed from gathered factors; local_sums: of `make_local_sums`, if that was called before. Only the network is computed
     in --precision: weights, loss, sums and update are float32.
 
@@ -227,8 +225,7 @@ def apply_gradients(
 
 def step_inputs(config: StepConfig, step: int, low: int, lr: float) -> Tuple[Any, Any, Any]:
     """Returns (position, keys, lr): what a train step takes beside images and labels, for a part that begins at `low`."""
-    keys = dropout_keys(config.seed, step, len(DENSE) - 1)
-    return _constant(low, tf.int64), tf.constant(keys), _constant(lr, tf.float32)
+    return _constant(low, tf.int64), tf.constant(step_keys(config, step)), _constant(lr, tf.float32)
 
 
 # Making a tensor takes longer than finding it: the position is the same in every update, the rate in most.
