@@ -60,7 +60,7 @@ def ours(precision, options):
     config = TrainConfig(**shape, weight_decay=WEIGHT_DECAY, precision=precision, reproducible=options.reproducible)
     join()
     device, factored = take_device(config), cost.factored_layers(config, 1)
-    step = make_train_step(*initial_state(config), config, device, factored)
+    step = make_train_step(initial_state(config), config, device, factored)
     random = np.random.default_rng(0)
     inputs = (
         tf.constant(random.integers(0, 256, (batch, size, size, 3)), tf.uint8),

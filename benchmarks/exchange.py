@@ -127,13 +127,14 @@ def make_step(way, weights, slots, device, options):
     from hvd_vgg.parallel import comm
     from hvd_vgg.training.backward import draw_dropout_masks
     from hvd_vgg.training.optimizer import GRADIENT_LIMITS, apply_update
+    from hvd_vgg.training.state import State
     from hvd_vgg.training.train_step import make_train_step
 
     config, names = config_of(options, way), list(weights)
     if way != "horovod":
         group, factored = comm.Group(Alone) if way == "local" else comm.WORLD, DENSE if config.exchange == "factored" else []
         own = {name: slot for name, slot in slots.items() if config.reproducible == "bits" or name != GRADIENT_LIMITS}
-        step = make_train_step(weights, own, config, device, factored, group)
+        step = make_train_step(State(weights, {}, own, {}), config, device, factored, group)
         return lambda *inputs: step(*inputs).gradient_norm
 
     def mean_gradients(images, labels, position, keys):

@@ -42,7 +42,7 @@ def main():
     state = initial_state(config)
     if options.checkpoint:
         assign_variables(state.variables(), load_checkpoint(Path(options.checkpoint)))
-    backward = tf.function(make_backward(state.weights, state.slots, config, "NHWC", []), autograph=False)
+    backward = tf.function(make_backward(state, config, "NHWC", []), autograph=False)
     batch = next(train_batches(scan_split(config.data_dir, "train"), config, 1, range(1), 0, 1, 1))
     position, keys, _ = step_inputs(config, 0, 0, 0.0)
     gradients = []

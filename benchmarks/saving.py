@@ -34,7 +34,7 @@ def main():
     device, count, size = start(), options.batch, options.size
     config = TrainConfig(width=options.width, image_size=size, global_batch=count, device_batch=count)
     state = initial_state(config)
-    train_step = make_train_step(*state, config, device, [])
+    train_step = make_train_step(state, config, device, [])
     images = tf.constant(np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8))
     inputs = (images, tf.zeros([count], tf.int32), *step_inputs(config, 0, 0, 1e-6))
 

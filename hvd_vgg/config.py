@@ -14,6 +14,7 @@ from hvd_vgg.flags import flag, format_value, hyperparameter, same_flag
 
 BITS, ROUNDING = "bits", "rounding"  # of --reproducible
 MOST_MICRO_BATCHES = 4095  # for which sums in fixed point are made
+_MODELS = ("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn")
 _DRAWN_CLASSES = 10  # of `make-demo-data`
 # Weights that flags name as a group: biases; gamma and beta of BatchNorm.
 WEIGHT_GROUPS = ("bias", "norm")
@@ -27,7 +28,7 @@ class ModelConfig:
 
     num_classes: int = hyperparameter(1000, "Data", "Classes; a label outside them is an error.", at_least=2)
     image_size: int = hyperparameter(224, "Data", "Height and width of the network's input.", "pixels", at_least=32)
-    model: str = hyperparameter("vgg16", "Model", "The network.", choices=("vgg11", "vgg13", "vgg16", "vgg19"))
+    model: str = hyperparameter("vgg16", "Model", "The network; those ending in _bn have BatchNorm.", choices=_MODELS)
     width: float = hyperparameter(1.0, "Model", "Multiplier on the width of every layer.", above=0.0, at_most=4.0)
 
 
@@ -76,12 +77,43 @@ class UpdateConfig:
         at_least=0.0,
         below=1.0,
     )
+    norm_batch: int = hyperparameter(
+        32,
+        "Model",
+        "Images whose statistics BatchNorm normalizes with in training: consecutive positions of the global batch, whole on "
+        "one rank. Must divide --device_batch and --global_batch. Evaluation uses moving averages of all.",
+        "images",
+        at_least=2,
+    )
     label_smoothing: float = hyperparameter(
         0.0,
         "Recipe",
         "Share of the target that is spread evenly over all classes, in training; evaluation's loss has none.",
         at_least=0.0,
         below=1.0,
+    )
+    mixup: float = hyperparameter(
+        0.0,
+        "Recipe",
+        "Alpha of mixup: each image is blended with its neighbour by a share drawn from Beta(alpha, alpha). 0: never.",
+        at_least=0.0,
+        at_most=1.0,
+    )
+    cutmix: float = hyperparameter(
+        0.0,
+        "Recipe",
+        "Alpha of CutMix: a box of each image is its neighbour's, its area drawn from Beta(alpha, alpha). With --mixup too, "
+        "either has an equal chance. 0: never.",
+        at_least=0.0,
+        at_most=1.0,
+    )
+    mix_batch: int = hyperparameter(
+        32,
+        "Recipe",
+        "Images that share a draw of --mixup and --cutmix and are mixed among each other: consecutive positions of the "
+        "global batch, whole on one rank. Must divide --device_batch and --global_batch.",
+        "images",
+        at_least=2,
     )
     optimizer: str = hyperparameter(
         "momentum",
@@ -116,6 +148,14 @@ class UpdateConfig:
         "Recipe",
         "Of --optimizer=lars: weights that have the plain rate and no decay, named as for --no_decay.",
         choices=WEIGHT_GROUPS,
+    )
+    ema_decay: float = hyperparameter(
+        0.0,
+        "Recipe",
+        "Decay of an exponential moving average of all weights, which is evaluated beside them and has a best checkpoint of "
+        "its own; (1 + n) / (10 + n) in update n while that is less. 0: none.",
+        at_least=0.0,
+        below=1.0,
     )
     seed: int = hyperparameter(
         1,
@@ -206,6 +246,17 @@ class ComputeConfig(ModelConfig):
 class StepConfig(ExchangeConfig, UpdateConfig, ComputeConfig):
     """Everything that the compiled train step depends on."""
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with each other."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def group_batch(self) -> int:
+        """Consecutive positions of the global batch that are computed together: whole groups of BatchNorm and mixing."""
+        norm, mix = self.norm_batch if has_batch_norm(self.model) else 1, self.mix_batch if self.mixes else 1
+        return norm * mix // math.gcd(norm, mix)
+
     def conflicts(self) -> Iterator[str]:
         """Yields the combinations that cannot run."""
         if self.reproducible == BITS and self.wire_dtype != "float32":
@@ -214,6 +265,11 @@ class StepConfig(ExchangeConfig, UpdateConfig, ComputeConfig):
             enough = -(-self.global_batch // MOST_MICRO_BATCHES)
             least = f"at least {enough}, so that there are {MOST_MICRO_BATCHES} micro-batches at most"
             yield f"--device_batch={self.device_batch}: expected {least}"
+        groups = {"norm_batch": has_batch_norm(self.model), "mix_batch": self.mixes}
+        for group in (name for name, used in groups.items() if used):
+            for name in ("device_batch", "global_batch"):
+                if getattr(self, name) % getattr(self, group):
+                    yield f"--{name}={getattr(self, name)}: expected a multiple of --{group}={getattr(self, group)}"
         if self.reproducible == BITS and self.xla:
             yield f"--xla needs --reproducible={ROUNDING}: XLA has no deterministic gradient of max pooling"
 
@@ -439,6 +495,9 @@ class EvaluateConfig(EvaluationConfig):
     """Which checkpoint of a run to evaluate, and on what; the defaults are the run's own flags."""
 
     checkpoint: str = flag("best", "Evaluate", "best, newest, or the path of a .safetensors file of this package.", "path")
+    average: bool = flag(
+        False, "Evaluate", "Evaluate the moving average of the weights (--ema_decay), and its own best checkpoint."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -717,6 +776,11 @@ class DemoConfig:
             yield f"--shards={self.shards}: expected at least one image for each shard of both splits"
 
 
+def has_batch_norm(model: str) -> bool:
+    """Returns whether the convolutions of `model` are followed by BatchNorm."""
+    return model.endswith("_bn")
+
+
 def hyperparameters() -> List[str]:
     """Returns the names of the flags that decide what is learned; --allow_config_change may name them."""
     return [field.name for field in dataclasses.fields(TrainConfig) if field.metadata.get("hyperparameter")]
@@ -758,6 +822,8 @@ def unused_hyperparameters(config: TrainConfig) -> Dict[str, str]:
         "lr_min": schedule if config.lr_schedule not in DECAYING else "",
         "lr_power": schedule if config.lr_schedule != "polynomial" else "",
         "warmup_lr": "" if config.warmup_epochs else "without --warmup_epochs",
+        "norm_batch": "" if has_batch_norm(config.model) else f"with --model={config.model}",
+        "mix_batch": "" if config.mixes else "without --mixup and --cutmix",
         "no_decay": "" if config.weight_decay else "with --weight_decay=0",
         "lars_eta": optimizer if config.optimizer != LARS else "",
         "lars_skip": optimizer if config.optimizer != LARS else "",

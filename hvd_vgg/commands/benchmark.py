@@ -93,7 +93,7 @@ def _measure(
     """Adds a row to `rows` for each kind of input, measured on the ranks of `group`. Collective over the group."""
     state, size, console = initial_state(config), comm.size(group), session.console
     factored = cost.factored_layers(config, size)
-    train_step = make_train_step(state.weights, state.slots, config, session.device, factored, group)
+    train_step = make_train_step(state, config, session.device, factored, group)
     low, _ = part_bounds(config, comm.rank(group), size)
     for kind in ("device", "host", "real") if data else ("device", "host"):
         throughput, keep_alive_at = Throughput(), 0

@@ -34,7 +34,7 @@ def replay(config: ReplayConfig) -> None:
     run_on_root(lambda: assign_variables(state.variables(), load_checkpoint(folder.state)))
     comm.broadcast_variables(list(state.variables().values()))
     factored = cost.factored_layers(config, comm.size())
-    train_step = make_train_step(state.weights, state.slots, config, device, factored)
+    train_step = make_train_step(state, config, device, factored)
     console.say(
         f"step {report['step']} of {config.run_dir}: loss {report['loss']}, gradient norm {report['gradient_norm']}\n"
         f"  {report['diagnosis']}"

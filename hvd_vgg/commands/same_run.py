@@ -108,7 +108,7 @@ def _compare_checkpoints(run: RunDir, other: RunDir, step: int) -> str:
         return ""
     mine, theirs = (checkpoint.load(path) for path in paths)
     shape = {name: mine.meta["run"][name] for name in ("model", "width", "image_size", "num_classes")}
-    weights = [f"{layer.name}/{part}" for layer in vgg_layers(**shape) for part in ("kernel", "bias")]
+    weights = [name for layer in vgg_layers(**shape) for name in layer.weights]
     order = [*weights, *(f"{name}/momentum" for name in weights), *sorted({*mine.tensors, *theirs.tensors})]
     digests = [{name: checkpoint.tensor_digest(each.tensors[name]) for name in each.tensors} for each in (mine, theirs)]
     first = next(name for name in order if digests[0].get(name) != digests[1].get(name))

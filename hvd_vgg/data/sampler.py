@@ -11,6 +11,7 @@ import numpy as np
 
 from hvd_vgg.config import BITS, StepConfig
 from hvd_vgg.seeds import AUGMENT, BLOCKS, ORDER, REPLACEMENT, raw_draws, seed_bits
+from hvd_vgg.text import plural
 
 # Whole blocks are shuffled within windows of about this many records, the size of the shuffle buffers in TensorFlow's
 # ImageNet examples.
@@ -71,9 +72,17 @@ def micro_batches(config: StepConfig) -> int:
     return -(-config.global_batch // config.device_batch)
 
 
+def whole_images(config: StepConfig) -> int:
+    """Returns of how many consecutive positions of the global batch a rank takes all or none.
+
+    A micro-batch under --reproducible=bits; else the images that must be computed together.
+    """
+    return config.device_batch if config.reproducible == BITS else config.group_batch
+
+
 def most_ranks(config: StepConfig) -> int:
     """Returns how many ranks can share the global batch."""
-    return micro_batches(config) if config.reproducible == BITS else config.global_batch
+    return -(-config.global_batch // whole_images(config))
 
 
 def too_many_ranks(config: StepConfig, ranks: int) -> str:
@@ -83,6 +92,10 @@ def too_many_ranks(config: StepConfig, ranks: int) -> str:
         return ""
     if most == batch:
         return f"--global_batch={batch} has fewer images than the {ranks} ranks: start at most {batch}"
+    if config.reproducible != BITS:
+        groups = f"{plural(most, 'group')} of {config.group_batch} images (--norm_batch, --mix_batch)"
+        least = f"fewer than the {ranks} ranks, each of which computes whole ones: start at most {most}"
+        return f"--global_batch={batch} has {groups}, {least}"
     text = (
         f"--global_batch={batch} has {most} micro-batch{'es' if most > 1 else ''} of --device_batch={config.device_batch}, "
         f"fewer than the {ranks} ranks, each of which computes whole ones under --reproducible={BITS}: start at most {most}"
@@ -93,11 +106,10 @@ def too_many_ranks(config: StepConfig, ranks: int) -> str:
 def part_bounds(config: StepConfig, rank: int, size: int) -> Tuple[int, int]:
     """Returns the part [low, high) of the global batch that `rank` of `size` computes.
 
-    Under --reproducible=bits parts are whole micro-batches and differ by one of these at most, else by one image. Ranks for
-    which none is left have no images.
+    Parts differ by `whole_images` at most. Ranks for which none is left have no images.
     """
     low, high = slice_bounds(most_ranks(config), rank, size)
-    images = config.device_batch if config.reproducible == BITS else 1
+    images = whole_images(config)
     return min(low * images, config.global_batch), min(high * images, config.global_batch)
 
 

@@ -1,13 +1,19 @@
 """VGG-11/13/16/19 as tables, with the layer names and shapes of Keras' VGG16. Needs no TensorFlow.
 
-Source: Simonyan and Zisserman, Very Deep Convolutional Networks (arXiv 1409.1556), table 1, columns A, B, D and E.
+Source: Simonyan and Zisserman, Very Deep Convolutional Networks (arXiv 1409.1556), table 1, columns A, B, D and E. The
+variants ending in _bn normalize the outputs of each convolution before its ReLU, as torchvision's do.
 """
 
 import math
 from typing import List, NamedTuple, Tuple
 
+from hvd_vgg.config import has_batch_norm
+
+_PLAIN = {"vgg11": (1, 1, 2, 2, 2), "vgg13": (2, 2, 2, 2, 2), "vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
 # Convolutions in each of the five blocks, which all end with 2x2 max pooling.
-BLOCKS = {"vgg11": (1, 1, 2, 2, 2), "vgg13": (2, 2, 2, 2, 2), "vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
+BLOCKS = {**_PLAIN, **{f"{name}_bn": blocks for name, blocks in _PLAIN.items()}}
+# Weights of BatchNorm, and its moving moments, which are state without a gradient.
+GAMMA, BETA, MOVING_MEAN, MOVING_VARIANCE = "gamma", "beta", "moving_mean", "moving_variance"
 DENSE = ("fc1", "fc2", "predictions")
 _CHANNELS = (64, 128, 256, 512, 512)
 _HIDDEN = 4096
@@ -15,16 +21,22 @@ _FLATTENED = 7 * 7 * 512  # inputs of fc1 at width 1 and 224 pixels
 
 
 class Layer(NamedTuple):
-    """A layer with weights: the shape of its kernel (HWIO, or [inputs, outputs]); its bias is [outputs]."""
+    """A layer with weights: the shape of its kernel (HWIO, or [inputs, outputs]); all else that it has is [outputs]."""
 
     name: str
     kernel: Tuple[int, ...]
     deviation: float  # of the initial kernel
+    normalized: bool = False  # by BatchNorm
+
+    @property
+    def weights(self) -> List[str]:
+        """The names of the layer's weights."""
+        return [f"{self.name}/{part}" for part in ("kernel", "bias", *([GAMMA, BETA] if self.normalized else []))]
 
     @property
     def parameters(self) -> int:
         """The number of trainable parameters of the layer."""
-        return math.prod(self.kernel) + self.kernel[-1]
+        return math.prod(self.kernel) + (len(self.weights) - 1) * self.kernel[-1]
 
 
 def vgg_layers(model: str, width: float, image_size: int, num_classes: int) -> List[Layer]:
@@ -38,7 +50,9 @@ def vgg_layers(model: str, width: float, image_size: int, num_classes: int) -> L
     for block, (count, channels) in enumerate(zip(BLOCKS[model], _CHANNELS), start=1):
         outputs = scale_width(channels, width)
         for conv in range(1, count + 1):
-            layers.append(Layer(f"block{block}_conv{conv}", (3, 3, inputs, outputs), (2 / (3 * 3 * outputs)) ** 0.5))
+            deviation = (2 / (3 * 3 * outputs)) ** 0.5
+            kernel = (3, 3, inputs, outputs)
+            layers.append(Layer(f"block{block}_conv{conv}", kernel, deviation, has_batch_norm(model)))
             inputs = outputs
     inputs *= (image_size // 32) ** 2
     hidden = scale_width(_HIDDEN, width)

@@ -4,24 +4,40 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import tensorflow as tf
 
-from hvd_vgg.models.architecture import BLOCKS, DENSE, Layer
+from hvd_vgg.models.architecture import BLOCKS, DENSE, GAMMA, MOVING_MEAN, MOVING_VARIANCE, Layer
 from hvd_vgg.models.dropout import apply_dropout
 from hvd_vgg.seeds import weights_seed
 
 # Mean and standard deviation per channel of ImageNet's training images, of values 0..1 (torchvision's recipe).
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_MOMENTS = (MOVING_MEAN, MOVING_VARIANCE)
 Weights = Dict[str, Any]
 DenseFunction = Callable[[Weights, Any, str], Any]  # as `dense`
+NormFunction = Callable[[Any, str], Any]  # from the outputs of a convolution and its name to what its ReLU is applied to
 
 
 def initial_weights(layers: List[Layer], seed: int) -> Weights:
-    """Returns new float32 variables `LAYER/kernel` and `LAYER/bias`: a function of the seed, the same on every rank."""
+    """Returns new float32 variables `LAYER/kernel` and `LAYER/bias`: a function of the seed, the same on every rank.
+
+    A layer with BatchNorm also has `LAYER/gamma`, ones, and `LAYER/beta`, zeros.
+    """
     weights: Weights = {}
     for number, layer in enumerate(layers):
         kernel = tf.random.stateless_normal(layer.kernel, weights_seed(seed, number), stddev=layer.deviation)
         weights[f"{layer.name}/kernel"] = tf.Variable(kernel, name=f"{layer.name}/kernel")
-        weights[f"{layer.name}/bias"] = tf.Variable(tf.zeros([layer.kernel[-1]]), name=f"{layer.name}/bias")
+        for name in layer.weights[1:]:
+            weights[name] = _vector(layer, name, 1.0 if name.endswith(GAMMA) else 0.0)
     return weights
+
+
+def initial_moments(layers: List[Layer]) -> Weights:
+    """Returns new variables `LAYER/moving_mean`, zeros, and `LAYER/moving_variance`, ones, of the layers with BatchNorm."""
+    parts = [(layer, f"{layer.name}/{part}") for layer in layers for part in _MOMENTS if layer.normalized]
+    return {name: _vector(layer, name, 1.0 if name.endswith(MOVING_VARIANCE) else 0.0) for layer, name in parts}
+
+
+def _vector(layer: Layer, name: str, value: float) -> Any:
+    return tf.Variable(tf.fill([layer.kernel[-1]], value), name=name)
 
 
 def normalized(images: Any, precision: str = "float32") -> Any:
@@ -46,19 +62,22 @@ def logits(
     dropout: float = 0.0,
     dense_layer: Optional[DenseFunction] = None,
     observe: Optional[Callable[[Any], None]] = None,
+    normalize: Optional[NormFunction] = None,
 ) -> Any:
-    """Returns the logits, float32 [n, num_classes], of uint8 images [n, height, width, 3], computed in `precision`.
+    """Returns the logits, float32 [n, num_classes], of images [n, height, width, 3], computed in `precision`.
 
-    Gradients with respect to the weights are float32 whatever the precision.
+    images: uint8, or normalized float32. Gradients with respect to the weights are float32 whatever the precision.
 
     data_format: NHWC or NCHW, the layout that the device computes in; weights and logits are the same for both.
     masks: of `dropout_mask`, for the outputs of the hidden dense layers; none for no dropout. dropout: their rate.
     dense_layer: computes the dense layers instead of `dense`, for a caller that needs their inputs.
-    observe: called with the outputs of each layer before its ReLU, in forward order.
+    observe: called with the outputs of each layer before its BatchNorm or ReLU, in forward order.
+    normalize: BatchNorm in training; without it the weights are those of `batch_norm.fold`.
     """
     if precision != "float32":
         weights = {name: tf.cast(value, precision) for name, value in weights.items()}
-    channels_first, x = data_format == "NCHW", normalized(images, precision)
+    channels_first = data_format == "NCHW"
+    x = normalized(images, precision) if images.dtype == tf.uint8 else tf.cast(images, precision)
     if channels_first:
         x = tf.transpose(x, [0, 3, 1, 2])
     window = [1, 1, 2, 2] if channels_first else [1, 2, 2, 1]
@@ -66,10 +85,11 @@ def logits(
         for conv in range(1, count + 1):
             name = f"block{block}_conv{conv}"
             x = tf.nn.conv2d(x, weights[f"{name}/kernel"], 1, "SAME", data_format=data_format)
-            x = tf.nn.bias_add(x, weights[f"{name}/bias"], data_format=data_format)
+            if not normalize:
+                x = tf.nn.bias_add(x, weights[f"{name}/bias"], data_format=data_format)
             if observe:
                 observe(x)
-            x = tf.nn.relu(x)
+            x = tf.nn.relu(normalize(x, name) if normalize else x)
         x = tf.nn.max_pool2d(x, window, window, "VALID", data_format=data_format)
     if channels_first:  # the rows of fc1's kernel are ordered height, width, channel
         x = tf.transpose(x, [0, 2, 3, 1])

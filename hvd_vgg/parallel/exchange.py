@@ -8,12 +8,13 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Sequence
 
 import tensorflow as tf
 
-from hvd_vgg.models.architecture import DENSE
+from hvd_vgg.models.architecture import DENSE, MOVING_MEAN, MOVING_VARIANCE
 from hvd_vgg.parallel import comm
 
 # A larger gradient of a dense layer is summed and sent in parts, here of 32 MB: messages are sent one at a time, and what is
 # ready behind fc1's 411 MB would wait for all of it.
 CHUNK_ELEMENTS = 8 * 2**20
+MOMENTS = "moments"  # the message of BatchNorm's, which float16 could not hold
 
 
 class Part(NamedTuple):
@@ -37,15 +38,18 @@ class Message(NamedTuple):
 
 
 def messages(shapes: Mapping[str, Any]) -> List[Message]:
-    """Returns the messages in which gradients of these static shapes, by name, are summed over ranks.
+    """Returns the messages in which gradients and moments of these static shapes, by name, are summed over ranks.
 
     Each block of convolutions is one, so that the last blocks' travel while the first ones' are being computed; dense biases
-    are one, and each dense kernel is as many as its size needs.
+    are one, and so are moments; each dense kernel is as many as its size needs.
     """
     found: Dict[str, List[Part]] = {}
     for name, shape in shapes.items():
         layer, kind = name.split("/")
         size = shape.num_elements()
+        if kind in (MOVING_MEAN, MOVING_VARIANCE):
+            found.setdefault(MOMENTS, []).append(Part(name, 0, size))
+            continue
         if layer not in DENSE or kind == "bias":
             found.setdefault(layer.split("_")[0] if layer not in DENSE else "dense_biases", []).append(Part(name, 0, size))
             continue

@@ -1,22 +1,29 @@
 """The forward and backward pass of one micro-batch."""
 
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Sequence
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
+import numpy as np
 import tensorflow as tf
 
-from hvd_vgg.config import StepConfig
+from hvd_vgg.config import BITS, StepConfig
 from hvd_vgg.models import vgg
-from hvd_vgg.models.architecture import DENSE
+from hvd_vgg.models.architecture import BETA, DENSE, GAMMA, MOVING_MEAN, MOVING_VARIANCE
+from hvd_vgg.models.batch_norm import normalize_groups
 from hvd_vgg.models.dropout import dropout_mask
-from hvd_vgg.training.loss import cross_entropy, top_k_correct
-from hvd_vgg.training.optimizer import LOSS_SCALE, Slots
+from hvd_vgg.models.vgg import NormFunction
+from hvd_vgg.seeds import dropout_keys, mixing_key
+from hvd_vgg.training.loss import top_k_correct
+from hvd_vgg.training.mixing import Mixing, draw_step_mixing, mix_batch
+from hvd_vgg.training.optimizer import LOSS_SCALE
+from hvd_vgg.training.state import State
 
 
 class Backward(NamedTuple):
     """Sums over one rank's images, in float32 where not said otherwise.
 
-    loss; top1, top5: int64; gradients: of the weights that are summed over ranks; inputs [n, K] and output_gradients
-    [n, N] of each factored layer, whose product is the gradient of its kernel [K, N].
+    loss; top1, top5: int64; gradients: of the weights that are summed over ranks, then the moments of BatchNorm, of which
+    the sum over the global batch is the mean over its groups; inputs [n, K] and output_gradients [n, N] of each factored
+    layer, whose product is the gradient of its kernel [K, N].
     """
 
     loss: Any
@@ -27,26 +34,39 @@ class Backward(NamedTuple):
     output_gradients: List[Any]
 
 
-def summed_weights(weights: Iterable[str], factored: Sequence[str]) -> List[str]:
-    """Returns the names of the weights whose gradients are summed over ranks: those of the layers not in `factored`."""
-    return [name for name in weights if name.split("/")[0] not in factored]
+def summed_names(names: Iterable[str], factored: Sequence[str]) -> List[str]:
+    """Returns those of the weights and moments `names` that are summed over ranks: of the layers not in `factored`."""
+    return [name for name in names if name.split("/")[0] not in factored]
 
 
-def make_backward(
-    weights: vgg.Weights,
-    slots: Slots,
-    config: StepConfig,
-    data_format: str,
-    factored: Sequence[str],
-) -> Callable[..., Backward]:
+def make_normalize(weights: vgg.Weights, config: StepConfig, data_format: str) -> Tuple[NormFunction, Dict[str, Any]]:
+    """Returns (BatchNorm in training, for `vgg.logits`; the moments that it finds, by name, as `Backward` has them)."""
+    moments: Dict[str, Any] = {}
+    one_group = config.reproducible == BITS and config.device_batch == config.norm_batch
+    share = config.norm_batch / config.global_batch
+
+    def normalize(x: Any, name: str) -> Any:
+        gamma, beta, bias = (weights[f"{name}/{part}"] for part in (GAMMA, BETA, "bias"))
+        normal, sums = normalize_groups(x, gamma, beta, config.norm_batch, one_group, data_format)
+        moments[f"{name}/{MOVING_MEAN}"] = share * (sums.means + tf.cast(sums.groups, tf.float32) * bias)
+        moments[f"{name}/{MOVING_VARIANCE}"] = share * sums.variances
+        return normal
+
+    return normalize, moments
+
+
+def make_backward(state: State, config: StepConfig, data_format: str, factored: Sequence[str]) -> Callable[..., Backward]:
     """Returns the forward and backward pass of one micro-batch: (images, labels, position, keys) -> Backward.
 
     Gradients are those of the sum of losses / --global_batch. Under --xla the pass is compiled by XLA.
     """
-    loss_scale, summed = slots.get(LOSS_SCALE), summed_weights(weights, factored)
+    weights, loss_scale = state.weights, state.slots.get(LOSS_SCALE)
+    summed = summed_names(weights, factored)
 
-    def backward(images: Any, labels: Any, masks: List[Any]) -> Backward:
+    def backward(images: Any, labels: Any, masks: List[Any], mixing: Optional[Mixing]) -> Backward:
+        images, targets = mix_batch(images, labels, mixing, config.mix_batch)
         inputs: Dict[str, Any] = {}
+        normalize, moments = make_normalize(weights, config, data_format) if state.moments else (None, {})
         # Zero probes: d(loss)/d(probe) equals d(loss)/d(output), which is what is gathered.
         widths = {name: weights[f"{name}/bias"].shape[0] for name in factored}
         probes = {name: tf.zeros([tf.shape(images)[0], width], config.precision) for name, width in widths.items()}
@@ -59,24 +79,43 @@ def make_backward(
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             sources = [weights[name] for name in summed] + list(probes.values())
             tape.watch(sources)
-            logits = vgg.logits(weights, config.model, images, data_format, config.precision, masks, config.dropout, dense)
-            loss = tf.reduce_sum(cross_entropy(logits, labels, config.label_smoothing))
+            logits = vgg.logits(
+                weights,
+                config.model,
+                images,
+                data_format,
+                config.precision,
+                masks,
+                config.dropout,
+                dense,
+                normalize=normalize,
+            )
+            loss = tf.reduce_sum(targets.cross_entropy(logits, config.label_smoothing))
             objective = loss / config.global_batch * (1.0 if loss_scale is None else loss_scale)
-        gradients = [tf.cast(gradient, tf.float32) for gradient in tape.gradient(objective, sources)]
+        found = tape.gradient(objective, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO)  # BatchNorm's biases
+        gradients = [tf.cast(gradient, tf.float32) for gradient in found]
         if loss_scale is not None:
             gradients = [gradient * (1 / loss_scale) for gradient in gradients]
-        correct = [top_k_correct(logits, labels, k) for k in (1, 5)]
+        correct = [top_k_correct(logits, targets.main_label(), k) for k in (1, 5)]
         factor_inputs = [tf.cast(inputs[name], tf.float32) for name in factored]
         sums, outputs = gradients[: len(summed)], gradients[len(summed) :]
+        sums += [moments[name] for name in state.moments]
         return Backward(loss, correct[0], correct[1], sums, factor_inputs, outputs)
 
     compiled = tf.function(backward, jit_compile=True, autograph=False) if config.xla else backward
 
     def draw_and_run(images: Any, labels: Any, position: Any, keys: Any) -> Backward:
-        # Masks are drawn outside of what XLA compiles: its generator yields the same numbers in another order.
-        return compiled(images, labels, draw_dropout_masks(weights, config, images, position, keys))
+        # Numbers are drawn outside of what XLA compiles: its generator yields the same ones in another order.
+        masks = draw_dropout_masks(weights, config, images, position, keys)
+        return compiled(images, labels, masks, draw_step_mixing(config, images, position, keys[-1]))
 
     return draw_and_run
+
+
+def step_keys(config: StepConfig, step: int) -> np.ndarray:
+    """Returns the keys of all that a step draws, uint64: of the masks of dropout, and of mixing where there is any."""
+    keys = dropout_keys(config.seed, step, len(DENSE) - 1)
+    return np.append(keys, mixing_key(config.seed, step)) if config.mixes else keys
 
 
 def draw_dropout_masks(weights: vgg.Weights, config: StepConfig, images: Any, position: Any, keys: Any) -> List[Any]:

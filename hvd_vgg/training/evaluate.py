@@ -13,6 +13,7 @@ from hvd_vgg.data.index import Index
 from hvd_vgg.data.loader import PADDING, BadRow, Batch, eval_batches
 from hvd_vgg.errors import BUG, Failure
 from hvd_vgg.models import vgg
+from hvd_vgg.models.batch_norm import fold
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.init import Device
 from hvd_vgg.text import plural
@@ -28,7 +29,8 @@ _POLL_BATCHES = 4  # how often the ranks ask each other whether one was asked to
 class Evaluation(NamedTuple):
     """Integer hits among `records` records, of which `bad` could not be read and are misses, and the sum of their losses.
 
-    state_sha256: of the run that was evaluated, on rank 0. reference: acc@1 that --reference_curve has there, if it does.
+    state_sha256: of the run that was evaluated, on rank 0; average: the evaluation of the average of its weights, if any;
+    reference: acc@1 that --reference_curve has there, if it does.
     """
 
     top1: int
@@ -37,6 +39,7 @@ class Evaluation(NamedTuple):
     loss_sum: float
     bad: int
     state_sha256: str = ""
+    average: Any = None
     reference: Optional[float] = None
 
     def reference_difference(self) -> Optional[float]:
@@ -48,31 +51,43 @@ class Evaluation(NamedTuple):
         text = f"acc@1 {self.top1 / self.records:.4f}  acc@5 {self.top5 / self.records:.4f}"
         return f"{text}  ({plural(self.bad, 'bad record')} counted as missed)" if self.bad else text
 
+    def counts(self) -> Dict[str, Any]:
+        """Returns loss, shares and hits of one network by name."""
+        return {
+            "loss": self.loss_sum / self.records,
+            "acc@1": self.top1 / self.records,
+            "acc@5": self.top5 / self.records,
+            "top1_hits": self.top1,
+            "top5_hits": self.top5,
+        }
+
+    def average_counts(self) -> Dict[str, Any]:
+        """Returns `counts` of the average, under names that say so; nothing without one."""
+        return {f"average_{name}": value for name, value in self.average.counts().items()} if self.average else {}
+
     def metrics(self) -> Dict[str, Any]:
         """Returns shares and counts under the names of the log."""
         difference = self.reference_difference()
         return {
-            "eval.loss": self.loss_sum / self.records,
-            "eval.acc@1": self.top1 / self.records,
-            "eval.acc@5": self.top5 / self.records,
-            "eval.top1_hits": self.top1,
-            "eval.top5_hits": self.top5,
+            **{f"eval.{name}": value for name, value in self.counts().items()},
             "eval.records": self.records,
             "eval.bad_records": self.bad,
             "eval.state_sha256": self.state_sha256,
+            **{f"eval.{name}": value for name, value in self.average_counts().items()},
             **({} if difference is None else {"eval.reference_difference": difference}),
         }
 
 
-def make_eval_step(weights: vgg.Weights, config: ComputeConfig, data_format: str) -> Callable[..., Any]:
+def make_eval_step(network: vgg.Weights, config: ComputeConfig, data_format: str) -> Callable[..., Any]:
     """Returns the function (images, labels) -> (loss float32, top1, top5, records int64), sums over one batch.
 
-    images: uint8 [n, h, w, 3]; labels: int32 [n], negative where the row is padding and counts for nothing.
+    network: weights and moments, by name; images: uint8 [n, h, w, 3]; labels: int32 [n], negative where the row is padding
+    and counts for nothing.
     """
 
     @tf.function(jit_compile=False, autograph=False)
     def eval_step(images: Any, labels: Any) -> Any:
-        logits = vgg.logits(weights, config.model, images, data_format, config.precision)
+        logits = vgg.logits(fold(network), config.model, images, data_format, config.precision)
         real = labels >= 0
         losses = cross_entropy(logits, tf.maximum(labels, 0))
         loss = tf.reduce_sum(tf.where(real, losses, 0.0))
@@ -142,3 +157,6 @@ def report_evaluation(result: Evaluation, step: int, epoch: float, reporter: Rep
         f"step {step}  epoch {epoch:.2f}  evaluation: {result.accuracy()}{reference}  loss {loss:.4f}  of "
         f"{result.records} records  state {result.state_sha256[:16]}"
     )
+    if result.average:
+        loss = result.average.loss_sum / result.records
+        reporter.say(f"  the average of the weights: {result.average.accuracy()}  loss {loss:.4f}")

@@ -11,10 +11,10 @@ from hvd_vgg.data.sampler import part_bounds
 from hvd_vgg.models import vgg
 from hvd_vgg.parallel import comm
 from hvd_vgg.text import plural
-from hvd_vgg.training.backward import draw_dropout_masks
-from hvd_vgg.training.loss import cross_entropy
+from hvd_vgg.training.backward import draw_dropout_masks, make_normalize
 from hvd_vgg.training.metrics import NonFiniteStep, global_losses
-from hvd_vgg.training.optimizer import LOSS_SCALE, Slots
+from hvd_vgg.training.mixing import draw_step_mixing, mix_batch
+from hvd_vgg.training.optimizer import LOSS_SCALE
 from hvd_vgg.training.state import State
 from hvd_vgg.training.train_step import StepMetrics, step_inputs
 
@@ -68,28 +68,40 @@ class Diagnosis(NamedTuple):
         return f"First {found['first']} on {where}, in {len(found['at_fault'])} of its {records}{spread}"
 
 
-def make_finite_check(
-    weights: vgg.Weights, slots: Slots, config: StepConfig, data_format: str
-) -> Callable[..., FiniteReport]:
+def make_finite_check(state: State, config: StepConfig, data_format: str) -> Callable[..., FiniteReport]:
     """Returns the function (images, labels, position, keys) -> FiniteReport: a pass as in training, which changes nothing.
 
     Its arguments are those of a train step, of at most --device_batch images.
     """
+    weights, normalized = state.weights, len(state.moments) // 2
 
     @tf.function(jit_compile=False, autograph=False)
     def finite_check(images: Any, labels: Any, position: Any, keys: Any) -> FiniteReport:
         masks = draw_dropout_masks(weights, config, images, position, keys)
+        images, targets = mix_batch(images, labels, draw_step_mixing(config, images, position, keys[-1]), config.mix_batch)
         outputs: List[Any] = []
+        normalize = make_normalize(weights, config, data_format)[0] if normalized else None
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(list(weights.values()))
             logits = vgg.logits(
-                weights, config.model, images, data_format, config.precision, masks, config.dropout, observe=outputs.append
+                weights,
+                config.model,
+                images,
+                data_format,
+                config.precision,
+                masks,
+                config.dropout,
+                observe=outputs.append,
+                normalize=normalize,
             )
-            losses = cross_entropy(logits, labels, config.label_smoothing)
-            objective = tf.reduce_sum(losses) / config.global_batch * slots.get(LOSS_SCALE, 1.0)
-        gradients = tape.gradient(objective, list(weights.values()))
+            losses = targets.cross_entropy(logits, config.label_smoothing)
+            objective = tf.reduce_sum(losses) / config.global_batch * state.slots.get(LOSS_SCALE, 1.0)
+        zero = tf.UnconnectedGradients.ZERO
+        gradients = tape.gradient(objective, list(weights.values()), unconnected_gradients=zero)
         # Check pre-activations: fused kernels of a layer and its ReLU turn NaN into 0. -Inf is fine: ReLU maps it to 0.
-        outputs = [tf.where(tf.math.is_inf(x) & (x < 0), tf.zeros_like(x), x) for x in outputs[:-1]] + outputs[-1:]
+        for layer in range(normalized, len(outputs) - 1):
+            x = outputs[layer]
+            outputs[layer] = tf.where(tf.math.is_inf(x) & (x < 0), tf.zeros_like(x), x)
         return FiniteReport(
             tf.stack([tf.reduce_all(tf.math.is_finite(weight)) for weight in weights.values()]),
             tf.stack([tf.reduce_all(tf.math.is_finite(x), list(range(1, x.shape.rank))) for x in outputs]),
@@ -116,8 +128,10 @@ def diagnose(
     """
     low, high = part_bounds(config, comm.rank(), comm.size())
     inputs = step_inputs(config, step, low, lr)
-    check = make_finite_check(state.weights, state.slots, config, data_format)
-    first, rows = _first_nonfinite(check, list(state.weights), images, labels, low, inputs[1], config.device_batch)
+    check = make_finite_check(state, config, data_format)
+    first, rows = _first_nonfinite(
+        check, list(state.weights), images, labels, low, inputs[1], config.device_batch, config.group_batch
+    )
     mine = {"host": socket.gethostname(), "slice": [low, high], "first": first and first[1], "order": first and first[0]}
     mine["at_fault"] = [low + row for row in rows]
     metrics = train_step(images, labels, *inputs)
@@ -135,8 +149,12 @@ def _first_nonfinite(
     position: int,
     keys: Any,
     device_batch: int,
+    group: int,
 ) -> Tuple[Optional[Tuple[int, str]], List[int]]:
-    """Returns (order and name of what is not finite first in this rank's part, or None; the rows that are so alone)."""
+    """Returns (order and name of what is not finite first in this rank's part, or None; the rows that are so alone).
+
+    group: how many rows are computed together at least.
+    """
 
     def part(low: int, high: int) -> FiniteReport:
         found = check(images[low:high], labels[low:high], tf.constant(position + low, tf.int64), keys)
@@ -153,8 +171,10 @@ def _first_nonfinite(
     finite = np.concatenate([parts[0].weights, outputs.all(axis=1), [losses.all()], gradients[::-1]])
     if finite.all():
         return None, []
-    alone = outputs.all(axis=0) & losses
-    if alone.all():  # gradients are sums over a batch: each row's own is needed
-        alone = np.array([part(row, row + 1).gradients.all() for row in range(rows)])
+    each_row = np.concatenate([outputs, [losses]])
+    # BatchNorm spreads what one row has over its group: only the first layer that is not finite tells rows apart.
+    alone = each_row.all(axis=0) if group == 1 else each_row[np.argmin(each_row.all(axis=1))]
+    if alone.all():  # gradients are sums over a batch: each row's own is needed, or that of its group
+        alone = np.repeat([part(row, row + group).gradients.all() for row in range(0, rows, group)], group)
     first = int(np.argmin(finite))
     return (first, places[first]), np.flatnonzero(~alone).tolist()

@@ -22,9 +22,9 @@ _FIRST_SCALE, _GROWTH_STEPS = 65536.0, 2000
 _GROUP_OF = {"bias": "bias", "gamma": "norm", "beta": "norm"}  # of weights, in the words of config.WEIGHT_GROUPS
 
 
-def make_slots(weights: Dict[str, Any], config: ComputeConfig) -> Slots:
+def make_slots(weights: Dict[str, Any], moments: Dict[str, Any], config: ComputeConfig) -> Slots:
     """Returns the momentum of each weight, `NAME/momentum`, zero variables of its shape; for float16 the loss scale too; for
-    --reproducible=bits the limits of gradients, int32 [weights].
+    --reproducible=bits the limits of what is summed over ranks, int32 [weights + moments].
     """
     slots = {f"{name}/momentum": tf.Variable(tf.zeros_like(value)) for name, value in weights.items()}
     if config.precision == "float16":
@@ -32,7 +32,7 @@ def make_slots(weights: Dict[str, Any], config: ComputeConfig) -> Slots:
         slots[_GOOD_STEPS] = tf.Variable(0)
     if config.reproducible == BITS:
         with tf.device("/CPU:0"):
-            slots[GRADIENT_LIMITS] = tf.Variable(fixed_point.first_limits(len(weights)))
+            slots[GRADIENT_LIMITS] = tf.Variable(fixed_point.first_limits(len(weights) + len(moments)))
     return slots
 
 

@@ -12,15 +12,15 @@ import tensorflow as tf
 from hvd_vgg.config import BITS, ROUNDING, StepConfig
 from hvd_vgg.data.transforms import IMAGE_LIBRARY, augmentation_params, train_image
 from hvd_vgg.errors import CONFIGURATION, Failure
-from hvd_vgg.models.architecture import DENSE
 from hvd_vgg.parallel import comm, fixed_point
 from hvd_vgg.parallel.init import Device
 from hvd_vgg.provenance import instruction_sets, processor_name
-from hvd_vgg.seeds import dropout_keys
+from hvd_vgg.training.backward import step_keys
+from hvd_vgg.training.state import State
 from hvd_vgg.training.sums import Sums
 
-# Gradients of a mean loss are far below 2^0, and most of them far above a unit of this limit.
-_EXPONENT = 0
+# Gradients of a mean loss are far below 2^0, and most of them far above a unit of this limit. So are moments and 2^10.
+_EXPONENT, _EXPONENT_OF_MOMENTS = 0, 10
 # What else makes the same device compute otherwise.
 _VARIABLES = ("TF_ENABLE_ONEDNN_OPTS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "NVIDIA_TF32_OVERRIDE", "XLA_FLAGS")
 
@@ -44,20 +44,22 @@ def describe_arithmetic(device: Device) -> Dict[str, str]:
 
 
 def check_bits(
-    local_sums: Callable[..., Sums], eval_step: Callable[..., Any], weights: int, config: StepConfig, device: Device
+    local_sums: Callable[..., Sums], eval_step: Callable[..., Any], state: State, config: StepConfig, device: Device
 ) -> None:
     """Decodes an image and computes micro-batches of random ones on every rank, alone, together and again. Collective.
 
-    local_sums: of `make_local_sums`; weights: their number. Raises a collective Failure(CONFIGURATION) unless every bit is
-    the same in each way and on all ranks.
+    local_sums: of `make_local_sums` for `state`. Raises a collective Failure(CONFIGURATION) unless every bit is the same in
+    each way and on all ranks.
     """
     count, random = min(config.device_batch, config.global_batch), np.random.default_rng(config.seed)
     images = random.integers(0, 256, (2 * count, config.image_size, config.image_size, 3), np.uint8)
     labels = random.integers(0, config.num_classes, 2 * count).astype(np.int32)
     (params,) = augmentation_params(np.ones((1, 2), np.int64))
     train_image(tf.io.encode_jpeg(images[0]).numpy(), params, config.augment, images[0])
-    keys = tf.constant(dropout_keys(config.seed, 0, len(DENSE) - 1))
-    limits, send = tf.constant(fixed_point.limits_of(_EXPONENT, weights)), tf.constant(False)
+    keys = tf.constant(step_keys(config, 0))
+    weights, moments = fixed_point.limits_of(_EXPONENT, len(state.weights)), len(state.moments)
+    limits = tf.concat([weights, fixed_point.limits_of(_EXPONENT_OF_MOMENTS, moments)], 0)
+    send = tf.constant(False)
 
     def compute(low: int, high: int) -> List[np.ndarray]:
         part = tf.constant(images[low:high]), tf.constant(labels[low:high])

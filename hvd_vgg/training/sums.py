@@ -6,18 +6,19 @@ import tensorflow as tf
 
 from hvd_vgg.config import BITS, StepConfig
 from hvd_vgg.parallel import comm, exchange, fixed_point
-from hvd_vgg.training.backward import Backward, summed_weights
+from hvd_vgg.training.backward import Backward, summed_names
 from hvd_vgg.training.clock import time_after
+from hvd_vgg.training.state import State
 
 
 class Sums(NamedTuple):
     """Some micro-batches of one rank, in order; once they have been exchanged, the last four are those of all ranks.
 
     losses: float32 [micro-batches], each summed over its images; top1, top5: int64, hits; magnitudes: float32
-    [micro-batches, weights + 1], the largest of the gradient of each weight and of the loss (of the loss alone where sums
-    are in floats); ready: when all were computed, in seconds, float64. tally: `fixed_point.tally` of the magnitudes, zeros
-    before the exchange; totals: the sum of each message, [elements]; inputs [rows, K], output_gradients [rows, N]: of each
-    factored layer.
+    [micro-batches, weights + moments + 1], the largest of the gradient of each weight, of each moment and of the loss (of
+    the loss alone where sums are in floats); ready: when all were computed, in seconds, float64. tally: `fixed_point.tally`
+    of the magnitudes, zeros before the exchange; totals: the sum of each message, [elements]; inputs [rows, K],
+    output_gradients [rows, N]: of each factored layer.
     """
 
     losses: Any
@@ -32,7 +33,9 @@ class Sums(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How gradients are summed. shapes: of the weights, by name; integers: type of sums in fixed point, None for floats."""
+    """How gradients and moments are summed. shapes: of the weights and moments, by name; integers: type of sums in fixed
+    point, None for floats.
+    """
 
     shapes: Dict[str, Any]
     factored: Sequence[str]
@@ -42,14 +45,12 @@ class Layout(NamedTuple):
     group: comm.Group
 
 
-def make_layout(
-    weights: Dict[str, Any], factored: Sequence[str], config: StepConfig, device: str, group: comm.Group
-) -> Layout:
-    """Returns the layout for the gradients of `weights`, on a device of kind `device`, CPU or GPU."""
-    shapes = {name: weight.shape for name, weight in weights.items()}
+def make_layout(state: State, factored: Sequence[str], config: StepConfig, device: str, group: comm.Group) -> Layout:
+    """Returns the layout for what is summed of `state`, on a device of kind `device`, CPU or GPU."""
+    shapes = {name: variable.shape for name, variable in state.network().items()}
     # TensorFlow adds 32-bit integers on the host, even those of a GPU.
     integers = None if config.reproducible != BITS else tf.int64 if device == "GPU" else tf.int32
-    messages = exchange.messages({name: shapes[name] for name in summed_weights(shapes, factored)})
+    messages = exchange.messages({name: shapes[name] for name in summed_names(shapes, factored)})
     return Layout(shapes, factored, messages, integers, config, group)
 
 
@@ -64,7 +65,10 @@ def nothing(layout: Layout) -> Sums:
 
 
 def make_add(layout: Layout, limits: Any) -> Callable[[Sums, Backward], Sums]:
-    """Returns the function that adds a micro-batch to sums; limits: of `fixed_point`, int32 [weights], [0] for floats."""
+    """Returns the function that adds a micro-batch to sums.
+
+    limits: of `fixed_point`, int32 [weights + moments], [0] for floats.
+    """
     scales = []
     if layout.integers:
         of = dict(zip(layout.shapes, tf.unstack(fixed_point.scales(limits))))
@@ -73,7 +77,7 @@ def make_add(layout: Layout, limits: Any) -> Callable[[Sums, Backward], Sums]:
         ]
 
     def add(sums: Sums, part: Backward) -> Sums:
-        gradients = dict(zip(summed_weights(layout.shapes, layout.factored), part.gradients))
+        gradients = dict(zip(summed_names(layout.shapes, layout.factored), part.gradients))
         packed = [exchange.pack(message, gradients) for message in layout.messages]
         measured = [part.loss]
         if layout.integers:
@@ -102,7 +106,8 @@ def exchange_when(leaves: Any, sums: Sums, limits: Any, layout: Layout) -> Sums:
         return tf.cond(leaves, lambda: exchanged(tensor), lambda: tensor)
 
     def total(message: exchange.Message) -> Callable[[Any], Any]:
-        return lambda packed: exchange.sum_message(packed, message.name, wire, scale, group)
+        dtype = "float32" if message.name == exchange.MOMENTS else wire
+        return lambda packed: exchange.sum_message(packed, message.name, dtype, scale, group)
 
     def factor(name: str, scale: float) -> Callable[[Any], Any]:
         return lambda mine: exchange.gather_rows(mine, name, rows, wire, scale, group)
@@ -133,8 +138,11 @@ def exchanged_parts(sums: Sums) -> List[Any]:
 
 
 def gradients_of(sums: Sums, limits: Any, layout: Layout) -> Dict[str, Any]:
-    """Returns the gradient of each weight over the global batch, by name, from the exchanged sums; limits: as they had."""
-    summed = {name: layout.shapes[name] for name in summed_weights(layout.shapes, layout.factored)}
+    """Returns the gradient of each weight and each moment over the global batch, by name, from the exchanged sums.
+
+    limits: as they had.
+    """
+    summed = {name: layout.shapes[name] for name in summed_names(layout.shapes, layout.factored)}
     gradients = exchange.unpack(layout.messages, sums.totals, summed)
     if layout.integers:
         inverses = dict(zip(layout.shapes, tf.unstack(fixed_point.inverse_scales(limits, sums.tally[:, :-1]))))

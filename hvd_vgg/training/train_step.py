@@ -5,6 +5,7 @@ With G the global batch and P ranks, rank r computes on its n of the G images, i
     loss = sum over its images of the cross-entropy, and d(loss / G) / dw             `make_backward`
     sums over its micro-batches, which leave for the other ranks with the last one    `accumulate`
     gradient of each weight = sum over ranks: exactly that of the mean loss over G    `gradients_of`
+    (and the moments of BatchNorm: the mean over its groups of images)
     update, unless the loss of any rank or the gradient is not finite                 `apply_gradients`
 
 So no average of averages occurs, and ranks may hold different numbers of images. Under --reproducible=bits the global batch
@@ -17,23 +18,22 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 import tensorflow as tf
 
 from hvd_vgg.config import StepConfig
-from hvd_vgg.models import vgg
-from hvd_vgg.models.architecture import DENSE
+from hvd_vgg.models.batch_norm import updated_moment
 from hvd_vgg.parallel import comm, fixed_point
 from hvd_vgg.parallel.init import Device
-from hvd_vgg.seeds import dropout_keys
-from hvd_vgg.training.backward import Backward, make_backward
+from hvd_vgg.training.average import update_averages
+from hvd_vgg.training.backward import Backward, make_backward, step_keys
 from hvd_vgg.training.clock import time_after
 from hvd_vgg.training.optimizer import (
     GRADIENT_LIMITS,
     LOSS_SCALE,
-    Slots,
     apply_update,
     clip_gradients,
     global_norm,
     next_loss_scale,
     set_loss_scale,
 )
+from hvd_vgg.training.state import State
 from hvd_vgg.training.sums import Layout, Sums, exchange_when, exchanged_parts, gradients_of, make_add, make_layout, nothing
 
 
@@ -59,8 +59,7 @@ class StepMetrics(NamedTuple):
 
 
 def make_train_step(
-    weights: vgg.Weights,
-    slots: Slots,
+    state: State,
     config: StepConfig,
     device: Device,
     factored: Sequence[str],
@@ -70,48 +69,43 @@ def make_train_step(
     """Returns the function of one update: (images, labels, position, keys, lr) -> StepMetrics. Collective over the group.
 
     images: uint8 [n, h, w, 3] and labels: int32 [n], this rank's part of the global batch, which begins at `position` of it
-    (int64 scalar); keys: `seeds.dropout_keys`, uint64 [2]; lr: float32 scalar. factored: the dense layers whose gradient is
+    (int64 scalar); keys: of `step_keys`; lr: float32 scalar. factored: the dense layers whose gradient is
     formed from gathered factors; local_sums: of `make_local_sums`, if that was called before. Only the network is computed
     in --precision: weights, loss, sums and update are float32.
 
-    An update that is not `finite` is not applied, and none is applied after it: whenever that is noticed, the weights and
-    slots are those before it, on all ranks.
+    An update that is not `finite` is not applied, and none is applied after it: whenever that is noticed, the state is that
+    before it, on all ranks.
     """
-    layout = make_layout(weights, factored, config, device.kind, group)
-    accumulated = local_sums or make_local_sums(weights, slots, config, device, factored, group)
+    layout = make_layout(state, factored, config, device.kind, group)
+    accumulated = local_sums or make_local_sums(state, config, device, factored, group)
     with tf.device("/CPU:0"):  # control flow is decided on the host
         stopped = tf.Variable(False)
 
     @tf.function(jit_compile=False, autograph=False)
     def train_step(images: Any, labels: Any, position: Any, keys: Any, lr: Any) -> StepMetrics:
         inputs = images, labels, position, keys
-        sums, limits, passes = _within_limits(accumulated, inputs, slots.get(GRADIENT_LIMITS))
+        sums, limits, passes = _within_limits(accumulated, inputs, state.slots.get(GRADIENT_LIMITS))
         seconds = time_after(exchanged_parts(sums)) - sums.ready if comm.size(group) > 1 else sums.ready
         gradients = gradients_of(sums, limits, layout)
-        norm, scale, finite = apply_gradients(weights, slots, gradients, sums.tally, stopped, lr, config, limits)
+        norm, scale, finite = apply_gradients(state, gradients, sums.tally, stopped, lr, config, limits)
         return StepMetrics(sums.losses, sums.top1, sums.top5, norm, scale, passes, seconds, finite)
 
     return _without_dispatch(train_step)
 
 
 def make_local_sums(
-    weights: vgg.Weights,
-    slots: Slots,
-    config: StepConfig,
-    device: Device,
-    factored: Sequence[str],
-    group: comm.Group = comm.WORLD,
+    state: State, config: StepConfig, device: Device, factored: Sequence[str], group: comm.Group = comm.WORLD
 ) -> Callable[..., Sums]:
-    """Returns the part of `make_train_step` that does not change the weights, with the arguments of `accumulate`."""
-    layout = make_layout(weights, factored, config, device.kind, group)
-    return accumulate(make_backward(weights, slots, config, device.data_format, factored), layout, device.micro_batches)
+    """Returns the part of `make_train_step` that does not change the state, with the arguments of `accumulate`."""
+    layout = make_layout(state, factored, config, device.kind, group)
+    return accumulate(make_backward(state, config, device.data_format, factored), layout, device.micro_batches)
 
 
 def accumulate(backward: Callable[..., Backward], layout: Layout, at_a_time: int) -> Callable[..., Sums]:
     """Returns the function (images, labels, position, keys, limits, send) -> Sums: `backward` over any number of images.
 
     It goes through micro-batches of at most --device_batch, `at_a_time` of them side by side, all in the same compiled loop.
-    limits: of `fixed_point`, int32 [weights], [0] for floats; send: bool scalar, whether what is to be exchanged is sent
+    limits: of `fixed_point`, int32 [weights + moments], [0] for floats; send: bool scalar, whether what is exchanged is sent
     with the last micro-batch, message by message while that is still being computed. Collective over the group if so.
     """
     device_batch, size = layout.config.device_batch, layout.config.image_size
@@ -148,7 +142,7 @@ def accumulate(backward: Callable[..., Backward], layout: Layout, at_a_time: int
 def _within_limits(local_sums: Any, inputs: Sequence[Any], limits: Any) -> Tuple[Sums, Any, Any]:
     """Returns the sums of all ranks in which no gradient exceeds its limit, these limits, and the passes it took, mostly 1.
 
-    inputs: the first of `accumulate`'s; limits: int32 [weights], None where sums are in floats, which have none.
+    inputs: the first of `accumulate`'s; limits: int32 [weights + moments], None where sums are in floats, which have none.
     """
     if limits is None:
         return local_sums(*inputs, tf.zeros([0], tf.int32), tf.constant(True)), None, tf.constant(1)
@@ -187,8 +181,7 @@ def _without_dispatch(function: Any) -> Callable[..., Any]:
 
 
 def apply_gradients(
-    weights: vgg.Weights,
-    slots: Slots,
+    state: State,
     gradients: Dict[str, Any],
     tally: Any,
     stopped: Any,
@@ -196,12 +189,13 @@ def apply_gradients(
     config: StepConfig,
     limits: Any = None,
 ) -> Tuple[Any, Any, Any]:
-    """Updates weights and slots, in a tf.function; returns (gradient norm, loss scale, finite) as in StepMetrics.
+    """Updates the state, in a tf.function; returns (gradient norm, loss scale, finite) as in StepMetrics.
 
-    tally: as in Sums, of all ranks; stopped: a bool variable, set by the first update that is not finite, after
-    which none is applied; limits: those that the gradients were summed in, if any.
+    gradients: of `gradients_of`; tally: as in Sums, of all ranks; stopped: a bool variable, set by the first update that is
+    not finite, after which none is applied; limits: those that the gradients were summed in, if any.
     """
-    norm = global_norm(gradients[name] for name in weights)
+    weights, moments, slots, averages = state
+    norm = global_norm([gradients[name] for name in weights])
     with tf.device("/CPU:0"):
         finite, gradient_finite = fixed_point.is_finite(tally)[-1], tf.math.is_finite(norm)
         scale = tf.constant(1.0)
@@ -216,6 +210,10 @@ def apply_gradients(
 
     def update() -> None:
         apply_update(weights, slots, clip_gradients(gradients, norm, config.clip_norm), lr, config)
+        for name, moment in moments.items():
+            moment.assign(updated_moment(moment, gradients[name]))
+        if averages:
+            update_averages(averages, state.network(), config.ema_decay)
         if limits is not None:
             slots[GRADIENT_LIMITS].assign(fixed_point.next_limits(limits, tally[:, :-1]))
 
@@ -227,8 +225,7 @@ def apply_gradients(
 
 def step_inputs(config: StepConfig, step: int, low: int, lr: float) -> Tuple[Any, Any, Any]:
     """Returns (position, keys, lr): what a train step takes beside images and labels, for a part that begins at `low`."""
-    keys = dropout_keys(config.seed, step, len(DENSE) - 1)
-    return _constant(low, tf.int64), tf.constant(keys), _constant(lr, tf.float32)
+    return _constant(low, tf.int64), tf.constant(step_keys(config, step)), _constant(lr, tf.float32)
 
 
 # Making a tensor takes longer than finding it: the position is the same in every update, the rate in most.

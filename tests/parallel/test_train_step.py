@@ -17,7 +17,7 @@ from hvd_vgg.seeds import dropout_keys
 from hvd_vgg.training.backward import Backward
 from hvd_vgg.training.nonfinite import diagnose
 from hvd_vgg.training.optimizer import GRADIENT_LIMITS, LOSS_SCALE, make_slots
-from hvd_vgg.training.state import initial_state
+from hvd_vgg.training.state import State, initial_state
 from hvd_vgg.training.sums import exchange_when, gradients_of, make_add, make_layout, nothing
 from hvd_vgg.training.train_step import make_train_step
 
@@ -50,7 +50,7 @@ def test_train_step_is_that_of_the_mean_loss(factored, reproducible):
     top1 = int((logits.numpy().argmax(axis=1) == labels).sum())
 
     low, high = part_bounds(config, comm.rank(), comm.size())
-    train_step = make_train_step(weights, make_slots(weights, config), config, DEVICE, factored)
+    train_step = make_train_step(State(weights, {}, make_slots(weights, {}, config), {}), config, DEVICE, factored)
     keys = tf.constant(dropout_keys(1, 0, 2))
     sums = train_step(
         tf.constant(images[low:high]), tf.constant(labels[low:high]), tf.constant(low, tf.int64), keys, tf.constant(0.1)
@@ -72,8 +72,8 @@ def test_train_step_skips_a_float16_overflow(factored):
     config = TrainConfig(model="vgg11", width=0.125, image_size=32, num_classes=10, global_batch=8, device_batch=2)
     config = dataclasses.replace(config, precision="float16")
     weights = vgg.initial_weights(vgg_layers("vgg11", 0.125, 32, 10), 1)
-    slots = make_slots(weights, config)
-    train_step = make_train_step(weights, slots, config, DEVICE, factored)
+    slots = make_slots(weights, {}, config)
+    train_step = make_train_step(State(weights, {}, slots, {}), config, DEVICE, factored)
     keys, random = tf.constant(dropout_keys(1, 0, 2)), np.random.default_rng(3)
     images = random.integers(0, 256, (8, 32, 32, 3), np.uint8)
     low, high = part_bounds(config, comm.rank(), comm.size())
@@ -107,7 +107,7 @@ def test_train_step_in_xla_and_low_precision(kind, within):
     for chosen in (config, dataclasses.replace(config, **kind)):
         weights = vgg.initial_weights(vgg_layers("vgg11", 0.0625, 32, 10), 1)
         before = {name: value.numpy() for name, value in weights.items()}
-        train_step = make_train_step(weights, make_slots(weights, chosen), chosen, DEVICE, ["fc1"])
+        train_step = make_train_step(State(weights, {}, make_slots(weights, {}, chosen), {}), chosen, DEVICE, ["fc1"])
         keys, mine = tf.constant(dropout_keys(1, 0, 2)), (tf.constant(images[low:high]), tf.constant(labels[low:high]))
         train_step(*mine, tf.constant(low, tf.int64), keys, tf.constant(config.lr))
         assert {value.dtype for value in weights.values()} == {tf.float32}
@@ -121,8 +121,8 @@ def test_train_step_infinite_loss_of_one_rank_stops_all():
     shape = dict(model="vgg11", width=0.0625, image_size=32, num_classes=10, global_batch=8, device_batch=2)
     config = TrainConfig(**shape, dropout=0.0)
     weights = vgg.initial_weights(vgg_layers("vgg11", 0.0625, 32, 10), 1)
-    slots = make_slots(weights, config)
-    train_step = make_train_step(weights, slots, config, DEVICE, ["fc1"])
+    slots = make_slots(weights, {}, config)
+    train_step = make_train_step(State(weights, {}, slots, {}), config, DEVICE, ["fc1"])
     low, high = part_bounds(config, comm.rank(), comm.size())
     images = np.random.default_rng(3).integers(0, 256, (8, 32, 32, 3), np.uint8)[low:high]
     labels = np.full(high - low, 0 if comm.rank() == 1 else 1, np.int32)
@@ -157,7 +157,7 @@ def test_diagnose_finds_rank_layer_and_records(precision):
     images = np.zeros((9, 32, 32, 3), np.uint8)
     images[[4, 7]] = 255
     mine = tf.constant(images[low:high]), tf.zeros([high - low], tf.int32)
-    train_step = make_train_step(run.weights, run.slots, config, DEVICE, [])
+    train_step = make_train_step(run, config, DEVICE, [])
     found = diagnose(0, run, train_step, *mine, 0.01, config, "NHWC")
     assert found.repeated and "First the outputs of block1_conv1 on rank " in str(found)
     assert sorted(row for rank in found.ranks for row in rank["at_fault"]) == [4, 7]
@@ -172,7 +172,7 @@ def test_train_step_beyond_its_limits_is_computed_again():
     """The first one, and any whose gradients are larger than those before: in the same bits as within larger limits."""
     config = TrainConfig(model="vgg11", width=0.0625, image_size=32, num_classes=10, global_batch=11, device_batch=3)
     run, random = initial_state(config), np.random.default_rng(3)
-    train_step = make_train_step(*run, config, DEVICE, ["fc1"])
+    train_step = make_train_step(run, config, DEVICE, ["fc1"])
     low, high = part_bounds(config, comm.rank(), comm.size())
     images = random.integers(0, 256, (11, 32, 32, 3), np.uint8)[low:high]
     labels = random.integers(0, 10, 11).astype(np.int32)[low:high]
@@ -203,7 +203,7 @@ def test_exchange_sums_over_ranks(factored, reproducible):
     shape = dict(model="vgg11", width=0.0625, image_size=32, num_classes=10, global_batch=2 * comm.size(), device_batch=2)
     config, names = TrainConfig(**shape, reproducible=reproducible), ["block1_conv1", "fc1", "fc2"]
     weights = {f"{name}/{kind}": tf.zeros(size) for name in names for kind, size in (("kernel", [3, 4]), ("bias", [4]))}
-    layout = make_layout(weights, factored, config, "CPU", comm.WORLD)
+    layout = make_layout(State(weights, {}, {}, {}), factored, config, "CPU", comm.WORLD)
     one, last = float(comm.rank() + 1), comm.rank() == comm.size() - 1
     total = comm.size() * (comm.size() + 1) / 2
     rows = [tf.fill([2, 3], one) for _ in factored]

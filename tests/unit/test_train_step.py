@@ -11,7 +11,7 @@ from hvd_vgg.models import vgg
 from hvd_vgg.models.dropout import apply_dropout, dropout_mask
 from hvd_vgg.parallel import comm, fixed_point
 from hvd_vgg.seeds import dropout_keys
-from hvd_vgg.training.backward import make_backward, summed_weights
+from hvd_vgg.training.backward import make_backward, summed_names
 from hvd_vgg.training.loss import top_k_correct
 from hvd_vgg.training.optimizer import (
     GRADIENT_LIMITS,
@@ -21,7 +21,7 @@ from hvd_vgg.training.optimizer import (
     next_loss_scale,
     set_loss_scale,
 )
-from hvd_vgg.training.state import initial_weights
+from hvd_vgg.training.state import State, initial_network
 from hvd_vgg.training.sums import gradients_of, make_layout
 from hvd_vgg.training.train_step import accumulate, apply_gradients
 
@@ -71,7 +71,7 @@ def test_apply_update_is_the_formula(kind):
     random = np.random.default_rng(1)
     w, v = random.normal(size=(4, 3)), np.zeros((4, 3))
     weights = {"a/kernel": tf.Variable(tf.constant(w, tf.float32))}
-    slots = make_slots(weights, TrainConfig())
+    slots = make_slots(weights, {}, TrainConfig())
     for _ in range(5):
         g = random.normal(size=(4, 3))
         config = TrainConfig(optimizer=kind, momentum=0.9, weight_decay=0.01)
@@ -86,9 +86,9 @@ def test_apply_update_is_the_formula(kind):
 def test_loss_scale_halves_on_overflow_and_doubles_later():
     """After 2000 updates without an overflow."""
     weights = {"a/kernel": tf.Variable([1.0])}
-    slots = make_slots(weights, TrainConfig(precision="float16"))
-    assert make_slots(weights, TrainConfig(reproducible=ROUNDING)).keys() == {"a/kernel/momentum"}
-    assert make_slots(weights, TrainConfig(reproducible=BITS)).keys() == {"a/kernel/momentum", GRADIENT_LIMITS}
+    slots = make_slots(weights, {}, TrainConfig(precision="float16"))
+    assert make_slots(weights, {}, TrainConfig(reproducible=ROUNDING)).keys() == {"a/kernel/momentum"}
+    assert make_slots(weights, {}, TrainConfig(reproducible=BITS)).keys() == {"a/kernel/momentum", GRADIENT_LIMITS}
 
     def adapt(finite):
         set_loss_scale(slots, *next_loss_scale(slots, tf.constant(finite)))
@@ -114,8 +114,8 @@ class OneRank:
 def make_parts(factored, **more):
     """Returns (config, weights, backward, images, labels, position, keys)."""
     config = TrainConfig(**{**TINY, **more})
-    weights = initial_weights(config, 1)
-    backward = make_backward(weights, make_slots(weights, config), config, "NHWC", factored)
+    weights, _ = initial_network(config, 1)
+    backward = make_backward(State(weights, {}, make_slots(weights, {}, config), {}), config, "NHWC", factored)
     random = np.random.default_rng(3)
     images = tf.constant(random.integers(0, 256, (11, 32, 32, 3), np.uint8))
     labels = tf.constant(random.integers(0, 10, 11).astype(np.int32))
@@ -135,7 +135,7 @@ def test_backward_is_the_gradient_of_the_summed_loss(factored, smoothing):
     found = tf.function(backward)(images, labels, position, keys)
     assert float(found.loss) == pytest.approx(float(loss), rel=1e-6)
     assert int(found.top1) == int((logits.numpy().argmax(axis=1) == labels.numpy()).sum())
-    gradients = dict(zip(summed_weights(weights, factored), found.gradients))
+    gradients = dict(zip(summed_names(weights, factored), found.gradients))
     for name, inputs, outputs in zip(factored, found.inputs, found.output_gradients):
         gradients[f"{name}/kernel"] = tf.matmul(inputs, outputs, transpose_a=True)
         gradients[f"{name}/bias"] = tf.reduce_sum(outputs, 0)
@@ -146,7 +146,7 @@ def test_backward_is_the_gradient_of_the_summed_loss(factored, smoothing):
 def make_sums(factored, reproducible, at_a_time=1, **more):
     """Returns (layout, function (low, high) -> Sums of these of 11 images, limits that they do not exceed)."""
     config, weights, backward, images, labels, _, keys = make_parts(factored, reproducible=reproducible, **more)
-    layout = make_layout(weights, factored, config, "CPU", comm.Group(OneRank))
+    layout = make_layout(State(weights, {}, {}, {}), factored, config, "CPU", comm.Group(OneRank))
     accumulated = accumulate(backward, layout, at_a_time)
     bits = reproducible == BITS
     limits = tf.constant(fixed_point.first_limits(len(weights)) if bits else [], tf.int32)
@@ -230,7 +230,7 @@ def test_accumulate_of_a_micro_batch_ignores_the_others(factored, reproducible):
 def test_apply_gradients_stops_at_the_first_nonfinite(loss, gradient, reproducible):
     """Neither it nor any later update is applied."""
     config, weights = TrainConfig(**TINY, reproducible=reproducible), {"a/kernel": tf.Variable([1.0, 2.0])}
-    slots, stopped = make_slots(weights, config), tf.Variable(False)
+    slots, stopped = make_slots(weights, {}, config), tf.Variable(False)
 
     @tf.function
     def apply(value, loss):
@@ -238,7 +238,7 @@ def test_apply_gradients_stops_at_the_first_nonfinite(loss, gradient, reproducib
         limits = slots.get(GRADIENT_LIMITS)
         magnitudes = fixed_point.magnitudes([*([] if limits is None else gradients.values()), loss])
         tally = fixed_point.tally(magnitudes[tf.newaxis], tf.fill(tf.shape(magnitudes), 126 * 64))
-        return apply_gradients(weights, slots, gradients, tally, stopped, tf.constant(0.1), config, limits)
+        return apply_gradients(State(weights, {}, slots, {}), gradients, tally, stopped, tf.constant(0.1), config, limits)
 
     norm, scale, finite = apply(tf.constant(1.0), tf.constant(1.0))
     assert (float(norm), float(scale), bool(finite)) == (pytest.approx(math.sqrt(2)), 1.0, True)
