@@ -77,8 +77,11 @@ def whole_images(config: StepConfig) -> int:
 
     A micro-batch under --reproducible=bits; else a group of --norm_batch where there is BatchNorm, or one image.
     """
-    if config.reproducible == BITS:
-        return config.device_batch
+    return config.device_batch if config.reproducible == BITS else grouped_images(config)
+
+
+def grouped_images(config: StepConfig) -> int:
+    """Returns how many consecutive images are computed together at least: those whose statistics BatchNorm uses, or 1."""
     return config.norm_batch if has_batch_norm(config.model) else 1
 
 
@@ -102,7 +105,9 @@ def too_many_ranks(config: StepConfig, ranks: int) -> str:
         f"--global_batch={batch} has {most} micro-batch{'es' if most > 1 else ''} of --device_batch={config.device_batch}, "
         f"fewer than the {ranks} ranks, each of which computes whole ones under --reproducible={BITS}: start at most {most}"
     )
-    return f"{text}, or begin a new run with --device_batch={batch // ranks}" if batch >= ranks else text
+    group = grouped_images(config)
+    enough = batch // ranks // group * group
+    return f"{text}, or begin a new run with --device_batch={enough}" if enough else text
 
 
 def part_bounds(config: StepConfig, rank: int, size: int) -> Tuple[int, int]:

@@ -6,7 +6,7 @@ effect.
 
 from typing import Dict, Iterator, List, Mapping, Optional, Tuple
 
-from hvd_vgg.config import BITS, TrainConfig
+from hvd_vgg.config import BITS, TrainConfig, has_batch_norm
 from hvd_vgg.data.sampler import most_ranks, too_many_ranks
 from hvd_vgg.environment import SECRET_NAME, launched_rank, leftover_error
 from hvd_vgg.parallel.cores import share_of_cores
@@ -110,7 +110,11 @@ def _questionable_flags(config: TrainConfig, ranks: int, devices: int) -> Iterat
         yield f"--epochs={config.epochs:g} has no effect with --steps={config.steps}", "give only one of them"
     if schedule != "step" and config.lr_step_epochs != default.lr_step_epochs:
         yield f"--lr_step_epochs has no effect with --lr_schedule={schedule}", "omit it"
-    parts, shared = most_ranks(config), "micro-batches" if config.reproducible == BITS else "images"
+    if not has_batch_norm(config.model) and config.norm_batch != default.norm_batch:
+        yield f"--norm_batch has no effect with --model={config.model}, which has no BatchNorm", "omit it"
+    parts, shared = most_ranks(config), "groups" if has_batch_norm(config.model) else "images"
+    if config.reproducible == BITS:
+        shared = "micro-batches"
     if parts > ranks and parts % ranks:
         text = f"the {parts} {shared} of --global_batch={batch} are not divisible by {ranks} ranks"
         fix = "use another number of ranks, or another --global_batch or --device_batch (which is another run)"

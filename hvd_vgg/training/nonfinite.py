@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_vgg.config import StepConfig
-from hvd_vgg.data.sampler import part_bounds
+from hvd_vgg.data.sampler import grouped_images, part_bounds
 from hvd_vgg.models import vgg
 from hvd_vgg.parallel import comm
 from hvd_vgg.text import plural
@@ -130,7 +130,7 @@ def diagnose(
     low, high = part_bounds(config, comm.rank(), comm.size())
     inputs = step_inputs(config, step, low, lr)
     check = make_finite_check(state, config, data_format)
-    group = config.norm_batch if state.moments else 1
+    group = grouped_images(config)
     first, rows = _first_nonfinite(check, state, images, labels, low, inputs[1], config.device_batch, group)
     mine = {"host": socket.gethostname(), "slice": [low, high], "first": first and first[1], "order": first and first[0]}
     mine["at_fault"] = [low + row for row in rows]

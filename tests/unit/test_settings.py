@@ -41,6 +41,11 @@ def test_visible_devices_are_fewer_than_nodes():
         ({"lr_schedule": "cosine", "lr_step_epochs": (1.0,)}, "--lr_step_epochs has no effect with"),
         ({"global_batch": 255, "reproducible": "rounding"}, "255 images of --global_batch=255 are not divisible by 2 ranks"),
         ({"global_batch": 288}, "9 micro-batches of --global_batch=288 are not divisible by 2 ranks"),
+        ({"norm_batch": 16}, "--norm_batch has no effect with --model=vgg16, which has no BatchNorm"),
+        (
+            {"model": "vgg16_bn", "global_batch": 160, "device_batch": 160, "reproducible": "rounding"},
+            "the 5 groups of --global_batch=160 are not divisible by 2 ranks",
+        ),
         ({"xla": True, "reproducible": "rounding"}, "--xla compiles for GPUs"),
         ({"profile_ranks": (1.0,)}, "--profile_ranks has no effect without --profile_steps"),
         ({"profile_steps": "1:2", "profile_ranks": (2.0,)}, "--profile_ranks names rank 2 of 2 ranks"),
