@@ -129,7 +129,9 @@ def main():
     hyperparameters = {"group": GROUP, "steps": STEPS, "lr": LR, "momentum": MOMENTUM, "weight_decay": DECAY}
     arrays.update({f"hyperparameters/{name}": np.array(value) for name, value in hyperparameters.items()})
     # As float32, whose rounding is far below what is compared: half the size.
-    small = {name: np.asarray(each, np.float32 if np.asarray(each).dtype == np.float64 else None) for name, each in arrays.items()}
+    small = {
+        name: np.asarray(each, np.float32 if np.asarray(each).dtype == np.float64 else None) for name, each in arrays.items()
+    }
     np.savez_compressed(Path(__file__).with_name("norm.npz"), **small)
 
 

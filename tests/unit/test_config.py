@@ -206,7 +206,7 @@ def test_flags_of_batches_are_whole_groups(global_batch, device_batch):
     assert fingerprint(plain) == fingerprint(dataclasses.replace(plain, norm_batch=8))
     with pytest.raises(Failure) as raised:
         parse_flags(TrainConfig, [*flags, "--model=vgg16_bn"])
-    wrong = [each for each in flags if int(each.partition("=")[2]) % 32]
+    wrong = [each for each in sorted(flags) if int(each.partition("=")[2]) % 32]
     lines = [f"  {each}: expected a multiple of --norm_batch=32" for each in wrong]
     assert raised.value.message.splitlines() == [f"{len(wrong)} illegal flag(s):", *lines]
     groups = [fingerprint(TrainConfig(model="vgg16_bn", norm_batch=each)) for each in (16, 32)]

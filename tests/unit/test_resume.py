@@ -86,7 +86,9 @@ def test_resume_refuses_a_network_with_batch_norm(resume, tmp_path):
     state = initial_state(dataclasses.replace(CONFIG, model="vgg11_bn"))
     tensors = {name: value.numpy() for name, value in state.variables().items()}
     for name, part in [("block1_conv1/moving_mean", None), ("block1_conv1/gamma", np.ones(5, np.float32))]:
-        changed = {each: part if each == name else value for each, value in tensors.items() if each != name or part is not None}
+        changed = {
+            each: part if each == name else value for each, value in tensors.items() if each != name or part is not None
+        }
         found = checkpoint.Checkpoint(tmp_path / "step-00000004.safetensors", changed, {"run": {"reproducible": "bits"}})
         with pytest.raises(Failure) as raised:
             assign_variables(state.network(), found)
