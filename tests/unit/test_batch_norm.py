@@ -112,7 +112,7 @@ def test_backward_is_torchvisions_network_by_groups(device_batch):
     state = make_state(config)
     backward = tf.function(make_backward(state, config, "NHWC", []), autograph=False)
     images, labels = tf.constant(wanted["images"]), tf.constant(wanted["labels"])
-    loss, sums = 0.0, {name: 0.0 for name in state.network()}
+    loss, sums = 0.0, dict.fromkeys(state.network(), 0.0)
     for low in range(0, 12, device_batch):
         part = slice(low, low + device_batch)
         found = backward(images[part], labels[part], tf.constant(low, tf.int64), tf.constant(dropout_keys(1, 0, 2)))
@@ -123,7 +123,7 @@ def test_backward_is_torchvisions_network_by_groups(device_batch):
         if name.startswith("block") and name.endswith("bias"):
             assert not sums[name].any() and np.abs(gradient).max() < 1e-9  # it cancels: exactly here, to rounding in torch
         else:
-            assert distance(sums[name], gradient) < 1e-5, name
+            assert distance(sums[name], gradient) < 1e-4, name  # of the first layers 1e-5: through all others
 
 
 def test_fold_is_evaluation_with_moving_moments():
