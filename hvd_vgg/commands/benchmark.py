@@ -56,10 +56,11 @@ def benchmark(config: BenchmarkConfig) -> None:
         raise Failure(USAGE, text, collective=True)
     if config.out:
         run_on_root(lambda: check_out(config.out, CONFIGURATION))
-    per_rank = max(1, config.global_batch // started)
+    group = config.group_batch
+    per_rank = group * max(1, config.global_batch // (started * group))
     if config.reproducible == BITS:  # each rank has whole micro-batches, as large as can be
         count = -(-per_rank // config.device_batch)
-        config = dataclasses.replace(config, device_batch=-(-per_rank // count))
+        config = dataclasses.replace(config, device_batch=group * -(-per_rank // (count * group)))
         per_rank = count * config.device_batch
     data = None
     if all(comm.gather_numbers([float(Path(config.data_dir).is_dir())])):
@@ -81,8 +82,8 @@ def benchmark(config: BenchmarkConfig) -> None:
     )
     rows: List[Dict[str, Any]] = []
     for number in wanted or [started]:
-        group, own = session.groups.get(number, comm.WORLD), dataclasses.replace(config, global_batch=per_rank * number)
-        run_in_subgroup(group, functools.partial(_measure, own, session, data, group, rows))
+        ranks, own = session.groups.get(number, comm.WORLD), dataclasses.replace(config, global_batch=per_rank * number)
+        run_in_subgroup(ranks, functools.partial(_measure, own, session, data, ranks, rows))
     run_on_root(lambda: _write(config, session.device, hosts, rows))
     comm.shutdown()
 

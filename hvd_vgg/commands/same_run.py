@@ -99,7 +99,7 @@ def _saved_steps(run: RunDir, end: int) -> Set[int]:
 
 
 def _compare_checkpoints(run: RunDir, other: RunDir, step: int) -> str:
-    """Returns what differs first, in the order of the network and weights before momentum; "" if weights and momentum agree.
+    """Returns what differs first, in the order of the network: weights, then moments, then momentum; "" if all agree.
 
     Of the headers alone as long as nothing differs.
     """
@@ -108,9 +108,13 @@ def _compare_checkpoints(run: RunDir, other: RunDir, step: int) -> str:
         return ""
     mine, theirs = (checkpoint.load(path) for path in paths)
     shape = {name: mine.meta["run"][name] for name in ("model", "width", "image_size", "num_classes")}
-    weights = [name for layer in vgg_layers(**shape) for name in layer.weights]
-    order = [*weights, *(f"{name}/momentum" for name in weights), *sorted({*mine.tensors, *theirs.tensors})]
+    layers = vgg_layers(**shape)
+    weights = [name for layer in layers for name in layer.weights]
+    kinds = dict.fromkeys(weights, "weights")
+    kinds.update((name, "moving moments") for layer in layers for name in layer.moments)
+    kinds.update((f"{name}/momentum", "momentum") for name in weights)
+    order = [*kinds, *sorted({*mine.tensors, *theirs.tensors})]
     digests = [{name: checkpoint.tensor_digest(each.tensors[name]) for name in each.tensors} for each in (mine, theirs)]
     first = next(name for name in order if digests[0].get(name) != digests[1].get(name))
-    kind = "weights" if first in weights else "momentum" if first in order[: 2 * len(weights)] else "other state"
+    kind = kinds.get(first, "other state")
     return f"{kind} first differ{'s' if kind == 'other state' else ''} in {first} (checkpoint of step {step})"

@@ -100,7 +100,9 @@ def too_many_ranks(config: StepConfig, ranks: int) -> str:
         f"--global_batch={batch} has {most} micro-batch{'es' if most > 1 else ''} of --device_batch={config.device_batch}, "
         f"fewer than the {ranks} ranks, each of which computes whole ones under --reproducible={BITS}: start at most {most}"
     )
-    return f"{text}, or begin a new run with --device_batch={batch // ranks}" if batch >= ranks else text
+    group = config.group_batch
+    enough = batch // ranks // group * group
+    return f"{text}, or begin a new run with --device_batch={enough}" if enough else text
 
 
 def part_bounds(config: StepConfig, rank: int, size: int) -> Tuple[int, int]:

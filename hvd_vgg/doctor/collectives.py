@@ -127,8 +127,8 @@ def check_collectives(
 
 def sum_all(config: DoctorConfig, layers: Sequence[Layer], device: str, carrier: str, dtype: str) -> Exchange:
     """Sums every gradient of the network; dtype: float32, or int32 as `--reproducible=bits` sends them."""
-    shapes = {f"{layer.name}/kernel": layer.kernel for layer in layers}
-    shapes.update({f"{layer.name}/bias": layer.kernel[-1:] for layer in layers})
+    names = [(layer, name) for layer in layers for name in layer.weights]
+    shapes = {name: layer.kernel if name.endswith("kernel") else layer.kernel[-1:] for layer, name in names}
     wire_dtype = config.wire_dtype if dtype == "float32" else "float32"  # of the same four bytes
     seconds, wrong = _measure_sums(shapes, wire_dtype, device, _REPEATS, dtype)
     sent = sum(cost.allreduce_bytes(layer.parameters, comm.size(), wire_dtype) for layer in layers)

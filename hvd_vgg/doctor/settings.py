@@ -116,7 +116,9 @@ def _questionable_flags(config: TrainConfig, ranks: int, devices: int) -> Iterat
     points = reference_points(config.reference_curve)
     if points and not config.steps and points[0][0] > config.epochs:
         yield f"--reference_curve has no effect: it begins after the last of {config.epochs:g} epochs", "omit it"
-    parts, shared = most_ranks(config), "micro-batches" if config.reproducible == BITS else "images"
+    parts, shared = most_ranks(config), "groups" if config.group_batch > 1 else "images"
+    if config.reproducible == BITS:
+        shared = "micro-batches"
     if parts > ranks and parts % ranks:
         text = f"the {parts} {shared} of --global_batch={batch} are not divisible by {ranks} ranks"
         fix = "use another number of ranks, or another --global_batch or --device_batch (which is another run)"

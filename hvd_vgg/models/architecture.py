@@ -34,6 +34,11 @@ class Layer(NamedTuple):
         return [f"{self.name}/{part}" for part in ("kernel", "bias", *([GAMMA, BETA] if self.normalized else []))]
 
     @property
+    def moments(self) -> List[str]:
+        """The names of its moving moments, which are no weights."""
+        return [f"{self.name}/{part}" for part in (MOVING_MEAN, MOVING_VARIANCE) if self.normalized]
+
+    @property
     def parameters(self) -> int:
         """The number of trainable parameters of the layer."""
         return math.prod(self.kernel) + (len(self.weights) - 1) * self.kernel[-1]

@@ -44,14 +44,18 @@ def normalize_groups(x: Any, gamma: Any, beta: Any, group: int, one_group: bool,
         rows, rest = (group * height * width, channels) if last else (group, channels * height * width)
         beside = [group, height, width, groups * channels] if last else [group, groups * channels, height, width]
         values = tf.reshape(tf.transpose(tf.reshape(values, [groups, rows, rest]), [1, 0, 2]), beside)
+    if last:
+        # In 5 dimensions, which oneDNN's kernel does not take: until TensorFlow 2.20 it kept a pass's statistics in itself,
+        # so that micro-batches side by side mixed theirs and damaged the heap (tensorflow/tensorflow#99852).
+        values, data_format = tf.expand_dims(values, 1), "NDHWC"
     none = tf.zeros([0])
     normal, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
         x=values, scale=gamma, offset=beta, mean=none, variance=none, epsilon=EPSILON, data_format=data_format
     )
     if not one_group:
         mean, variance = (tf.reduce_sum(tf.reshape(each, [groups, channels]), 0) for each in (mean, variance))
-        normal = tf.reshape(tf.transpose(tf.reshape(normal, [rows, groups, rest]), [1, 0, 2]), shape)
-    return tf.cast(normal, x.dtype), GroupSums(mean, variance, groups)
+        normal = tf.transpose(tf.reshape(normal, [rows, groups, rest]), [1, 0, 2])
+    return tf.cast(tf.reshape(normal, shape), x.dtype), GroupSums(mean, variance, groups)
 
 
 def updated_moment(moving: Any, new: Any) -> Any:

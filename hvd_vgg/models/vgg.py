@@ -4,13 +4,12 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import tensorflow as tf
 
-from hvd_vgg.models.architecture import BLOCKS, DENSE, GAMMA, MOVING_MEAN, MOVING_VARIANCE, Layer
+from hvd_vgg.models.architecture import BLOCKS, DENSE, GAMMA, MOVING_VARIANCE, Layer
 from hvd_vgg.models.dropout import apply_dropout
 from hvd_vgg.seeds import weights_seed
 
 # Mean and standard deviation per channel of ImageNet's training images, of values 0..1 (torchvision's recipe).
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_MOMENTS = (MOVING_MEAN, MOVING_VARIANCE)
 Weights = Dict[str, Any]
 DenseFunction = Callable[[Weights, Any, str], Any]  # as `dense`
 NormFunction = Callable[[Any, str], Any]  # from the outputs of a convolution and its name to what its ReLU is applied to
@@ -32,8 +31,8 @@ def initial_weights(layers: List[Layer], seed: int) -> Weights:
 
 def initial_moments(layers: List[Layer]) -> Weights:
     """Returns new variables `LAYER/moving_mean`, zeros, and `LAYER/moving_variance`, ones, of the layers with BatchNorm."""
-    parts = [(layer, f"{layer.name}/{part}") for layer in layers for part in _MOMENTS if layer.normalized]
-    return {name: _vector(layer, name, 1.0 if name.endswith(MOVING_VARIANCE) else 0.0) for layer, name in parts}
+    named = [(layer, name) for layer in layers for name in layer.moments]
+    return {name: _vector(layer, name, 1.0 if name.endswith(MOVING_VARIANCE) else 0.0) for layer, name in named}
 
 
 def _vector(layer: Layer, name: str, value: float) -> Any:

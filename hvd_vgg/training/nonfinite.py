@@ -21,11 +21,12 @@ from hvd_vgg.training.train_step import StepMetrics, step_inputs
 
 class FiniteReport(NamedTuple):
     """What of one pass over n images is finite, bool: `weights` [weights], the `outputs` of each layer for each image
-    [layers, n], each image's loss [n], the `gradients` of the sum of losses [weights].
+    [layers, n], the `moments` of BatchNorm [moments], each image's loss [n], the `gradients` of the sum of losses [weights].
     """
 
     weights: Any
     outputs: Any
+    moments: Any
     losses: Any
     gradients: Any
 
@@ -80,7 +81,7 @@ def make_finite_check(state: State, config: StepConfig, data_format: str) -> Cal
         masks = draw_dropout_masks(weights, config, images, position, keys)
         images, targets = mix_batch(images, labels, draw_step_mixing(config, images, position, keys[-1]), config.mix_batch)
         outputs: List[Any] = []
-        normalize = make_normalize(weights, config, data_format)[0] if normalized else None
+        normalize, moments = make_normalize(weights, config, data_format) if normalized else (None, {})
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(list(weights.values()))
             logits = vgg.logits(
@@ -97,6 +98,7 @@ def make_finite_check(state: State, config: StepConfig, data_format: str) -> Cal
             losses = targets.cross_entropy(logits, config.label_smoothing)
             objective = tf.reduce_sum(losses) / config.global_batch * state.slots.get(LOSS_SCALE, 1.0)
         gradients = tape.gradient(objective, list(weights.values()), unconnected_gradients="zero")
+        sound = [tf.reduce_all(tf.math.is_finite(moments[name])) for name in state.moments]
         # Check pre-activations: fused kernels of a layer and its ReLU turn NaN into 0. -Inf is fine: ReLU maps it to 0.
         for layer in range(normalized, len(outputs) - 1):
             x = outputs[layer]
@@ -104,6 +106,7 @@ def make_finite_check(state: State, config: StepConfig, data_format: str) -> Cal
         return FiniteReport(
             tf.stack([tf.reduce_all(tf.math.is_finite(weight)) for weight in weights.values()]),
             tf.stack([tf.reduce_all(tf.math.is_finite(x), list(range(1, x.shape.rank))) for x in outputs]),
+            tf.stack(sound) if sound else tf.zeros([0], tf.bool),
             tf.math.is_finite(losses),
             tf.stack([tf.reduce_all(tf.math.is_finite(gradient)) for gradient in gradients]),
         )
@@ -128,9 +131,7 @@ def diagnose(
     low, high = part_bounds(config, comm.rank(), comm.size())
     inputs = step_inputs(config, step, low, lr)
     check = make_finite_check(state, config, data_format)
-    first, rows = _first_nonfinite(
-        check, list(state.weights), images, labels, low, inputs[1], config.device_batch, config.group_batch
-    )
+    first, rows = _first_nonfinite(check, state, images, labels, low, inputs[1], config.device_batch, config.group_batch)
     mine = {"host": socket.gethostname(), "slice": [low, high], "first": first and first[1], "order": first and first[0]}
     mine["at_fault"] = [low + row for row in rows]
     metrics = train_step(images, labels, *inputs)
@@ -142,7 +143,7 @@ def diagnose(
 
 def _first_nonfinite(
     check: Callable[..., FiniteReport],
-    names: List[str],
+    state: State,
     images: Any,
     labels: Any,
     position: int,
@@ -159,21 +160,23 @@ def _first_nonfinite(
         found = check(images[low:high], labels[low:high], tf.constant(position + low, tf.int64), keys)
         return FiniteReport(*(np.asarray(each) for each in found))
 
-    rows = len(labels)
+    rows, names = len(labels), list(state.weights)
     parts = [part(low, min(low + device_batch, rows)) for low in range(0, rows, device_batch)]
     outputs = np.concatenate([each.outputs for each in parts], axis=1)
     losses = np.concatenate([each.losses for each in parts])
-    gradients = np.all([each.gradients for each in parts], axis=0)
+    moments, gradients = (np.all([getattr(each, kind) for each in parts], axis=0) for kind in ("moments", "gradients"))
     layers = list(dict.fromkeys(name.split("/")[0] for name in names))
-    places = [f"the weights {name}" for name in names] + [f"the outputs of {layer}" for layer in layers] + ["the loss"]
+    places = [f"the weights {name}" for name in names] + [f"the outputs of {layer}" for layer in layers]
+    places += [f"the statistics of {name}" for name in state.moments] + ["the loss"]
     places += [f"the gradient of {name}" for name in reversed(names)]
-    finite = np.concatenate([parts[0].weights, outputs.all(axis=1), [losses.all()], gradients[::-1]])
+    finite = np.concatenate([parts[0].weights, outputs.all(axis=1), moments, [losses.all()], gradients[::-1]])
     if finite.all():
         return None, []
     each_row = np.concatenate([outputs, [losses]])
     # BatchNorm spreads what one row has over its group: only the first layer that is not finite tells rows apart.
     alone = each_row.all(axis=0) if group == 1 else each_row[np.argmin(each_row.all(axis=1))]
-    if alone.all():  # gradients are sums over a batch: each row's own is needed, or that of its group
-        alone = np.repeat([part(row, row + group).gradients.all() for row in range(0, rows, group)], group)
+    if alone.all():  # gradients and statistics are of a batch: each row's own are needed, or those of its group
+        each_group = [part(row, row + group) for row in range(0, rows, group)]
+        alone = np.repeat([found.gradients.all() and found.moments.all() for found in each_group], group)
     first = int(np.argmin(finite))
     return (first, places[first]), np.flatnonzero(~alone).tolist()

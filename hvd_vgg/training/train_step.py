@@ -6,7 +6,7 @@ With G the global batch and P ranks, rank r computes on its n of the G images, i
     sums over its micro-batches, which leave for the other ranks with the last one    `accumulate`
     gradient of each weight = sum over ranks: exactly that of the mean loss over G    `gradients_of`
     (and the moments of BatchNorm: the mean over its groups of images)
-    update, unless the loss of any rank or the gradient is not finite                 `apply_gradients`
+    update, unless the loss of any rank, the gradient or a moment is not finite       `apply_gradients`
 
 So no average of averages occurs, and ranks may hold different numbers of images. Under --reproducible=bits the global batch
 is cut into the same micro-batches on any number of ranks, and their gradients are summed in fixed point, without an order.
@@ -196,8 +196,10 @@ def apply_gradients(
     """
     weights, moments, slots, averages = state
     norm = global_norm([gradients[name] for name in weights])
+    # A variance overflows before anything else does: outputs divided by it are 0, and so finite.
+    sound = tf.reduce_all(tf.math.is_finite(tf.concat([gradients[name] for name in moments], 0))) if moments else True
     with tf.device("/CPU:0"):
-        finite, gradient_finite = fixed_point.is_finite(tally)[-1], tf.math.is_finite(norm)
+        finite, gradient_finite = fixed_point.is_finite(tally)[-1] & sound, tf.math.is_finite(norm)
         scale = tf.constant(1.0)
         if LOSS_SCALE not in slots:
             finite &= gradient_finite

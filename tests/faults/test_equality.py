@@ -34,6 +34,7 @@ from hvd_vgg.commands.same_run import compare_runs
 from hvd_vgg.data.sampler import positions
 from hvd_vgg.provenance import instruction_sets
 from hvd_vgg.run_dir import RunDir
+from hvd_vgg.training import checkpoint
 
 # 5 micro-batches, of 6, 6, 6, 6 and 5 images, which neither 2 nor 3 nor 4 ranks can share evenly.
 LONG = [
@@ -44,6 +45,8 @@ LONG = [
 _RECIPE = ["--label_smoothing=0.1", "--warmup_epochs=1", "--warmup_lr=0.001", "--lr_min=0.001", "--lr_base_batch=29"]
 LARS = ["--optimizer=lars", "--lars_eta=0.2", "--lr=0.1", "--lr_schedule=polynomial", "--clip_norm=2", *_RECIPE]
 LISTS = ["--no_decay=bias,norm", "--lr_schedule=cosine", "--clip_norm=1.5", *_RECIPE, "--exchange=allreduce"]
+# With BatchNorm 5 micro-batches of 3, 3, 3, 3 and 2 groups.
+GROUPS = ("--model=vgg11_bn", "--norm_batch=2", "--global_batch=28")
 
 
 def planned(block=1):
@@ -85,6 +88,10 @@ def test_undisturbed_run_learns_and_reads_what_is_planned(undisturbed):
         *full((3, ["--compute_threads=2"])),
         (3, LARS),
         *full((2, LARS), (4, LARS), (3, [*LARS, "--compute_threads=2"]), (2, LISTS), (3, LISTS), (4, LISTS)),
+        *full(
+            *((ranks, [*GROUPS, "--exchange=factored"]) for ranks in (1, 2, 3, 4)), (2, [*GROUPS, "--exchange=allreduce"])
+        ),
+        *full((3, [*GROUPS, "--device_batch=2"]), (4, [*GROUPS, "--precision=float16"])),
         *[pytest.param(3, [f"--precision={each}"], marks=pytest.mark.fault(tier=3)) for each in ("bfloat16", "float16")],
     ],
     ids=lambda value: value if isinstance(value, int) else " ".join([value[0], *value[8:]]),
@@ -147,6 +154,24 @@ def test_killed_at_random_and_resumed_on_other_ranks(tmp_path, data, undisturbed
         run(tmp_path, data, ranks, f"kill@{ranks - 1}:{moment}", "--save_every_steps=2", code=137)
     run(tmp_path, data, 2, "--save_every_steps=2")
     assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("ranks", [(2, 3), *full(((1, 4),), ((4, 2),), ((3, 1),))], ids=str)
+@pytest.mark.fault("F21")
+def test_batch_norm_killed_and_resumed_on_other_ranks(tmp_path, data, long_run, ranks):
+    """Of the same bits, moving moments among them, which a comparison names where they alone differ."""
+    flags = [*LONG, *GROUPS, "--exchange=factored", "--save_every_steps=4"]
+    run(tmp_path, data, ranks[0], f"kill@{ranks[0] - 1}:13", *flags, code=137)
+    run(tmp_path, data, ranks[1], *flags)
+    wanted = long_run(*GROUPS, "--exchange=factored")
+    assert_same_run(tmp_path, wanted)
+    found, (name, moment) = newest(tmp_path), next(each for each in newest(tmp_path).tensors.items() if "moving" in each[0])
+    assert np.abs(moment).min() > 0 and result(tmp_path / "run")["state_sha256"] == result(wanted / "run")["state_sha256"]
+    other = {**found.tensors, name: np.nextafter(moment, np.float32(9))}
+    checkpoint.save(RunDir(tmp_path / "run"), other, found.meta, 5, False)
+    assert list(compare_runs(RunDir(tmp_path / "run"), RunDir(wanted / "run"))) == [
+        f"moving moments first differ in {name} (checkpoint of step 30)"
+    ]
 
 
 @pytest.mark.fault("F21", tier=3)
@@ -235,6 +260,30 @@ def test_ranks_and_micro_batches_change_rounding_alone(tmp_path, data, undisturb
         assert distance <= (1e-5 if name.endswith("/kernel") else 0.02), name
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.fault(tier=3)
+def test_batch_norm_under_rounding_shares_groups(tmp_path, data, ranks):
+    """Parts are whole groups, of 11, and more ranks than groups are refused; the same run to rounding."""
+    flags = [*GROUPS, "--global_batch=22", "--device_batch=8", "--reproducible=rounding", "--steps=10"]
+    run(tmp_path, data, ranks, *flags)
+    shares = [len((tmp_path / f"ids.rank{rank}").read_text().splitlines()[0].split()) - 1 for rank in range(ranks)]
+    assert sum(shares) == 22 and {share % 2 for share in shares} == {0} and max(shares) - min(shares) <= 2
+    run(tmp_path / "bits", data, 1, *flags, "--reproducible=bits")
+    found, expected = losses(tmp_path / "run"), losses(tmp_path / "bits" / "run")
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
+    for name, distance in distances(newest(tmp_path), newest(tmp_path / "bits")).items():
+        assert distance <= (1e-4 if name.endswith(("/kernel", "/moving_mean", "/moving_variance")) else 0.02), name
+
+
+@pytest.mark.parametrize("reproducible", ["bits", "rounding"])
+@pytest.mark.fault(tier=3)
+def test_batch_norm_on_more_ranks_than_groups_is_refused(tmp_path, data, reproducible):
+    flags = [*GROUPS, "--global_batch=4", "--device_batch=4", f"--reproducible={reproducible}"]
+    ended = run(tmp_path, data, 3, *flags, code=78)
+    most = "1, or begin" if reproducible == "bits" else "2"
+    assert "fewer than the 3 ranks, each of which computes whole ones" in ended.err and f"start at most {most}" in ended.err
+
+
 def distances(found, wanted):
     """Returns the norm of the difference over the norm, of each weight and its momentum."""
     names = [name for name in wanted.tensors if name in found.tensors and "/" in name and "loss_scale" not in name]
@@ -292,9 +341,10 @@ def test_one_inter_op_thread_does_not_hang_a_run(tmp_path, data, undisturbed):
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_evaluation_gives_the_same_integers_on_ranks(launch, tmp_path, data):
+@pytest.mark.parametrize("model", [["--device_batch=5"], *full(["--model=vgg11_bn", "--norm_batch=4"])], ids=" ".join)
+def test_evaluation_gives_the_same_integers_on_ranks(launch, tmp_path, data, model):
     """On 2 after training in batches of 5, on 3 by the command."""
-    flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY, "--steps=20", "--device_batch=5"]
+    flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY, "--steps=20", *model]
     ended = launch(2, "train", *flags, code=0)
     found = result(tmp_path / "run")
     assert found["records_evaluated"] == 37

@@ -71,18 +71,20 @@ def test_exchange_sends_a_large_kernel_in_parts(monkeypatch):
     assert len(set(sent)) == len(sent)
 
 
-def test_check_replicas_names_layer_and_rank():
-    """Of weights that differ."""
-    weights = vgg.initial_weights(vgg_layers("vgg11", 0.125, 32, 10), 1)
+@pytest.mark.parametrize(("odd", "of"), [("kernel", 22), ("moving_variance", 54)])
+def test_check_replicas_names_layer_and_rank(odd, of):
+    """Of weights or moments that differ."""
+    layers = vgg_layers("vgg11" if odd == "kernel" else "vgg11_bn", 0.125, 32, 10)
+    weights = {**vgg.initial_weights(layers, 1), **vgg.initial_moments(layers)}
     checksums = make_checksums(weights)
     check_replicas(list(weights), checksums().numpy(), 7)
     last = comm.size() - 1
     if comm.rank() == last:
-        kernel = weights["block3_conv1/kernel"].numpy()
-        kernel.flat[5] = np.nextafter(kernel.flat[5], np.float32(1))
-        weights["block3_conv1/kernel"].assign(kernel)
+        values = weights[f"block3_conv1/{odd}"].numpy()
+        values.flat[5] = np.nextafter(values.flat[5], np.float32(2))
+        weights[f"block3_conv1/{odd}"].assign(values)
     with pytest.raises(Failure) as raised:
         check_replicas(list(weights), checksums().numpy(), 7)
     assert (raised.value.code, raised.value.collective) == (NOT_FINITE, True)
-    assert "step 7: block3_conv1/kernel (1 of 22 weights)" in raised.value.message
+    assert f"step 7: block3_conv1/{odd} (1 of {of} weights)" in raised.value.message
     assert (f": rank {last} differ(s)" if comm.size() > 2 else "rank 0, rank 1 differ(s)") in raised.value.message

@@ -168,6 +168,36 @@ def test_diagnose_finds_rank_layer_and_records(precision):
         assert all((run.variables()[name].numpy() == before[name]).all() for name in before if "block1_conv1" not in name)
 
 
+@pytest.mark.parametrize("fault", ["nan", "variance"])
+def test_diagnose_of_batch_norm_finds_records_or_statistics(monkeypatch, fault):
+    """NaN of one image is in all outputs of its group; a variance that is infinite leaves all outputs finite."""
+    shape = dict(model="vgg11_bn", width=0.0625, image_size=32, num_classes=10, global_batch=12, device_batch=4)
+    config = TrainConfig(**shape, norm_batch=2)
+    run = initial_state(config)
+    images = np.random.default_rng(3).integers(0, 255, (12, 32, 32, 3), np.uint8)
+    if fault == "nan":
+        normalized = vgg.normalized
+        images[[5, 10]] = 255
+
+        def with_nan(pixels, precision):
+            return tf.where(tf.reduce_all(pixels == 255, [1, 2, 3], True), math.nan, normalized(pixels, precision))
+
+        monkeypatch.setattr(vgg, "normalized", with_nan)
+    else:
+        run.weights["block2_conv1/kernel"].assign(1e25 * run.weights["block2_conv1/kernel"])
+    before = {name: value.numpy() for name, value in run.variables().items()}
+    low, high = part_bounds(config, comm.rank(), comm.size())
+    mine = tf.constant(images[low:high]), tf.zeros([high - low], tf.int32)
+    found = diagnose(0, run, make_train_step(run, config, DEVICE, []), *mine, 0.01, config, "NHWC")
+    assert found.repeated and not found.finite
+    assert all((run.variables()[name].numpy() == value).all() for name, value in before.items())
+    at_fault = sorted(row for rank in found.ranks for row in rank["at_fault"])
+    if fault == "nan":
+        assert "First the outputs of block1_conv1 on rank " in str(found) and at_fault == [5, 10]
+    else:
+        assert "First the statistics of block2_conv1/moving_variance on rank " in str(found) and at_fault == list(range(12))
+
+
 def test_train_step_beyond_its_limits_is_computed_again():
     """The first one, and any whose gradients are larger than those before: in the same bits as within larger limits."""
     config = TrainConfig(model="vgg11", width=0.0625, image_size=32, num_classes=10, global_batch=11, device_batch=3)

@@ -64,7 +64,7 @@ def test_flags_errors_are_all_in_one_message():
     for part in (
         "--lr=fast: expected a number",
         "--global_batch=0: expected at least 1",
-        "--model=resnet50: expected one of vgg11, vgg13, vgg16, vgg19",
+        "--model=resnet50: expected one of vgg11, vgg13, vgg16, vgg19, vgg11_bn, vgg13_bn, vgg16_bn, vgg19_bn",
         "--dropuot=0.5: no such flag of this command; did you mean --dropout?",
         "--epochs=nan: expected a finite number",
         "--optimizer=nesterov needs --momentum above 0",
@@ -238,6 +238,21 @@ def test_flags_that_bits_cannot_have_need_rounding(kind, flag):
     parse_flags(kind, [flag, "--reproducible=rounding"])
     with pytest.raises(Failure, match=f"{flag} needs --reproducible=rounding: "):
         parse_flags(kind, [flag])
+
+
+@pytest.mark.parametrize(("global_batch", "device_batch"), [(40, 32), (64, 16), (40, 16)])
+def test_flags_of_batches_are_whole_groups(global_batch, device_batch):
+    """With BatchNorm alone, whose groups are then part of what decides a run."""
+    flags = [f"--global_batch={global_batch}", f"--device_batch={device_batch}"]
+    plain = parse_flags(TrainConfig, flags)
+    assert fingerprint(plain) == fingerprint(dataclasses.replace(plain, norm_batch=8))
+    with pytest.raises(Failure) as raised:
+        parse_flags(TrainConfig, [*flags, "--model=vgg16_bn"])
+    wrong = [each for each in sorted(flags) if int(each.partition("=")[2]) % 32]
+    lines = [f"  {each}: expected a multiple of --norm_batch=32" for each in wrong]
+    assert raised.value.message.splitlines() == [f"{len(wrong)} illegal flag(s):", *lines]
+    groups = [fingerprint(TrainConfig(model="vgg16_bn", norm_batch=each)) for each in (16, 32)]
+    assert groups[0] != groups[1]
 
 
 PLAN_FLAGS = {"model", "width", "image_size", "num_classes", "global_batch", "exchange", "wire_dtype"}

@@ -13,7 +13,7 @@ from hvd_vgg.run_dir import RunDir
 from hvd_vgg.training import checkpoint
 from hvd_vgg.training.reporter import Reporter
 from hvd_vgg.training.resume import _restore_root, require_checkpoints
-from hvd_vgg.training.state import CHECKPOINT_FORMAT, TrainProgress, initial_state
+from hvd_vgg.training.state import CHECKPOINT_FORMAT, TrainProgress, assign_variables, initial_state
 
 CONFIG = TrainConfig(model="vgg11", width=0.0625, image_size=32, num_classes=10, lr=0.05)
 ARITHMETIC = {"processor": "A", "threads": "1"}
@@ -75,6 +75,25 @@ def test_resume_refuses_another_run(resume, flags, data, differs, fix):
     )
     assert fix in message
     assert ("--allow_config_change" in message) == fix.startswith("--allow")
+
+
+def test_resume_refuses_a_network_with_batch_norm(resume, tmp_path):
+    """By its name; and a checkpoint that lacks what it needs, whatever its name says."""
+    with pytest.raises(Failure) as raised:
+        resume(model="vgg11_bn")
+    assert "Another network is another run: use another --run_dir" in raised.value.message
+    assert re.search("^ +model +'vgg11' +'vgg11_bn'$", raised.value.message, re.M)
+    state = initial_state(dataclasses.replace(CONFIG, model="vgg11_bn"))
+    tensors = {name: value.numpy() for name, value in state.variables().items()}
+    for name, part in [("block1_conv1/moving_mean", None), ("block1_conv1/gamma", np.ones(5, np.float32))]:
+        changed = {
+            each: part if each == name else value for each, value in tensors.items() if each != name or part is not None
+        }
+        found = checkpoint.Checkpoint(tmp_path / "step-00000004.safetensors", changed, {"run": {"reproducible": "bits"}})
+        with pytest.raises(Failure) as raised:
+            assign_variables(state.network(), found)
+        is_now = "missing" if part is None else "(5,)"
+        assert raised.value.message == f"{found.path}: {name} is {is_now}, expected (4,): it is of another network"
 
 
 def test_resume_allows_a_change_by_name(resume, capsys):

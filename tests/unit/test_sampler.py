@@ -109,6 +109,25 @@ def test_too_many_ranks_under_bits_advises_what_is_enough(global_batch, device_b
     assert f"start at most {most}" in text and "begin a new run" not in text
 
 
+@pytest.mark.parametrize("reproducible", [BITS, ROUNDING])
+def test_parts_with_batch_norm_are_whole_groups(reproducible):
+    """And whole micro-batches under bits; what is advised for more ranks is whole groups too."""
+    shape = dict(model="vgg16_bn", norm_batch=4, global_batch=44, device_batch=12, reproducible=reproducible)
+    config, most = TrainConfig(**shape), 4 if reproducible == BITS else 11
+    assert most_ranks(config) == most
+    for size in range(1, most + 1):
+        bounds = [part_bounds(config, rank, size) for rank in range(size)]
+        assert [n for low, high in bounds for n in range(low, high)] == list(range(44))
+        assert all(low % 4 == 0 and high > low for low, high in bounds) and too_many_ranks(config, size) == ""
+    text = too_many_ranks(config, most + 1)
+    if reproducible == BITS:
+        assert text.endswith("start at most 4, or begin a new run with --device_batch=8")
+        assert too_many_ranks(config, 12).endswith("start at most 4")  # there are 11 groups
+    else:
+        least = "fewer than the 12 ranks, each of which computes whole ones: start at most 11"
+        assert text == f"--global_batch=44 has 11 groups of --norm_batch=4, {least}"
+
+
 def test_too_many_ranks_under_rounding_is_more_than_images():
     config = TrainConfig(global_batch=13, device_batch=8, reproducible=ROUNDING)
     assert {too_many_ranks(config, ranks) for ranks in range(1, 14)} == {""}
