@@ -45,7 +45,7 @@ def test_visible_devices_are_fewer_than_nodes():
         ({"reference_curve": "91:0.5"}, "--reference_curve has no effect: it begins after the last of 90 epochs"),
         ({"global_batch": 255, "reproducible": "rounding"}, "255 images of --global_batch=255 are not divisible by 2 ranks"),
         ({"global_batch": 288}, "9 micro-batches of --global_batch=288 are not divisible by 2 ranks"),
-        ({"norm_batch": 16}, "--norm_batch has no effect with --model=vgg16, which has no BatchNorm"),
+        ({"norm_batch": 16}, "--norm_batch has no effect with --model=vgg16"),
         (
             {"model": "vgg16_bn", "global_batch": 160, "device_batch": 160, "reproducible": "rounding"},
             "the 5 groups of --global_batch=160 are not divisible by 2 ranks",
