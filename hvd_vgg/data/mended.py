@@ -93,7 +93,7 @@ def decoder_message(encoded: bytes) -> str:
 
     def decode() -> None:
         with contextlib.suppress(ValueError):
-            eval_image(encoded, "none", np.empty([8, 8, 3], np.uint8))
+            eval_image(encoded, 0.0, "opencv", np.empty([8, 8, 3], np.uint8))
 
     before = count_writes()
     printed = _quietly(decode)

@@ -37,9 +37,9 @@ def on_ranks(index, config, steps, size, threads):
 def expected_images(index, ids, seeds):
     """The training images of records, one by one."""
     images = np.empty([len(ids), 32, 32, 3], np.uint8)
-    for out, record, params in zip(images, ids.tolist(), augmentation_params(seeds)):
+    for out, record, params in zip(images, ids.tolist(), augmentation_params(seeds, CONFIG)):
         encoded, _ = parse_example(index, record, read_record(index, record))
-        train_image(encoded, params, "crop", out)
+        train_image(encoded, params, CONFIG, out)
     return images
 
 
