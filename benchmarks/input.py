@@ -100,7 +100,9 @@ def decode_alone(options, split):
     for number, record in enumerate(ids):
         encoded, _ = parse_example(index, record, read_record(index, record))
         height, width = image_shape(encoded)
-        window = random_window(height, width, draws[number][3:]) if split == "train" else central_window(height, width, 0.875)
+        window = (
+            random_window(height, width, draws[number][3:]) if split == "train" else central_window(height, width, 0.875)
+        )
         work.append((tf.constant(encoded), tf.constant(window)))
 
     def make():

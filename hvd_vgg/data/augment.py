@@ -1,6 +1,7 @@
 """What training does to an image after its crop and flip: random operations on bytes, functions of the sample's own draws.
 
-Their order is that of torchvision's classification reference and of GluonCV's: TrivialAugment, colour jitter, lighting, erasing.
+They come in the order of torchvision's classification reference and of GluonCV: TrivialAugment, colour jitter, lighting,
+erasing.
 """
 
 import itertools
@@ -13,15 +14,16 @@ import numpy as np
 from hvd_vgg.config import ImageConfig
 from hvd_vgg.data import colour
 
-# Draws of a sample, numbers uniform in [0, 1), behind those of its crop, shift and flip. Each augmentation has its own, used or
-# not: switching one on changes nothing about the others. New ones are appended.
+# Draws of a sample, numbers uniform in [0, 1), behind those of its crop, shift and flip. Each augmentation has its own, used
+# or not: switching one on changes nothing about the others. New ones are appended.
 _TRIVIAL, _JITTER, _LIGHTING, _ERASING = slice(0, 3), slice(3, 7), slice(7, 11), slice(11, 34)
 DRAWS = 34
 _BINS = 31  # of TrivialAugment's magnitudes
 # Random erasing: area as a part of the image's, ratio of height to width, tries (torchvision.transforms.RandomErasing).
 _AREA, _RATIO, _TRIES = (0.02, 0.33), (0.3, 3.3), 10
 # ImageNet's mean colour, which normalizing turns into about 0: torchvision erases with 0 after it.
-_MEAN = (124, 116, 104)
+MEAN_COLOUR = (124, 116, 104)
+Adjust = Callable[[np.ndarray, float], None]
 _ORDERS = tuple(itertools.permutations((colour.adjust_brightness, colour.adjust_contrast, colour.adjust_saturation)))
 Affine = Tuple[float, float, float, float, float, float]
 
@@ -34,23 +36,26 @@ def is_augmented(config: ImageConfig) -> bool:
 def augment_image(image: np.ndarray, draws: Sequence[float], config: ImageConfig) -> None:
     """Changes an image in place, uint8 [n, n, 3]; draws: DRAWS numbers in [0, 1)."""
     if config.auto_augment == "trivial":
-        trivial_augment(image, draws[_TRIVIAL])
+        name, magnitude = trivial_choice(draws[_TRIVIAL])
+        OPERATIONS[name].apply(image, magnitude)
     if config.color_jitter:
-        jitter_colours(image, config.color_jitter, draws[_JITTER])
+        for adjust, factor in jitter_steps(config.color_jitter, draws[_JITTER]):
+            adjust(image, factor)
     if config.pca_lighting:
         colour.add_lighting(image, [config.pca_lighting * each for each in normal_numbers(draws[_LIGHTING])[:3]])
     if config.random_erasing and draws[_ERASING.start] < config.random_erasing:
-        erase(image, draws[_ERASING][1:])
+        top, left, height, width = erased_rectangle(len(image), image.shape[1], draws[_ERASING][1:])
+        image[top : top + height, left : left + width] = MEAN_COLOUR
 
 
-def jitter_colours(image: np.ndarray, strength: float, draws: Sequence[float]) -> None:
-    """Changes brightness, contrast and saturation in random order (torchvision.transforms.ColorJitter, without hue).
+def jitter_steps(strength: float, draws: Sequence[float]) -> List[Tuple[Adjust, float]]:
+    """Returns changes of brightness, contrast and saturation in random order, and the factor of each.
 
-    Their factors are uniform in max(0, 1 - strength) to 1 + strength. draws: one for the order, one for each factor.
+    Factors are uniform in max(0, 1 - strength) to 1 + strength (torchvision.transforms.ColorJitter, without hue). draws: one
+    for the order, one for each factor.
     """
     low, high = max(0.0, 1 - strength), 1 + strength
-    for adjust, draw in zip(_ORDERS[int(draws[0] * len(_ORDERS))], draws[1:]):
-        adjust(image, low + draw * (high - low))
+    return [(adjust, low + draw * (high - low)) for adjust, draw in zip(_ORDERS[int(draws[0] * len(_ORDERS))], draws[1:])]
 
 
 def normal_numbers(draws: Sequence[float]) -> List[float]:
@@ -65,13 +70,13 @@ def normal_numbers(draws: Sequence[float]) -> List[float]:
     return found
 
 
-def erase(image: np.ndarray, draws: Sequence[float]) -> None:
-    """Fills a random rectangle with the mean colour (Zhong et al., arXiv 1708.04896, as torchvision has it).
+def erased_rectangle(tall: int, wide: int, draws: Sequence[float]) -> Tuple[int, int, int, int]:
+    """Returns a random rectangle in an image of tall by wide pixels: top, left, height and width.
 
-    Its area is uniform in 0.02..0.33 of the image's, its ratio of height to width log-uniform in 0.3..3.3. The first of ten
-    tries that is smaller than the image both ways counts; if none is, nothing is erased. draws: 22 numbers in [0, 1).
+    Its area is uniform in 0.02..0.33 of the image's, its ratio of height to width log-uniform in 0.3..3.3 (Zhong et al.,
+    arXiv 1708.04896, with torchvision's numbers). The first of ten tries that is smaller than the image both ways counts; if
+    none is, the rectangle is empty. draws: 22 numbers in [0, 1).
     """
-    tall, wide = image.shape[:2]
     low, high = math.log(_RATIO[0]), math.log(_RATIO[1])
     for attempt in range(_TRIES):
         area = tall * wide * (_AREA[0] + draws[attempt] * (_AREA[1] - _AREA[0]))
@@ -79,27 +84,26 @@ def erase(image: np.ndarray, draws: Sequence[float]) -> None:
         height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if height < tall and width < wide:
             down, across = draws[2 * _TRIES :]
-            top, left = int(down * (tall - height + 1)), int(across * (wide - width + 1))
-            image[top : top + height, left : left + width] = _MEAN
-            return
+            return int(down * (tall - height + 1)), int(across * (wide - width + 1)), height, width
+    return 0, 0, 0, 0
 
 
 class Operation(NamedTuple):
     """One of TrivialAugment's: changes an image in place by a magnitude."""
 
-    apply: Callable[[np.ndarray, float], None]
+    apply: Adjust
     magnitude: Callable[[int], float]  # of a bin, 0 to 30
     signed: bool  # whether the magnitude is negative half of the time
 
 
-def trivial_augment(image: np.ndarray, draws: Sequence[float]) -> None:
-    """Applies one operation at random with a random magnitude (TrivialAugment, wide space; arXiv 2103.10158, table 1).
+def trivial_choice(draws: Sequence[float]) -> Tuple[str, float]:
+    """Returns one of OPERATIONS and its magnitude at random (TrivialAugment, wide space; arXiv 2103.10158, table 1).
 
     draws: 3 numbers in [0, 1) for operation, magnitude and sign.
     """
-    operation = tuple(OPERATIONS.values())[int(draws[0] * len(OPERATIONS))]
-    magnitude = operation.magnitude(int(draws[1] * _BINS))
-    operation.apply(image, -magnitude if operation.signed and draws[2] < 0.5 else magnitude)
+    name = tuple(OPERATIONS)[int(draws[0] * len(OPERATIONS))]
+    magnitude = OPERATIONS[name].magnitude(int(draws[1] * _BINS))
+    return name, -magnitude if OPERATIONS[name].signed and draws[2] < 0.5 else magnitude
 
 
 def _rotate(image: np.ndarray, degrees: float) -> None:
@@ -144,7 +148,7 @@ def _none(number: int) -> float:
     return 0.0
 
 
-# torchvision.transforms.TrivialAugmentWide, in its order.
+# torchvision.transforms.TrivialAugmentWide, in its order. Its float32 makes 15 pixels of the 16 of a translation's bin 15.
 OPERATIONS: Dict[str, Operation] = {
     "Identity": Operation(lambda image, _: None, _none, False),
     "ShearX": Operation(lambda image, shear: _warp(image, (1, shear, 0, 0, 1, 0)), _upto(0.99), True),

@@ -1,8 +1,9 @@
-"""Changes of an image's colours, in place, as Pillow defines them (ImageEnhance, ImageOps), by OpenCV in a fraction of its time.
+"""Changes of an image's colours, in place, as Pillow defines them (ImageEnhance, ImageOps), by OpenCV in a fraction of its
+time.
 
-Images are uint8 [height, width, 3], RGB, contiguous. Results are those of Pillow, which torchvision's transforms of its images
-call, but for single units of 255: OpenCV computes grey in 15 bits where Pillow has 16, and where Pillow truncates a number less
-than 2^-14 below an integer, that integer is the result here.
+Images are uint8 [height, width, 3], RGB, contiguous. Results are Pillow's, whose functions torchvision's transforms call, but
+for single units of 255: OpenCV computes grey in 15 bits where Pillow has 16, and where Pillow truncates a number less than
+2^-14 below an integer, that integer is the result here.
 """
 
 from typing import Callable, Optional, Sequence
@@ -96,7 +97,7 @@ def _grey(image: np.ndarray) -> np.ndarray:
 
 
 def _blend(image: np.ndarray, factor: float, other: Optional[np.ndarray] = None, shade: float = 0.0) -> None:
-    """Moves an image from another, or from a shade of grey, to itself and beyond: `factor` of the way, truncated, clipped."""
+    """Moves from another image, or a shade of grey, to the image and beyond: `factor` of the way, truncated and clipped."""
     if other is None:
         cv2.addWeighted(image, factor, image, 0.0, (1 - factor) * shade + _TRUNCATED, dst=image)
     else:

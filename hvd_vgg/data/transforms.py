@@ -1,8 +1,8 @@
 """One encoded image to one array: `train_image` and `eval_image`.
 
 TensorFlow decodes, since it can decode just a window of a JPEG; OpenCV resizes, on bytes, in a fraction of the time of
-TensorFlow's resize, which computes in float32, or Pillow, which averages over what it shrinks and takes several times as long.
-All release the GIL while they work, so that threads run side by side.
+TensorFlow's resize, which computes in float32; or Pillow, which averages over what it shrinks and takes several times as
+long. All release the GIL while they work, so that threads run side by side.
 """
 
 import math
@@ -27,6 +27,7 @@ MAX_PIXELS = 1024**3 // 4 // 3
 _JPEG_PIXELS_PER_BYTE = 8 * 64
 # The random-resized crop of torchvision's recipe for VGG16 (torchvision.transforms.RandomResizedCrop).
 _AREA, _RATIO, _TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
+_BILINEAR = 2  # PIL.Image.BILINEAR, which some versions of Pillow have under another name alone
 # What Pillow decodes with. TensorFlow's own choice, INTEGER_FAST, is 0.8 units of 255 darker.
 _PILLOW_METHOD = "INTEGER_ACCURATE"
 _FIRST_DRAWS = 3 + 3 * _TRIES  # of a sample: one for the flip, 2 for the shift, 30 for the crop
@@ -93,7 +94,7 @@ def eval_image(encoded: bytes, crop: float, resize: str, out: np.ndarray) -> Non
 
 
 def augmentation_params(seeds: np.ndarray, config: ImageConfig) -> List[List[float]]:
-    """Returns all that is random of each image, numbers in [0, 1): 33 for flip, shift and crop, and more where it is augmented.
+    """Returns all that is random of each image, numbers in [0, 1): 33 for flip, shift and crop, and those of `augment`.
 
     seeds: int64 [n, 2], of `sampler.sample_seeds`.
     """
@@ -207,22 +208,22 @@ def _centre_by_pillow(encoded: bytes, height: int, width: int, crop: float, out:
     scales = [whole / side for whole, side in zip((height, width), sides)]
     bounds = []
     for whole, start, scale in zip((height, width), starts, scales):
-        # A linear filter reaches as far as a pixel of its result, or of its image if that is larger; colour in a JPEG 2 more.
+        # A linear filter reaches as far as a pixel of its result, or of its image if larger; colour in a JPEG 2 pixels more.
         margin = max(scale, 1.0) + 3
         bounds.append((max(0, int(start * scale - margin)), min(whole, math.ceil((start + size) * scale + margin))))
     (top, bottom), (left, right) = bounds
     part = _decode(encoded, (top, left, bottom - top, right - left), _PILLOW_METHOD)
     x, y = starts[1] * scales[1] - left, starts[0] * scales[0] - top
     # Pillow wants the box within the image, which rounding may leave.
-    right, bottom = min(x + size * scales[1], part.shape[1]), min(y + size * scales[0], part.shape[0])
-    out[:] = _pillow_resize(part, size, (x, y, right, bottom))
+    box = (x, y, min(x + size * scales[1], part.shape[1]), min(y + size * scales[0], part.shape[0]))
+    out[:] = _pillow_resize(part, size, box)
 
 
 def _pillow_resize(image: np.ndarray, size: int, box: Tuple[float, float, float, float]) -> np.ndarray:
     """Returns a part (left, top, right, bottom) of an image, resized by Pillow's antialiased bilinear filter."""
     from PIL import Image  # only for those who ask for it: it takes a while to load
 
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.BILINEAR, box))
+    return np.asarray(Image.fromarray(image).resize((size, size), _BILINEAR, box))
 
 
 def _decode_error(error: Any) -> ValueError:

@@ -79,6 +79,7 @@ def check_bits(
     evaluated = images[:count] if size == config.image_size else random.integers(0, 256, (count, size, size, 3), np.uint8)
     scored = eval_step(tf.constant(evaluated), tf.constant(labels[:count]))
     rest = compute(0, config.global_batch % count or count)
+    arithmetic = describe_arithmetic(device, config.resize)
     digest = _digest([images, *rest, *(np.asarray(each) for each in scored)]) + beside
     everyones = comm.gather_json([varies, digest])
     for rank, (ways_here, theirs) in enumerate(everyones):
@@ -87,7 +88,7 @@ def check_bits(
             raise Failure(
                 CONFIGURATION,
                 f"--reproducible={BITS} cannot be promised here: the bits that rank {rank} computes for the same images are "
-                f"{what} ({describe_arithmetic(device, config.resize)} on rank 0). Use hosts of one kind, or --reproducible={ROUNDING}",
+                f"{what} ({arithmetic} on rank 0). Use hosts of one kind, or --reproducible={ROUNDING}",
                 collective=True,
             )
 

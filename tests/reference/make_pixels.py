@@ -27,13 +27,18 @@ CASES = {
     "AutoContrast": [(0, 1)],
     "Equalize": [(0, 1)],
 }
-JITTERS = ([("brightness", 1.4), ("contrast", 0.6), ("saturation", 1.3)], [("saturation", 0.6), ("brightness", 0.7), ("contrast", 1.4)])
+JITTERS = (
+    [("brightness", 1.4), ("contrast", 0.6), ("saturation", 1.3)],
+    [("saturation", 0.6), ("brightness", 0.7), ("contrast", 1.4)],
+)
 
 
 def natural(height, width, seed):
     """An image with smooth shades, edges and some noise: uint8 [height, width, 3]."""
     random, (y, x) = np.random.default_rng(seed), np.mgrid[:height, :width]
-    planes = [128 + 70 * np.sin(x / (5 + c) + seed) + 50 * np.cos(y / (7 - c)) + 60 * (x + c * y > width) - 30 for c in range(3)]
+    planes = [
+        128 + 70 * np.sin(x / (5 + c) + seed) + 50 * np.cos(y / (7 - c)) + 60 * (x + c * y > width) - 30 for c in range(3)
+    ]
     return np.clip(np.stack(planes, -1) + random.normal(0, 2, (height, width, 3)), 0, 255).astype(np.uint8)
 
 
@@ -46,7 +51,9 @@ def operations(found, images):
         for name, cases in CASES.items():
             magnitudes = space[name][0].reshape(-1)
             for chosen, sign in cases:
-                changed = autoaugment._apply_op(image, name, sign * float(magnitudes[chosen]), InterpolationMode.BILINEAR, None)
+                changed = autoaugment._apply_op(
+                    image, name, sign * float(magnitudes[chosen]), InterpolationMode.BILINEAR, None
+                )
                 found[f"operation/{name}/{chosen}/{sign}/{number}"] = np.asarray(changed)
         for steps in JITTERS:
             changed = image
@@ -74,7 +81,9 @@ def erasing(found):
     """Adds rectangles that are drawn for an image of 64 by 64: top, left, height, width."""
     torch.manual_seed(1)
     image = torch.zeros(3, 64, 64)
-    found["erased"] = np.array([RandomErasing.get_params(image, (0.02, 0.33), (0.3, 3.3), [0.0])[:4] for _ in range(4000)], np.int8)
+    found["erased"] = np.array(
+        [RandomErasing.get_params(image, (0.02, 0.33), (0.3, 3.3), [0.0])[:4] for _ in range(4000)], np.int8
+    )
 
 
 def pooling(found):

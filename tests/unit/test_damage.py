@@ -220,7 +220,10 @@ def load(path, kinds, epochs, threads=4):
     shard_of(path, *map(damaged, kinds))
     index, ids = scan_split(str(path), "train"), np.arange(len(kinds))
     specs = [BatchSpec(ids, ids * 0, np.zeros([len(ids), 2], np.int64), ids)] * epochs
-    return [batch.images.numpy() for batch in load_batches(Dataset(index, 1, 32, ImageConfig(augment="none"), True), specs, len(ids), threads)]
+    return [
+        batch.images.numpy()
+        for batch in load_batches(Dataset(index, 1, 32, ImageConfig(augment="none"), True), specs, len(ids), threads)
+    ]
 
 
 @pytest.mark.fault("F41")
