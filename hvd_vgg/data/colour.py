@@ -1,12 +1,12 @@
 """Changes of an image's colours, in place, as Pillow defines them (ImageEnhance, ImageOps), by OpenCV in a fraction of its
 time.
 
-Images are uint8 [height, width, 3], RGB, contiguous. Results are Pillow's, whose functions torchvision's transforms call, but
-for single units of 255: OpenCV computes grey in 15 bits where Pillow has 16, and where Pillow truncates a number less than
-2^-14 below an integer, that integer is the result here.
+Images are uint8 [height, width, 3], RGB, contiguous. Results are Pillow's, whose functions torchvision's transforms call,
+but for single units of 255: OpenCV computes grey in 15 bits where Pillow has 16, and where Pillow truncates a number less
+than 2^-14 below an integer, that integer is the result here.
 """
 
-from typing import Callable, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence
 
 import cv2
 import numpy as np
@@ -106,6 +106,7 @@ def _blend(image: np.ndarray, factor: float, other: Optional[np.ndarray] = None,
 
 def _map_channels(image: np.ndarray, make_table: Callable[[np.ndarray], np.ndarray]) -> None:
     """Replaces the values of each channel by the table, clipped to 0..255, that is made of their histogram, int64 [256]."""
-    histograms = [cv2.calcHist([image], [channel], None, [256], [0, 256])[:, 0].astype(np.int64) for channel in range(3)]
-    tables = [np.clip(make_table(histogram), 0, 255) for histogram in histograms]
+    images: Any = [image]
+    histograms = [cv2.calcHist(images, [channel], None, [256], [0, 256]) for channel in range(3)]
+    tables = [np.clip(make_table(each[:, 0].astype(np.int64)), 0, 255) for each in histograms]
     cv2.LUT(image, np.stack(tables, -1).astype(np.uint8)[np.newaxis], dst=image)
