@@ -35,6 +35,7 @@ from hvd_vgg.flags import parse_flags
 from hvd_vgg.reporting import receipt
 from hvd_vgg.reporting.console import Console
 from hvd_vgg.reporting.goodput import Goodput
+from hvd_vgg.reporting.receipt import LogLine
 from hvd_vgg.run_dir import RunDir, checkpoint_step
 from hvd_vgg.text import plural
 from hvd_vgg.training import checkpoint
@@ -252,6 +253,13 @@ def _check_flags(run: RunDir, history: History) -> Findings:
     return PASS, f"the flags of start {attempt.number}"
 
 
+def _evaluated_alike(history: History, line: LogLine) -> bool:
+    """Returns whether an evaluation in the log has the newest start's flags of evaluation, which a restart may change."""
+    configs = [attempt.config for attempt in history.attempts if attempt.start.number < line.number]
+    now = history.attempts[-1].config
+    return all(getattr(configs[-1], name) == getattr(now, name) for name in ("eval_crop", "eval_size", "eval_flip"))
+
+
 def _evaluate_again(run: RunDir, config: VerifyConfig) -> Findings:
     """Evaluates the newest and the best checkpoint again. Collective."""
     history, paths, texts, verdict = read_history(receipt.read_log(run.log)), run.list_checkpoints(), [], PASS
@@ -263,8 +271,11 @@ def _evaluate_again(run: RunDir, config: VerifyConfig) -> Findings:
     flags = dataclasses.replace(attempt.config, data_dir=config.data_dir, run_dir=config.run_dir, console="auto")
     for name, score in zip(names, evaluate.score(flags, names)):
         now, line = score.result, history.scores.get(score.step)
-        then = [int(line.data[f"eval.top{k}_hits"]) for k in (1, 5)] if line else None
-        texts.append(f"{name}: {now.top1} and {now.top5} hits of {now.records} at step {score.step}; logged: {then}")
+        alike = line and _evaluated_alike(history, line)
+        then = [int(line.data[f"eval.top{k}_hits"]) for k in (1, 5)] if line and alike else None
+        texts.append(
+            f"{name}: {now.top1} and {now.top5} hits of {now.records} at step {score.step}; logged: {then}{' under these flags of evaluation' * (line is not None and not alike)}"
+        )
         verdict = verdict if then else UNKNOWN
         if attempt.start.data["data"]["validation"]["sha256"] != score.data_sha256:
             yield f"--data_dir={config.data_dir} has other validation records than the run had"

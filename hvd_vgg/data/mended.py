@@ -203,5 +203,5 @@ def _has_hole(encoded: bytes) -> bool:
     if _ZEROS not in encoded:  # nearly all images
         return False
     last = encoded.rfind(_ZEROS, 0, encoded.rfind(b"\xff\xd9"))
-    # Those of most other images lie in their tables, soon before a scan: to look for the last scan from the end takes longer.
+    # Those of most other images lie in their tables, soon before a scan: to look for the last scan first takes longer.
     return last >= 0 and encoded.find(b"\xff\xda", last) < 0 <= encoded.rfind(b"\xff\xda", 0, last)

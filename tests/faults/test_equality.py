@@ -40,6 +40,10 @@ LONG = [
     *("--steps=30", "--global_batch=29", "--device_batch=6", "--optimizer=nesterov", "--weight_decay=0.0005"),
     *("--lr=0.02", "--save_every_steps=0", "--eval_every_epochs=5"),
 ]
+AUGMENTED = [
+    *("--augment=crop", "--auto_augment=trivial", "--color_jitter=0.4", "--pca_lighting=0.1", "--random_erasing=0.5"),
+    *("--resize=pillow", "--eval_crop=1", "--eval_size=64", "--eval_flip"),
+]
 
 
 def planned(block=1):
@@ -78,7 +82,7 @@ def test_undisturbed_run_learns_and_reads_what_is_planned(undisturbed):
         *[(2, ["--exchange=factored"]), (3, ["--exchange=factored"]), (4, ["--exchange=allreduce"])],
         *full((1, ["--exchange=factored"]), (4, ["--exchange=factored"])),
         *full((1, ["--exchange=allreduce"]), (2, ["--exchange=allreduce"]), (3, ["--exchange=allreduce"])),
-        *full((3, ["--compute_threads=2"])),
+        *full((3, ["--compute_threads=2"]), (2, AUGMENTED), (3, AUGMENTED)),
         *[pytest.param(3, [f"--precision={each}"], marks=pytest.mark.fault(tier=3)) for each in ("bfloat16", "float16")],
     ],
     ids=lambda value: value if isinstance(value, int) else " ".join(value),
