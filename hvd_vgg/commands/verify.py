@@ -273,9 +273,8 @@ def _evaluate_again(run: RunDir, config: VerifyConfig) -> Findings:
         now, line = score.result, history.scores.get(score.step)
         alike = line and _evaluated_alike(history, line)
         then = [int(line.data[f"eval.top{k}_hits"]) for k in (1, 5)] if line and alike else None
-        texts.append(
-            f"{name}: {now.top1} and {now.top5} hits of {now.records} at step {score.step}; logged: {then}{' under these flags of evaluation' * (line is not None and not alike)}"
-        )
+        other = " (made under other flags)" if line and not alike else ""
+        texts.append(f"{name}: {now.top1} and {now.top5} hits of {now.records} at step {score.step}; logged: {then}{other}")
         verdict = verdict if then else UNKNOWN
         if attempt.start.data["data"]["validation"]["sha256"] != score.data_sha256:
             yield f"--data_dir={config.data_dir} has other validation records than the run had"

@@ -108,17 +108,19 @@ def decode_and_name(index: Index, record: int, encoded: bytes, decode: Callable[
     Without a nameless line, if it is known or likely to be mended.
     """
     mended = _known.get((index.paths[0], record))
+    before, _thread.writes = getattr(_thread, "writes", b""), b""  # what is not an image's own is counted anew
     if mended is None and _has_hole(encoded):
-        mended = name_if_mended(index, record, encoded)
+        mended, before = name_if_mended(index, record, encoded), b""
     if mended:
         _quietly(decode)
         return
-    before = getattr(_thread, "writes", None) or count_writes()
+    before = before or count_writes()
     decode()
-    _thread.writes = count_writes()
-    if _thread.writes != before:
+    after = count_writes()
+    if after != before:
         name_if_mended(index, record, encoded)
-        _thread.writes = count_writes()
+    else:
+        _thread.writes = after
 
 
 def _quietly(action: Callable[[], None]) -> Optional[str]:
