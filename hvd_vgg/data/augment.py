@@ -134,10 +134,12 @@ def _warp(image: np.ndarray, matrix: Affine) -> None:
     by_index = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     warped = cv2.warpAffine(image, by_index, (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE)
-    x, y = np.arange(width) + 0.5, np.arange(height)[:, np.newaxis] + 0.5
-    across, down = a * x + b * y + c, d * x + e * y + f
-    inside = (across >= 0) & (across < width) & (down >= 0) & (down < height)
-    np.multiply(warped, inside[..., np.newaxis], out=image)
+    x, y = np.arange(width) + 0.5, np.arange(height) + 0.5
+    across, down = np.add.outer(b * y, a * x) + c, np.add.outer(e * y, d * x) + f
+    # Inclusive bounds: the upper ones are the numbers before the sides.
+    inside = cv2.inRange(across, 0, np.nextafter(width, 0)) & cv2.inRange(down, 0, np.nextafter(height, 0))
+    image[:] = 0
+    cv2.copyTo(warped, inside, image)
 
 
 def _upto(limit: float) -> Callable[[int], float]:
