@@ -135,11 +135,17 @@ def _warp(image: np.ndarray, matrix: Affine) -> None:
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     warped = cv2.warpAffine(image, by_index, (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE)
     x, y = np.arange(width) + 0.5, np.arange(height) + 0.5
-    across, down = np.add.outer(b * y, a * x) + c, np.add.outer(e * y, d * x) + f
-    # Inclusive bounds: the upper ones are the numbers before the sides.
-    inside = cv2.inRange(across, 0, np.nextafter(width, 0)) & cv2.inRange(down, 0, np.nextafter(height, 0))
+    low, high = np.stack([_within(a, b * y + c, width), _within(d, e * y + f, height)], 1)
+    inside = (x >= low.max(0)[:, np.newaxis]) & (x < high.min(0)[:, np.newaxis])
     image[:] = 0
-    cv2.copyTo(warped, inside, image)
+    cv2.copyTo(warped, inside.view(np.uint8), image)
+
+
+def _within(slope: float, starts: np.ndarray, side: int) -> np.ndarray:
+    """Returns between which x, float64 [2, n], slope * x + start is within 0 and `side`, for each of `starts`, [n]."""
+    if slope:
+        return np.sort([-starts / slope, (side - starts) / slope], 0)
+    return np.where((starts >= 0) & (starts < side), [[-np.inf], [np.inf]], np.inf)
 
 
 def _upto(limit: float) -> Callable[[int], float]:
