@@ -47,6 +47,10 @@ LARS = ["--optimizer=lars", "--lars_eta=0.2", "--lr=0.1", "--lr_schedule=polynom
 LISTS = ["--no_decay=bias,norm", "--lr_schedule=cosine", "--clip_norm=1.5", *_RECIPE, "--exchange=allreduce"]
 # With BatchNorm 5 micro-batches of 3, 3, 3, 3 and 2 groups.
 GROUPS = ("--model=vgg11_bn", "--norm_batch=2", "--global_batch=28")
+AUGMENTED = [
+    *("--augment=crop", "--auto_augment=trivial", "--color_jitter=0.4", "--pca_lighting=0.1", "--random_erasing=0.5"),
+    *("--resize=pillow", "--eval_crop=1", "--eval_size=64", "--eval_flip"),
+]
 
 
 def planned(block=1):
@@ -85,7 +89,7 @@ def test_undisturbed_run_learns_and_reads_what_is_planned(undisturbed):
         *[(2, ["--exchange=factored"]), (3, ["--exchange=factored"]), (4, ["--exchange=allreduce"])],
         *full((1, ["--exchange=factored"]), (4, ["--exchange=factored"])),
         *full((1, ["--exchange=allreduce"]), (2, ["--exchange=allreduce"]), (3, ["--exchange=allreduce"])),
-        *full((3, ["--compute_threads=2"])),
+        *full((3, ["--compute_threads=2"]), (2, AUGMENTED), (3, AUGMENTED)),
         (3, LARS),
         *full((2, LARS), (4, LARS), (3, [*LARS, "--compute_threads=2"]), (2, LISTS), (3, LISTS), (4, LISTS)),
         *full(
