@@ -197,6 +197,8 @@ def _check_result(run: RunDir, history: History) -> Findings:
     expected.update({"by_rank": None, "by_host": None, **line.data, "event": None, "step": None, "steps": step})
     expected.update(records_evaluated=evaluation["eval.records"], epochs=step * attempt.batch / attempt.records)
     expected.update(state_sha256=evaluation["eval.state_sha256"])
+    averages = {name[len("eval.") :]: value for name, value in evaluation.items() if name.startswith("eval.average_")}
+    expected.update(averages)
     expected.update(ranks=attempt.ranks, global_batch=attempt.batch, precision=attempt.config.precision)
     yield from mismatches((name, result.get(name), value) for name, value in expected.items())
     if "goodput" in result or "process_seconds" in attempt.start.data:  # earlier versions had neither

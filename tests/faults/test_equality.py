@@ -51,6 +51,8 @@ AUGMENTED = [
     *("--augment=crop", "--auto_augment=trivial", "--color_jitter=0.4", "--pca_lighting=0.1", "--random_erasing=0.5"),
     *("--resize=pillow", "--eval_crop=1", "--eval_size=64", "--eval_flip"),
 ]
+MIXED = ["--mixup=0.3", "--cutmix=1", "--mix_batch=2", "--ema_decay=0.9"]
+EVERYTHING = [*GROUPS, "--exchange=factored", *LARS, "--no_decay=bias,norm", *MIXED, *AUGMENTED]
 
 
 def planned(block=1):
@@ -90,8 +92,9 @@ def test_undisturbed_run_learns_and_reads_what_is_planned(undisturbed):
         *full((1, ["--exchange=factored"]), (4, ["--exchange=factored"])),
         *full((1, ["--exchange=allreduce"]), (2, ["--exchange=allreduce"]), (3, ["--exchange=allreduce"])),
         *full((3, ["--compute_threads=2"]), (2, AUGMENTED), (3, AUGMENTED)),
-        (3, LARS),
-        *full((2, LARS), (4, LARS), (3, [*LARS, "--compute_threads=2"]), (2, LISTS), (3, LISTS), (4, LISTS)),
+        (3, EVERYTHING),
+        *full((1, EVERYTHING), (2, EVERYTHING), (4, EVERYTHING), (2, [*MIXED, "--global_batch=28"])),
+        *full((2, LARS), (3, LARS), (4, LARS), (3, [*LARS, "--compute_threads=2"]), (2, LISTS), (3, LISTS), (4, LISTS)),
         *full(
             *((ranks, [*GROUPS, "--exchange=factored"]) for ranks in (1, 2, 3, 4)), (2, [*GROUPS, "--exchange=allreduce"])
         ),
@@ -163,11 +166,11 @@ def test_killed_at_random_and_resumed_on_other_ranks(tmp_path, data, undisturbed
 @pytest.mark.parametrize("ranks", [(2, 3), *full(((1, 4),), ((4, 2),), ((3, 1),))], ids=str)
 @pytest.mark.fault("F21")
 def test_batch_norm_killed_and_resumed_on_other_ranks(tmp_path, data, long_run, ranks):
-    """Of the same bits, moving moments among them, which a comparison names where they alone differ."""
-    flags = [*LONG, *GROUPS, "--exchange=factored", "--save_every_steps=4"]
+    """With every other ingredient too: the same bits, moving moments among them, and a comparison says where they differ."""
+    flags = [*LONG, *EVERYTHING, "--save_every_steps=4"]
     run(tmp_path, data, ranks[0], f"kill@{ranks[0] - 1}:13", *flags, code=137)
     run(tmp_path, data, ranks[1], *flags)
-    wanted = long_run(*GROUPS, "--exchange=factored")
+    wanted = long_run(*EVERYTHING)
     assert_same_run(tmp_path, wanted)
     found, (name, moment) = newest(tmp_path), next(each for each in newest(tmp_path).tensors.items() if "moving" in each[0])
     assert np.abs(moment).min() > 0 and result(tmp_path / "run")["state_sha256"] == result(wanted / "run")["state_sha256"]
