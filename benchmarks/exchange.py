@@ -134,7 +134,7 @@ def make_step(way, weights, slots, device, options):
     if way != "horovod":
         group, factored = comm.Group(Alone) if way == "local" else comm.WORLD, DENSE if config.exchange == "factored" else []
         own = {name: slot for name, slot in slots.items() if config.reproducible == "bits" or name != GRADIENT_LIMITS}
-        step = make_train_step(State(weights, {}, own), config, device, factored, group)
+        step = make_train_step(State(weights, {}, own, {}), config, device, factored, group)
         return lambda *inputs: step(*inputs).gradient_norm
 
     def mean_gradients(images, labels, position, keys):
@@ -147,7 +147,7 @@ def make_step(way, weights, slots, device, options):
     @tf.function
     def step(images, labels, position, keys, lr):
         gradients = mean_gradients(images, labels, position, keys)
-        apply_update(weights, slots, dict(zip(names, gradients)), lr, "momentum", 0.9, config.weight_decay)
+        apply_update(weights, slots, dict(zip(names, gradients)), lr, config)
         return tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(gradient) for gradient in gradients]))
 
     return step

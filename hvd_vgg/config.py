@@ -5,6 +5,7 @@ configuration that has it. What takes a ModelConfig takes a TrainConfig too, but
 """
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Set, Tuple
@@ -15,6 +16,10 @@ BITS, ROUNDING = "bits", "rounding"  # of --reproducible
 MOST_MICRO_BATCHES = 4095  # for which sums in fixed point are made
 _MODELS = ("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn")
 _DRAWN_CLASSES = 10  # of `make-demo-data`
+# Weights that flags name as a group: biases; gamma and beta of BatchNorm.
+WEIGHT_GROUPS = ("bias", "norm")
+LARS = "lars"  # of --optimizer
+DECAYING = ("cosine", "polynomial")  # of --lr_schedule: what depends on the length of the run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +85,77 @@ class UpdateConfig:
         "images",
         at_least=2,
     )
-    optimizer: str = hyperparameter("momentum", "Recipe", "SGD with momentum.", choices=("momentum", "nesterov"))
+    label_smoothing: float = hyperparameter(
+        0.0,
+        "Recipe",
+        "Share of the target that is spread evenly over all classes, in training; evaluation's loss has none.",
+        at_least=0.0,
+        below=1.0,
+    )
+    mixup: float = hyperparameter(
+        0.0,
+        "Recipe",
+        "Alpha of mixup: each image is blended with its neighbour by a share drawn from Beta(alpha, alpha). 0: never.",
+        at_least=0.0,
+        at_most=1.0,
+    )
+    cutmix: float = hyperparameter(
+        0.0,
+        "Recipe",
+        "Alpha of CutMix: a box of each image is its neighbour's, its area drawn from Beta(alpha, alpha). With --mixup too, "
+        "either has an equal chance. 0: never.",
+        at_least=0.0,
+        at_most=1.0,
+    )
+    mix_batch: int = hyperparameter(
+        32,
+        "Recipe",
+        "Images that share a draw of --mixup and --cutmix and are mixed among each other: consecutive positions of the "
+        "global batch, whole on one rank. Must divide --device_batch and --global_batch.",
+        "images",
+        at_least=2,
+    )
+    optimizer: str = hyperparameter(
+        "momentum",
+        "Recipe",
+        "SGD with momentum, or Nesterov's; lars: a rate for each weight tensor by its norm, for batches of thousands.",
+        choices=("momentum", "nesterov", LARS),
+    )
     momentum: float = hyperparameter(0.9, "Recipe", "Momentum.", at_least=0.0, below=1.0)
     weight_decay: float = hyperparameter(
         1e-4,
         "Recipe",
-        "L2 penalty on all weights and biases, added to the gradient.",
+        "L2 penalty on all weights and biases but those of --no_decay, added to the gradient.",
         at_least=0.0,
+    )
+    no_decay: Tuple[str, ...] = hyperparameter(
+        (),
+        "Recipe",
+        "Weights without decay, separated by commas: bias, of all layers; norm, gamma and beta of BatchNorm.",
+        choices=WEIGHT_GROUPS,
+    )
+    clip_norm: float = hyperparameter(
+        0.0,
+        "Recipe",
+        "Gradients whose global norm is larger are scaled down to it; the norm in the log is that before. 0: never.",
+        at_least=0.0,
+    )
+    lars_eta: float = hyperparameter(
+        0.001, "Recipe", "Of --optimizer=lars: the trust coefficient, the factor of all its rates.", above=0.0
+    )
+    lars_skip: Tuple[str, ...] = hyperparameter(
+        ("bias", "norm"),
+        "Recipe",
+        "Of --optimizer=lars: weights that have the plain rate and no decay, named as for --no_decay.",
+        choices=WEIGHT_GROUPS,
+    )
+    ema_decay: float = hyperparameter(
+        0.0,
+        "Recipe",
+        "Decay of an exponential moving average of all weights, which is evaluated beside them and has a best checkpoint of "
+        "its own; (1 + n) / (10 + n) in update n while that is less. 0: none.",
+        at_least=0.0,
+        below=1.0,
     )
     seed: int = hyperparameter(
         1,
@@ -177,6 +246,17 @@ class ComputeConfig(ModelConfig):
 class StepConfig(ExchangeConfig, UpdateConfig, ComputeConfig):
     """Everything that the compiled train step depends on."""
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with each other."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def group_batch(self) -> int:
+        """Consecutive positions of the global batch that are computed together: whole groups of BatchNorm and mixing."""
+        norm, mix = self.norm_batch if has_batch_norm(self.model) else 1, self.mix_batch if self.mixes else 1
+        return norm * mix // math.gcd(norm, mix)
+
     def conflicts(self) -> Iterator[str]:
         """Yields the combinations that cannot run."""
         if self.reproducible == BITS and self.wire_dtype != "float32":
@@ -185,10 +265,11 @@ class StepConfig(ExchangeConfig, UpdateConfig, ComputeConfig):
             enough = -(-self.global_batch // MOST_MICRO_BATCHES)
             least = f"at least {enough}, so that there are {MOST_MICRO_BATCHES} micro-batches at most"
             yield f"--device_batch={self.device_batch}: expected {least}"
-        if has_batch_norm(self.model):
+        groups = {"norm_batch": has_batch_norm(self.model), "mix_batch": self.mixes}
+        for group in (name for name, used in groups.items() if used):
             for name in ("device_batch", "global_batch"):
-                if getattr(self, name) % self.norm_batch:
-                    yield f"--{name}={getattr(self, name)}: expected a multiple of --norm_batch={self.norm_batch}"
+                if getattr(self, name) % getattr(self, group):
+                    yield f"--{name}={getattr(self, name)}: expected a multiple of --{group}={getattr(self, group)}"
         if self.reproducible == BITS and self.xla:
             yield f"--xla needs --reproducible={ROUNDING}: XLA has no deterministic gradient of max pooling"
 
@@ -253,8 +334,8 @@ class RecipeConfig:
     lr_schedule: str = hyperparameter(
         "step",
         "Recipe",
-        "constant; step: divided by 10 at each of --lr_step_epochs; cosine: to 0 at the end.",
-        choices=("constant", "step", "cosine"),
+        "constant; step: divided by 10 at each of --lr_step_epochs; cosine, polynomial: to --lr_min at the end.",
+        choices=("constant", "step", "cosine", "polynomial"),
     )
     lr_step_epochs: Tuple[float, ...] = hyperparameter(
         (30.0, 60.0),
@@ -262,7 +343,20 @@ class RecipeConfig:
         "Epochs at which --lr_schedule=step divides the rate, separated by commas.",
         "epochs",
     )
+    lr_min: float = hyperparameter(
+        0.0, "Recipe", "Learning rate at the end of --lr_schedule=cosine or polynomial.", at_least=0.0
+    )
+    lr_power: float = hyperparameter(2.0, "Recipe", "Exponent of --lr_schedule=polynomial; 1: a straight line.", above=0.0)
+    lr_base_batch: int = hyperparameter(
+        0,
+        "Recipe",
+        "The global batch that --lr, --lr_min and --warmup_lr are meant for: they are multiplied by --global_batch / this. "
+        "0: they are as given.",
+        "images",
+        at_least=0,
+    )
     warmup_epochs: float = hyperparameter(0.0, "Recipe", "Length of the linear warm-up.", "epochs", at_least=0.0)
+    warmup_lr: float = hyperparameter(0.0, "Recipe", "Learning rate from which the warm-up rises.", at_least=0.0)
 
     def conflicts(self) -> Iterator[str]:
         """Yields the combinations that cannot run."""
@@ -271,6 +365,10 @@ class RecipeConfig:
             yield f"--lr_step_epochs={format_value(boundaries)}: expected rising numbers above 0"
         if self.lr_schedule == "step" and not boundaries:
             yield "--lr_schedule=step needs --lr_step_epochs"
+        decays, warms_up = self.lr_schedule in DECAYING, self.warmup_epochs > 0
+        for name, rate, used in (("lr_min", self.lr_min, decays), ("warmup_lr", self.warmup_lr, warms_up)):
+            if used and rate > self.lr:
+                yield f"--{name}={format_value(rate)}: expected at most --lr={format_value(self.lr)}"
         if not self.steps and self.warmup_epochs >= self.epochs:
             warmup, epochs = format_value(self.warmup_epochs), format_value(self.epochs)
             yield f"--warmup_epochs={warmup}: expected less than --epochs={epochs}"
@@ -339,6 +437,12 @@ class TrainConfig(RecipeConfig, BatchConfig, EvaluationConfig):
     stop_at_top1: float = flag(
         0.0, "Run", "End when an evaluation reaches this acc@1; 0: never.", "fraction", at_least=0.0, at_most=1.0
     )
+    reference_curve: str = flag(
+        "",
+        "Run",
+        "EPOCH:ACC@1 pairs of a published run of this recipe, such as 10:0.30,20:0.42: evaluations are compared with the "
+        "line through them, and a run far below it warns, once. What is learned does not depend on it. Empty: none.",
+    )
     on_nonfinite: str = flag(
         "stop",
         "Run",
@@ -372,6 +476,11 @@ class TrainConfig(RecipeConfig, BatchConfig, EvaluationConfig):
         """Yields the combinations that cannot run."""
         if self.profile_steps and not profiled_steps(self.profile_steps):
             yield f"--profile_steps={self.profile_steps}: expected FIRST:LAST, two integers, the first not larger"
+        if self.reference_curve and not reference_points(self.reference_curve):
+            yield (
+                f"--reference_curve={self.reference_curve}: expected EPOCH:ACC@1 pairs such as 10:0.30,20:0.42, with rising "
+                f"epochs and fractions from 0 to 1"
+            )
         if self.checkpoint_copy_dir and _is_inside(self.checkpoint_copy_dir, self.run_dir):
             yield f"--checkpoint_copy_dir={self.checkpoint_copy_dir}: expected a directory outside --run_dir"
         if self.metrics_file and Path(self.metrics_file).suffix != ".prom":
@@ -386,6 +495,9 @@ class EvaluateConfig(EvaluationConfig):
     """Which checkpoint of a run to evaluate, and on what; the defaults are the run's own flags."""
 
     checkpoint: str = flag("best", "Evaluate", "best, newest, or the path of a .safetensors file of this package.", "path")
+    average: bool = flag(
+        False, "Evaluate", "Evaluate the moving average of the weights (--ema_decay), and its own best checkpoint."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -691,19 +803,44 @@ def profiled_steps(text: str) -> range:
     return range(int(first), int(last) + 1) if first.isdecimal() and last.isdecimal() else range(0)
 
 
+def reference_points(text: str) -> List[Tuple[float, float]]:
+    """Returns the (epoch, acc@1) pairs that --reference_curve names; empty if `text` is empty or invalid."""
+    try:
+        points = [(float(epoch), float(top1)) for epoch, top1 in (pair.split(":") for pair in text.split(","))]
+    except ValueError:
+        return []
+    rising = all(before < after for (before, _), (after, _) in zip(points, points[1:]))
+    valid = all(math.isfinite(epoch) and epoch >= 0 and 0 <= top1 <= 1 for epoch, top1 in points)
+    return points if rising and valid else []
+
+
+def unused_hyperparameters(config: TrainConfig) -> Dict[str, str]:
+    """Returns the hyperparameters that decide nothing beside the others, each with what makes it so."""
+    schedule, optimizer = f"with --lr_schedule={config.lr_schedule}", f"with --optimizer={config.optimizer}"
+    unused = {
+        "lr_step_epochs": schedule if config.lr_schedule != "step" else "",
+        "lr_min": schedule if config.lr_schedule not in DECAYING else "",
+        "lr_power": schedule if config.lr_schedule != "polynomial" else "",
+        "warmup_lr": "" if config.warmup_epochs else "without --warmup_epochs",
+        "norm_batch": "" if has_batch_norm(config.model) else f"with --model={config.model}",
+        "mix_batch": "" if config.mixes else "without --mixup and --cutmix",
+        "no_decay": "" if config.weight_decay else "with --weight_decay=0",
+        "lars_eta": optimizer if config.optimizer != LARS else "",
+        "lars_skip": optimizer if config.optimizer != LARS else "",
+    }
+    return {name: reason for name, reason in unused.items() if reason}
+
+
 def fingerprint(config: TrainConfig) -> Dict[str, Any]:
     """Returns the values that decide what is learned, as JSON holds them; a checkpoint is continued only under equal ones.
 
-    The length of the run is one of them only under `cosine`: with the other schedules a longer run begins as the shorter one
-    did, and may continue it.
+    The length of the run is one of them only under `cosine` and `polynomial`: with the other schedules a longer run begins
+    as the shorter one did, and may continue it.
     """
-    chosen = {name: getattr(config, name) for name in hyperparameters()}
-    if config.lr_schedule != "cosine":
+    unused = unused_hyperparameters(config)
+    chosen = {name: getattr(config, name) for name in hyperparameters() if name not in unused}
+    if config.lr_schedule not in DECAYING:
         del chosen["epochs"], chosen["steps"]
-    if config.lr_schedule != "step":
-        del chosen["lr_step_epochs"]
-    if not has_batch_norm(config.model):
-        del chosen["norm_batch"]
     del chosen["exchange"]  # the layers that it chooses are compared instead: `run_fingerprint`
     if config.reproducible != BITS:
         del chosen["device_batch"]

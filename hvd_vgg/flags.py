@@ -27,6 +27,7 @@ _EXPECTED: Dict[Any, str] = {
     bool: "true or false",
     Tuple[int, ...]: "integers separated by commas",
     Tuple[float, ...]: "numbers separated by commas",
+    Tuple[str, ...]: "names separated by commas",
 }
 _LIMITS = {
     "at_least": (operator.ge, "at least"),
@@ -75,7 +76,7 @@ class _Parser(flags.ArgumentParser):
                 return flags.BooleanParser().parse(argument)
             if self.kind in (int, float, str):
                 return self.kind(argument)
-            return tuple(self.kind.__args__[0](part) for part in argument.split(",") if part.strip())
+            return tuple(self.kind.__args__[0](part.strip()) for part in argument.split(",") if part.strip())
         except ValueError:
             return argument
 

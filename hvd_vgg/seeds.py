@@ -9,7 +9,7 @@ import functools
 import numpy as np
 
 # The purpose of a stream, the word after the seed: no two purposes share random numbers.
-ORDER, AUGMENT, DROPOUT, WEIGHTS, BLOCKS, REPLACEMENT = range(6)
+ORDER, AUGMENT, DROPOUT, WEIGHTS, BLOCKS, REPLACEMENT, MIXING = range(7)
 # The increment of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014).
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
@@ -28,6 +28,11 @@ def raw_draws(count: int, *words: int) -> np.ndarray:
 def dropout_keys(seed: int, step: int, layers: int) -> np.ndarray:
     """Returns the Philox keys of a step's dropout masks, uint64 [layers]; the counter is the position in the batch."""
     return np.array([seed_bits(seed, DROPOUT, step, layer) for layer in range(layers)], np.uint64)
+
+
+def mixing_key(seed: int, step: int) -> np.uint64:
+    """Returns the Philox key of how a step's images are mixed; the counter is the group in the batch."""
+    return seed_bits(seed, MIXING, step)
 
 
 def weights_seed(seed: int, layer: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # VGG16 on ImageNet on one device: the run of launch/run_train_vgg16_multigpu_imagenet.sh, at the speed of one.
 #
-#   DATA_DIR=./imagenet_tfrecord BATCH_SIZE=16 bash launch/run_train_vgg16_imagenet.sh [--epochs=90] [--FLAG=VALUE ...]
+#   DATA_DIR=./imagenet_tfrecord BATCH_SIZE=16 bash launch/run_train_vgg16_imagenet.sh [--epochs=200] [--FLAG=VALUE ...]
 #   bash launch/run_train_vgg16_imagenet.sh doctor ...               it looks whether it can train
 #
 # DATA_DIR    TFRecords (default: ./imagenet_tfrecord)

@@ -2,7 +2,7 @@
 # VGG16 on ImageNet on all devices of this host, or of those in a host file, one rank each. Goes on where the run directory
 # stands; deletes nothing; starts again what failed for no fault of its own.
 #
-#   DATA_DIR=./imagenet_tfrecord BATCH_SIZE=16 bash launch/run_train_vgg16_multigpu_imagenet.sh [--epochs=90] [--FLAG=VALUE ...]
+#   DATA_DIR=./imagenet_tfrecord BATCH_SIZE=16 bash launch/run_train_vgg16_multigpu_imagenet.sh [--epochs=200] [--FLAG=VALUE ...]
 #   bash launch/run_train_vgg16_multigpu_imagenet.sh doctor ...      the same ranks with the same flags look whether they can train
 #   bash launch/run_train_vgg16_multigpu_imagenet.sh acceptance ...  try this host, or these, from end to end (docs/acceptance.md)
 #

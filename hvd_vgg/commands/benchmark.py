@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from hvd_vgg.config import BITS, BenchmarkConfig
 from hvd_vgg.data.loader import train_batches
-from hvd_vgg.data.sampler import grouped_images, part_bounds
+from hvd_vgg.data.sampler import part_bounds
 from hvd_vgg.data.transforms import IMAGE_LIBRARY
 from hvd_vgg.doctor.driver import find_accelerators
 from hvd_vgg.doctor.packages import this_host
@@ -56,7 +56,7 @@ def benchmark(config: BenchmarkConfig) -> None:
         raise Failure(USAGE, text, collective=True)
     if config.out:
         run_on_root(lambda: check_out(config.out, CONFIGURATION))
-    group = grouped_images(config)
+    group = config.group_batch
     per_rank = group * max(1, config.global_batch // (started * group))
     if config.reproducible == BITS:  # each rank has whole micro-batches, as large as can be
         count = -(-per_rank // config.device_batch)

@@ -1,7 +1,7 @@
 """The `evaluate` command: scores checkpoints of a run on the validation records."""
 
 from pathlib import Path
-from typing import List, NamedTuple, Sequence
+from typing import Iterable, List, NamedTuple, Sequence
 
 from hvd_vgg.config import EvaluateConfig, EvaluationConfig
 from hvd_vgg.data.index import Index, check_labels
@@ -13,11 +13,24 @@ from hvd_vgg.reporting.console import Console
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.text import plural
 from hvd_vgg.training import checkpoint
+from hvd_vgg.training.average import averaged
 from hvd_vgg.training.dataset import open_split
 from hvd_vgg.training.evaluate import Evaluation, evaluate, make_eval_step
 from hvd_vgg.training.reporter import Reporter
 from hvd_vgg.training.startup import join_ranks
 from hvd_vgg.training.state import assign_variables, data_digest, initial_network
+
+
+class Subject(NamedTuple):
+    """What to evaluate: checkpoint `best`, `newest`, or a path; average: not the weights, but their average."""
+
+    checkpoint: str
+    average: bool = False
+
+    @property
+    def of(self) -> str:
+        """What a line about the average begins with."""
+        return "average of weights, " if self.average else ""
 
 
 class Score(NamedTuple):
@@ -30,49 +43,59 @@ class Score(NamedTuple):
 
 def evaluate_run(config: EvaluateConfig) -> None:
     """Evaluates a checkpoint of the run in --run_dir on the validation split. Collective."""
-    score(config, [config.checkpoint])
+    score(config, [Subject(config.checkpoint, config.average)])
 
 
-def score(config: EvaluationConfig, checkpoints: Sequence[str]) -> List[Score]:
+def score(config: EvaluationConfig, subjects: Sequence[Subject]) -> List[Score]:
     """Evaluates checkpoints of the run in --run_dir on the validation split, and prints each score. Collective.
 
-    checkpoints: `best`, `newest`, or paths. Raises a collective Failure(CONFIGURATION) where there is none, or it does not
-    fit.
+    Raises a collective Failure(CONFIGURATION) where there is none, or it does not fit.
     """
     device, console, _ = join_ranks(config)
     index = open_split(config.data_dir, "validation", Path(config.run_dir), console)
-    scores = [_score(config, name, index, device, console) for name in checkpoints]
+    scores = [_score(config, subject, index, device, console) for subject in subjects]
     comm.shutdown()
     return scores
 
 
-def _score(config: EvaluationConfig, name: str, index: Index, device: Device, console: Console) -> Score:
-    found = run_on_root(lambda: _load(name, RunDir(config.run_dir)))
+def _score(config: EvaluationConfig, subject: Subject, index: Index, device: Device, console: Console) -> Score:
+    found = run_on_root(lambda: _load(subject, RunDir(config.run_dir)))
     meta = comm.broadcast_json(found.meta if found else None)
     label_base = meta["run"]["label_base"] if config.label_base == "auto" else int(config.label_base)
     run_on_all_ranks(lambda: check_labels(index, label_base, config.num_classes))
     weights, moments = initial_network(config, seed=0)
-    run_on_root(lambda: assign_variables({**weights, **moments}, found))
-    comm.broadcast_variables([*weights.values(), *moments.values()])
-    eval_step = make_eval_step(weights, moments, config, device.data_format)
+    network = {**weights, **moments}
+    run_on_root(lambda: assign_variables(network, _average(found, network) if subject.average else found))
+    comm.broadcast_variables(list(network.values()))
+    eval_step = make_eval_step(network, config, device.data_format)
     result = evaluate(eval_step, index, config, label_base, device, Reporter(None, console))
     console.say(
-        f"step {meta['step']}: {result.accuracy()}  "
+        f"{subject.of}step {meta['step']}: {result.accuracy()}  "
         f"({result.top1} and {result.top5} of {result.records} records, each once, on {plural(comm.size(), 'rank')})"
     )
     return Score(meta["step"], result, data_digest(index))
 
 
-def _load(name: str, run_dir: RunDir) -> checkpoint.Checkpoint:
-    known = {"best": checkpoint.best(run_dir), "newest": next(iter(run_dir.list_checkpoints()), None)}
-    path = known.get(name, Path(name))
+def _load(subject: Subject, run_dir: RunDir) -> checkpoint.Checkpoint:
+    pointer = checkpoint.BEST_AVERAGE if subject.average else checkpoint.BEST
+    known = {"best": checkpoint.best(run_dir, pointer), "newest": next(iter(run_dir.list_checkpoints()), None)}
+    path = known.get(subject.checkpoint, Path(subject.checkpoint))
     if path is None:
+        which = f"{subject.checkpoint} checkpoint{' of an average' * subject.average}"
         raise Failure(
             CONFIGURATION,
-            f"{run_dir.checkpoints} has no {name} checkpoint: is --run_dir a run's, and has it been evaluated yet? "
+            f"{run_dir.checkpoints} has no {which}: is --run_dir a run's, and has it been evaluated yet? "
             f"--checkpoint=newest needs no evaluation",
         )
     return load_checkpoint(path)
+
+
+def _average(found: checkpoint.Checkpoint, names: Iterable[str]) -> checkpoint.Checkpoint:
+    """Returns the averages in a checkpoint in the place of the variables `names`; Failure(CONFIGURATION) without."""
+    try:
+        return found._replace(tensors=averaged(found.tensors, names))
+    except KeyError as error:
+        raise Failure(CONFIGURATION, f"{found.path} holds no average of its weights: the run has no --ema_decay") from error
 
 
 def load_checkpoint(path: Path) -> checkpoint.Checkpoint:

@@ -230,9 +230,12 @@ def _train_rows(line: LogLine, attempt: Attempt) -> Iterator[_Row]:
 
 def _evaluation_rows(line: LogLine, attempt: Attempt) -> Iterator[_Row]:
     data, records = line.data, attempt.start.data["data"]["validation"]["records"]
-    hits = [data["eval.top1_hits"], data["eval.top5_hits"], data["eval.records"]]
-    yield "eval.top1_hits, top5_hits, records", hits, sorted([*(max(0, int(each)) for each in hits[:2]), records])
-    yield "eval.acc@1, acc@5", [data["eval.acc@1"], data["eval.acc@5"]], [each / records for each in hits[:2]]
+    for prefix in ("eval.", "eval.average_") if "eval.average_top1_hits" in data else ("eval.",):
+        hits = [data[f"{prefix}top1_hits"], data[f"{prefix}top5_hits"], data["eval.records"]]
+        expected = sorted([*(max(0, int(each)) for each in hits[:2]), records])
+        yield f"{prefix}top1_hits, top5_hits, eval.records", hits, expected
+        shares = [data[f"{prefix}acc@{k}"] for k in (1, 5)]
+        yield f"{prefix}acc@1, acc@5", shares, [each / records for each in hits[:2]]
 
 
 def throughput_rows(line: LogLine, attempt: Attempt) -> Iterator[_Row]:

@@ -41,6 +41,8 @@ from hvd_vgg.training import checkpoint
 from hvd_vgg.training.schedule import total_steps
 from hvd_vgg.watchdog import watchdog
 
+_AVERAGE_HITS = "eval.average_top1_hits"
+
 
 def verify_run(config: VerifyConfig) -> None:
     """Checks the run in --run_dir and prints each result. Collective with --data_dir.
@@ -75,7 +77,9 @@ def check(run_dir: Path) -> Iterator[Check]:
     yield from _conclude("restarts.jsonl", _check_restarts(run, history))
     for path in reversed(run.list_checkpoints()):
         yield from _conclude(path.name, _check_file(path, history))
-    yield from _conclude("best", _check_best(run, history))
+    yield from _conclude(checkpoint.BEST, _check_best(run, history, checkpoint.BEST, "eval.top1_hits"))
+    if any(_AVERAGE_HITS in line.data for line in history.scores.values()):
+        yield from _conclude(checkpoint.BEST_AVERAGE, _check_best(run, history, checkpoint.BEST_AVERAGE, _AVERAGE_HITS))
     yield from _conclude("result.json", _check_result(run, history))
     yield from _conclude("receipt.json", _check_receipt(run, history))
     yield from _conclude("flags.txt", _check_flags(run, history))
@@ -158,9 +162,10 @@ def _check_file(path: Path, history: History) -> Findings:
     return verdict, f"{text} (line {number})"
 
 
-def _check_best(run: RunDir, history: History) -> Findings:
-    best, scores = checkpoint.best(run), history.scores
-    hits = {step: int(line.data["eval.top1_hits"]) for step, line in scores.items()}
+def _check_best(run: RunDir, history: History, name: str, metric: str) -> Findings:
+    best = checkpoint.best(run, name)
+    scores = {step: line for step, line in history.scores.items() if metric in line.data}
+    hits = {step: int(line.data[metric]) for step, line in scores.items()}
     most = hits.get(checkpoint_step(best) or 0) if best else -1
     if best and not best.exists():
         yield f"names {best.name}, which is not there"
@@ -253,18 +258,24 @@ def _check_flags(run: RunDir, history: History) -> Findings:
 
 
 def _evaluate_again(run: RunDir, config: VerifyConfig) -> Findings:
-    """Evaluates the newest and the best checkpoint again. Collective."""
+    """Evaluates the newest and the best checkpoint again, and those of the average. Collective."""
     history, paths, texts, verdict = read_history(receipt.read_log(run.log)), run.list_checkpoints(), [], PASS
     if not history.attempts or not paths:
         return UNKNOWN, "there is no checkpoint, or no start in the log"
     from hvd_vgg.commands import evaluate
 
-    attempt, names = history.attempts[-1], ["newest", "best"] if checkpoint.best(run) in paths[1:] else ["newest"]
+    attempt, subjects = history.attempts[-1], []
+    for average, pointer in ((False, checkpoint.BEST), (True, checkpoint.BEST_AVERAGE))[
+        : 1 + bool(attempt.config.ema_decay)
+    ]:
+        names = ["newest", "best"] if checkpoint.best(run, pointer) in paths[1:] else ["newest"]
+        subjects += [evaluate.Subject(name, average) for name in names]
     flags = dataclasses.replace(attempt.config, data_dir=config.data_dir, run_dir=config.run_dir, console="auto")
-    for name, score in zip(names, evaluate.score(flags, names)):
-        now, line = score.result, history.scores.get(score.step)
-        then = [int(line.data[f"eval.top{k}_hits"]) for k in (1, 5)] if line else None
-        texts.append(f"{name}: {now.top1} and {now.top5} hits of {now.records} at step {score.step}; logged: {then}")
+    for subject, score in zip(subjects, evaluate.score(flags, subjects)):
+        now, line, prefix = score.result, history.scores.get(score.step), "average_" * subject.average
+        then = [int(line.data[f"eval.{prefix}top{k}_hits"]) for k in (1, 5)] if line else None
+        hits = f"{now.top1} and {now.top5} hits of {now.records} at step {score.step}; logged: {then}"
+        texts.append(f"{subject.of}{subject.checkpoint}: {hits}")
         verdict = verdict if then else UNKNOWN
         if attempt.start.data["data"]["validation"]["sha256"] != score.data_sha256:
             yield f"--data_dir={config.data_dir} has other validation records than the run had"

@@ -9,7 +9,7 @@ from typing import Callable, NamedTuple, Tuple
 
 import numpy as np
 
-from hvd_vgg.config import BITS, StepConfig, has_batch_norm
+from hvd_vgg.config import BITS, StepConfig
 from hvd_vgg.seeds import AUGMENT, BLOCKS, ORDER, REPLACEMENT, raw_draws, seed_bits
 from hvd_vgg.text import plural
 
@@ -75,14 +75,9 @@ def micro_batches(config: StepConfig) -> int:
 def whole_images(config: StepConfig) -> int:
     """Returns of how many consecutive positions of the global batch a rank takes all or none.
 
-    A micro-batch under --reproducible=bits; else a group of --norm_batch where there is BatchNorm, or one image.
+    A micro-batch under --reproducible=bits; else the images that must be computed together.
     """
-    return config.device_batch if config.reproducible == BITS else grouped_images(config)
-
-
-def grouped_images(config: StepConfig) -> int:
-    """Returns how many consecutive images are computed together at least: those whose statistics BatchNorm uses, or 1."""
-    return config.norm_batch if has_batch_norm(config.model) else 1
+    return config.device_batch if config.reproducible == BITS else config.group_batch
 
 
 def most_ranks(config: StepConfig) -> int:
@@ -98,15 +93,14 @@ def too_many_ranks(config: StepConfig, ranks: int) -> str:
     if most == batch:
         return f"--global_batch={batch} has fewer images than the {ranks} ranks: start at most {batch}"
     if config.reproducible != BITS:
-        groups = f"{plural(most, 'group')} of --norm_batch={config.norm_batch}"
+        groups = f"{plural(most, 'group')} of {config.group_batch} images (--norm_batch, --mix_batch)"
         least = f"fewer than the {ranks} ranks, each of which computes whole ones: start at most {most}"
         return f"--global_batch={batch} has {groups}, {least}"
     text = (
         f"--global_batch={batch} has {most} micro-batch{'es' if most > 1 else ''} of --device_batch={config.device_batch}, "
         f"fewer than the {ranks} ranks, each of which computes whole ones under --reproducible={BITS}: start at most {most}"
     )
-    group = grouped_images(config)
-    enough = batch // ranks // group * group
+    enough = batch // ranks // config.group_batch * config.group_batch
     return f"{text}, or begin a new run with --device_batch={enough}" if enough else text
 
 

@@ -6,13 +6,14 @@ effect.
 
 from typing import Dict, Iterator, List, Mapping, Optional, Tuple
 
-from hvd_vgg.config import BITS, TrainConfig, has_batch_norm
+from hvd_vgg.config import BITS, TrainConfig, reference_points, unused_hyperparameters
 from hvd_vgg.data.sampler import most_ranks, too_many_ranks
 from hvd_vgg.environment import SECRET_NAME, launched_rank, leftover_error
 from hvd_vgg.parallel.cores import share_of_cores
 from hvd_vgg.parallel.mpi import UNSET_GLOO, gloo_under_mpi_error
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
 from hvd_vgg.text import plural
+from hvd_vgg.training.schedule import rate_factor
 
 # Variables in the vendor's and others' scripts, and what they do here.
 _VARIABLES = {
@@ -99,20 +100,23 @@ def check_flags(config: TrainConfig, ranks: int, devices: int) -> List[Finding]:
     text, _, fix = too_many_ranks(config, ranks).partition(": ")
     if text:
         found.append(failure("flags", text, fix))
-    text = f"{config.model}, {config.global_batch} images per update, lr {config.lr:g}, schedule {config.lr_schedule}"
+    lr = rate_factor(config) * config.lr
+    text = f"{config.model}, {config.global_batch} images per update, lr {lr:g}, schedule {config.lr_schedule}"
     return found or [ok("flags", text)]
 
 
 def _questionable_flags(config: TrainConfig, ranks: int, devices: int) -> Iterator[Tuple[str, str]]:
     """Yields what a flag does not do or does badly, and a fix."""
-    default, batch, schedule = TrainConfig(), config.global_batch, config.lr_schedule
+    default, batch = TrainConfig(), config.global_batch
     if config.steps and config.epochs != default.epochs:
         yield f"--epochs={config.epochs:g} has no effect with --steps={config.steps}", "give only one of them"
-    if schedule != "step" and config.lr_step_epochs != default.lr_step_epochs:
-        yield f"--lr_step_epochs has no effect with --lr_schedule={schedule}", "omit it"
-    if not has_batch_norm(config.model) and config.norm_batch != default.norm_batch:
-        yield f"--norm_batch has no effect with --model={config.model}, which has no BatchNorm", "omit it"
-    parts, shared = most_ranks(config), "groups" if has_batch_norm(config.model) else "images"
+    for name, reason in unused_hyperparameters(config).items():
+        if getattr(config, name) != getattr(default, name):
+            yield f"--{name} has no effect {reason}", "omit it"
+    points = reference_points(config.reference_curve)
+    if points and not config.steps and points[0][0] > config.epochs:
+        yield f"--reference_curve has no effect: it begins after the last of {config.epochs:g} epochs", "omit it"
+    parts, shared = most_ranks(config), "groups" if config.group_batch > 1 else "images"
     if config.reproducible == BITS:
         shared = "micro-batches"
     if parts > ranks and parts % ranks:
@@ -139,8 +143,9 @@ def _questionable_flags(config: TrainConfig, ranks: int, devices: int) -> Iterat
 def check_schedule(config: TrainConfig, records: int) -> List[Finding]:
     """Checks that the learning rate decays during the run; records: about how many to train on, 0 if unknown."""
     if config.lr_schedule == "constant":
-        text = f"--lr_schedule=constant keeps {config.lr:g} to the end: a recipe's accuracy needs a rate that decays"
-        return [warning("flags", text, "--lr_schedule=step or cosine")]
+        lr = rate_factor(config) * config.lr
+        text = f"--lr_schedule=constant keeps {lr:g} to the end: a recipe's accuracy needs a rate that decays"
+        return [warning("flags", text, "--lr_schedule=step, cosine or polynomial")]
     epochs = config.steps * config.global_batch / records if config.steps and records else config.epochs
     if config.lr_schedule != "step" or (config.steps and not records) or config.lr_step_epochs[0] < epochs:
         return []

@@ -12,7 +12,7 @@ from typing import Any, Dict, Mapping, NamedTuple, Tuple
 
 import tensorflow as tf
 
-from hvd_vgg.models.architecture import GAMMA, MOVING_MEAN, MOVING_VARIANCE
+from hvd_vgg.models.architecture import BETA, GAMMA, MOVING_MEAN, MOVING_VARIANCE
 
 # Of torch.nn.BatchNorm2d: what is added to a variance, and the weight of a new statistic in a moving moment.
 EPSILON, NEW_WEIGHT = 1e-5, 0.1
@@ -63,17 +63,18 @@ def updated_moment(moving: Any, new: Any) -> Any:
     return (1 - NEW_WEIGHT) * moving + NEW_WEIGHT * new
 
 
-def fold(weights: Mapping[str, Any], moments: Mapping[str, Any]) -> Dict[str, Any]:
+def fold(network: Mapping[str, Any]) -> Dict[str, Any]:
     """Returns the weights of the network without BatchNorm that has the outputs of this one with its moving moments.
 
-    With k = gamma / sqrt(variance + EPSILON) its kernels are k * kernel, its biases beta + k * (bias - mean). Without
-    moments these are the weights themselves.
+    network: weights and moments by name. With k = gamma / sqrt(variance + EPSILON) folded kernels are k * kernel, biases
+    beta + k * (bias - mean). Without BatchNorm these are the weights themselves.
     """
-    folded = {name: weight for name, weight in weights.items() if name.split("/")[1] in ("kernel", "bias")}
-    for name in moments:
-        layer, part = name.split("/")
-        if part == MOVING_MEAN:
-            factor = weights[f"{layer}/{GAMMA}"] * tf.math.rsqrt(moments[f"{layer}/{MOVING_VARIANCE}"] + EPSILON)
-            folded[f"{layer}/kernel"] = weights[f"{layer}/kernel"] * factor
-            folded[f"{layer}/bias"] = weights[f"{layer}/beta"] + factor * (weights[f"{layer}/bias"] - moments[name])
+    folded = {name: weight for name, weight in network.items() if name.split("/")[1] in ("kernel", "bias")}
+    for layer in [name.split("/")[0] for name in network if name.endswith(MOVING_MEAN)]:
+        gamma, beta, mean, variance, bias = (
+            network[f"{layer}/{part}"] for part in (GAMMA, BETA, MOVING_MEAN, MOVING_VARIANCE, "bias")
+        )
+        factor = gamma * tf.math.rsqrt(variance + EPSILON)
+        folded[f"{layer}/kernel"] = factor * network[f"{layer}/kernel"]
+        folded[f"{layer}/bias"] = beta + factor * (bias - mean)
     return folded

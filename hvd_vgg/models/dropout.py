@@ -10,18 +10,24 @@ _PHILOX = 1  # tf.random.Algorithm.PHILOX, as an attribute of the raw operation
 def dropout_mask(rows: Any, units: int, rate: float, key: Any, position: Any) -> Any:
     """Returns which outputs of a layer dropout keeps, bool [rows, units]: each with probability 1 - rate.
 
-    Row i is a function of (key, position + i) alone, whatever batch it is computed in: a row takes its own run of Philox
-    counters (Salmon et al., SC 2011), four numbers each.
-
     rows: int32 scalar; key: uint64 scalar; position: int64 scalar, the first row's position in the global batch.
     """
-    counters = -(-units // 4)
+    return uniform_rows(rows, units, key, position) >= rate
+
+
+def uniform_rows(rows: Any, count: int, key: Any, position: Any) -> Any:
+    """Returns numbers uniform in [0, 1), float32 [rows, count].
+
+    Row i is a function of (key, position + i) alone, whatever batch it is computed in: a row takes its own run of Philox
+    counters (Salmon et al., SC 2011), four numbers each.
+    """
+    counters = -(-count // 4)
     with tf.device("/CPU:0"):
         counter = tf.stack([tf.cast(position * counters, tf.uint64), tf.constant(0, tf.uint64)])
     draws = tf.raw_ops.StatelessRandomUniformV2(
         shape=[rows, counters * 4], key=tf.reshape(key, [1]), counter=counter, alg=_PHILOX
     )
-    return draws[:, :units] >= rate
+    return draws[:, :count]
 
 
 def apply_dropout(x: Any, mask: Any, rate: float) -> Any:

@@ -63,9 +63,9 @@ def logits(
     observe: Optional[Callable[[Any], None]] = None,
     normalize: Optional[NormFunction] = None,
 ) -> Any:
-    """Returns the logits, float32 [n, num_classes], of uint8 images [n, height, width, 3], computed in `precision`.
+    """Returns the logits, float32 [n, num_classes], of images [n, height, width, 3], computed in `precision`.
 
-    Gradients with respect to the weights are float32 whatever the precision.
+    images: uint8, or normalized float32. Gradients with respect to the weights are float32 whatever the precision.
 
     data_format: NHWC or NCHW, the layout that the device computes in; weights and logits are the same for both.
     masks: of `dropout_mask`, for the outputs of the hidden dense layers; none for no dropout. dropout: their rate.
@@ -75,7 +75,8 @@ def logits(
     """
     if precision != "float32":
         weights = {name: tf.cast(value, precision) for name, value in weights.items()}
-    channels_first, x = data_format == "NCHW", normalized(images, precision)
+    channels_first = data_format == "NCHW"
+    x = normalized(images, precision) if images.dtype == tf.uint8 else tf.cast(images, precision)
     if channels_first:
         x = tf.transpose(x, [0, 3, 1, 2])
     window = [1, 1, 2, 2] if channels_first else [1, 2, 2, 1]

@@ -48,9 +48,15 @@ METRICS: Dict[str, Dict[str, str]] = {
     "eval.acc@5": {"unit": "", "format": ":.4f"},
     "eval.top1_hits": {"unit": "records", "format": ":d"},
     "eval.top5_hits": {"unit": "records", "format": ":d"},
+    "eval.average_loss": {"unit": "nats", "format": ":.5f"},
+    "eval.average_acc@1": {"unit": "", "format": ":.4f"},
+    "eval.average_acc@5": {"unit": "", "format": ":.4f"},
+    "eval.average_top1_hits": {"unit": "records", "format": ":d"},
+    "eval.average_top5_hits": {"unit": "records", "format": ":d"},
     "eval.records": {"unit": "records", "format": ":d"},
     "eval.bad_records": {"unit": "records", "format": ":d"},
     "eval.state_sha256": {"unit": ""},
+    "eval.reference_difference": {"unit": "", "format": ":+.4f"},
 }
 Step = Union[str, Tuple[int, ...]]
 

@@ -166,7 +166,8 @@ def _evaluations(lines: List[LogLine]) -> List[Dict[str, Any]]:
     for line in lines:
         if line.kind == "evaluation":
             names = ("eval.top1_hits", "eval.top5_hits", "eval.records", "eval.loss", "eval.state_sha256")
-            counts = {name: line.data.get(name) for name in names}
+            averages = [name for name in line.data if name.startswith("eval.average_")]
+            counts = {name: line.data.get(name) for name in (*names, *averages)}
             newest = {"line": line.number, "step": line.step, **counts, "checkpoint_sha256": None}
             rows.append(newest)
         elif line.kind == "start":

@@ -1,7 +1,8 @@
 """The forward and backward pass of one micro-batch."""
 
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
+import numpy as np
 import tensorflow as tf
 
 from hvd_vgg.config import BITS, StepConfig
@@ -10,7 +11,9 @@ from hvd_vgg.models.architecture import BETA, DENSE, GAMMA, MOVING_MEAN, MOVING_
 from hvd_vgg.models.batch_norm import normalize_groups
 from hvd_vgg.models.dropout import dropout_mask
 from hvd_vgg.models.vgg import NormFunction
+from hvd_vgg.seeds import dropout_keys, mixing_key
 from hvd_vgg.training.loss import top_k_correct
+from hvd_vgg.training.mixing import Mixing, draw_step_mixing, mix_batch
 from hvd_vgg.training.optimizer import LOSS_SCALE
 from hvd_vgg.training.state import State
 
@@ -60,7 +63,8 @@ def make_backward(state: State, config: StepConfig, data_format: str, factored: 
     weights, loss_scale = state.weights, state.slots.get(LOSS_SCALE)
     summed = summed_names(weights, factored)
 
-    def backward(images: Any, labels: Any, masks: List[Any]) -> Backward:
+    def backward(images: Any, labels: Any, masks: List[Any], mixing: Optional[Mixing]) -> Backward:
+        images, targets = mix_batch(images, labels, mixing, config.mix_batch)
         inputs: Dict[str, Any] = {}
         normalize, moments = make_normalize(weights, config, data_format) if state.moments else (None, {})
         # Zero probes: d(loss)/d(probe) equals d(loss)/d(output), which is what is gathered.
@@ -86,13 +90,13 @@ def make_backward(state: State, config: StepConfig, data_format: str, factored: 
                 dense,
                 normalize=normalize,
             )
-            loss = tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+            loss = tf.reduce_sum(targets.cross_entropy(logits, config.label_smoothing))
             objective = loss / config.global_batch * (1.0 if loss_scale is None else loss_scale)
         found = tape.gradient(objective, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO)  # BatchNorm's biases
         gradients = [tf.cast(gradient, tf.float32) for gradient in found]
         if loss_scale is not None:
             gradients = [gradient * (1 / loss_scale) for gradient in gradients]
-        correct = [top_k_correct(logits, labels, k) for k in (1, 5)]
+        correct = [top_k_correct(logits, targets.main_label(), k) for k in (1, 5)]
         factor_inputs = [tf.cast(inputs[name], tf.float32) for name in factored]
         sums, outputs = gradients[: len(summed)], gradients[len(summed) :]
         sums += [moments[name] for name in state.moments]
@@ -101,10 +105,17 @@ def make_backward(state: State, config: StepConfig, data_format: str, factored: 
     compiled = tf.function(backward, jit_compile=True, autograph=False) if config.xla else backward
 
     def draw_and_run(images: Any, labels: Any, position: Any, keys: Any) -> Backward:
-        # Masks are drawn outside of what XLA compiles: its generator yields the same numbers in another order.
-        return compiled(images, labels, draw_dropout_masks(weights, config, images, position, keys))
+        # Numbers are drawn outside of what XLA compiles: its generator yields the same ones in another order.
+        masks = draw_dropout_masks(weights, config, images, position, keys)
+        return compiled(images, labels, masks, draw_step_mixing(config, images, position, keys[-1]))
 
     return draw_and_run
+
+
+def step_keys(config: StepConfig, step: int) -> np.ndarray:
+    """Returns the keys of all that a step draws, uint64: of the masks of dropout, and of mixing where there is any."""
+    keys = dropout_keys(config.seed, step, len(DENSE) - 1)
+    return np.append(keys, mixing_key(config.seed, step)) if config.mixes else keys
 
 
 def draw_dropout_masks(weights: vgg.Weights, config: StepConfig, images: Any, position: Any, keys: Any) -> List[Any]:

@@ -1,8 +1,9 @@
 """Checkpoints: written whole or not at all, verified when read, and free of anything about ranks.
 
-`RUN_DIR/checkpoints/step-00001000.safetensors` holds the weights and momentum by name. Its metadata hold, as JSON, the step
-and what the run is, with `sha256` over all tensors and `state_sha256`, and another SHA-256 over that JSON. `best` beside it
-holds the name of such a file. All functions are for rank 0 alone.
+`RUN_DIR/checkpoints/step-00001000.safetensors` holds the variables of `training.state.State` by name. Its metadata hold, as
+JSON, the step and what the run is, with `sha256` over all tensors and `state_sha256`, and another SHA-256 over that JSON.
+`best` beside it holds the name of such a file, and so does `best_average`, of the best average of weights. All functions are
+for rank 0 alone.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import json
 import shutil
 import struct
 from pathlib import Path
-from typing import Any, Dict, Iterable, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterable, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,7 @@ from hvd_vgg import storage
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
 from hvd_vgg.run_dir import DISK_FULL, RunDir, atomic_write_text, checkpoint_step
 
+BEST, BEST_AVERAGE = "best", "best_average"  # files that hold the name of a checkpoint
 _KEY, _CHECKSUM = "hvd_vgg", "hvd_vgg_sha256"
 _TYPES = {"float32": "F32", "int32": "I32"}
 # Of a run's progress what decides what comes next. The rest depends on when processes started, stopped and looked.
@@ -37,8 +39,9 @@ class Checkpoint(NamedTuple):
     meta: Dict[str, Any]
 
 
-def save(run_dir: RunDir, tensors: Tensors, meta: Dict[str, Any], keep: int, best: bool) -> Path:
-    """Writes the checkpoint of `meta["step"]`, points `best` to it if asked to, and prunes all but the newest `keep`.
+def save(run_dir: RunDir, tensors: Tensors, meta: Dict[str, Any], keep: int, best: Sequence[str]) -> Path:
+    """Writes the checkpoint of `meta["step"]`, points those of BEST and BEST_AVERAGE that are in `best` to it, and prunes
+    all but the newest `keep`.
 
     Written under another name, synced to disk, read back and compared, then renamed: a crash at any moment leaves the
     previous ones whole. If the disk or a quota is full, those older than the newest whole one are removed first. Raises
@@ -55,8 +58,7 @@ def save(run_dir: RunDir, tensors: Tensors, meta: Dict[str, Any], keep: int, bes
             if error.errno not in DISK_FULL or not _make_room(run_dir, path):
                 raise
             write(path, tensors, meta)
-        if best:
-            point_to_best(path)
+        point_to_best(path, best)
         _prune(run_dir, keep, path)
     except OSError as error:
         raise Failure(
@@ -187,18 +189,19 @@ def newest(run_dir: RunDir, copy: Optional[RunDir] = None) -> Tuple[Optional[Che
     return None, faults
 
 
-def best(run_dir: RunDir) -> Optional[Path]:
-    """Returns the file that `best` names, or None if it names none, or something else than a checkpoint."""
+def best(run_dir: RunDir, name: str = BEST) -> Optional[Path]:
+    """Returns the file that BEST or BEST_AVERAGE names, or None if it names none, or something else than a checkpoint."""
     try:
-        path = run_dir.checkpoints / storage.read_bytes(run_dir.best).decode("ascii").strip()
+        path = run_dir.checkpoints / storage.read_bytes(run_dir.checkpoints / name).decode("ascii").strip()
     except (OSError, UnicodeDecodeError):
         return None
     return path if path.parent == run_dir.checkpoints and checkpoint_step(path) is not None else None
 
 
-def point_to_best(path: Path) -> None:
-    """Points `best` at the checkpoint `path`; on disk when this returns."""
-    atomic_write_text(path.with_name("best"), path.name + "\n")
+def point_to_best(path: Path, names: Sequence[str]) -> None:
+    """Points the files `names`, of BEST and BEST_AVERAGE, at the checkpoint `path`; on disk when this returns."""
+    for name in names:
+        atomic_write_text(path.with_name(name), path.name + "\n")
     storage.sync_directory(path.parent)
 
 
@@ -261,14 +264,14 @@ def _is_whole(path: Path) -> bool:
 
 
 def _prune(run_dir: RunDir, keep: int, written: Path) -> None:
-    """Removes the checkpoints up to `written` beyond its newest `keep`, but never the one that `best` names."""
+    """Removes the checkpoints up to `written` beyond its newest `keep`, but never the best ones."""
     # Later steps are from before a rewind, and will be written again.
     try:
         candidates = [path for path in run_dir.list_checkpoints() if path.name <= written.name]
-        spared = best(run_dir)
+        spared = [best(run_dir, name) for name in (BEST, BEST_AVERAGE)]
     except Failure:
         return  # what there is, or which is the best, is not known at the moment
     for path in candidates[keep:]:
-        if path != spared:
+        if path not in spared:
             with contextlib.suppress(OSError):  # what was written is whole all the same
                 path.unlink()

@@ -50,13 +50,14 @@ def bring_back(found: checkpoint.Checkpoint, run_dir: RunDir, copy: RunDir, repo
     path = run_dir.checkpoint(found.meta["step"])
     try:
         _copy_file(found.path, path)
-        best = checkpoint.best(copy)
-        if best is not None and checkpoint.best(run_dir) is None:
-            own = run_dir.checkpoints / best.name
-            if not own.exists():
-                checkpoint.load(best)  # raises if it is damaged
-                _copy_file(best, own)
-            checkpoint.point_to_best(own)
+        for name in (checkpoint.BEST, checkpoint.BEST_AVERAGE):
+            best = checkpoint.best(copy, name)
+            if best is not None and checkpoint.best(run_dir, name) is None:
+                own = run_dir.checkpoints / best.name
+                if not own.exists():
+                    checkpoint.load(best)  # raises if it is damaged
+                    _copy_file(best, own)
+                checkpoint.point_to_best(own, [name])
     except (OSError, ValueError, Failure) as error:
         reporter.say(f"warning: {run_dir.checkpoints} cannot be filled from the copies in {copy.checkpoints}: {error}")
     return found._replace(path=path) if path.exists() else found

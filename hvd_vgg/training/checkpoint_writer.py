@@ -4,7 +4,7 @@ import contextlib
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 from hvd_vgg.errors import NOT_WRITTEN, Failure
 from hvd_vgg.parallel.consensus import run_on_all_ranks
@@ -13,7 +13,7 @@ from hvd_vgg.run_dir import RunDir
 from hvd_vgg.training import checkpoint
 
 COPY_WAIT_SECONDS = 5.0  # so long, once, a save waits for the copy of the one before
-Save = Tuple[checkpoint.Tensors, Dict[str, Any], bool]
+Save = Tuple[checkpoint.Tensors, Dict[str, Any], Sequence[str]]
 
 
 class CheckpointWriter:
@@ -41,11 +41,11 @@ class CheckpointWriter:
         self.lock = threading.Lock()  # of these three
         self.written, self.seconds = 0, 0.0
 
-    def begin(self, tensors: checkpoint.Tensors, meta: Dict[str, Any], best: bool) -> None:
+    def begin(self, tensors: checkpoint.Tensors, meta: Dict[str, Any], best: Sequence[str]) -> None:
         """Starts writing `tensors`, which nobody may change any more; call `wait` first."""
         self.saving = self.pool.submit(self._save, tensors, meta, best)
 
-    def _save(self, tensors: checkpoint.Tensors, meta: Dict[str, Any], best: bool) -> None:
+    def _save(self, tensors: checkpoint.Tensors, meta: Dict[str, Any], best: Sequence[str]) -> None:
         try:
             self._save_first(tensors, meta, best)
         finally:
@@ -87,7 +87,7 @@ class CheckpointWriter:
         self.event("copy_failed", step=step, error=reason)
         self.say(f"warning: no copy of the checkpoint of step {step} in {copy.checkpoints}: {reason}")
 
-    def _save_first(self, tensors: checkpoint.Tensors, meta: Dict[str, Any], best: bool) -> None:
+    def _save_first(self, tensors: checkpoint.Tensors, meta: Dict[str, Any], best: Sequence[str]) -> None:
         began = time.monotonic()
         with contextlib.suppress(OSError):
             receipt.sync(self.run_dir.log)  # a checkpoint of updates that are in no log cannot be verified

@@ -3,7 +3,7 @@
 import itertools
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Tuple
+from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import tensorflow as tf
@@ -18,7 +18,7 @@ from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.init import Device
 from hvd_vgg.text import plural
 from hvd_vgg.training.bad_records import count_bad_records
-from hvd_vgg.training.loss import top_k_correct
+from hvd_vgg.training.loss import cross_entropy, top_k_correct
 from hvd_vgg.training.metrics import exact_sum
 from hvd_vgg.training.reporter import Reporter
 from hvd_vgg.watchdog import StopRequested, watchdog
@@ -29,7 +29,8 @@ _POLL_BATCHES = 4  # how often the ranks ask each other whether one was asked to
 class Evaluation(NamedTuple):
     """Integer hits among `records` records, of which `bad` could not be read and are misses, and the sum of their losses.
 
-    state_sha256: of the run that was evaluated, on rank 0.
+    state_sha256: of the run that was evaluated, on rank 0; average: the evaluation of the average of its weights, if any;
+    reference: acc@1 that --reference_curve has there, if it does.
     """
 
     top1: int
@@ -38,39 +39,57 @@ class Evaluation(NamedTuple):
     loss_sum: float
     bad: int
     state_sha256: str = ""
+    average: Any = None
+    reference: Optional[float] = None
+
+    def reference_difference(self) -> Optional[float]:
+        """Returns acc@1 minus the reference curve's; None where it has none."""
+        return None if self.reference is None else self.top1 / self.records - self.reference
 
     def accuracy(self) -> str:
         """Returns both accuracies for people."""
         text = f"acc@1 {self.top1 / self.records:.4f}  acc@5 {self.top5 / self.records:.4f}"
         return f"{text}  ({plural(self.bad, 'bad record')} counted as missed)" if self.bad else text
 
+    def counts(self) -> Dict[str, Any]:
+        """Returns loss, shares and hits of one network by name."""
+        return {
+            "loss": self.loss_sum / self.records,
+            "acc@1": self.top1 / self.records,
+            "acc@5": self.top5 / self.records,
+            "top1_hits": self.top1,
+            "top5_hits": self.top5,
+        }
+
+    def average_counts(self) -> Dict[str, Any]:
+        """Returns `counts` of the average, under names that say so; nothing without one."""
+        return {f"average_{name}": value for name, value in self.average.counts().items()} if self.average else {}
+
     def metrics(self) -> Dict[str, Any]:
         """Returns shares and counts under the names of the log."""
+        difference = self.reference_difference()
         return {
-            "eval.loss": self.loss_sum / self.records,
-            "eval.acc@1": self.top1 / self.records,
-            "eval.acc@5": self.top5 / self.records,
-            "eval.top1_hits": self.top1,
-            "eval.top5_hits": self.top5,
+            **{f"eval.{name}": value for name, value in self.counts().items()},
             "eval.records": self.records,
             "eval.bad_records": self.bad,
             "eval.state_sha256": self.state_sha256,
+            **{f"eval.{name}": value for name, value in self.average_counts().items()},
+            **({} if difference is None else {"eval.reference_difference": difference}),
         }
 
 
-def make_eval_step(
-    weights: vgg.Weights, moments: vgg.Weights, config: ComputeConfig, data_format: str
-) -> Callable[..., Any]:
+def make_eval_step(network: vgg.Weights, config: ComputeConfig, data_format: str) -> Callable[..., Any]:
     """Returns the function (images, labels) -> (loss float32, top1, top5, records int64), sums over one batch.
 
-    images: uint8 [n, h, w, 3]; labels: int32 [n], negative where the row is padding and counts for nothing.
+    network: weights and moments, by name; images: uint8 [n, h, w, 3]; labels: int32 [n], negative where the row is padding
+    and counts for nothing.
     """
 
     @tf.function(jit_compile=False, autograph=False)
     def eval_step(images: Any, labels: Any) -> Any:
-        logits = vgg.logits(fold(weights, moments), config.model, images, data_format, config.precision)
+        logits = vgg.logits(fold(network), config.model, images, data_format, config.precision)
         real = labels >= 0
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.maximum(labels, 0), logits)
+        losses = cross_entropy(logits, tf.maximum(labels, 0))
         loss = tf.reduce_sum(tf.where(real, losses, 0.0))
         records = tf.reduce_sum(tf.cast(real, tf.int64))
         return loss, top_k_correct(logits, labels, 1), top_k_correct(logits, labels, 5), records
@@ -132,8 +151,12 @@ def _computed(eval_step: Callable[..., Any], batches: Iterator[Batch], at_a_time
 def report_evaluation(result: Evaluation, step: int, epoch: float, reporter: Reporter) -> None:
     """Logs and prints the evaluation of a run after `step` updates, that is `epoch` epochs."""
     reporter.row((int(epoch), step), result.metrics())
-    loss = result.loss_sum / result.records
+    loss, difference = result.loss_sum / result.records, result.reference_difference()
+    reference = "" if difference is None else f"  reference {result.reference:.4f} ({difference:+.4f})"
     reporter.say(
-        f"step {step}  epoch {epoch:.2f}  evaluation: {result.accuracy()}  loss {loss:.4f}  of {result.records} records  "
-        f"state {result.state_sha256[:16]}"
+        f"step {step}  epoch {epoch:.2f}  evaluation: {result.accuracy()}{reference}  loss {loss:.4f}  of "
+        f"{result.records} records  state {result.state_sha256[:16]}"
     )
+    if result.average:
+        loss = result.average.loss_sum / result.records
+        reporter.say(f"  the average of the weights: {result.average.accuracy()}  loss {loss:.4f}")

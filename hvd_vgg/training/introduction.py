@@ -20,6 +20,7 @@ from hvd_vgg.training.dataset import Splits
 from hvd_vgg.training.precision import measure_precision
 from hvd_vgg.training.reporter import Reporter
 from hvd_vgg.training.result import write_run_files
+from hvd_vgg.training.schedule import rate_factor
 from hvd_vgg.training.state import TrainProgress, data_digest
 
 
@@ -49,7 +50,9 @@ def introduce(
     wanted, first = profiled_steps(config.profile_steps), progress.step
     if config.profile_steps and not range(max(first, wanted.start), min(total_steps, wanted.stop)):
         reporter.say(f"--profile_steps={config.profile_steps}: none of them is between {first} and {total_steps - 1}")
-    reporter.say(f"steps {first} to {total_steps}, lr {config.lr:g} for the mean gradient of {config.global_batch}")
+    base, peak = config.lr_base_batch, rate_factor(config) * config.lr
+    scaled = f" ({config.lr:g} for --lr_base_batch={base}, times {rate_factor(config):g})" if base else ""
+    reporter.say(f"steps {first} to {total_steps}, lr {peak:g}{scaled} for the mean gradient of {config.global_batch}")
     hosts = comm.gather_json(socket.gethostname())
     unlike = [(rank, each) for rank, each in enumerate(comm.gather_json(arithmetic)) if each != arithmetic]
     if unlike and comm.is_root():

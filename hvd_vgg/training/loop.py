@@ -40,7 +40,7 @@ def fit(trainer: Trainer) -> None:
         overdue = trainer.save_overdue()
         if due.check_replicas or overdue or stopping:  # before weights are scored or saved
             trainer.check_replicas()
-        improved = due.evaluate and trainer.evaluate()
+        improved = trainer.evaluate() if due.evaluate else []
         done = progress.step == trainer.total_steps or trainer.target_reached()
         if due.save or overdue or improved or done or stopping:
             trainer.save(best=improved)  # rank 0 writes in the background

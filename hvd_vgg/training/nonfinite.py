@@ -7,12 +7,13 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_vgg.config import StepConfig
-from hvd_vgg.data.sampler import grouped_images, part_bounds
+from hvd_vgg.data.sampler import part_bounds
 from hvd_vgg.models import vgg
 from hvd_vgg.parallel import comm
 from hvd_vgg.text import plural
 from hvd_vgg.training.backward import draw_dropout_masks, make_normalize
 from hvd_vgg.training.metrics import NonFiniteStep, global_losses
+from hvd_vgg.training.mixing import draw_step_mixing, mix_batch
 from hvd_vgg.training.optimizer import LOSS_SCALE
 from hvd_vgg.training.state import State
 from hvd_vgg.training.train_step import StepMetrics, step_inputs
@@ -78,6 +79,7 @@ def make_finite_check(state: State, config: StepConfig, data_format: str) -> Cal
     @tf.function(jit_compile=False, autograph=False)
     def finite_check(images: Any, labels: Any, position: Any, keys: Any) -> FiniteReport:
         masks = draw_dropout_masks(weights, config, images, position, keys)
+        images, targets = mix_batch(images, labels, draw_step_mixing(config, images, position, keys[-1]), config.mix_batch)
         outputs: List[Any] = []
         normalize, moments = make_normalize(weights, config, data_format) if normalized else (None, {})
         with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -93,7 +95,7 @@ def make_finite_check(state: State, config: StepConfig, data_format: str) -> Cal
                 observe=outputs.append,
                 normalize=normalize,
             )
-            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+            losses = targets.cross_entropy(logits, config.label_smoothing)
             objective = tf.reduce_sum(losses) / config.global_batch * state.slots.get(LOSS_SCALE, 1.0)
         zero = tf.UnconnectedGradients.ZERO
         gradients = tape.gradient(objective, list(weights.values()), unconnected_gradients=zero)
@@ -130,8 +132,7 @@ def diagnose(
     low, high = part_bounds(config, comm.rank(), comm.size())
     inputs = step_inputs(config, step, low, lr)
     check = make_finite_check(state, config, data_format)
-    group = grouped_images(config)
-    first, rows = _first_nonfinite(check, state, images, labels, low, inputs[1], config.device_batch, group)
+    first, rows = _first_nonfinite(check, state, images, labels, low, inputs[1], config.device_batch, config.group_batch)
     mine = {"host": socket.gethostname(), "slice": [low, high], "first": first and first[1], "order": first and first[0]}
     mine["at_fault"] = [low + row for row in rows]
     metrics = train_step(images, labels, *inputs)

@@ -12,11 +12,10 @@ import tensorflow as tf
 from hvd_vgg.config import BITS, ROUNDING, StepConfig
 from hvd_vgg.data.transforms import IMAGE_LIBRARY, augmentation_params, train_image
 from hvd_vgg.errors import CONFIGURATION, Failure
-from hvd_vgg.models.architecture import DENSE
 from hvd_vgg.parallel import comm, fixed_point
 from hvd_vgg.parallel.init import Device
 from hvd_vgg.provenance import instruction_sets, processor_name
-from hvd_vgg.seeds import dropout_keys
+from hvd_vgg.training.backward import step_keys
 from hvd_vgg.training.state import State
 from hvd_vgg.training.sums import Sums
 
@@ -57,7 +56,7 @@ def check_bits(
     labels = random.integers(0, config.num_classes, 2 * count).astype(np.int32)
     (params,) = augmentation_params(np.ones((1, 2), np.int64))
     train_image(tf.io.encode_jpeg(images[0]).numpy(), params, config.augment, images[0])
-    keys = tf.constant(dropout_keys(config.seed, 0, len(DENSE) - 1))
+    keys = tf.constant(step_keys(config, 0))
     weights, moments = fixed_point.limits_of(_EXPONENT, len(state.weights)), len(state.moments)
     limits = tf.concat([weights, fixed_point.limits_of(_EXPONENT_OF_MOMENTS, moments)], 0)
     send = tf.constant(False)

@@ -88,6 +88,7 @@ def write_result(
             "top5_hits": evaluation.top5,
             "records_evaluated": evaluation.records,
             "bad_records_evaluated": evaluation.bad,
+            **evaluation.average_counts(),
             **measured,
             **goodput,
             "steps": progress.step,
@@ -126,6 +127,8 @@ def finish_log(
     reporter.say(f"finished in {format_duration(progress.seconds)} on {plural(comm.size(), 'rank')}")
     reporter.say(f"  acc@1              {evaluation.top1 / evaluation.records:.4f}")
     reporter.say(f"  acc@5              {evaluation.top5 / evaluation.records:.4f}")
+    if evaluation.average:
+        reporter.say(f"  of the average     {evaluation.average.accuracy()}")
     reporter.say(f"  records evaluated  {evaluation.records}")
     reporter.say(f"  steps              {progress.step}")
     reporter.say(f"  state SHA-256      {evaluation.state_sha256}")

@@ -93,9 +93,8 @@ def _restore_root(
         reporter.event("checkpoint_damaged", file=path.name, reason=reason, renamed=renamed.name)
     if copy and found.path.parent == copy.checkpoints:
         found = bring_back(found, run_dir, copy, reporter)
-    if found.meta.get("best"):  # killed before `best` could name it
-        with contextlib.suppress(OSError):
-            checkpoint.point_to_best(found.path)
+    with contextlib.suppress(OSError):  # it may have been killed before `best` could name it
+        checkpoint.point_to_best(found.path, found.meta.get("best", []))
     for key in changed:
         reporter.say(f"--{key} was {before.get(key)}, is {run.get(key)} from here on")
         reporter.event("config_changed", flag=key, before=before.get(key), after=run.get(key))

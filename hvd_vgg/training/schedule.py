@@ -3,7 +3,7 @@
 import math
 from typing import FrozenSet, NamedTuple
 
-from hvd_vgg.config import TrainConfig
+from hvd_vgg.config import DECAYING, TrainConfig
 
 # Log once after two steps: early feedback, and the ETA excludes compilation.
 _FIRST_LOG_STEP = 2
@@ -31,23 +31,35 @@ def evaluation_steps(config: TrainConfig, records: int) -> FrozenSet[int]:
     return frozenset({step for step in steps if 0 < step < total} | {total})
 
 
+def rate_factor(config: TrainConfig) -> float:
+    """Returns what the rates of the flags are multiplied by: the linear scaling rule, if --lr_base_batch asks for it.
+
+    When the batch is k times as large, so is the rate (Goyal et al., arXiv 1706.02677, section 2.1).
+    """
+    return config.global_batch / config.lr_base_batch if config.lr_base_batch else 1.0
+
+
 def learning_rate(step: int, config: TrainConfig, records: int) -> float:
     """Returns the learning rate of update `step` (from 0) in a run over `records` records.
 
-    Rises linearly to --lr over the warm-up's steps (Goyal et al., arXiv 1706.02677, section 2.2); then constant, divided by
-    10 at each of --lr_step_epochs, or half a cosine to 0 at the end (Loshchilov and Hutter, arXiv 1608.03983, equation 5
-    without restarts).
+    Rises linearly from --warmup_lr to --lr over the warm-up's steps, the first of which is a step above it (Goyal et al.,
+    section 2.2); then constant, divided by 10 at each of --lr_step_epochs, or down to --lr_min at the end: along half a
+    cosine (Loshchilov and Hutter, arXiv 1608.03983, equation 5 without restarts), or as the power --lr_power of what is left
+    of the run (You et al., arXiv 1708.03888, section 5; torch's PolynomialLR where --lr_min is 0).
     """
+    factor = rate_factor(config)
+    lr, least, first = factor * config.lr, factor * config.lr_min, factor * config.warmup_lr
     warmup = epochs_to_steps(config.warmup_epochs, config, records)
     if step < warmup:
-        return config.lr * (step + 1) / warmup
+        return first + (lr - first) * (step + 1) / warmup
     if config.lr_schedule == "step":
         drops = sum(step >= epochs_to_steps(epoch, config, records) for epoch in config.lr_step_epochs)
-        return config.lr / 10**drops
-    if config.lr_schedule == "cosine":
-        done = (step - warmup) / max(1, total_steps(config, records) - warmup)
-        return config.lr * (1 + math.cos(math.pi * min(1.0, done))) / 2
-    return config.lr
+        return lr / 10**drops
+    if config.lr_schedule in DECAYING:
+        done = min(1.0, (step - warmup) / max(1, total_steps(config, records) - warmup))
+        share = (1 + math.cos(math.pi * done)) / 2 if config.lr_schedule == "cosine" else (1 - done) ** config.lr_power
+        return least + (lr - least) * share
+    return lr
 
 
 class Due(NamedTuple):

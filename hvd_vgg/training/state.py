@@ -1,8 +1,8 @@
-"""The state of a run: weights, moving moments, momentum, and its progress. It is equal on all ranks."""
+"""The state of a run: weights, moving moments, momentum, average, and its progress. It is equal on all ranks."""
 
 import dataclasses
 import hashlib
-from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import tensorflow as tf
@@ -14,28 +14,37 @@ from hvd_vgg.models import vgg
 from hvd_vgg.models.architecture import vgg_layers
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.training import checkpoint
+from hvd_vgg.training.average import UPDATES, averaged, averaged_name, make_averages
 from hvd_vgg.training.checkpoint import Checkpoint
 from hvd_vgg.training.checkpoint_writer import CheckpointWriter
 from hvd_vgg.training.optimizer import OPTIONAL_STATE, Slots, make_slots
 
 # Of a run's checkpoints and log; a run is continued only in the format that it began with.
-CHECKPOINT_FORMAT = 3
+CHECKPOINT_FORMAT = 4
 
 
 class State(NamedTuple):
-    """The variables of a run by name, on this rank; moments: of BatchNorm, empty without."""
+    """The variables of a run by name, on this rank.
+
+    moments: of BatchNorm; averages: of `make_averages`; each is empty without.
+    """
 
     weights: vgg.Weights
     moments: vgg.Weights
     slots: Slots
+    averages: Dict[str, Any]
 
     def network(self) -> vgg.Weights:
         """Returns the variables that evaluation needs, by name."""
         return {**self.weights, **self.moments}
 
+    def averaged_network(self) -> vgg.Weights:
+        """Returns the averages of `network`, under the same names; nothing without averages."""
+        return averaged(self.averages, self.network()) if self.averages else {}
+
     def variables(self) -> Dict[str, Any]:
         """Returns all variables by name."""
-        return {**self.network(), **self.slots}
+        return {**self.network(), **self.slots, **self.averages}
 
 
 @dataclasses.dataclass
@@ -43,13 +52,15 @@ class TrainProgress:
     """How far a run is, as its checkpoints keep it.
 
     step: updates made; seconds: that they took, over all starts; best_top1: most hits of an evaluation so far, -1 before the
-    first; evaluated: the step of the newest evaluation; coverage: `Coverage.state()`; bad_records: ids; skipped_steps: by
-    --on_nonfinite=rewind. What decides what comes next is named in `checkpoint.STATE_PROGRESS`.
+    first; best_average_top1: the same of the average; evaluated: the step of the newest evaluation; coverage:
+    `Coverage.state()`; bad_records: ids; skipped_steps: by --on_nonfinite=rewind. What decides what comes next is named in
+    `checkpoint.STATE_PROGRESS`.
     """
 
     step: int = 0
     seconds: float = 0.0
     best_top1: int = -1
+    best_average_top1: int = -1
     evaluated: int = 0
     coverage: List[int] = dataclasses.field(default_factory=list)
     bad_records: List[int] = dataclasses.field(default_factory=list)
@@ -65,7 +76,8 @@ def initial_network(config: ModelConfig, seed: int) -> Tuple[vgg.Weights, vgg.We
 def initial_state(config: StepConfig) -> State:
     """Returns the state before the first update: a function of the configuration, equal on every rank."""
     weights, moments = initial_network(config, config.seed)
-    return State(weights, moments, make_slots(weights, moments, config))
+    averages = make_averages({**weights, **moments}) if config.ema_decay else {}
+    return State(weights, moments, make_slots(weights, moments, config), averages)
 
 
 def reset_state(state: State, config: StepConfig) -> None:
@@ -77,21 +89,24 @@ def reset_state(state: State, config: StepConfig) -> None:
 def assign_variables(variables: Dict[str, Any], found: Checkpoint) -> None:
     """Copies a checkpoint's tensors into the variables of the same names; Failure(CONFIGURATION) where they do not fit.
 
-    What the run had no use for until then, such as the loss scale under another precision, stays as it is.
+    What the run had no use for until then, such as the loss scale under another precision, stays as it is; an average begins
+    with the variable that it is of.
     """
     mismatch = find_mismatch(variables, found)
     if mismatch:
         raise Failure(CONFIGURATION, f"{found.path}: {mismatch}: it is of another network")
     for name, variable in variables.items():
-        if name in found.tensors:
-            variable.assign(found.tensors[name])
+        source = name if name in found.tensors else averaged_name(name)
+        if source in found.tensors:
+            variable.assign(found.tensors[source])
 
 
 def find_mismatch(variables: Dict[str, Any], found: Checkpoint) -> str:
     """Returns the first of `variables` that a checkpoint lacks, or has in another shape; "" where all fit."""
     for name, variable in variables.items():
         flag, value = OPTIONAL_STATE.get(name, ("", None))
-        if found.meta.get("run", {}).get(flag) != value:  # a kept step names no run
+        run = found.meta.get("run", {})  # a kept step names no run
+        if run.get(flag) != value or ((averaged_name(name) or name == UPDATES) and not run.get("ema_decay")):
             continue
         tensor, shape = found.tensors.get(name), tuple(variable.shape)
         if tensor is None or tensor.shape != shape:
@@ -99,14 +114,16 @@ def find_mismatch(variables: Dict[str, Any], found: Checkpoint) -> str:
     return ""
 
 
-def save_state(state: State, progress: TrainProgress, run: Dict[str, Any], writer: CheckpointWriter, best: bool) -> None:
+def save_state(
+    state: State, progress: TrainProgress, run: Dict[str, Any], writer: CheckpointWriter, best: Sequence[str]
+) -> None:
     """Starts writing a checkpoint, on rank 0; waits only for the copy of the variables.
 
-    run: what else it keeps: `run` of `run_fingerprint`, and `arithmetic`.
+    best: as for `checkpoint.save`; run: what else it keeps: `run` of `run_fingerprint`, and `arithmetic`.
     """
     if comm.is_root():
         tensors = {name: np.asarray(variable) for name, variable in state.variables().items()}
-        writer.begin(tensors, {**dataclasses.asdict(progress), "format": CHECKPOINT_FORMAT, **run, "best": best}, best)
+        writer.begin(tensors, {**dataclasses.asdict(progress), "format": CHECKPOINT_FORMAT, **run, "best": [*best]}, best)
 
 
 def state_sha256(state: State, progress: TrainProgress) -> str:

@@ -18,17 +18,18 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 import tensorflow as tf
 
 from hvd_vgg.config import StepConfig
-from hvd_vgg.models.architecture import DENSE
 from hvd_vgg.models.batch_norm import updated_moment
 from hvd_vgg.parallel import comm, fixed_point
 from hvd_vgg.parallel.init import Device
-from hvd_vgg.seeds import dropout_keys
-from hvd_vgg.training.backward import Backward, make_backward
+from hvd_vgg.training.average import update_averages
+from hvd_vgg.training.backward import Backward, make_backward, step_keys
 from hvd_vgg.training.clock import time_after
 from hvd_vgg.training.optimizer import (
     GRADIENT_LIMITS,
     LOSS_SCALE,
     apply_update,
+    clip_gradients,
+    global_norm,
     next_loss_scale,
     set_loss_scale,
 )
@@ -40,11 +41,11 @@ class StepMetrics(NamedTuple):
     """What one update amounts to on one rank.
 
     losses: float32 [micro-batches], each summed over its images. top1, top5: int64, over this rank's images. gradient_norm:
-    float32, of the global gradient. loss_scale: float32, factor of the next update's loss; 1 but for --precision=float16.
-    passes: int32, how often it was computed: a second time where a gradient exceeded its limit in fixed point.
-    exchange_seconds: float64, from when this rank's gradients were ready until those of all ranks had arrived. finite: bool,
-    whether training may continue: every rank's loss is finite and so is the gradient, or float16's loss scale can still be
-    halved.
+    float32, of the global gradient before clipping. loss_scale: float32, factor of the next update's loss; 1 but for
+    --precision=float16. passes: int32, how often it was computed: a second time where a gradient exceeded its limit in fixed
+    point. exchange_seconds: float64, from when this rank's gradients were ready until those of all ranks had arrived.
+    finite: bool, whether training may continue: every rank's loss is finite and so is the gradient, or float16's loss scale
+    can still be halved.
     """
 
     losses: Any
@@ -68,7 +69,7 @@ def make_train_step(
     """Returns the function of one update: (images, labels, position, keys, lr) -> StepMetrics. Collective over the group.
 
     images: uint8 [n, h, w, 3] and labels: int32 [n], this rank's part of the global batch, which begins at `position` of it
-    (int64 scalar); keys: `seeds.dropout_keys`, uint64 [2]; lr: float32 scalar. factored: the dense layers whose gradient is
+    (int64 scalar); keys: of `step_keys`; lr: float32 scalar. factored: the dense layers whose gradient is
     formed from gathered factors; local_sums: of `make_local_sums`, if that was called before. Only the network is computed
     in --precision: weights, loss, sums and update are float32.
 
@@ -193,8 +194,8 @@ def apply_gradients(
     gradients: of `gradients_of`; tally: as in Sums, of all ranks; stopped: a bool variable, set by the first update that is
     not finite, after which none is applied; limits: those that the gradients were summed in, if any.
     """
-    weights, moments, slots = state
-    norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(gradients[name]) for name in weights]))
+    weights, moments, slots, averages = state
+    norm = global_norm([gradients[name] for name in weights])
     # A variance overflows before anything else does: outputs divided by it are 0, and so finite.
     sound = tf.reduce_all(tf.math.is_finite(tf.concat([gradients[name] for name in moments], 0))) if moments else True
     with tf.device("/CPU:0"):
@@ -210,9 +211,11 @@ def apply_gradients(
         stopped.assign(~continues)
 
     def update() -> None:
-        apply_update(weights, slots, gradients, lr, config.optimizer, config.momentum, config.weight_decay)
+        apply_update(weights, slots, clip_gradients(gradients, norm, config.clip_norm), lr, config)
         for name, moment in moments.items():
             moment.assign(updated_moment(moment, gradients[name]))
+        if averages:
+            update_averages(averages, state.network(), config.ema_decay)
         if limits is not None:
             slots[GRADIENT_LIMITS].assign(fixed_point.next_limits(limits, tally[:, :-1]))
 
@@ -224,8 +227,7 @@ def apply_gradients(
 
 def step_inputs(config: StepConfig, step: int, low: int, lr: float) -> Tuple[Any, Any, Any]:
     """Returns (position, keys, lr): what a train step takes beside images and labels, for a part that begins at `low`."""
-    keys = dropout_keys(config.seed, step, len(DENSE) - 1)
-    return _constant(low, tf.int64), tf.constant(keys), _constant(lr, tf.float32)
+    return _constant(low, tf.int64), tf.constant(step_keys(config, step)), _constant(lr, tf.float32)
 
 
 # Making a tensor takes longer than finding it: the position is the same in every update, the rate in most.

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, NoReturn, Optional, Tuple
+from typing import Any, Callable, Iterator, List, NoReturn, Optional, Sequence, Tuple
 
 from hvd_vgg.config import BITS, TrainConfig
 from hvd_vgg.data.coverage import Coverage, Update
@@ -13,6 +13,7 @@ from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import check_replicas, run_on_all_ranks, run_on_root
 from hvd_vgg.reporting.throughput import Throughput
 from hvd_vgg.run_dir import RunDir
+from hvd_vgg.training import checkpoint
 from hvd_vgg.training.bad_records import count_bad_records
 from hvd_vgg.training.checkpoint_copy import open_copy_dir
 from hvd_vgg.training.checkpoint_writer import CheckpointWriter
@@ -21,6 +22,7 @@ from hvd_vgg.training.evaluate import evaluate, make_eval_step, report_evaluatio
 from hvd_vgg.training.introduction import introduce
 from hvd_vgg.training.metrics import PendingUpdate, measure_window, reduce_metrics
 from hvd_vgg.training.profile import profiled
+from hvd_vgg.training.reference_curve import warn_if_far_below, with_reference
 from hvd_vgg.training.reporter import OnLog, open_reporter
 from hvd_vgg.training.reproducibility import check_bits, describe_arithmetic
 from hvd_vgg.training.result import finish_log, write_result, write_run_files
@@ -63,10 +65,13 @@ class Trainer:
             config, self.data, self.device, self.arithmetic, self.factored, self.total_steps, self.progress, self.reporter
         )
         self.started = time.monotonic() - self.progress.seconds
-        self.eval_step = make_eval_step(self.state.weights, self.state.moments, config, self.device.data_format)
+        self.eval_step = make_eval_step(self.state.network(), config, self.device.data_format)
+        average = self.state.averaged_network()
+        self.average_step = make_eval_step(average, config, self.device.data_format) if average else None
         if config.reproducible == BITS:
             check_bits(self.local_sums, self.eval_step, self.state, config, self.device)
-        self.checksums = make_checksums(self.state.network())
+        self.checked = {**self.state.network(), **average}  # across ranks
+        self.checksums = make_checksums(self.checked)
         self.saved_at = watchdog.active_seconds()  # the newest checkpoint, or the start of this process
         self.suspended = watchdog.stopped_seconds()  # seconds, as the log has them
         self.throughput = Throughput()  # last: its clock starts now, and the first update is to have nothing of the above
@@ -192,27 +197,36 @@ class Trainer:
     def check_replicas(self) -> None:
         """Raises a collective Failure(NOT_FINITE) if the ranks' weights differ in any bit; see --drift_every_steps."""
         if self.config.drift_every_steps:
-            check_replicas(list(self.state.network()), self.checksums().numpy(), self.progress.step - 1)
+            check_replicas(list(self.checked), self.checksums().numpy(), self.progress.step - 1)
 
-    def evaluate(self) -> bool:
-        """Evaluates the weights; returns whether they are better than all before. Stops instead if asked to."""
+    def evaluate(self) -> List[str]:
+        """Evaluates the weights and their average; returns which are better than all before, as `save` takes them.
+
+        Stops instead if asked to.
+        """
         config, data, progress = self.config, self.data, self.progress
         try:
             with self.throughput.exclude("evaluation"), watchdog.phase("evaluation"):
-                result = evaluate(self.eval_step, data.validation, config, data.label_base, self.device, self.reporter)
-                improved = result.top1 > progress.best_top1
+                inputs = data.validation, config, data.label_base, self.device, self.reporter
+                result = evaluate(self.eval_step, *inputs)
+                improved = [checkpoint.BEST] if result.top1 > progress.best_top1 else []
+                if self.average_step:
+                    result = result._replace(average=evaluate(self.average_step, *inputs))
+                    improved += [checkpoint.BEST_AVERAGE] if result.average.top1 > progress.best_average_top1 else []
+                    progress.best_average_top1 = max(result.average.top1, progress.best_average_top1)
                 self._log_suspension()
                 progress.best_top1, progress.evaluated = max(result.top1, progress.best_top1), progress.step
                 digest = run_on_root(lambda: state_sha256(self.state, progress))  # as a checkpoint saved now has it
-                self.result = result._replace(state_sha256=digest or "")
+                self.result = with_reference(result._replace(state_sha256=digest or ""), config, progress.step, self.epoch())
                 report_evaluation(self.result, progress.step, self.epoch(), self.reporter)
+                run_on_root(lambda: warn_if_far_below(self.result, config, progress.step, self.epoch(), self.reporter))
         except StopRequested:
             self.save()
             self.stop()
         return improved
 
-    def save(self, best: bool = False) -> None:
-        """Starts writing a checkpoint in the background; best: and marks it as the best."""
+    def save(self, best: Sequence[str] = ()) -> None:
+        """Starts writing a checkpoint in the background; best: of what it is the best, as for `checkpoint.save`."""
         with self.throughput.exclude("saving"), watchdog.phase("saving"):
             self.reporter.save_failed(self.writer.wait())
             self._settle_coverage()

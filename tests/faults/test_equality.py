@@ -43,6 +43,10 @@ LONG = [
 ]
 # With BatchNorm 5 micro-batches of 3, 3, 3, 3 and 2 groups.
 GROUPS = ("--model=vgg11_bn", "--norm_batch=2", "--global_batch=28")
+# Two recipes that together have what `optimizer`, `schedule` and `loss` know; both clip some steps and not all.
+_RECIPE = ["--label_smoothing=0.1", "--warmup_epochs=1", "--warmup_lr=0.001", "--lr_min=0.001", "--lr_base_batch=29"]
+LARS = ["--optimizer=lars", "--lars_eta=0.2", "--lr=0.1", "--lr_schedule=polynomial", "--clip_norm=2", *_RECIPE]
+LISTS = ["--no_decay=bias,norm", "--lr_schedule=cosine", "--clip_norm=1.5", *_RECIPE, "--exchange=allreduce"]
 
 
 def planned(block=1):
@@ -86,9 +90,11 @@ def test_undisturbed_run_learns_and_reads_what_is_planned(undisturbed):
             *((ranks, [*GROUPS, "--exchange=factored"]) for ranks in (1, 2, 3, 4)), (2, [*GROUPS, "--exchange=allreduce"])
         ),
         *full((3, [*GROUPS, "--device_batch=2"]), (4, [*GROUPS, "--precision=float16"])),
+        (3, LARS),
+        *full((2, LARS), (4, LARS), (3, [*LARS, "--compute_threads=2"]), (2, LISTS), (3, LISTS), (4, LISTS)),
         *[pytest.param(3, [f"--precision={each}"], marks=pytest.mark.fault(tier=3)) for each in ("bfloat16", "float16")],
     ],
-    ids=lambda value: value if isinstance(value, int) else " ".join(value),
+    ids=lambda value: value if isinstance(value, int) else " ".join([*value[:4], *value[8:]]),
 )
 @pytest.mark.fault("F31")
 def test_every_bit_is_the_same_on_any_ranks(tmp_path, data, long_run, ranks, flags):
@@ -184,6 +190,18 @@ def test_killed_on_two_ranks_and_resumed_on_one(tmp_path, data, undisturbed):
     assert f"steps {resumed_at} to {STEPS}" in ended.out
     assert {**{step: before[step] for step in range(resumed_at)}, **ids_by_step(tmp_path, 1)} == planned()
     assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("recipe", [LARS, LISTS], ids=lambda flags: flags[0])
+@pytest.mark.fault("F21", tier=3)
+def test_recipe_killed_and_resumed_on_other_ranks(tmp_path, data, long_run, recipe):
+    """It is the run that was never killed; that it is far below a curve, both starts find, and one says."""
+    flags = [*LONG, *recipe, "--save_every_steps=7", "--reference_curve=1:0.9,20:1"]
+    run(tmp_path, data, 3, "kill@2:25", *flags, code=137)
+    ended = run(tmp_path, data, 2, *flags)
+    assert_same_run(tmp_path, long_run(*recipe))
+    assert ended.out.count("  reference 0.9") > 0 and "below --reference_curve" not in ended.out
+    assert len(events(tmp_path / "run", "below_reference")) == 1
 
 
 @pytest.mark.fault(tier=3)

@@ -130,9 +130,9 @@ def test_run_dir_holds_no_other_environment(tmp_path, data):
         (9, "train.fps", 1e6, "train.fps is 1000000.0, expected "),
         (9, "train.lr", 0.006, "train.lr is 0.006, expected 0.005"),
         (9, "train.acc@1", 0.3, "train.acc@1, acc@5 of 32 images "),
-        (10, "eval.top1_hits", 37, "eval.top1_hits, top5_hits, records "),
+        (10, "eval.top1_hits", 37, "eval.top1_hits, top5_hits, eval.records "),
         (10, "eval.acc@1", 0.99, "eval.acc@1, acc@5 "),
-        (10, "eval.records", 36, "eval.top1_hits, top5_hits, records "),
+        (10, "eval.records", 36, "eval.top1_hits, top5_hits, eval.records "),
         (10, "eval.state_sha256", "0" * 64, "state_sha256 is "),
     ],
 )
@@ -281,7 +281,7 @@ def test_verify_finds_other_weights(copy, honest):
     found = checkpoint.load(path)
     tensors = {name: tensor.copy() for name, tensor in found.tensors.items()}
     next(iter(tensors.values()))[...] += 1
-    checkpoint.save(copy, tensors, found.meta, 5, False)
+    checkpoint.save(copy, tensors, found.meta, 5, [])
     assert list(compare_runs(copy, honest)) == [
         f"weights first differ in {next(iter(tensors))} (checkpoint of step {STEPS})"
     ]

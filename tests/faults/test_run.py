@@ -21,7 +21,8 @@ def finished(tmp_path_factory, data):
     """A run of two epochs on two ranks: (its directory, how it ended)."""
     folder = tmp_path_factory.mktemp("finished")
     flags = [f"--data_dir={data}", f"--run_dir={folder / 'run'}", *TINY, "--steps=0", "--epochs=2", "--eval_every_epochs=1"]
-    ended = Started(command_line(2, ["train", *flags, "--device_tflops=0.5"]), folder).wait(code=0)
+    flags += ["--device_tflops=0.5", "--reference_curve=1:0.9,2:1"]
+    ended = Started(command_line(2, ["train", *flags]), folder).wait(code=0)
     return folder / "run", ended
 
 
@@ -73,7 +74,8 @@ def test_console_shows_every_update_and_a_summary(finished):
     update = r"^step \d/5  epoch \d\.\d\d  loss \d\.\d{4}  acc@1 \d\.\d{3}  lr 0\.05  \d+\.\d images/s"
     assert len(re.findall(update, ended.out, re.M)) == 5
     assert len(re.findall(r"^step \d  epoch \d\.\d\d  evaluation: acc@1 ", ended.out, re.M)) == 2
-    assert ended.out.count("finished in") == 1
+    assert re.search(r"acc@5 \d\.\d{4}  reference 1\.0000 \(-0\.\d{4}\)  loss ", ended.out)
+    assert ended.out.count("below --reference_curve at epoch") == ended.out.count("finished in") == 1
     assert "\r" not in ended.out.replace("\r\n", "\n")  # mpirun's pseudo-terminal ends lines so
     assert ended.err == ""
 
@@ -89,6 +91,9 @@ def test_log_has_every_metric_at_its_steps(finished):
     assert [row["step"] for row in evaluated] == [[1, 3], [2, 5]]
     float16 = {"train.loss_scale", "train.skipped_updates"}
     assert set(train[0]["data"]) | set(evaluated[0]["data"]) | float16 == set(METRICS)
+    accuracies, references = [row["data"]["eval.acc@1"] for row in evaluated], [0.9 + 0.1 * (3 * 32 / 75 - 1), 1.0]
+    differences = [row["data"]["eval.reference_difference"] for row in evaluated]
+    assert differences == pytest.approx([top1 - wanted for top1, wanted in zip(accuracies, references)])
 
 
 def test_tensorboard_has_the_same_numbers(finished):

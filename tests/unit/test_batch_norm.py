@@ -132,11 +132,11 @@ def test_fold_is_evaluation_with_moving_moments():
     state = make_state(config)
     for name, value in part_of("network/final/").items():
         state.network()[name].assign(value)
-    folded = fold(state.weights, state.moments)
+    folded = fold(state.network())
     assert list(folded) == [name for name in state.weights if name.endswith(("kernel", "bias"))]
     logits = vgg.logits(folded, "vgg11_bn", tf.constant(wanted["images"]), "NHWC")
     assert distance(logits, wanted["evaluated_logits"]) < 1e-5
-    assert fold(folded, {}) == folded
+    assert fold(folded) == folded
 
 
 def test_training_is_torchs_for_20_steps():

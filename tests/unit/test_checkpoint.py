@@ -17,7 +17,7 @@ def tensors(step):
     return {"a/kernel": np.full((30, 40), step, np.float32), "a/bias": np.arange(7, dtype=np.float32) + step}
 
 
-def save(run_dir, step, keep=3, best=False):
+def save(run_dir, step, keep=3, best=()):
     return checkpoint.save(RunDir(run_dir), tensors(step), {"step": step, "run": {"seed": 1}}, keep, best)
 
 
@@ -36,7 +36,7 @@ def test_checkpoint_is_read_back_equal(tmp_path):
 def test_checkpoint_prune_keeps_the_newest_and_the_best(tmp_path):
     """All others are removed."""
     for step in (1, 2, 3, 4, 5, 6):
-        save(tmp_path, step, keep=2, best=step == 2)
+        save(tmp_path, step, keep=2, best=[checkpoint.BEST] * (step == 2))
     assert [path.name[5:13] for path in RunDir(tmp_path).list_checkpoints()] == ["00000006", "00000005", "00000002"]
     assert checkpoint.best(RunDir(tmp_path)).name == "step-00000002.safetensors"
 
@@ -126,7 +126,7 @@ def test_checkpoint_newest_skips_damaged_files(tmp_path, damage):
 @pytest.mark.fault("F18")
 def test_checkpoint_best_names_nothing_but_checkpoints(tmp_path):
     """No path leads out of the folder."""
-    save(tmp_path, 1, best=True)
+    save(tmp_path, 1, best=[checkpoint.BEST])
     for text in ("../../x", "/etc/passwd", "", "step-1.safetensors", "step-00000001.safetensors/../x"):
         (RunDir(tmp_path).checkpoints / "best").write_text(text)
         assert checkpoint.best(RunDir(tmp_path)) is None
@@ -179,7 +179,7 @@ def test_state_sha256_is_of_what_comes_next():
 
 def test_state_sha256_is_in_the_header(tmp_path):
     """Of these tensors and this progress, whatever the caller's says."""
-    path = checkpoint.save(RunDir(tmp_path), tensors(3), {"step": 3, "best_top1": 5, "state_sha256": "x"}, 3, False)
+    path = checkpoint.save(RunDir(tmp_path), tensors(3), {"step": 3, "best_top1": 5, "state_sha256": "x"}, 3, [])
     expected = checkpoint.state_sha256(checkpoint.tensors_sha256(tensors(3).items()), {"step": 3, "best_top1": 5})
     assert receipt.checkpoint_row(path)["state_sha256"] == expected
     assert "state_sha256" not in checkpoint.load(path).meta
@@ -191,7 +191,7 @@ from hvd_vgg.run_dir import RunDir
 from hvd_vgg.training import checkpoint
 for step in range(1, 10**6):
     tensors = {f"w{i}": np.full(1_600_000, step, np.float32) for i in range(5)}
-    checkpoint.save(RunDir(sys.argv[1]), tensors, {"step": step}, 2, step % 3 == 0)
+    checkpoint.save(RunDir(sys.argv[1]), tensors, {"step": step}, 2, [checkpoint.BEST] * (step % 3 == 0))
     print(step, flush=True)
 """
 
@@ -223,7 +223,7 @@ def test_checkpoint_survives_sigkill_at_any_moment(tmp_path):
 def test_checkpoint_bytes_are_synced_before_the_rename(tmp_path, monkeypatch):
     """Write, flush to disk, rename, flush the directory; only then the pointer: the order that survives power loss."""
     events = order_of_writes(monkeypatch)
-    save(tmp_path, 1, best=True)
+    save(tmp_path, 1, best=[checkpoint.BEST])
     name = "step-00000001.safetensors"
     assert events == [
         ("fsync", f"{name}.tmp"),

@@ -22,7 +22,7 @@ from hvd_vgg.training.reporter import Reporter
 from hvd_vgg.training.resume import require_checkpoints
 
 
-def begin(writer, step, best=False):
+def begin(writer, step, best=()):
     writer.begin({"a/kernel": np.full((30, 40), step, np.float32)}, {"step": step, "run": {}}, best)
 
 
@@ -59,7 +59,7 @@ def test_writer_full_disk_removes_older_checkpoints(tmp_path, room):
     events = []
     writer = CheckpointWriter(RunDir(tmp_path), 4, lambda name, **data: events.append((name, data["step"])))
     for step in (1, 2, 3, 4):
-        begin(writer, step, best=step == 2)
+        begin(writer, step, best=[checkpoint.BEST] * (step == 2))
         assert writer.wait() is None
     newest = RunDir(tmp_path).list_checkpoints()[0]
     newest.write_bytes(newest.read_bytes()[:-9])
@@ -107,7 +107,7 @@ def test_writer_writes_a_second_copy_of_each(tmp_path):
     run, copy, events, said = RunDir(tmp_path / "run"), RunDir(tmp_path / "copy"), [], []
     writer = CheckpointWriter(run, 2, lambda name, **data: events.append((name, data["step"])), copy, said.append)
     for step in (1, 2, 3, 4):
-        begin(writer, step, best=step == 1)
+        begin(writer, step, best=[checkpoint.BEST] * (step == 1))
         assert writer.wait() is None
     assert steps(run.path) == steps(copy.path) == [4, 3, 1]
     assert checkpoint.best(copy) == copy.checkpoint(1)
@@ -289,7 +289,7 @@ def test_checkpoint_is_saved_where_names_cannot_be_read(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         unanswered(run, patch, (Path, "iterdir"), lambda path: path == run.checkpoints)
         for step in (1, 2):
-            begin(writer, step, best=True)
+            begin(writer, step, best=[checkpoint.BEST])
             assert writer.wait() is None
     assert steps(tmp_path) == [2, 1] and checkpoint.best(run) == run.checkpoint(2)
     assert events == [("checkpoint", 1), ("checkpoint", 2)]

@@ -17,6 +17,8 @@ from hvd_vgg.config import (
     VerifyConfig,
     fingerprint,
     profiled_steps,
+    reference_points,
+    unused_hyperparameters,
 )
 from hvd_vgg.errors import CONFIGURATION, USAGE, Failure
 from hvd_vgg.flags import describe_flags, parse_flags, to_flag_file, validate
@@ -47,6 +49,10 @@ def test_flags_errors_are_all_in_one_message():
         "--momentum=0",
         "--optimizer=nesterov",
         "--lr_step_epochs=30,20",
+        "--no_decay=bias,gamma",
+        "--lr_schedule=cosine",
+        "--lr_min=1",
+        "--reference_curve=10:0.3,9:0.4",
         "--checkpoint_copy_dir=run/",
         "stray",
     ]
@@ -54,7 +60,7 @@ def test_flags_errors_are_all_in_one_message():
         parse_flags(TrainConfig, flags)
     assert raised.value.code == USAGE
     lines = raised.value.message.splitlines()
-    assert lines[0] == "9 illegal flag(s):"
+    assert lines[0] == "12 illegal flag(s):"
     for part in (
         "--lr=fast: expected a number",
         "--global_batch=0: expected at least 1",
@@ -63,6 +69,9 @@ def test_flags_errors_are_all_in_one_message():
         "--epochs=nan: expected a finite number",
         "--optimizer=nesterov needs --momentum above 0",
         "--lr_step_epochs=30,20: expected rising numbers above 0",
+        "--no_decay=bias,gamma: expected one of bias, norm",
+        "--lr_min=1: expected at most --lr=0.01",
+        "--reference_curve=10:0.3,9:0.4: expected EPOCH:ACC@1 pairs such as",
         "--checkpoint_copy_dir=run/: expected a directory outside --run_dir",
         "stray: no such flag of this command",
     ):
@@ -127,8 +136,10 @@ def test_flag_file_round_trip_gives_the_same_config(tmp_path):
     """A run's flags.txt has every flag, and running it again is the same run."""
     config = parse_flags(
         TrainConfig,
-        ["--lr=0.1", "--lr_step_epochs=1.5,3", "--weight_decay=5e-05", "--data_dir=/data/a b-1.0", "--run_dir=v2.0"],
+        ["--lr=0.1", "--lr_step_epochs=1.5,3", "--weight_decay=5e-05", "--data_dir=/data/a b-1.0", "--run_dir=v2.0"]
+        + ["--no_decay=bias, norm", "--lars_skip=", "--reference_curve=1:0.25,2.5:0.5"],
     )
+    assert (config.no_decay, config.lars_skip) == (("bias", "norm"), ())
     path = tmp_path / "flags.txt"
     path.write_text(to_flag_file(config))
     assert parse_flags(TrainConfig, [f"--flagfile={path}"]) == config
@@ -186,8 +197,39 @@ def test_fingerprint_has_hyperparameters_only():
     learned = [dict(seed=2), dict(lr=0.02), dict(width=0.5), dict(augment="flip"), dict(global_batch=128)]
     for change in (*learned, dict(device_batch=1), dict(reproducible="rounding")):
         assert fingerprint(TrainConfig(**change)) != fingerprint(TrainConfig())
+    longer = dict(lr_schedule="polynomial", epochs=100.0)
+    assert fingerprint(TrainConfig(**longer)) != fingerprint(TrainConfig(lr_schedule="polynomial"))
     rounding = TrainConfig(reproducible="rounding")
     assert fingerprint(dataclasses.replace(rounding, device_batch=1)) == fingerprint(rounding)
+
+
+@pytest.mark.parametrize(
+    ("change", "other"),
+    [
+        (dict(lr_min=0.001), dict(lr_schedule="polynomial")),
+        (dict(lr_power=1.0), dict(lr_schedule="polynomial")),
+        (dict(warmup_lr=0.001), dict(warmup_epochs=1.0)),
+        (dict(lars_eta=0.1), dict(optimizer="lars")),
+        (dict(lars_skip=()), dict(optimizer="lars")),
+        (dict(no_decay=("bias",)), dict()),
+    ],
+    ids=lambda value: ",".join(value),
+)
+def test_fingerprint_has_what_decides_beside_the_others(change, other):
+    """The weights without decay, but not if there is none; a floor, but not of a rate that is divided; and so on."""
+    assert fingerprint(TrainConfig(**change, **other)) != fingerprint(TrainConfig(**other))
+    assert set(unused_hyperparameters(TrainConfig(**other))).isdisjoint(change)
+    without = TrainConfig(weight_decay=0.0)
+    assert set(change) <= set(unused_hyperparameters(without))
+    assert fingerprint(dataclasses.replace(without, **change)) == fingerprint(without)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "5", "5:", "1:0.2;2:0.3", "1:0.2,1:0.3", "1:1.2", "-1:0.2", "1:nan", "inf:0.5", "1:0:0"]
+)
+def test_reference_points_are_rising_epochs_and_fractions(text):
+    assert reference_points(text) == []
+    assert reference_points("0.5:0.25,1:0,20:1") == [(0.5, 0.25), (1.0, 0.0), (20.0, 1.0)]
 
 
 @pytest.mark.parametrize("flag", ["--wire_dtype=float16", "--xla"])

@@ -28,7 +28,7 @@ def resume(tmp_path):
     tensors = {name: value.numpy() + 1 for name, value in initial_state(CONFIG).variables().items()}
     meta = {**dataclasses.asdict(TrainProgress(step=4)), "format": CHECKPOINT_FORMAT, "arithmetic": ARITHMETIC}
     meta["run"] = {**fingerprint(CONFIG), "exchange": ["fc1"], **DATA}
-    checkpoint.save(run_dir, tensors, meta, 3, False)
+    checkpoint.save(run_dir, tensors, meta, 3, [])
 
     def restore(data=(), factored=("fc1",), arithmetic=ARITHMETIC, **flags):
         config = dataclasses.replace(CONFIG, **flags)
@@ -145,7 +145,7 @@ def test_resume_brings_back_checkpoints_from_copies(resume, tmp_path, capsys, ha
     run, copy = RunDir(tmp_path), RunDir(tmp_path / "copy")
     found = checkpoint.load(run.checkpoint(4))
     for step in (2, 4):
-        checkpoint.save(copy, found.tensors, {**found.meta, "step": step}, 3, step == 2)
+        checkpoint.save(copy, found.tensors, {**found.meta, "step": step}, 3, [checkpoint.BEST] * (step == 2))
     whole = run.checkpoint(4).read_bytes()
     run.checkpoint(4).write_bytes(whole[:-9])
     if harm == "gone":

@@ -125,7 +125,7 @@ def test_parts_with_batch_norm_are_whole_groups(reproducible):
         assert too_many_ranks(config, 12).endswith("start at most 4")  # there are 11 groups
     else:
         least = "fewer than the 12 ranks, each of which computes whole ones: start at most 11"
-        assert text == f"--global_batch=44 has 11 groups of --norm_batch=4, {least}"
+        assert text == f"--global_batch=44 has 11 groups of 4 images (--norm_batch, --mix_batch), {least}"
 
 
 def test_too_many_ranks_under_rounding_is_more_than_images():

@@ -118,7 +118,7 @@ def write_hosts(here, count, devices):
 @pytest.mark.parametrize("name", BOTH_VENDORS)
 def test_docker_on_one_host(here, name, devices):
     """Rights, mounts, variables and flags of the one command."""
-    flags = ["--run_dir=runs/run 1", "--flagfile=more.flags", "--max_restarts=7", "--epochs=2"]
+    flags = ["--run_dir=runs/run 1", "--flagfile=more.flags", "--max_restarts=7", "--epochs=3"]
     passed = {"NCCL_DEBUG": "INFO", "UMD_WAITAFTERLAUNCH": "1", "DRT_MEMCPYUSEKERNEL": "2", "CRT_STRICTCUDATIMINGMODE": "0"}
     secret = {"TF_API_TOKEN": "canary", "UMD_KEY": "canary"}
     environment = {"DATA_DIR": "./image net", "BATCH_SIZE": "64", **passed, **secret}
@@ -148,7 +148,7 @@ def test_docker_on_one_host(here, name, devices):
     assert (launching.ranks, launching.hostfile, launching.max_restarts) == (devices, "", 7)
     training = parsed(inside[split + 1 :], TrainConfig, here)
     assert (training.data_dir, training.run_dir) == ("/data", "/runs/run 1")
-    assert (training.device_batch, training.epochs, training.lr, training.model) == (64, 2, 0.02, "vgg16")
+    assert (training.device_batch, training.epochs, training.lr, training.model) == (64, 3, 0.02, "vgg16")
 
 
 @pytest.mark.parametrize("name", ANY_VENDOR)

@@ -69,7 +69,7 @@ def test_reads_that_stay_failed_are_worth_a_start(tmp_path, monkeypatch):
     """Of records, of shards while they are indexed, of names and sizes, of checkpoints and of other files."""
     data = write_data(tmp_path / "data")
     index, run = scan_split(str(data), "train"), RunDir(tmp_path)
-    path = checkpoint.save(run, {"a": np.ones(3, np.float32)}, {"step": 4}, 3, True)
+    path = checkpoint.save(run, {"a": np.ones(3, np.float32)}, {"step": 4}, 3, [checkpoint.BEST])
     for place, name, action in (
         (os, "pread", lambda: read_record(index, 0)),
         (os, "pread", lambda: scan_split(str(data), "train")),
@@ -228,7 +228,7 @@ def test_checkpoint_where_directories_are_not_synced(tmp_path, monkeypatch, caps
     monkeypatch.setattr(os, "fsync", files_only)
     run = RunDir(tmp_path)
     for step in range(4):
-        checkpoint.save(run, {"a": np.ones(3, np.float32)}, {"step": step}, 2, step == 1)
+        checkpoint.save(run, {"a": np.ones(3, np.float32)}, {"step": step}, 2, [checkpoint.BEST] * (step == 1))
     assert [path.name[-13:-12] for path in run.list_checkpoints()] == ["3", "2", "1"]
     assert checkpoint.best(run) == run.checkpoint(1)
     (line,) = capsys.readouterr().err.splitlines()
@@ -311,7 +311,7 @@ def test_checkpoint_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch):
     """An older one is not continued from instead."""
     run = RunDir(tmp_path)
     for step in (1, 2):
-        checkpoint.save(run, {"a": np.ones(3, np.float32)}, {"step": step}, 3, False)
+        checkpoint.save(run, {"a": np.ones(3, np.float32)}, {"step": step}, 3, [])
     with monkeypatch.context() as patch:
         real = open
 

@@ -74,7 +74,8 @@ def test_apply_update_is_the_formula(kind):
     slots = make_slots(weights, {}, TrainConfig())
     for _ in range(5):
         g = random.normal(size=(4, 3))
-        apply_update(weights, slots, {"a/kernel": tf.constant(g, tf.float32)}, tf.constant(0.1), kind, 0.9, 0.01)
+        config = TrainConfig(optimizer=kind, momentum=0.9, weight_decay=0.01)
+        apply_update(weights, slots, {"a/kernel": tf.constant(g, tf.float32)}, tf.constant(0.1), config)
         d = g + 0.01 * w
         v = 0.9 * v + d
         w = w - 0.1 * (d + 0.9 * v if kind == "nesterov" else v)
@@ -114,20 +115,21 @@ def make_parts(factored, **more):
     """Returns (config, weights, backward, images, labels, position, keys)."""
     config = TrainConfig(**{**TINY, **more})
     weights, _ = initial_network(config, 1)
-    backward = make_backward(State(weights, {}, make_slots(weights, {}, config)), config, "NHWC", factored)
+    backward = make_backward(State(weights, {}, make_slots(weights, {}, config), {}), config, "NHWC", factored)
     random = np.random.default_rng(3)
     images = tf.constant(random.integers(0, 256, (11, 32, 32, 3), np.uint8))
     labels = tf.constant(random.integers(0, 10, 11).astype(np.int32))
     return config, weights, backward, images, labels, tf.constant(0, tf.int64), tf.constant(dropout_keys(1, 0, 2))
 
 
-@pytest.mark.parametrize("factored", [[], ["fc2"], ["fc1", "fc2", "predictions"]])
-def test_backward_is_the_gradient_of_the_summed_loss(factored):
+@pytest.mark.parametrize(("factored", "smoothing"), [([], 0.0), (["fc2"], 0.1), (["fc1", "fc2", "predictions"], 0.0)])
+def test_backward_is_the_gradient_of_the_summed_loss(factored, smoothing):
     """Summed gradients, and the products of factors, are those of sum(loss) / global_batch computed plainly."""
-    _, weights, backward, images, labels, position, keys = make_parts(factored, dropout=0.0)
+    _, weights, backward, images, labels, position, keys = make_parts(factored, dropout=0.0, label_smoothing=smoothing)
     with tf.GradientTape() as tape:
         logits = vgg.logits(weights, "vgg11", images, "NHWC")
-        loss = tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+        target = (1 - smoothing) * tf.one_hot(labels, 10) + smoothing / 10
+        loss = -tf.reduce_sum(target * tf.nn.log_softmax(logits))
         objective = loss / 11
     expected = dict(zip(weights, tape.gradient(objective, list(weights.values()))))
     found = tf.function(backward)(images, labels, position, keys)
@@ -144,7 +146,7 @@ def test_backward_is_the_gradient_of_the_summed_loss(factored):
 def make_sums(factored, reproducible, at_a_time=1, **more):
     """Returns (layout, function (low, high) -> Sums of these of 11 images, limits that they do not exceed)."""
     config, weights, backward, images, labels, _, keys = make_parts(factored, reproducible=reproducible, **more)
-    layout = make_layout(State(weights, {}, {}), factored, config, "CPU", comm.Group(OneRank))
+    layout = make_layout(State(weights, {}, {}, {}), factored, config, "CPU", comm.Group(OneRank))
     accumulated = accumulate(backward, layout, at_a_time)
     bits = reproducible == BITS
     limits = tf.constant(fixed_point.first_limits(len(weights)) if bits else [], tf.int32)
@@ -236,7 +238,7 @@ def test_apply_gradients_stops_at_the_first_nonfinite(loss, gradient, reproducib
         limits = slots.get(GRADIENT_LIMITS)
         magnitudes = fixed_point.magnitudes([*([] if limits is None else gradients.values()), loss])
         tally = fixed_point.tally(magnitudes[tf.newaxis], tf.fill(tf.shape(magnitudes), 126 * 64))
-        return apply_gradients(State(weights, {}, slots), gradients, tally, stopped, tf.constant(0.1), config, limits)
+        return apply_gradients(State(weights, {}, slots, {}), gradients, tally, stopped, tf.constant(0.1), config, limits)
 
     norm, scale, finite = apply(tf.constant(1.0), tf.constant(1.0))
     assert (float(norm), float(scale), bool(finite)) == (pytest.approx(math.sqrt(2)), 1.0, True)
