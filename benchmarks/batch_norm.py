@@ -37,7 +37,8 @@ def work(options):
     shape = {"width": options.width, "image_size": options.size, "global_batch": options.batch, "num_classes": CLASSES}
     config = TrainConfig(model=options.model + suffix, norm_batch=group, device_batch=MICRO_BATCH, **shape)
     join()
-    step = make_train_step(initial_state(config), config, take_device(config), cost.factored_layers(config, 1))
+    device = take_device(config)
+    step = make_train_step(initial_state(config), config, device, cost.factored_layers(config, 1))
     random = np.random.default_rng(0)
     inputs = (
         tf.constant(random.integers(0, 256, (options.batch, options.size, options.size, 3)), tf.uint8),

@@ -23,6 +23,20 @@ from torch import nn
 from torch.nn import functional
 
 BLOCKS = {"vgg11_bn": (1, 1, 2, 2, 2), "vgg13_bn": (2, 2, 2, 2, 2), "vgg16_bn": (2, 2, 3, 3, 3), "vgg19_bn": (2, 2, 4, 4, 4)}
+# What it does as the config says, or what decides nothing here: how often to evaluate, save and log.
+KNOWN = {
+    "num_classes",
+    "image_size",
+    "augment",
+    "model",
+    "norm_batch",
+    "width",
+    "dropout",
+    "label_smoothing",
+    "global_batch",
+}
+KNOWN |= {"device_batch", "epochs", "optimizer", "lr", "lr_schedule", "warmup_epochs", "weight_decay", "momentum"}
+KNOWN |= {"eval_every_epochs", "save_every_steps", "log_every_steps"}
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -135,9 +149,8 @@ def augmented(images, random):
     """Returns them shifted by up to 4 pixels, black where nothing was, and flipped or not."""
     padded = np.pad(images, [(0, 0), (4, 4), (4, 4), (0, 0)])
     out = np.empty_like(images)
-    for row, (top, left, flip) in enumerate(
-        zip(*random.integers(0, 9, (2, len(images))), random.integers(0, 2, len(images)))
-    ):
+    tops, lefts = random.integers(0, 9, (2, len(images)))
+    for row, (top, left, flip) in enumerate(zip(tops, lefts, random.integers(0, 2, len(images)))):
         image = padded[row, top : top + 32, left : left + 32]
         out[row] = image[:, ::-1] if flip else image
     return out
@@ -170,6 +183,8 @@ def main():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     options = parser.parse_args()
     flags = read_flags(options.flagfile)
+    if {*flags} - KNOWN:
+        parser.error(f"{options.flagfile}: this script does not know what {', '.join(sorted({*flags} - KNOWN))} does")
     (images, labels), (test_images, test_labels) = (
         read_split(options.data_dir, split, options.images) for split in ("train", "validation")
     )
@@ -179,13 +194,8 @@ def main():
     torch.manual_seed(options.seed)
     random = np.random.default_rng(options.seed)
     network = make_network(flags)
-    sgd = torch.optim.SGD(
-        network.parameters(),
-        0.1,
-        float(flags.get("momentum", 0.9)),
-        weight_decay=float(flags["weight_decay"]),
-        nesterov=True,
-    )
+    momentum, decay = float(flags.get("momentum", 0.9)), float(flags["weight_decay"])
+    sgd = torch.optim.SGD(network.parameters(), float(flags["lr"]), momentum, weight_decay=decay, nesterov=True)
     total, smoothing = math.ceil(float(flags["epochs"]) * records / batch), float(flags.get("label_smoothing", 0))
     stream, step, began, losses = np.array([], np.int64), 0, time.monotonic(), []
     for epoch in range(1, options.epochs + 1):
