@@ -88,18 +88,21 @@ def decode_alone(options, split):
     """Returns the rounds of TensorFlow's decode-and-crop on the images and windows of `pipeline`."""
     import tensorflow as tf
 
+    from hvd_vgg.config import ImageConfig
     from hvd_vgg.data.reader import parse_example, read_record
     from hvd_vgg.data.sampler import positions, sample_seeds
     from hvd_vgg.data.transforms import augmentation_params, central_window, image_shape, random_window
 
     index, work = load(options), []
     drawn = positions(0, options.images, index.records, SEED)
-    draws = augmentation_params(sample_seeds(SEED, drawn))
+    draws = augmentation_params(sample_seeds(SEED, drawn), ImageConfig())
     ids = drawn.ids.tolist() if split == "train" else list(range(index.records)) * -(-options.images // index.records)
     for number, record in enumerate(ids):
         encoded, _ = parse_example(index, record, read_record(index, record))
         height, width = image_shape(encoded)
-        window = random_window(height, width, draws[number][3:]) if split == "train" else central_window(height, width)
+        window = (
+            random_window(height, width, draws[number][3:]) if split == "train" else central_window(height, width, 0.875)
+        )
         work.append((tf.constant(encoded), tf.constant(window)))
 
     def make():

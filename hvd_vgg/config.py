@@ -172,8 +172,8 @@ class UpdateConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ComputeConfig(ModelConfig):
-    """Settings of every command that runs the network on images."""
+class ImageConfig(ModelConfig):
+    """What training makes of an image, and how it is resized."""
 
     augment: str = hyperparameter(
         "crop",
@@ -181,6 +181,44 @@ class ComputeConfig(ModelConfig):
         "none; flip; shift: pad by an eighth, random crop, flip; crop: random-resized crop of area 0.08 to 1, flip.",
         choices=("none", "flip", "shift", "crop"),
     )
+    auto_augment: str = hyperparameter(
+        "none",
+        "Data",
+        "After crop and flip. trivial: TrivialAugment's wide space, one random operation of 14 on each image.",
+        choices=("none", "trivial"),
+    )
+    color_jitter: float = hyperparameter(
+        0.0,
+        "Data",
+        "Strength x of random brightness, contrast and saturation, in random order: factors of max(0, 1 - x) to 1 + x. "
+        "0: none.",
+        at_least=0.0,
+    )
+    pca_lighting: float = hyperparameter(
+        0.0,
+        "Data",
+        "Standard deviation of the random amount of each principal component of ImageNet's colours that is added. 0: none.",
+        at_least=0.0,
+    )
+    random_erasing: float = hyperparameter(
+        0.0,
+        "Data",
+        "Probability that a random rectangle, of 0.02 to 0.33 of the image, is filled with the mean colour.",
+        at_least=0.0,
+        at_most=1.0,
+    )
+    resize: str = hyperparameter(
+        "opencv",
+        "Data",
+        "Bilinear filter of training and evaluation. opencv: OpenCV's; pillow: Pillow's, antialiased, as torchvision's.",
+        choices=("opencv", "pillow"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig(ImageConfig):
+    """Settings of every command that runs the network on images."""
+
     run_dir: str = flag("./run", "Run", "Directory for checkpoints, logs and results; created if missing.", "path")
     console: str = flag(
         "auto",
@@ -377,6 +415,42 @@ class RecipeConfig:
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig(DataConfig, ComputeConfig):
     """Everything that an evaluation depends on, beside the weights."""
+
+    eval_crop: float = flag(
+        0.875,
+        "Data",
+        "Side of the central square that is evaluated, relative to the image's shorter side; for --augment=crop.",
+        "fraction",
+        above=0.0,
+        at_most=1.0,
+    )
+    eval_size: int = flag(
+        0,
+        "Data",
+        "Height and width of the images that are evaluated; where they differ from --image_size, the last feature map is "
+        "averaged to that of --image_size. Time and memory grow as its square. 0: --image_size. For --augment=crop.",
+        "pixels",
+        at_least=0,
+        at_most=4096,
+    )
+    eval_flip: bool = flag(
+        False, "Data", "Evaluate each image and its mirror image, and average the probabilities; takes twice the time."
+    )
+
+    @property
+    def evaluated_size(self) -> int:
+        """Height and width of the images that are evaluated, in pixels."""
+        return self.eval_size or self.image_size
+
+    def conflicts(self) -> Iterator[str]:
+        """Yields the combinations that cannot run."""
+        if 0 < self.eval_size < 32:
+            yield f"--eval_size={self.eval_size}: expected at least 32 pixels, or 0 for --image_size"
+        if self.augment != "crop":
+            for name, value in (("eval_crop", self.eval_crop), ("eval_size", self.eval_size)):
+                if value != EvaluationConfig.__dataclass_fields__[name].default:
+                    why = f"--augment={self.augment} evaluates whole images, as it trains on them"
+                    yield f"--{name}={format_value(value)} needs --augment=crop: {why}"
 
 
 @dataclasses.dataclass(frozen=True)

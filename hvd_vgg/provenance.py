@@ -32,7 +32,7 @@ _INSTRUCTION_SETS = (
     *("avx", "avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *("amx_int8", "amx_bf16", "amx_fp16"),
 )
-_PACKAGES = ("absl", "crc32c", "cv2", "dllogger", "horovod", "mpi4py", "numpy", "safetensors", "tensorflow")
+_PACKAGES = ("absl", "crc32c", "cv2", "dllogger", "horovod", "mpi4py", "numpy", "PIL", "safetensors", "tensorflow")
 
 
 def describe_process() -> Dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hvd_vgg.doctor.packages import HostView
 
-PACKAGES = {"absl": "absl-py", "cv2": "opencv-python", "yaml": "PyYAML", "dllogger": "DLLogger"}
+PACKAGES = {"absl": "absl-py", "cv2": "opencv-python", "PIL": "pillow", "yaml": "PyYAML", "dllogger": "DLLogger"}
 PACKAGES.update({name: name for name in ("tensorflow", "horovod", "numpy", "crc32c", "safetensors", "cloudpickle")})
 PACKAGES.update({name: name for name in ("psutil", "packaging", "mpi4py", "tensorboard")})
 

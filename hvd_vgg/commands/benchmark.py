@@ -19,7 +19,7 @@ import tensorflow as tf
 from hvd_vgg.config import BITS, BenchmarkConfig
 from hvd_vgg.data.loader import train_batches
 from hvd_vgg.data.sampler import part_bounds
-from hvd_vgg.data.transforms import IMAGE_LIBRARY
+from hvd_vgg.data.transforms import image_library
 from hvd_vgg.doctor.driver import find_accelerators
 from hvd_vgg.doctor.packages import this_host
 from hvd_vgg.doctor.system import check_out
@@ -205,7 +205,7 @@ def _write(config: BenchmarkConfig, device: Device, hosts: List[Dict[str, Any]],
     content = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "flags": dataclasses.asdict(config),
-        "software": describe_software(IMAGE_LIBRARY),
+        "software": describe_software(image_library(config.resize)),
         "machine": {**device._asdict(), "hosts": hosts},
         "rows": rows,
     }

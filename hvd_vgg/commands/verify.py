@@ -35,6 +35,7 @@ from hvd_vgg.flags import parse_flags
 from hvd_vgg.reporting import receipt
 from hvd_vgg.reporting.console import Console
 from hvd_vgg.reporting.goodput import Goodput
+from hvd_vgg.reporting.receipt import LogLine
 from hvd_vgg.run_dir import RunDir, checkpoint_step
 from hvd_vgg.text import plural
 from hvd_vgg.training import checkpoint
@@ -257,6 +258,13 @@ def _check_flags(run: RunDir, history: History) -> Findings:
     return PASS, f"the flags of start {attempt.number}"
 
 
+def _evaluated_alike(history: History, line: LogLine) -> bool:
+    """Returns whether an evaluation in the log has the newest start's flags of evaluation, which a restart may change."""
+    configs = [attempt.config for attempt in history.attempts if attempt.start.number < line.number]
+    now = history.attempts[-1].config
+    return all(getattr(configs[-1], name) == getattr(now, name) for name in ("eval_crop", "eval_size", "eval_flip"))
+
+
 def _evaluate_again(run: RunDir, config: VerifyConfig) -> Findings:
     """Evaluates the newest and the best checkpoint again, and those of the average. Collective."""
     history, paths, texts, verdict = read_history(receipt.read_log(run.log)), run.list_checkpoints(), [], PASS
@@ -273,8 +281,10 @@ def _evaluate_again(run: RunDir, config: VerifyConfig) -> Findings:
     flags = dataclasses.replace(attempt.config, data_dir=config.data_dir, run_dir=config.run_dir, console="auto")
     for subject, score in zip(subjects, evaluate.score(flags, subjects)):
         now, line, prefix = score.result, history.scores.get(score.step), "average_" * subject.average
-        then = [int(line.data[f"eval.{prefix}top{k}_hits"]) for k in (1, 5)] if line else None
-        hits = f"{now.top1} and {now.top5} hits of {now.records} at step {score.step}; logged: {then}"
+        alike = line and _evaluated_alike(history, line)
+        then = [int(line.data[f"eval.{prefix}top{k}_hits"]) for k in (1, 5)] if line and alike else None
+        other = " (made under other flags)" if line and not alike else ""
+        hits = f"{now.top1} and {now.top5} hits of {now.records} at step {score.step}; logged: {then}{other}"
         texts.append(f"{subject.of}{subject.checkpoint}: {hits}")
         verdict = verdict if then else UNKNOWN
         if attempt.start.data["data"]["validation"]["sha256"] != score.data_sha256:

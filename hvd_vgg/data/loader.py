@@ -27,7 +27,7 @@ from typing import Any, Callable, Deque, Iterable, Iterator, List, NamedTuple, O
 import numpy as np
 import tensorflow as tf
 
-from hvd_vgg.config import BatchConfig, ComputeConfig, EvaluationConfig
+from hvd_vgg.config import BatchConfig, ComputeConfig, EvaluationConfig, ImageConfig
 from hvd_vgg.data.index import Index
 from hvd_vgg.data.mended import decode_and_name
 from hvd_vgg.data.reader import BadRecord, parse_example, read_ahead, read_record, reads_in_progress
@@ -80,8 +80,9 @@ class Dataset:
     index: Index
     label_base: int  # of the first class
     image_size: int  # height and width of a row, pixels
-    augment: str
+    config: ImageConfig
     training: bool  # or evaluation: nothing is random, and no record takes another's place
+    crop: float = 0.0  # of evaluation, as in `eval_image`
     seed: int = 0
     bad_allowed: int = 0  # with 0 a bad record ends the run
 
@@ -109,9 +110,9 @@ class Dataset:
 
         def decode() -> None:
             if self.training:
-                train_image(sample.encoded, params, self.augment, out)
+                train_image(sample.encoded, params, self.config, out)
             else:
-                eval_image(sample.encoded, self.augment, out)
+                eval_image(sample.encoded, self.crop, self.config.resize, out)
 
         try:
             decode_and_name(self.index, sample.record, sample.encoded, decode)
@@ -171,8 +172,8 @@ def train_batches(
         begin = start - start % index.records % window if first else start + window
         return storage_order(begin, start + config.global_batch + window, index.records, config.seed, block)
 
-    dataset = Dataset(index, label_base, config.image_size, config.augment, True, config.seed, config.bad_records_allowed)
-    return load_batches(dataset, specs(), high - low, threads)
+    options = {"seed": config.seed, "bad_allowed": config.bad_records_allowed}
+    return load_batches(Dataset(index, label_base, config.image_size, config, True, **options), specs(), high - low, threads)
 
 
 def load_records(
@@ -183,7 +184,7 @@ def load_records(
     Raises Failure(DATA) naming the bad record.
     """
     spec = BatchSpec(ids, np.zeros(len(ids), np.int64), seeds, ids)
-    return next(load_batches(Dataset(index, label_base, config.image_size, config.augment, True), [spec], len(ids), threads))
+    return next(load_batches(Dataset(index, label_base, config.image_size, config, True), [spec], len(ids), threads))
 
 
 def eval_batches(
@@ -200,7 +201,8 @@ def eval_batches(
         ids = np.arange(start, min(start + rows, index.records))
         return BatchSpec(ids, np.zeros(len(ids), np.int64), np.zeros([len(ids), 2], np.int64), ids)
 
-    dataset = Dataset(index, label_base, config.image_size, config.augment, False, bad_allowed=config.bad_records_allowed)
+    crop, allowed = config.eval_crop if config.augment == "crop" else 0.0, config.bad_records_allowed
+    dataset = Dataset(index, label_base, config.evaluated_size, config, False, crop, bad_allowed=allowed)
     starts = range(rank * rows, index.records, size * rows)
     return load_batches(dataset, map(spec, starts), rows, threads)
 
@@ -257,7 +259,8 @@ def _fill(batch: Batch, spec: BatchSpec, rows: np.ndarray, dataset: Dataset) -> 
     """Reads and decodes the records of `rows`; raises Failure(DATA) naming a bad one that may not be replaced."""
     # All are read before the first is decoded: decoding pushes the code that reads out of the processor's caches.
     samples = [dataset.read(record) for record in spec.ids[rows].tolist()]
-    for row, params, sample in zip(rows.tolist(), augmentation_params(spec.seeds[rows]), samples):
+    params_of_rows = augmentation_params(spec.seeds[rows], dataset.config)
+    for row, params, sample in zip(rows.tolist(), params_of_rows, samples):
         try:
             batch.labels[row] = dataset.decode(sample, params, batch.images[row])
         except BadRecord as bad:

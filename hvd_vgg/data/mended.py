@@ -93,7 +93,7 @@ def decoder_message(encoded: bytes) -> str:
 
     def decode() -> None:
         with contextlib.suppress(ValueError):
-            eval_image(encoded, "none", np.empty([8, 8, 3], np.uint8))
+            eval_image(encoded, 0.0, "opencv", np.empty([8, 8, 3], np.uint8))
 
     before = count_writes()
     printed = _quietly(decode)
@@ -108,15 +108,19 @@ def decode_and_name(index: Index, record: int, encoded: bytes, decode: Callable[
     Without a nameless line, if it is known or likely to be mended.
     """
     mended = _known.get((index.paths[0], record))
+    before, _thread.writes = getattr(_thread, "writes", b""), b""  # what is not an image's own is counted anew
     if mended is None and _has_hole(encoded):
-        mended = name_if_mended(index, record, encoded)
+        mended, before = name_if_mended(index, record, encoded), b""
     if mended:
         _quietly(decode)
         return
-    before = count_writes()
+    before = before or count_writes()
     decode()
-    if count_writes() != before:
+    after = count_writes()
+    if after != before:
         name_if_mended(index, record, encoded)
+    else:
+        _thread.writes = after
 
 
 def _quietly(action: Callable[[], None]) -> Optional[str]:
@@ -200,5 +204,6 @@ def _has_hole(encoded: bytes) -> bool:
     """Returns whether the data of a JPEG's last scan have zeros where there would hardly be any."""
     if _ZEROS not in encoded:  # nearly all images
         return False
-    scan = encoded.rfind(b"\xff\xda")
-    return scan >= 0 and encoded.find(_ZEROS, scan, encoded.rfind(b"\xff\xd9")) >= 0
+    last = encoded.rfind(_ZEROS, 0, encoded.rfind(b"\xff\xd9"))
+    # Those of most other images lie in their tables, soon before a scan: to look for the last scan first takes longer.
+    return last >= 0 and encoded.find(b"\xff\xda", last) < 0 <= encoded.rfind(b"\xff\xda", 0, last)

@@ -100,7 +100,8 @@ def too_many_ranks(config: StepConfig, ranks: int) -> str:
         f"--global_batch={batch} has {most} micro-batch{'es' if most > 1 else ''} of --device_batch={config.device_batch}, "
         f"fewer than the {ranks} ranks, each of which computes whole ones under --reproducible={BITS}: start at most {most}"
     )
-    enough = batch // ranks // config.group_batch * config.group_batch
+    group = config.group_batch
+    enough = batch // ranks // group * group
     return f"{text}, or begin a new run with --device_batch={enough}" if enough else text
 
 

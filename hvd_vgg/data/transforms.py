@@ -1,7 +1,8 @@
 """One encoded image to one array: `train_image` and `eval_image`.
 
 TensorFlow decodes, since it can decode just a window of a JPEG; OpenCV resizes, on bytes, in a fraction of the time of
-TensorFlow's resize, which computes in float32. Both release the GIL while they work, so that threads run side by side.
+TensorFlow's resize, which computes in float32; or Pillow, which averages over what it shrinks and takes several times as
+long. All release the GIL while they work, so that threads run side by side.
 """
 
 import math
@@ -13,10 +14,11 @@ import cv2
 import numpy as np
 import tensorflow as tf
 
+from hvd_vgg.config import ImageConfig
+from hvd_vgg.data.augment import DRAWS, augment_image, is_augmented
+from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.seeds import uniform_draws
 
-# What a resized image depends on besides TensorFlow.
-IMAGE_LIBRARY = f"OpenCV {cv2.__version__}"
 # An image whose header claims more is refused before it is decoded: 269 MB of RGB. The limit at which Pillow warns of a
 # decompression bomb; the largest image of ImageNet has about 60 million pixels.
 MAX_PIXELS = 1024**3 // 4 // 3
@@ -25,8 +27,10 @@ MAX_PIXELS = 1024**3 // 4 // 3
 _JPEG_PIXELS_PER_BYTE = 8 * 64
 # The random-resized crop of torchvision's recipe for VGG16 (torchvision.transforms.RandomResizedCrop).
 _AREA, _RATIO, _TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
-# Evaluation sees the central 224 pixels of a shorter side of 256, at any image size (Simonyan and Zisserman, section 3.2).
-_CENTRE = 224 / 256
+_BILINEAR = 2  # PIL.Image.BILINEAR, which some versions of Pillow have under another name alone
+# What Pillow decodes with. TensorFlow's own choice, INTEGER_FAST, is 0.8 units of 255 darker.
+_PILLOW_METHOD = "INTEGER_ACCURATE"
+_FIRST_DRAWS = 3 + 3 * _TRIES  # of a sample: one for the flip, 2 for the shift, 30 for the crop
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 # Markers of the JPEG frames that are decoded (baseline, extended, progressive), and of the segments that may precede one:
 # Huffman and quantization tables, restart interval, application data, comment.
@@ -36,17 +40,32 @@ cv2.setNumThreads(0)  # the loader has threads of its own
 Crop = Tuple[int, int, int, int]  # top, left, height, width
 
 
-def train_image(encoded: bytes, params: Sequence[float], augment: str, out: np.ndarray) -> None:
+def image_library(resize: str) -> str:
+    """Returns what a resized image depends on besides TensorFlow; resize: opencv or pillow, as in `ImageConfig`.
+
+    Raises Failure(CONFIGURATION) where Pillow is needed and cannot be imported.
+    """
+    if resize == "opencv":
+        return f"OpenCV {cv2.__version__}"
+    try:
+        import PIL
+    except ImportError as error:
+        raise Failure(CONFIGURATION, f"--resize=pillow: {error}; pip install --no-deps pillow") from error
+    return f"OpenCV {cv2.__version__}, Pillow {PIL.__version__}"
+
+
+def train_image(encoded: bytes, params: Sequence[float], config: ImageConfig, out: np.ndarray) -> None:
     """Writes one image as the network trains on it to `out`, uint8 [image_size, image_size, 3].
 
-    encoded: JPEG or PNG; params: a row of `augmentation_params`, which decides crop, shift and flip. Raises ValueError where
+    encoded: JPEG or PNG; params: a row of `augmentation_params`, which decides all that is random. Raises ValueError where
     the image cannot be decoded.
     """
+    augment = config.augment
     height, width = image_shape(encoded)
     window = random_window(height, width, params[3:]) if augment == "crop" else (0, 0, height, width)
     flips = augment != "none" and params[0] < 0.5
     image = np.empty_like(out) if flips or augment == "shift" else out
-    _decode_and_resize(encoded, window, image)
+    _decode_and_resize(encoded, window, config.resize, image)
     if augment == "shift":
         image_size, margin = len(out), len(out) // 8
         top, left = (int(draw * (2 * margin + 1)) for draw in params[1:3])
@@ -56,23 +75,30 @@ def train_image(encoded: bytes, params: Sequence[float], augment: str, out: np.n
         cv2.flip(image, 1, dst=out)
     elif image is not out:
         out[:] = image
+    if len(params) > _FIRST_DRAWS:
+        augment_image(out, params[_FIRST_DRAWS:], config)
 
 
-def eval_image(encoded: bytes, augment: str, out: np.ndarray) -> None:
-    """Writes one image as it is evaluated to `out`: all of it, or its centre where training takes crops.
+def eval_image(encoded: bytes, crop: float, resize: str, out: np.ndarray) -> None:
+    """Writes one image as it is evaluated to `out`, uint8 [n, n, 3]: its central square, or all of it.
 
-    out: uint8 [image_size, image_size, 3]. Raises ValueError where the image cannot be decoded.
+    crop: the side of the square relative to the shorter side (0.875 are the 224 pixels of 256 of Simonyan and Zisserman,
+    section 3.2), or 0 for the whole image; resize: opencv or pillow. Raises ValueError where the image cannot be decoded.
     """
     height, width = image_shape(encoded)
-    _decode_and_resize(encoded, central_window(height, width) if augment == "crop" else (0, 0, height, width), out)
+    if crop and resize == "pillow":
+        _centre_by_pillow(encoded, height, width, crop, out)
+    else:
+        window = central_window(height, width, crop) if crop else (0, 0, height, width)
+        _decode_and_resize(encoded, window, resize, out)
 
 
-def augmentation_params(seeds: np.ndarray) -> List[List[float]]:
-    """Returns all that is random of each image: 33 numbers in [0, 1), one for the flip, 2 for the shift, 30 for the crop.
+def augmentation_params(seeds: np.ndarray, config: ImageConfig) -> List[List[float]]:
+    """Returns all that is random of each image, numbers in [0, 1): 33 for flip, shift and crop, and those of `augment`.
 
     seeds: int64 [n, 2], of `sampler.sample_seeds`.
     """
-    return list(uniform_draws(seeds, 3 + 3 * _TRIES).tolist())
+    return list(uniform_draws(seeds, _FIRST_DRAWS + (DRAWS if is_augmented(config) else 0)).tolist())
 
 
 def random_window(height: int, width: int, params: Sequence[float]) -> Crop:
@@ -95,9 +121,9 @@ def random_window(height: int, width: int, params: Sequence[float]) -> Crop:
     return (height - box_height + 1) // 2, (width - box_width + 1) // 2, box_height, box_width
 
 
-def central_window(height: int, width: int) -> Crop:
-    """Returns the central square that is evaluated: top, left, height and width in pixels."""
-    side = round(_CENTRE * min(height, width))
+def central_window(height: int, width: int, crop: float) -> Crop:
+    """Returns the central square, `crop` times the shorter side: top, left, height and width in pixels."""
+    side = round(crop * min(height, width))
     return (height - side) // 2, (width - side) // 2, side, side
 
 
@@ -140,21 +166,64 @@ def _jpeg_shape(encoded: bytes) -> Tuple[int, int, int]:
     return height, width, channels
 
 
-def _decode_and_resize(encoded: bytes, window: Crop, out: np.ndarray) -> None:
-    """Writes the bilinear resize, with half-pixel centres, of a window of the image to `out`."""
+def _decode(encoded: bytes, window: Crop, method: str = "") -> np.ndarray:
+    """Returns a window of the image, uint8 [height, width, 3]; raises ValueError where it cannot be decoded.
+
+    method: of the inverse DCT, as in tf.io.decode_jpeg; "" is TensorFlow's choice.
+    """
     top, left, height, width = window
     data = tf.constant(encoded)
     try:
         if encoded.startswith(_JPEG):
             # Only the rows and columns of the window are decoded. The operation itself would take longer to make tensors.
-            part = np.asarray(tf.io.decode_and_crop_jpeg(data, tf.constant(window), channels=3))
+            part = np.asarray(tf.io.decode_and_crop_jpeg(data, tf.constant(window), channels=3, dct_method=method))
         else:
             part = np.asarray(tf.io.decode_png(data, channels=3))[top : top + height, left : left + width]
     except tf.errors.OpError as error:
         raise _decode_error(error) from error
     if part.shape[:2] != (height, width):
         raise ValueError(f"its header claims more than the {part.shape[0]} by {part.shape[1]} pixels that it holds")
-    cv2.resize(part, (len(out), len(out)), dst=out, interpolation=cv2.INTER_LINEAR)
+    return part
+
+
+def _decode_and_resize(encoded: bytes, window: Crop, resize: str, out: np.ndarray) -> None:
+    """Writes the bilinear resize, with half-pixel centres, of a window of the image to `out`."""
+    if resize == "pillow":
+        part = _decode(encoded, window, _PILLOW_METHOD)
+        out[:] = _pillow_resize(part, len(out), (0, 0, part.shape[1], part.shape[0]))
+    else:
+        cv2.resize(_decode(encoded, window), (len(out), len(out)), dst=out, interpolation=cv2.INTER_LINEAR)
+
+
+def _centre_by_pillow(encoded: bytes, height: int, width: int, crop: float, out: np.ndarray) -> None:
+    """Writes what torchvision's and timm's evaluation makes of an image to `out`, uint8 [n, n, 3].
+
+    They resize all of it so that its shorter side is n / crop pixels, rounded down as the longer one is, and take n by n in
+    the centre. The filter of a pixel reaches its own neighbourhood alone, so that only that part is decoded and resized.
+    """
+    size = len(out)
+    shorter = max(size, int(size / crop))
+    sides = [int(shorter * side / min(height, width)) for side in (height, width)]
+    starts = [round((side - size) / 2) for side in sides]
+    scales = [whole / side for whole, side in zip((height, width), sides)]
+    bounds = []
+    for whole, start, scale in zip((height, width), starts, scales):
+        # A linear filter reaches as far as a pixel of its result, or of its image if larger; colour in a JPEG 2 pixels more.
+        margin = max(scale, 1.0) + 3
+        bounds.append((max(0, int(start * scale - margin)), min(whole, math.ceil((start + size) * scale + margin))))
+    (top, bottom), (left, right) = bounds
+    part = _decode(encoded, (top, left, bottom - top, right - left), _PILLOW_METHOD)
+    x, y = starts[1] * scales[1] - left, starts[0] * scales[0] - top
+    # Pillow wants the box within the image, which rounding may leave.
+    box = (x, y, min(x + size * scales[1], part.shape[1]), min(y + size * scales[0], part.shape[0]))
+    out[:] = _pillow_resize(part, size, box)
+
+
+def _pillow_resize(image: np.ndarray, size: int, box: Tuple[float, float, float, float]) -> np.ndarray:
+    """Returns a part (left, top, right, bottom) of an image, resized by Pillow's antialiased bilinear filter."""
+    from PIL import Image  # only for those who ask for it: it takes a while to load
+
+    return np.asarray(Image.fromarray(image).resize((size, size), _BILINEAR, box))
 
 
 def _decode_error(error: Any) -> ValueError:

@@ -192,7 +192,7 @@ def _check_record(index: Index, record: int, config: DoctorConfig) -> Tuple[str,
     try:
         encoded, _ = parse_example(index, record, read_record(index, record))
         # All of the image: training may see any part of it.
-        eval_image(encoded, "none", np.empty([config.image_size, config.image_size, 3], np.uint8))
+        eval_image(encoded, 0.0, config.resize, np.empty([config.image_size, config.image_size, 3], np.uint8))
     except Failure as failed:
         error = failed.message
     except ValueError as failed:

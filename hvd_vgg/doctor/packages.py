@@ -23,18 +23,20 @@ _DISTRIBUTIONS = {
     "absl": ("absl-py",),
     "cv2": ("opencv-python-headless", "opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless"),
     "dllogger": ("DLLogger",),
+    "PIL": ("pillow",),
     "tensorflow": ("tensorflow", "tensorflow-cpu", "tensorflow-gpu"),
     "yaml": ("PyYAML",),
 }
 # Modules besides TensorFlow and Horovod. Horovod imports the last four, of which a vendor's image may lack some: the one
 # public list of its packages lacks cloudpickle.
 _REQUIRED = ("numpy", "absl", "crc32c", "safetensors", "cv2", "cloudpickle", "psutil", "yaml", "packaging")
-# Without mpi4py something is lost; without the others nothing is.
-_OPTIONAL = ("mpi4py", "dllogger", "tensorboard")
+# Without one of the first two something is lost; without the others nothing is.
+_LOSS, _OPTIONAL = ("mpi4py", "PIL"), ("mpi4py", "PIL", "dllogger", "tensorboard")
 # How to install those for which plain `pip install --no-deps` is not enough.
 _FIXES = {
     "numpy": "pip install numpy, in the version that TensorFlow was built for",
     "cv2": 'pip install --no-deps "opencv-python-headless<4.12"',
+    "PIL": "without it --resize=pillow is refused; pip install --no-deps pillow",
     "mpi4py": "without it mpirun may exit with another rank's code; build it with this MPI's mpicc",
 }
 # What each vendor's tool is called.
@@ -101,7 +103,7 @@ def check_packages(host: HostView) -> Iterator[Finding]:
         yield ok("python", python)
     else:
         yield warning("python", f"{python} is not known to work", "use Python 3.8 to 3.12")
-    for module in (each for each in (*_REQUIRED, "mpi4py") if not is_installed(host, each)):
+    for module in (each for each in (*_REQUIRED, *_LOSS) if not is_installed(host, each)):
         name = _names(module)[0]
         fix = _FIXES.get(module, f"pip install --no-deps {name}")
         yield (failure if module in _REQUIRED else warning)("packages", f"{name} is not installed", fix)

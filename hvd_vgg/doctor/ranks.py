@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import List, Mapping
 
 from hvd_vgg.config import DoctorConfig
-from hvd_vgg.data.transforms import IMAGE_LIBRARY
+from hvd_vgg.data.transforms import image_library
 from hvd_vgg.doctor.mpi import check_mpi, query_mpi4py
 from hvd_vgg.doctor.packages import HostView, is_installed
 from hvd_vgg.doctor.report import Report
@@ -34,7 +34,7 @@ def check_ranks(report: Report, config: DoctorConfig, host: HostView) -> List[st
     with report.time_limit("devices", "the devices of another rank did not answer"):
         hosts = comm.gather_json(report.host)
     per_host = ", ".join(f"{name} ({hosts.count(name)})" for name in dict.fromkeys(hosts))
-    software = describe_software(IMAGE_LIBRARY)
+    software = describe_software(image_library(config.resize))
     mpi4py = query_mpi4py(host.environ) if is_installed(host, "mpi4py") else {}
     with report.time_limit("ranks", "the ranks did not compare settings and clocks"):
         # One by one: if a check hangs, what was found before it is reported.

@@ -47,7 +47,7 @@ def normalize_groups(x: Any, gamma: Any, beta: Any, group: int, one_group: bool,
     if last:
         # In 5 dimensions, which oneDNN's kernel does not take: until TensorFlow 2.20 it kept a pass's statistics in itself,
         # so that micro-batches side by side mixed theirs and damaged the heap (tensorflow/tensorflow#99852).
-        values, data_format = tf.expand_dims(values, 1), "NDHWC"
+        values, data_format = values[:, tf.newaxis], "NDHWC"
     none = tf.zeros([0])
     normal, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
         x=values, scale=gamma, offset=beta, mean=none, variance=none, epsilon=EPSILON, data_format=data_format

@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from hvd_vgg.models.architecture import BLOCKS, DENSE, GAMMA, MOVING_VARIANCE, Layer
 from hvd_vgg.models.dropout import apply_dropout
+from hvd_vgg.models.pooling import average_to_inputs
 from hvd_vgg.seeds import weights_seed
 
 # Mean and standard deviation per channel of ImageNet's training images, of values 0..1 (torchvision's recipe).
@@ -92,6 +93,7 @@ def logits(
         x = tf.nn.max_pool2d(x, window, window, "VALID", data_format=data_format)
     if channels_first:  # the rows of fc1's kernel are ordered height, width, channel
         x = tf.transpose(x, [0, 2, 3, 1])
+    x = average_to_inputs(x, weights["fc1/kernel"].shape[0])
     x = tf.reshape(x, [-1, weights["fc1/kernel"].shape[0]])
     for number, name in enumerate(DENSE):
         x = (dense_layer or dense)(weights, x, name)

@@ -92,7 +92,7 @@ def make_backward(state: State, config: StepConfig, data_format: str, factored: 
             )
             loss = tf.reduce_sum(targets.cross_entropy(logits, config.label_smoothing))
             objective = loss / config.global_batch * (1.0 if loss_scale is None else loss_scale)
-        found = tape.gradient(objective, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO)  # BatchNorm's biases
+        found = tape.gradient(objective, sources, unconnected_gradients="zero")  # BatchNorm's biases
         gradients = [tf.cast(gradient, tf.float32) for gradient in found]
         if loss_scale is not None:
             gradients = [gradient * (1 / loss_scale) for gradient in gradients]

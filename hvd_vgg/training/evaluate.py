@@ -1,6 +1,7 @@
 """Exact top-1 and top-5: every record of a split once, counted in integers over all ranks."""
 
 import itertools
+import math
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Tuple
@@ -8,7 +9,7 @@ from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optio
 import numpy as np
 import tensorflow as tf
 
-from hvd_vgg.config import ComputeConfig, EvaluationConfig
+from hvd_vgg.config import EvaluationConfig
 from hvd_vgg.data.index import Index
 from hvd_vgg.data.loader import PADDING, BadRow, Batch, eval_batches
 from hvd_vgg.errors import BUG, Failure
@@ -78,16 +79,25 @@ class Evaluation(NamedTuple):
         }
 
 
-def make_eval_step(network: vgg.Weights, config: ComputeConfig, data_format: str) -> Callable[..., Any]:
+def make_eval_step(network: vgg.Weights, config: EvaluationConfig, data_format: str) -> Callable[..., Any]:
     """Returns the function (images, labels) -> (loss float32, top1, top5, records int64), sums over one batch.
 
     network: weights and moments, by name; images: uint8 [n, h, w, 3]; labels: int32 [n], negative where the row is padding
-    and counts for nothing.
+    and counts for nothing. With --eval_flip the logarithm of the mean of the posteriors of an image and its mirror image
+    takes the place of logits (Simonyan and Zisserman, section 3.2).
     """
+
+    def scores(weights: vgg.Weights, images: Any) -> Any:
+        return vgg.logits(weights, config.model, images, data_format, config.precision)
+
+    def flipped_scores(weights: vgg.Weights, images: Any) -> Any:
+        both = tf.stack([tf.nn.log_softmax(scores(weights, each)) for each in (images, tf.reverse(images, [2]))])
+        return tf.reduce_logsumexp(both, axis=0) - math.log(2)
 
     @tf.function(jit_compile=False, autograph=False)
     def eval_step(images: Any, labels: Any) -> Any:
-        logits = vgg.logits(fold(network), config.model, images, data_format, config.precision)
+        weights = fold(network)
+        logits = flipped_scores(weights, images) if config.eval_flip else scores(weights, images)
         real = labels >= 0
         losses = cross_entropy(logits, tf.maximum(labels, 0))
         loss = tf.reduce_sum(tf.where(real, losses, 0.0))

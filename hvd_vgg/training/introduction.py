@@ -7,7 +7,7 @@ from typing import Any, Dict, List
 
 from hvd_vgg.config import TrainConfig, profiled_steps
 from hvd_vgg.data.sampler import part_bounds
-from hvd_vgg.data.transforms import IMAGE_LIBRARY
+from hvd_vgg.data.transforms import image_library
 from hvd_vgg.models.architecture import count_parameters, vgg_layers
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.parallel.consensus import run_on_root
@@ -59,7 +59,7 @@ def introduce(
         table = difference_table(arithmetic, unlike[0][1], ("rank 0", f"rank {unlike[0][0]}"))
         reporter.say(f"ranks compute on unlike processors or settings:\n{table}")
     run: Dict[str, Any] = {"ranks": comm.size(), "device": device.kind, "steps": total_steps, "first_step": first}
-    software = describe_software(IMAGE_LIBRARY)
+    software = describe_software(image_library(config.resize))
     reporter.row("PARAMETER", {**dataclasses.asdict(config), **software, **run, **cost.as_log(choices)})
     path = RunDir(config.run_dir).checkpoint(first)
     row = receipt.checkpoint_row(path) if comm.is_root() and path.exists() else None

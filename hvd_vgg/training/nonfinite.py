@@ -97,8 +97,7 @@ def make_finite_check(state: State, config: StepConfig, data_format: str) -> Cal
             )
             losses = targets.cross_entropy(logits, config.label_smoothing)
             objective = tf.reduce_sum(losses) / config.global_batch * state.slots.get(LOSS_SCALE, 1.0)
-        zero = tf.UnconnectedGradients.ZERO
-        gradients = tape.gradient(objective, list(weights.values()), unconnected_gradients=zero)
+        gradients = tape.gradient(objective, list(weights.values()), unconnected_gradients="zero")
         sound = [tf.reduce_all(tf.math.is_finite(moments[name])) for name in state.moments]
         # Check pre-activations: fused kernels of a layer and its ReLU turn NaN into 0. -Inf is fine: ReLU maps it to 0.
         for layer in range(normalized, len(outputs) - 1):

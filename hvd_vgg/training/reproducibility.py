@@ -9,8 +9,8 @@ from typing import Any, Callable, Dict, Iterable, List
 import numpy as np
 import tensorflow as tf
 
-from hvd_vgg.config import BITS, ROUNDING, StepConfig
-from hvd_vgg.data.transforms import IMAGE_LIBRARY, augmentation_params, train_image
+from hvd_vgg.config import BITS, ROUNDING, TrainConfig
+from hvd_vgg.data.transforms import augmentation_params, image_library, train_image
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.parallel import comm, fixed_point
 from hvd_vgg.parallel.init import Device
@@ -25,8 +25,11 @@ _EXPONENT, _EXPONENT_OF_MOMENTS = 0, 10
 _VARIABLES = ("TF_ENABLE_ONEDNN_OPTS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "NVIDIA_TF32_OVERRIDE", "XLA_FLAGS")
 
 
-def describe_arithmetic(device: Device) -> Dict[str, str]:
-    """Returns what decides, beside the configuration, in which bits this rank computes; for records and comparisons."""
+def describe_arithmetic(device: Device, resize: str) -> Dict[str, str]:
+    """Returns what decides, beside the configuration, in which bits this rank computes; for records and comparisons.
+
+    resize: of `ImageConfig`.
+    """
     name = ""
     if device.kind == "GPU":
         details = tf.config.experimental.get_device_details(tf.config.get_visible_devices("GPU")[0])
@@ -38,13 +41,13 @@ def describe_arithmetic(device: Device) -> Dict[str, str]:
         "threads": str(device.threads),
         "tensorflow": tf.__version__,
         "numpy": np.__version__,
-        "images": IMAGE_LIBRARY,
+        "images": image_library(resize),
         **{name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
 
 
 def check_bits(
-    local_sums: Callable[..., Sums], eval_step: Callable[..., Any], state: State, config: StepConfig, device: Device
+    local_sums: Callable[..., Sums], eval_step: Callable[..., Any], state: State, config: TrainConfig, device: Device
 ) -> None:
     """Decodes an image and computes micro-batches of random ones on every rank, alone, together and again. Collective.
 
@@ -54,8 +57,8 @@ def check_bits(
     count, random = min(config.device_batch, config.global_batch), np.random.default_rng(config.seed)
     images = random.integers(0, 256, (2 * count, config.image_size, config.image_size, 3), np.uint8)
     labels = random.integers(0, config.num_classes, 2 * count).astype(np.int32)
-    (params,) = augmentation_params(np.ones((1, 2), np.int64))
-    train_image(tf.io.encode_jpeg(images[0]).numpy(), params, config.augment, images[0])
+    (params,) = augmentation_params(np.ones((1, 2), np.int64), config)
+    train_image(tf.io.encode_jpeg(images[0]).numpy(), params, config, images[0])
     keys = tf.constant(step_keys(config, 0))
     weights, moments = fixed_point.limits_of(_EXPONENT, len(state.weights)), len(state.moments)
     limits = tf.concat([weights, fixed_point.limits_of(_EXPONENT_OF_MOMENTS, moments)], 0)
@@ -74,8 +77,11 @@ def check_bits(
     alone = _digest(functools.reduce(joined, each) for each in zip(*(compute(*part) for part in bounds)))
     beside, again = (_digest(compute(0, bounds[-1][1])) for _ in range(2))
     varies = ["alone and beside another"] * (alone != beside) + ["each time"] * (again != beside)
-    scored = eval_step(tf.constant(images[:count]), tf.constant(labels[:count]))
+    size = config.evaluated_size
+    evaluated = images[:count] if size == config.image_size else random.integers(0, 256, (count, size, size, 3), np.uint8)
+    scored = eval_step(tf.constant(evaluated), tf.constant(labels[:count]))
     rest = compute(0, config.global_batch % count or count)
+    arithmetic = describe_arithmetic(device, config.resize)
     digest = _digest([images, *rest, *(np.asarray(each) for each in scored)]) + beside
     everyones = comm.gather_json([varies, digest])
     for rank, (ways_here, theirs) in enumerate(everyones):
@@ -84,7 +90,7 @@ def check_bits(
             raise Failure(
                 CONFIGURATION,
                 f"--reproducible={BITS} cannot be promised here: the bits that rank {rank} computes for the same images are "
-                f"{what} ({describe_arithmetic(device)} on rank 0). Use hosts of one kind, or --reproducible={ROUNDING}",
+                f"{what} ({arithmetic} on rank 0). Use hosts of one kind, or --reproducible={ROUNDING}",
                 collective=True,
             )
 

@@ -6,7 +6,7 @@ from typing import IO, Dict, NamedTuple, Optional, Sequence
 
 from hvd_vgg.config import ComputeConfig, TrainConfig
 from hvd_vgg.data.sampler import too_many_ranks
-from hvd_vgg.data.transforms import IMAGE_LIBRARY
+from hvd_vgg.data.transforms import image_library
 from hvd_vgg.errors import CONFIGURATION, USAGE, Failure
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import require_equal, run_on_all_ranks
@@ -37,7 +37,7 @@ def join_ranks(config: ComputeConfig, timeline: bool = False, group_sizes: Seque
     device = run_on_all_ranks(lambda: take_device(config))
     flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in OWN_FLAGS}
     require_equal("the flags", flags)
-    require_equal("the software", describe_software(IMAGE_LIBRARY))
+    require_equal("the software", describe_software(image_library(config.resize)))
     require_equal("the environment", compared_environment())
     return Session(device, Console(config.console, comm.is_root()), groups)
 

@@ -50,7 +50,7 @@ class Trainer:
         self.reporter = open_reporter(config, console, on_log)
         self.data = open_data(config, Path(config.run_dir), console)
         self.total_steps = total_steps(config, self.data.train.records)
-        self.arithmetic = describe_arithmetic(self.device)
+        self.arithmetic = describe_arithmetic(self.device, config.resize)
         self.low, _ = part_bounds(config, comm.rank(), comm.size())  # of this rank's part of a global batch
         self.state = initial_state(config)
         self.fingerprint = run_fingerprint(config, self.data.train, self.data.label_base)

@@ -47,6 +47,7 @@ done <<'MODULES'
 absl absl-py
 crc32c crc32c
 cv2 opencv-python-headless<4.12
+PIL pillow
 psutil psutil
 safetensors safetensors
 cloudpickle cloudpickle

@@ -27,6 +27,10 @@ SMOKE = {
         "--data_dir=DATA --images=64 --size=32 --rounds=1 --ways=decode,train,evaluate,tf_cnn,tf_data,pillow",
         ["decode", "train", "evaluate", "tf_data", "pillow"],
     ),
+    "augment": (
+        "--data_dir=DATA --images=8 --size=32 --rounds=1",
+        ["bare, hvd_vgg", "random_erasing, hvd_vgg", "color_jitter, hvd_vgg, pillow", "auto_augment, hvd_vgg"],
+    ),
     "compute": (
         f"--size=32 --batch=1 --warmup=1 --updates=1 --matmul_side=64 --rounds=1 --torch_python={sys.executable} "
         "--precisions=bfloat16 --ways=matmul,ours,keras,torch,tf_cnn",

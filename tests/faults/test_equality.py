@@ -41,12 +41,16 @@ LONG = [
     *("--steps=30", "--global_batch=29", "--device_batch=6", "--optimizer=nesterov", "--weight_decay=0.0005"),
     *("--lr=0.02", "--save_every_steps=0", "--eval_every_epochs=5"),
 ]
-# With BatchNorm 5 micro-batches of 3, 3, 3, 3 and 2 groups.
-GROUPS = ("--model=vgg11_bn", "--norm_batch=2", "--global_batch=28")
 # Two recipes that together have what `optimizer`, `schedule` and `loss` know; both clip some steps and not all.
 _RECIPE = ["--label_smoothing=0.1", "--warmup_epochs=1", "--warmup_lr=0.001", "--lr_min=0.001", "--lr_base_batch=29"]
 LARS = ["--optimizer=lars", "--lars_eta=0.2", "--lr=0.1", "--lr_schedule=polynomial", "--clip_norm=2", *_RECIPE]
 LISTS = ["--no_decay=bias,norm", "--lr_schedule=cosine", "--clip_norm=1.5", *_RECIPE, "--exchange=allreduce"]
+# With BatchNorm 5 micro-batches of 3, 3, 3, 3 and 2 groups.
+GROUPS = ("--model=vgg11_bn", "--norm_batch=2", "--global_batch=28")
+AUGMENTED = [
+    *("--augment=crop", "--auto_augment=trivial", "--color_jitter=0.4", "--pca_lighting=0.1", "--random_erasing=0.5"),
+    *("--resize=pillow", "--eval_crop=1", "--eval_size=64", "--eval_flip"),
+]
 
 
 def planned(block=1):
@@ -85,13 +89,13 @@ def test_undisturbed_run_learns_and_reads_what_is_planned(undisturbed):
         *[(2, ["--exchange=factored"]), (3, ["--exchange=factored"]), (4, ["--exchange=allreduce"])],
         *full((1, ["--exchange=factored"]), (4, ["--exchange=factored"])),
         *full((1, ["--exchange=allreduce"]), (2, ["--exchange=allreduce"]), (3, ["--exchange=allreduce"])),
-        *full((3, ["--compute_threads=2"])),
+        *full((3, ["--compute_threads=2"]), (2, AUGMENTED), (3, AUGMENTED)),
+        (3, LARS),
+        *full((2, LARS), (4, LARS), (3, [*LARS, "--compute_threads=2"]), (2, LISTS), (3, LISTS), (4, LISTS)),
         *full(
             *((ranks, [*GROUPS, "--exchange=factored"]) for ranks in (1, 2, 3, 4)), (2, [*GROUPS, "--exchange=allreduce"])
         ),
         *full((3, [*GROUPS, "--device_batch=2"]), (4, [*GROUPS, "--precision=float16"])),
-        (3, LARS),
-        *full((2, LARS), (4, LARS), (3, [*LARS, "--compute_threads=2"]), (2, LISTS), (3, LISTS), (4, LISTS)),
         *[pytest.param(3, [f"--precision={each}"], marks=pytest.mark.fault(tier=3)) for each in ("bfloat16", "float16")],
     ],
     ids=lambda value: value if isinstance(value, int) else " ".join([*value[:4], *value[8:]]),

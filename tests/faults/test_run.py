@@ -21,7 +21,7 @@ def finished(tmp_path_factory, data):
     """A run of two epochs on two ranks: (its directory, how it ended)."""
     folder = tmp_path_factory.mktemp("finished")
     flags = [f"--data_dir={data}", f"--run_dir={folder / 'run'}", *TINY, "--steps=0", "--epochs=2", "--eval_every_epochs=1"]
-    flags += ["--device_tflops=0.5", "--reference_curve=1:0.9,2:1"]
+    flags += ["--device_tflops=0.5", "--reference_curve=1:0.9,2:1", "--ema_decay=0.9"]
     ended = Started(command_line(2, ["train", *flags]), folder).wait(code=0)
     return folder / "run", ended
 

@@ -175,7 +175,7 @@ def vendors(container: Container, venv: Path) -> None:
         PYTHONPATH=f"{vendor}/lib/python3.11/site-packages",
         LD_LIBRARY_PATH=f"{vendor}/lib",
     )
-    lacking = ["hvd_vgg", "crc32c", "opencv-python-headless", "safetensors", "cloudpickle", "mpi4py"]
+    lacking = ["hvd_vgg", "crc32c", "opencv-python-headless", "pillow", "safetensors", "cloudpickle", "mpi4py"]
     container.run("python3", "-m", "pip", "uninstall", "--yes", "--quiet", *lacking)
     (container.root / vendor.lstrip("/") / "bin/python").unlink()
 

@@ -1,6 +1,7 @@
 """Configuration by sections, and the flags made of them."""
 
 import dataclasses
+import re
 
 import pytest
 from support import ROOT
@@ -76,6 +77,26 @@ def test_flags_errors_are_all_in_one_message():
         "stray: no such flag of this command",
     ):
         assert any(part in line for line in lines), part
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--eval_size=16"], "--eval_size=16: expected at least 32 pixels, or 0 for --image_size"),
+        (
+            ["--augment=shift", "--eval_size=64"],
+            "--eval_size=64 needs --augment=crop: --augment=shift evaluates whole images",
+        ),
+        (["--augment=none", "--eval_crop=1"], "--eval_crop=1 needs --augment=crop"),
+        (["--random_erasing=1.5"], "--random_erasing=1.5: expected at most 1"),
+    ],
+)
+def test_image_flags_that_cannot_work_are_refused(flags, expected):
+    """And those of evaluation without effect."""
+    with pytest.raises(Failure, match=re.escape(expected)):
+        parse_flags(TrainConfig, flags)
+    assert parse_flags(TrainConfig, ["--augment=shift", "--eval_flip"]).evaluated_size == 224
+    assert parse_flags(EvaluateConfig, ["--eval_size=288", "--eval_crop=1"]).evaluated_size == 288
 
 
 def test_copies_of_checkpoints_are_outside_the_run(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import pytest
 from support import example, failure_of, picture, write_shard
 
 from hvd_vgg import storage
+from hvd_vgg.config import ImageConfig
 from hvd_vgg.data import mended
 from hvd_vgg.data.index import scan_shard, scan_split, unseen_labels
 from hvd_vgg.data.loader import BatchSpec, Dataset, load_batches
@@ -191,7 +192,7 @@ def test_loader_names_mended_records_once(tmp_path, capfd):
     index = scan_split(str(tmp_path), "train")
     ids = np.arange(len(kinds))
     specs = [BatchSpec(ids, ids * 0, np.zeros([len(ids), 2], np.int64), ids)] * 3
-    list(load_batches(Dataset(index, 1, 32, "none", True), specs, len(ids), 4))
+    list(load_batches(Dataset(index, 1, 32, ImageConfig(augment="none"), True), specs, len(ids), 4))
     text = capfd.readouterr().err
     bad = [number for number, kind in enumerate(kinds) if kind in ("zeros", "other bytes", "ends early")]
     assert [text.count(f"{path}, record {number}, offset ") for number in bad] == [1] * len(bad)
@@ -200,7 +201,7 @@ def test_loader_names_mended_records_once(tmp_path, capfd):
     seen_late = sum(kind in ("other bytes", "ends early") for kind in kinds)  # holes are seen beforehand
     assert own <= seen_late * len(specs)
     capfd.readouterr()
-    list(load_batches(Dataset(index, 1, 32, "none", True), specs, len(ids), 4))
+    list(load_batches(Dataset(index, 1, 32, ImageConfig(augment="none"), True), specs, len(ids), 4))
     assert capfd.readouterr().err == ""  # from now on they are known
 
 
@@ -209,7 +210,7 @@ def test_loader_suspects_no_whole_image(data, capfd):
     index = scan_split(str(data), "train")
     ids = np.arange(75)
     specs = [BatchSpec(ids, ids * 0, np.zeros([75, 2], np.int64), ids)] * 3
-    list(load_batches(Dataset(index, 1, 32, "none", True), specs, 75, 4))
+    list(load_batches(Dataset(index, 1, 32, ImageConfig(augment="none"), True), specs, 75, 4))
     assert mended._known == {}
     assert capfd.readouterr().err == ""
 
@@ -219,7 +220,10 @@ def load(path, kinds, epochs, threads=4):
     shard_of(path, *map(damaged, kinds))
     index, ids = scan_split(str(path), "train"), np.arange(len(kinds))
     specs = [BatchSpec(ids, ids * 0, np.zeros([len(ids), 2], np.int64), ids)] * epochs
-    return [batch.images.numpy() for batch in load_batches(Dataset(index, 1, 32, "none", True), specs, len(ids), threads)]
+    return [
+        batch.images.numpy()
+        for batch in load_batches(Dataset(index, 1, 32, ImageConfig(augment="none"), True), specs, len(ids), threads)
+    ]
 
 
 @pytest.mark.fault("F41")

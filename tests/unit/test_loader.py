@@ -37,9 +37,9 @@ def on_ranks(index, config, steps, size, threads):
 def expected_images(index, ids, seeds):
     """The training images of records, one by one."""
     images = np.empty([len(ids), 32, 32, 3], np.uint8)
-    for out, record, params in zip(images, ids.tolist(), augmentation_params(seeds)):
+    for out, record, params in zip(images, ids.tolist(), augmentation_params(seeds, CONFIG)):
         encoded, _ = parse_example(index, record, read_record(index, record))
-        train_image(encoded, params, "crop", out)
+        train_image(encoded, params, CONFIG, out)
     return images
 
 
@@ -87,6 +87,19 @@ def test_load_records_sees_records_as_training_does(splits):
     assert (batch.images.numpy() == expected_images(splits[0], ids, seeds)).all()
     assert batch.ids.numpy().tolist() == ids.tolist() and batch.bad == []
     assert (batch.labels.numpy() == splits[0].labels[ids] - 1).all()
+
+
+def test_augmented_rows_do_not_depend_on_their_batch(splits):
+    """With every augmentation: alone, among others, and on any number of threads the same bytes, which others are not."""
+    many = {"auto_augment": "trivial", "color_jitter": 0.4, "pca_lighting": 0.1, "random_erasing": 0.5, "resize": "pillow"}
+    config = replace(CONFIG, **many)
+    ids = np.arange(60)
+    seeds = np.stack([ids // 7, ids], 1)
+    whole = load_records(splits[0], config, 1, ids, seeds, 3).images.numpy()
+    for part in (ids[:1], ids[20:31], ids[::-1]):
+        assert (load_records(splits[0], config, 1, part, seeds[part], 1).images.numpy() == whole[part]).all()
+    bare = load_records(splits[0], CONFIG, 1, ids, seeds, 3).images.numpy()
+    assert (whole != bare).any((1, 2, 3)).mean() > 0.95
 
 
 def test_loader_works_ahead_as_far_as_documented(splits, monkeypatch):

@@ -15,6 +15,7 @@ import pytest
 from support import failure_of, write_data
 
 from hvd_vgg import storage
+from hvd_vgg.config import ImageConfig
 from hvd_vgg.data import reader
 from hvd_vgg.data.index import find_shards, load_cache, save_cache, scan_split, shard_bytes
 from hvd_vgg.data.loader import BatchSpec, Dataset, load_batches
@@ -135,7 +136,7 @@ def test_loader_gives_up_once(tmp_path, monkeypatch):
     ids = np.arange(64)
     specs = [BatchSpec(ids, ids * 0, np.zeros([64, 2], np.int64), ids)] * 3
     with pytest.raises(Failure, match="in 8 attempts over") as raised:
-        list(load_batches(Dataset(index, 1, 32, "none", True), specs, 64, 2))
+        list(load_batches(Dataset(index, 1, 32, ImageConfig(augment="none"), True), specs, 64, 2))
     assert raised.value.code == LOST_RANK
     attempts = Counter(offset for _, _, offset in calls)
     assert sum(times > len(specs) for times in attempts.values()) <= 2  # one in each thread

@@ -96,6 +96,7 @@ def test_imports_make_no_cycle_of_modules():
         ("mpi4py", "parallel."),
         ("absl", "flags"),
         ("cv2", "data."),
+        ("PIL", "data."),
         ("dllogger", "reporting.log"),
     ],
 )

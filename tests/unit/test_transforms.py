@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+from hvd_vgg.config import ImageConfig
 from hvd_vgg.data import transforms
 from hvd_vgg.data.transforms import augmentation_params, image_shape, random_window
 
@@ -33,18 +34,18 @@ def encoded(mode, kind="JPEG"):
 
 def params_of(n):
     """The augmentation of one image."""
-    return augmentation_params(np.array([[123, n]], np.int64))[0]
+    return augmentation_params(np.array([[123, n]], np.int64), ImageConfig())[0]
 
 
 def train_image(data, draws, augment, size):
     out = np.zeros([size, size, 3], np.uint8)
-    transforms.train_image(data, draws, augment, out)
+    transforms.train_image(data, draws, ImageConfig(augment=augment), out)
     return out
 
 
 def eval_image(data, augment, size):
     out = np.zeros([size, size, 3], np.uint8)
-    transforms.eval_image(data, augment, out)
+    transforms.eval_image(data, 0.875 if augment == "crop" else 0.0, "opencv", out)
     return out
 
 
@@ -131,14 +132,14 @@ def test_augmentation_params_never_change():
 def test_augmentation_params_are_uniform_and_independent():
     """Of each other and of either seed; a row does not depend on the others."""
     seeds = np.stack(np.meshgrid(np.arange(-50, 50), np.arange(100)), -1).reshape([-1, 2]).astype(np.int64)
-    draws = np.array(augmentation_params(seeds))
+    draws = np.array(augmentation_params(seeds, ImageConfig()))
     assert draws.shape == (10_000, 33) and (draws >= 0).all() and (draws < 1).all()
     assert len(np.unique(draws)) == draws.size
     for column in draws.T:  # 20 classes of 500: chi-squared has mean 19 and deviation 6.2
         counts = np.histogram(column, 20, (0, 1))[0]
         assert ((counts - 500) ** 2 / 500).sum() < 60
     assert np.abs(np.corrcoef(draws.T) - np.eye(33)).max() < 0.05
-    one = np.array(augmentation_params(seeds[77:78]))
+    one = np.array(augmentation_params(seeds[77:78], ImageConfig()))
     assert (one == draws[77]).all()
 
 
@@ -276,6 +277,6 @@ def test_png_with_its_size_elsewhere_is_refused(claimed):
     body = struct.pack(">II", *claimed) + b"\x08\x02\0\0\0"
     fake = struct.pack(">I", len(body)) + b"abCd" + body + struct.pack(">I", zlib.crc32(b"abCd" + body))
     out = np.empty((32, 32, 3), np.uint8)
-    transforms.eval_image(whole, "crop", out)
+    transforms.eval_image(whole, 0.875, "opencv", out)
     with pytest.raises(ValueError, match="neither a JPEG nor a PNG"):
-        transforms.eval_image(whole[:8] + fake + whole[8:], "crop", out)
+        transforms.eval_image(whole[:8] + fake + whole[8:], 0.875, "opencv", out)
