@@ -267,14 +267,14 @@ def test_ranks_and_micro_batches_change_rounding_alone(tmp_path, data, undisturb
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.fault(tier=3)
 def test_batch_norm_under_rounding_shares_groups(tmp_path, data, ranks):
-    """Parts are whole groups, of 11, and more ranks than groups are refused; the same run to rounding."""
-    flags = [*GROUPS, "--global_batch=22", "--device_batch=8", "--reproducible=rounding", "--steps=10"]
+    """Parts are whole groups, of 11; the same run to rounding, which groups of 2 images amplify 1000 times in a few steps."""
+    flags = [*GROUPS, "--global_batch=22", "--device_batch=8", "--reproducible=rounding", "--steps=3"]
     run(tmp_path, data, ranks, *flags)
     shares = [len((tmp_path / f"ids.rank{rank}").read_text().splitlines()[0].split()) - 1 for rank in range(ranks)]
     assert sum(shares) == 22 and {share % 2 for share in shares} == {0} and max(shares) - min(shares) <= 2
     run(tmp_path / "bits", data, 1, *flags, "--reproducible=bits")
     found, expected = losses(tmp_path / "run"), losses(tmp_path / "bits" / "run")
-    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
     for name, distance in distances(newest(tmp_path), newest(tmp_path / "bits")).items():
         assert distance <= (1e-4 if name.endswith(("/kernel", "/moving_mean", "/moving_variance")) else 0.02), name
 
