@@ -36,6 +36,10 @@ SMOKE = {
         "--precisions=bfloat16 --ways=matmul,ours,keras,torch,tf_cnn",
         ["matmul", "ours", "keras"],
     ),
+    "batch_norm": (
+        "--model=vgg11 --width=0.05 --size=32 --batch=32 --rounds=2 --warmup=1 --updates=1",
+        ["plain", "one", "several"],
+    ),
     "chaos": ("--data_dir=DATA --faults=1 --ranks=1 --steps=80 --seed=1", ["faults"]),
     "fixed_point": (
         "--data_dir=DATA --sums=2,3 --num_classes=10 --model=vgg11 --width=0.05 --image_size=32",

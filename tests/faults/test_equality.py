@@ -101,7 +101,7 @@ def test_undisturbed_run_learns_and_reads_what_is_planned(undisturbed):
         *full((3, [*GROUPS, "--device_batch=2"]), (4, [*GROUPS, "--precision=float16"])),
         *[pytest.param(3, [f"--precision={each}"], marks=pytest.mark.fault(tier=3)) for each in ("bfloat16", "float16")],
     ],
-    ids=lambda value: value if isinstance(value, int) else " ".join([value[0], *value[8:]]),
+    ids=lambda value: value if isinstance(value, int) else " ".join([*value[:4], *value[8:]]),
 )
 @pytest.mark.fault("F31")
 def test_every_bit_is_the_same_on_any_ranks(tmp_path, data, long_run, ranks, flags):
@@ -270,25 +270,26 @@ def test_ranks_and_micro_batches_change_rounding_alone(tmp_path, data, undisturb
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.fault(tier=3)
 def test_batch_norm_under_rounding_shares_groups(tmp_path, data, ranks):
-    """Parts are whole groups, of 11, and more ranks than groups are refused; the same run to rounding."""
-    flags = [*GROUPS, "--global_batch=22", "--device_batch=8", "--reproducible=rounding", "--steps=10"]
+    """Parts are whole groups, of 11; the same run to rounding, which groups of 2 images amplify 1000 times by step 5."""
+    flags = [*GROUPS, "--global_batch=22", "--device_batch=8", "--reproducible=rounding", "--steps=3"]
     run(tmp_path, data, ranks, *flags)
     shares = [len((tmp_path / f"ids.rank{rank}").read_text().splitlines()[0].split()) - 1 for rank in range(ranks)]
     assert sum(shares) == 22 and {share % 2 for share in shares} == {0} and max(shares) - min(shares) <= 2
     run(tmp_path / "bits", data, 1, *flags, "--reproducible=bits")
     found, expected = losses(tmp_path / "run"), losses(tmp_path / "bits" / "run")
-    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
-    for name, distance in distances(newest(tmp_path), newest(tmp_path / "bits")).items():
-        assert distance <= (1e-4 if name.endswith(("/kernel", "/moving_mean", "/moving_variance")) else 0.02), name
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
+    wanted = newest(tmp_path / "bits")
+    for name, distance in distances(newest(tmp_path), wanted).items():
+        assert distance <= 1e-4 or not wanted.tensors[name].any(), name  # biases of convolutions stay 0
 
 
 @pytest.mark.parametrize("reproducible", ["bits", "rounding"])
 @pytest.mark.fault(tier=3)
 def test_batch_norm_on_more_ranks_than_groups_is_refused(tmp_path, data, reproducible):
     flags = [*GROUPS, "--global_batch=4", "--device_batch=4", f"--reproducible={reproducible}"]
-    ended = run(tmp_path, data, 3, *flags, code=78)
-    most = "1, or begin" if reproducible == "bits" else "2"
-    assert "fewer than the 3 ranks, each of which computes whole ones" in ended.err and f"start at most {most}" in ended.err
+    ended = run(tmp_path, data, 3, *flags, code=64)
+    assert "fewer than the 3 ranks, each of which computes whole ones" in ended.err
+    assert f"start at most {1 if reproducible == 'bits' else 2}\n" in ended.err
 
 
 def distances(found, wanted):
