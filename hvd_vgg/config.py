@@ -88,22 +88,23 @@ class UpdateConfig:
     label_smoothing: float = hyperparameter(
         0.0,
         "Recipe",
-        "Share of the target that is spread evenly over all classes, in training; evaluation's loss has none.",
+        "Share of the target, such as 0.1, that is spread evenly over all classes, in training; evaluation's loss has none.",
         at_least=0.0,
         below=1.0,
     )
     mixup: float = hyperparameter(
         0.0,
         "Recipe",
-        "Alpha of mixup: each image is blended with its neighbour by a share drawn from Beta(alpha, alpha). 0: never.",
+        "Alpha of mixup, such as 0.2: each image is blended with its neighbour by a share drawn from Beta(alpha, alpha). 0: "
+        "never.",
         at_least=0.0,
         at_most=1.0,
     )
     cutmix: float = hyperparameter(
         0.0,
         "Recipe",
-        "Alpha of CutMix: a box of each image is its neighbour's, its area drawn from Beta(alpha, alpha). With --mixup too, "
-        "either has an equal chance. 0: never.",
+        "Alpha of CutMix, such as 1: a box of each image is its neighbour's, its area drawn from Beta(alpha, alpha). With "
+        "--mixup too, either has an equal chance. 0: never.",
         at_least=0.0,
         at_most=1.0,
     )
@@ -152,8 +153,8 @@ class UpdateConfig:
     ema_decay: float = hyperparameter(
         0.0,
         "Recipe",
-        "Decay of an exponential moving average of all weights, which is evaluated beside them and has a best checkpoint of "
-        "its own; (1 + n) / (10 + n) in update n while that is less. 0: none.",
+        "Decay, such as 0.9999, of an exponential moving average of all weights, which is evaluated beside them and has a "
+        "best checkpoint of its own; (1 + n) / (10 + n) in update n while that is less. 0: none.",
         at_least=0.0,
         below=1.0,
     )
@@ -184,33 +185,37 @@ class ImageConfig(ModelConfig):
     auto_augment: str = hyperparameter(
         "none",
         "Data",
-        "After crop and flip. trivial: TrivialAugment's wide space, one random operation of 14 on each image.",
+        "What is done to an image after crop and flip. trivial: one random operation of 14 (TrivialAugment, wide space).",
         choices=("none", "trivial"),
     )
     color_jitter: float = hyperparameter(
         0.0,
         "Data",
-        "Strength x of random brightness, contrast and saturation, in random order: factors of max(0, 1 - x) to 1 + x. "
-        "0: none.",
+        "Strength x, such as 0.4, of random brightness, contrast and saturation, in random order: factors of max(0, 1 - x) "
+        "to 1 + x. 0: none.",
         at_least=0.0,
+        at_most=10.0,
     )
     pca_lighting: float = hyperparameter(
         0.0,
         "Data",
-        "Standard deviation of the random amount of each principal component of ImageNet's colours that is added. 0: none.",
+        "Standard deviation, such as 0.1, of the random amount of each principal component of ImageNet's colours that is "
+        "added. 0: none.",
         at_least=0.0,
+        at_most=10.0,
     )
     random_erasing: float = hyperparameter(
         0.0,
         "Data",
-        "Probability that a random rectangle, of 0.02 to 0.33 of the image, is filled with the mean colour.",
+        "Probability, such as 0.1, that a random rectangle, of 0.02 to 0.33 of the image, is filled with the mean colour.",
         at_least=0.0,
         at_most=1.0,
     )
     resize: str = hyperparameter(
         "opencv",
         "Data",
-        "Bilinear filter of training and evaluation. opencv: OpenCV's; pillow: Pillow's, antialiased, as torchvision's.",
+        "Bilinear filter of training and evaluation. opencv: OpenCV's. pillow: Pillow's, antialiased, for weights of "
+        "torchvision and timm and for comparisons with them; two fifths fewer images/s are decoded.",
         choices=("opencv", "pillow"),
     )
 
@@ -237,9 +242,9 @@ class ComputeConfig(ImageConfig):
     device_batch: int = hyperparameter(
         32,
         "Device",
-        "Images in a micro-batch: a rank with a larger share of the global batch computes several in turn. With "
-        "--reproducible=bits a rank computes whole micro-batches, so that there must be one for each rank, and on a CPU up "
-        "to 8 side by side, which need their memory each.",
+        "Images in a micro-batch, a multiple of --norm_batch and --mix_batch where they are used: a rank with a larger "
+        "share of the global batch computes several in turn. With --reproducible=bits a rank computes whole micro-batches, "
+        "so that there must be one for each rank, and on a CPU up to 8 side by side, which need their memory each.",
         "images",
         at_least=1,
     )
@@ -248,7 +253,7 @@ class ComputeConfig(ImageConfig):
         "Device",
         "What is equal on any number of ranks. bits: every bit of weights and momentum, on processors and devices of one "
         "kind (docs/reproducibility.md). rounding: the result to float rounding; parts of the global batch differ by one "
-        "image at most.",
+        "image at most, or by a group of --norm_batch or --mix_batch.",
         choices=(BITS, ROUNDING),
     )
     compute_threads: int = flag(
@@ -419,7 +424,7 @@ class EvaluationConfig(DataConfig, ComputeConfig):
     eval_crop: float = flag(
         0.875,
         "Data",
-        "Side of the central square that is evaluated, relative to the image's shorter side; for --augment=crop.",
+        "Side of the central square that is evaluated, relative to the image's shorter side. Only with --augment=crop.",
         "fraction",
         above=0.0,
         at_most=1.0,
@@ -428,7 +433,7 @@ class EvaluationConfig(DataConfig, ComputeConfig):
         0,
         "Data",
         "Height and width of the images that are evaluated; where they differ from --image_size, the last feature map is "
-        "averaged to that of --image_size. Time and memory grow as its square. 0: --image_size. For --augment=crop.",
+        "averaged to that of --image_size. Time and memory grow as its square. 0: --image_size. Only with --augment=crop.",
         "pixels",
         at_least=0,
         at_most=4096,

@@ -82,9 +82,10 @@ def _load(subject: Subject, run_dir: RunDir) -> checkpoint.Checkpoint:
     path = known.get(subject.checkpoint, Path(subject.checkpoint))
     if path is None:
         which = f"{subject.checkpoint} checkpoint{' of an average' * subject.average}"
+        ema = " with --ema_decay" * subject.average
         raise Failure(
             CONFIGURATION,
-            f"{run_dir.checkpoints} has no {which}: is --run_dir a run's, and has it been evaluated yet? "
+            f"{run_dir.checkpoints} has no {which}: is --run_dir a run's{ema}, and has it been evaluated yet? "
             f"--checkpoint=newest needs no evaluation",
         )
     return load_checkpoint(path)

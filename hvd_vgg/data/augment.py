@@ -42,7 +42,7 @@ def augment_image(image: np.ndarray, draws: Sequence[float], config: ImageConfig
         for adjust, factor in jitter_steps(config.color_jitter, draws[_JITTER]):
             adjust(image, factor)
     if config.pca_lighting:
-        colour.add_lighting(image, [config.pca_lighting * each for each in normal_numbers(draws[_LIGHTING])[:3]])
+        colour.add_lighting(image, [config.pca_lighting * each for each in standard_normals(draws[_LIGHTING])[:3]])
     if config.random_erasing and draws[_ERASING.start] < config.random_erasing:
         top, left, height, width = erased_rectangle(len(image), image.shape[1], draws[_ERASING][1:])
         image[top : top + height, left : left + width] = MEAN_COLOUR
@@ -58,7 +58,7 @@ def jitter_steps(strength: float, draws: Sequence[float]) -> List[Tuple[Adjust, 
     return [(adjust, low + draw * (high - low)) for adjust, draw in zip(_ORDERS[int(draws[0] * len(_ORDERS))], draws[1:])]
 
 
-def normal_numbers(draws: Sequence[float]) -> List[float]:
+def standard_normals(draws: Sequence[float]) -> List[float]:
     """Returns as many standard normal numbers as `draws`, an even number of them in [0, 1), by Box and Muller (1958).
 
     Of each two draws u and v: sqrt(-2 ln(1 - u)) times the cosine, and the sine, of 2 pi v.
@@ -148,28 +148,28 @@ def _within(slope: float, starts: np.ndarray, side: int) -> np.ndarray:
     return np.where((starts >= 0) & (starts < side), [[-np.inf], [np.inf]], np.inf)
 
 
-def _upto(limit: float) -> Callable[[int], float]:
+def _linear(limit: float) -> Callable[[int], float]:
     return lambda number: limit * number / (_BINS - 1)
 
 
-def _none(number: int) -> float:
+def _no_magnitude(number: int) -> float:
     return 0.0
 
 
 # torchvision.transforms.TrivialAugmentWide, in its order. Its float32 makes 15 pixels of the 16 of a translation's bin 15.
 OPERATIONS: Dict[str, Operation] = {
-    "Identity": Operation(lambda image, _: None, _none, False),
-    "ShearX": Operation(lambda image, shear: _warp(image, (1, shear, 0, 0, 1, 0)), _upto(0.99), True),
-    "ShearY": Operation(lambda image, shear: _warp(image, (1, 0, 0, shear, 1, 0)), _upto(0.99), True),
-    "TranslateX": Operation(lambda image, pixels: _translate(image, int(pixels), 0), _upto(32), True),
-    "TranslateY": Operation(lambda image, pixels: _translate(image, 0, int(pixels)), _upto(32), True),
-    "Rotate": Operation(_rotate, _upto(135), True),
-    "Brightness": Operation(lambda image, change: colour.adjust_brightness(image, 1 + change), _upto(0.99), True),
-    "Color": Operation(lambda image, change: colour.adjust_saturation(image, 1 + change), _upto(0.99), True),
-    "Contrast": Operation(lambda image, change: colour.adjust_contrast(image, 1 + change), _upto(0.99), True),
-    "Sharpness": Operation(lambda image, change: colour.adjust_sharpness(image, 1 + change), _upto(0.99), True),
+    "Identity": Operation(lambda image, _: None, _no_magnitude, False),
+    "ShearX": Operation(lambda image, shear: _warp(image, (1, shear, 0, 0, 1, 0)), _linear(0.99), True),
+    "ShearY": Operation(lambda image, shear: _warp(image, (1, 0, 0, shear, 1, 0)), _linear(0.99), True),
+    "TranslateX": Operation(lambda image, pixels: _translate(image, int(pixels), 0), _linear(32), True),
+    "TranslateY": Operation(lambda image, pixels: _translate(image, 0, int(pixels)), _linear(32), True),
+    "Rotate": Operation(_rotate, _linear(135), True),
+    "Brightness": Operation(lambda image, change: colour.adjust_brightness(image, 1 + change), _linear(0.99), True),
+    "Color": Operation(lambda image, change: colour.adjust_saturation(image, 1 + change), _linear(0.99), True),
+    "Contrast": Operation(lambda image, change: colour.adjust_contrast(image, 1 + change), _linear(0.99), True),
+    "Sharpness": Operation(lambda image, change: colour.adjust_sharpness(image, 1 + change), _linear(0.99), True),
     "Posterize": Operation(colour.posterize, lambda number: 8 - round(number / 5), False),
-    "Solarize": Operation(colour.solarize, lambda number: 255 - _upto(255)(number), False),
-    "AutoContrast": Operation(lambda image, _: colour.autocontrast(image), _none, False),
-    "Equalize": Operation(lambda image, _: colour.equalize(image), _none, False),
+    "Solarize": Operation(colour.solarize, lambda number: 255 - _linear(255)(number), False),
+    "AutoContrast": Operation(lambda image, _: colour.autocontrast(image), _no_magnitude, False),
+    "Equalize": Operation(lambda image, _: colour.equalize(image), _no_magnitude, False),
 }

@@ -172,8 +172,10 @@ def train_batches(
         begin = start - start % index.records % window if first else start + window
         return storage_order(begin, start + config.global_batch + window, index.records, config.seed, block)
 
-    options = {"seed": config.seed, "bad_allowed": config.bad_records_allowed}
-    return load_batches(Dataset(index, label_base, config.image_size, config, True, **options), specs(), high - low, threads)
+    dataset = Dataset(
+        index, label_base, config.image_size, config, True, seed=config.seed, bad_allowed=config.bad_records_allowed
+    )
+    return load_batches(dataset, specs(), high - low, threads)
 
 
 def load_records(

@@ -27,8 +27,8 @@ MAX_PIXELS = 1024**3 // 4 // 3
 _JPEG_PIXELS_PER_BYTE = 8 * 64
 # The random-resized crop of torchvision's recipe for VGG16 (torchvision.transforms.RandomResizedCrop).
 _AREA, _RATIO, _TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
-_BILINEAR = 2  # PIL.Image.BILINEAR, which some versions of Pillow have under another name alone
-# What Pillow decodes with. TensorFlow's own choice, INTEGER_FAST, is 0.8 units of 255 darker.
+_BILINEAR = 2  # PIL.Image.BILINEAR, which some versions of Pillow expose under another name only
+# What Pillow decodes with. TensorFlow's own choice, INTEGER_FAST, is darker by 0.3 to 0.9 units of 255.
 _PILLOW_METHOD = "INTEGER_ACCURATE"
 _FIRST_DRAWS = 3 + 3 * _TRIES  # of a sample: one for the flip, 2 for the shift, 30 for the crop
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
@@ -75,14 +75,14 @@ def train_image(encoded: bytes, params: Sequence[float], config: ImageConfig, ou
         cv2.flip(image, 1, dst=out)
     elif image is not out:
         out[:] = image
-    if len(params) > _FIRST_DRAWS:
+    if is_augmented(config):
         augment_image(out, params[_FIRST_DRAWS:], config)
 
 
 def eval_image(encoded: bytes, crop: float, resize: str, out: np.ndarray) -> None:
     """Writes one image as it is evaluated to `out`, uint8 [n, n, 3]: its central square, or all of it.
 
-    crop: the side of the square relative to the shorter side (0.875 are the 224 pixels of 256 of Simonyan and Zisserman,
+    crop: the side of the square relative to the shorter side (0.875 is 224 of 256 pixels: Simonyan and Zisserman,
     section 3.2), or 0 for the whole image; resize: opencv or pillow. Raises ValueError where the image cannot be decoded.
     """
     height, width = image_shape(encoded)
@@ -202,7 +202,7 @@ def _centre_by_pillow(encoded: bytes, height: int, width: int, crop: float, out:
     the centre. The filter of a pixel reaches its own neighbourhood alone, so that only that part is decoded and resized.
     """
     size = len(out)
-    shorter = max(size, int(size / crop))
+    shorter = max(size, int(size / crop + 1e-9))  # a crop of 224 / 400 is meant to be of 400
     sides = [int(shorter * side / min(height, width)) for side in (height, width)]
     starts = [round((side - size) / 2) for side in sides]
     scales = [whole / side for whole, side in zip((height, width), sides)]

@@ -10,7 +10,7 @@ import tensorflow as tf
 def average_to_inputs(x: Any, inputs: int) -> Any:
     """Returns feature maps [n, height, width, channels] averaged to the square that has `inputs` numbers.
 
-    Of that size already they are returned as they are. Cell i of m along a side of n is the mean of n cells from
+    Maps of that size are returned unchanged. Cell i of m along a side of n is the mean of n cells from
     floor(i n / m) up to ceil((i + 1) n / m) (torch.nn.AdaptiveAvgPool2d, which torchvision's VGG has in this place).
     """
     _, height, width, channels = x.shape

@@ -14,7 +14,7 @@ from hvd_vgg.models.dropout import uniform_rows
 from hvd_vgg.models.vgg import normalized
 from hvd_vgg.training.loss import cross_entropy
 
-_TRIES = 16  # of a Beta variate: with alpha 1, where most fail, all do in 1 of 65536 groups, which then takes 1/2
+_TRIES = 16  # of a Beta variate: with alpha 1, where half fail, all do in 1 of 65536 groups, which then takes 1/2
 
 
 class Mixing(NamedTuple):

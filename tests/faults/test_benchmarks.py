@@ -36,9 +36,10 @@ SMOKE = {
         "--precisions=bfloat16 --ways=matmul,ours,keras,torch,tf_cnn",
         ["matmul", "ours", "keras"],
     ),
-    "batch_norm": (
-        "--model=vgg11 --width=0.05 --size=32 --batch=32 --rounds=2 --warmup=1 --updates=1",
-        ["plain", "one", "several"],
+    "ingredients": (
+        "--model=vgg11 --width=0.05 --size=32 --batch=32 --rounds=1 --warmup=1 --updates=1 "
+        "--ways=plain,lars,ema,small_groups",
+        ["plain", "lars", "ema", "small_groups"],
     ),
     "chaos": ("--data_dir=DATA --faults=1 --ranks=1 --steps=80 --seed=1", ["faults"]),
     "fixed_point": (

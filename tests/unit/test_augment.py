@@ -6,7 +6,7 @@ from support import ROOT
 
 from hvd_vgg.config import ImageConfig
 from hvd_vgg.data import augment, colour, transforms
-from hvd_vgg.data.augment import OPERATIONS, erased_rectangle, jitter_steps, normal_numbers, trivial_choice
+from hvd_vgg.data.augment import OPERATIONS, erased_rectangle, jitter_steps, standard_normals, trivial_choice
 from hvd_vgg.seeds import uniform_draws
 
 EVERYTHING = ImageConfig(augment="crop", auto_augment="trivial", color_jitter=0.4, pca_lighting=0.1, random_erasing=0.5)
@@ -95,10 +95,10 @@ def test_lighting_is_alexnets(reference):
         assert difference(found, np.clip(255 * expected, 0, 255)).max() <= 1
 
 
-def test_normal_numbers_are_normal():
+def test_standard_normals_are_normal():
     """By moments, and by the shares within 1, 2 and 3 deviations."""
-    found = np.array([normal_numbers(row) for row in draws_of(4).tolist()])
-    assert found.shape == (20_000, 4) and np.isfinite(normal_numbers([0.0, 0.0])).all()
+    found = np.array([standard_normals(row) for row in draws_of(4).tolist()])
+    assert found.shape == (20_000, 4) and np.isfinite(standard_normals([0.0, 0.0])).all()
     assert np.abs(found.mean(0)).max() < 0.03 and np.abs(found.std(0) - 1).max() < 0.02
     assert np.abs((found**3).mean(0)).max() < 0.1 and np.abs((found**4).mean(0) - 3).max() < 0.2
     for deviations, share in ((1, 0.6827), (2, 0.9545), (3, 0.9973)):
@@ -154,7 +154,7 @@ def test_train_image_augments_after_the_flip(reference):
         OPERATIONS[name].apply(expected, magnitude)
         for adjust, factor in jitter_steps(0.4, params[36:40]):
             adjust(expected, factor)
-        colour.add_lighting(expected, [0.1 * each for each in normal_numbers(params[40:44])[:3]])
+        colour.add_lighting(expected, [0.1 * each for each in standard_normals(params[40:44])[:3]])
         if params[44] < 0.5:
             top, left, height, width = erased_rectangle(32, 32, params[45:])
             expected[top : top + height, left : left + width] = (124, 116, 104)
