@@ -165,7 +165,7 @@ def test_killed_at_random_and_resumed_on_other_ranks(tmp_path, data, undisturbed
 
 @pytest.mark.parametrize("ranks", [(2, 3), *full(((1, 4),), ((4, 2),), ((3, 1),))], ids=str)
 @pytest.mark.fault("F21")
-def test_batch_norm_killed_and_resumed_on_other_ranks(tmp_path, data, long_run, ranks):
+def test_every_ingredient_killed_and_resumed(tmp_path, data, long_run, ranks):
     """With every other ingredient too: the same bits, moving moments among them, and a comparison says where they differ."""
     flags = [*LONG, *EVERYTHING, "--save_every_steps=4"]
     run(tmp_path, data, ranks[0], f"kill@{ranks[0] - 1}:13", *flags, code=137)

@@ -96,6 +96,19 @@ def test_log_has_every_metric_at_its_steps(finished):
     assert differences == pytest.approx([top1 - wanted for top1, wanted in zip(accuracies, references)])
 
 
+def test_average_is_evaluated_beside_the_weights(finished, launch):
+    """At each evaluation; `best_average` names the checkpoint with the most hits of it, and `evaluate` counts these again."""
+    run_dir, _ = finished
+    logged = [row for row in log_rows(run_dir) if "eval.average_top1_hits" in row["data"]][:-1]
+    hits = {row["step"][1]: [row["data"][f"eval.average_top{k}_hits"] for k in (1, 5)] for row in logged}
+    assert list(hits) == [3, 5] and result(run_dir)["average_top1_hits"] == hits[5][0]
+    best = max(hits, key=lambda step: (hits[step][0], -step))
+    assert (run_dir / "checkpoints" / "best_average").read_text() == f"step-{best:08d}.safetensors\n"
+    ended = launch(0, "evaluate", f"--run_dir={run_dir}", "--average", code=0)
+    assert f"average of weights, step {best}: acc@1 " in ended.out
+    assert f"({hits[best][0]} and {hits[best][1]} of 37 records, each once, on 1 rank)" in ended.out
+
+
 def test_tensorboard_has_the_same_numbers(finished):
     (path,) = (finished[0] / "tensorboard").iterdir()
     seen = {}

@@ -119,12 +119,13 @@ def test_average_is_timms():
 
 
 def test_average_forgets_the_initial_weights():
-    """The decay of update n is at most (1 + n) / (10 + n), as TensorFlow's ExponentialMovingAverage(num_updates)."""
-    weight = tf.Variable(1.0)
-    averages, expected = make_averages({"a": weight}), 1.0
+    """As TensorFlow's does: the decay of update n is at most (1 + n) / (10 + n)."""
+    weight, updates = tf.Variable(1.0), tf.Variable(0.0)
+    averages, theirs = make_averages({"a": weight}), tf.train.ExponentialMovingAverage(0.999, num_updates=updates)
+    theirs.apply([weight])  # begins with the weight
     for number in range(5):
         weight.assign(2.0 * number)
+        updates.assign(number)
+        theirs.apply([weight])
         update_averages(averages, {"a": weight}, 0.999)
-        decay = min(0.999, (1 + number) / (10 + number))
-        expected = decay * expected + (1 - decay) * 2.0 * number
-    assert float(averages["a/average"]) == pytest.approx(expected, rel=1e-6)
+        assert float(averages["a/average"]) == pytest.approx(float(theirs.average(weight)), rel=1e-6)
