@@ -45,7 +45,7 @@ def main():
 
     def begin_save(step):
         began = time.perf_counter()
-        save_state(state, TrainProgress(step=step), {}, writer, False)
+        save_state(state, TrainProgress(step=step), {}, writer, [])
         return began
 
     for _ in range(3):

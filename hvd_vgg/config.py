@@ -497,7 +497,9 @@ class TrainConfig(RecipeConfig, BatchConfig, EvaluationConfig):
         "minutes",
         at_least=0.0,
     )
-    keep_checkpoints: int = flag(3, "Run", "Newest checkpoints to keep; the best one is kept as well.", at_least=1)
+    keep_checkpoints: int = flag(
+        3, "Run", "Newest checkpoints to keep; the best is kept as well, and that of the average.", at_least=1
+    )
     checkpoint_copy_dir: str = flag(
         "",
         "Run",

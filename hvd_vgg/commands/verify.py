@@ -43,6 +43,8 @@ from hvd_vgg.training.schedule import total_steps
 from hvd_vgg.watchdog import watchdog
 
 _AVERAGE_HITS = "eval.average_top1_hits"
+# What an evaluation depends on beside weights and data, and may change at a restart.
+_EVALUATION_FLAGS = ("eval_crop", "eval_size", "eval_flip", "resize", "augment", "precision")
 
 
 def verify_run(config: VerifyConfig) -> None:
@@ -264,7 +266,7 @@ def _evaluated_alike(history: History, line: LogLine) -> bool:
     """Returns whether an evaluation in the log has the newest start's flags of evaluation, which a restart may change."""
     configs = [attempt.config for attempt in history.attempts if attempt.start.number < line.number]
     now = history.attempts[-1].config
-    return all(getattr(configs[-1], name) == getattr(now, name) for name in ("eval_crop", "eval_size", "eval_flip"))
+    return all(getattr(configs[-1], name) == getattr(now, name) for name in _EVALUATION_FLAGS)
 
 
 def _evaluate_again(run: RunDir, config: VerifyConfig) -> Findings:
@@ -274,17 +276,18 @@ def _evaluate_again(run: RunDir, config: VerifyConfig) -> Findings:
         return UNKNOWN, "there is no checkpoint, or no start in the log"
     from hvd_vgg.commands import evaluate
 
-    attempt, subjects = history.attempts[-1], []
-    for average, pointer in ((False, checkpoint.BEST), (True, checkpoint.BEST_AVERAGE))[
-        : 1 + bool(attempt.config.ema_decay)
-    ]:
-        names = ["newest", "best"] if checkpoint.best(run, pointer) in paths[1:] else ["newest"]
-        subjects += [evaluate.Subject(name, average) for name in names]
+    attempt = history.attempts[-1]
+    subjects = [evaluate.Subject("newest"), *([evaluate.Subject("best")] if checkpoint.best(run) in paths[1:] else [])]
+    if checkpoint.load(paths[0]).meta["run"]["ema_decay"]:  # not where it was switched on after this checkpoint
+        subjects.append(evaluate.Subject("newest", average=True))
+    if checkpoint.best(run, checkpoint.BEST_AVERAGE) in paths[1:]:
+        subjects.append(evaluate.Subject("best", average=True))
     flags = dataclasses.replace(attempt.config, data_dir=config.data_dir, run_dir=config.run_dir, console="auto")
     for subject, score in zip(subjects, evaluate.score(flags, subjects)):
         now, line, prefix = score.result, history.scores.get(score.step), "average_" * subject.average
         alike = line and _evaluated_alike(history, line)
-        then = [int(line.data[f"eval.{prefix}top{k}_hits"]) for k in (1, 5)] if line and alike else None
+        known = line and alike and f"eval.{prefix}top1_hits" in line.data
+        then = [int(line.data[f"eval.{prefix}top{k}_hits"]) for k in (1, 5)] if line and known else None
         other = " (made under other flags)" if line and not alike else ""
         hits = f"{now.top1} and {now.top5} hits of {now.records} at step {score.step}; logged: {then}{other}"
         texts.append(f"{subject.of}{subject.checkpoint}: {hits}")

@@ -119,7 +119,7 @@ def check_collectives(
     layers = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
     exchanged = [
         *(sum_all(config, layers, device, carriers["sums"], dtype) for dtype in ("float32", "int32")),
-        sum_limits(len(layers), device, carriers["sums"]),
+        sum_limits(sum(len(layer.weights) + len(layer.moments) for layer in layers), device, carriers["sums"]),
         gather_all(config, layers, device, carriers["gathers"]),
     ]
     return [assess_exchange("collectives", each, latency_seconds, gbit, device) for each in exchanged]
@@ -138,9 +138,9 @@ def sum_all(config: DoctorConfig, layers: Sequence[Layer], device: str, carrier:
     return Exchange(f"sums of gradients of {config.model} in {kind} by {carrier}", sent, messages, seconds, wrong)
 
 
-def sum_limits(layers: int, device: str, carrier: str) -> Exchange:
-    """Sums three int64 for each kernel and bias: magnitudes and counts, which `--reproducible=bits` sends first."""
-    count, name = 3 * 2 * layers, "doctor_limits"
+def sum_limits(tensors: int, device: str, carrier: str) -> Exchange:
+    """Sums three int64 for each weight and moment: magnitudes and counts, which `--reproducible=bits` sends first."""
+    count, name = 3 * tensors, "doctor_limits"
     with tf.device(device):
         mine = tf.constant(pattern(count, comm.rank()).astype(np.int64))
 

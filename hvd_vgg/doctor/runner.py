@@ -70,9 +70,10 @@ def _check_system(config: DoctorConfig, root: Path, is_root: bool) -> Iterator[F
     """Checks what this host gives its ranks."""
     ranks = _ranks_here()
     parameters = count_parameters(vgg_layers(config.model, config.width, config.image_size, config.num_classes))
-    # Weights and momentum in float32; besides those kept there are the best one, and the one that is being written.
-    checkpoint_bytes = (config.keep_checkpoints + 2) * 2 * 4 * parameters
-    yield system.check_memory(*system.memory_within_limits(root), ranks, parameters)
+    # Weights, momentum and average in float32; besides those kept there are the best ones, and the one being written.
+    averages = 1 if config.ema_decay else 0
+    checkpoint_bytes = (config.keep_checkpoints + 2 + averages) * (2 + averages) * 4 * parameters
+    yield system.check_memory(*system.memory_within_limits(root), ranks, parameters, 4 + averages)
     yield system.check_shared_memory(root, ranks)
     yield from system.check_limits(root, 1 if launched_size() else ranks)
     yield from system.check_run_dir(Path(config.run_dir), checkpoint_bytes, is_root)

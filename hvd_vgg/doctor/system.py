@@ -27,13 +27,13 @@ _SHM_BYTES_PER_RANK = 64e6
 _PROCESS_BYTES = 1e9
 
 
-def check_memory(total: float, available: float, ranks: int, parameters: int) -> Finding:
+def check_memory(total: float, available: float, ranks: int, parameters: int, copies: int) -> Finding:
     """Checks that `available` bytes of memory suffice for `ranks` on this host and a network of `parameters` weights.
 
-    On CPUs a rank holds the parameters four times in float32 (weights, momentum, gradients, what the exchange packs);
-    activations come on top.
+    copies: of the parameters in float32 that a rank holds on CPUs (weights, momentum, gradients, what the exchange packs,
+    averages); activations come on top.
     """
-    needed = ranks * (_PROCESS_BYTES + 4 * 4 * parameters)
+    needed = ranks * (_PROCESS_BYTES + copies * 4 * parameters)
     text = f"{total / _GB:.0f} GB"
     if available >= needed:
         return ok("memory", text)

@@ -47,7 +47,7 @@ def messages(shapes: Mapping[str, Any]) -> List[Message]:
     for name, shape in shapes.items():
         layer, kind = name.split("/")
         size = shape.num_elements()
-        if kind in (MOVING_MEAN, MOVING_VARIANCE):
+        if is_moment(name):
             found.setdefault(MOMENTS, []).append(Part(name, 0, size))
             continue
         if layer not in DENSE or kind == "bias":
@@ -58,6 +58,11 @@ def messages(shapes: Mapping[str, Any]) -> List[Message]:
         for number, (low, high) in enumerate(zip(bounds, bounds[1:])):
             found[f"{layer}_kernel_{number}"] = [Part(name, low, high)]
     return [Message(name, parts) for name, parts in found.items()]
+
+
+def is_moment(name: str) -> bool:
+    """Returns whether what has this name is a moment of BatchNorm."""
+    return name.split("/")[1] in (MOVING_MEAN, MOVING_VARIANCE)
 
 
 def pack(message: Message, gradients: Mapping[str, Any]) -> Any:
@@ -80,13 +85,15 @@ def unpack(messages: Sequence[Message], packed: Sequence[Any], shapes: Mapping[s
 
 
 def sum_message(packed: Any, name: str, wire_dtype: str, scale: float, group: comm.Group = comm.WORLD) -> Any:
-    """Returns the sums over ranks of `packed`, [elements], float32 or integers that 32 bits can hold.
+    """Returns the sums over ranks of `packed`, [elements], float32 or integers that 32 bits can hold, or 64.
 
-    scale: what float16 on the wire is multiplied by, so that a mean over the global batch does not vanish in it.
+    wire_dtype: of integers int64, else they are sent as int32; scale: what float16 on the wire is multiplied by, so that a
+    mean over the global batch does not vanish in it.
     """
     name = f"gradient_{name}"
     if packed.dtype.is_integer:
-        return tf.cast(comm.sum_tensor(tf.cast(packed, tf.int32), name, group), packed.dtype)
+        sent = tf.int64 if wire_dtype == "int64" else tf.int32
+        return tf.cast(comm.sum_tensor(tf.cast(packed, sent), name, group), packed.dtype)
     return _from_wire(comm.sum_tensor(_to_wire(packed, wire_dtype, scale), name, group), wire_dtype, scale)
 
 

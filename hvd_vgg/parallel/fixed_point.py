@@ -28,6 +28,7 @@ _BIAS = 126
 _LOWEST, _HIGHEST = 32, 254
 _FIRST_EXPONENT = -30  # of gradients of a mean loss; whichever is larger is raised within a step
 _LIMIT_UNITS = 20  # a tally counts magnitudes in 2^-20 of the limit, rounded up
+_WIDE = 2.0**31
 _MOST_UNITS = 2.0**50  # of one summand: 2^30 times the limit, and 4095 of them are an int64
 
 
@@ -95,6 +96,18 @@ def encode(values: Any, scale: Any, dtype: Any) -> Any:
 def decode(total: Any, inverse_scale: Any) -> Any:
     """Returns a sum of encoded values as float32."""
     return tf.cast(total, tf.float32) * inverse_scale
+
+
+def encode_wide(values: Any, scale: Any) -> Any:
+    """Returns float32 values as int64 with 31 bits more than `encode` has: for a few values of very unlike magnitudes."""
+    with tf.device("/CPU:0"):  # devices compute no float64
+        return tf.cast(tf.round(tf.cast(values, tf.float64) * tf.cast(scale, tf.float64) * _WIDE), tf.int64)
+
+
+def decode_wide(total: Any, inverse_scale: Any) -> Any:
+    """Returns a sum of values of `encode_wide` as float32."""
+    with tf.device("/CPU:0"):
+        return tf.cast(tf.cast(total, tf.float64) * (tf.cast(inverse_scale, tf.float64) / _WIDE), tf.float32)
 
 
 def spread(numbers: Sequence[Any], sizes: Sequence[int]) -> Any:

@@ -5,7 +5,7 @@ from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Se
 import numpy as np
 import tensorflow as tf
 
-from hvd_vgg.config import BITS, StepConfig
+from hvd_vgg.config import StepConfig
 from hvd_vgg.models import vgg
 from hvd_vgg.models.architecture import BETA, DENSE, GAMMA, MOVING_MEAN, MOVING_VARIANCE
 from hvd_vgg.models.batch_norm import normalize_groups
@@ -42,7 +42,7 @@ def summed_names(names: Iterable[str], factored: Sequence[str]) -> List[str]:
 def make_normalize(weights: vgg.Weights, config: StepConfig, data_format: str) -> Tuple[NormFunction, Dict[str, Any]]:
     """Returns (BatchNorm in training, for `vgg.logits`; the moments that it finds, by name, as `Backward` has them)."""
     moments: Dict[str, Any] = {}
-    one_group = config.reproducible == BITS and config.device_batch == config.norm_batch
+    one_group = config.device_batch == config.norm_batch  # parts are whole groups
     share = config.norm_batch / config.global_batch
 
     def normalize(x: Any, name: str) -> Any:

@@ -202,7 +202,8 @@ def point_to_best(path: Path, names: Sequence[str]) -> None:
     """Points the files `names`, of BEST and BEST_AVERAGE, at the checkpoint `path`; on disk when this returns."""
     for name in names:
         atomic_write_text(path.with_name(name), path.name + "\n")
-    storage.sync_directory(path.parent)
+    if names:
+        storage.sync_directory(path.parent)
 
 
 def set_aside(path: Path) -> Path:

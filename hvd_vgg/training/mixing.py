@@ -102,8 +102,9 @@ def _beta(tries: Any, alpha: float) -> Any:
     total = tf.reduce_sum(powers, axis=2)
     fits = (total > 0) & (total <= 1)
     shares = tf.math.divide_no_nan(powers[:, :, 0], total)
-    first = tf.gather(shares, tf.argmax(tf.cast(fits, tf.int32), axis=1), axis=1, batch_dims=1)
-    return tf.where(tf.reduce_any(fits, axis=1), first, tf.fill(tf.shape(first), 0.5))
+    first = tf.reduce_min(tf.where(fits, tf.range(_TRIES), _TRIES), axis=1)
+    # Behind the last try stands what is taken where none fits.
+    return tf.gather(tf.pad(shares, [[0, 0], [0, 1]], constant_values=0.5), first, axis=1, batch_dims=1)
 
 
 def mix(images: Any, labels: Any, mixing: Mixing, group: int) -> Any:

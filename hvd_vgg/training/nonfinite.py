@@ -166,17 +166,19 @@ def _first_nonfinite(
     losses = np.concatenate([each.losses for each in parts])
     moments, gradients = (np.all([getattr(each, kind) for each in parts], axis=0) for kind in ("moments", "gradients"))
     layers = list(dict.fromkeys(name.split("/")[0] for name in names))
-    places = [f"the weights {name}" for name in names] + [f"the outputs of {layer}" for layer in layers]
-    places += [f"the statistics of {name}" for name in state.moments] + ["the loss"]
-    places += [f"the gradient of {name}" for name in reversed(names)]
-    finite = np.concatenate([parts[0].weights, outputs.all(axis=1), moments, [losses.all()], gradients[::-1]])
-    if finite.all():
+    found = [(f"the weights {name}", whole) for name, whole in zip(names, parts[0].weights)]
+    for layer, row in zip(layers, outputs):
+        found.append((f"the outputs of {layer}", row.all()))
+        found += [(f"the statistics of {n}", whole) for n, whole in zip(state.moments, moments) if n.split("/")[0] == layer]
+    found.append(("the loss", losses.all()))
+    found += [(f"the gradient of {name}", whole) for name, whole in zip(reversed(names), gradients[::-1])]
+    first = next((number for number, (_, whole) in enumerate(found) if not whole), None)
+    if first is None:
         return None, []
     each_row = np.concatenate([outputs, [losses]])
     # BatchNorm spreads what one row has over its group: only the first layer that is not finite tells rows apart.
     alone = each_row.all(axis=0) if group == 1 else each_row[np.argmin(each_row.all(axis=1))]
     if alone.all():  # gradients and statistics are of a batch: each row's own are needed, or those of its group
         each_group = [part(row, row + group) for row in range(0, rows, group)]
-        alone = np.repeat([found.gradients.all() and found.moments.all() for found in each_group], group)
-    first = int(np.argmin(finite))
-    return (first, places[first]), np.flatnonzero(~alone).tolist()
+        alone = np.repeat([each.gradients.all() and each.moments.all() for each in each_group], group)
+    return (first, found[first][0]), np.flatnonzero(~alone).tolist()

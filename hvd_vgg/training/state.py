@@ -145,7 +145,7 @@ def run_fingerprint(config: TrainConfig, train_index: Index, label_base: int) ->
 
 
 def make_checksums(variables: Dict[str, Any]) -> Callable[[], Any]:
-    """Returns the function () -> int64 [variables]: of each float32 variable, in order, the sum of its bits as integers.
+    """Returns the function () -> int64 [variables]: of each variable of 32 bits, in order, the sum of its bits as integers.
 
     Exact, whatever the order of summing: equal variables have equal sums, and any one number that differs changes its sum.
     """

@@ -57,7 +57,9 @@ def make_layout(state: State, factored: Sequence[str], config: StepConfig, devic
 def nothing(layout: Layout) -> Sums:
     """Returns the sums of no micro-batch."""
     dtype, width = layout.integers or tf.float32, 1 + (len(layout.shapes) if layout.integers else 0)
-    totals = [tf.zeros([sum(message.sizes)], dtype) for message in layout.messages]
+    wide = tf.int64 if layout.integers else tf.float32
+    types = [wide if message.name == exchange.MOMENTS else dtype for message in layout.messages]
+    totals = [tf.zeros([sum(message.sizes)], each) for message, each in zip(layout.messages, types)]
     inputs, outputs = ([tf.zeros([0, layout.shapes[f"{name}/kernel"][side]]) for name in layout.factored] for side in (0, 1))
     hits, ready = tf.constant(0, tf.int64), tf.constant(0.0, tf.float64)
     magnitudes, tally = tf.zeros([0, width]), tf.zeros([3, width], tf.int64)
@@ -81,7 +83,12 @@ def make_add(layout: Layout, limits: Any) -> Callable[[Sums, Backward], Sums]:
         packed = [exchange.pack(message, gradients) for message in layout.messages]
         measured = [part.loss]
         if layout.integers:
-            packed = [fixed_point.encode(values, scale, layout.integers) for values, scale in zip(packed, scales)]
+            packed = [
+                fixed_point.encode_wide(values, scale)
+                if message.name == exchange.MOMENTS
+                else fixed_point.encode(values, scale, layout.integers)
+                for message, values, scale in zip(layout.messages, packed, scales)
+            ]
             measured = [gradients.get(name, tf.constant(0.0)) for name in layout.shapes] + measured
         totals = [total + values for total, values in zip(sums.totals, packed)]
         magnitudes = tf.concat([sums.magnitudes, [fixed_point.magnitudes(measured)]], 0)
@@ -106,7 +113,7 @@ def exchange_when(leaves: Any, sums: Sums, limits: Any, layout: Layout) -> Sums:
         return tf.cond(leaves, lambda: exchanged(tensor), lambda: tensor)
 
     def total(message: exchange.Message) -> Callable[[Any], Any]:
-        dtype = "float32" if message.name == exchange.MOMENTS else wire
+        dtype = ("int64" if layout.integers else "float32") if message.name == exchange.MOMENTS else wire
         return lambda packed: exchange.sum_message(packed, message.name, dtype, scale, group)
 
     def factor(name: str, scale: float) -> Callable[[Any], Any]:
@@ -146,7 +153,9 @@ def gradients_of(sums: Sums, limits: Any, layout: Layout) -> Dict[str, Any]:
     gradients = exchange.unpack(layout.messages, sums.totals, summed)
     if layout.integers:
         inverses = dict(zip(layout.shapes, tf.unstack(fixed_point.inverse_scales(limits, sums.tally[:, :-1]))))
-        gradients = {name: fixed_point.decode(total, inverses[name]) for name, total in gradients.items()}
+        for name, total in gradients.items():
+            decode = fixed_point.decode_wide if exchange.is_moment(name) else fixed_point.decode
+            gradients[name] = decode(total, inverses[name])
     for name, inputs, outputs in zip(layout.factored, sums.inputs, sums.output_gradients):
         gradients.update(exchange.product(name, inputs, outputs))
     return {name: gradients[name] for name in layout.shapes}

@@ -70,7 +70,7 @@ class Trainer:
         self.average_step = make_eval_step(average, config, self.device.data_format) if average else None
         if config.reproducible == BITS:
             check_bits(self.local_sums, self.eval_step, self.state, config, self.device)
-        self.checked = {**self.state.network(), **average}  # across ranks
+        self.checked = {**self.state.network(), **self.state.averages}  # across ranks
         self.checksums = make_checksums(self.checked)
         self.saved_at = watchdog.active_seconds()  # the newest checkpoint, or the start of this process
         self.suspended = watchdog.stopped_seconds()  # seconds, as the log has them

@@ -175,7 +175,7 @@ def test_every_ingredient_killed_and_resumed(tmp_path, data, long_run, ranks):
     found, (name, moment) = newest(tmp_path), next(each for each in newest(tmp_path).tensors.items() if "moving" in each[0])
     assert np.abs(moment).min() > 0 and result(tmp_path / "run")["state_sha256"] == result(wanted / "run")["state_sha256"]
     other = {**found.tensors, name: np.nextafter(moment, np.float32(9))}
-    checkpoint.save(RunDir(tmp_path / "run"), other, found.meta, 5, False)
+    checkpoint.save(RunDir(tmp_path / "run"), other, found.meta, 5, [])
     assert list(compare_runs(RunDir(tmp_path / "run"), RunDir(wanted / "run"))) == [
         f"moving moments first differ in {name} (checkpoint of step 30)"
     ]

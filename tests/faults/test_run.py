@@ -97,7 +97,7 @@ def test_log_has_every_metric_at_its_steps(finished):
 
 
 def test_average_is_evaluated_beside_the_weights(finished, launch):
-    """At each evaluation; `best_average` names the checkpoint with the most hits of it, and `evaluate` counts these again."""
+    """At each evaluation; `best_average` names the checkpoint with its most hits, and `evaluate` counts these again."""
     run_dir, _ = finished
     logged = [row for row in log_rows(run_dir) if "eval.average_top1_hits" in row["data"]][:-1]
     hits = {row["step"][1]: [row["data"][f"eval.average_top{k}_hits"] for k in (1, 5)] for row in logged}

@@ -168,7 +168,7 @@ def test_diagnose_finds_rank_layer_and_records(precision):
         assert all((run.variables()[name].numpy() == before[name]).all() for name in before if "block1_conv1" not in name)
 
 
-@pytest.mark.parametrize("fault", ["nan", "variance"])
+@pytest.mark.parametrize("fault", ["nan", "variance", "variance_first"])
 def test_diagnose_of_batch_norm_finds_records_or_statistics(monkeypatch, fault):
     """NaN of one image is in all outputs of its group; a variance that is infinite leaves all outputs finite."""
     shape = dict(model="vgg11_bn", width=0.0625, image_size=32, num_classes=10, global_batch=12, device_batch=4)
@@ -185,6 +185,8 @@ def test_diagnose_of_batch_norm_finds_records_or_statistics(monkeypatch, fault):
         monkeypatch.setattr(vgg, "normalized", with_nan)
     else:
         run.weights["block2_conv1/kernel"].assign(1e25 * run.weights["block2_conv1/kernel"])
+    if fault == "variance_first":  # of what is infinite behind it
+        run.weights["block2_conv1/beta"].assign(0 * run.weights["block2_conv1/beta"] + 3e38)
     before = {name: value.numpy() for name, value in run.variables().items()}
     low, high = part_bounds(config, comm.rank(), comm.size())
     mine = tf.constant(images[low:high]), tf.zeros([high - low], tf.int32)

@@ -11,9 +11,10 @@ from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.reporting.console import Console
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.training import checkpoint
+from hvd_vgg.training.average import UPDATES
 from hvd_vgg.training.reporter import Reporter
 from hvd_vgg.training.resume import _restore_root, require_checkpoints
-from hvd_vgg.training.state import CHECKPOINT_FORMAT, TrainProgress, assign_variables, initial_state
+from hvd_vgg.training.state import CHECKPOINT_FORMAT, TrainProgress, assign_variables, initial_state, reset_state
 
 CONFIG = TrainConfig(model="vgg11", width=0.0625, image_size=32, num_classes=10, lr=0.05)
 ARITHMETIC = {"processor": "A", "threads": "1"}
@@ -43,6 +44,19 @@ def test_resume_brings_back_progress_and_variables(resume):
     progress, state, tensors, _ = resume()
     assert progress == TrainProgress(step=4)
     assert all((value.numpy() == tensors[name]).all() for name, value in state.variables().items())
+
+
+def test_average_begins_with_the_weights_it_is_switched_on_for(resume):
+    """It is as saved where it was saved, and is left behind where it is switched off."""
+    _, state, tensors, _ = resume(ema_decay=0.9, allow_config_change="ema_decay")
+    assert state.averages and int(state.averages[UPDATES]) == 0
+    averages = state.averaged_network()
+    assert averages.keys() == state.network().keys()
+    assert all((value.numpy() == tensors[name]).all() for name, value in averages.items())
+    config = dataclasses.replace(CONFIG, ema_decay=0.9)
+    reset_state(state, config)
+    first = initial_state(config).variables()
+    assert all((value.numpy() == first[name].numpy()).all() for name, value in state.variables().items())
 
 
 @pytest.mark.fault("F22")

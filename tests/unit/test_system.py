@@ -23,8 +23,8 @@ GB = 1e9
 
 
 def test_memory_is_shared_by_ranks():
-    assert check_memory(64 * GB, 60 * GB, 8, 138_000_000).verdict == OK
-    found = check_memory(64 * GB, 60 * GB, 32, 138_000_000)
+    assert check_memory(64 * GB, 60 * GB, 8, 138_000_000, 4).verdict == OK
+    found = check_memory(64 * GB, 60 * GB, 32, 138_000_000, 4)
     assert found.verdict == WARNING
     assert found.text == "64 GB, 60.0 GB available; 32 ranks need 102.7 GB plus activations"
 
