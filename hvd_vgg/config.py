@@ -251,7 +251,7 @@ class ComputeConfig(ImageConfig):
     reproducible: str = hyperparameter(
         BITS,
         "Device",
-        "What is equal on any number of ranks. bits: every bit of weights and momentum, on processors and devices of one "
+        "What is equal on any number of ranks. bits: every bit of the state, on processors and devices of one "
         "kind (docs/reproducibility.md). rounding: the result to float rounding; parts of the global batch differ by one "
         "image at most, or by a group of --norm_batch or --mix_batch.",
         choices=(BITS, ROUNDING),
@@ -527,8 +527,9 @@ class TrainConfig(RecipeConfig, BatchConfig, EvaluationConfig):
     on_nonfinite: str = flag(
         "stop",
         "Run",
-        "When a loss or gradient is not finite (such an update is never applied): stop: end with 81; rewind: return to "
-        "the newest checkpoint and skip that step's records. Either way the step is kept for `hvd-vgg replay`.",
+        "When a loss, gradient or moment of BatchNorm is not finite (such an update is never applied): stop: end with 81; "
+        "rewind: return to the newest checkpoint and skip that step's records. Either way the step is kept for `hvd-vgg "
+        "replay`.",
         choices=("stop", "rewind"),
     )
     max_rewinds: int = flag(2, "Run", "Most steps that --on_nonfinite=rewind skips, over all starts.", at_least=1)

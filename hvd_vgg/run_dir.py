@@ -32,7 +32,6 @@ class RunDir:
         self.restarts = self.path / "restarts.jsonl"  # the launcher's, a line for each start and each end
         self.lock = self.path / "lock"
         self.checkpoints = self.path / "checkpoints"
-        self.best = self.checkpoints / "best"  # holds the name of the checkpoint with the best evaluation
         self.nonfinite = self.path / "nonfinite"
         self.skipped_steps = self.nonfinite / "skipped.json"
         self.faults = self.path / "faults"

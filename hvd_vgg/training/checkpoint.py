@@ -231,7 +231,7 @@ def tensor_digest(tensor: np.ndarray) -> str:
 def state_sha256(digest: str, progress: Mapping[str, Any]) -> str:
     """Returns the one number of a run's state: a SHA-256 over its tensors and what of its progress decides what comes next.
 
-    digest: `tensors_sha256` of weights and momentum; progress: fields of TrainProgress, of which STATE_PROGRESS counts. Two
+    digest: `tensors_sha256` of all variables; progress: fields of TrainProgress, of which STATE_PROGRESS counts. Two
     runs of one configuration that have it in common are equal in every bit from there on.
     """
     kept = {name: progress.get(name) for name in STATE_PROGRESS}

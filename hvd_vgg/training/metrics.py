@@ -35,7 +35,7 @@ class PendingUpdate(NamedTuple):
 
 
 class NonFiniteStep(Exception):
-    """A step whose loss or gradient is not finite: neither its update nor any after it was applied, on any rank.
+    """A step whose loss, gradient or moment is not finite: neither its update nor any after it was applied, on any rank.
 
     loss: the mean over the global batch; gradient_norm: of the global gradient.
     """

@@ -44,8 +44,8 @@ class StepMetrics(NamedTuple):
     float32, of the global gradient before clipping. loss_scale: float32, factor of the next update's loss; 1 but for
     --precision=float16. passes: int32, how often it was computed: a second time where a gradient exceeded its limit in fixed
     point. exchange_seconds: float64, from when this rank's gradients were ready until those of all ranks had arrived.
-    finite: bool, whether training may continue: every rank's loss is finite and so is the gradient, or float16's loss scale
-    can still be halved.
+    finite: bool, whether training may continue: every rank's loss is finite and so are gradient and moments, or float16's
+    loss scale can still be halved.
     """
 
     losses: Any

@@ -176,7 +176,7 @@ def test_verify_finds_a_better_evaluation_by_the_data(copy, launch, data):
     seal(copy)
     assert any(text.startswith("result.json: acc@1 ") for text in faults(copy))
     change_result(copy, **better)
-    copy.best.write_text(f"{copy.checkpoint(STEPS).name}\n")
+    (copy.checkpoints / "best").write_text(f"{copy.checkpoint(STEPS).name}\n")
     seal(copy)
     assert not faults(copy)
     ended = launch(0, "verify-run", str(copy.path), f"--data_dir={data}")

@@ -338,7 +338,7 @@ def test_verify_compares_records_with_the_sample_stream(tmp_path):
 
 def best_is_the_newest(run):
     assert checkpoint.best(run) != run.checkpoint(STEPS)
-    run.best.write_text(f"{run.checkpoint(STEPS).name}\n")
+    (run.checkpoints / "best").write_text(f"{run.checkpoint(STEPS).name}\n")
 
 
 def change_receipt(**change):
@@ -357,7 +357,7 @@ def write(name, content):
 CHECKPOINT = f"checkpoints/step-{STEPS:08d}.safetensors"
 TAMPERINGS = {
     "best is not the best": (best_is_the_newest, "best: names step-00000012.safetensors, but the checkpoint of step "),
-    "best is gone": (lambda run: run.best.unlink(), "best: names nothing, but the checkpoint of step "),
+    "best is gone": (lambda run: (run.checkpoints / "best").unlink(), "best: names nothing, but the checkpoint of step "),
     "a checkpoint of the receipt": (change_receipt(checkpoints=[]), " was saved before, but is not in it"),
     "an evaluation of the receipt": (change_receipt(evaluations=[]), "receipt.json: evaluations is "),
     "the receipt's digest of the result": (
