@@ -117,7 +117,7 @@ class Alone:
         return 1
 
 
-def make_step(way, weights, slots, device, options):
+def make_step(way, state, device, options):
     """Returns the function (images, labels, position, keys, lr) -> gradient norm that updates the weights in a way."""
     import horovod.tensorflow as hvd
     import tensorflow as tf
@@ -127,14 +127,14 @@ def make_step(way, weights, slots, device, options):
     from hvd_vgg.parallel import comm
     from hvd_vgg.training.backward import draw_dropout_masks
     from hvd_vgg.training.optimizer import GRADIENT_LIMITS, apply_update
-    from hvd_vgg.training.state import State
     from hvd_vgg.training.train_step import make_train_step
 
+    weights, slots = state.weights, state.slots
     config, names = config_of(options, way), list(weights)
     if way != "horovod":
         group, factored = comm.Group(Alone) if way == "local" else comm.WORLD, DENSE if config.exchange == "factored" else []
         own = {name: slot for name, slot in slots.items() if config.reproducible == "bits" or name != GRADIENT_LIMITS}
-        step = make_train_step(State(weights, {}, own, {}), config, device, factored, group)
+        step = make_train_step(state._replace(slots=own), config, device, factored, group)
         return lambda *inputs: step(*inputs).gradient_norm
 
     def mean_gradients(images, labels, position, keys):
@@ -174,7 +174,7 @@ def work(options):
     counter = Path("/dev/null" if options.shared else "/sys/class/net/eth0/statistics/tx_bytes")
     found = {"mbit": 0 if options.shared else measure_link(options), "seconds": {}, "sent": {}}
     state = initial_state(config_of(options))
-    steps = {way: make_step(way, *state, device, options) for way in options.ways}
+    steps = {way: make_step(way, state, device, options) for way in options.ways}
     for turn in range(-1, options.rounds):  # the first traces and is not counted
         for way, step in steps.items():
             comm.barrier()
