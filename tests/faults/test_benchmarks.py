@@ -37,9 +37,8 @@ SMOKE = {
         ["matmul", "ours", "keras"],
     ),
     "ingredients": (
-        "--model=vgg11 --width=0.05 --size=32 --batch=32 --rounds=1 --warmup=1 --updates=1 "
-        "--ways=plain,lars,ema,small_groups",
-        ["plain", "lars", "ema", "small_groups"],
+        "--model=vgg11 --width=0.05 --size=32 --batch=32 --rounds=1 --warmup=1 --updates=1 --ways=plain,small_groups",
+        ["plain", "small_groups"],
     ),
     "chaos": ("--data_dir=DATA --faults=1 --ranks=1 --steps=80 --seed=1", ["faults"]),
     "fixed_point": (

@@ -168,7 +168,9 @@ def test_diagnose_finds_rank_layer_and_records(precision):
         assert all((run.variables()[name].numpy() == before[name]).all() for name in before if "block1_conv1" not in name)
 
 
-@pytest.mark.parametrize("fault", ["nan", "variance", "variance_first"])
+@pytest.mark.parametrize(
+    "fault", [*(pytest.param(each, marks=pytest.mark.fault(tier=3)) for each in ("nan", "variance")), "variance_first"]
+)
 def test_diagnose_of_batch_norm_finds_records_or_statistics(monkeypatch, fault):
     """NaN of one image is in all outputs of its group; a variance that is infinite leaves all outputs finite."""
     shape = dict(model="vgg11_bn", width=0.0625, image_size=32, num_classes=10, global_batch=12, device_batch=4)
