@@ -120,16 +120,28 @@ def test_replay_of_a_step_that_was_not_kept_is_refused(launch, tmp_path):
     assert (ended.code, "has kept no such step: it kept 40; --step names one" in message_of(ended)) == (78, True)
 
 
+@pytest.mark.parametrize(
+    ("flags", "first"),
+    [
+        ([], "the outputs of block"),
+        (
+            ["--model=vgg11_bn", "--norm_batch=2", "--mixup=0.3", "--mix_batch=2", "--ema_decay=0.9", "--device_batch=8"],
+            "the statistics of block1_conv1/moving_variance",
+        ),
+    ],
+    ids=["plain", "batch_norm"],
+)
 @pytest.mark.fault("F29", tier=3)
-def test_rate_that_diverges_is_reproduced_on_other_ranks(launch, tmp_path, data):
+def test_rate_that_diverges_is_reproduced_on_other_ranks(launch, tmp_path, data, flags, first):
     """And blamed on the weights; a log line for 50 updates names the same step as one for each."""
-    ended = run(tmp_path, data, 2, *WINDOWS, "--lr=1e30", code=81)
-    assert "step 1: loss nan" in message_of(ended) and "2 of 2 ranks are affected" in message_of(ended)
-    ended = run(tmp_path / "each", data, 2, *WINDOWS, "--lr=1e30", "--log_every_steps=1", code=81)
-    assert "step 1: loss nan" in message_of(ended)
+    flags = [*WINDOWS, "--lr=1e30", *flags]
+    ended = run(tmp_path, data, 2, *flags, code=81)
+    assert "step 1: loss" in message_of(ended) and "2 of 2 ranks are affected" in message_of(ended)
+    ended = run(tmp_path / "each", data, 2, *flags, "--log_every_steps=1", code=81)
+    assert "step 1: loss" in message_of(ended)
     for ranks in (1, 3):
         ended = launch(ranks, "replay", str(tmp_path / "run"), code=81)
-        assert "not finite again. First the outputs of block" in message_of(ended)
+        assert f"not finite again. First {first}" in message_of(ended)
         assert "the weights are at fault" in ended.err
 
 
