@@ -264,9 +264,14 @@ def _check_flags(run: RunDir, history: History) -> Findings:
 
 def _evaluated_alike(history: History, line: LogLine) -> bool:
     """Returns whether an evaluation in the log has the newest start's flags of evaluation, which a restart may change."""
-    configs = [attempt.config for attempt in history.attempts if attempt.start.number < line.number]
-    now = history.attempts[-1].config
-    return all(getattr(configs[-1], name) == getattr(now, name) for name in _EVALUATION_FLAGS)
+    then, now = _config_at(history, line.number), history.attempts[-1].config
+    return all(getattr(then, name) == getattr(now, name) for name in _EVALUATION_FLAGS)
+
+
+def _config_at(history: History, number: int) -> TrainConfig:
+    """Returns the configuration of the start that line `number` of the log belongs to."""
+    before = [attempt for attempt in history.attempts if attempt.start.number < number]
+    return (before or history.attempts[:1])[-1].config
 
 
 def _evaluate_again(run: RunDir, config: VerifyConfig) -> Findings:
@@ -278,7 +283,8 @@ def _evaluate_again(run: RunDir, config: VerifyConfig) -> Findings:
 
     attempt = history.attempts[-1]
     subjects = [evaluate.Subject("newest"), *([evaluate.Subject("best")] if checkpoint.best(run) in paths[1:] else [])]
-    if checkpoint.load(paths[0]).meta["run"]["ema_decay"]:  # not where it was switched on after this checkpoint
+    saved, _ = history.saved.get(checkpoint_step(paths[0]) or 0, (0, None))
+    if saved and _config_at(history, saved).ema_decay:  # not where it was switched on after this checkpoint
         subjects.append(evaluate.Subject("newest", average=True))
     if checkpoint.best(run, checkpoint.BEST_AVERAGE) in paths[1:]:
         subjects.append(evaluate.Subject("best", average=True))

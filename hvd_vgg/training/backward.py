@@ -13,7 +13,7 @@ from hvd_vgg.models.dropout import dropout_mask
 from hvd_vgg.models.vgg import NormFunction
 from hvd_vgg.seeds import dropout_keys, mixing_key
 from hvd_vgg.training.loss import top_k_correct
-from hvd_vgg.training.mixing import Mixing, draw_step_mixing, mix_batch
+from hvd_vgg.training.mixing import Mixing, Targets, draw_step_mixing, mix_batch
 from hvd_vgg.training.optimizer import LOSS_SCALE
 from hvd_vgg.training.state import State
 
@@ -55,6 +55,33 @@ def make_normalize(weights: vgg.Weights, config: StepConfig, data_format: str) -
     return normalize, moments
 
 
+class Forward(NamedTuple):
+    """A forward pass of n images: logits [n, classes] and losses [n], float32; `Targets`; moments of BatchNorm by name."""
+
+    logits: Any
+    losses: Any
+    targets: Targets
+    moments: Dict[str, Any]
+
+
+def forward(
+    state: State,
+    config: StepConfig,
+    data_format: str,
+    images: Any,
+    labels: Any,
+    masks: List[Any],
+    mixing: Optional[Mixing],
+    **hooks: Any,
+) -> Forward:
+    """Returns the forward pass of one micro-batch as training has it; hooks: `dense_layer` and `observe` of `vgg.logits`."""
+    images, targets = mix_batch(images, labels, mixing, config.mix_batch)
+    normalize, moments = make_normalize(state.weights, config, data_format) if state.moments else (None, {})
+    network = state.weights, config.model, images, data_format, config.precision, masks, config.dropout
+    logits = vgg.logits(*network, normalize=normalize, **hooks)
+    return Forward(logits, targets.cross_entropy(logits, config.label_smoothing), targets, moments)
+
+
 def make_backward(state: State, config: StepConfig, data_format: str, factored: Sequence[str]) -> Callable[..., Backward]:
     """Returns the forward and backward pass of one micro-batch: (images, labels, position, keys) -> Backward.
 
@@ -64,9 +91,7 @@ def make_backward(state: State, config: StepConfig, data_format: str, factored: 
     summed = summed_names(weights, factored)
 
     def backward(images: Any, labels: Any, masks: List[Any], mixing: Optional[Mixing]) -> Backward:
-        images, targets = mix_batch(images, labels, mixing, config.mix_batch)
         inputs: Dict[str, Any] = {}
-        normalize, moments = make_normalize(weights, config, data_format) if state.moments else (None, {})
         # Zero probes: d(loss)/d(probe) equals d(loss)/d(output), which is what is gathered.
         widths = {name: weights[f"{name}/bias"].shape[0] for name in factored}
         probes = {name: tf.zeros([tf.shape(images)[0], width], config.precision) for name, width in widths.items()}
@@ -79,27 +104,17 @@ def make_backward(state: State, config: StepConfig, data_format: str, factored: 
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             sources = [weights[name] for name in summed] + list(probes.values())
             tape.watch(sources)
-            logits = vgg.logits(
-                weights,
-                config.model,
-                images,
-                data_format,
-                config.precision,
-                masks,
-                config.dropout,
-                dense,
-                normalize=normalize,
-            )
-            loss = tf.reduce_sum(targets.cross_entropy(logits, config.label_smoothing))
+            passed = forward(state, config, data_format, images, labels, masks, mixing, dense_layer=dense)
+            loss = tf.reduce_sum(passed.losses)
             objective = loss / config.global_batch * (1.0 if loss_scale is None else loss_scale)
         found = tape.gradient(objective, sources, unconnected_gradients="zero")  # BatchNorm's biases
         gradients = [tf.cast(gradient, tf.float32) for gradient in found]
         if loss_scale is not None:
             gradients = [gradient * (1 / loss_scale) for gradient in gradients]
-        correct = [top_k_correct(logits, targets.main_label(), k) for k in (1, 5)]
+        correct = [top_k_correct(passed.logits, passed.targets.main_label(), k) for k in (1, 5)]
         factor_inputs = [tf.cast(inputs[name], tf.float32) for name in factored]
         sums, outputs = gradients[: len(summed)], gradients[len(summed) :]
-        sums += [moments[name] for name in state.moments]
+        sums += [passed.moments[name] for name in state.moments]
         return Backward(loss, correct[0], correct[1], sums, factor_inputs, outputs)
 
     compiled = tf.function(backward, jit_compile=True, autograph=False) if config.xla else backward

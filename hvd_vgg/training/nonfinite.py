@@ -8,12 +8,11 @@ import tensorflow as tf
 
 from hvd_vgg.config import StepConfig
 from hvd_vgg.data.sampler import part_bounds
-from hvd_vgg.models import vgg
 from hvd_vgg.parallel import comm
 from hvd_vgg.text import plural
-from hvd_vgg.training.backward import draw_dropout_masks, make_normalize
+from hvd_vgg.training.backward import draw_dropout_masks, forward
 from hvd_vgg.training.metrics import NonFiniteStep, global_losses
-from hvd_vgg.training.mixing import draw_step_mixing, mix_batch
+from hvd_vgg.training.mixing import draw_step_mixing
 from hvd_vgg.training.optimizer import LOSS_SCALE
 from hvd_vgg.training.state import State
 from hvd_vgg.training.train_step import StepMetrics, step_inputs
@@ -79,26 +78,14 @@ def make_finite_check(state: State, config: StepConfig, data_format: str) -> Cal
     @tf.function(jit_compile=False, autograph=False)
     def finite_check(images: Any, labels: Any, position: Any, keys: Any) -> FiniteReport:
         masks = draw_dropout_masks(weights, config, images, position, keys)
-        images, targets = mix_batch(images, labels, draw_step_mixing(config, images, position, keys[-1]), config.mix_batch)
+        mixing = draw_step_mixing(config, images, position, keys[-1])
         outputs: List[Any] = []
-        normalize, moments = make_normalize(weights, config, data_format) if normalized else (None, {})
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(list(weights.values()))
-            logits = vgg.logits(
-                weights,
-                config.model,
-                images,
-                data_format,
-                config.precision,
-                masks,
-                config.dropout,
-                observe=outputs.append,
-                normalize=normalize,
-            )
-            losses = targets.cross_entropy(logits, config.label_smoothing)
-            objective = tf.reduce_sum(losses) / config.global_batch * state.slots.get(LOSS_SCALE, 1.0)
+            passed = forward(state, config, data_format, images, labels, masks, mixing, observe=outputs.append)
+            objective = tf.reduce_sum(passed.losses) / config.global_batch * state.slots.get(LOSS_SCALE, 1.0)
         gradients = tape.gradient(objective, list(weights.values()), unconnected_gradients="zero")
-        sound = [tf.reduce_all(tf.math.is_finite(moments[name])) for name in state.moments]
+        sound = [tf.reduce_all(tf.math.is_finite(passed.moments[name])) for name in state.moments]
         # Check pre-activations: fused kernels of a layer and its ReLU turn NaN into 0. -Inf is fine: ReLU maps it to 0.
         for layer in range(normalized, len(outputs) - 1):
             x = outputs[layer]
@@ -107,7 +94,7 @@ def make_finite_check(state: State, config: StepConfig, data_format: str) -> Cal
             tf.stack([tf.reduce_all(tf.math.is_finite(weight)) for weight in weights.values()]),
             tf.stack([tf.reduce_all(tf.math.is_finite(x), list(range(1, x.shape.rank))) for x in outputs]),
             tf.stack(sound) if sound else tf.zeros([0], tf.bool),
-            tf.math.is_finite(losses),
+            tf.math.is_finite(passed.losses),
             tf.stack([tf.reduce_all(tf.math.is_finite(gradient)) for gradient in gradients]),
         )
 
