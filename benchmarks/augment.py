@@ -169,11 +169,11 @@ def start(program, options):
 
 def extract(options, folder):
     """Writes the images of the first records to files, which need none of this package to be read."""
-    from hvd_vgg.data.reader import parse_example, read_record
+    from hvd_vgg.data.reader import read_image
 
     index = load(options)
     for record in range(index.records):
-        encoded, _ = parse_example(index, record, read_record(index, record))
+        encoded, _ = read_image(index, record)
         (Path(folder) / f"{record:06d}").write_bytes(encoded)
 
 

@@ -52,7 +52,8 @@ def load(options):
     """Returns the index of the first records of the train split, at most --images of them."""
     import numpy as np
 
-    from hvd_vgg.data.index import Index, find_shards, join, scan_shard
+    from hvd_vgg.data.index import Index, join, scan_shard
+    from hvd_vgg.data.layout import find_shards
 
     paths, shards = [], []
     for path in find_shards(options.data_dir, "train"):
@@ -89,7 +90,7 @@ def decode_alone(options, split):
     import tensorflow as tf
 
     from hvd_vgg.config import ImageConfig
-    from hvd_vgg.data.reader import parse_example, read_record
+    from hvd_vgg.data.reader import read_image
     from hvd_vgg.data.sampler import positions, sample_seeds
     from hvd_vgg.data.transforms import augmentation_params, central_window, image_shape, random_window
 
@@ -98,7 +99,7 @@ def decode_alone(options, split):
     draws = augmentation_params(sample_seeds(SEED, drawn), ImageConfig())
     ids = drawn.ids.tolist() if split == "train" else list(range(index.records)) * -(-options.images // index.records)
     for number, record in enumerate(ids):
-        encoded, _ = parse_example(index, record, read_record(index, record))
+        encoded, _ = read_image(index, record)
         height, width = image_shape(encoded)
         window = (
             random_window(height, width, draws[number][3:]) if split == "train" else central_window(height, width, 0.875)
@@ -188,13 +189,13 @@ def pillow(options):
     import numpy as np
     from PIL import Image
 
-    from hvd_vgg.data.reader import parse_example, read_record
+    from hvd_vgg.data.reader import read_image
     from hvd_vgg.data.transforms import random_window
 
     index, draw = load(options), random.Random(SEED)  # noqa: S311
 
     def example(record):
-        encoded, label = parse_example(index, record, read_record(index, record))
+        encoded, label = read_image(index, record)
         image = Image.open(io.BytesIO(encoded)).convert("RGB")
         top, left, height, width = random_window(image.height, image.width, [draw.random() for _ in range(30)])
         image = image.crop((left, top, left + width, top + height)).resize((options.size, options.size), Image.BILINEAR)
@@ -287,7 +288,7 @@ def main():
         parser.error(f"--images={options.images}: expected a multiple of {BATCH}")
     if not set(options.core) <= set(here):
         parser.error(f"--core: expected some of {','.join(map(str, here))}")
-    from hvd_vgg.data.index import find_shards
+    from hvd_vgg.data.layout import find_shards
 
     find_shards(options.data_dir, "train")  # raises a Failure
     if "tf_cnn" in options.ways and not options.tf_cnn_benchmarks:

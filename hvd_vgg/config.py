@@ -324,9 +324,25 @@ class DataConfig:
     data_dir: str = flag(
         "./imagenet_tfrecord",
         "Data",
-        "Directory (or a link to one) with train-?????-of-????? and validation-?????-of-?????.",
+        "Directory (or a link to one) with the records of both splits, in a layout of --data_format.",
         "path",
     )
+    data_format: str = flag(
+        "auto",
+        "Data",
+        "imagenet: train-?????-of-?????, TFRecords; tfds: NAME-train.tfrecord-?????-of-?????, of tensorflow-datasets; "
+        "webdataset: NAME-train-0000.tar; folders: train/CLASS/*.jpg; validation likewise. auto: found by looking.",
+        choices=("auto", "imagenet", "tfds", "webdataset", "folders"),
+    )
+    train_pattern: str = flag(
+        "",
+        "Data",
+        "Names of the shards to train on, below --data_dir, such as images-*.tfrecord, or of the directory that has one for "
+        "each class; empty: those of the layout.",
+    )
+    validation_pattern: str = flag("", "Data", "As --train_pattern, for validation.")
+    image_feature: str = flag("", "Data", "Feature of TFRecords that holds the encoded image; empty: the layout's.")
+    label_feature: str = flag("", "Data", "Feature of TFRecords that holds the label; empty: the layout's.")
     label_base: str = flag(
         "auto",
         "Data",
@@ -342,6 +358,16 @@ class DataConfig:
         "records",
         at_least=0,
     )
+
+    def conflicts(self) -> Iterator[str]:
+        """Yields the combinations that cannot run."""
+        for name in ("train_pattern", "validation_pattern"):
+            parts = Path(getattr(self, name)).parts
+            if parts and (parts[0] == os.sep or ".." in parts):
+                yield f"--{name}={getattr(self, name)}: expected names below --data_dir"
+        for name in ("image_feature", "label_feature"):
+            if getattr(self, name) and self.data_format in ("webdataset", "folders"):
+                yield f"--{name} is for TFRecords, not --data_format={self.data_format}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from hvd_vgg.run_dir import RunDir
 from hvd_vgg.text import plural
 from hvd_vgg.training import checkpoint
 from hvd_vgg.training.average import averaged
-from hvd_vgg.training.dataset import open_split
+from hvd_vgg.training.dataset import choose_label_base, open_split
 from hvd_vgg.training.evaluate import Evaluation, evaluate, make_eval_step
 from hvd_vgg.training.reporter import Reporter
 from hvd_vgg.training.startup import join_ranks
@@ -52,7 +52,7 @@ def score(config: EvaluationConfig, subjects: Sequence[Subject]) -> List[Score]:
     Raises a collective Failure(CONFIGURATION) where there is none, or it does not fit.
     """
     device, console, _ = join_ranks(config)
-    index = open_split(config.data_dir, "validation", Path(config.run_dir), console)
+    index = open_split(config, "validation", Path(config.run_dir), console)
     scores = [_score(config, subject, index, device, console) for subject in subjects]
     comm.shutdown()
     return scores
@@ -61,7 +61,7 @@ def score(config: EvaluationConfig, subjects: Sequence[Subject]) -> List[Score]:
 def _score(config: EvaluationConfig, subject: Subject, index: Index, device: Device, console: Console) -> Score:
     found = run_on_root(lambda: _load(subject, RunDir(config.run_dir)))
     meta = comm.broadcast_json(found.meta if found else None)
-    label_base = meta["run"]["label_base"] if config.label_base == "auto" else int(config.label_base)
+    label_base = choose_label_base(config, meta["run"]["label_base"], index)
     run_on_all_ranks(lambda: check_labels(index, label_base, config.num_classes))
     weights, moments = initial_network(config, seed=0)
     network = {**weights, **moments}

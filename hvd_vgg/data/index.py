@@ -1,52 +1,19 @@
 """The index of a split: its shards, the place and label of every record, and the cache of these on disk."""
 
 import io
-import re
-import struct
 import uuid
-from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
 from hvd_vgg import storage
-from hvd_vgg.data.tfrecord import (
-    EXPECTED_FEATURES,
-    FOOTER_BYTES,
-    HEADER_BYTES,
-    OpenShard,
-    data_failure,
-    describe_damage,
-    foreign_content,
-    masked_crc,
-    parse_label,
-    regular_file_size,
-    unreadable_file,
-)
-from hvd_vgg.errors import Failure
+from hvd_vgg.data import class_folders, tar, tfrecord
+from hvd_vgg.data.layout import FOLDERS, IMAGENET, WEBDATASET, Layout, find_shards, shorten
+from hvd_vgg.data.shard_file import MAX_RECORD_BYTES, OpenShard, Shard, data_failure, place, unreadable_file
 from hvd_vgg.text import plural
-from hvd_vgg.watchdog import watchdog
 
-_SHARD_NAME = re.compile(r"(?P<split>[a-z]+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})")
-# A record that claims more is refused before it is read: several times the size of the largest photographs.
-MAX_RECORD_BYTES = 64 * 2**20
-# A label is searched for in this much of a record's beginning and end before the whole record is read.
-_SEARCH_BYTES = 512
-# The name and Feature of a label of one byte (0..127) or two, packed or not: what writers of Examples produce. A match is a
-# shortcut to what `parse_label` would find; reading the record whole verifies it.
-_LABEL_ENTRY = re.compile(
-    rb"\n\x11image/class/label\x12(?:(?:\x05\x1a\x03\n\x01|\x04\x1a\x02\x08)([\x00-\x7f])"
-    rb"|(?:\x06\x1a\x04\n\x02|\x05\x1a\x03\x08)([\x80-\xff][\x01-\x7f]))"
-)
-
-
-class Shard(NamedTuple):
-    """The records of one file: where the data of each begins, its length in bytes, its label as stored."""
-
-    offsets: np.ndarray  # int64 [n]
-    lengths: np.ndarray  # uint32 [n]
-    labels: np.ndarray  # int32 [n]
+_PLAIN = Layout(IMAGENET, Path())
 
 
 class Cached(NamedTuple):
@@ -57,155 +24,64 @@ class Cached(NamedTuple):
 
 
 class Index(NamedTuple):
-    """All records of a split, in the order of its shards' names: entry i is record id i. 16 bytes a record."""
+    """All records of a split, in the order of its shards' names: entry i is record id i. 16 bytes a record.
+
+    With class directories a record's file is `names` from its offset to the next zero byte.
+    """
 
     paths: Tuple[Path, ...]
     starts: np.ndarray  # int64 [shards + 1]: the first record id of each shard, and the total
     offsets: np.ndarray  # int64 [records]
     lengths: np.ndarray  # uint32 [records]
     labels: np.ndarray  # int32 [records], as stored in the files
+    names: np.ndarray  # uint8 [bytes]
+    layout: Layout
 
     @property
     def records(self) -> int:
         """The number of records of the split."""
         return int(self.starts[-1])
 
+    def shard_of(self, record: int) -> int:
+        """Returns the number of the shard that holds a record."""
+        return int(np.searchsorted(self.starts, record, side="right")) - 1
+
+    def path_of(self, record: int) -> Path:
+        """Returns the file that holds a record."""
+        path = self.paths[self.shard_of(record)]
+        if self.layout.kind == FOLDERS:
+            return path / class_folders.file_name(self.names, int(self.offsets[record]))
+        return path
+
     def where(self, record: int) -> str:
-        """Returns a record's place for messages: file, number in the file (from 0), offset of its header in bytes."""
-        shard = int(np.searchsorted(self.starts, record, side="right")) - 1
-        return _place(self.paths[shard], record - int(self.starts[shard]), int(self.offsets[record]) - HEADER_BYTES)
+        """Returns a record's place for messages: file, number in the file (from 0), offset in bytes of what precedes it."""
+        if self.layout.kind == FOLDERS:
+            return str(self.path_of(record))
+        shard, header = self.shard_of(record), _HEADER_BYTES[self.layout.kind == WEBDATASET]
+        return place(self.paths[shard], record - int(self.starts[shard]), int(self.offsets[record]) - header)
 
 
-def _place(path: Path, number: int, offset: int) -> str:
-    return f"{path}, record {number}, offset {offset}"
+_HEADER_BYTES = (tfrecord.HEADER_BYTES, tar.HEADER_BYTES)
 
 
-def find_shards(data_dir: str, split: str) -> List[Path]:
-    """Returns the shards `split`-?????-of-????? of a complete set, in order of number.
+def scan_shard(path: Path, layout: Layout = _PLAIN) -> Shard:
+    """Returns the index of one shard, nearly always without reading the images.
 
-    Raises Failure(DATA) where the directory, the set, or a member of it is missing, or a shard is of another set.
+    Raises Failure(DATA) naming the record where the file is empty, cut off, damaged or unreadable, or has anything but one
+    label and, as far as that shows, one image.
     """
-    folder = Path(data_dir)
     try:
-        if not storage.retrying(folder, folder.is_dir):
+        if layout.kind == FOLDERS:
+            return class_folders.scan(path, layout.classes.index(path.name))
+        file = OpenShard(path)
+        if file.size == 0:
             raise data_failure(
-                f"{folder} is not a directory (now in {Path.cwd()}); expected TFRecords {split}-?????-of-????? in it. Name "
-                f"another with --data_dir, or draw a data set to try: hvd-vgg make-demo-data"
+                f"{path} is empty (0 bytes); expected at least one record. Copy the shard again; if it was written so, "
+                f"since there were more shards than records, write fewer shards, or remove it and number the others anew"
             )
-        names = storage.retrying(folder, lambda: sorted(path.name for path in folder.iterdir()))
-    except OSError as error:
-        raise unreadable_file(folder, error) from error
-    matches = [match for match in map(_SHARD_NAME.fullmatch, names) if match]
-    shards = {match[0]: int(match["count"]) for match in matches if match["split"] == split}
-    if not shards:
-        others = sorted({match["split"] for match in matches}) or list(map(ascii, names))
-        raise data_failure(
-            f"{folder} has no shard {split}-?????-of-?????; it has {_list(others) or 'nothing'}. Expected ImageNet's "
-            f"layout, such as {split}-00000-of-01024"
-        )
-    ((count, _),) = Counter(shards.values()).most_common(1)
-    expected = [f"{split}-{number:05d}-of-{count:05d}" for number in range(count)]
-    others, missing = sorted(set(shards).difference(expected)), [name for name in expected if name not in shards]
-    if others:
-        raise data_failure(
-            f"{folder} has shards that are none of its {count} {split} shards: {_list(others)}. Move them away"
-        )
-    if missing:
-        raise data_failure(
-            f"{folder} lacks {len(missing)} of its {count} {split} shards: {_list(missing)}. Copy them there, or name a "
-            f"directory that has them all"
-        )
-    return [folder / name for name in expected]
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
-def shard_bytes(paths: Sequence[Path]) -> Dict[str, int]:
-    """Returns each shard's size in bytes, by name; raises Failure(DATA) for one that is missing or not a regular file."""
-    try:
-        return {path.name: regular_file_size(path, storage.retrying(path, path.stat)) for path in paths}
-    except OSError as error:
-        raise unreadable_file(Path(str(error.filename)), error) from error
-
-
-def scan_shard(path: Path) -> Shard:
-    """Returns the index of one shard from its records' headers and labels, nearly always without reading the images.
-
-    Raises Failure(DATA) naming the record where the file is empty, cut off or unreadable, a header's checksum is wrong, or
-    a record has anything but one label.
-    """
-    try:
-        return _scan(OpenShard(path))
+        return tar.scan(file) if layout.kind == WEBDATASET else tfrecord.scan(file, layout.features)
     except OSError as error:
         raise unreadable_file(path, error) from error
-
-
-def _scan(file: OpenShard) -> Shard:
-    path, size = file.path, file.size
-    if size == 0:
-        raise data_failure(
-            f"{path} is empty (0 bytes); expected at least one record. Copy the shard again; if it was written so, since "
-            f"there were more shards than records, write fewer shards, or remove it and number the others anew"
-        )
-    records: List[Tuple[int, int, int]] = []
-    start, unpack = 0, struct.Struct("<QI").unpack_from
-
-    def failure(reason: str) -> Failure:
-        return data_failure(f"{_place(path, len(records), start)}: {reason}")
-
-    def cut_off(expected: str) -> Failure:
-        return failure(
-            f"expected {expected}, but the file ends at byte {size} (cut off while copying?). Copy the shard again"
-        )
-
-    while start < size:
-        if not len(records) % 4096:
-            watchdog.heartbeat(phase="start")
-        # One read for the header and what follows it. No more of it: records are far apart, and the rest is the image.
-        head = file.read(HEADER_BYTES + _SEARCH_BYTES, start)
-        if head and not head[:HEADER_BYTES].strip(b"\0"):
-            raise failure(
-                f"{file.zeros_around(start)} of {size} bytes, where a record was expected (a copy that was cut off after "
-                f"its space was reserved, or a hole in it). Copy the shard again"
-            )
-        if len(head) < HEADER_BYTES:
-            raise cut_off(f"a header of {HEADER_BYTES} bytes")
-        length, checksum = unpack(head)
-        if checksum != masked_crc(head[:8]):
-            foreign = None if start else foreign_content(head)
-            if foreign:
-                raise data_failure(f"{path} is {foreign[0]}; expected a plain TFRecord file. {foreign[1]}")
-            raise failure(
-                "the checksum of the record's length is wrong (not a TFRecord file, or damaged). Copy the shard again"
-            )
-        end = start + HEADER_BYTES + length + FOOTER_BYTES
-        if end > size:
-            raise cut_off(f"{length} bytes of data and a checksum")
-        if length > MAX_RECORD_BYTES:
-            limit = f"expected at most {MAX_RECORD_BYTES}, one image"
-            raise failure(f"it claims {length} bytes of data; {limit}. Leave the record out")
-        try:
-            label = _find_label(head, file, start + HEADER_BYTES, length)
-        except ValueError as error:
-            damage = describe_damage(file, start + HEADER_BYTES, file.read(length + FOOTER_BYTES, start + HEADER_BYTES))
-            raise failure(f"{damage}. Copy the shard again" if damage else f"{error}. {EXPECTED_FEATURES}") from error
-        records.append((start + HEADER_BYTES, length, label))
-        start = end
-    offsets, lengths, labels = np.array(records, np.int64).T
-    return Shard(np.ascontiguousarray(offsets), lengths.astype(np.uint32), labels.astype(np.int32))
-
-
-def _find_label(head: bytes, file: OpenShard, offset: int, length: int) -> int:
-    """Returns the label of the record of `length` bytes at `offset`, whose header and first bytes are `head`."""
-    found = _LABEL_ENTRY.search(head, HEADER_BYTES, HEADER_BYTES + length)
-    if not found and length > _SEARCH_BYTES:
-        found = _LABEL_ENTRY.search(file.read(_SEARCH_BYTES, offset + length - _SEARCH_BYTES))
-    if not found:
-        return parse_label(file.read(length, offset))
-    low, high = found[1] or found[2][:1], found[2] or b"\0\0"
-    return low[0] & 0x7F | high[1] << 7
 
 
 def scan_split(data_dir: str, split: str) -> Index:
@@ -214,16 +90,23 @@ def scan_split(data_dir: str, split: str) -> Index:
     return join(paths, [scan_shard(path) for path in paths])
 
 
-def join(paths: Sequence[Path], shards: Sequence[Shard]) -> Index:
+def join(paths: Sequence[Path], shards: Sequence[Shard], layout: Layout = _PLAIN) -> Index:
     """Returns the index of a split from the indexes of its shards, at least one."""
     starts = np.concatenate([[0], np.cumsum([len(shard.offsets) for shard in shards])]).astype(np.int64)
-    return Index(tuple(paths), starts, *(np.concatenate(column) for column in zip(*shards)))
+    named = np.concatenate([[0], np.cumsum([len(shard.names) for shard in shards])]).astype(np.int64)
+    offsets = np.concatenate([shard.offsets + start for shard, start in zip(shards, named)])
+    lengths, labels, names = (np.concatenate(column) for column in list(zip(*shards))[1:])
+    return Index(tuple(paths), starts, offsets, lengths, labels, names, layout)
 
 
 def split_index(index: Index) -> List[Shard]:
     """Returns the shards' parts of an index: the inverse of `join`."""
-    bounds = list(zip(index.starts[:-1].tolist(), index.starts[1:].tolist()))
-    return [Shard(*(column[low:high] for column in index[2:])) for low, high in bounds]
+    starts = index.starts.tolist()
+    named = [int(index.offsets[start]) for start in starts[:-1]] if len(index.names) else [0] * (len(starts) - 1)
+    return [
+        Shard(index.offsets[low:high] - name, index.lengths[low:high], index.labels[low:high], index.names[name:stop])
+        for low, high, name, stop in zip(starts, starts[1:], named, [*named[1:], len(index.names)])
+    ]
 
 
 def find_label_base(labels: np.ndarray, num_classes: int) -> int:
@@ -241,7 +124,7 @@ def unseen_labels(train: Index, validation: Index) -> str:
     if not len(unseen):
         return ""
     records = int(np.isin(validation.labels, unseen).sum())
-    text = f"validation has {plural(len(unseen), 'label')} that train never has: {_list(list(map(str, unseen)))}"
+    text = f"validation has {plural(len(unseen), 'label')} that train never has: {shorten(list(map(str, unseen)))}"
     if unseen.max() < seen.min():
         text = f"the splits begin at different labels, train at {seen[0]} and validation at {own[0]}; {text}"
     return f"{text} ({records} of {validation.records} records)"
@@ -260,6 +143,8 @@ def check_labels(index: Index, label_base: int, num_classes: int) -> None:
         )
 
 
+_ARRAYS = ("starts", "offsets", "lengths", "labels", "names")
+
 # The index on disk and between ranks is an .npz of its arrays, with the shards' names and stamps, or their numbers.
 
 
@@ -269,50 +154,59 @@ def cache_places(data_dir: str, split: str, fallback_dir: Path) -> List[Path]:
     return [Path(data_dir) / name, fallback_dir / name]
 
 
-def cached_shards(places: Sequence[Path], paths: Sequence[Path]) -> Dict[int, Cached]:
+def cached_shards(places: Sequence[Path], paths: Sequence[Path], layout: Layout = _PLAIN) -> Dict[int, Cached]:
     """Returns the cached shards by number, each from the first of `places` that has it as the file is now, or at all."""
     found: Dict[int, Cached] = {}
-    for place in places:
-        for number, cached in load_cache(place, paths).items():
+    for path in places:
+        for number, cached in load_cache(path, paths, layout).items():
             if number not in found or not found[number].unchanged:
                 found[number] = cached
     return found
 
 
-def load_cache(path: Path, paths: Sequence[Path]) -> Dict[int, Cached]:
-    """Returns what the cache `path` has of the shards `paths`, by number: nothing where it is missing or damaged."""
+def load_cache(path: Path, paths: Sequence[Path], layout: Layout = _PLAIN) -> Dict[int, Cached]:
+    """Returns what a cache has of the shards `paths`, by number: nothing if it is missing, damaged or of another layout."""
     try:
         with np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False) as cache:
-            known = dict(zip(cache["names"].tolist(), zip(_load_shards(cache), cache["stamps"].tolist())))
+            if str(cache["layout"]) != _describe(layout):
+                return {}
+            known = dict(zip(cache["names_of_shards"].tolist(), zip(_load_shards(cache), cache["stamps"].tolist())))
         found = {number: (*known[each.name], _stamp(each)) for number, each in enumerate(paths) if each.name in known}
-        return {number: Cached(_validate(shard, old[0]), old == new) for number, (shard, old, new) in found.items()}
+        return {number: Cached(_validate(shard, old[0], layout), old == new) for number, (shard, old, new) in found.items()}
     except Exception:  # damaged bytes make the readers of zip files and of arrays raise a dozen kinds
         return {}
 
 
-def _validate(shard: Shard, size: int) -> Shard:
+def _validate(shard: Shard, size: int, layout: Layout) -> Shard:
     """Returns a cached shard; raises ValueError unless `scan_shard` could have made it of a file of `size` bytes."""
-    starts, ends = shard.offsets - HEADER_BYTES, shard.offsets + shard.lengths + FOOTER_BYTES
-    if not (
-        [column.dtype for column in shard] == [np.int64, np.uint32, np.int32]
+    sound = (
+        [column.dtype for column in shard] == [np.int64, np.uint32, np.int32, np.uint8]
         and 0 < len(shard.offsets) == len(shard.lengths) == len(shard.labels)
-        and starts[0] == 0
-        and (starts[1:] == ends[:-1]).all()
-        and ends[-1] == size
         and shard.lengths.max() <= MAX_RECORD_BYTES
-    ):
+    )
+    if layout.kind == FOLDERS:
+        sound = sound and class_folders.could_be_index(shard)
+    else:
+        sound = sound and (tar if layout.kind == WEBDATASET else tfrecord).could_be_index(shard, size)
+    if not sound:
         raise ValueError("not an index")
     return shard
+
+
+def _describe(layout: Layout) -> str:
+    """Returns what labels and offsets depend on beside the files."""
+    return repr((layout.kind, *layout.features, *(layout.classes if layout.kind == FOLDERS else ())))
 
 
 def save_cache(path: Path, index: Index) -> None:
     """Writes `index` for `load_cache`; raises OSError where `path` cannot be written."""
     names, stamps = np.array([each.name for each in index.paths]), np.array([_stamp(each) for each in index.paths], np.int64)
+    layout = np.array(_describe(index.layout))
     # Processes of two containers may have one number, and their hosts one name.
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
-            np.savez(file, names=names, stamps=stamps, **_arrays(index))
+            np.savez(file, layout=layout, names_of_shards=names, stamps=stamps, **_arrays(index))
         storage.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -340,8 +234,9 @@ def unpack_shards(data: bytes) -> Dict[int, Shard]:
 
 
 def _arrays(index: Index) -> Dict[str, np.ndarray]:
-    return {name: getattr(index, name) for name in Index._fields[1:]}
+    return {name: getattr(index, name) for name in _ARRAYS}
 
 
 def _load_shards(arrays: Any) -> List[Shard]:
-    return split_index(Index((), *(arrays[name] for name in Index._fields[1:])))
+    starts, offsets, lengths, labels, names = (arrays[name] for name in _ARRAYS)
+    return split_index(Index((), starts, offsets, lengths, labels, names, _PLAIN))

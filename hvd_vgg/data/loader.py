@@ -30,7 +30,7 @@ import tensorflow as tf
 from hvd_vgg.config import BatchConfig, ComputeConfig, EvaluationConfig, ImageConfig
 from hvd_vgg.data.index import Index
 from hvd_vgg.data.mended import decode_and_name
-from hvd_vgg.data.reader import BadRecord, parse_example, read_ahead, read_record, reads_in_progress
+from hvd_vgg.data.reader import BadRecord, read_ahead, read_image, reads_in_progress
 from hvd_vgg.data.sampler import part_bounds, positions, replacement_record, sample_seeds, storage_order, window_records
 from hvd_vgg.data.transforms import augmentation_params, eval_image, train_image
 from hvd_vgg.errors import DATA, Failure
@@ -89,7 +89,7 @@ class Dataset:
     def read(self, record: int) -> Union[Sample, BadRecord]:
         """Returns a record, or what is wrong with it. Raises Failure(DATA) where its shard cannot be read at all."""
         try:
-            encoded, label = parse_example(self.index, record, read_record(self.index, record))
+            encoded, label = read_image(self.index, record)
         except BadRecord as bad:
             return bad
         if label != self.index.labels[record]:

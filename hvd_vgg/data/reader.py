@@ -12,18 +12,18 @@ from typing import Dict, List, Sequence, Tuple
 import numpy as np
 
 from hvd_vgg import storage
+from hvd_vgg.data import tar
+from hvd_vgg.data.example import encode_example, parse_features
 from hvd_vgg.data.index import Index
-from hvd_vgg.data.tfrecord import (
-    EXPECTED_FEATURES,
-    FOOTER_BYTES,
-    HEADER_BYTES,
-    OpenShard,
-    data_failure,
-    describe_damage,
-    parse_features,
-    record_header,
-)
+from hvd_vgg.data.layout import FOLDERS, WEBDATASET
+from hvd_vgg.data.shard_file import OpenShard, data_failure
+from hvd_vgg.data.tfrecord import FOOTER_BYTES, HEADER_BYTES, describe_damage, frame, record_header
 from hvd_vgg.errors import DATA, Failure
+
+_REINDEX = (
+    "Restore it as it was, or if it is meant to be so, remove the .hvd_vgg_index_* beside the data or in the run directory; "
+    "then start again"
+)
 
 
 class BadRecord(Failure):
@@ -51,6 +51,12 @@ def read_ahead(index: Index, ids: np.ndarray) -> None:
     """
     ids = np.sort(ids)
     shards = np.searchsorted(index.starts, ids, side="right") - 1
+    if index.layout.kind == FOLDERS:  # opening them is what takes long
+        for record in ids.tolist():
+            with contextlib.suppress(OSError, AttributeError, Failure):
+                file = OpenShard(index.path_of(record))
+                os.posix_fadvise(file.handle, 0, file.size, os.POSIX_FADV_WILLNEED)
+        return
     # One call for each run of records that follow each other in a file.
     cuts = np.flatnonzero((np.diff(ids) > 1) | (np.diff(shards) > 0)) + 1
     for first, last in zip([0, *cuts.tolist()], [*(cuts - 1).tolist(), len(ids) - 1]):
@@ -60,30 +66,66 @@ def read_ahead(index: Index, ids: np.ndarray) -> None:
             os.posix_fadvise(_open_shard(index.paths[shards[first]]).handle, begin, size, os.POSIX_FADV_WILLNEED)
 
 
-def read_record(index: Index, record: int) -> bytes:
-    """Returns a record's data followed by its 4-byte checksum, left on to save a copy. May be called on any thread.
+def read_image(index: Index, record: int) -> Tuple[bytes, int]:
+    """Returns (encoded image, label as stored) of a record, whatever its layout. May be called on any thread.
 
-    Raises BadRecord naming file, record and offset; Failure(DATA) where the file itself cannot be read or was rewritten;
+    Raises BadRecord naming the record; Failure(DATA) where its file cannot be read at all or was rewritten;
     Failure(LOST_RANK) where storage does not come back.
     """
-    shard = int(np.searchsorted(index.starts, record, side="right")) - 1
-    length, offset = int(index.lengths[record]), int(index.offsets[record])
+    kind = index.layout.kind
+    if kind == FOLDERS:
+        return _read_file(index, record), int(index.labels[record])
+    if kind == WEBDATASET:
+        return _read_member(index, record), int(index.labels[record])
+    features, data = index.layout.features, read_record(index, record)
     try:
-        _reading[threading.get_ident()] = index.paths[shard], time.monotonic()
-        file = _open_shard(index.paths[shard])
-        found = file.read(length + FOOTER_BYTES, offset)
-    except OSError as error:
-        raise Failure(DATA, f"data: {index.where(record)}: cannot be read: {error.strerror}") from error
-    finally:
-        _reading.pop(threading.get_ident(), None)
+        return parse_features(data, int(index.lengths[record]), features)
+    except ValueError as error:
+        raise BadRecord(index, record, str(error), features.expected) from error
+
+
+def read_record(index: Index, record: int) -> bytes:
+    """Returns the data of a TFRecord followed by their 4-byte checksum, left on to save a copy; raises as `read_image`."""
+    length, offset = int(index.lengths[record]), int(index.offsets[record])
+    file, found = _read(index, record, length + FOOTER_BYTES, offset)
     if len(found) < length + FOOTER_BYTES:
         reason = f"expected {length} bytes and a checksum, found {len(found)}: the shard has shrunk since it was indexed"
         raise BadRecord(index, record, reason, "Copy it again")
     damage = describe_damage(file, offset, found)
     if damage:
-        _require_not_rewritten(index, shard, file)
+        _require_not_rewritten(index, index.shard_of(record), file)
         raise BadRecord(index, record, damage, "Copy the shard again")
     return found
+
+
+def _read(index: Index, record: int, count: int, offset: int) -> Tuple[OpenShard, bytes]:
+    """Returns the file of a record, and `count` bytes of it at `offset`, or fewer at its end."""
+    path = index.path_of(record)
+    try:
+        _reading[threading.get_ident()] = path, time.monotonic()
+        file = OpenShard(path) if index.layout.kind == FOLDERS else _open_shard(path)
+        return file, file.read(count, offset)
+    except OSError as error:
+        raise Failure(DATA, f"data: {index.where(record)}: cannot be read: {error.strerror}") from error
+    finally:
+        _reading.pop(threading.get_ident(), None)
+
+
+def _read_file(index: Index, record: int) -> bytes:
+    length = int(index.lengths[record])
+    file, found = _read(index, record, length, 0)
+    if file.size != length or len(found) < length:
+        raise BadRecord(index, record, f"it has {file.size} bytes, but had {length} when it was indexed", _REINDEX)
+    return found
+
+
+def _read_member(index: Index, record: int) -> bytes:
+    length, offset = int(index.lengths[record]), int(index.offsets[record])
+    _, found = _read(index, record, tar.HEADER_BYTES + length, offset - tar.HEADER_BYTES)
+    # A tar archive has no checksum of its data, only of each header.
+    if len(found) < tar.HEADER_BYTES + length or tar.read_header(found[: tar.HEADER_BYTES]).size != length:
+        raise BadRecord(index, record, f"no member of {length} bytes is there, as when it was indexed", _REINDEX)
+    return found[tar.HEADER_BYTES :]
 
 
 def reads_in_progress() -> List[str]:
@@ -113,20 +155,13 @@ def _require_not_rewritten(index: Index, shard: int, file: OpenShard) -> None:
 
 
 def write_records(path: Path, index: Index, ids: Sequence[int]) -> None:
-    """Writes the records `ids`, in this order and byte for byte, as one TFRecord file, on disk when it returns.
+    """Writes the images and labels of the records `ids`, in this order, as one TFRecord file, on disk when it returns.
 
     Raises OSError, or Failure(DATA) where a record cannot be read.
     """
     with open(path, "wb") as file:
         for record in ids:
-            file.write(record_header(int(index.lengths[record])) + read_record(index, record))
+            encoded, label = read_image(index, record)
+            file.write(frame(encode_example({"image/class/label": label, "image/encoded": encoded})))
         file.flush()
         storage.sync(file.fileno(), path)
-
-
-def parse_example(index: Index, record: int, data: bytes) -> Tuple[bytes, int]:
-    """Returns (encoded image, label as stored) from the result of `read_record`; raises BadRecord naming what is missing."""
-    try:
-        return parse_features(data, int(index.lengths[record]))
-    except ValueError as error:
-        raise BadRecord(index, record, str(error), EXPECTED_FEATURES) from error

@@ -1,128 +1,20 @@
-"""The TFRecord format: framing and checksums, and the two features of a tf.train.Example that are used."""
+"""The TFRecord format: framing and checksums, and the index of a file."""
 
-import itertools
-import os
+import functools
 import re
-import stat
 import struct
-import zlib
-from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Tuple, Union
+from typing import List, Pattern, Tuple, Union
 
 import crc32c
 
-from hvd_vgg import storage
-from hvd_vgg.errors import DATA, Failure
+from hvd_vgg.data.example import STANDARD, Features, parse_label
+from hvd_vgg.data.shard_file import MAX_RECORD_BYTES, OpenShard, Shard, data_failure, place, require_plain
+from hvd_vgg.errors import Failure
+from hvd_vgg.watchdog import watchdog
 
 HEADER_BYTES, FOOTER_BYTES = 12, 4  # a record: its length, the length's checksum, the data, the data's checksum
-IMAGE, LABEL = b"image/encoded", b"image/class/label"
-EXPECTED_FEATURES = "Expected a tf.train.Example with image/encoded (one JPEG or PNG) and image/class/label (one integer)"
-_LABEL_LIMIT = 2**31  # the index holds int32
-_STRETCH_BYTES = 2**20  # read at once to find where zeros begin and end
-# How files begin that are often put in place of TFRecords, what they are, and what to do.
-_DECOMPRESS = "Training reads records by their offsets: write it plain, with tf.io.TFRecordWriter(path) without options"
-_FOREIGN = (
-    (b"\x1f\x8b", "compressed with gzip", f"{_DECOMPRESS}, or by gzip -dc"),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd", _DECOMPRESS),
-    (b"BZh", "compressed with bzip2", _DECOMPRESS),
-    (b"\xfd7zXZ", "compressed with xz", _DECOMPRESS),
-    (b"\x04\x22\x4d\x18", "compressed with lz4", _DECOMPRESS),
-    (b"PK\x03\x04", "a ZIP archive", "Unpack it"),
-    (b"version https://git-lfs", "a pointer of Git LFS", "Fetch the file itself with git lfs pull"),
-    (b"<", "a web page or XML", "Download the shard again"),
-)
-Span = Tuple[int, int]  # start and stop within the bytes of a record
-
-
-def data_failure(message: str) -> Failure:
-    """Returns a Failure(DATA); all messages about a data set begin alike."""
-    return Failure(DATA, f"data: {message}")
-
-
-def unreadable_file(path: Path, error: OSError) -> Failure:
-    """Returns the Failure(DATA) of a file or directory that the operating system refuses to read."""
-    return data_failure(f"{path} cannot be read: {error.strerror}. Expected a file that this user may read")
-
-
-def regular_file_size(path: Path, status: os.stat_result) -> int:
-    """Returns a regular file's size in bytes. Raises Failure(DATA) for anything else: a FIFO would block its reader."""
-    if not stat.S_ISREG(status.st_mode):
-        kinds = {"d": "a directory", "p": "a FIFO", "s": "a socket", "c": "a device", "b": "a device"}
-        kind = kinds.get(stat.filemode(status.st_mode)[0], "of an unknown kind")
-        raise data_failure(f"{path} is {kind}; expected a regular file or a link to one: move it away")
-    return status.st_size
-
-
-class OpenShard:
-    """A file open for reading, closed with its last reference.
-
-    A reader holds a reference while it reads, since another thread may evict the file from the cache of open shards, or
-    open the same file at the same moment and have its own cached instead.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.handle = storage.retrying(path, self._open)
-        status = os.fstat(self.handle)
-        self.size, self._modified = regular_file_size(path, status), status.st_mtime_ns
-
-    def _open(self) -> int:
-        return os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)  # opening a FIFO would wait for its writer
-
-    def _reopen(self) -> None:
-        """Opens the file anew behind the same handle, with which other threads may be reading.
-
-        Raises Failure(DATA) where it has become another. Not by its inode: FUSE file systems may number them anew.
-        """
-        handle = self._open()
-        try:
-            status = os.fstat(handle)
-            if (status.st_size, status.st_mtime_ns) != (self.size, self._modified):
-                raise data_failure(
-                    f"{self.path} was replaced, rewritten or cut off while in use: it had {self.size} bytes when it was "
-                    f"opened, and has {status.st_size} and another time of modification. Restore it as it was, then start "
-                    f"again; other data is another run, in another --run_dir"
-                )
-            os.dup2(handle, self.handle, inheritable=False)
-        finally:
-            os.close(handle)
-
-    def read(self, count: int, offset: int) -> bytes:
-        """Returns `count` bytes at `offset`, or fewer at the end of the file; repeats and raises as `storage.retrying`."""
-        return storage.retrying(self.path, lambda: storage.pread_all(self.handle, count, offset), self._reopen)
-
-    def zeros_around(self, offset: int) -> str:
-        """Returns `zeros from offset A to B` for the stretch around the zero at `offset`."""
-        first, end = offset, offset
-        while first > 0:
-            part = self.read(min(first, _STRETCH_BYTES), max(0, first - _STRETCH_BYTES))
-            first -= len(part) - len(part.rstrip(b"\0"))
-            if part.strip(b"\0"):
-                break
-        while end < self.size:
-            part = self.read(_STRETCH_BYTES, end)
-            end += len(part) - len(part.lstrip(b"\0"))
-            if part.strip(b"\0") or not part:
-                break
-        return f"zeros from offset {first} to " + (f"the end at {end}" if end == self.size else f"{end}")
-
-    def __del__(self) -> None:
-        if hasattr(self, "handle"):
-            os.close(self.handle)
-
-
-def foreign_content(head: bytes) -> Optional[Tuple[str, str]]:
-    """Returns what a file is that begins with `head` and is not a TFRecord file, and what to do; None if unknown."""
-    for magic, what, fix in _FOREIGN:
-        if head.startswith(magic):
-            return what, fix
-    if len(head) > 1 and head[0] == 0x78 and (head[0] << 8 | head[1]) % 31 == 0:  # RFC 1950, 2.2
-        try:
-            zlib.decompressobj().decompress(head)
-        except zlib.error:
-            return None
-        return "compressed with zlib", _DECOMPRESS
-    return None
+# A label is searched for in this much of a record's beginning and end before the whole record is read.
+_SEARCH_BYTES = 512
 
 
 def masked_crc(data: Union[bytes, memoryview]) -> int:
@@ -137,6 +29,11 @@ def record_header(length: int) -> bytes:
     return header + struct.pack("<I", masked_crc(header))
 
 
+def frame(data: bytes) -> bytes:
+    """Returns a record that holds `data`."""
+    return record_header(len(data)) + data + struct.pack("<I", masked_crc(data))
+
+
 def describe_damage(file: OpenShard, offset: int, found: bytes) -> str:
     """Returns what is wrong with a record's data at `offset`, followed by their checksum; "" where the checksum holds."""
     length = len(found) - FOOTER_BYTES
@@ -148,110 +45,85 @@ def describe_damage(file: OpenShard, offset: int, found: bytes) -> str:
     return f"{text}, with {file.zeros_around(offset + zeros.start())}" if zeros else text
 
 
-# The wire format of protocol buffers: https://protobuf.dev/programming-guides/encoding/. An Example holds Features (field
-# 1), a map (field 1) whose entries are a name (field 1) and a Feature (field 2), which holds a BytesList (field 1), a
-# FloatList (2) or an Int64List (3), each with `value` (field 1). protobuf's own parser needs TensorFlow, copies the image
-# once more, and takes a hundred times a malicious record's size of memory.
-_FIELD_1, _FIELD_2, _FIELD_3 = 0x0A, 0x12, 0x1A  # tags of length-delimited fields: number << 3 | 2
-_INTEGER_1 = 0x08  # the tag of field 1 where it holds one integer
-_FIXED_BYTES = {1: 8, 5: 4}  # by wire type
+def scan(file: OpenShard, features: Features = STANDARD) -> Shard:
+    """Returns the index of one file from its records' headers and labels, nearly always without reading the images.
 
-
-def parse_features(data: bytes, length: int) -> Tuple[bytes, int]:
-    """Returns (encoded image, label) of the Example data[:length]; raises ValueError saying what is wrong with it."""
-    image, label = _find_features(data, length, IMAGE, LABEL)
-    values = list(itertools.islice(_nested_fields(data, *image, _FIELD_1, _FIELD_1), 2))  # there may be millions
-    if len(values) != 1 or values[0][0] == values[0][1]:
-        raise ValueError(f"feature {IMAGE.decode()} must hold one byte string that is not empty")
-    return data[slice(*values[0])], _parse_label(data, label)
-
-
-def parse_label(data: bytes) -> int:
-    """Returns the label of an Example, which need not have an image; raises ValueError saying what is wrong with it."""
-    return _parse_label(data, _find_features(data, len(data), LABEL)[0])
-
-
-def _parse_label(data: bytes, feature: Span) -> int:
-    values = list(itertools.islice(_integers(data, feature), 2))
-    if len(values) != 1:
-        raise ValueError(f"feature {LABEL.decode()} holds {'several integers' if values else 'no integer'}; expected one")
-    if not -_LABEL_LIMIT <= values[0] < _LABEL_LIMIT:
-        raise ValueError(f"feature {LABEL.decode()} is {values[0]}")
-    return values[0]
-
-
-def _find_features(data: bytes, length: int, *names: bytes) -> List[Span]:
-    """Returns the spans of the Features called `names` in the Example data[:length]; of equal names the first counts.
-
-    Raises ValueError saying which is missing, or why this is no Example.
+    Raises Failure(DATA) naming the record where the file is empty or cut off, a header's checksum is wrong, or a record has
+    anything but one label; OSError.
     """
-    spans: Dict[bytes, Span] = {}
-    others: List[str] = []
-    for start, stop in _nested_fields(data, 0, length, _FIELD_1, _FIELD_1):
-        name, value = b"", (0, 0)
-        for tag, first, last in _fields(data, start, stop):
-            if tag == _FIELD_1:
-                name = data[first : min(last, first + 64)]
-                if name not in names:
-                    break  # writers put the name first: the values of most features are not even looked at
-            elif tag == _FIELD_2:
-                value = (first, last)
-        if name in names and value[0]:
-            spans.setdefault(name, value)
-        if len(spans) == len(names):
-            return [spans[name] for name in names]
-        if len(others) < 20:  # there may be millions
-            others.append(repr(name.decode("utf-8", "replace"))[1:-1])  # printable, whatever it holds
-    missing = next(name for name in names if name not in spans)
-    raise ValueError(f"feature {missing.decode()} is missing; it has {', '.join(others) or 'none'}")
+    path, size = file.path, file.size
+    entry = _label_entry(features.label)
+    records: List[Tuple[int, int, int]] = []
+    start, unpack = 0, struct.Struct("<QI").unpack_from
 
+    def failure(reason: str) -> Failure:
+        return data_failure(f"{place(path, len(records), start)}: {reason}")
 
-def _integers(data: bytes, feature: Span) -> Iterator[int]:
-    for start, stop in _nested_fields(data, *feature, _FIELD_3):
-        for tag, first, last in _fields(data, start, stop):
-            while tag in (_FIELD_1, _INTEGER_1) and first < last:  # several in one field (packed), or one
-                value, first = _varint(data, first, last)
-                yield value - 2**64 if value >= 2**63 else value
+    def cut_off(expected: str) -> Failure:
+        return failure(
+            f"expected {expected}, but the file ends at byte {size} (cut off while copying?). Copy the shard again"
+        )
 
-
-def _nested_fields(data: bytes, start: int, stop: int, *tags: int) -> Iterator[Span]:
-    """Yields the spans of the fields with the last of `tags` in those with the one before it, from the outermost message."""
-    for tag, first, last in _fields(data, start, stop):
-        if tag == tags[0]:
-            if len(tags) == 1:
-                yield first, last
-            else:
-                yield from _nested_fields(data, first, last, *tags[1:])
-
-
-def _fields(data: bytes, start: int, stop: int) -> Iterator[Tuple[int, int, int]]:
-    """Yields the tag of each field of the message at [start, stop), and the start and stop of its value."""
-    while start < stop:
-        tag, start = _varint(data, start, stop)
-        wire_type = tag & 7
-        if wire_type == 2:
-            length, start = _varint(data, start, stop)
-            end = start + length
-        elif wire_type == 0:
-            end = _varint(data, start, stop)[1]
-        elif wire_type in _FIXED_BYTES:
-            end = start + _FIXED_BYTES[wire_type]
-        else:
-            raise ValueError(f"not a tf.train.Example (wire type {wire_type})")
-        if end > stop:
-            raise ValueError("not a tf.train.Example (a field is longer than the message that holds it)")
-        yield tag, start, end
+    while start < size:
+        if not len(records) % 4096:
+            watchdog.heartbeat(phase="start")
+        # One read for the header and what follows it. No more of it: records are far apart, and the rest is the image.
+        head = file.read(HEADER_BYTES + _SEARCH_BYTES, start)
+        if head and not head[:HEADER_BYTES].strip(b"\0"):
+            raise failure(
+                f"{file.zeros_around(start)} of {size} bytes, where a record was expected (a copy that was cut off after "
+                f"its space was reserved, or a hole in it). Copy the shard again"
+            )
+        if len(head) < HEADER_BYTES:
+            raise cut_off(f"a header of {HEADER_BYTES} bytes")
+        length, checksum = unpack(head)
+        if checksum != masked_crc(head[:8]):
+            if not start:
+                require_plain(path, head, "a plain TFRecord file")
+            raise failure(
+                "the checksum of the record's length is wrong (not a TFRecord file, or damaged). Copy the shard again"
+            )
+        end = start + HEADER_BYTES + length + FOOTER_BYTES
+        if end > size:
+            raise cut_off(f"{length} bytes of data and a checksum")
+        if length > MAX_RECORD_BYTES:
+            limit = f"expected at most {MAX_RECORD_BYTES}, one image"
+            raise failure(f"it claims {length} bytes of data; {limit}. Leave the record out")
+        try:
+            label = _find_label(head, file, start + HEADER_BYTES, length, entry, features)
+        except ValueError as error:
+            damage = describe_damage(file, start + HEADER_BYTES, file.read(length + FOOTER_BYTES, start + HEADER_BYTES))
+            raise failure(f"{damage}. Copy the shard again" if damage else f"{error}. {features.expected}") from error
+        records.append((start + HEADER_BYTES, length, label))
         start = end
+    return Shard.of_records(records)
 
 
-def _varint(data: bytes, start: int, stop: int) -> Tuple[int, int]:
-    """Returns (value, offset after it) of the variable-length integer at `start`."""
-    value = shift = 0
-    while start < stop and shift < 70:
-        byte = data[start]
-        start += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, start
-        shift += 7
-    raise ValueError("not a tf.train.Example (an integer is cut off or too long)")
+@functools.lru_cache(maxsize=4)
+def _label_entry(name: bytes) -> Pattern[bytes]:
+    """Returns what matches the name and Feature of a label of one byte (0..127) or two, packed or not.
+
+    It is what writers of Examples produce. A match is a shortcut to what `parse_label` would find; reading the record whole
+    verifies it.
+    """
+    return re.compile(
+        b"\n" + re.escape(bytes([len(name)]) + name) + rb"\x12(?:(?:\x05\x1a\x03\n\x01|\x04\x1a\x02\x08)([\x00-\x7f])"
+        rb"|(?:\x06\x1a\x04\n\x02|\x05\x1a\x03\x08)([\x80-\xff][\x01-\x7f]))"
+    )
+
+
+def _find_label(head: bytes, file: OpenShard, offset: int, length: int, entry: Pattern[bytes], features: Features) -> int:
+    """Returns the label of the record of `length` bytes at `offset`, whose header and first bytes are `head`."""
+    found = entry.search(head, HEADER_BYTES, HEADER_BYTES + length)
+    if not found and length > _SEARCH_BYTES:
+        found = entry.search(file.read(_SEARCH_BYTES, offset + length - _SEARCH_BYTES))
+    if not found:
+        return parse_label(file.read(length, offset), features)
+    low, high = found[1] or found[2][:1], found[2] or b"\0\0"
+    return low[0] & 0x7F | high[1] << 7
+
+
+def could_be_index(shard: Shard, size: int) -> bool:
+    """Returns whether `scan` could have made `shard` of a file of `size` bytes."""
+    starts, ends = shard.offsets - HEADER_BYTES, shard.offsets + shard.lengths + FOOTER_BYTES
+    return bool(starts[0] == 0 and (starts[1:] == ends[:-1]).all() and ends[-1] == size)

@@ -11,21 +11,20 @@ import numpy as np
 from hvd_vgg.config import DoctorConfig
 from hvd_vgg.data.index import (
     Index,
-    Shard,
     cache_places,
     cached_shards,
     find_label_base,
-    find_shards,
     join,
     pack_shards,
     scan_shard,
-    shard_bytes,
     unpack_shards,
     unseen_labels,
 )
+from hvd_vgg.data.layout import TITLES, Found, Layout, find_split, shard_bytes
 from hvd_vgg.data.mended import count_writes, decoder_message, decoder_messages, describe
-from hvd_vgg.data.reader import parse_example, read_record
+from hvd_vgg.data.reader import read_image
 from hvd_vgg.data.sampler import slice_bounds
+from hvd_vgg.data.shard_file import Shard
 from hvd_vgg.data.transforms import eval_image
 from hvd_vgg.doctor.report import Report
 from hvd_vgg.doctor.settings import check_schedule
@@ -34,7 +33,7 @@ from hvd_vgg.parallel import comm
 from hvd_vgg.reporting.console import Console
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
 from hvd_vgg.text import plural
-from hvd_vgg.training.dataset import TURN_SECONDS, open_split
+from hvd_vgg.training.dataset import TURN_SECONDS, choose_label_base, open_split
 
 _BLOCK = 1024  # records that are given to the threads at once; ranks wait for each other after each block
 _MAX_NAMED = 20  # bad records and shards that are named; the others are only counted
@@ -50,8 +49,9 @@ def check_dataset(report: Report, config: DoctorConfig, threads: int) -> None:
     limit = report.time_limit("data", f"{config.data_dir} was not scanned")
     train_records = 0  # about
     with contextlib.nullcontext() if config.full else limit:
-        paths = {split: _find_same_shards(config.data_dir, split, found) for split in ("train", "validation")}
-        indexes = {split: _scan(config, split, paths[split], console, found) for split in paths if paths[split]}
+        shards = {split: _find_same_shards(config, split, found) for split in ("train", "validation")}
+        paths = {split: found_split[1] for split, found_split in shards.items() if found_split}
+        indexes = {split: _scan(config, split, *each, console, found) for split, each in shards.items() if each}
         train, validation = indexes.get("train"), indexes.get("validation")
         if train:
             train_records = train.records * len(paths["train"]) // len(train.paths)
@@ -66,22 +66,22 @@ def check_dataset(report: Report, config: DoctorConfig, threads: int) -> None:
     found += check_schedule(config, train_records)
 
 
-def _find_same_shards(data_dir: str, split: str, found: List[Finding]) -> List[Path]:
-    """Returns the split's shards if all ranks have the same; else nothing, and adds what is wrong on this rank."""
-    paths: List[Path] = []
+def _find_same_shards(config: DoctorConfig, split: str, found: List[Finding]) -> Optional[Found]:
+    """Returns the split's layout and shards if all ranks have the same; else None, and adds what is wrong on this rank."""
+    split_files: Optional[Found] = None
     sizes: Dict[str, int] = {}
     try:
-        paths = find_shards(data_dir, split)
-        sizes = shard_bytes(paths)
+        split_files = find_split(config, split)
+        sizes = shard_bytes(split_files[1], split_files[0])
     except Failure as error:
         found.append(_to_finding(error))
     everyones = comm.gather_json(sizes)  # empty on a rank that failed
     differing = sorted({name for name, _ in sizes.items() ^ everyones[0].items()})
     if sizes and everyones[0] and differing:
         names = ", ".join(differing[:3]) + (", ..." if len(differing) > 3 else "")
-        text = f"{data_dir}: {split} shards differ from those of rank 0: {names}"
+        text = f"{config.data_dir}: {split} shards differ from those of rank 0: {names}"
         found.append(failure("data", text, "copy the same files to every host"))
-    return paths if all(each and each == sizes for each in everyones) else []
+    return split_files if all(each and each == sizes for each in everyones) else None
 
 
 def _to_finding(error: Failure) -> Finding:
@@ -90,7 +90,9 @@ def _to_finding(error: Failure) -> Finding:
     return failure("data", text or fix, fix if text else "follow the message")
 
 
-def _scan(config: DoctorConfig, split: str, paths: List[Path], console: Console, found: List[Finding]) -> Optional[Index]:
+def _scan(
+    config: DoctorConfig, split: str, layout: Layout, paths: List[Path], console: Console, found: List[Finding]
+) -> Optional[Index]:
     """Returns the index of the split with --full, else of shards that are cached or scanned in a few seconds.
 
     It is equal on all ranks, and None if no shard can be read. Adds bad shards and the number of records.
@@ -100,19 +102,19 @@ def _scan(config: DoctorConfig, split: str, paths: List[Path], console: Console,
     bad: List[Finding] = []
     if config.full:
         try:
-            index = open_split(config.data_dir, split, Path(config.run_dir), console)
+            index = open_split(config, split, Path(config.run_dir), console)
         except Failure as error:
             refused = [_to_finding(error)]
     if index is None:
-        mine, bad = _scan_shards(config, split, paths)
+        mine, bad = _scan_shards(config, split, layout, paths)
         shards: Dict[int, Shard] = {}
         for data in comm.gather_bytes(pack_shards(mine)):  # in the same order on all ranks
             shards.update(unpack_shards(data))
-        index = join([paths[number] for number in shards], list(shards.values())) if shards else None
+        index = join([paths[number] for number in shards], list(shards.values()), layout) if shards else None
     unreadable = int(comm.gather_numbers([len(bad)]).sum())
     found += bad[:_MAX_NAMED] if unreadable else refused  # bad shards are the reason why all of it was refused
     if index is not None:
-        text = f"{split}: {index.records:,} records in {plural(len(paths), 'shard')}"
+        text = f"{split}: {index.records:,} records in {plural(len(paths), 'shard')}, {TITLES[layout.kind]}"
         if len(index.paths) + unreadable < len(paths):
             text += f" at least: {len(index.paths)} were scanned; training indexes the others once, as --full does"
         if unreadable:
@@ -121,16 +123,18 @@ def _scan(config: DoctorConfig, split: str, paths: List[Path], console: Console,
     return index
 
 
-def _scan_shards(config: DoctorConfig, split: str, paths: List[Path]) -> Tuple[Dict[int, Shard], List[Finding]]:
+def _scan_shards(
+    config: DoctorConfig, split: str, layout: Layout, paths: List[Path]
+) -> Tuple[Dict[int, Shard], List[Finding]]:
     """Returns this rank's part of the shards, by number, and those that cannot be read; without --full for some seconds."""
-    cached = cached_shards(cache_places(config.data_dir, split, Path(config.run_dir)), paths)
+    cached = cached_shards(cache_places(config.data_dir, split, Path(config.run_dir)), paths, layout)
     started, shards, bad = time.monotonic(), {}, []
     for number in range(comm.rank(), len(paths), comm.size()):
         if number in cached and cached[number].unchanged:
             shards[number] = cached[number].shard
         elif config.full or time.monotonic() - started <= TURN_SECONDS:
             try:
-                shards[number] = scan_shard(paths[number])
+                shards[number] = scan_shard(paths[number], layout)
             except Failure as error:
                 bad.append(_to_finding(error))
     return shards, bad
@@ -139,7 +143,7 @@ def _scan_shards(config: DoctorConfig, split: str, paths: List[Path]) -> Tuple[D
 def assess_labels(config: DoctorConfig, train: Index, validation: Index, complete: bool) -> Iterator[Finding]:
     """Yields what the labels of both splits mean; complete: all shards are in their indexes."""
     labels, classes = np.union1d(train.labels, validation.labels), config.num_classes
-    base = find_label_base(labels, classes) if config.label_base == "auto" else int(config.label_base)
+    base = choose_label_base(config, find_label_base(labels, classes), train)
     unseen = unseen_labels(train, validation) if complete else ""
     if unseen:
         yield warning("data", unseen, "they count as misses: convert both splits with the same labels")
@@ -190,7 +194,7 @@ def _check_record(index: Index, record: int, config: DoctorConfig) -> Tuple[str,
     """Returns what is wrong with a record, "" if it decodes; and whether the decoder may have printed a message about it."""
     written, error = count_writes(), ""
     try:
-        encoded, _ = parse_example(index, record, read_record(index, record))
+        encoded, _ = read_image(index, record)
         # All of the image: training may see any part of it.
         eval_image(encoded, 0.0, config.resize, np.empty([config.image_size, config.image_size, 3], np.uint8))
     except Failure as failed:
@@ -202,5 +206,5 @@ def _check_record(index: Index, record: int, config: DoctorConfig) -> Tuple[str,
 
 def _mended(index: Index, record: int) -> str:
     """Returns what the decoder says of a record that decodes; "" if nothing."""
-    message = decoder_message(parse_example(index, record, read_record(index, record))[0])
+    message = decoder_message(read_image(index, record)[0])
     return f"{index.where(record)}: {describe(message)}" if message else ""

@@ -7,24 +7,23 @@ from typing import Dict, List, NamedTuple
 
 import numpy as np
 
-from hvd_vgg.config import BatchConfig
+from hvd_vgg.config import BatchConfig, DataConfig
 from hvd_vgg.data.index import (
     Index,
-    Shard,
     cache_places,
     cached_shards,
     check_labels,
     find_label_base,
-    find_shards,
     join,
     pack_shards,
     save_cache,
     scan_shard,
-    shard_bytes,
     unpack_shards,
     unseen_labels,
 )
-from hvd_vgg.data.tfrecord import FOOTER_BYTES, data_failure
+from hvd_vgg.data.layout import FOLDERS, TITLES, WEBDATASET, Layout, find_split, shard_bytes
+from hvd_vgg.data.shard_file import Shard, data_failure
+from hvd_vgg.data.tfrecord import FOOTER_BYTES
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import require_equal, run_on_all_ranks, run_on_root
 from hvd_vgg.reporting.console import Console
@@ -44,9 +43,10 @@ class Splits(NamedTuple):
 
 def open_data(config: BatchConfig, run_dir: Path, console: Console) -> Splits:
     """Returns both splits, their labels checked, the same on all ranks. Collective; failures are those of `open_split`."""
-    train, validation = (open_split(config.data_dir, split, run_dir, console) for split in ("train", "validation"))
+    train, validation = (open_split(config, split, run_dir, console) for split in ("train", "validation"))
+    run_on_all_ranks(lambda: require_one_layout(train.layout, validation.layout))
     found = find_label_base(np.concatenate([train.labels, validation.labels]), config.num_classes)
-    label_base = found if config.label_base == "auto" else int(config.label_base)
+    label_base = choose_label_base(config, found, train)
     for index in (train, validation):
         run_on_all_ranks(functools.partial(check_labels, index, label_base, config.num_classes))
     unseen = unseen_labels(train, validation)
@@ -55,54 +55,71 @@ def open_data(config: BatchConfig, run_dir: Path, console: Console) -> Splits:
     return Splits(train, validation, label_base)
 
 
-def open_split(data_dir: str, split: str, fallback_dir: Path, console: Console) -> Index:
+def require_one_layout(train: Layout, validation: Layout) -> None:
+    """Raises Failure(DATA) where the splits have different layouts, which may count their classes differently."""
+    if train.kind != validation.kind:
+        raise data_failure(
+            f"{train.root}: train is {TITLES[train.kind]}, validation is {TITLES[validation.kind]}; expected both alike. "
+            f"Choose with --data_format={train.kind} or --data_format={validation.kind}"
+        )
+
+
+def choose_label_base(config: DataConfig, found: int, split: Index) -> int:
+    """Returns the label of the first class: that of --label_base, else of the layout, else the one found from labels."""
+    if config.label_base != "auto":
+        return int(config.label_base)
+    return found if split.layout.label_base is None else split.layout.label_base
+
+
+def open_split(config: DataConfig, split: str, fallback_dir: Path, console: Console) -> Index:
     """Returns the index of a split, the same on all ranks. Collective.
 
     It is cached as `.hvd_vgg_index_SPLIT.npz` in the data directory, or in `fallback_dir` where that cannot be written.
     Shards that have changed since are scanned again, and refused where they were cut between two records. Raises a
     collective Failure(DATA), or Failure(CONFIGURATION) where ranks see different files.
     """
-    paths = run_on_all_ranks(lambda: find_shards(data_dir, split))
-    sizes = run_on_all_ranks(lambda: shard_bytes(paths))
-    require_equal(f"the {split} shards in {data_dir} (bytes of each)", sizes)
+    layout, paths = run_on_all_ranks(lambda: find_split(config, split))
+    sizes = run_on_all_ranks(lambda: shard_bytes(paths, layout))
+    require_equal(f"the {split} shards in {config.data_dir} (bytes of each)", sizes)
 
-    places = cache_places(data_dir, split, fallback_dir)
-    cached = run_on_root(lambda: cached_shards(places, paths)) or {}  # other ranks may have no such file
+    places = cache_places(config.data_dir, split, fallback_dir)
+    cached = run_on_root(lambda: cached_shards(places, paths, layout)) or {}  # other ranks may have no such file
     unchanged = {number: each.shard for number, each in cached.items() if each.unchanged}
     known = unpack_shards(comm.broadcast_bytes(pack_shards(unchanged)))
     stale = [number for number in range(len(paths)) if number not in known]
     if stale and known:
         console.say(f"{split}: {len(stale)} of {len(paths)} shards are new or have changed since they were indexed")
-    _scan_together(split, paths, known, console)
+    _scan_together(split, paths, layout, known, console)
 
     changed = {number: each.shard for number, each in cached.items() if not each.unchanged}
-    run_on_all_ranks(lambda: _check_not_cut(changed, known, paths))
+    if layout.kind not in (FOLDERS, WEBDATASET):  # the end of a tar archive is marked
+        run_on_all_ranks(lambda: _check_not_cut(changed, known, paths))
     if changed:
         before, after = (sum(len(shards[number].offsets) for number in changed) for shards in (changed, known))
         console.say(f"{split}: the changed shards held {before} records when they were indexed and hold {after} now")
-    index = join(paths, [known[number] for number in range(len(paths))])
+    index = join(paths, [known[number] for number in range(len(paths))], layout)
     if stale and comm.is_root():
         _save_index(places, index, console)
     return index
 
 
-def _scan_together(split: str, paths: List[Path], known: Dict[int, Shard], console: Console) -> None:
+def _scan_together(split: str, paths: List[Path], layout: Layout, known: Dict[int, Shard], console: Console) -> None:
     """Adds the shards that are missing in `known`, each scanned by one rank, on all ranks. Collective."""
     mine = [number for number in range(len(paths)) if number not in known][comm.rank() :: comm.size()]
     progress = console.progress(f"indexing {split}", len(paths), "shards", len(known))
     while len(known) < len(paths):
-        scanned = run_on_all_ranks(lambda: _scan_for(TURN_SECONDS, paths, [n for n in mine if n not in known]))
+        scanned = run_on_all_ranks(lambda: _scan_for(TURN_SECONDS, paths, layout, [n for n in mine if n not in known]))
         for data in comm.gather_bytes(pack_shards(scanned)):
             known.update(unpack_shards(data))
         progress.update(len(known))
         watchdog.heartbeat(phase="start")
 
 
-def _scan_for(seconds: float, paths: List[Path], numbers: List[int]) -> Dict[int, Shard]:
+def _scan_for(seconds: float, paths: List[Path], layout: Layout, numbers: List[int]) -> Dict[int, Shard]:
     """Returns the first shards of `numbers`, as many as are scanned in `seconds` and at least one."""
     stop, found = time.monotonic() + seconds, {}
     for number in numbers:
-        found[number] = scan_shard(paths[number])
+        found[number] = scan_shard(paths[number], layout)
         if time.monotonic() > stop:
             break
     return found

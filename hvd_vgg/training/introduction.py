@@ -6,6 +6,7 @@ import socket
 from typing import Any, Dict, List
 
 from hvd_vgg.config import TrainConfig, profiled_steps
+from hvd_vgg.data.layout import TITLES
 from hvd_vgg.data.sampler import part_bounds
 from hvd_vgg.data.transforms import image_library
 from hvd_vgg.models.architecture import count_parameters, vgg_layers
@@ -78,7 +79,8 @@ def _print_run(
     parameters = count_parameters(vgg_layers(config.model, config.width, config.image_size, config.num_classes))
     reporter.say(f"{config.model} at width {config.width:g}, {config.image_size} pixels: {parameters:,} parameters")
     reporter.say(
-        f"{data.train.records} records to train on, {data.validation.records} to evaluate; labels from {data.label_base} "
+        f"{data.train.records} records to train on, {data.validation.records} to evaluate; {TITLES[data.train.layout.kind]} "
+        f"(--data_format={data.train.layout.kind}); labels from {data.label_base} "
         f"({'0 is background' if data.label_base else 'no background'}; --label_base overrides)"
     )
     side_by_side = f", {device.micro_batches} at a time" if device.micro_batches > 1 else ""

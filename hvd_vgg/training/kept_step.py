@@ -1,6 +1,6 @@
 """What a run keeps of a step that was not finite, for `hvd-vgg replay`; and the steps that it skips from then on.
 
-`RUN_DIR/nonfinite/step-00000123/` holds the records of the step's global batch in order, as they lie in the data
+`RUN_DIR/nonfinite/step-00000123/` holds the images and labels of the step's global batch, in order
 (`records-00000-of-00001`), the state before it (`state.safetensors`), the flags (`flags.txt`) and what was
 found (`report.json`, written last). `RUN_DIR/nonfinite/skipped.json` holds the steps that --on_nonfinite=rewind skips.
 """

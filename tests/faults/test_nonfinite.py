@@ -12,9 +12,10 @@ from oracles import assert_same_run, assert_same_state, assert_true, events, new
 from support import full
 
 from hvd_vgg.config import TrainConfig
-from hvd_vgg.data.index import find_shards, join, scan_shard
+from hvd_vgg.data.index import join, scan_shard
+from hvd_vgg.data.layout import find_shards
 from hvd_vgg.data.loader import load_records, train_batches
-from hvd_vgg.data.reader import read_record
+from hvd_vgg.data.reader import read_image
 from hvd_vgg.data.sampler import Positions, positions, sample_seeds
 from hvd_vgg.flags import parse_flags
 from hvd_vgg.training import checkpoint
@@ -68,7 +69,7 @@ def test_kept_step_has_its_records_and_the_state_before_it(stopped, tmp_path, da
     assert [rank["at_fault"] for rank in report["ranks"]] == [[], list(range(16, 32))]
 
     def contents(index, chosen):
-        return [read_record(index, record) for record in chosen]
+        return [read_image(index, record) for record in chosen]
 
     paths, kept = find_shards(str(data), "train"), folder / "records-00000-of-00001"
     whole = join(paths, [scan_shard(path) for path in paths])

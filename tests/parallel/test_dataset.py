@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from support import example, picture, write_data, write_shard
 
-from hvd_vgg.data.index import find_shards, join, scan_shard
+from hvd_vgg.data.index import join, scan_shard
+from hvd_vgg.data.layout import find_shards
 from hvd_vgg.errors import DATA, Failure
 from hvd_vgg.parallel import comm
 from hvd_vgg.reporting.console import Console
@@ -39,7 +40,7 @@ def expected(folder):
 
 def assert_equal(found, wanted):
     assert found.paths == wanted.paths
-    for a, b in zip(found[1:], wanted[1:]):
+    for a, b in zip(found[1:6], wanted[1:6]):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
 

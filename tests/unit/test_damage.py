@@ -108,7 +108,7 @@ def test_scan_shard_says_what_a_foreign_file_is(tmp_path, change, told):
     path.write_bytes(change(path.read_bytes()))
     message = failure_of(lambda: scan_shard(path))
     assert f"{path} is {told}" in message and "expected a plain TFRecord file. " in message
-    assert ("tf.io.TFRecordWriter(path) without options" in message) == ("compressed" in told)
+    assert (f" < {path} > PLAIN/{path.name}" in message) == ("compressed" in told)
 
 
 def test_scan_shard_takes_a_long_first_record_for_a_record(tmp_path):

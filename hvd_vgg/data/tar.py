@@ -1,0 +1,161 @@
+"""Images in tar archives, read where they lie: shards of WebDataset, and the archives of ILSVRC2012.
+
+WebDataset (https://github.com/webdataset/webdataset): members that follow each other and share a name up to its first dot
+are one sample, here NAME.jpg (or .jpeg, .png) and NAME.cls, the label as text.
+"""
+
+import io
+import itertools
+import tarfile
+from typing import Iterator, List, NamedTuple, Tuple
+
+from hvd_vgg.data.shard_file import MAX_RECORD_BYTES, OpenShard, Shard, data_failure, place, require_plain
+from hvd_vgg.errors import Failure
+from hvd_vgg.text import plural
+from hvd_vgg.watchdog import watchdog
+
+HEADER_BYTES = tarfile.BLOCKSIZE  # before each member's data
+_IMAGES = ("jpg", "jpeg", "png")
+_LABEL_BYTES = 32  # more than any label has digits
+_EXPECTED = "Expected NAME.jpg (or .jpeg, .png) and NAME.cls, one after the other"
+
+
+class Member(NamedTuple):
+    """A regular file in an archive."""
+
+    name: str
+    offset: int  # of its data, in bytes
+    size: int  # bytes
+
+
+class _Stretch(io.RawIOBase):
+    """Bytes [start, start + size) of a file, as a stream for tarfile."""
+
+    def __init__(self, file: OpenShard, start: int, size: int) -> None:
+        super().__init__()
+        self.file, self.start, self.size, self.position = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence])
+        return self.position
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self.size - self.position)
+        count = left if size < 0 else min(size, left)
+        if count > MAX_RECORD_BYTES:  # a long name or extended header that claims so much
+            raise tarfile.ReadError(f"a header of {count} bytes")
+        data = self.file.read(count, self.start + self.position)
+        self.position += len(data)
+        return data
+
+
+def members(file: OpenShard, start: int = 0, size: int = -1) -> Iterator[Member]:
+    """Yields the regular files of the archive at bytes [start, start + size) of a file, in order; -1: all of the file.
+
+    Raises Failure(DATA) where the archive is damaged or cut off, which tarfile alone would take for its end; OSError.
+    """
+    size = file.size if size < 0 else size
+    stream = _Stretch(file, start, size)
+    count, end = 0, 0
+    try:
+        # Latin-1 has a character for each byte: no name is refused, and none is altered.
+        archive = tarfile.open(fileobj=stream, mode="r:", encoding="latin-1")  # noqa: SIM115 (it owns nothing)
+        while True:
+            member = archive.next()
+            if member is None:
+                break
+            end = member.offset_data + (-(-member.size // HEADER_BYTES) * HEADER_BYTES if member.isreg() else 0)
+            if member.isreg() and not member.issparse():
+                if end > size:
+                    raise tarfile.ReadError(f"{member.name[:64]!r} has {member.size} bytes, and the archive ends at {size}")
+                yield Member(member.name, start + member.offset_data, member.size)
+            count += 1
+
+            if not count % 4096:
+                watchdog.heartbeat(phase="start")
+    except (OSError, Failure, GeneratorExit):
+        raise
+    except Exception as error:  # whatever tarfile makes of a damaged header: tarfile.TarError, ValueError, RecursionError
+        raise _damaged(file, start + end, f"{type(error).__name__}: {str(error)[:200]}") from error
+    tail = file.read(HEADER_BYTES, start + end)
+    if len(tail) < HEADER_BYTES or tail.strip(b"\0"):
+        found = f"{len(tail)} bytes" if len(tail) < HEADER_BYTES else "no intact header"
+        raise _damaged(file, start + end, f"expected another member or the end of the archive, found {found}")
+
+
+def _damaged(file: OpenShard, offset: int, reason: str) -> Failure:
+    require_plain(file.path, file.read(HEADER_BYTES, 0), "a plain tar archive")
+    return data_failure(f"{file.path}, offset {offset}: not a whole tar archive ({reason}). Copy the file again")
+
+
+def scan(file: OpenShard) -> Shard:
+    """Returns the index of a shard of WebDataset; raises Failure(DATA) naming the sample that lacks a part; OSError."""
+    records: List[Tuple[int, int, int]] = []
+    for key, sample in itertools.groupby(members(file), _sample_key):
+        parts = [(_extension(member), member) for member in sample]
+        images = [member for extension, member in parts if extension in _IMAGES]
+        labels = [member for extension, member in parts if extension == "cls"]
+        if not images and not labels:
+            continue  # what belongs to no sample, such as a README
+        number = len(records)
+        if len(images) != 1 or len(labels) != 1:
+            where = place(file.path, number, (images or labels)[0].offset)
+            found = f"{plural(len(images), 'image')} and {plural(len(labels), 'label')}"
+            raise data_failure(f"{where}: sample {key!a} has {found}. {_EXPECTED}")
+        _require_readable(file, number, images[0])
+        records.append((images[0].offset, images[0].size, _read_label(file, number, labels[0])))
+    if not records:
+        raise data_failure(f"{file.path} has no sample. {_EXPECTED}")
+    return Shard.of_records(records)
+
+
+def _sample_key(member: Member) -> str:
+    folder, _, name = member.name.rpartition("/")
+    return f"{folder}/{name.partition('.')[0]}"
+
+
+def _extension(member: Member) -> str:
+    return member.name.rpartition("/")[2].partition(".")[2].lower()
+
+
+def _require_readable(file: OpenShard, number: int, member: Member) -> None:
+    where = place(file.path, number, member.offset)
+    if not 0 < member.size <= MAX_RECORD_BYTES:
+        limit = f"expected 1 to {MAX_RECORD_BYTES}, one image"
+        raise data_failure(f"{where}: {member.name!r} has {member.size} bytes; {limit}. Leave it out")
+    if read_header(file.read(HEADER_BYTES, member.offset - HEADER_BYTES)).size != member.size:
+        raise data_failure(f"{where}: the header of {member.name!r} holds no size. Write the archive in the format ustar")
+
+
+def _read_label(file: OpenShard, number: int, member: Member) -> int:
+    text = file.read(min(member.size, _LABEL_BYTES), member.offset).strip()
+    if not text.isdigit() or not int(text) < 2**31:
+        raise data_failure(
+            f"{place(file.path, number, member.offset)}: {member.name!r} holds {text.decode('latin-1')!a}. Expected a "
+            f"label from 0"
+        )
+    return int(text)
+
+
+def read_header(header: bytes) -> Member:
+    """Returns the member that a header of 512 bytes describes, its size -1 where it is none."""
+    try:
+        found = tarfile.TarInfo.frombuf(header, "latin-1", "strict")
+        return Member(found.name, HEADER_BYTES, found.size)
+    except (tarfile.TarError, ValueError):
+        return Member("", HEADER_BYTES, -1)
+
+
+def could_be_index(shard: Shard, size: int) -> bool:
+    """Returns whether `scan` could have made `shard` of a file of `size` bytes."""
+    ends = shard.offsets + shard.lengths
+    return bool(shard.offsets[0] >= HEADER_BYTES and (shard.offsets[1:] > ends[:-1]).all() and ends[-1] <= size)
