@@ -83,7 +83,7 @@ def scan_shard(path: Path, layout: Layout = _PLAIN) -> Shard:
         _require_records(path, len(shard.offsets), layout)
         return shard
     except OSError as error:
-        raise unreadable_file(path, error) from error
+        raise unreadable_file(Path(error.filename or path), error) from error
 
 
 def _require_records(path: Path, found: int, layout: Layout) -> None:
