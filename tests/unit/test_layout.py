@@ -1,6 +1,5 @@
 """Layouts: found by looking, named by flags, refused where they are not whole or not one; what is beside them is used."""
 
-import itertools
 import json
 import os
 import shutil
@@ -273,33 +272,33 @@ def test_shards_are_counted_where_the_data_set_says(layouts, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_storage_that_hiccups_is_read_again(layouts, monkeypatch, kind):
-    """Whatever is asked of it first: names, kinds and sizes of files, and their bytes."""
+    """Whatever is asked of it: names, kinds and sizes of files, and their bytes."""
     monkeypatch.setattr(storage, "WAITS", (0.001,))
     monkeypatch.setattr(storage, "_given_up", {})
-    rows = expected(layouts)
-    for number in itertools.count():
-        calls = itertools.count()
+    rows, calls, hiccups = expected(layouts), [], {-1}
 
-        def hiccup(call):
-            def maybe(*arguments, **named):
-                if next(calls) == number:
-                    raise OSError(EIO, os.strerror(EIO), str(arguments[0]))
-                return call(*arguments, **named)
+    def counted(call):
+        def maybe(*arguments, **named):
+            calls.append(call)
+            if len(calls) in hiccups:
+                raise OSError(EIO, os.strerror(EIO), str(arguments[0]))
+            return call(*arguments, **named)
 
-            return maybe
+        return maybe
 
-        with monkeypatch.context() as patch:
-            patch.setattr(storage, "_told", set())
-            for place, name in ((os, "open"), (os, "pread"), (os, "scandir"), (Path, "stat"), (Path, "iterdir")):
-                patch.setattr(place, name, hiccup(getattr(place, name)))
-            index = open_split(layouts / kind)
-            found = [read_image(index, 0), read_image(index, index.records - 1)]
-            done = next(calls) <= number
-        assert found == [(image, label + BASES[kind]) for image, label in (rows[0], rows[-1])]
-        assert reads_in_progress() == []
-        if done:
-            break
-    assert number > 10
+    def found():
+        calls.clear()
+        index = open_split(layouts / kind)
+        return [read_image(index, 0), read_image(index, index.records - 1)]
+
+    for place, name in ((os, "open"), (os, "pread"), (os, "scandir"), (Path, "stat"), (Path, "iterdir")):
+        monkeypatch.setattr(place, name, counted(getattr(place, name)))
+    first = found()
+    assert first == [(image, label + BASES[kind]) for image, label in (rows[0], rows[-1])]
+    assert len(calls) > 10 and len(set(calls)) >= 4
+    for number in np.unique(np.linspace(1, len(calls), 10, dtype=int)).tolist():
+        hiccups = {number}
+        assert found() == first and reads_in_progress() == []
 
 
 def test_names_of_classes(layouts, tmp_path):

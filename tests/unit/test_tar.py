@@ -255,7 +255,7 @@ def mutate(draw, data, headers):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_scan_of_mutated_archives_loses_nothing(tmp_path, kind):
-    """250 in all: each is refused, or has the same records, and labels unless their own bytes changed, which nothing checks."""
+    """250 in all: each is refused, or has the same records, and labels but for those whose own bytes changed."""
     draw, told = random.Random(f"{kind}7"), 0
     name = "{}" if kind == "ustar" else "long/" * 24 + "{}"
     parts = [each for key, image, label in SAMPLES for each in sample(name.format(key), image, b"%d" % label)]
