@@ -6,12 +6,12 @@ Names that begin with a dot, such as .ipynb_checkpoints and ._NAME.jpg, are left
 import os
 import re
 from pathlib import Path
-from typing import List, Sequence, Tuple
+from typing import List, Tuple
 
 import numpy as np
 
 from hvd_vgg import storage
-from hvd_vgg.data.shard_file import MAX_RECORD_BYTES, Shard, data_failure, regular_file_size
+from hvd_vgg.data.shard_file import MAX_RECORD_BYTES, Shard, data_failure, regular_file_size, shown
 from hvd_vgg.watchdog import watchdog
 
 _IMAGES = (".jpg", ".jpeg", ".png")
@@ -27,7 +27,7 @@ def scan(folder: Path, label: int) -> Shard:
     """
     names = storage.retrying(folder, lambda: _image_names(folder))
     if not names:
-        raise data_failure(f"{folder} has no image. Expected files .jpg, .jpeg or .png in it, or no such directory")
+        raise data_failure(f"{shown(folder)} has no image. Expected files .jpg, .jpeg or .png in it, or no such directory")
     records: List[Tuple[int, int, int]] = []
     start = 0
     for name in names:
@@ -36,7 +36,7 @@ def scan(folder: Path, label: int) -> Shard:
         path = folder / name
         size = regular_file_size(path, storage.retrying(path, path.stat))
         if not 0 < size <= MAX_RECORD_BYTES:
-            raise data_failure(f"{path} has {size} bytes; expected 1 to {MAX_RECORD_BYTES}, one image. Leave it out")
+            raise data_failure(f"{shown(path)} has {size} bytes; expected 1 to {MAX_RECORD_BYTES}, one image. Leave it out")
         records.append((start, size, label))
         start += len(os.fsencode(name)) + 1
     return Shard.of_records(records, b"".join(os.fsencode(name) + b"\0" for name in names))
@@ -44,31 +44,32 @@ def scan(folder: Path, label: int) -> Shard:
 
 def _image_names(folder: Path) -> List[str]:
     found: List[str] = []
-    for root, names in _walk(folder, ()):
+    for root, names in _walk(folder):
         for name in sorted(names):
             if name.lower().endswith(_OTHERS):
-                raise data_failure(f"{root / name}: training reads JPEG and PNG. Convert it, or leave it out")
+                raise data_failure(f"{shown(root / name)}: training reads JPEG and PNG. Convert it, or leave it out")
             if name.lower().endswith(_IMAGES):
                 found.append(f"{root}/{name}"[len(str(folder)) + 1 :])
     return found
 
 
-def _walk(folder: Path, above: Sequence[Tuple[int, int]]) -> List[Tuple[Path, List[str]]]:
+def _walk(top: Path) -> List[Tuple[Path, List[str]]]:
     """Returns a directory and those below it, links followed, sorted, with the names of their files; raises OSError.
 
-    Raises Failure(DATA) for a link to a directory that it lies in, which is one of those `above`, by device and inode:
-    following it would count its images again and again.
+    Raises Failure(DATA) for a link to a directory that it lies in: following it would count its images again and again.
     """
-    status = folder.stat()
-    own = status.st_dev, status.st_ino
-    if own in above:
-        raise data_failure(f"{folder} is a link to a directory that it lies in. Remove it")
-    with os.scandir(folder) as entries:
-        seen = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
-    found = [(folder, [name for name, is_folder in seen if not is_folder])]
-    for name, is_folder in seen:
-        if is_folder:
-            found += _walk(folder / name, (*above, own))
+    found: List[Tuple[Path, List[str]]] = []
+    left: List[Tuple[Path, Tuple[Tuple[int, int], ...]]] = [(top, ())]  # with the devices and inodes of those above
+    while left:
+        folder, above = left.pop()
+        status = folder.stat()
+        own = status.st_dev, status.st_ino
+        if own in above:
+            raise data_failure(f"{shown(folder)} is a link to a directory that it lies in. Remove it")
+        with os.scandir(folder) as entries:
+            seen = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+        found.append((folder, [name for name, is_folder in seen if not is_folder]))
+        left += [(folder / name, (*above, own)) for name, is_folder in seen if is_folder]
     return sorted(found, key=lambda each: str(each[0]))  # as ImageFolder sorts: a/b-c is before a/b/c
 
 
@@ -81,7 +82,7 @@ def stamp(folder: Path, shard: Shard) -> Tuple[int, int]:
     # The usual case, told from its links, which some file systems do not count, and from what was found: it has no other.
     if status.st_nlink == 2 and not (shard.names == ord("/")).any():
         return status.st_size, status.st_mtime_ns
-    walked = [root.stat() for root, _ in _walk(folder, ())]
+    walked = [root.stat() for root, _ in _walk(folder)]
     return sum(each.st_size for each in walked), hash(tuple(each.st_mtime_ns for each in walked))
 
 

@@ -19,9 +19,15 @@ def class_names(path: Path) -> Tuple[str, ...]:
 
 
 def tfds_records(folder: Path) -> Dict[str, List[int]]:
-    """Returns the records of each shard, by split, as tensorflow-datasets' dataset_info.json has them; 0: unknown."""
-    splits = _items(_read_json(folder / "dataset_info.json"), "splits")
-    return {str(_get(split, "name")): [_number(count) for count in _items(split, "shardLengths")] for split in splits}
+    """Returns the records of each shard, as tensorflow-datasets' dataset_info.json has them; 0: unknown.
+
+    By what precedes `-?????-of-?????` in the names of a split's shards.
+    """
+    info = _read_json(folder / "dataset_info.json")
+    return {
+        f"{_get(info, 'name')}-{_get(split, 'name')}.tfrecord": [_number(count) for count in _items(split, "shardLengths")]
+        for split in _items(info, "splits")
+    }
 
 
 def webdataset_records(folder: Path, split: str) -> Dict[str, int]:

@@ -10,7 +10,7 @@ import numpy as np
 from hvd_vgg import storage
 from hvd_vgg.data import class_folders, tar, tfrecord
 from hvd_vgg.data.layout import FOLDERS, IMAGENET, WEBDATASET, Layout, find_shards, shorten
-from hvd_vgg.data.shard_file import MAX_RECORD_BYTES, OpenShard, Shard, data_failure, place, unreadable_file
+from hvd_vgg.data.shard_file import MAX_RECORD_BYTES, OpenShard, Shard, data_failure, place, shown, unreadable_file
 from hvd_vgg.text import plural
 
 _PLAIN = Layout(IMAGENET, Path())
@@ -56,7 +56,7 @@ class Index(NamedTuple):
     def where(self, record: int) -> str:
         """Returns a record's place for messages: file, number in the file (from 0), offset in bytes of what precedes it."""
         if self.layout.kind == FOLDERS:
-            return str(self.path_of(record))
+            return shown(self.path_of(record))
         shard, header = self.shard_of(record), _HEADER_BYTES[self.layout.kind == WEBDATASET]
         return place(self.paths[shard], record - int(self.starts[shard]), int(self.offsets[record]) - header)
 
@@ -76,8 +76,8 @@ def scan_shard(path: Path, layout: Layout = _PLAIN) -> Shard:
         file = OpenShard(path)
         if file.size == 0:
             raise data_failure(
-                f"{path} is empty (0 bytes); expected at least one record. Copy the shard again; if it was written so, "
-                f"since there were more shards than records, write fewer shards, or remove it and number the others anew"
+                f"{shown(path)} is empty (0 bytes); expected at least one record. Copy the shard again; if it was written "
+                f"so, since there were more shards than records, write fewer shards, or remove it and number the others anew"
             )
         shard = tar.scan(file) if layout.kind == WEBDATASET else tfrecord.scan(file, layout.features)
         _require_records(path, len(shard.offsets), layout)
@@ -91,8 +91,8 @@ def _require_records(path: Path, found: int, layout: Layout) -> None:
     expected = layout.records.get(layout.key(path), found)
     if found != expected:
         raise data_failure(
-            f"{path}: expected {expected} records, as the data set's description beside it says; found {found} (cut off "
-            f"while copying?). Copy the shard again"
+            f"{shown(path)}: expected {expected} records, as the data set's description beside it says; found {found} (cut "
+            f"off while copying?). Copy the shard again"
         )
 
 

@@ -166,6 +166,12 @@ def _known_otherwise(folder: Path, split: str, names: List[str]) -> str:
             command, plain = _UNPACK.get(match["kind"] or "", "gzip -dc"), match["plain"] or f"{match['tgz']}.tar"
             text = f"{root / name} is compressed. Records are read by their offsets. Unpack all such files into a directory"
             return f"{text} of plain shards: {command} < {shlex.quote(str(root / name))} > PLAIN/{shlex.quote(plain)}"
+    arrays = [name for name in names if ".array_record-" in name or ".riegeli-" in name]
+    if arrays:
+        convert = (
+            f"tfds convert_format --dataset_version_dir={shlex.quote(str(folder))} --out_file_format=tfrecord --out_dir=DIR"
+        )
+        return f"{folder} has {shorten(arrays)}; expected TFRecords. Convert them: {convert}"
     parquet = [name for name in names if name.endswith(".parquet")]
     if parquet or any(path.name.endswith(".parquet") for path in folder.glob("data/*.parquet")):
         return f"{folder} has Parquet files. Convert them with hvd-vgg prepare"
@@ -181,7 +187,7 @@ def _known_otherwise(folder: Path, split: str, names: List[str]) -> str:
 
 def shorten(names: Sequence[str]) -> str:
     """Returns the first five of `names` for a message."""
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return ", ".join(each if each.isprintable() else ascii(each) for each in names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _roots(folder: Path, split: str) -> List[Path]:
@@ -257,11 +263,9 @@ def _tfds(folder: Path, paths: Sequence[Path]) -> Layout:
     records: Dict[str, int] = {}
     for path in paths:
         match = _NUMBERED.fullmatch(path.name)
-        if match:
-            split = match["name"].rpartition("-")[2].partition(".")[0]
-            own = counts.get(split, [])
-            if len(own) == int(match["count"]) and own[int(match["number"])]:
-                records[path.relative_to(folder).as_posix()] = own[int(match["number"])]
+        own = counts.get(match["name"], []) if match else []
+        if match and len(own) == int(match["count"]) and own[int(match["number"])]:
+            records[path.relative_to(folder).as_posix()] = own[int(match["number"])]
     return Layout(TFDS, folder, _TFDS_FEATURES, 0, (), records)
 
 

@@ -11,7 +11,7 @@ import re
 import tarfile
 from typing import Iterator, List, NamedTuple, Tuple
 
-from hvd_vgg.data.shard_file import MAX_RECORD_BYTES, OpenShard, Shard, data_failure, place, require_plain
+from hvd_vgg.data.shard_file import MAX_RECORD_BYTES, OpenShard, Shard, data_failure, place, require_plain, shown
 from hvd_vgg.errors import Failure
 from hvd_vgg.text import plural
 from hvd_vgg.watchdog import watchdog
@@ -104,8 +104,8 @@ def _require_file(file: OpenShard, member: tarfile.TarInfo) -> None:
         return
     what = "a link" if member.islnk() or member.issym() else "a sparse file" if member.issparse() else "of another kind"
     raise data_failure(
-        f"{file.path}, offset {member.offset}: {member.name!a} is {what}; expected files and directories. Write the archive "
-        f"anew: tar --format=ustar --dereference --hard-dereference -cf ..."
+        f"{shown(file.path)}, offset {member.offset}: {member.name!a} is {what}; expected files and directories. Write the "
+        f"archive anew: tar --format=ustar --dereference --hard-dereference -cf ..."
     )
 
 
@@ -122,7 +122,7 @@ def _require_end(file: OpenShard, offset: int, stop: int) -> None:
 
 def _damaged(file: OpenShard, offset: int, reason: str) -> Failure:
     require_plain(file.path, file.read(HEADER_BYTES, 0), "a plain tar archive")
-    return data_failure(f"{file.path}, offset {offset}: not a whole tar archive ({reason}). Copy the file again")
+    return data_failure(f"{shown(file.path)}, offset {offset}: not a whole tar archive ({reason}). Copy the file again")
 
 
 def scan(file: OpenShard) -> Shard:
@@ -142,7 +142,7 @@ def scan(file: OpenShard) -> Shard:
         _require_readable(file, number, images[0])
         records.append((images[0].offset, images[0].size, _read_label(file, number, labels[0])))
     if not records:
-        raise data_failure(f"{file.path} has no sample. {_EXPECTED}")
+        raise data_failure(f"{shown(file.path)} has no sample. {_EXPECTED}")
     return Shard.of_records(records)
 
 

@@ -72,6 +72,7 @@ def test_names_that_are_no_utf_8_are_read(tmp_path):
     save_cache(tmp_path / "cache.npz", index)
     known = load_cache(tmp_path / "cache.npz", index.paths, index.layout)
     assert [each.unchanged for each in known.values()] == [True, True]
+    assert index.where(1).isprintable() and "b\\udcff/\\udce9\\n1.jpg" in index.where(1)
     (tmp_path / odd).unlink()
     assert "cannot be read: No such file" in failure_of(lambda: read_image(index, 1), BadRecord)
 

@@ -147,6 +147,10 @@ def test_compressed_names_are_refused_with_what_unpacks_them(layouts, tmp_path, 
         ("parquet", "has Parquet files. Convert them with hvd-vgg prepare"),
         ("flat", "val has images, but no directory for each class"),
         ("tfds_parent", "has versions of a data set: 4.0.0, 5.1.0. Name one: --data_dir="),
+        (
+            "array_record",
+            "has pictures-validation.array_record-00000-of-00001; expected TFRecords. Convert them: tfds convert_f",
+        ),
         ("class_tars", "has n01440764.tar, archives of archives"),
         ("nothing", "has no shard validation-?????-of-?????; it has 'other'. Expected ImageNet's layout, such as"),
     ],
@@ -158,6 +162,7 @@ def test_known_data_that_is_not_read_is_named(layouts, tmp_path, kind, told):
         names = {
             "flat": ["train/a/1.jpg", "val/1.jpg"],
             "tfds_parent": ["4.0.0/features.json", "5.1.0/features.json"],
+            "array_record": ["pictures-validation.array_record-00000-of-00001"],
             "class_tars": ["val/n01440764.tar"],
             "nothing": ["other"],
         }
@@ -229,6 +234,15 @@ def test_cache_is_of_one_layout(layouts, tmp_path):
     move([folder / "train-00001-of-00002"], folder / "train")
     moved = open_split(folder)
     assert list(cached_shards(places, moved.paths, moved.layout)) == [0]
+
+
+def test_names_in_messages_steer_no_terminal(layouts, tmp_path):
+    folder = copy(layouts, WEBDATASET, tmp_path / "data")
+    for number in (1, 3):
+        (folder / f"train-\x1b[2J{number}.tar").write_bytes(b"")
+    assert refusal(folder).isprintable()
+    (folder / "train-\x1b[2J3.tar").unlink()
+    assert "\\x1b[2J1.tar is empty" in refusal(folder)
 
 
 def test_shards_missing_between_others_are_told(layouts, tmp_path):
