@@ -162,7 +162,7 @@ def _known_otherwise(folder: Path, split: str, names: List[str]) -> str:
         return f"{folder} has {shorten(archives)}, archives of archives. Convert them with hvd-vgg prepare"
     for root, name in below:
         match = _COMPRESSED.fullmatch(name)
-        if match:
+        if match and (root != folder or any(word in name for word in _WORDS.get(split, (split,)))):
             command, plain = _UNPACK.get(match["kind"] or "", "gzip -dc"), match["plain"] or f"{match['tgz']}.tar"
             text = f"{root / name} is compressed. Records are read by their offsets. Unpack all such files into a directory"
             return f"{text} of plain shards: {command} < {shlex.quote(str(root / name))} > PLAIN/{shlex.quote(plain)}"
@@ -172,8 +172,7 @@ def _known_otherwise(folder: Path, split: str, names: List[str]) -> str:
             f"tfds convert_format --dataset_version_dir={shlex.quote(str(folder))} --out_file_format=tfrecord --out_dir=DIR"
         )
         return f"{folder} has {shorten(arrays)}; expected TFRecords. Convert them: {convert}"
-    parquet = [name for name in names if name.endswith(".parquet")]
-    if parquet or any(path.name.endswith(".parquet") for path in folder.glob("data/*.parquet")):
+    if any(name.endswith(".parquet") for name in names) or list(folder.glob("data/*.parquet")):
         return f"{folder} has Parquet files. Convert them with hvd-vgg prepare"
     flat = [root / name for root, name in below if root != folder and name.lower().endswith(_IMAGES)]
     if flat:
@@ -321,11 +320,7 @@ def _folders(root: Path, train: Path) -> Found:
 def _by_pattern(config: DataConfig, folder: Path, split: str, pattern: str) -> Found:
     flag, kind = f"--{split}_pattern={pattern}", config.data_format
     _list(folder, split)
-    try:
-        paths = storage.retrying(folder, lambda: sorted(folder.glob(pattern)))
-    except (ValueError, NotImplementedError) as error:
-        raise Failure(USAGE, f"{flag}: {error}") from error
-    paths = [path for path in paths if not path.name.startswith(".")]
+    paths = _glob(folder, pattern, flag)
     if not paths:
         raise data_failure(f"{folder} has nothing that matches {flag}. Correct it")
     if len(paths) == 1 and storage.retrying(paths[0], paths[0].is_dir):
@@ -333,7 +328,7 @@ def _by_pattern(config: DataConfig, folder: Path, split: str, pattern: str) -> F
             raise data_failure(f"{flag} matches the directory {paths[0]}; --data_format={kind} expects files. Correct it")
         if not _directories(paths[0]):
             raise data_failure(f"{flag} matches {paths[0]}, which has no directory for each class. Correct it")
-        train = sorted(folder.glob(config.train_pattern or "train"))
+        train = _glob(folder, config.train_pattern or "train", f"--train_pattern={config.train_pattern}")
         return _folders(paths[0], train[0] if len(train) == 1 and split != "train" else paths[0])
     if kind == FOLDERS:
         raise data_failure(f"{flag} matches {len(paths)} files; expected one directory with one for each class. Correct it")
@@ -346,6 +341,15 @@ def _by_pattern(config: DataConfig, folder: Path, split: str, pattern: str) -> F
     for prefix in sorted(set(names)):
         _complete(folder, split, paths, prefix)
     return (_tfds(folder, paths) if kind == TFDS else Layout(IMAGENET, folder)), paths
+
+
+def _glob(folder: Path, pattern: str, flag: str) -> List[Path]:
+    """Returns what matches a pattern below `folder`, sorted, without hidden names; raises Failure(USAGE) for no pattern."""
+    try:
+        found = storage.retrying(folder, lambda: sorted(folder.glob(pattern)))
+    except (ValueError, NotImplementedError) as error:
+        raise Failure(USAGE, f"{flag}: {error}") from error
+    return [path for path in found if not path.name.startswith(".")]
 
 
 def _features(config: DataConfig, default: Features) -> Features:

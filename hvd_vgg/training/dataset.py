@@ -85,7 +85,9 @@ def open_split(config: DataConfig, split: str, fallback_dir: Path, console: Cons
     """
     layout, paths = run_on_all_ranks(lambda: find_split(config, split))
     sizes = run_on_all_ranks(lambda: shard_bytes(paths, layout))
-    require_equal(f"the {split} shards in {config.data_dir} (bytes of each)", sizes)
+    labels = {f"class {label}": name for label, name in enumerate(layout.classes)} if layout.kind == FOLDERS else {}
+    found = {"--data_format": layout.kind, "features": repr(layout.features[:2]), **labels, **sizes}
+    require_equal(f"the {split} shards in {config.data_dir} (bytes of each)", found)
 
     places = cache_places(config.data_dir, split, fallback_dir)
     cached = run_on_root(lambda: cached_shards(places, paths, layout)) or {}  # other ranks may have no such file
