@@ -21,12 +21,13 @@ from hvd_vgg.data.index import (
     unpack_shards,
     unseen_labels,
 )
-from hvd_vgg.data.layout import FOLDERS, TITLES, WEBDATASET, Layout, find_split, shard_bytes
+from hvd_vgg.data.layout import FOLDERS, TITLES, WEBDATASET, Layout, find_split, shard_bytes, shorten
 from hvd_vgg.data.shard_file import Shard, data_failure
 from hvd_vgg.data.tfrecord import FOOTER_BYTES
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import require_equal, run_on_all_ranks, run_on_root
 from hvd_vgg.reporting.console import Console
+from hvd_vgg.text import plural
 from hvd_vgg.watchdog import watchdog
 
 # Ranks exchange the shards that they have scanned this often, so that a bad shard soon ends all of them.
@@ -52,6 +53,10 @@ def open_data(config: BatchConfig, run_dir: Path, console: Console) -> Splits:
     unseen = unseen_labels(train, validation)
     if unseen:
         console.say(f"warning: {unseen}. They count as misses: were the splits converted with the same labels?")
+    both = set(train.paths).intersection(validation.paths)
+    if both and config.train_pattern != config.validation_pattern:
+        names = shorten(sorted(train.layout.key(path) for path in both))
+        console.say(f"warning: {plural(len(both), 'shard')} of train is in validation too: {names}. Correct the patterns")
     return Splits(train, validation, label_base)
 
 
@@ -80,7 +85,9 @@ def open_split(config: DataConfig, split: str, fallback_dir: Path, console: Cons
     """
     layout, paths = run_on_all_ranks(lambda: find_split(config, split))
     sizes = run_on_all_ranks(lambda: shard_bytes(paths, layout))
-    require_equal(f"the {split} shards in {config.data_dir} (bytes of each)", sizes)
+    labels = {f"class {label}": name for label, name in enumerate(layout.classes)} if layout.kind == FOLDERS else {}
+    found = {"--data_format": layout.kind, "features": repr(layout.features[:2]), **labels, **sizes}
+    require_equal(f"the {split} shards in {config.data_dir} (bytes of each)", found)
 
     places = cache_places(config.data_dir, split, fallback_dir)
     cached = run_on_root(lambda: cached_shards(places, paths, layout)) or {}  # other ranks may have no such file
