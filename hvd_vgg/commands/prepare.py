@@ -12,7 +12,7 @@ import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Set
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Set, Tuple
 
 import numpy as np
 
@@ -91,7 +91,13 @@ def _join() -> Ranks:
 
 def _prepare(config: PrepareConfig, out: Path, ranks: Ranks, console: Console) -> None:
     sources = ranks.together(lambda: [(split, find_source(config, split)) for split in config.splits])
-    lock = ranks.together(lambda: _lock(out) if ranks.rank == 0 else None)
+    with ranks.together(lambda: _lock(out) if ranks.rank == 0 else contextlib.nullcontext()):
+        _prepare_from(sources, config, out, ranks, console)
+
+
+def _prepare_from(
+    sources: Sequence[Tuple[str, Source]], config: PrepareConfig, out: Path, ranks: Ranks, console: Console
+) -> None:
     found = [(split, source, _scan(split, source, ranks, console)) for split, source in sources]
     selection: Selection = ranks.together(lambda: select(config, found))
     shards = {"train": config.train_shards, "validation": config.validation_shards}
@@ -114,10 +120,7 @@ def _prepare(config: PrepareConfig, out: Path, ranks: Ranks, console: Console) -
     for mine in ranks.gather_json(_write(out, left, len(tasks), encoding, selection.classes, threads, ranks, console)):
         notes.update({note["entry"]["name"]: Note.load(note) for note in mine})
     everything = [[notes[task.name] for task in each] for each in of_splits]
-    said = ranks.on_root(lambda: _finish(config, out, plan, selection, everything))
-    console.say(said)
-    if lock:
-        lock.close()
+    console.say(ranks.on_root(lambda: _finish(config, out, plan, selection, everything)))
 
 
 def _lock(out: Path) -> Any:

@@ -1,6 +1,6 @@
 """The manifest of a prepared data set: what `prepare` wrote, which training and doctor compare with what is there.
 
-MANIFEST.json of another program is none: a manifest says that `hvd-vgg prepare` made it.
+A manifest.json of another program is none: a manifest says that `hvd-vgg prepare` made it.
 """
 
 import hashlib
@@ -48,6 +48,9 @@ class Manifest(NamedTuple):
     flags: Mapping[str, Any]
     classes: Tuple[str, ...]  # names in order of the labels; empty where unknown
     splits: Mapping[str, SplitEntry]
+
+
+NONE = Manifest("", {}, {}, (), {})  # of a data set without one
 
 
 def dump(manifest: Manifest) -> str:

@@ -70,7 +70,7 @@ def open_file(path: Path) -> Any:
         size = regular_file_size(path, storage.retrying(path, path.stat))
         if size == 0:
             raise data_failure(f"{path} is empty (0 bytes); expected Parquet. Download it again")
-        return storage.retrying(path, lambda: parquet.ParquetFile(path, memory_map=False))
+        return storage.retrying(path, lambda: parquet.ParquetFile(path, page_checksum_verification=True))
     except Failure:
         raise
     except Exception as error:  # pyarrow's own and Python's, a dozen kinds for damaged bytes

@@ -21,7 +21,8 @@ from hvd_vgg.data.index import (
     unpack_shards,
     unseen_labels,
 )
-from hvd_vgg.data.layout import FOLDERS, TITLES, WEBDATASET, Layout, find_split, shard_bytes
+from hvd_vgg.data.layout import FOLDERS, IMAGENET, TITLES, WEBDATASET, Layout, find_split, shard_bytes
+from hvd_vgg.data.manifest import check_shards
 from hvd_vgg.data.shard_file import Shard, data_failure
 from hvd_vgg.data.tfrecord import FOOTER_BYTES
 from hvd_vgg.parallel import comm
@@ -98,6 +99,7 @@ def open_split(config: DataConfig, split: str, fallback_dir: Path, console: Cons
         before, after = (sum(len(shards[number].offsets) for number in changed) for shards in (changed, known))
         console.say(f"{split}: the changed shards held {before} records when they were indexed and hold {after} now")
     index = join(paths, [known[number] for number in range(len(paths))], layout)
+    run_on_all_ranks(functools.partial(_check_manifest, config, split, index, sizes))
     if stale and comm.is_root():
         _save_index(places, index, console)
     return index
@@ -137,6 +139,15 @@ def _check_not_cut(before: Dict[int, Shard], now: Dict[int, Shard], paths: List[
                 f"the first {count} of them in {sizes[1]} bytes (cut off while copying?). Copy the shard again; if it is "
                 f"meant to be so, remove the .hvd_vgg_index_* beside it or in the run directory"
             )
+
+
+def _check_manifest(config: DataConfig, split: str, index: Index, sizes: Dict[str, int]) -> None:
+    """Raises Failure(DATA) for a shard that is not as `prepare` wrote it, by its size and records, if it wrote them."""
+    if index.layout.kind == IMAGENET:
+        counts = np.diff(index.starts).tolist()
+        whole = not (config.train_pattern if split == "train" else config.validation_pattern)
+        records = {path.name: count for path, count in zip(index.paths, counts)}
+        check_shards(Path(config.data_dir), split, sizes, records, whole)
 
 
 def _save_index(places: List[Path], index: Index, console: Console) -> None:
