@@ -890,7 +890,7 @@ class PrepareConfig:
     """What `prepare` reads, and what it makes of it."""
 
     source: str = flag(
-        "",
+        "./imagenet",
         "Data",
         "What to convert: a directory in a layout of --data_format, or one archive or Parquet file with --splits of one.",
         "path",
@@ -991,9 +991,7 @@ class PrepareConfig:
 
     def conflicts(self) -> Iterator[str]:
         """Yields the combinations that cannot run."""
-        if not self.source:
-            yield "--source is missing: expected the directory to convert"
-        elif _is_inside(self.out, self.source):
+        if _is_inside(self.out, self.source):
             yield f"--out={self.out}: expected a directory outside --source"
         if not self.splits:
             yield "--splits is empty: expected train, validation or both"

@@ -75,6 +75,8 @@ def find_source(config: PrepareConfig, split: str) -> Source:
     """
     root, kind = Path(config.source), config.data_format
     try:
+        if not storage.retrying(root, root.exists):
+            raise data_failure(f"{root} is not there (now in {Path.cwd()}). Name the directory to convert with --source")
         if storage.retrying(root, root.is_file):
             return _of_file(config, root, split)
         found = _archives(config, root, split) if kind in ("auto", ILSVRC) else None

@@ -369,7 +369,6 @@ def test_prepare_without_a_library_says_which(sets, tmp_path, monkeypatch, modul
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "--source is missing"),
         (["--source=a", "--out=a/b"], "--out=a/b: expected a directory outside --source"),
         (["--source=a", "--splits=test"], "--splits=test: expected one of train, validation"),
         (["--source=a", "--splits="], "--splits is empty"),
