@@ -26,7 +26,7 @@ from hvd_vgg.data.prepared import FOLDER, Note, Stopped, Task, read_note, write_
 from hvd_vgg.data.shard_file import Shard, data_failure
 from hvd_vgg.data.sources import Selection, Source, Split, count_classes, digest, find_source, select, spread_ids
 from hvd_vgg.environment import runs_alone
-from hvd_vgg.errors import CONFIGURATION, DATA, NOT_WRITTEN, Failure
+from hvd_vgg.errors import CONFIGURATION, DATA, NOT_WRITTEN, STOPPED, Failure
 from hvd_vgg.parallel.cores import share_of_cores
 from hvd_vgg.reporting.console import Console
 from hvd_vgg.run_dir import lock_run_dir, write_error
@@ -34,6 +34,7 @@ from hvd_vgg.text import difference_table, plural
 
 _TURN_SECONDS = 1.0  # how often ranks meet, so that one that fails ends all of them, and none is considered lost
 _SAMPLED = 64  # records that are converted beforehand where nothing else says how large the result will be
+_FEATURES_BYTES = 400  # of a record, beside its image
 _MARGIN_BYTES = 2**24  # of free space, for the notes and the manifest
 _GOES_ON = "The same command goes on where this one ended"
 CLASSES, REFUSED, CONVERTED = "classes.txt", "refused.jsonl", "converted.jsonl"
@@ -71,8 +72,11 @@ def prepare(config: PrepareConfig) -> None:
         console.say(finished)
     else:
         ranks.together(pictures.library)
-        with pictures.quiet():
-            _prepare(config, out, ranks, console)
+        try:
+            with pictures.quiet():
+                _prepare(config, out, ranks, console)
+        except KeyboardInterrupt as error:
+            raise Failure(STOPPED, f"interrupted. {_GOES_ON}") from error
     ranks.leave()
 
 
@@ -283,7 +287,7 @@ def _estimate_bytes(split: Split, records: int, encoding: Encoding, classes: Seq
     """Returns about how many bytes `records` of a split take: from their lengths, or from a sample of them."""
     lengths = split.origin.lengths[split.ids]
     if lengths.all() and not encoding.shorter_side:
-        return int(lengths.mean(dtype=np.float64) * records)
+        return int((lengths.mean(dtype=np.float64) + _FEATURES_BYTES) * records)
     sizes = []
     for record in spread_ids(split.ids, _SAMPLED):
         try:

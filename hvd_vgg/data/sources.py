@@ -84,7 +84,7 @@ def find_source(config: PrepareConfig, split: str) -> Source:
     except OSError as error:
         raise unreadable_file(root, error) from error
     if kind == ILSVRC or (found and kind != "auto"):
-        return found or _raise_missing(config, split, f"{root} has no {_archive_name(split)}")
+        return found or _raise_missing(config, split, f"{root} has no {_archive_name(config, split)}")
     if kind == PARQUET:
         return _of_parquet(config, root, rows) if rows else _raise_missing(config, split, f"{root} has no {split}-*.parquet")
     try:
@@ -110,8 +110,10 @@ def _raise_missing(config: PrepareConfig, split: str, message: str) -> Source:
     raise _missing(config, split, message)
 
 
-def _archive_name(split: str) -> str:
-    return ilsvrc.TRAIN_TAR if split == "train" else ilsvrc.VALIDATION_TAR
+def _archive_name(config: PrepareConfig, split: str) -> str:
+    pattern = config.train_pattern if split == "train" else config.validation_pattern
+    usual = ilsvrc.TRAIN_TAR if split == "train" else ilsvrc.VALIDATION_TAR
+    return pattern if pattern and config.data_format == ILSVRC else usual
 
 
 def _of_file(config: PrepareConfig, path: Path, split: str) -> Source:
@@ -123,15 +125,15 @@ def _of_file(config: PrepareConfig, path: Path, split: str) -> Source:
         )
     if config.data_format == PARQUET or (config.data_format == "auto" and path.suffix == ".parquet"):
         return _of_parquet(config, path.parent, [path])
-    if config.data_format == ILSVRC or (config.data_format == "auto" and path.name == _archive_name(split)):
+    if config.data_format == ILSVRC or (config.data_format == "auto" and path.name == _archive_name(config, split)):
         return _of_archive(config, path, split)
     layout, paths = find_split(config.of_file(path), split)
     return _from_layout(layout, paths)
 
 
 def _archives(config: PrepareConfig, root: Path, split: str) -> Optional[Source]:
-    path = root / _archive_name(split)
-    if path.exists():
+    path = root / _archive_name(config, split)
+    if path.is_file():
         return _of_archive(config, path, split)
     others = [each for each in (ilsvrc.TRAIN_TAR, ilsvrc.VALIDATION_TAR) if (root / each).exists()]
     if others:
@@ -140,8 +142,8 @@ def _archives(config: PrepareConfig, root: Path, split: str) -> Optional[Source]
 
 
 def _of_archive(config: PrepareConfig, path: Path, split: str) -> Source:
-    train = path if split == "train" else path.with_name(ilsvrc.TRAIN_TAR)
-    parts = ilsvrc.find_class_tars(train) if train.exists() else []
+    train = path if split == "train" else path.parent / _archive_name(config, "train")
+    parts = ilsvrc.find_class_tars(train) if train.is_file() else []
     wnids = tuple(part.wnid for part in parts)
     # Its images are members of a tar archive, as in shards of WebDataset.
     layout, where = Layout(WEBDATASET, path, label_base=0, classes=wnids), Index.where
@@ -208,7 +210,11 @@ def select(config: PrepareConfig, found: Sequence[Tuple[str, Source, Index]]) ->
     Raises Failure(DATA) where a label is outside the classes, a class of --classes is unknown, or nothing is left.
     """
     base = _label_base(config, found)
-    names = next((source.layout.classes for _, source, _ in found if source.layout.classes), ())
+    named = {source.layout.classes for _, source, _ in found if source.layout.classes}
+    if len(named) > 1:
+        text = f"{config.source}: the splits name their classes differently, so that a label means two things"
+        raise data_failure(f"{text}. Convert each alone with --splits")
+    names = next(iter(named), ())
     highest = max(int(index.labels.max()) for _, _, index in found) - base + 1
     count = len(names) or highest
     if names and highest > count and all(source.layout.kind == IMAGENET for _, source, _ in found):
@@ -226,7 +232,7 @@ def select(config: PrepareConfig, found: Sequence[Tuple[str, Source, Index]]) ->
         labels = new[index.labels - base]
         ids = _order(config, name, source, labels)
         if not len(ids):
-            raise data_failure(f"{config.source} has no {name} record of the classes that --classes keeps")
+            raise data_failure(f"{config.source} has no {name} record of the classes in --classes. Name others")
         splits.append(Split(name, source, index, labels, ids))
     return Selection(splits, tuple(names[number] for number in kept) if names else (), len(kept), base)
 

@@ -400,6 +400,26 @@ def test_prepare_refuses_other_parquet(tmp_path, table, message):
     assert message in failure_of(lambda: run(tmp_path, tmp_path / "out", splits=("train",)))
 
 
+def test_prepare_of_splits_with_other_classes_is_refused(tmp_path):
+    """Where both have names: a label would mean two classes."""
+    for split, names in (("train", ["a", "b"]), ("validation", ["b", "a"])):
+        noted = json.dumps({"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}).encode()
+        table = pyarrow.table({"image": [encode(1)], "label": [0]}).replace_schema_metadata({b"huggingface": noted})
+        parquet.write_table(table, tmp_path / f"{split}-00000-of-00001.parquet")
+    assert "the splits name their classes differently" in failure_of(lambda: run(tmp_path, tmp_path / "out"))
+    assert run(tmp_path, tmp_path / "out", splits=("validation",))["validation"][0][:1] == (1,)
+
+
+def test_prepare_takes_archives_of_other_names(sets, tmp_path):
+    """By patterns, with --data_format."""
+    for name in ("train", "val"):
+        (tmp_path / f"my_{name}.tar").symlink_to(sets / "ilsvrc" / f"ILSVRC2012_img_{name}.tar")
+    (tmp_path / "labels").write_text(LABELS["wnids"][1])
+    flags = {"train_pattern": "my_train.tar", "validation_pattern": "my_val.tar", "data_format": "ilsvrc"}
+    found = run(tmp_path, tmp_path / "out", validation_labels=str(tmp_path / "labels"), **flags)
+    assert found["validation"] == expected("validation") and len(found["train"]) == 12
+
+
 def test_prepare_refuses_rows_without_an_image(tmp_path):
     """A path alone is not followed: it would lead out of the data set."""
     rows = [{"bytes": None, "path": "/etc/hostname"}, {"bytes": encode(1), "path": "../../a\\b/c.jpg"}]
