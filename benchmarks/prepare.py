@@ -7,8 +7,8 @@ TFRecords of them as they are; `cp` copies the files. `encode` makes TFRecords w
 `libjpeg_turbo` decodes each at the scale at which the decoder itself shrinks it, and encodes as many pixels of it as
 `encode` does, by Pillow's binding, without a resize between. All of it is one thread, from and to the page cache; each round
 runs all of them in turn. `train` and `train_small` are images/s that one thread of training's input makes of the images as
-they are, and of those that `encode` wrote: what --shorter_side gains. The last column is the ratio to the limit: of `pass` to
-`cp`, of `encode` to `libjpeg_turbo`, of `train_small` to `train`. Needs room for four copies of the images in --work_dir.
+they are, and of those that `encode` wrote: what --shorter_side gains. The last column is the ratio to the limit: of `pass`
+to `cp`, of `encode` to `libjpeg_turbo`, of `train_small` to `train`. Needs room for four copies of the images in --work_dir.
 """
 
 import contextlib
