@@ -146,7 +146,7 @@ def _of_archive(config: PrepareConfig, path: Path, split: str) -> Source:
     parts = ilsvrc.find_class_tars(train) if train.is_file() else []
     wnids = tuple(part.wnid for part in parts)
     # Its images are members of a tar archive, as in shards of WebDataset.
-    layout, where = Layout(WEBDATASET, path, label_base=0, classes=wnids), Index.where
+    layout, where = Layout(WEBDATASET, path.parent, label_base=0, classes=wnids), Index.where
     if split == "train":
         scan = functools.partial(_scan_class, path, parts)
         return Source(_TITLES[ILSVRC], layout, [path] * len(parts), scan, read_named_image, where, True)

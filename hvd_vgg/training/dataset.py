@@ -146,7 +146,7 @@ def _check_manifest(config: DataConfig, split: str, index: Index, sizes: Dict[st
     if index.layout.kind == IMAGENET:
         counts = np.diff(index.starts).tolist()
         whole = not (config.train_pattern if split == "train" else config.validation_pattern)
-        records = {path.name: count for path, count in zip(index.paths, counts)}
+        records = {index.layout.key(path): count for path, count in zip(index.paths, counts)}
         check_shards(Path(config.data_dir), split, sizes, records, whole)
 
 
