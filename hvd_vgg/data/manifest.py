@@ -9,7 +9,11 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
+import numpy as np
+
 from hvd_vgg import storage
+from hvd_vgg.data.index import Index
+from hvd_vgg.data.layout import IMAGENET
 from hvd_vgg.data.shard_file import OpenShard, data_failure, unreadable_file
 
 NAME = "manifest.json"
@@ -151,6 +155,13 @@ def _count(value: Any, what: str) -> int:
     return value
 
 
+def check_index(folder: Path, split: str, index: Index, sizes: Mapping[str, int], whole: bool) -> None:
+    """Compares the shards of an index, and how many records they have, as `check_shards` does; sizes: by `Layout.key`."""
+    if index.layout.kind == IMAGENET:
+        records = dict(zip(map(index.layout.key, index.paths), np.diff(index.starts).tolist()))
+        check_shards(folder, split, sizes, records, whole)
+
+
 def check_shards(
     folder: Path, split: str, sizes: Mapping[str, int], records: Optional[Mapping[str, int]] = None, whole: bool = True
 ) -> None:
@@ -162,7 +173,9 @@ def check_shards(
     manifest = read(folder)
     if manifest is None:
         return
-    written = {shard.name: shard for shard in manifest.splits[split].shards} if split in manifest.splits else {}
+    if split not in manifest.splits:
+        return  # it is from elsewhere
+    written = {shard.name: shard for shard in manifest.splits[split].shards}
     missing = sorted(set(written).difference(sizes)) if whole else []
     if missing:
         raise data_failure(f"{folder} lacks {missing[0]} of {NAME}. Copy it there")

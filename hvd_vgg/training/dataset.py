@@ -8,6 +8,7 @@ from typing import Dict, List, NamedTuple
 import numpy as np
 
 from hvd_vgg.config import BatchConfig, DataConfig
+from hvd_vgg.data import manifest
 from hvd_vgg.data.index import (
     Index,
     cache_places,
@@ -21,8 +22,7 @@ from hvd_vgg.data.index import (
     unpack_shards,
     unseen_labels,
 )
-from hvd_vgg.data.layout import FOLDERS, IMAGENET, TITLES, WEBDATASET, Layout, find_split, shard_bytes
-from hvd_vgg.data.manifest import check_shards
+from hvd_vgg.data.layout import FOLDERS, TITLES, WEBDATASET, Layout, find_split, shard_bytes
 from hvd_vgg.data.shard_file import Shard, data_failure
 from hvd_vgg.data.tfrecord import FOOTER_BYTES
 from hvd_vgg.parallel import comm
@@ -143,11 +143,8 @@ def _check_not_cut(before: Dict[int, Shard], now: Dict[int, Shard], paths: List[
 
 def _check_manifest(config: DataConfig, split: str, index: Index, sizes: Dict[str, int]) -> None:
     """Raises Failure(DATA) for a shard that is not as `prepare` wrote it, by its size and records, if it wrote them."""
-    if index.layout.kind == IMAGENET:
-        counts = np.diff(index.starts).tolist()
-        whole = not (config.train_pattern if split == "train" else config.validation_pattern)
-        records = {index.layout.key(path): count for path, count in zip(index.paths, counts)}
-        check_shards(Path(config.data_dir), split, sizes, records, whole)
+    whole = not (config.train_pattern if split == "train" else config.validation_pattern)
+    manifest.check_index(Path(config.data_dir), split, index, sizes, whole)
 
 
 def _save_index(places: List[Path], index: Index, console: Console) -> None:

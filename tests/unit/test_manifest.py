@@ -101,7 +101,7 @@ def test_manifest_wants_all_shards_of_a_split(folder):
     some = {SHARDS[0].name: SHARDS[0].bytes}
     assert "lacks train-00001-of-00002" in failure_of(lambda: manifest.check_shards(folder, "train", some))
     manifest.check_shards(folder, "train", {**some, "mine": 1}, whole=False)
-    assert "is not in manifest.json" in failure_of(lambda: manifest.check_shards(folder, "validation", some))
+    manifest.check_shards(folder, "validation", some)  # which is from elsewhere
     manifest.check_shards(folder, "train", SIZES, dict.fromkeys(SIZES, 3))
 
 

@@ -466,6 +466,19 @@ def test_archive_cut_off_is_one_message(sets, tmp_path):
     assert "not a whole tar archive" in text and "Copy the file again" in text
 
 
+def test_prepared_set_is_compared_when_it_is_opened(sets, tmp_path):
+    """A shard that lost a record between two others is whole for the index; the manifest names it."""
+    run(sets / "folders", tmp_path)
+    index, path = scan_split(str(tmp_path), "train"), tmp_path / "train-00001-of-00003"
+    sizes = {shard.name: shard.stat().st_size for shard in index.paths}
+    manifest.check_index(tmp_path, "train", index, sizes, whole=True)
+    first, second = index.starts[1], index.starts[1] + 1
+    path.write_bytes(path.read_bytes()[int(index.offsets[second] - index.offsets[first]) :])
+    index, sizes = scan_split(str(tmp_path), "train"), {**sizes, path.name: path.stat().st_size}
+    text = failure_of(lambda: manifest.check_index(tmp_path, "train", index, sizes, whole=True))
+    assert f"{path} has" in text and "and 3 records; manifest.json says" in text and "and 4 records" in text
+
+
 def test_count_classes_counts_labels_from_1():
     assert count_classes(np.array([1, 3, 3]), 4) == [1, 0, 2, 0]
     assert count_classes(np.array([], np.int64), 2) == [0, 0]
