@@ -331,8 +331,9 @@ class DataConfig:
     data_format: str = flag(
         "auto",
         "Data",
-        "imagenet: train-?????-of-?????, TFRecords; tfds: NAME-train.tfrecord-?????-of-?????, of tensorflow-datasets; "
-        "webdataset: NAME-train-0000.tar; folders: train/CLASS/*.jpg; validation likewise. auto: found by looking.",
+        "imagenet: TFRecords train-?????-of-?????; tfds: NAME-train.tfrecord-?????-of-?????, of tensorflow-datasets; "
+        "webdataset: NAME-train-0000.tar; folders: train/CLASS/*.jpg; validation likewise, in train/ and validation/ too. "
+        "auto: found by looking.",
         choices=("auto", "imagenet", "tfds", "webdataset", "folders"),
     )
     train_pattern: str = flag(
@@ -347,7 +348,8 @@ class DataConfig:
     label_base: str = flag(
         "auto",
         "Data",
-        "Label of the first class: 1 (ImageNet's own files, where 0 is background), 0, or auto: found from the data.",
+        "Label of the first class: 1 (ImageNet's own files, where 0 is background), 0, or auto: the layout's, or found from "
+        "the data.",
         choices=("auto", "0", "1"),
     )
     bad_records_allowed: int = flag(

@@ -26,6 +26,7 @@ class RunDir:
     def __init__(self, path: Union[str, Path]) -> None:
         self.path = Path(path)
         self.flags = self.path / "flags.txt"  # every flag of the run: `--flagfile` with it is the same run
+        self.classes = self.path / "classes.txt"  # names, a line each, in order of label; absent where unknown
         self.log = self.path / "dllogger.json"
         self.receipt = self.path / "receipt.json"
         self.result = self.path / "result.json"

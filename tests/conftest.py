@@ -1,12 +1,13 @@
 """Fixtures of all tests; tiers and the table of faults; which skips are allowed."""
 
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import pytest
 from faults.matrix import FAULTS, renew_rows, table
-from support import STARTED, Ended, Launch, Started, command_line, write_data
+from support import ROOT, STARTED, Ended, Launch, Started, command_line, write_data
 
 # What a machine may lack: a test may skip for these alone, with a reason that begins so.
 ALLOWED_SKIPS = tuple(
@@ -110,3 +111,12 @@ def launch(tmp_path: Path) -> Launch:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """75 records to train on in 3 shards and 37 to evaluate in 2, of ten classes, 48 by 40 pixels."""
     return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """18 records to train on and 9 to evaluate, of three classes, in every layout (tests/reference/make_layouts.py)."""
+    folder = tmp_path_factory.mktemp("layouts")
+    with zipfile.ZipFile(ROOT / "tests" / "reference" / "layouts.zip") as archive:
+        archive.extractall(folder)
+    return folder

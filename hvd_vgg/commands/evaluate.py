@@ -5,6 +5,7 @@ from typing import Iterable, List, NamedTuple, Sequence
 
 from hvd_vgg.config import EvaluateConfig, EvaluationConfig
 from hvd_vgg.data.index import Index, check_labels
+from hvd_vgg.data.layout import TITLES
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import run_on_all_ranks, run_on_root
@@ -53,6 +54,7 @@ def score(config: EvaluationConfig, subjects: Sequence[Subject]) -> List[Score]:
     """
     device, console, _ = join_ranks(config)
     index = open_split(config, "validation", Path(config.run_dir), console)
+    console.say(f"{index.records} records to evaluate; {TITLES[index.layout.kind]} (--data_format={index.layout.kind})")
     scores = [_score(config, subject, index, device, console) for subject in subjects]
     comm.shutdown()
     return scores

@@ -1,16 +1,23 @@
-"""A directory of images for each class, in the order of torchvision's ImageFolder."""
+"""A directory of images for each class, in the order of torchvision's ImageFolder.
+
+Names that begin with a dot, such as .ipynb_checkpoints and ._NAME.jpg, are left out, which ImageFolder does not do.
+"""
 
 import os
+import re
 from pathlib import Path
 from typing import List, Tuple
 
 import numpy as np
 
 from hvd_vgg import storage
-from hvd_vgg.data.shard_file import MAX_RECORD_BYTES, Shard, data_failure, regular_file_size
+from hvd_vgg.data.shard_file import MAX_RECORD_BYTES, Shard, data_failure, regular_file_size, shown
+from hvd_vgg.watchdog import watchdog
 
 _IMAGES = (".jpg", ".jpeg", ".png")
 _OTHERS = (".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # what ImageFolder reads as well
+# An empty part of a path, or one that leads elsewhere, among names each of which is followed by a zero byte.
+_STRAY = re.compile(rb"(?:\A|[\0/])\.{0,2}(?=[\0/])")
 
 
 def scan(folder: Path, label: int) -> Shard:
@@ -20,32 +27,63 @@ def scan(folder: Path, label: int) -> Shard:
     """
     names = storage.retrying(folder, lambda: _image_names(folder))
     if not names:
-        raise data_failure(f"{folder} has no image. Expected files .jpg, .jpeg or .png in it, or no such directory")
+        raise data_failure(f"{shown(folder)} has no image. Expected files .jpg, .jpeg or .png in it, or no such directory")
     records: List[Tuple[int, int, int]] = []
     start = 0
     for name in names:
+        if not len(records) % 1024:
+            watchdog.heartbeat(phase="start")
         path = folder / name
         size = regular_file_size(path, storage.retrying(path, path.stat))
         if not 0 < size <= MAX_RECORD_BYTES:
-            raise data_failure(f"{path} has {size} bytes; expected 1 to {MAX_RECORD_BYTES}, one image. Leave it out")
+            raise data_failure(f"{shown(path)} has {size} bytes; expected 1 to {MAX_RECORD_BYTES}, one image. Leave it out")
         records.append((start, size, label))
         start += len(os.fsencode(name)) + 1
     return Shard.of_records(records, b"".join(os.fsencode(name) + b"\0" for name in names))
 
 
 def _image_names(folder: Path) -> List[str]:
-    def fail(error: OSError) -> None:
-        raise error
-
     found: List[str] = []
-    for root, _, names in sorted(os.walk(folder, onerror=fail, followlinks=True)):
+    for root, names in _walk(folder):
         for name in sorted(names):
-            path = Path(root, name)
             if name.lower().endswith(_OTHERS):
-                raise data_failure(f"{path}: training reads JPEG and PNG. Convert it; hvd-vgg prepare makes TFRecords")
+                raise data_failure(f"{shown(root / name)}: training reads JPEG and PNG. Convert it, or leave it out")
             if name.lower().endswith(_IMAGES):
-                found.append(str(path.relative_to(folder)))
+                found.append(f"{root}/{name}"[len(str(folder)) + 1 :])
     return found
+
+
+def _walk(top: Path) -> List[Tuple[Path, List[str]]]:
+    """Returns a directory and those below it, links followed, sorted, with the names of their files; raises OSError.
+
+    Raises Failure(DATA) for a link to a directory that it lies in: following it would count its images again and again.
+    """
+    found: List[Tuple[Path, List[str]]] = []
+    left: List[Tuple[Path, Tuple[Tuple[int, int], ...]]] = [(top, ())]  # with the devices and inodes of those above
+    while left:
+        folder, above = left.pop()
+        status = folder.stat()
+        own = status.st_dev, status.st_ino
+        if own in above:
+            raise data_failure(f"{shown(folder)} is a link to a directory that it lies in. Remove it")
+        with os.scandir(folder) as entries:
+            seen = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+        found.append((folder, [name for name, is_folder in seen if not is_folder]))
+        left += [(folder / name, (*above, own)) for name, is_folder in seen if is_folder]
+    return sorted(found, key=lambda each: str(each[0]))  # as ImageFolder sorts: a/b-c is before a/b/c
+
+
+def stamp(folder: Path, shard: Shard) -> Tuple[int, int]:
+    """Returns two numbers that change when a file below an indexed directory is added, removed or renamed; raises OSError.
+
+    They do not when one is rewritten in place: that would take a look at each file.
+    """
+    status = folder.stat()
+    # The usual case, told from its links, which some file systems do not count, and from what was found: it has no other.
+    if status.st_nlink == 2 and not (shard.names == ord("/")).any():
+        return status.st_size, status.st_mtime_ns
+    walked = [root.stat() for root, _ in _walk(folder)]
+    return sum(each.st_size for each in walked), hash(tuple(each.st_mtime_ns for each in walked))
 
 
 def file_name(names: np.ndarray, offset: int) -> str:
@@ -57,6 +95,7 @@ def file_name(names: np.ndarray, offset: int) -> str:
 def could_be_index(shard: Shard) -> bool:
     """Returns whether `scan` could have made `shard`."""
     ends = np.flatnonzero(shard.names == 0)
-    return len(ends) == len(shard.offsets) and bool(
-        (shard.offsets == np.concatenate([[0], ends[:-1] + 1])).all() and ends[-1] == len(shard.names) - 1
-    )
+    if len(ends) != len(shard.offsets) or ends[-1] != len(shard.names) - 1:
+        return False
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    return bool((shard.offsets == starts).all()) and not _STRAY.search(shard.names.tobytes())

@@ -10,7 +10,7 @@ import numpy as np
 from hvd_vgg import storage
 from hvd_vgg.data import class_folders, tar, tfrecord
 from hvd_vgg.data.layout import FOLDERS, IMAGENET, WEBDATASET, Layout, find_shards, shorten
-from hvd_vgg.data.shard_file import MAX_RECORD_BYTES, OpenShard, Shard, data_failure, place, unreadable_file
+from hvd_vgg.data.shard_file import MAX_RECORD_BYTES, OpenShard, Shard, data_failure, place, shown, unreadable_file
 from hvd_vgg.text import plural
 
 _PLAIN = Layout(IMAGENET, Path())
@@ -56,7 +56,7 @@ class Index(NamedTuple):
     def where(self, record: int) -> str:
         """Returns a record's place for messages: file, number in the file (from 0), offset in bytes of what precedes it."""
         if self.layout.kind == FOLDERS:
-            return str(self.path_of(record))
+            return shown(self.path_of(record))
         shard, header = self.shard_of(record), _HEADER_BYTES[self.layout.kind == WEBDATASET]
         return place(self.paths[shard], record - int(self.starts[shard]), int(self.offsets[record]) - header)
 
@@ -76,16 +76,28 @@ def scan_shard(path: Path, layout: Layout = _PLAIN) -> Shard:
         file = OpenShard(path)
         if file.size == 0:
             raise data_failure(
-                f"{path} is empty (0 bytes); expected at least one record. Copy the shard again; if it was written so, "
-                f"since there were more shards than records, write fewer shards, or remove it and number the others anew"
+                f"{shown(path)} is empty (0 bytes); expected at least one record. Copy the shard again; if it was written "
+                f"so, since there were more shards than records, write fewer shards, or remove it and number the others anew"
             )
-        return tar.scan(file) if layout.kind == WEBDATASET else tfrecord.scan(file, layout.features)
+        shard = tar.scan(file) if layout.kind == WEBDATASET else tfrecord.scan(file, layout.features)
+        _require_records(path, len(shard.offsets), layout)
+        return shard
     except OSError as error:
-        raise unreadable_file(path, error) from error
+        raise unreadable_file(Path(error.filename or path), error) from error
+
+
+def _require_records(path: Path, found: int, layout: Layout) -> None:
+    """Raises Failure(DATA) where a shard has not as many records as the data set says: it reads like an intact file."""
+    expected = layout.records.get(layout.key(path), found)
+    if found != expected:
+        raise data_failure(
+            f"{shown(path)}: expected {expected} records, as the data set's description beside it says; found {found} (cut "
+            f"off while copying?). Copy the shard again"
+        )
 
 
 def scan_split(data_dir: str, split: str) -> Index:
-    """Returns the index of a split, scanned by this process alone; raises Failure(DATA) as its parts do."""
+    """Returns the index of a split in ImageNet's layout, scanned by this process alone; raises Failure(DATA)."""
     paths = find_shards(data_dir, split)
     return join(paths, [scan_shard(path) for path in paths])
 
@@ -171,8 +183,12 @@ def load_cache(path: Path, paths: Sequence[Path], layout: Layout = _PLAIN) -> Di
             if str(cache["layout"]) != _describe(layout):
                 return {}
             known = dict(zip(cache["names_of_shards"].tolist(), zip(_load_shards(cache), cache["stamps"].tolist())))
-        found = {number: (*known[each.name], _stamp(each)) for number, each in enumerate(paths) if each.name in known}
-        return {number: Cached(_validate(shard, old[0], layout), old == new) for number, (shard, old, new) in found.items()}
+        keys = ((number, layout.key(each)) for number, each in enumerate(paths))
+        found = {number: known[key] for number, key in keys if key in known}
+        return {
+            number: Cached(_validate(shard, old[0], layout), old == _stamp(paths[number], layout, shard))
+            for number, (shard, old) in found.items()
+        }
     except Exception:  # damaged bytes make the readers of zip files and of arrays raise a dozen kinds
         return {}
 
@@ -187,6 +203,7 @@ def _validate(shard: Shard, size: int, layout: Layout) -> Shard:
     if layout.kind == FOLDERS:
         sound = sound and class_folders.could_be_index(shard)
     else:
+        sound = sound and not len(shard.names)
         sound = sound and (tar if layout.kind == WEBDATASET else tfrecord).could_be_index(shard, size)
     if not sound:
         raise ValueError("not an index")
@@ -200,19 +217,22 @@ def _describe(layout: Layout) -> str:
 
 def save_cache(path: Path, index: Index) -> None:
     """Writes `index` for `load_cache`; raises OSError where `path` cannot be written."""
-    names, stamps = np.array([each.name for each in index.paths]), np.array([_stamp(each) for each in index.paths], np.int64)
-    layout = np.array(_describe(index.layout))
+    layout, names = np.array(_describe(index.layout)), np.array([index.layout.key(each) for each in index.paths])
+    stamps = [_stamp(path, index.layout, shard) for path, shard in zip(index.paths, split_index(index))]
     # Processes of two containers may have one number, and their hosts one name.
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
-            np.savez(file, layout=layout, names_of_shards=names, stamps=stamps, **_arrays(index))
+            np.savez(file, layout=layout, names_of_shards=names, stamps=np.array(stamps, np.int64), **_arrays(index))
         storage.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _stamp(path: Path) -> List[int]:
+def _stamp(path: Path, layout: Layout, shard: Shard) -> List[int]:
+    """Returns what tells whether a shard has changed since it was indexed as `shard`: of a file its size and time."""
+    if layout.kind == FOLDERS:
+        return list(storage.retrying(path, lambda: class_folders.stamp(path, shard)))
     status = storage.retrying(path, path.stat)
     return [status.st_size, status.st_mtime_ns]
 

@@ -3,15 +3,20 @@
 Nothing above the readers of records knows which layout a data set has: a record is its number in the split.
 """
 
+import os
 import re
+import shlex
 from collections import Counter
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from types import MappingProxyType
+from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from hvd_vgg import storage
 from hvd_vgg.config import DataConfig
+from hvd_vgg.data import description
 from hvd_vgg.data.example import STANDARD, Features
 from hvd_vgg.data.shard_file import data_failure, regular_file_size, unreadable_file
+from hvd_vgg.errors import USAGE, Failure
 
 IMAGENET, TFDS, WEBDATASET, FOLDERS = "imagenet", "tfds", "webdataset", "folders"  # of --data_format
 TITLES = {
@@ -25,8 +30,12 @@ _TFDS_FEATURES = Features(b"image", b"label", b"file_name")
 _WORDS = {"train": ("train",), "validation": ("validation", "val")}
 _NUMBERED = re.compile(r"(?P<name>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})")
 _TAR = re.compile(r"(?P<name>.*?)(?P<number>[0-9]+)\.tar")
-# Downloads of ILSVRC2012, which are archives of archives.
-_ILSVRC_TAR = re.compile(r"ILSVRC2012_img_\w+\.tar")
+_MOST_SHARDS = 10**6
+# Downloads of ILSVRC2012, which are archives of archives, and what they hold.
+_ILSVRC_TAR = re.compile(r"ILSVRC2012_img_\w+\.tar|n[0-9]{8}\.tar")
+_COMPRESSED = re.compile(r"(?P<plain>.+-[0-9]{5}-of-[0-9]{5}|.+\.tar)\.(?P<kind>gz|bz2|xz|zst)|(?P<tgz>.+)\.tgz")
+_UNPACK = {"bz2": "bzip2 -dc", "xz": "xz -dc", "zst": "zstd -dc"}  # others: gzip
+_IMAGES = (".jpg", ".jpeg", ".png")
 
 
 class Layout(NamedTuple):
@@ -37,10 +46,14 @@ class Layout(NamedTuple):
     features: Features = STANDARD  # of TFRecords
     label_base: Optional[int] = None  # of the first class; None: to be found from the labels
     classes: Tuple[str, ...] = ()  # their names in order of their labels, where the layout has them
+    records: Mapping[str, int] = MappingProxyType({})  # of shards, by `key`, where the data set says how many they have
 
     def key(self, path: Path) -> str:
-        """Returns the name that a shard is cached and compared under."""
-        return path.name
+        """Returns the name that a shard is cached and compared under: its path below the data set's directory."""
+        try:
+            return path.relative_to(self.root.parent if self.kind == FOLDERS else self.root).as_posix()
+        except ValueError:
+            return path.name
 
 
 Found = Tuple[Layout, List[Path]]
@@ -49,12 +62,27 @@ Found = Tuple[Layout, List[Path]]
 def find_split(config: DataConfig, split: str) -> Found:
     """Returns the layout and the shards of a split, in order, by looking into --data_dir.
 
-    Raises Failure(DATA) where the directory, the split, or one of a numbered set of shards is missing, or several match.
+    Raises Failure(DATA) where the directory, the split, or one of a numbered set of shards is missing, or several match;
+    Failure(USAGE) for the name of a feature where records have none.
     """
     folder, pattern = Path(config.data_dir), config.train_pattern if split == "train" else config.validation_pattern
+    try:
+        layout, paths = _by_pattern(config, folder, split, pattern) if pattern else _by_looking(config, folder, split)
+        if layout.kind in (IMAGENET, TFDS):
+            layout = layout._replace(features=_features(config, layout.features))
+        elif config.image_feature or config.label_feature:
+            text = f"--image_feature and --label_feature are for TFRecords; {folder} has {TITLES[layout.kind]}"
+            raise Failure(USAGE, f"{text}: leave them out")
+        if layout.kind == TFDS:
+            name = layout.features.label.decode().replace("/", "-")
+            layout = layout._replace(classes=description.class_names(paths[0].with_name(f"{name}.labels.txt")))
+        return layout._replace(classes=layout.classes or description.class_names(folder / "classes.txt")), paths
+    except OSError as error:
+        raise unreadable_file(Path(str(error.filename or folder)), error) from error
+
+
+def _by_looking(config: DataConfig, folder: Path, split: str) -> Found:
     names = _list(folder, split)
-    if pattern:
-        return _by_pattern(config, folder, pattern)
     kinds = _FINDERS if config.data_format == "auto" else [config.data_format]
     found = {kind: _FINDERS[kind](folder, split) for kind in kinds}
     present = [kind for kind in kinds if found[kind]]
@@ -63,10 +91,7 @@ def find_split(config: DataConfig, split: str) -> Found:
         raise data_failure(f"{folder} has {split} data in several layouts: {shown}. Choose one with --data_format")
     if not present:
         raise _no_split(folder, split, names, config.data_format)
-    layout, paths = found[present[0]]  # type: ignore[misc]
-    if layout.kind in (IMAGENET, TFDS):
-        layout = layout._replace(features=_features(config, layout.features))
-    return layout, paths
+    return found[present[0]]  # type: ignore[return-value]
 
 
 def find_shards(data_dir: str, split: str) -> List[Path]:
@@ -75,9 +100,13 @@ def find_shards(data_dir: str, split: str) -> List[Path]:
     Raises Failure(DATA) where the directory, the set, or a member of it is missing, or a shard is of another set.
     """
     folder = Path(data_dir)
-    found = _complete(folder, split, [folder / name for name in _list(folder, split)], split)
+    try:
+        names = _list(folder, split)
+    except OSError as error:
+        raise unreadable_file(folder, error) from error
+    found = _complete(folder, split, [folder / name for name in names], split)
     if not found:
-        raise _no_split(folder, split, _list(folder, split), IMAGENET)
+        raise _no_split(folder, split, names, IMAGENET)
     return found
 
 
@@ -85,31 +114,29 @@ def shard_bytes(paths: Sequence[Path], layout: Optional[Layout] = None) -> Dict[
     """Returns each shard's size in bytes, by name, 0 for directories; raises Failure(DATA) for what is no regular file."""
     try:
         if layout and layout.kind == FOLDERS:
-            return {path.name: 0 for path in paths}
-        return {path.name: regular_file_size(path, storage.retrying(path, path.stat)) for path in paths}
+            return {layout.key(path): 0 for path in paths}
+        name = layout.key if layout else (lambda path: path.name)
+        return {name(path): regular_file_size(path, storage.retrying(path, path.stat)) for path in paths}
     except OSError as error:
         raise unreadable_file(Path(str(error.filename)), error) from error
 
 
 def _list(folder: Path, split: str) -> List[str]:
     """Returns the names in a data set's directory, sorted."""
-    try:
-        if not storage.retrying(folder, folder.is_dir):
-            raise data_failure(
-                f"{folder} is not a directory (now in {Path.cwd()}); expected TFRecords {split}-?????-of-????? in it. Name "
-                f"another with --data_dir, or draw a data set to try: hvd-vgg make-demo-data"
-            )
-        return storage.retrying(folder, lambda: sorted(path.name for path in folder.iterdir()))
-    except OSError as error:
-        raise unreadable_file(folder, error) from error
+    if not storage.retrying(folder, folder.is_dir):
+        raise data_failure(
+            f"{folder} is not a directory (now in {Path.cwd()}); expected TFRecords {split}-?????-of-????? in it. Name "
+            f"another with --data_dir, or draw a data set to try: hvd-vgg make-demo-data"
+        )
+    return storage.retrying(folder, lambda: sorted(path.name for path in folder.iterdir()))
 
 
-def _no_split(folder: Path, split: str, names: List[str], data_format: str) -> Exception:
+def _no_split(folder: Path, split: str, names: List[str], data_format: str) -> Failure:
+    known = _known_otherwise(folder, split, names)
+    if known:
+        return data_failure(known)
     shards = sorted({match["name"] for match in map(_NUMBERED.fullmatch, names) if match})
     has = f"it has {shorten(shards or list(map(ascii, names))) or 'nothing'}"
-    archives = list(filter(_ILSVRC_TAR.fullmatch, names))
-    if archives:
-        return data_failure(f"{folder} has {shorten(archives)}, archives of archives. Convert them with hvd-vgg prepare")
     words = "/".join(_WORDS[split]) if split in _WORDS else split
     expected = {
         IMAGENET: f"ImageNet's layout, such as {split}-00000-of-01024",
@@ -127,14 +154,56 @@ def _no_split(folder: Path, split: str, names: List[str], data_format: str) -> E
     return data_failure(f"{missing}; {others}; or --{'train' if split == 'train' else 'validation'}_pattern")
 
 
+def _known_otherwise(folder: Path, split: str, names: List[str]) -> str:
+    """Returns what to say of a directory with data that is known, but not read as it is; "" where it has none."""
+    below = [(root, name) for root in _roots(folder, split) for name in (names if root == folder else _list(root, split))]
+    archives = [name for _, name in below if _ILSVRC_TAR.fullmatch(name)]
+    if archives:
+        return f"{folder} has {shorten(archives)}, archives of archives. Convert them with hvd-vgg prepare"
+    for root, name in below:
+        match = _COMPRESSED.fullmatch(name)
+        if match:
+            command, plain = _UNPACK.get(match["kind"] or "", "gzip -dc"), match["plain"] or f"{match['tgz']}.tar"
+            text = f"{root / name} is compressed. Records are read by their offsets. Unpack all such files into a directory"
+            return f"{text} of plain shards: {command} < {shlex.quote(str(root / name))} > PLAIN/{shlex.quote(plain)}"
+    arrays = [name for name in names if ".array_record-" in name or ".riegeli-" in name]
+    if arrays:
+        convert = (
+            f"tfds convert_format --dataset_version_dir={shlex.quote(str(folder))} --out_file_format=tfrecord --out_dir=DIR"
+        )
+        return f"{folder} has {shorten(arrays)}; expected TFRecords. Convert them: {convert}"
+    parquet = [name for name in names if name.endswith(".parquet")]
+    if parquet or any(path.name.endswith(".parquet") for path in folder.glob("data/*.parquet")):
+        return f"{folder} has Parquet files. Convert them with hvd-vgg prepare"
+    flat = [root / name for root, name in below if root != folder and name.lower().endswith(_IMAGES)]
+    if flat:
+        text = f"{flat[0].parent} has images, but no directory for each class, which would tell their labels"
+        return f"{text}. Sort them into one for each, as in {folder / 'train'}, or convert them with hvd-vgg prepare"
+    inner = [name for name in _directories(folder) if (folder / name / "features.json").exists()]
+    if inner:
+        return f"{folder} has versions of a data set: {shorten(inner)}. Name one: --data_dir={folder / inner[-1]}"
+    return ""
+
+
 def shorten(names: Sequence[str]) -> str:
     """Returns the first five of `names` for a message."""
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return ", ".join(each if each.isprintable() else ascii(each) for each in names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _roots(folder: Path, split: str) -> List[Path]:
     """Returns the directories that shards of a split may be in: the data set's, and one of the split's own."""
-    return [folder, *(folder / word for word in _WORDS.get(split, ()) if (folder / word).is_dir())]
+    own = [folder / word for word in _WORDS.get(split, ())]
+    return [folder, *(path for path in own if storage.retrying(path, path.is_dir))]
+
+
+def _directories(folder: Path) -> List[str]:
+    """Returns the directories below `folder`, sorted as torchvision's ImageFolder does, without hidden ones."""
+
+    def directories() -> List[str]:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+
+    return storage.retrying(folder, directories)
 
 
 def _complete(folder: Path, split: str, paths: Sequence[Path], prefix: str) -> List[Path]:
@@ -146,9 +215,7 @@ def _complete(folder: Path, split: str, paths: Sequence[Path], prefix: str) -> L
     ((count, _),) = Counter(int(match["count"]) for match in own.values()).most_common(1)
     expected = [f"{prefix}-{number:05d}-of-{count:05d}" for number in range(count)]
     by_name = {path.name: path for path in own}
-    twice = sorted({path.name for path in own if by_name[path.name] != path})
-    if twice:
-        raise data_failure(f"{folder} has {shorten(twice)} twice, in it and in a directory of its own. Move one away")
+    _require_once(folder, list(own))
     others, missing = sorted(set(by_name).difference(expected)), [name for name in expected if name not in by_name]
     if others:
         raise data_failure(
@@ -160,6 +227,13 @@ def _complete(folder: Path, split: str, paths: Sequence[Path], prefix: str) -> L
             f"directory that has them all"
         )
     return [by_name[name] for name in expected]
+
+
+def _require_once(folder: Path, paths: Sequence[Path]) -> None:
+    """Raises Failure(DATA) where two of `paths` have one name: copies of a shard, whose records would count twice."""
+    twice = sorted(name for name, count in Counter(path.name for path in paths).items() if count > 1)
+    if twice:
+        raise data_failure(f"{folder} has {shorten(twice)} in several directories. Move all but one away")
 
 
 def _files(folder: Path, split: str) -> List[Path]:
@@ -180,79 +254,98 @@ def _find_tfds(folder: Path, split: str) -> Optional[Found]:
     if not own:
         return None
     paths = _complete(folder, split, files, own[0])
-    return Layout(TFDS, folder, _TFDS_FEATURES, 0, _read_classes(folder / "label.labels.txt")), paths
+    return _tfds(folder, paths), paths
 
 
-def _read_classes(path: Path) -> Tuple[str, ...]:
-    """Returns the lines of a file of class names; nothing where there is none."""
-    try:
-        return tuple(storage.read_bytes(path).decode("utf-8", "replace").split("\n")[:-1])
-    except OSError:
-        return ()
+def _tfds(folder: Path, paths: Sequence[Path]) -> Layout:
+    """Returns the layout of shards beside which is what tensorflow-datasets says of them, unless that was left behind."""
+    counts = description.tfds_records(paths[0].parent)
+    records: Dict[str, int] = {}
+    for path in paths:
+        match = _NUMBERED.fullmatch(path.name)
+        own = counts.get(match["name"], []) if match else []
+        if match and len(own) == int(match["count"]) and own[int(match["number"])]:
+            records[path.relative_to(folder).as_posix()] = own[int(match["number"])]
+    return Layout(TFDS, folder, _TFDS_FEATURES, 0, (), records)
 
 
 def _find_webdataset(folder: Path, split: str) -> Optional[Found]:
     words = "|".join(_WORDS.get(split, (split,)))
-    named = re.compile(rf"(.*[-_.])?({words})([-_.0-9].*)?\.tar")
+    pattern = re.compile(rf"(.*[-_.])?({words})([-_.0-9].*)?\.tar")
     tars = [path for path in _files(folder, split) if path.suffix == ".tar" and not _ILSVRC_TAR.fullmatch(path.name)]
-    paths = [path for path in tars if path.parent != folder or named.fullmatch(path.name)]
-    return _webdataset(folder, paths) if paths else None
+    paths = [path for path in tars if path.parent != folder or pattern.fullmatch(path.name)]
+    if not paths:
+        return None
+    present = {path.name for path in paths}
+    missing = [name for name in description.webdataset_records(folder, split) if name not in present]
+    if missing:
+        named = f"{len(missing)} of the {split} shards that its _info.json names: {shorten(missing)}"
+        raise data_failure(f"{folder} lacks {named}. Copy them there")
+    return _webdataset(folder, paths), paths
 
 
-def _webdataset(folder: Path, paths: Sequence[Path]) -> Found:
-    """Returns the shards in order of name; raises where a number between the first and the last is missing."""
+def _webdataset(folder: Path, paths: List[Path]) -> Layout:
+    """Returns the layout of shards, sorted by name; raises where a number between the first and the last is missing."""
+    paths.sort()
+    _require_once(folder, paths)
     matches = [match for match in (_TAR.fullmatch(path.name) for path in paths) if match]
     for name, digits in sorted({(match["name"], len(match["number"])) for match in matches}):
         numbers = {int(match["number"]) for match in matches if match["name"] == name and len(match["number"]) == digits}
-        missing = [f"{name}{number:0{digits}d}.tar" for number in range(min(numbers), max(numbers)) if number not in numbers]
-        if missing:
+        between = range(min(numbers), max(numbers))
+        missing = [f"{name}{number:0{digits}d}.tar" for number in between[:_MOST_SHARDS] if number not in numbers]
+        if missing and len(between) < _MOST_SHARDS:  # other numbers count something else
             raise data_failure(f"{folder} lacks {len(missing)} of its shards: {shorten(missing)}. Copy them there")
-    return Layout(WEBDATASET, folder, STANDARD, 0, _read_classes(folder / "classes.txt")), sorted(paths)
+    known = {name: count for split in _WORDS for name, count in description.webdataset_records(folder, split).items()}
+    records = {path.relative_to(folder).as_posix(): known[path.name] for path in paths if known.get(path.name)}
+    return Layout(WEBDATASET, folder, STANDARD, 0, (), records)
 
 
 def _find_folders(folder: Path, split: str) -> Optional[Found]:
     roots = _roots(folder, split)[1:]
-    found = [root for root in roots if _class_names(root)]
+    found = [root for root in roots if _directories(root)]
     if len(found) > 1:
         raise data_failure(f"{folder} has both {found[0]} and {found[1]}. Choose one by --validation_pattern")
-    train = folder / "train"
-    return _folders(found[0], train if train.is_dir() and _class_names(train) else found[0]) if found else None
+    return _folders(found[0], folder / "train") if found else None
 
 
 def _folders(root: Path, train: Path) -> Found:
-    """Returns the directories of classes below `root`; their labels are those of the directories below `train`."""
-    names, classes = _class_names(root), _class_names(train)
+    """Returns the directories of classes below `root`; their labels are those of the directories below `train`, if any."""
+    names = _directories(root)
+    classes = (_directories(train) if storage.retrying(train, train.is_dir) else []) or names
     unknown = sorted(set(names).difference(classes))
     if unknown:
         raise data_failure(f"{root} has classes that {train} lacks: {shorten(unknown)}. Move them away")
     return Layout(FOLDERS, root, STANDARD, 0, tuple(classes)), [root / name for name in names]
 
 
-def _class_names(root: Path) -> List[str]:
-    """Returns the directories below `root`, sorted as torchvision's ImageFolder does, without hidden ones."""
-    return [name for name in _list(root, root.name) if not name.startswith(".") and (root / name).is_dir()]
-
-
-def _by_pattern(config: DataConfig, folder: Path, pattern: str) -> Found:
-    paths = sorted(folder.glob(pattern))
+def _by_pattern(config: DataConfig, folder: Path, split: str, pattern: str) -> Found:
+    flag, kind = f"--{split}_pattern={pattern}", config.data_format
+    _list(folder, split)
+    try:
+        paths = storage.retrying(folder, lambda: sorted(folder.glob(pattern)))
+    except (ValueError, NotImplementedError) as error:
+        raise Failure(USAGE, f"{flag}: {error}") from error
+    paths = [path for path in paths if not path.name.startswith(".")]
     if not paths:
-        raise data_failure(f"{folder} has nothing that matches {pattern}. Correct --train_pattern or --validation_pattern")
-    if len(paths) == 1 and paths[0].is_dir():
+        raise data_failure(f"{folder} has nothing that matches {flag}. Correct it")
+    if len(paths) == 1 and storage.retrying(paths[0], paths[0].is_dir):
+        if kind not in ("auto", FOLDERS):
+            raise data_failure(f"{flag} matches the directory {paths[0]}; --data_format={kind} expects files. Correct it")
+        if not _directories(paths[0]):
+            raise data_failure(f"{flag} matches {paths[0]}, which has no directory for each class. Correct it")
         train = sorted(folder.glob(config.train_pattern or "train"))
-        return _folders(paths[0], train[0] if len(train) == 1 and train[0].is_dir() else paths[0])
-    kind = config.data_format
-    if kind == "auto":
-        kind = WEBDATASET if all(path.suffix == ".tar" for path in paths) else IMAGENET
-    if kind == WEBDATASET:
-        return _webdataset(folder, paths)
+        return _folders(paths[0], train[0] if len(train) == 1 and split != "train" else paths[0])
     if kind == FOLDERS:
-        raise data_failure(f"{folder}: {pattern} matches {len(paths)} files; expected one directory with one for each class")
-    for prefix in {match["name"] for match in (_NUMBERED.fullmatch(path.name) for path in paths) if match}:
-        _complete(folder, pattern, paths, prefix)
-    tfds = kind == TFDS
-    features = _features(config, _TFDS_FEATURES if tfds else STANDARD)
-    classes = _read_classes(folder / "label.labels.txt") if tfds else ()
-    return Layout(kind, folder, features, 0 if tfds else None, classes), paths
+        raise data_failure(f"{flag} matches {len(paths)} files; expected one directory with one for each class. Correct it")
+    names = [match["name"] for match in (_NUMBERED.fullmatch(path.name) for path in paths) if match]
+    if kind == "auto":
+        described = len(names) == len(paths) and paths[0].with_name("features.json").exists()
+        kind = WEBDATASET if all(path.suffix == ".tar" for path in paths) else TFDS if described else IMAGENET
+    if kind == WEBDATASET:
+        return _webdataset(folder, paths), paths
+    for prefix in sorted(set(names)):
+        _complete(folder, split, paths, prefix)
+    return (_tfds(folder, paths) if kind == TFDS else Layout(IMAGENET, folder)), paths
 
 
 def _features(config: DataConfig, default: Features) -> Features:

@@ -59,8 +59,9 @@ def read_ahead(index: Index, ids: np.ndarray) -> None:
         return
     # One call for each run of records that follow each other in a file.
     cuts = np.flatnonzero((np.diff(ids) > 1) | (np.diff(shards) > 0)) + 1
+    header = tar.HEADER_BYTES if index.layout.kind == WEBDATASET else 0  # a TFRecord's is short, and in the same page
     for first, last in zip([0, *cuts.tolist()], [*(cuts - 1).tolist(), len(ids) - 1]):
-        begin = int(index.offsets[ids[first]])
+        begin = int(index.offsets[ids[first]]) - header
         size = int(index.offsets[ids[last]]) + int(index.lengths[ids[last]]) + FOOTER_BYTES - begin
         with contextlib.suppress(OSError, AttributeError):  # some systems have no posix_fadvise
             os.posix_fadvise(_open_shard(index.paths[shards[first]]).handle, begin, size, os.POSIX_FADV_WILLNEED)
@@ -100,12 +101,14 @@ def read_record(index: Index, record: int) -> bytes:
 
 def _read(index: Index, record: int, count: int, offset: int) -> Tuple[OpenShard, bytes]:
     """Returns the file of a record, and `count` bytes of it at `offset`, or fewer at its end."""
-    path = index.path_of(record)
+    path, alone = index.path_of(record), index.layout.kind == FOLDERS
     try:
         _reading[threading.get_ident()] = path, time.monotonic()
-        file = OpenShard(path) if index.layout.kind == FOLDERS else _open_shard(path)
+        file = OpenShard(path) if alone else _open_shard(path)
         return file, file.read(count, offset)
     except OSError as error:
+        if alone:  # the file is this record, and others may be intact
+            raise BadRecord(index, record, f"it cannot be read: {error.strerror}", _REINDEX) from error
         raise Failure(DATA, f"data: {index.where(record)}: cannot be read: {error.strerror}") from error
     finally:
         _reading.pop(threading.get_ident(), None)

@@ -50,9 +50,15 @@ class Shard(NamedTuple):
         return cls(*columns, np.frombuffer(names, np.uint8))
 
 
+def shown(path: Path) -> str:
+    """Returns a path for messages: characters that would steer a terminal, and bytes that are no text, as numbers."""
+    text = str(path)
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def place(path: Path, number: int, offset: int) -> str:
     """Returns where a record is, for messages: file, number in the file from 0, offset in bytes."""
-    return f"{path}, record {number}, offset {offset}"
+    return f"{shown(path)}, record {number}, offset {offset}"
 
 
 def data_failure(message: str) -> Failure:
@@ -62,7 +68,7 @@ def data_failure(message: str) -> Failure:
 
 def unreadable_file(path: Path, error: OSError) -> Failure:
     """Returns the Failure(DATA) of a file or directory that the operating system refuses to read."""
-    return data_failure(f"{path} cannot be read: {error.strerror}. Expected a file that this user may read")
+    return data_failure(f"{shown(path)} cannot be read: {error.strerror}. Expected a file that this user may read")
 
 
 def regular_file_size(path: Path, status: os.stat_result) -> int:
@@ -70,7 +76,7 @@ def regular_file_size(path: Path, status: os.stat_result) -> int:
     if not stat.S_ISREG(status.st_mode):
         kinds = {"d": "a directory", "p": "a FIFO", "s": "a socket", "c": "a device", "b": "a device"}
         kind = kinds.get(stat.filemode(status.st_mode)[0], "of an unknown kind")
-        raise data_failure(f"{path} is {kind}; expected a regular file or a link to one: move it away")
+        raise data_failure(f"{shown(path)} is {kind}; expected a regular file or a link to one: move it away")
     return status.st_size
 
 
@@ -138,7 +144,7 @@ def require_plain(path: Path, head: bytes, expected: str) -> None:
     if foreign:
         what, fix = foreign
         command = fix.format(path=shlex.quote(str(path)), name=shlex.quote(path.name))
-        raise data_failure(f"{path} is {what}; expected {expected}. {command}")
+        raise data_failure(f"{shown(path)} is {what}; expected {expected}. {command}")
 
 
 def _foreign_content(head: bytes) -> Optional[Tuple[str, str]]:

@@ -22,12 +22,13 @@ from hvd_vgg.data.index import (
     unpack_shards,
     unseen_labels,
 )
-from hvd_vgg.data.layout import FOLDERS, TITLES, WEBDATASET, Layout, find_split, shard_bytes
+from hvd_vgg.data.layout import FOLDERS, TITLES, WEBDATASET, Layout, find_split, shard_bytes, shorten
 from hvd_vgg.data.shard_file import Shard, data_failure
 from hvd_vgg.data.tfrecord import FOOTER_BYTES
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import require_equal, run_on_all_ranks, run_on_root
 from hvd_vgg.reporting.console import Console
+from hvd_vgg.text import plural
 from hvd_vgg.watchdog import watchdog
 
 # Ranks exchange the shards that they have scanned this often, so that a bad shard soon ends all of them.
@@ -53,6 +54,10 @@ def open_data(config: BatchConfig, run_dir: Path, console: Console) -> Splits:
     unseen = unseen_labels(train, validation)
     if unseen:
         console.say(f"warning: {unseen}. They count as misses: were the splits converted with the same labels?")
+    both = set(train.paths).intersection(validation.paths)
+    if both and config.train_pattern != config.validation_pattern:
+        names = shorten(sorted(train.layout.key(path) for path in both))
+        console.say(f"warning: {plural(len(both), 'shard')} of train is in validation too: {names}. Correct the patterns")
     return Splits(train, validation, label_base)
 
 

@@ -20,7 +20,7 @@ from hvd_vgg.text import difference_table, plural
 from hvd_vgg.training.dataset import Splits
 from hvd_vgg.training.precision import measure_precision
 from hvd_vgg.training.reporter import Reporter
-from hvd_vgg.training.result import write_run_files
+from hvd_vgg.training.result import write_class_names, write_run_files
 from hvd_vgg.training.schedule import rate_factor
 from hvd_vgg.training.state import TrainProgress, data_digest
 
@@ -35,7 +35,7 @@ def introduce(
     progress: TrainProgress,
     reporter: Reporter,
 ) -> None:
-    """Prints and logs what is about to be trained; writes flags and receipt. Collective.
+    """Prints and logs what is about to be trained; writes flags, receipt and names of classes. Collective.
 
     arithmetic: of `describe_arithmetic`; factored: the layers whose gradient is formed from gathered factors. Raises a
     collective Failure(NOT_WRITTEN).
@@ -71,6 +71,7 @@ def introduce(
     process["packages"]["mpi"] = mpi_version()
     reporter.event("start", **process, **start, arithmetic=arithmetic, hosts=hosts, checkpoint=row, data=digests)
     run_on_root(lambda: write_run_files(config, reporter.console))
+    run_on_root(lambda: write_class_names(config, data.train, data.label_base, first))
 
 
 def _print_run(

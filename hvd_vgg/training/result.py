@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, Dict, Optional
 
 from hvd_vgg.config import TrainConfig
+from hvd_vgg.data.classes import class_names
+from hvd_vgg.data.index import Index
 from hvd_vgg.errors import Failure
 from hvd_vgg.flags import to_flag_file
 from hvd_vgg.parallel import comm
@@ -41,6 +43,22 @@ def write_run_files(config: TrainConfig, console: Optional[Console] = None) -> N
             console.say(
                 f"{path} is from an earlier start, since the disk is full; it will be rewritten with the next result"
             )
+
+
+def write_class_names(config: TrainConfig, train: Index, label_base: int, step: int) -> None:
+    """Writes classes.txt, where the data has names, unless a run continues that did; rank 0 alone.
+
+    Raises Failure(NOT_WRITTEN), or as `classes.class_names` does.
+    """
+    path = RunDir(config.run_dir).classes
+    if step and path.exists():
+        return
+    names = class_names(train, label_base, config.num_classes)
+    if names:
+        _write_if_changed(path, "".join(f"{name}\n" for name in names))
+    else:
+        with writing(path):
+            path.unlink(missing_ok=True)  # of an earlier start with other data
 
 
 def _write_if_changed(path: Path, text: str) -> None:

@@ -17,6 +17,7 @@ from support import ROOT, TINY, Started, command_line, full, wait_for
 SMOKE = {
     "index": ("--records=64 --rounds=2", []),
     "storage": ("--data_dir=DATA --blocks=1,8 --images=32 --batch=16 --size=32 --rounds=2", ["1", "8"]),
+    "layouts": ("--data_dir=DATA --images=40 --shards=3 --rounds=2", ["imagenet", "tfds", "webdataset", "folders"]),
     "wire_dtype": ("", ["float32", "float16"]),
     "saving": ("--rounds=1 --batch=1 --size=32 --width=0.05", ["foreground: the loop waits, seconds"]),
     "loop": (

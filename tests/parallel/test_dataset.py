@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from support import example, picture, write_data, write_shard
 
+from hvd_vgg.config import DataConfig
 from hvd_vgg.data.index import join, scan_shard
 from hvd_vgg.data.layout import find_shards
 from hvd_vgg.errors import DATA, Failure
@@ -28,7 +29,7 @@ def shared(tmp_path_factory):
 
 
 def open_train(folder, console=QUIET):
-    found = open_split(str(folder / "data"), "train", folder / "run", console)
+    found = open_split(DataConfig(data_dir=str(folder / "data")), "train", folder / "run", console)
     comm.barrier()  # rank 0 keeps the index while others go on
     return found
 
