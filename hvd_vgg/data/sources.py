@@ -189,19 +189,10 @@ def _of_layout(config: PrepareConfig, split: str) -> Source:
 
 
 def _from_layout(layout: Layout, paths: List[Path]) -> Source:
-    if layout.kind == IMAGENET and not layout.classes:
-        layout = layout._replace(classes=_read_names(layout.root / "classes.txt"))
     by_class = layout.kind == FOLDERS
     return Source(
         TITLES[layout.kind], layout, paths, lambda n: scan_shard(paths[n], layout), read_named_image, Index.where, by_class
     )
-
-
-def _read_names(path: Path) -> Tuple[str, ...]:
-    try:
-        return tuple(storage.read_bytes(path).decode("utf-8", "replace").split("\n")[:-1])
-    except OSError:
-        return ()
 
 
 def select(config: PrepareConfig, found: Sequence[Tuple[str, Source, Index]]) -> Selection:

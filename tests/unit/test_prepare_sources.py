@@ -466,6 +466,24 @@ def test_archive_cut_off_is_one_message(sets, tmp_path):
     assert "not a whole tar archive" in text and "Copy the file again" in text
 
 
+@pytest.mark.parametrize("kind", ["folders", "imagenet", "tfds", "webdataset", "parquet", "ilsvrc"])
+def test_prepare_reads_what_the_usual_writers_wrote(layouts, tmp_path, kind):
+    """The same images and labels, whichever library wrote them; one is a PNG, which the archives call JPEG."""
+    prepare(
+        PrepareConfig(source=str(layouts / kind), out=str(tmp_path), console="lines", train_shards=2, validation_shards=1)
+    )
+    for split, folder in (("train", "train"), ("validation", "val")):
+        order = json.loads((layouts / "folders.json").read_text())[folder]
+        want = sorted((label + 1, (layouts / "folders" / folder / name).read_bytes()) for name, label in order)
+        found = sorted((label, data) for label, _, data in contents(tmp_path, split))
+        if kind == "ilsvrc":
+            assert [label for label, _ in found] == [label for label, _ in want]
+            want = [row for row in want if row[1][:2] == b"\xff\xd8"]
+        assert set(want) <= set(found) and len(found) == len(order)
+    made = manifest.read(tmp_path).splits["train"]
+    assert made.converted == (kind == "ilsvrc") and made.classes == (6, 6, 6)
+
+
 def test_prepared_set_is_compared_when_it_is_opened(sets, tmp_path):
     """A shard that lost a record between two others is whole for the index; the manifest names it."""
     run(sets / "folders", tmp_path)
