@@ -5,6 +5,7 @@ meaning is in the kit's meta.mat.
 """
 
 import io
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -13,14 +14,14 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 from hvd_vgg import storage
 from hvd_vgg.data import tar
 from hvd_vgg.data.layout import shorten
-from hvd_vgg.data.shard_file import MAX_RECORD_BYTES, OpenShard, Shard, data_failure, unreadable_file
+from hvd_vgg.data.shard_file import MAX_RECORD_BYTES, OpenShard, Shard, data_failure, regular_file_size, unreadable_file
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.text import plural
 
 TRAIN_TAR, VALIDATION_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 _DEV_KIT = "ILSVRC2012_devkit_t12"
 _META, _GROUND_TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
-_IMAGES = (".jpeg", ".jpg", ".png")
+IMAGES = (".jpeg", ".jpg", ".png")
 _WNID = re.compile(r"n[0-9]{8}")
 _KIT_BYTES = 2**26  # of a file in the development kit, of which the largest has 1 MB
 _LABELS_EXPECTED = (
@@ -104,7 +105,28 @@ def read_labels(path: Path, source: Optional[Path], wnids: Sequence[str]) -> Lab
 def scan_validation(path: Path, labels: Labels) -> Shard:
     """Returns the index of the validation archive, in order of the images' names; raises Failure(DATA)."""
     found = _images(path, str(path), 0, -1)
-    names, known = [member.name.rpartition("/")[2] for member in found], len(labels.by_name) + len(labels.in_order)
+    numbers = _match(path, [member.name.rpartition("/")[2] for member in found], labels)
+    return Shard.of_records([(member.offset, member.size, number) for member, number in zip(found, numbers)])
+
+
+def scan_directory(folder: Path, labels: Labels) -> Shard:
+    """Returns the index of an unpacked validation archive, as `class_folders.scan` does; raises Failure(DATA); OSError."""
+    names = storage.retrying(folder, lambda: sorted(os.listdir(folder)))  # noqa: PTH208 (the names alone)
+    names = [name for name in names if name.lower().endswith(IMAGES) and not name.startswith(".")]
+    numbers, records, start = _match(folder, names, labels), [], 0
+    for name, number in zip(names, numbers):
+        path = folder / name
+        size = regular_file_size(path, storage.retrying(path, path.stat))
+        if not 0 < size <= MAX_RECORD_BYTES:
+            raise data_failure(f"{path} has {size} bytes; expected 1 to {MAX_RECORD_BYTES}, one image. Unpack it again")
+        records.append((start, size, number))
+        start += len(os.fsencode(name)) + 1
+    return Shard.of_records(records, b"".join(os.fsencode(name) + b"\0" for name in names))
+
+
+def _match(path: Path, names: Sequence[str], labels: Labels) -> List[int]:
+    """Returns the label of each image, given in order of their names; raises Failure(DATA) unless each has one."""
+    known = len(labels.by_name) + len(labels.in_order)
     missing = [name for name in names if name not in labels.by_name] if labels.by_name else []
     if missing or known != len(names):
         lacks = f"lacks {len(missing)} of its images: {shorten(missing)}" if missing else f"has {plural(known, 'label')}"
@@ -117,7 +139,7 @@ def scan_validation(path: Path, labels: Labels) -> Shard:
         found_label = numbers[odd] if labels.by_name else labels.in_order[odd]
         text = f"label {found_label} of {names[odd]!a} is none of the {most} classes, sorted by WNID"
         raise data_failure(f"{labels.source}: {text}. Use the labels of this data set")
-    return Shard.of_records([(member.offset, member.size, number) for member, number in zip(found, numbers)])
+    return numbers
 
 
 def _images(path: Path, where: str, start: int, size: int) -> List[tar.Member]:
@@ -128,7 +150,7 @@ def _images(path: Path, where: str, start: int, size: int) -> List[tar.Member]:
         raise unreadable_file(path, error) from error
     names = {member.name.rpartition("/")[2] for member in found}
     for member in found:
-        if not member.name.lower().endswith(_IMAGES):
+        if not member.name.lower().endswith(IMAGES):
             raise data_failure(f"{where} has {member.name[:64]!a}; expected images alone, named .JPEG. Download it again")
         if not 0 < member.size <= MAX_RECORD_BYTES:
             limit = f"expected 1 to {MAX_RECORD_BYTES}, one image"

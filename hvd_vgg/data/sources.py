@@ -90,6 +90,9 @@ def find_source(config: PrepareConfig, split: str) -> Source:
     try:
         other: Optional[Source] = _of_layout(config, split)
     except Failure as failure:
+        flat = _flat_folder(config, root, split)
+        if flat and not found and not rows:
+            return flat
         if not found and not rows:
             raise _missing(config, split, failure.message) from failure
         other = None
@@ -154,6 +157,32 @@ def _of_archive(config: PrepareConfig, path: Path, split: str) -> Source:
     layout = layout._replace(classes=labels.classes)
     scan = functools.partial(_scan_validation, path, labels)
     return Source(_TITLES[ILSVRC], layout, [path], scan, read_named_image, where, False)
+
+
+def _flat_folder(config: PrepareConfig, root: Path, split: str) -> Optional[Source]:
+    """Returns the validation split where its images are unpacked into one directory, beside class directories."""
+    folders = [root / name for name in ("validation", "val") if (root / name).is_dir()]
+    if split != "validation" or config.data_format not in ("auto", FOLDERS) or not folders:
+        return None
+    if not any(path.suffix.lower() in ilsvrc.IMAGES for path in folders[0].iterdir() if path.is_file()):
+        return None
+    try:
+        wnids = find_split(config.data(FOLDERS), "train")[0].classes
+    except Failure:
+        wnids = ()
+    labels = ilsvrc.read_labels(folders[0], Path(config.validation_labels) if config.validation_labels else None, wnids)
+    layout = Layout(FOLDERS, folders[0], label_base=0, classes=labels.classes)
+    scan = functools.partial(_scan_directory, folders[0], labels)
+    return Source(
+        "a directory of images with a list of labels", layout, folders[:1], scan, read_named_image, Index.where, False
+    )
+
+
+def _scan_directory(folder: Path, labels: ilsvrc.Labels, _: int) -> Shard:
+    try:
+        return ilsvrc.scan_directory(folder, labels)
+    except OSError as error:
+        raise unreadable_file(folder, error) from error
 
 
 def _scan_class(path: Path, parts: Sequence[ilsvrc.ClassTar], number: int) -> Shard:

@@ -233,6 +233,24 @@ def test_prepare_refuses_other_labels(sets, tmp_path, text, message):
     assert message in found and "labels.txt" in found
 
 
+@pytest.mark.parametrize("listed", [True, False])
+def test_prepare_takes_validation_unpacked_flat(tmp_path, listed):
+    """Beside class directories: with a list of labels, or with the kit that lies there."""
+    raw_sets.write_folders(tmp_path / "set", {"train": ROWS["train"]})
+    (tmp_path / "set" / "val").mkdir()
+    for _, name, data in ROWS["validation"]:
+        (tmp_path / "set" / "val" / name).write_bytes(data)
+    assert "is not beside it. Expected one of" in failure_of(lambda: run(tmp_path / "set", tmp_path / "none"))
+    flags = {}
+    if listed:
+        (tmp_path / "labels").write_text(LABELS["caffe"][1])
+        flags["validation_labels"] = str(tmp_path / "labels")
+    else:
+        kit = [raw_sets.KIT_IDS[row[0]] for row in ROWS["validation"]]
+        raw_sets.write_kit(tmp_path / "set" / "ILSVRC2012_devkit_t12.tar.gz", kit)
+    assert run(tmp_path / "set", tmp_path / "out", **flags)["validation"] == expected("validation")
+
+
 def test_prepare_of_archives_needs_labels(tmp_path):
     """The kit beside them, or a flag."""
     raw_sets.write_ilsvrc(tmp_path / "set", ROWS)
