@@ -49,6 +49,7 @@ USAGE_TEXT = f"""hvd-vgg {__version__}: trains VGG networks on ImageNet-style TF
   hvd-vgg benchmark [--flags]                         measure throughput without input, with it, and on fewer ranks
   hvd-vgg plan --ranks=N --gbit=X [--flags]           predict what exchanging gradients costs on a cluster
   hvd-vgg doctor [--flagfile=FILE] [--flags]          check whether this host, or these ranks, can train, and what to do
+  hvd-vgg prepare --source=DIR --out=DIR [--flags]    convert a data set, such as ILSVRC2012's archives, to TFRecords
   hvd-vgg acceptance --ranks=N [--flags]              try a new host or cluster from end to end; leaves evidence to send
   hvd-vgg make-demo-data --data_dir=DIR [--flags]     generate a small synthetic data set
 
@@ -137,9 +138,17 @@ COMMANDS = {
         "hvd_vgg.commands.demo_data:make_demo_data",
         "hvd-vgg make-demo-data [--flags]: generate a synthetic data set.",
     ),
+    "prepare": Command(
+        configs.PrepareConfig,
+        "hvd_vgg.commands.prepare:prepare",
+        "hvd-vgg prepare --source=DIR --out=DIR [--flags], alone or on many ranks: convert ILSVRC2012's archives, class "
+        "directories of images, WebDataset, tensorflow-datasets, Parquet of Hugging Face or TFRecords to TFRecords in "
+        "ImageNet's layout. Images stay as they are unless --shorter_side encodes them anew. The same command goes on with "
+        "what was begun. Needs no TensorFlow on one rank.",
+    ),
 }
 
-LAUNCH_USAGE = """hvd-vgg launch [--flags] train|evaluate|replay|verify-run|benchmark|doctor|make-demo-data [ITS FLAGS]
+LAUNCH_USAGE = """hvd-vgg launch [--flags] train|evaluate|replay|verify-run|benchmark|doctor|make-demo-data|prepare [FLAGS]
 hvd-vgg launch [--flags] -- PROGRAM [ITS ARGUMENTS]
 
 Starts a command, or any program, on many ranks with Open MPI's mpirun, whose command line is printed. The command's flags

@@ -5,6 +5,7 @@ configuration that has it. What takes a ModelConfig takes a TrainConfig too, but
 """
 
 import dataclasses
+import glob
 import math
 import os
 from pathlib import Path
@@ -884,6 +885,124 @@ class DemoConfig:
         """Yields the combinations that cannot run."""
         if self.shards > min(self.train_images, 2 * self.validation_images - 1):
             yield f"--shards={self.shards}: expected at least one image for each shard of both splits"
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+    """What `prepare` reads, and what it makes of it."""
+
+    source: str = flag(
+        "./imagenet",
+        "Data",
+        "What to convert: a directory in a layout of --data_format, or one archive or Parquet file with --splits of one.",
+        "path",
+    )
+    out: str = flag(
+        "./imagenet_tfrecord", "Data", "Directory to write to; new, empty, or begun by the same command.", "path"
+    )
+    data_format: str = flag(
+        "auto",
+        "Data",
+        "Layout of --source: those of training; ilsvrc: ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar; parquet: of "
+        "Hugging Face, train-*.parquet and validation-*.parquet. auto: found by looking.",
+        choices=("auto", "imagenet", "tfds", "webdataset", "folders", "ilsvrc", "parquet"),
+    )
+    train_pattern: str = same_flag(DataConfig, "train_pattern")
+    validation_pattern: str = same_flag(DataConfig, "validation_pattern")
+    image_feature: str = flag(
+        "", "Data", "Feature of TFRecords, or column of Parquet, that holds the encoded image; empty: the layout's."
+    )
+    label_feature: str = flag(
+        "", "Data", "Feature of TFRecords, or column of Parquet, that holds the label; empty: the layout's."
+    )
+    label_base: str = same_flag(DataConfig, "label_base")
+    validation_labels: str = flag(
+        "",
+        "Data",
+        "Labels of ILSVRC2012_img_val.tar: Caffe's list (NAME LABEL, from 0 in WNID order), a list of WNIDs in order of the "
+        "images' names, or the development kit (a directory or .tar.gz). Empty: the kit beside the archive.",
+        "path",
+    )
+    splits: Tuple[str, ...] = flag(
+        ("train", "validation"), "Data", "Splits to convert, separated by commas.", choices=("train", "validation")
+    )
+    train_shards: int = flag(
+        1024, "Prepare", "Files of the train split; fewer if it has fewer records.", "files", at_least=1, at_most=99_999
+    )
+    validation_shards: int = flag(
+        128, "Prepare", "Files of the validation split; fewer if it has fewer records.", "files", at_least=1, at_most=99_999
+    )
+    classes: Tuple[str, ...] = flag(
+        (),
+        "Prepare",
+        "Names of the classes to keep, separated by commas, of a name with commas what precedes the first; labels are "
+        "numbered anew. Empty: all.",
+    )
+    records_per_class: int = flag(
+        0, "Prepare", "Records to keep of each class and split, the first ones; 0: all.", "records", at_least=0
+    )
+    shorter_side: int = flag(
+        0,
+        "Prepare",
+        "Images whose shorter side is larger are resized to it (antialiased) and encoded anew; 0: their bytes stay.",
+        "pixels",
+        at_least=0,
+        at_most=65_500,
+    )
+    quality: int = flag(
+        90, "Prepare", "JPEG quality of images that --shorter_side encodes anew.", "of 100", at_least=1, at_most=100
+    )
+    rgb_jpeg: bool = flag(
+        True,
+        "Prepare",
+        "Make RGB JPEGs of quality 100 of CMYK JPEGs, of PNGs whose name ends in .jpg or .jpeg, and of what is neither JPEG "
+        "nor PNG. Otherwise the former stay as they are, and the last are refused.",
+    )
+    seed: int = flag(
+        1, "Prepare", "The order of training records from sources that are sorted by class is a function of it.", at_least=0
+    )
+    bad_records_allowed: int = flag(
+        0,
+        "Prepare",
+        "Records that may be refused, of all splits together. All others are written in any case; with more the exit code "
+        "is 65, and the same command with a larger number ends the work.",
+        "records",
+        at_least=0,
+    )
+    input_threads: int = flag(
+        0,
+        "Prepare",
+        "Threads per rank, each of which writes a file; 0: the rank's share of the host's cores. The files do not depend on "
+        "it.",
+        "threads",
+        at_least=0,
+        at_most=1024,
+    )
+    console: str = flag("auto", "Run", "Progress as a bar or as lines.", choices=("auto", "bar", "lines"))
+
+    def data(self, data_format: str = "auto") -> DataConfig:
+        """Returns what `layout.find_split` needs to look into --source."""
+        names = ("train_pattern", "validation_pattern", "image_feature", "label_feature", "label_base")
+        return DataConfig(data_dir=self.source, data_format=data_format, **{name: getattr(self, name) for name in names})
+
+    def of_file(self, path: Path) -> DataConfig:
+        """Returns what `layout.find_split` needs to find one file."""
+        name = glob.escape(path.name)
+        config = self.data(self.data_format)
+        return dataclasses.replace(config, data_dir=str(path.parent), train_pattern=name, validation_pattern=name)
+
+    def conflicts(self) -> Iterator[str]:
+        """Yields the combinations that cannot run."""
+        if _is_inside(self.out, self.source):
+            yield f"--out={self.out}: expected a directory outside --source"
+        if not self.splits:
+            yield "--splits is empty: expected train, validation or both"
+        own = ("auto", "ilsvrc", "parquet")
+        yield from self.data("auto" if self.data_format in own else self.data_format).conflicts()
+        if self.quality != PrepareConfig.__dataclass_fields__["quality"].default and not self.shorter_side:
+            yield f"--quality={self.quality} needs --shorter_side: without it no image is encoded anew"
+        if self.validation_labels and "validation" not in self.splits:
+            yield "--validation_labels needs --splits with validation"
 
 
 def has_batch_norm(model: str) -> bool:

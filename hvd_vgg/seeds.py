@@ -9,7 +9,7 @@ import functools
 import numpy as np
 
 # The purpose of a stream, the word after the seed: no two purposes share random numbers.
-ORDER, AUGMENT, DROPOUT, WEIGHTS, BLOCKS, REPLACEMENT, MIXING = range(7)
+ORDER, AUGMENT, DROPOUT, WEIGHTS, BLOCKS, REPLACEMENT, MIXING, PREPARING = range(8)
 # The increment of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014).
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 

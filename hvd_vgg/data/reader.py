@@ -13,7 +13,7 @@ import numpy as np
 
 from hvd_vgg import storage
 from hvd_vgg.data import tar
-from hvd_vgg.data.example import encode_example, parse_features
+from hvd_vgg.data.example import encode_example, parse_features, parse_text
 from hvd_vgg.data.index import Index
 from hvd_vgg.data.layout import FOLDERS, WEBDATASET
 from hvd_vgg.data.shard_file import OpenShard, data_failure
@@ -155,6 +155,27 @@ def _require_not_rewritten(index: Index, shard: int, file: OpenShard) -> None:
                 f"in the run directory; then start again"
             )
         return
+
+
+def read_named_image(index: Index, record: int) -> Tuple[bytes, str, bytes]:
+    """Returns (encoded image, its file's name, its class's name) of a record; "" and b"" where the layout has none.
+
+    The names are for `prepare`, which writes them again. May be called on any thread; raises as `read_image`.
+    """
+    kind, features = index.layout.kind, index.layout.features
+    if kind == FOLDERS:
+        return _read_file(index, record), index.path_of(record).name, b""
+    if kind == WEBDATASET:
+        encoded, offset = _read_member(index, record), int(index.offsets[record])
+        header = _read(index, record, tar.HEADER_BYTES, offset - tar.HEADER_BYTES)[1]
+        return encoded, tar.read_header(header).name.rpartition("/")[2], b""
+    data, length = read_record(index, record), int(index.lengths[record])
+    try:
+        encoded, _ = parse_features(data, length, features)
+    except ValueError as error:
+        raise BadRecord(index, record, str(error), features.expected) from error
+    name = parse_text(data, length, features.filename).decode("utf-8", "replace")
+    return encoded, name, parse_text(data, length, b"image/class/synset")
 
 
 def write_records(path: Path, index: Index, ids: Sequence[int]) -> None:

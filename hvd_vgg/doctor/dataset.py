@@ -26,6 +26,7 @@ from hvd_vgg.data.reader import read_image
 from hvd_vgg.data.sampler import slice_bounds
 from hvd_vgg.data.shard_file import Shard
 from hvd_vgg.data.transforms import eval_image
+from hvd_vgg.doctor.manifest import check_digests
 from hvd_vgg.doctor.report import Report
 from hvd_vgg.doctor.settings import check_schedule
 from hvd_vgg.errors import Failure
@@ -63,6 +64,8 @@ def check_dataset(report: Report, config: DoctorConfig, threads: int) -> None:
                 found.append(warning("data", text, "use a smaller --global_batch"))
         for split, index in indexes.items():
             found += _check_records(config, split, index, threads, console) if index else []
+        if config.full:
+            found += check_digests(config, paths, threads, console)
     found += check_schedule(config, train_records)
 
 

@@ -8,6 +8,7 @@ from typing import Dict, List, NamedTuple
 import numpy as np
 
 from hvd_vgg.config import BatchConfig, DataConfig
+from hvd_vgg.data import manifest
 from hvd_vgg.data.index import (
     Index,
     cache_places,
@@ -105,6 +106,7 @@ def open_split(config: DataConfig, split: str, fallback_dir: Path, console: Cons
         before, after = (sum(len(shards[number].offsets) for number in changed) for shards in (changed, known))
         console.say(f"{split}: the changed shards held {before} records when they were indexed and hold {after} now")
     index = join(paths, [known[number] for number in range(len(paths))], layout)
+    run_on_all_ranks(functools.partial(_check_manifest, config, split, index, sizes))
     if stale and comm.is_root():
         _save_index(places, index, console)
     return index
@@ -144,6 +146,12 @@ def _check_not_cut(before: Dict[int, Shard], now: Dict[int, Shard], paths: List[
                 f"the first {count} of them in {sizes[1]} bytes (cut off while copying?). Copy the shard again; if it is "
                 f"meant to be so, remove the .hvd_vgg_index_* beside it or in the run directory"
             )
+
+
+def _check_manifest(config: DataConfig, split: str, index: Index, sizes: Dict[str, int]) -> None:
+    """Raises Failure(DATA) for a shard that is not as `prepare` wrote it, by its size and records, if it wrote them."""
+    whole = not (config.train_pattern if split == "train" else config.validation_pattern)
+    manifest.check_index(Path(config.data_dir), split, index, sizes, whole)
 
 
 def _save_index(places: List[Path], index: Index, console: Console) -> None:

@@ -47,6 +47,7 @@ FAULTS = {
     "F41": "zeros in a shard, compressed shards, shards rewritten in use, JPEGs that the decoder mends",
     "F42": "checkpoints gone or damaged, with copies in another directory; the copies' disk fails",
     "F43": "variables of schedulers and profiles; no HOME, no ssh; foreign modules and libraries; limits of threads",
+    "F44": "prepare is killed; its disk is full; mutated archives and Parquet; a prepared shard is replaced",
 }
 
 

@@ -46,6 +46,10 @@ SMOKE = {
         "--data_dir=DATA --sums=2,3 --num_classes=10 --model=vgg11 --width=0.05 --image_size=32",
         ["2, kernel", "3, bias"],
     ),
+    "prepare": (
+        "--data_dir=DATA --images=24 --shorter_side=24 --rounds=1",
+        ["cp", "pass", "libjpeg_turbo", "encode", "train", "train_small"],
+    ),
     "doctor": ("--cases=unreachable --hosts=2 --rounds=1", ["unreachable"]),
     "exchange": (
         "--size=32 --width=0.05 --mbit=1000 --steps=1 --rounds=1 --ways=horovod,factored16",

@@ -21,7 +21,15 @@ LAYERS = [
 ]
 ALLOWED = {("parallel.cost", "models"), ("parallel.exchange", "models")}
 # What answers at once, or on a host whose TensorFlow is broken: it, and all that it imports, imports without TensorFlow.
-NO_TENSORFLOW = ("__main__", "launcher.supervisor", "doctor.runner", "commands.plan", "commands.verify", "commands.history")
+NO_TENSORFLOW = (
+    "__main__",
+    "launcher.supervisor",
+    "doctor.runner",
+    "commands.plan",
+    "commands.verify",
+    "commands.history",
+    "commands.prepare",
+)
 TENSORFLOW = {"tensorflow", "horovod", "mpi4py"}
 TREES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text(), str(path), feature_version=(3, 8))
