@@ -49,6 +49,8 @@ USAGE_TEXT = f"""hvd-vgg {__version__}: trains VGG networks on ImageNet-style TF
   hvd-vgg benchmark [--flags]                         measure throughput without input, with it, and on fewer ranks
   hvd-vgg plan --ranks=N --gbit=X [--flags]           predict what exchanging gradients costs on a cluster
   hvd-vgg doctor [--flagfile=FILE] [--flags]          check whether this host, or these ranks, can train, and what to do
+  hvd-vgg inspect DATA_DIR [--out=FILE.png] [--flags] look at a data set: classes, sizes, bad and duplicate records; a sheet
+                                                      of images as training sees them
   hvd-vgg acceptance --ranks=N [--flags]              try a new host or cluster from end to end; leaves evidence to send
   hvd-vgg make-demo-data --data_dir=DIR [--flags]     generate a small synthetic data set
 
@@ -137,9 +139,18 @@ COMMANDS = {
         "hvd_vgg.commands.demo_data:make_demo_data",
         "hvd-vgg make-demo-data [--flags]: generate a synthetic data set.",
     ),
+    "inspect": Command(
+        configs.InspectConfig,
+        "hvd_vgg.commands.inspect:inspect",
+        "hvd-vgg inspect DATA_DIR [--out=SHEET.png] [--json=FILE] [--flagfile=FILE] [--flags], or on many ranks: read and "
+        "decode every record of both splits; report layout, classes, image sizes and formats, bad records, duplicates "
+        "within and between the splits; draw images before and after augmentation. Exit code 65 if records are bad.",
+    ),
 }
+# What the first word after a command is, where it is no flag.
+POSITIONAL = {"replay": "run_dir", "verify-run": "run_dir", "inspect": "data_dir"}
 
-LAUNCH_USAGE = """hvd-vgg launch [--flags] train|evaluate|replay|verify-run|benchmark|doctor|make-demo-data [ITS FLAGS]
+LAUNCH_USAGE = """hvd-vgg launch [--flags] train|evaluate|replay|verify-run|benchmark|doctor|inspect|... [ITS FLAGS]
 hvd-vgg launch [--flags] -- PROGRAM [ITS ARGUMENTS]
 
 Starts a command, or any program, on many ranks with Open MPI's mpirun, whose command line is printed. The command's flags
@@ -283,8 +294,8 @@ def _launch(argv: List[str]) -> int:
 def _parse_command(argv: List[str]) -> Any:
     """Returns the configuration of a command line; `evaluate` and `replay` take the flags of the run as their defaults."""
     name, given = argv[0], argv[1:]
-    if name in ("replay", "verify-run") and given and not given[0].startswith("-"):
-        given = [f"--run_dir={given[0]}", *given[1:]]
+    if name in POSITIONAL and given and not given[0].startswith("-"):
+        given = [f"--{POSITIONAL[name]}={given[0]}", *given[1:]]
     kind = COMMANDS[name].config
     shared = configs.TrainConfig if issubclass(kind, configs.ModelConfig) else None
     config = parse_flags(kind, given, shared=shared)

@@ -60,6 +60,16 @@ def start() -> Device:
     return run_on_all_ranks(take_device)
 
 
+def start_without_device() -> int:
+    """Joins the run and returns how many CPU threads of this rank may read and decode. Collective.
+
+    For commands that look at data alone: they take no device, so that there may be more ranks than devices.
+    """
+    join()
+    tf.config.set_visible_devices([], "GPU")
+    return threads_for_input(share_of_cores(hvd.local_size()))
+
+
 def join(timeline: bool = False, hang_seconds: float = 0.0, group_sizes: Sequence[int] = ()) -> Dict[int, comm.Group]:
     """Joins the run; the first call of every rank. Collective.
 
