@@ -17,7 +17,7 @@ from hvd_vgg.data.sampler import slice_bounds
 from hvd_vgg.data.shard_file import data_failure
 from hvd_vgg.data.sheet import draw_sheet, sheet_rows
 from hvd_vgg.data.summary import MOST_NAMED, summarize
-from hvd_vgg.data.survey import ROW, Survey, check_block, require_pillow, survey_record
+from hvd_vgg.data.survey import ROW, Survey, require_pillow, survey_block
 from hvd_vgg.data.transforms import image_library
 from hvd_vgg.doctor.system import check_out
 from hvd_vgg.errors import DATA, NOT_WRITTEN, Failure
@@ -66,8 +66,9 @@ def _start(config: InspectConfig) -> int:
     require_equal("the flags", flags)
     run_on_all_ranks(require_pillow)
     require_equal("the software", describe_software(image_library(config.resize)))
-    for out in filter(None, (config.out, config.json)):
-        run_on_root(functools.partial(check_out, out, NOT_WRITTEN))
+    for flag, path in (("--out", config.out), ("--json", config.json)):
+        if path:
+            run_on_root(functools.partial(check_out, path, NOT_WRITTEN, flag))
     return config.input_threads or threads
 
 
@@ -77,19 +78,13 @@ def survey_split(config: InspectConfig, split: str, index: Index, threads: int, 
     rows = np.zeros(high - low, ROW)
     bad: List[str] = []
     mended: List[str] = []
-
-    def survey(record: int) -> Tuple[str, bool]:
-        return survey_record(index, record, config, rows[record - low])
-
     progress = console.progress(f"reading {split}", len(rows), "records" + " on rank 0" * (comm.size() > 1))
     with ThreadPoolExecutor(threads) as pool:
         # All ranks have as many blocks: one that waits long for the others would be considered lost.
         for start in range(0, -(-index.records // comm.size()), _BLOCK):
-            block = range(low, high)[start : start + _BLOCK]
-            errors, texts = check_block(index, block, survey, pool)
-            rows["mended"][[record - low for record in texts]] = True
-            for named, found in ((bad, errors), (mended, texts)):
-                named += list(found.values())[: MOST_NAMED - len(named)]
+            texts = survey_block(index, low + start, config, rows[start : start + _BLOCK], pool)
+            for named, found in zip((bad, mended), texts):
+                named += found[: MOST_NAMED - len(named)]
             progress.update(min(start + _BLOCK, len(rows)))
             comm.barrier()
     everyones = np.frombuffer(b"".join(comm.gather_bytes(rows.tobytes())), ROW)
