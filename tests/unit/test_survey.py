@@ -2,13 +2,12 @@
 
 import io
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
-from support import example, picture, write_shard
+from support import example, picture, survey_alone, write_shard
 
 from hvd_vgg.commands.inspect_report import format_summary
 from hvd_vgg.config import DataConfig, ImageConfig, TrainConfig
@@ -17,7 +16,7 @@ from hvd_vgg.data.layout import find_split
 from hvd_vgg.data.loader import Dataset, eval_batches, train_batches
 from hvd_vgg.data.sheet import draw_sheet, sheet_rows, training_images
 from hvd_vgg.data.summary import MOST_NAMED, first_equal, summarize
-from hvd_vgg.data.survey import ROW, Survey, describe_image, survey_block
+from hvd_vgg.data.survey import ROW, describe_image
 
 CONFIG = ImageConfig(num_classes=4, image_size=32)
 
@@ -80,17 +79,8 @@ def write_folders(folder):
             (place / f"{number:04d}.jpg").write_bytes(image)
 
 
-def survey(folder, split, block=4):
-    """Looks at a split in this process, in blocks."""
-    layout, paths = find_split(DataConfig(data_dir=str(folder)), split)
-    index = join(paths, [scan_shard(path, layout) for path in paths], layout)
-    rows, named = np.zeros(index.records, ROW), ([], [])
-    with ThreadPoolExecutor(2) as pool:
-        for start in range(0, index.records, block):
-            texts = survey_block(index, start, CONFIG, rows[start : start + block], pool)
-            for old, new in zip(named, texts):
-                old += new
-    return Survey(index, rows, *named)
+def survey(folder, split):
+    return survey_alone(folder, split, CONFIG)
 
 
 def summary_of(folder, label_base):
