@@ -52,7 +52,7 @@ def load(options):
     """Returns the index of the first records of the train split, at most --images of them."""
     import numpy as np
 
-    from hvd_vgg.data.index import Index, join, scan_shard
+    from hvd_vgg.data.index import join, scan_shard
     from hvd_vgg.data.layout import find_shards
 
     paths, shards = [], []
@@ -64,7 +64,8 @@ def load(options):
     whole = join(paths, shards)
     count = min(whole.records, options.images)
     starts = np.minimum(whole.starts, count)
-    return Index(whole.paths, starts, whole.offsets[:count], whole.lengths[:count], whole.labels[:count])
+    first = {name: getattr(whole, name)[:count] for name in ("offsets", "lengths", "labels")}
+    return whole._replace(starts=starts, **first)
 
 
 def pipeline(options, split):
