@@ -63,9 +63,8 @@ def load(options):
             break
     whole = join(paths, shards)
     count = min(whole.records, options.images)
-    starts = np.minimum(whole.starts, count)
-    first = {name: getattr(whole, name)[:count] for name in ("offsets", "lengths", "labels")}
-    return whole._replace(starts=starts, **first)
+    columns = {name: getattr(whole, name)[:count] for name in ("offsets", "lengths", "labels")}
+    return whole._replace(starts=np.minimum(whole.starts, count), **columns)
 
 
 def pipeline(options, split):
