@@ -44,16 +44,18 @@ def inspect(config: InspectConfig) -> None:
     run_on_all_ranks(lambda: require_one_layout(train.layout, validation.layout))
     labels = np.concatenate([train.labels, validation.labels])
     label_base = choose_label_base(config, find_label_base(labels, config.num_classes), train)
-    surveys = [
-        survey_split(config, split, index, threads, console)
-        for split, index in (("train", train), ("validation", validation))
-    ]
-    summary = summarize(surveys[0], surveys[1], config.num_classes, label_base)
-    console.say(format_summary(summary))
-    run_on_root(lambda: _write(config, summary, train, label_base))
+    surveyed = survey_split(config, "train", train, threads, console)
+    of_validation = survey_split(config, "validation", validation, threads, console)
+
+    def report() -> None:
+        summary = summarize(surveyed, of_validation, config.num_classes, label_base)
+        console.say(format_summary(summary))
+        _write(config, summary, train, label_base)
+
+    run_on_root(report)
     if config.out:
         console.say(f"drawn: {config.out}")
-    bad = sum(split["bad"]["records"] for split in summary["splits"].values())
+    bad = sum(int(survey.rows["bad"].sum()) for survey in (surveyed, of_validation))
     if bad:
         raise Failure(DATA, f"inspect: {plural(bad, 'bad record')}, see above", collective=True)
     comm.shutdown()
