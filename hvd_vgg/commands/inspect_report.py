@@ -5,6 +5,8 @@ from typing import Any, Dict, Iterator
 from hvd_vgg.data.layout import FOLDERS, TITLES
 from hvd_vgg.text import plural
 
+_MOST_PAIRS = 5  # that are printed; --json has more
+
 
 def format_summary(summary: Dict[str, Any]) -> str:
     """Returns the summary as lines."""
@@ -20,7 +22,7 @@ def _lines(summary: Dict[str, Any]) -> Iterator[str]:
             records = found[name]["records"]
             yield _line(name, plural(records, "record") if records else "none")
             yield from (f"      {text.replace('data: ', '', 1)}" for text in found[name]["first"])
-            yield from _more(records, found[name])
+            yield from _more(records - len(found[name]["first"]))
         yield from _pair_lines("duplicates", found["duplicates"], "whose image occurs before in the split")
     yield "train and validation"
     yield from _pair_lines("shared", summary["validation_in_train"], "of validation whose image is in train too")
@@ -80,10 +82,10 @@ def _pair_lines(name: str, pairs: Dict[str, Any], what: str) -> Iterator[str]:
         yield _line(name, "none")
         return
     yield _line(name, f"{plural(pairs['records'], 'record')} {what}, {pairs['with_another_label']} under another label")
-    yield from (f"      {later} = {before}" for later, before in pairs["first"])
-    yield from _more(pairs["records"], pairs)
+    yield from (f"      {later} = {before}" for later, before in pairs["first"][:_MOST_PAIRS])
+    yield from _more(pairs["records"] - _MOST_PAIRS)
 
 
-def _more(records: int, named: Dict[str, Any]) -> Iterator[str]:
-    if records > len(named["first"]):
-        yield f"      and {records - len(named['first']):,} more"
+def _more(others: int) -> Iterator[str]:
+    if others > 0:
+        yield f"      and {others:,} more"
