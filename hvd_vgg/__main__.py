@@ -50,6 +50,8 @@ USAGE_TEXT = f"""hvd-vgg {__version__}: trains VGG networks on ImageNet-style TF
   hvd-vgg plan --ranks=N --gbit=X [--flags]           predict what exchanging gradients costs on a cluster
   hvd-vgg doctor [--flagfile=FILE] [--flags]          check whether this host, or these ranks, can train, and what to do
   hvd-vgg prepare --source=DIR --out=DIR [--flags]    convert a data set, such as ILSVRC2012's archives, to TFRecords
+  hvd-vgg inspect DATA_DIR [--out=FILE.png] [--flags] look at a data set: classes, sizes, bad and duplicate records; a sheet
+                                                      of images as training sees them
   hvd-vgg acceptance --ranks=N [--flags]              try a new host or cluster from end to end; leaves evidence to send
   hvd-vgg make-demo-data --data_dir=DIR [--flags]     generate a small synthetic data set
 
@@ -146,9 +148,18 @@ COMMANDS = {
         "ImageNet's layout. Images stay as they are unless --shorter_side encodes them anew. The same command goes on with "
         "what was begun. Needs no TensorFlow on one rank.",
     ),
+    "inspect": Command(
+        configs.InspectConfig,
+        "hvd_vgg.commands.inspect:inspect",
+        "hvd-vgg inspect DATA_DIR [--out=SHEET.png] [--json=FILE] [--flagfile=FILE] [--flags], or on many ranks: read and "
+        "decode every record of both splits; report layout, classes, image sizes and formats, bad records, duplicates "
+        "within and between the splits; draw images before and after augmentation. Exit code 65 if records are bad.",
+    ),
 }
+# What the first word after a command is, where it is no flag.
+POSITIONAL = {"replay": "run_dir", "verify-run": "run_dir", "inspect": "data_dir"}
 
-LAUNCH_USAGE = """hvd-vgg launch [--flags] train|evaluate|replay|verify-run|benchmark|doctor|make-demo-data|prepare [FLAGS]
+LAUNCH_USAGE = """hvd-vgg launch [--flags] train|evaluate|replay|verify-run|benchmark|doctor|prepare|inspect|... [ITS FLAGS]
 hvd-vgg launch [--flags] -- PROGRAM [ITS ARGUMENTS]
 
 Starts a command, or any program, on many ranks with Open MPI's mpirun, whose command line is printed. The command's flags
@@ -292,8 +303,8 @@ def _launch(argv: List[str]) -> int:
 def _parse_command(argv: List[str]) -> Any:
     """Returns the configuration of a command line; `evaluate` and `replay` take the flags of the run as their defaults."""
     name, given = argv[0], argv[1:]
-    if name in ("replay", "verify-run") and given and not given[0].startswith("-"):
-        given = [f"--run_dir={given[0]}", *given[1:]]
+    if name in POSITIONAL and given and not given[0].startswith("-"):
+        given = [f"--{POSITIONAL[name]}={given[0]}", *given[1:]]
     kind = COMMANDS[name].config
     shared = configs.TrainConfig if issubclass(kind, configs.ModelConfig) else None
     config = parse_flags(kind, given, shared=shared)

@@ -870,6 +870,53 @@ class AcceptanceConfig(BatchConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class InspectConfig(DataConfig, ImageConfig):
+    """The data to look at, and what training makes of its images."""
+
+    seed: int = same_flag(UpdateConfig, "seed")
+    eval_crop: float = same_flag(EvaluationConfig, "eval_crop")
+    eval_size: int = same_flag(EvaluationConfig, "eval_size")
+    run_dir: str = same_flag(ComputeConfig, "run_dir")
+    console: str = same_flag(ComputeConfig, "console")
+    input_threads: int = same_flag(ComputeConfig, "input_threads")
+    out: str = flag(
+        "",
+        "Inspect",
+        "Draw a sheet into this file (.png): records as they are, as training sees them in its first epochs, and as "
+        "evaluation does.",
+        "path",
+    )
+    json: str = flag("", "Inspect", "Write all that is found into this file, as JSON.", "path")
+    sheet_records: int = flag(
+        8,
+        "Inspect",
+        "Rows of --out: the first records that training takes with this --seed, bad ones left out.",
+        "records",
+        at_least=1,
+        at_most=100,
+    )
+    sheet_epochs: int = flag(
+        4, "Inspect", "Epochs of --out whose training images are shown.", "epochs", at_least=1, at_most=20
+    )
+
+    @property
+    def evaluated_size(self) -> int:
+        """Height and width of the images that are evaluated, in pixels."""
+        return self.eval_size or self.image_size
+
+    def conflicts(self) -> Iterator[str]:
+        """Yields the combinations that cannot run."""
+        if self.out and Path(self.out).suffix != ".png":
+            yield f"--out={self.out}: expected a name that ends in .png"
+        if self.out and self.json and Path(self.out).absolute() == Path(self.json).absolute():
+            yield f"--out={self.out} and --json={self.json}: expected two files"
+        if 0 < self.eval_size < 32:
+            yield f"--eval_size={self.eval_size}: expected at least 32 pixels, or 0 for --image_size"
+        if self.console == "dllogger":
+            yield "--console=dllogger is for train; --json writes what is found"
+
+
+@dataclasses.dataclass(frozen=True)
 class DemoConfig:
     """What `make-demo-data` draws."""
 

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -215,3 +216,22 @@ def write_data(folder: Path, train: int = 75, validation: int = 37, shards: int 
         for number, (low, high) in enumerate(zip(bounds, bounds[1:])):
             write_shard(folder / f"{split}-{number:05d}-of-{files:05d}", rows[low:high])
     return folder
+
+
+def survey_alone(folder: Path, split: str, config: Any) -> Any:
+    """Returns the Survey of a split by this process alone, in blocks of 4 records."""
+    import numpy as np
+
+    from hvd_vgg.config import DataConfig
+    from hvd_vgg.data.index import join, scan_shard
+    from hvd_vgg.data.layout import find_split
+    from hvd_vgg.data.survey import ROW, Survey, survey_block
+
+    layout, paths = find_split(DataConfig(data_dir=str(folder)), split)
+    index = join(paths, [scan_shard(path, layout) for path in paths], layout)
+    rows, bad, mended = np.zeros(index.records, ROW), [], []
+    with ThreadPoolExecutor(2) as pool:
+        for start in range(0, index.records, 4):
+            texts = survey_block(index, start, config, rows[start : start + 4], pool)
+            bad, mended = bad + texts[0], mended + texts[1]
+    return Survey(index, rows, bad, mended)

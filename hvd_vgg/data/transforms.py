@@ -93,6 +93,11 @@ def eval_image(encoded: bytes, crop: float, resize: str, out: np.ndarray) -> Non
         _decode_and_resize(encoded, window, resize, out)
 
 
+def decode_image(encoded: bytes) -> np.ndarray:
+    """Returns all of an image as it is, uint8 [height, width, 3]; raises ValueError where it cannot be decoded."""
+    return _decode(encoded, (0, 0, *image_shape(encoded)))
+
+
 def augmentation_params(seeds: np.ndarray, config: ImageConfig) -> List[List[float]]:
     """Returns all that is random of each image, numbers in [0, 1): 33 for flip, shift and crop, and those of `augment`.
 

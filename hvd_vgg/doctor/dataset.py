@@ -20,12 +20,10 @@ from hvd_vgg.data.index import (
     unpack_shards,
     unseen_labels,
 )
-from hvd_vgg.data.layout import TITLES, Found, Layout, find_split, shard_bytes
-from hvd_vgg.data.mended import count_writes, decoder_message, decoder_messages, describe
-from hvd_vgg.data.reader import read_image
+from hvd_vgg.data.layout import IMAGENET, TITLES, Found, Layout, find_split, shard_bytes
 from hvd_vgg.data.sampler import slice_bounds
 from hvd_vgg.data.shard_file import Shard
-from hvd_vgg.data.transforms import eval_image
+from hvd_vgg.data.survey import check_block, check_record
 from hvd_vgg.doctor.manifest import check_digests
 from hvd_vgg.doctor.report import Report
 from hvd_vgg.doctor.settings import check_schedule
@@ -117,7 +115,8 @@ def _scan(
     unreadable = int(comm.gather_numbers([len(bad)]).sum())
     found += bad[:_MAX_NAMED] if unreadable else refused  # bad shards are the reason why all of it was refused
     if index is not None:
-        text = f"{split}: {index.records:,} records in {plural(len(paths), 'shard')}, {TITLES[layout.kind]}"
+        text = f"{split}: {index.records:,} records in {plural(len(paths), 'shard')}"
+        text += f", {TITLES[layout.kind]}" if layout.kind != IMAGENET else ""
         if len(index.paths) + unreadable < len(paths):
             text += f" at least: {len(index.paths)} were scanned; training indexes the others once, as --full does"
         if unreadable:
@@ -174,11 +173,9 @@ def _check_records(config: DoctorConfig, split: str, index: Index, threads: int,
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, longest, _BLOCK):
             block = records[start : start + _BLOCK]
-            with decoder_messages() as messages:
-                checked = list(pool.map(lambda record: _check_record(index, record, config), block))
-            bad += [error for error, _ in checked if error]
-            if messages:  # each is of one of the threads that have written meanwhile
-                mended += filter(None, (_mended(index, record) for record, (_, wrote) in zip(block, checked) if wrote))
+            errors, mends = check_block(index, block, lambda record: _check_record(index, record, config), pool)
+            bad += errors.values()
+            mended += mends.values()
             progress.update(min(start + _BLOCK, len(records)))
             comm.barrier()  # Horovod would consider a rank lost that waits until a slow one is done with all
     found: List[Finding] = []
@@ -195,19 +192,7 @@ def _check_records(config: DoctorConfig, split: str, index: Index, threads: int,
 
 def _check_record(index: Index, record: int, config: DoctorConfig) -> Tuple[str, bool]:
     """Returns what is wrong with a record, "" if it decodes; and whether the decoder may have printed a message about it."""
-    written, error = count_writes(), ""
     try:
-        encoded, _ = read_image(index, record)
-        # All of the image: training may see any part of it.
-        eval_image(encoded, 0.0, config.resize, np.empty([config.image_size, config.image_size, 3], np.uint8))
-    except Failure as failed:
-        error = failed.message
-    except ValueError as failed:
-        error = f"data: {index.where(record)}: {failed}"
-    return error, not error and (not written or count_writes() != written)
-
-
-def _mended(index: Index, record: int) -> str:
-    """Returns what the decoder says of a record that decodes; "" if nothing."""
-    message = decoder_message(read_image(index, record)[0])
-    return f"{index.where(record)}: {describe(message)}" if message else ""
+        return check_record(index, record, config)[1:]
+    except Failure as failed:  # storage is gone: a finding as any other
+        return failed.message, False

@@ -118,15 +118,15 @@ def probe_file(directory: Path) -> IO[bytes]:
     return tempfile.NamedTemporaryFile(dir=directory, prefix=".hvd_vgg_doctor_")
 
 
-def check_out(out: str, code: int) -> None:
-    """Raises Failure(code) if the file --out=`out` cannot be written: hours of work should not end in a wrong path."""
+def check_out(out: str, code: int, flag: str = "--out") -> None:
+    """Raises Failure(code) if the file `out`, of a flag, cannot be written: hours of work should not end in a wrong path."""
     path = Path(out).absolute()
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         probe_file(path.parent).close()
     except OSError as error:
-        raise Failure(code, f"--out={out} cannot be written: {error.strerror}") from error
+        raise Failure(code, f"{flag}={out} cannot be written: {error.strerror}") from error
 
 
 def check_other_jobs() -> List[Finding]:

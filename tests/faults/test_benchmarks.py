@@ -32,6 +32,10 @@ SMOKE = {
         "--data_dir=DATA --images=8 --size=32 --rounds=1",
         ["bare, hvd_vgg", "random_erasing, hvd_vgg", "color_jitter, hvd_vgg, pillow", "auto_augment, hvd_vgg"],
     ),
+    "cores": (
+        "--data_dir=DATA --images=32 --size=32 --rounds=1 --shorter_sides=0,36 --recipes=bare,pillow --device=500",
+        ["as they are, bare", "36, bare", "36, pillow"],
+    ),
     "compute": (
         f"--size=32 --batch=1 --warmup=1 --updates=1 --matmul_side=64 --rounds=1 --torch_python={sys.executable} "
         "--precisions=bfloat16 --ways=matmul,ours,keras,torch,tf_cnn",

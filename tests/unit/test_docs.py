@@ -9,7 +9,7 @@ import pytest
 from support import ROOT
 
 import hvd_vgg
-from hvd_vgg.__main__ import COMMANDS
+from hvd_vgg.__main__ import COMMANDS, POSITIONAL
 from hvd_vgg.config import LaunchConfig, ModelConfig, TrainConfig
 from hvd_vgg.errors import Failure
 from hvd_vgg.flags import parse_flags
@@ -167,8 +167,8 @@ def complaints(words):
         yield f"{command}: no such command"
         return
     kind = LaunchConfig if command == "launch" else COMMAND_KINDS[command]
-    if command in ("replay", "verify-run") and given and not given[0].startswith("-"):
-        given = [f"--run_dir={given[0]}", *given[1:]]
+    if command in POSITIONAL and given and not given[0].startswith("-"):
+        given = [f"--{POSITIONAL[command]}={given[0]}", *given[1:]]
     shared = TrainConfig if issubclass(kind, ModelConfig) else None  # as `hvd_vgg.__main__` has it
     try:
         parse_flags(kind, list(filter(None, (filled(kind, word) for word in given if word != "--help"))), shared=shared)
@@ -193,6 +193,7 @@ def test_docs_commands_parse(page):
         ("docker run --rm hvd_vgg:cpu launch --ranks=2 train --help", False),
         ("docker build -t hvd_vgg:cpu .", False),
         ("hvd-vgg verify-run RUN_DIR --data_dir=DIR", False),
+        ("hvd-vgg inspect DATA_DIR --out=sheet.png", False),
         ("hvd-vgg trian", True),
         ("mpirun -np 2 hvd-vgg train --learning_rate=0.1", True),
         ("hvd-vgg launch --ranks=2 train --optimizer=adam", True),

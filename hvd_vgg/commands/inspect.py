@@ -1,0 +1,117 @@
+"""The `inspect` command: what a data set holds, record by record, and a sheet of what the network will see of it."""
+
+import dataclasses
+import functools
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+import numpy as np
+
+from hvd_vgg.commands.inspect_report import format_summary
+from hvd_vgg.config import InspectConfig
+from hvd_vgg.data.index import Index, find_label_base
+from hvd_vgg.data.loader import Dataset
+from hvd_vgg.data.sampler import slice_bounds
+from hvd_vgg.data.shard_file import data_failure
+from hvd_vgg.data.sheet import draw_sheet, sheet_rows
+from hvd_vgg.data.summary import MOST_NAMED, summarize
+from hvd_vgg.data.survey import ROW, Survey, require_pillow, survey_block
+from hvd_vgg.data.transforms import image_library
+from hvd_vgg.doctor.system import check_out
+from hvd_vgg.errors import DATA, NOT_WRITTEN, Failure
+from hvd_vgg.parallel import comm
+from hvd_vgg.parallel.consensus import require_equal, run_on_all_ranks, run_on_root
+from hvd_vgg.parallel.init import describe_software, start_without_device
+from hvd_vgg.reporting.console import Console
+from hvd_vgg.run_dir import atomic_write_text, writing
+from hvd_vgg.text import plural
+from hvd_vgg.training.dataset import choose_label_base, open_split, require_one_layout
+from hvd_vgg.training.startup import OWN_FLAGS
+
+_BLOCK = 1024  # records that are given to the threads at once; ranks wait for each other after each block
+
+
+def inspect(config: InspectConfig) -> None:
+    """Looks at every record of both splits, prints what is found, and writes --json and --out. Collective.
+
+    Raises a collective Failure(DATA) if records are bad, after all is written; or where a split or a shard cannot be read.
+    """
+    threads = _start(config)
+    console = Console(config.console, comm.is_root())
+    train, validation = (open_split(config, split, Path(config.run_dir), console) for split in ("train", "validation"))
+    run_on_all_ranks(lambda: require_one_layout(train.layout, validation.layout))
+    labels = np.concatenate([train.labels, validation.labels])
+    label_base = choose_label_base(config, find_label_base(labels, config.num_classes), train)
+    surveyed = survey_split(config, "train", train, threads, console)
+    of_validation = survey_split(config, "validation", validation, threads, console)
+
+    def report() -> None:
+        summary = summarize(surveyed, of_validation, config.num_classes, label_base)
+        console.say(format_summary(summary))
+        _write(config, summary, train, label_base)
+
+    run_on_root(report)
+    if config.out:
+        console.say(f"drawn: {config.out}")
+    bad = sum(int(survey.rows["bad"].sum()) for survey in (surveyed, of_validation))
+    if bad:
+        raise Failure(DATA, f"inspect: {plural(bad, 'bad record')}, see above", collective=True)
+    comm.shutdown()
+
+
+def _start(config: InspectConfig) -> int:
+    """Joins the ranks and returns the threads of this one that read; fails before the work where something is missing."""
+    threads = start_without_device()
+    flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in OWN_FLAGS}
+    require_equal("the flags", flags)
+    run_on_all_ranks(require_pillow)
+    require_equal("the software", describe_software(image_library(config.resize)))
+    for flag, path in (("--out", config.out), ("--json", config.json)):
+        if path:
+            run_on_root(functools.partial(check_out, path, NOT_WRITTEN, flag))
+    return config.input_threads or threads
+
+
+def survey_split(config: InspectConfig, split: str, index: Index, threads: int, console: Console) -> Survey:
+    """Returns the split with all its records looked at, each by one of the ranks, equal on all of them. Collective."""
+    low, high = slice_bounds(index.records, comm.rank(), comm.size())
+    rows = np.zeros(high - low, ROW)
+    bad: List[str] = []
+    mended: List[str] = []
+    progress = console.progress(f"reading {split}", len(rows), "records" + " on rank 0" * (comm.size() > 1))
+    with ThreadPoolExecutor(threads) as pool:
+        # All ranks have as many blocks: one that waits long for the others would be considered lost.
+        for start in range(0, -(-index.records // comm.size()), _BLOCK):
+            texts = survey_block(index, low + start, config, rows[start : start + _BLOCK], pool)
+            for named, found in zip((bad, mended), texts):
+                named += found[: MOST_NAMED - len(named)]
+            progress.update(min(start + _BLOCK, len(rows)))
+            comm.barrier()
+    everyones = np.frombuffer(b"".join(comm.gather_bytes(rows.tobytes())), ROW)
+    named_by_ranks = comm.gather_json([bad, mended])
+    bad, mended = ([text for texts in named_by_ranks for text in texts[kind]][:MOST_NAMED] for kind in (0, 1))
+    return Survey(index, everyones, bad, mended)
+
+
+def _write(config: InspectConfig, summary: Dict[str, Any], train: Index, label_base: int) -> None:
+    """Writes --json and --out, where they are given. Raises Failure(NOT_WRITTEN)."""
+    if config.json:
+        path = Path(config.json).absolute()
+        with writing(path):
+            atomic_write_text(path, json.dumps({"data_dir": config.data_dir, **summary}, indent=1) + "\n")
+    if config.out:
+        training, evaluation = datasets(config, train, label_base)
+        rows = sheet_rows(training, evaluation, config.sheet_records, config.sheet_epochs)
+        if not rows:
+            raise data_failure(f"{config.data_dir}: train has no sound record, and --out={config.out} would be empty")
+        with writing(Path(config.out)):
+            Path(config.out).write_bytes(draw_sheet(rows))
+
+
+def datasets(config: InspectConfig, train: Index, label_base: int) -> Tuple[Dataset, Dataset]:
+    """Returns the train split as training and as evaluation see it with these flags."""
+    crop = config.eval_crop if config.augment == "crop" else 0.0
+    training = Dataset(train, label_base, config.image_size, config, True, seed=config.seed)
+    return training, Dataset(train, label_base, config.evaluated_size, config, False, crop)
