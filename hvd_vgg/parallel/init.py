@@ -66,8 +66,10 @@ def start_without_device() -> int:
     For commands that look at data alone: they take no device, so that there may be more ranks than devices.
     """
     join()
+    cores = share_of_cores(hvd.local_size())
+    _allow_collectives(cores)
     tf.config.set_visible_devices([], "GPU")
-    return threads_for_input(share_of_cores(hvd.local_size()))
+    return threads_for_input(cores)
 
 
 def join(timeline: bool = False, hang_seconds: float = 0.0, group_sizes: Sequence[int] = ()) -> Dict[int, comm.Group]:
@@ -133,9 +135,7 @@ def take_device(config: Optional[ComputeConfig] = None) -> Device:
     bits, cores = config.reproducible == BITS, share_of_cores(hvd.local_size())
     threads = config.compute_threads or (1 if bits else cores)
     tf.config.threading.set_intra_op_parallelism_threads(threads)
-    # Never fewer than 4, whatever TF_NUM_INTEROP_THREADS says: with 1 or 2 Horovod can wait for ever for a thread to
-    # enqueue a collective that the other ranks are already in.
-    tf.config.threading.set_inter_op_parallelism_threads(max(4, cores))
+    _allow_collectives(cores)
     if bits:
         _compute_deterministically()
     input_threads = config.input_threads or threads_for_input(cores)
@@ -159,6 +159,12 @@ def take_device(config: Optional[ComputeConfig] = None) -> Device:
     tf.config.set_visible_devices(mine, "GPU")
     tf.config.experimental.set_memory_growth(mine, True)
     return Device("GPU", "NCHW", cores, threads, 1, input_threads)
+
+
+def _allow_collectives(cores: int) -> None:
+    # Never fewer than 4, whatever TF_NUM_INTEROP_THREADS says: with 1 or 2 Horovod can wait for ever for a thread to
+    # enqueue a collective that the other ranks are already in.
+    tf.config.threading.set_inter_op_parallelism_threads(max(4, cores))
 
 
 def _compute_deterministically() -> None:

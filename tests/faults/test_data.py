@@ -47,7 +47,7 @@ SHARD = "train-00001-of-00003"
 
 def rows_of(path):
     """Returns the records of a shard."""
-    offsets, lengths, _ = scan_shard(path)
+    offsets, lengths, *_ = scan_shard(path)
     whole = path.read_bytes()
     return [whole[o : o + n] for o, n in zip(offsets.tolist(), lengths.tolist())]
 
@@ -61,7 +61,7 @@ def rewrite(path, change, record=2):
 
 def flip_byte(path, record, into):
     """Damages one byte of a record; `into` is an offset into its data, negative for its header."""
-    offsets, _, _ = scan_shard(path)
+    offsets, *_ = scan_shard(path)
     data = bytearray(path.read_bytes())
     data[int(offsets[record]) + into] ^= 1
     path.write_bytes(bytes(data))
@@ -69,7 +69,7 @@ def flip_byte(path, record, into):
 
 def cut(path, record, more):
     """Ends a shard so many bytes behind where a record's header begins."""
-    offsets, _, _ = scan_shard(path)
+    offsets, *_ = scan_shard(path)
     os.truncate(path, int(offsets[record]) - 12 + more)
 
 
