@@ -14,6 +14,7 @@ from typing import Any, Dict, Iterator, List, Set, Tuple
 from hvd_vgg.flags import flag, format_value, hyperparameter, same_flag
 
 BITS, ROUNDING = "bits", "rounding"  # of --reproducible
+MOST_FEATURE_BYTES = 64  # of the name of a feature
 MOST_MICRO_BATCHES = 4095  # for which sums in fixed point are made
 _MODELS = ("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn")
 _DRAWN_CLASSES = 10  # of `make-demo-data`
@@ -369,7 +370,10 @@ class DataConfig:
             if parts and (parts[0] == os.sep or ".." in parts):
                 yield f"--{name}={getattr(self, name)}: expected names below --data_dir"
         for name in ("image_feature", "label_feature"):
-            if getattr(self, name) and self.data_format in ("webdataset", "folders"):
+            value = getattr(self, name)
+            if len(os.fsencode(value)) > MOST_FEATURE_BYTES or not value.isprintable():
+                yield f"--{name}={ascii(value)[:80]}: expected at most {MOST_FEATURE_BYTES} bytes, all of them printable"
+            if value and self.data_format in ("webdataset", "folders"):
                 yield f"--{name} is for TFRecords, not --data_format={self.data_format}"
 
 

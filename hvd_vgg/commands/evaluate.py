@@ -1,11 +1,13 @@
 """The `evaluate` command: scores checkpoints of a run on the validation records."""
 
 from pathlib import Path
-from typing import Iterable, List, NamedTuple, Sequence
+from typing import Any, Dict, Iterable, List, NamedTuple, Sequence
 
 from hvd_vgg.config import EvaluateConfig, EvaluationConfig
+from hvd_vgg.data.classes import class_names
 from hvd_vgg.data.index import Index, check_labels
-from hvd_vgg.data.layout import TITLES
+from hvd_vgg.data.layout import FOLDERS, IMAGENET, TITLES
+from hvd_vgg.data.shard_file import data_failure
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import run_on_all_ranks, run_on_root
@@ -63,6 +65,7 @@ def score(config: EvaluationConfig, subjects: Sequence[Subject]) -> List[Score]:
 def _score(config: EvaluationConfig, subject: Subject, index: Index, device: Device, console: Console) -> Score:
     found = run_on_root(lambda: _load(subject, RunDir(config.run_dir)))
     meta = comm.broadcast_json(found.meta if found else None)
+    run_on_all_ranks(lambda: _require_same_classes(config, meta, index))
     label_base = choose_label_base(config, meta["run"]["label_base"], index)
     run_on_all_ranks(lambda: check_labels(index, label_base, config.num_classes))
     weights, moments = initial_network(config, seed=0)
@@ -76,6 +79,24 @@ def _score(config: EvaluationConfig, subject: Subject, index: Index, device: Dev
         f"({result.top1} and {result.top5} of {result.records} records, each once, on {plural(comm.size(), 'rank')})"
     )
     return Score(meta["step"], result, data_digest(index))
+
+
+def _require_same_classes(config: EvaluationConfig, meta: Dict[str, Any], index: Index) -> None:
+    """Raises Failure(DATA) where labels may not mean what they meant in training: other directories, or another layout."""
+    layout, trained, path = index.layout, meta.get("data_format", IMAGENET), RunDir(config.run_dir).classes
+    if layout.kind == FOLDERS and path.exists():
+        names = class_names(index, 0, len(layout.classes))
+        before = list(filter(None, path.read_text(encoding="utf-8").split("\n")))
+        if names != before:
+            raise data_failure(
+                f"{layout.root} has {len(names)} class directories, the run had {len(before)} ({path}), or others: their "
+                f"order decides the labels. Put the run's train directory beside it; its class directories may be empty"
+            )
+    if layout.label_base is None and trained != layout.kind and config.label_base == "auto":
+        raise data_failure(
+            f"{layout.root}: {TITLES[layout.kind]}; the run was trained on {TITLES.get(trained, trained)}. Say whether its "
+            f"labels count from 1 or 0: --label_base=1 (as hvd-vgg prepare writes them) or --label_base=0"
+        )
 
 
 def _load(subject: Subject, run_dir: RunDir) -> checkpoint.Checkpoint:

@@ -3,6 +3,8 @@
 import itertools
 from typing import Dict, Iterator, List, Mapping, NamedTuple, Tuple, Union
 
+from hvd_vgg.config import MOST_FEATURE_BYTES
+
 _LABEL_LIMIT = 2**31  # the index holds int32
 Span = Tuple[int, int]  # start and stop within the bytes of a record
 
@@ -18,7 +20,8 @@ class Features(NamedTuple):
     def expected(self) -> str:
         """What a message says of the records that are expected."""
         image, label = (name.decode("utf-8", "replace") for name in self[:2])
-        return f"Expected a tf.train.Example with {image} (one JPEG or PNG) and {label} (one integer)"
+        expected = f"Expected a tf.train.Example with {image} (one JPEG or PNG) and {label} (one integer)"
+        return f"{expected}; --image_feature and --label_feature name others"
 
 
 STANDARD = Features()
@@ -77,7 +80,7 @@ def _find_features(data: bytes, length: int, *names: bytes) -> List[Span]:
         name, value = b"", (0, 0)
         for tag, first, last in _fields(data, start, stop):
             if tag == _FIELD_1:
-                name = data[first : min(last, first + 64)]
+                name = data[first : min(last, first + MOST_FEATURE_BYTES + 1)]
                 if name not in names:
                     break  # writers put the name first: the values of most features are not even looked at
             elif tag == _FIELD_2:

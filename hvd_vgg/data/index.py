@@ -3,14 +3,23 @@
 import io
 import uuid
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
 from hvd_vgg import storage
 from hvd_vgg.data import class_folders, tar, tfrecord
 from hvd_vgg.data.layout import FOLDERS, IMAGENET, WEBDATASET, Layout, find_shards, shorten
-from hvd_vgg.data.shard_file import MAX_RECORD_BYTES, OpenShard, Shard, data_failure, place, shown, unreadable_file
+from hvd_vgg.data.shard_file import (
+    MAX_RECORD_BYTES,
+    NO_RECORDS,
+    OpenShard,
+    Shard,
+    data_failure,
+    place,
+    shown,
+    unreadable_file,
+)
 from hvd_vgg.text import plural
 
 _PLAIN = Layout(IMAGENET, Path())
@@ -215,10 +224,20 @@ def _describe(layout: Layout) -> str:
     return repr((layout.kind, *layout.features, *(layout.classes if layout.kind == FOLDERS else ())))
 
 
-def save_cache(path: Path, index: Index) -> None:
-    """Writes `index` for `load_cache`; raises OSError where `path` cannot be written."""
+def take_stamps(paths: Sequence[Path], layout: Layout) -> List[List[int]]:
+    """Returns what tells later whether shards have changed; taken before they are scanned. Raises OSError."""
+    return [_stamp(path, layout, NO_RECORDS) for path in paths]
+
+
+def save_cache(path: Path, index: Index, stamps: Optional[Sequence[Sequence[int]]] = None) -> None:
+    """Writes `index` for `load_cache`; raises OSError where `path` cannot be written.
+
+    stamps: `take_stamps` before the shards were scanned, so that a file that arrived meanwhile is noticed at the next start;
+    None: of now.
+    """
     layout, names = np.array(_describe(index.layout)), np.array([index.layout.key(each) for each in index.paths])
-    stamps = [_stamp(path, index.layout, shard) for path, shard in zip(index.paths, split_index(index))]
+    if stamps is None:
+        stamps = [_stamp(path, index.layout, shard) for path, shard in zip(index.paths, split_index(index))]
     # Processes of two containers may have one number, and their hosts one name.
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:

@@ -84,7 +84,7 @@ def find_split(config: DataConfig, split: str) -> Found:
 def _by_looking(config: DataConfig, folder: Path, split: str) -> Found:
     names = _list(folder, split)
     kinds = _FINDERS if config.data_format == "auto" else [config.data_format]
-    found = {kind: _FINDERS[kind](folder, split) for kind in kinds}
+    found = {kind: _FINDERS[kind](config, folder, split) for kind in kinds}
     present = [kind for kind in kinds if found[kind]]
     if len(present) > 1:
         shown = ", ".join(f"{TITLES[kind]} (--data_format={kind})" for kind in present)
@@ -200,7 +200,11 @@ def _directories(folder: Path) -> List[str]:
 
     def directories() -> List[str]:
         with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+            seen = [entry for entry in entries if not entry.name.startswith(".")]
+        dangling = [entry.path for entry in seen if entry.is_symlink() and not Path(entry.path).exists()]
+        if dangling:  # a class on a disk that is not mounted: without it others would take its label
+            raise data_failure(f"{ascii(dangling[0])[1:-1]} is a link to nothing. Mount what it leads to, or remove it")
+        return sorted(entry.name for entry in seen if entry.is_dir())
 
     return storage.retrying(folder, directories)
 
@@ -236,15 +240,15 @@ def _require_once(folder: Path, paths: Sequence[Path]) -> None:
 
 
 def _files(folder: Path, split: str) -> List[Path]:
-    return [root / name for root in _roots(folder, split) for name in _list(root, split)]
+    return [root / name for root in _roots(folder, split) for name in _list(root, split) if not name.startswith(".")]
 
 
-def _find_imagenet(folder: Path, split: str) -> Optional[Found]:
+def _find_imagenet(_: DataConfig, folder: Path, split: str) -> Optional[Found]:
     paths = _complete(folder, split, _files(folder, split), split)
     return (Layout(IMAGENET, folder), paths) if paths else None
 
 
-def _find_tfds(folder: Path, split: str) -> Optional[Found]:
+def _find_tfds(_: DataConfig, folder: Path, split: str) -> Optional[Found]:
     files = [folder / name for name in _list(folder, split)]
     names = {match["name"] for match in (_NUMBERED.fullmatch(path.name) for path in files) if match}
     own = sorted(name for name in names if name.endswith(f"-{split}.tfrecord"))
@@ -268,7 +272,7 @@ def _tfds(folder: Path, paths: Sequence[Path]) -> Layout:
     return Layout(TFDS, folder, _TFDS_FEATURES, 0, (), records)
 
 
-def _find_webdataset(folder: Path, split: str) -> Optional[Found]:
+def _find_webdataset(_: DataConfig, folder: Path, split: str) -> Optional[Found]:
     words = "|".join(_WORDS.get(split, (split,)))
     pattern = re.compile(rf"(.*[-_.])?({words})([-_.0-9].*)?\.tar")
     tars = [path for path in _files(folder, split) if path.suffix == ".tar" and not _ILSVRC_TAR.fullmatch(path.name)]
@@ -299,18 +303,24 @@ def _webdataset(folder: Path, paths: List[Path]) -> Layout:
     return Layout(WEBDATASET, folder, STANDARD, 0, (), records)
 
 
-def _find_folders(folder: Path, split: str) -> Optional[Found]:
+def _find_folders(config: DataConfig, folder: Path, split: str) -> Optional[Found]:
     roots = _roots(folder, split)[1:]
     found = [root for root in roots if _directories(root)]
     if len(found) > 1:
         raise data_failure(f"{folder} has both {found[0]} and {found[1]}. Choose one by --validation_pattern")
-    return _folders(found[0], folder / "train") if found else None
+    return _folders(found[0], _train_root(config, folder) or found[0]) if found else None
+
+
+def _train_root(config: DataConfig, folder: Path) -> Optional[Path]:
+    """Returns the directory of the train split's class directories, whose order decides the labels, if there is one."""
+    found = _glob(folder, config.train_pattern or "train", f"--train_pattern={config.train_pattern}")
+    return found[0] if len(found) == 1 and storage.retrying(found[0], found[0].is_dir) else None
 
 
 def _folders(root: Path, train: Path) -> Found:
     """Returns the directories of classes below `root`; their labels are those of the directories below `train`, if any."""
     names = _directories(root)
-    classes = (_directories(train) if storage.retrying(train, train.is_dir) else []) or names
+    classes = _directories(train) or names
     unknown = sorted(set(names).difference(classes))
     if unknown:
         raise data_failure(f"{root} has classes that {train} lacks: {shorten(unknown)}. Move them away")
@@ -328,8 +338,8 @@ def _by_pattern(config: DataConfig, folder: Path, split: str, pattern: str) -> F
             raise data_failure(f"{flag} matches the directory {paths[0]}; --data_format={kind} expects files. Correct it")
         if not _directories(paths[0]):
             raise data_failure(f"{flag} matches {paths[0]}, which has no directory for each class. Correct it")
-        train = _glob(folder, config.train_pattern or "train", f"--train_pattern={config.train_pattern}")
-        return _folders(paths[0], train[0] if len(train) == 1 and split != "train" else paths[0])
+        train = None if split == "train" else _train_root(config, folder)
+        return _folders(paths[0], train or paths[0])
     if kind == FOLDERS:
         raise data_failure(f"{flag} matches {len(paths)} files; expected one directory with one for each class. Correct it")
     names = [match["name"] for match in (_NUMBERED.fullmatch(path.name) for path in paths) if match]
@@ -357,7 +367,7 @@ def _features(config: DataConfig, default: Features) -> Features:
     return default._replace(image=image or default.image, label=label or default.label)
 
 
-_FINDERS: Dict[str, Callable[[Path, str], Optional[Found]]] = {
+_FINDERS: Dict[str, Callable[[DataConfig, Path, str], Optional[Found]]] = {
     IMAGENET: _find_imagenet,
     TFDS: _find_tfds,
     WEBDATASET: _find_webdataset,

@@ -56,6 +56,9 @@ def shown(path: Path) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
+NO_RECORDS = Shard(np.zeros(0, np.int64), np.zeros(0, np.uint32), np.zeros(0, np.int32))
+
+
 def place(path: Path, number: int, offset: int) -> str:
     """Returns where a record is, for messages: file, number in the file from 0, offset in bytes."""
     return f"{shown(path)}, record {number}, offset {offset}"

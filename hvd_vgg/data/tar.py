@@ -9,7 +9,7 @@ import io
 import itertools
 import re
 import tarfile
-from typing import Iterator, List, NamedTuple, Tuple
+from typing import Iterator, List, NamedTuple, Sequence, Tuple
 
 from hvd_vgg.data.shard_file import MAX_RECORD_BYTES, OpenShard, Shard, data_failure, place, require_plain, shown
 from hvd_vgg.errors import Failure
@@ -23,6 +23,7 @@ _MAX_END_BYTES = 2**16
 _KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # of a sample, and the extension: webdataset.tariterators.base_plus_ext
 _LEFT_OUT = re.compile(r"__[^/]*__(/|$)|(.*/)?\._")
 _IMAGES = ("jpg", "jpeg", "png")
+_OTHERS = ("webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")  # images that training does not read
 _LABEL_BYTES = 32  # more than any label has digits
 _EXPECTED = "Expected NAME.jpg (or .jpeg, .png) and NAME.cls, one after the other"
 
@@ -133,7 +134,8 @@ def scan(file: OpenShard) -> Shard:
         images = [member for _, extension, member in parts if extension in _IMAGES]
         labels = [member for _, extension, member in parts if extension == "cls"]
         if not images and not labels:
-            continue  # what belongs to no sample, such as README.md
+            _require_no_sample(file, key, parts)
+            continue
         number = len(records)
         if len(images) != 1 or len(labels) != 1:
             where = place(file.path, number, (images or labels)[0].offset)
@@ -144,6 +146,15 @@ def scan(file: OpenShard) -> Shard:
     if not records:
         raise data_failure(f"{shown(file.path)} has no sample. {_EXPECTED}")
     return Shard.of_records(records)
+
+
+def _require_no_sample(file: OpenShard, key: str, parts: Sequence[Tuple[str, str, Member]]) -> None:
+    """Raises Failure(DATA) where members without an image and a label are yet no others than such as README.md."""
+    odd = [member for _, extension, member in parts if extension.rpartition(".")[2] in (*_IMAGES, *_OTHERS, "cls")]
+    if odd:
+        where = f"{shown(file.path)}, offset {odd[0].offset}"
+        reason = f"{odd[0].name!a} belongs to no sample: the name of one, here {key!a}, ends at the first dot"
+        raise data_failure(f"{where}: {reason}. {_EXPECTED}, of JPEG or PNG")
 
 
 def _parts(file: OpenShard) -> Iterator[Tuple[str, str, Member]]:

@@ -32,7 +32,7 @@ from hvd_vgg.parallel import comm
 from hvd_vgg.reporting.console import Console
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
 from hvd_vgg.text import plural
-from hvd_vgg.training.dataset import TURN_SECONDS, choose_label_base, open_split
+from hvd_vgg.training.dataset import TURN_SECONDS, choose_label_base, open_split, require_one_layout
 
 _BLOCK = 1024  # records that are given to the threads at once; ranks wait for each other after each block
 _MAX_NAMED = 20  # bad records and shards that are named; the others are only counted
@@ -56,7 +56,7 @@ def check_dataset(report: Report, config: DoctorConfig, threads: int) -> None:
             train_records = train.records * len(paths["train"]) // len(train.paths)
         if train and validation:
             complete = all(len(index.paths) == len(paths[split]) for split, index in indexes.items() if index)
-            found += assess_labels(config, train, validation, complete)
+            found += _check_layouts(train, validation) or assess_labels(config, train, validation, complete)
             if complete and config.global_batch > train.records:
                 text = f"--global_batch={config.global_batch} exceeds the {train.records} records to train on"
                 found.append(warning("data", text, "use a smaller --global_batch"))
@@ -65,6 +65,14 @@ def check_dataset(report: Report, config: DoctorConfig, threads: int) -> None:
         if config.full:
             found += check_digests(config, paths, threads, console)
     found += check_schedule(config, train_records)
+
+
+def _check_layouts(train: Index, validation: Index) -> List[Finding]:
+    try:
+        require_one_layout(train.layout, validation.layout)
+    except Failure as error:
+        return [_to_finding(error)]
+    return []
 
 
 def _find_same_shards(config: DoctorConfig, split: str, found: List[Finding]) -> Optional[Found]:

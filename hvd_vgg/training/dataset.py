@@ -3,7 +3,7 @@
 import functools
 import time
 from pathlib import Path
-from typing import Dict, List, NamedTuple
+from typing import Dict, List, NamedTuple, Optional
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from hvd_vgg.data.index import (
     pack_shards,
     save_cache,
     scan_shard,
+    take_stamps,
     unpack_shards,
     unseen_labels,
 )
@@ -62,7 +63,12 @@ def open_data(config: BatchConfig, run_dir: Path, console: Console) -> Splits:
 
 
 def require_one_layout(train: Layout, validation: Layout) -> None:
-    """Raises Failure(DATA) where the splits have different layouts, which may count their classes differently."""
+    """Raises Failure(DATA) where the splits have different layouts or class directories, and so may differ in labels."""
+    if train.kind == FOLDERS and train.classes != validation.classes:
+        raise data_failure(
+            f"{validation.root} has other class directories than {train.root}: the order of their names decides the labels. "
+            f"Name both by --train_pattern and --validation_pattern"
+        )
     if train.kind != validation.kind:
         raise data_failure(
             f"{train.root}: train is {TITLES[train.kind]}, validation is {TITLES[validation.kind]}; expected both alike. "
@@ -97,6 +103,7 @@ def open_split(config: DataConfig, split: str, fallback_dir: Path, console: Cons
     stale = [number for number in range(len(paths)) if number not in known]
     if stale and known:
         console.say(f"{split}: {len(stale)} of {len(paths)} shards are new or have changed since they were indexed")
+    stamps = run_on_root(lambda: take_stamps(paths, layout)) if stale else None
     _scan_together(split, paths, layout, known, console)
 
     changed = {number: each.shard for number, each in cached.items() if not each.unchanged}
@@ -108,7 +115,7 @@ def open_split(config: DataConfig, split: str, fallback_dir: Path, console: Cons
     index = join(paths, [known[number] for number in range(len(paths))], layout)
     run_on_all_ranks(functools.partial(_check_manifest, config, split, index, sizes))
     if stale and comm.is_root():
-        _save_index(places, index, console)
+        _save_index(places, index, stamps, console)
     return index
 
 
@@ -154,10 +161,10 @@ def _check_manifest(config: DataConfig, split: str, index: Index, sizes: Dict[st
     manifest.check_index(Path(config.data_dir), split, index, sizes, whole)
 
 
-def _save_index(places: List[Path], index: Index, console: Console) -> None:
+def _save_index(places: List[Path], index: Index, stamps: Optional[List[List[int]]], console: Console) -> None:
     for place in places:
         try:
-            save_cache(place, index)
+            save_cache(place, index, stamps)
             return
         except OSError as error:
             console.say(f"the index cannot be cached in {place.parent} ({error.strerror})")

@@ -231,7 +231,8 @@ class Trainer:
             self.reporter.save_failed(self.writer.wait())
             self._settle_coverage()
             self.progress.seconds = time.monotonic() - self.started
-            kept = {"run": self.fingerprint, "arithmetic": self.arithmetic}
+            layout = self.data.train.layout.kind
+            kept = {"run": self.fingerprint, "arithmetic": self.arithmetic, "data_format": layout}
             save_state(self.state, self.progress, kept, self.writer, best)
             self.saved_at = watchdog.active_seconds()
             comm.barrier()  # else the others wait for rank 0's copy inside their next update

@@ -1,6 +1,7 @@
 """The same images in the same order are the same run, to the bit, whatever layout they lie in."""
 
 import json
+import shutil
 
 import pytest
 from oracles import losses
@@ -50,3 +51,18 @@ def test_every_layout_trains_to_the_same_bits(tmp_path, layouts, from_tfrecords,
     if kind in KINDS:
         assert f"{KINDS[kind]} (--data_format={kind}); labels from 0" in printed
     assert (tmp_path / "run" / "classes.txt").exists() == (kind != "webdataset")
+
+
+def test_evaluate_takes_no_other_classes_for_the_runs(launch, tmp_path, layouts):
+    """A label is a place in the order of class directories, or counts from 0 or 1 by the layout: neither is guessed."""
+    run = ["evaluate", f"--run_dir={tmp_path / 'run'}", "--checkpoint=newest"]
+    train(tmp_path, layouts / "folders", 0)
+    assert "great white shark" not in launch(0, *run, code=0).err  # as it was trained
+    alone = tmp_path / "alone" / "val"
+    shutil.copytree(layouts / "folders" / "val", alone)
+    shutil.rmtree(min(alone.iterdir()))
+    told = launch(0, *run, f"--data_dir={alone.parent}", code=65).err
+    assert "val has 2 class directories, the run had 3" in told and "Put the run's train directory beside it" in told
+    told = launch(0, *run, f"--data_dir={layouts / 'imagenet'}", code=65).err
+    assert "the run was trained on a directory of images for each class" in told and "--label_base=1" in told
+    launch(0, *run, f"--data_dir={layouts / 'imagenet'}", "--label_base=1", code=0)

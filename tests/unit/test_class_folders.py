@@ -9,7 +9,7 @@ import pytest
 from support import failure_of
 
 from hvd_vgg.config import DataConfig
-from hvd_vgg.data.index import join, load_cache, save_cache, scan_shard, split_index
+from hvd_vgg.data.index import join, load_cache, save_cache, scan_shard, split_index, take_stamps
 from hvd_vgg.data.layout import FOLDERS, Layout, find_split, shard_bytes
 from hvd_vgg.data.reader import BadRecord, read_ahead, read_image
 from hvd_vgg.errors import Failure
@@ -194,3 +194,29 @@ def test_read_image_names_a_file_that_changed(tmp_path, change):
 def test_layout_of_an_index_without_data(tmp_path):
     layout = Layout(FOLDERS, tmp_path / "train")
     assert layout.key(tmp_path / "train" / "a") == "train/a"
+
+
+def test_train_pattern_decides_labels_of_validation(tmp_path):
+    """Though validation is found by looking, and lacks the first class."""
+    make(tmp_path, "training/a/1.jpg", "training/b/1.jpg", "val/b/2.jpg")
+    assert open_split(tmp_path, "validation", train_pattern="training").labels.tolist() == [1]
+
+
+def test_class_that_is_a_link_to_nothing_is_refused(tmp_path):
+    """Without it the classes behind it would take other labels."""
+    make(tmp_path, "train/b/1.jpg")
+    (tmp_path / "train" / "a").symlink_to(tmp_path / "unmounted")
+    assert "train/a is a link to nothing" in failure_of(lambda: open_split(tmp_path))
+
+
+def test_cache_notices_what_came_while_it_was_made(tmp_path):
+    """Stamps are those before the scan."""
+    make(tmp_path, "train/a/1.jpg")
+    layout, paths = find_split(DataConfig(data_dir=str(tmp_path)), "train")
+    stamps = take_stamps(paths, layout)
+    index = join(paths, [scan_shard(path, layout) for path in paths], layout)
+    touch(paths[0], 5)
+    save_cache(tmp_path / "cache.npz", index, stamps)
+    assert not load_cache(tmp_path / "cache.npz", paths, layout)[0].unchanged
+    save_cache(tmp_path / "cache.npz", index, take_stamps(paths, layout))
+    assert load_cache(tmp_path / "cache.npz", paths, layout)[0].unchanged

@@ -92,7 +92,8 @@ def test_parse_example_names_the_record(tmp_path):
     message = failure_of(lambda: read_image(index, 1), BadRecord)
     assert f"{path}, record 1, offset {index.offsets[1] - 12}: feature image/encoded is missing" in message
     assert message.endswith(
-        "Expected a tf.train.Example with image/encoded (one JPEG or PNG) and image/class/label (one integer)"
+        "Expected a tf.train.Example with image/encoded (one JPEG or PNG) and image/class/label (one integer); "
+        "--image_feature and --label_feature name others"
     )
 
 

@@ -276,3 +276,12 @@ def test_scan_of_mutated_archives_loses_nothing(tmp_path, kind):
         assert (found.offsets == expected.offsets).all() and (found.lengths == expected.lengths).all()
         assert all(labels[i] in changed for i in range(3) if found.labels[i] != expected.labels[i])
     assert told > 20
+
+
+@pytest.mark.parametrize("extensions", [("v2.jpg", "v2.cls"), ("webp", "json"), ("x.cls",)])
+def test_scan_loses_no_sample_of_another_kind(tmp_path, extensions):
+    """Which WebDataset would pass on, and nobody here would miss."""
+    others = [member(f"odd.{extension}", b"1") for extension in extensions]
+    write_tar(tmp_path / "x.tar", *sample("a"), *others)
+    message = failure_of(lambda: scan(tmp_path / "x.tar"))
+    assert f"odd.{extensions[0]}' belongs to no sample" in message and "ends at the first dot" in message
