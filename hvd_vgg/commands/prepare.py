@@ -7,12 +7,13 @@ import contextlib
 import functools
 import itertools
 import json
+import re
 import shutil
 import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import numpy as np
 
@@ -68,15 +69,16 @@ def prepare(config: PrepareConfig) -> None:
     ranks = _alone() if runs_alone() else _join()
     console, out = Console(config.console, ranks.rank == 0), Path(config.out)
     finished = ranks.on_root(lambda: _describe_finished(config, out))
-    if finished:
-        console.say(finished)
-    else:
-        ranks.together(pictures.library)
-        try:
+    try:
+        if finished:
+            _require_same_source(config, out, finished["source"], ranks, console)
+            console.say(finished["text"])
+        else:
+            ranks.together(pictures.library)
             with pictures.quiet():
                 _prepare(config, out, ranks, console)
-        except KeyboardInterrupt as error:
-            raise Failure(STOPPED, f"interrupted. {_GOES_ON}") from error
+    except KeyboardInterrupt as error:
+        raise Failure(STOPPED, f"interrupted. {_GOES_ON}") from error
     ranks.leave()
 
 
@@ -116,12 +118,16 @@ def _prepare_from(
     encoding = Encoding(config.shorter_side, config.quality, config.rgb_jpeg)
     kept = ranks.on_root(lambda: [note and note.dump() for note in (read_note(out, task) for task in tasks)])
     notes = {task.name: Note.load(note) for task, note in zip(tasks, kept) if note}
+    refused = {name for name, note in notes.items() if note.refused}
+    if sum(len(notes[name].refused) for name in refused) > config.bad_records_allowed:
+        for name in refused:  # the source may have been repaired
+            del notes[name]
     left = [task for task in tasks if task.name not in notes]
     if notes:
         console.say(f"{len(notes)} of {plural(len(tasks), 'shard')} are whole: going on with the others")
     ranks.together(lambda: _require_space(out, left, encoding, selection.classes) if ranks.rank == 0 else None)
     threads = config.input_threads or ranks.threads
-    for mine in ranks.gather_json(_write(out, left, len(tasks), encoding, selection.classes, threads, ranks, console)):
+    for mine in ranks.gather_json(_write(out, left, encoding, selection.classes, threads, ranks, console)):
         notes.update({note["entry"]["name"]: Note.load(note) for note in mine})
     everything = [[notes[task.name] for task in each] for each in of_splits]
     console.say(ranks.on_root(lambda: _finish(config, out, plan, selection, everything)))
@@ -140,27 +146,44 @@ def _lock(out: Path) -> Any:
 
 
 def _require_empty(out: Path, known: Set[str]) -> None:
-    foreign = sorted(path.name for path in out.iterdir() if path.name not in known)
+    theirs = re.compile(r"\.hvd_vgg_index_\w+\.npz|lost\+found")  # of training and inspect, and of a disk's root
+    foreign = sorted(path.name for path in out.iterdir() if path.name not in known and not theirs.fullmatch(path.name))
     if foreign:
         names = ", ".join(map(ascii, foreign[:3])) + (", ..." if len(foreign) > 3 else "")
         raise Failure(CONFIGURATION, f"--out={out} has {names}, which prepare did not make. Choose an empty directory")
 
 
-def _describe_finished(config: PrepareConfig, out: Path) -> str:
-    """Returns what to say of an --out that is finished, "" where it is not; removes what a killed command left of its work.
+def _require_same_source(config: PrepareConfig, out: Path, sha256: str, ranks: Ranks, console: Console) -> None:
+    """Raises a collective Failure(CONFIGURATION) where a finished --out was made of another source. Collective."""
+    if not ranks.on_root(lambda: Path(config.source).exists()):
+        console.say(f"{config.source} is not there any more, and not compared")
+        return
+    sources = ranks.together(lambda: [(split, find_source(config, split)) for split in config.splits])
+    found = [(split, source, _scan(split, source, ranks, console)) for split, source in sources]
+    own = ranks.together(lambda: digest(select(config, found).splits))
+    ranks.together(lambda: _require_same(out, {"source": sha256}, {"source": own}, "records or labels"))
 
-    Raises Failure(CONFIGURATION) where it was made with other flags, Failure(DATA) where a shard is not as it was written.
+
+def _describe_finished(config: PrepareConfig, out: Path) -> Optional[Dict[str, str]]:
+    """Returns what to say of an --out that is finished, and the digest of its source; None where it is not finished.
+
+    Removes what a killed command left of its work. Raises Failure(CONFIGURATION) where it was made with other flags,
+    Failure(DATA) where a shard is not as it was written.
     """
     made = manifest.read(out)
     if made is None:
-        return ""
+        return None
     _require_same(out, made.flags, _flags(config), "flags")
-    for name, split in made.splits.items():
-        sizes = {shard.name: (out / shard.name).stat().st_size for shard in split.shards if (out / shard.name).exists()}
-        manifest.check_shards(out, name, sizes)
-    _remove_folder(out, {shard.name for split in made.splits.values() for shard in split.shards})
+    try:
+        for name, split in made.splits.items():
+            sizes = {shard.name: (out / shard.name).stat().st_size for shard in split.shards if (out / shard.name).exists()}
+            manifest.check_shards(out, name, sizes)
+        _remove_folder(out, {shard.name for split in made.splits.values() for shard in split.shards})
+    except OSError as error:
+        raise Failure(CONFIGURATION, write_error(out, error)) from error
     records = ", ".join(f"{split.records:,} records of {name}" for name, split in made.splits.items())
-    return f"{out} is finished: {records}. All shards have the sizes in {manifest.NAME}"
+    text = f"{out} is finished: {records}. All shards have the sizes in {manifest.NAME}"
+    return {"text": text, "source": made.source.get("sha256", "")}
 
 
 def _require_same(out: Path, before: Any, now: Any, what: str) -> None:
@@ -300,7 +323,6 @@ def _estimate_bytes(split: Split, records: int, encoding: Encoding, classes: Seq
 def _write(
     out: Path,
     left: Sequence[Task],
-    shards: int,
     encoding: Encoding,
     classes: Sequence[str],
     threads: int,
@@ -418,6 +440,7 @@ def _remove_folder(out: Path, shards: Set[str]) -> None:
     own = {"plan.json", "lock", *(f"{name}.json" for name in shards)}
     for path in folder.iterdir():
         if path.name in own or path.suffix == ".tmp":
-            path.unlink()
+            with contextlib.suppress(FileNotFoundError):  # another job ends in this moment
+                path.unlink()
     with contextlib.suppress(OSError):  # somebody else's file
         folder.rmdir()

@@ -7,6 +7,7 @@ meaning is in the kit's meta.mat.
 import io
 import os
 import re
+import shlex
 import tarfile
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
@@ -93,6 +94,12 @@ def read_labels(path: Path, source: Optional[Path], wnids: Sequence[str]) -> Lab
         by_name = {name.rpartition("/")[2]: int(label) for name, label in rows}
         if len(by_name) < len(rows):
             raise data_failure(f"{source} has names twice ({len(rows)} lines, {len(by_name)} names). {_LABELS_EXPECTED}")
+        lowest = min(by_name.values())
+        if lowest:
+            command = f"awk '{{print $1, $2 - {lowest}}}' {shlex.quote(str(source))} > val_from_0.txt"
+            raise data_failure(
+                f"{source} has labels from {lowest}; expected the number of each WNID in their order, from 0: {command}"
+            )
         return Labels(source, by_name, [], tuple(wnids))
     odd_row = next((row for row in rows if len(row) != 1 or not _WNID.fullmatch(row[0])), None)
     if not rows or odd_row:

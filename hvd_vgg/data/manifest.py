@@ -160,6 +160,21 @@ def check_index(folder: Path, split: str, index: Index, sizes: Mapping[str, int]
     if index.layout.kind == IMAGENET:
         records = dict(zip(map(index.layout.key, index.paths), np.diff(index.starts).tolist()))
         check_shards(folder, split, sizes, records, whole)
+        if whole:
+            _check_classes(folder, split, index)
+
+
+def _check_classes(folder: Path, split: str, index: Index) -> None:
+    """Raises Failure(DATA) where a class has another number of records than the manifest says."""
+    manifest = read(folder)
+    written = manifest.splits[split].classes if manifest and split in manifest.splits else ()
+    if not written:
+        return
+    found = np.bincount(np.clip(index.labels, 0, len(written) + 1), minlength=len(written) + 2)[1 : len(written) + 1]
+    odd = np.flatnonzero(found != np.array(written))
+    if len(odd):
+        text = f"{split} has {found[odd[0]]} records of label {odd[0] + 1}; {NAME} says {written[odd[0]]}"
+        raise data_failure(f"{folder}: {text} (another split's shards, or edited?). {_ADVICE}")
 
 
 def check_shards(

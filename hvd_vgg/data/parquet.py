@@ -167,6 +167,8 @@ def read(path: Path, columns: Columns, row: int) -> Tuple[bytes, str]:
         value = images[row - first].as_py()
     except Failure:
         raise
+    except MemoryError as error:
+        raise _no_memory(path, error) from error
     except OSError as error:
         if error.errno:  # of the system, rather than of pyarrow about the file's contents
             raise unreadable_file(path, error) from error
@@ -203,7 +205,14 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def _no_memory(path: Path, error: Exception) -> Failure:
+    text = f"{path}: no memory for one of its row groups, which each thread reads as a whole ({_reason(error)})"
+    return Failure(CONFIGURATION, f"{text}: choose fewer --input_threads, or free memory")
+
+
 def _damaged(path: Path, error: Exception) -> Failure:
+    if isinstance(error, MemoryError):
+        return _no_memory(path, error)
     if isinstance(error, OSError) and error.errno:
         return unreadable_file(path, error)
     return data_failure(f"{path} is no whole Parquet file ({_reason(error)}). Download it again")

@@ -87,6 +87,10 @@ def find_source(config: PrepareConfig, split: str) -> Source:
         return found or _raise_missing(config, split, f"{root} has no {_archive_name(config, split)}")
     if kind == PARQUET:
         return _of_parquet(config, root, rows) if rows else _raise_missing(config, split, f"{root} has no {split}-*.parquet")
+    if kind == "auto" and not rows and not found:
+        twin = "validation" if split == "train" else "train"
+        if _parquet_files(config, root, twin):
+            raise _missing(config, split, f"{root} has {twin}-*.parquet, but no {split}-*.parquet: copy it there")
     try:
         other: Optional[Source] = _of_layout(config, split)
     except Failure as failure:

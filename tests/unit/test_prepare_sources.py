@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import shutil
 import sys
 import tarfile
 
@@ -185,6 +187,7 @@ def test_prepare_without_validation_is_refused(tmp_path, kind):
             path.rmdir()
     text = failure_of(lambda: run(tmp_path / "set", tmp_path / "out"))
     assert text.startswith("data: ") and text.endswith(". Or convert --splits=train alone"), text
+    assert "hvd-vgg prepare" not in text and ("no validation-*.parquet" in text) == (kind == "parquet")
     assert run(tmp_path / "set", tmp_path / "out", splits=("train",))
 
 
@@ -222,10 +225,14 @@ def test_prepare_reads_each_list_of_labels(sets, tmp_path, kind):
             LABELS["caffe"][1].replace("00000003.JPEG", "00000009.JPEG"),
             "lacks 1 of its images: ILSVRC2012_val_00000003.JPEG",
         ),
+        (
+            re.sub(r"\d$", lambda found: str(int(found[0]) + 1), LABELS["caffe"][1], flags=re.M),
+            "has labels from 1; expected",
+        ),
         ("", "has 'nothing'. Expected one of"),
         ("a b c\n", "has 'a b c'. Expected one of"),
     ],
-    ids=["kit", "short", "foreign", "beyond", "name", "empty", "words"],
+    ids=["kit", "short", "foreign", "beyond", "name", "from 1", "empty", "words"],
 )
 def test_prepare_refuses_other_labels(sets, tmp_path, text, message):
     (tmp_path / "labels.txt").write_text(text)
@@ -307,13 +314,36 @@ def test_prepare_refuses_bad_images_and_writes_all_others(tmp_path, capsys):
     assert text.endswith("the same command with --bad_records_allowed=2") and manifest.read(out) is None
     listed = [json.loads(line) for line in (out / "refused.jsonl").read_text().splitlines()]
     assert {row["record"].rpartition("/")[2] for row in listed} == {"bad.JPEG", "page.JPEG"}
-    before = {path: path.stat().st_mtime_ns for path in out.glob("train-*")}
     assert "with --bad_records_allowed=2" in refused(DATA, lambda: run(tmp_path / "set", out, bad_records_allowed=1))
+    before = {path: path.stat().st_mtime_ns for path in out.glob("train-*")}
     found = run(tmp_path / "set", out, bad_records_allowed=2)
     assert before == {path: path.stat().st_mtime_ns for path in out.glob("train-?????-of-?????")}
     assert sorted(found["train"]) == sorted(expected("train"))
     made = manifest.read(out).splits["train"]
     assert (made.records, made.refused, made.classes) == (12, 2, (4, 4, 4)) and not (out / ".prepare").exists()
+
+
+def test_prepare_looks_again_at_what_it_refused(tmp_path):
+    """The image may be whole by then, at the same size."""
+    raw_sets.write_folders(tmp_path / "set", ROWS)
+    path = next((tmp_path / "set" / "train").rglob("*.*"))
+    whole = path.read_bytes()
+    path.write_bytes(bytes(len(whole)))
+    refused(DATA, lambda: run(tmp_path / "set", tmp_path / "out"))
+    path.write_bytes(whole)
+    assert sorted(run(tmp_path / "set", tmp_path / "out")["train"]) == sorted(expected("train"))
+
+
+def test_manifest_counts_the_records_of_each_class(sets, tmp_path):
+    run(sets / "folders", tmp_path / "out")
+    path = tmp_path / "out" / "manifest.json"
+    made = json.loads(path.read_text())
+    made["splits"]["train"]["classes"] = [3, 5, 4]
+    path.write_text(json.dumps(made))
+    index = scan_split(str(tmp_path / "out"), "train")
+    sizes = {shard.name: shard.stat().st_size for shard in index.paths}
+    text = failure_of(lambda: manifest.check_index(tmp_path / "out", "train", index, sizes, whole=True))
+    assert "train has 4 records of label 1; manifest.json says 3" in text
 
 
 def test_prepare_of_a_finished_set_says_so(sets, tmp_path, capsys):
@@ -326,6 +356,14 @@ def test_prepare_of_a_finished_set_says_so(sets, tmp_path, capsys):
     assert shards_of(tmp_path / "out") == before
     text = refused(CONFIGURATION, lambda: run(sets / "folders", tmp_path / "out", seed=2))
     assert "was begun with other flags" in text and "seed  1         2" in text
+    text = refused(CONFIGURATION, lambda: run(sets / "webdataset", tmp_path / "out"))
+    assert "was begun with other records or labels" in text
+    shutil.copytree(sets / "folders", tmp_path / "moved")
+    run(tmp_path / "moved", tmp_path / "out")
+    shutil.rmtree(tmp_path / "moved")
+    capsys.readouterr()
+    run(tmp_path / "moved", tmp_path / "out")
+    assert "moved is not there any more, and not compared" in capsys.readouterr().out
     shard = tmp_path / "out" / "train-00001-of-00003"
     shard.write_bytes(shard.read_bytes()[:-1])
     assert "train-00001-of-00003 has" in failure_of(lambda: run(sets / "folders", tmp_path / "out"))
