@@ -20,6 +20,7 @@ from hvd_vgg.seeds import PREPARING, raw_draws
 
 ILSVRC, PARQUET = "ilsvrc", "parquet"  # of --data_format, which training does not read
 _TITLES = {**TITLES, ILSVRC: "archives of ILSVRC2012", PARQUET: "Parquet of Hugging Face"}
+_UNPACKED = "a directory of images with a list of labels"
 _MOST_LABELS = 2**31 - 1
 
 
@@ -73,6 +74,13 @@ def find_source(config: PrepareConfig, split: str) -> Source:
 
     Raises Failure(DATA) where it is missing, or there in several layouts; Failure(CONFIGURATION) where a library is missing.
     """
+    found = _find_source(config, split)
+    if split == "validation" and config.validation_labels and found.title not in (_TITLES[ILSVRC], _UNPACKED):
+        raise data_failure(f"{config.source} is {found.title}, which has labels of its own. Leave out --validation_labels")
+    return found
+
+
+def _find_source(config: PrepareConfig, split: str) -> Source:
     root, kind = Path(config.source), config.data_format
     try:
         if not storage.retrying(root, root.exists):
@@ -177,9 +185,7 @@ def _flat_folder(config: PrepareConfig, root: Path, split: str) -> Optional[Sour
     labels = ilsvrc.read_labels(folders[0], Path(config.validation_labels) if config.validation_labels else None, wnids)
     layout = Layout(FOLDERS, folders[0], label_base=0, classes=labels.classes)
     scan = functools.partial(_scan_directory, folders[0], labels)
-    return Source(
-        "a directory of images with a list of labels", layout, folders[:1], scan, read_named_image, Index.where, False
-    )
+    return Source(_UNPACKED, layout, folders[:1], scan, read_named_image, Index.where, False)
 
 
 def _scan_directory(folder: Path, labels: ilsvrc.Labels, _: int) -> Shard:

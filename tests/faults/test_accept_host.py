@@ -19,6 +19,7 @@ def start(tmp_path, *flags):
     return Started(words, tmp_path, REGISTRY_TOKEN=SECRET)
 
 
+@pytest.mark.fault(tier=3)
 def test_acceptance_of_this_host(tmp_path):
     """On 1 and 2 ranks: all stages end well, states are equal, and what is left is small and holds no secret."""
     ended = start(tmp_path, "--ranks=2").wait(2 * LIMIT_SECONDS, code=0)  # nine starts of TensorFlow

@@ -111,7 +111,9 @@ def test_every_bit_is_the_same_on_any_ranks(tmp_path, data, long_run, ranks, fla
 
 
 @pytest.mark.parametrize(
-    "launcher", [["horovodrun", "-np", "2"], ["horovodrun", "--gloo", "-np", "3"]], ids=lambda words: " ".join(words[:2])
+    "launcher",
+    [*full(["horovodrun", "-np", "2"]), ["horovodrun", "--gloo", "-np", "3"]],
+    ids=lambda words: " ".join(words[:2]),
 )
 def test_every_bit_is_the_same_under_any_launcher(launch, tmp_path, data, long_run, launcher):
     flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *FLAGS, *LONG, "--exchange=allreduce"]

@@ -53,6 +53,7 @@ def test_every_layout_trains_to_the_same_bits(tmp_path, layouts, from_tfrecords,
     assert (tmp_path / "run" / "classes.txt").exists() == (kind != "webdataset")
 
 
+@pytest.mark.fault(tier=3)
 def test_evaluate_takes_no_other_classes_for_the_runs(launch, tmp_path, layouts):
     """A label is a place in the order of class directories, or counts from 0 or 1 by the layout: neither is guessed."""
     run = ["evaluate", f"--run_dir={tmp_path / 'run'}", "--checkpoint=newest"]

@@ -227,6 +227,7 @@ def test_profile_of_steps_on_chosen_ranks(tiny, tmp_path):
     assert timeline.count("MPI_ALLREDUCE") > 0
 
 
+@pytest.mark.fault(tier=3)
 def test_profile_ends_with_the_run(tiny, tmp_path):
     """Where its steps pass the end of the run; none of them in it is said and profiles nothing."""
     tiny(2, "train", "--steps=6", "--profile_steps=4:90")

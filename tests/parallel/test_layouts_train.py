@@ -36,4 +36,4 @@ def test_every_layout_trains_to_the_same_bits(tmp_path, layouts):
         found[kind] = losses, checkpoint.tensors_sha256(tensors)
         comm.barrier()  # rank 0 keeps the index while others go on
     assert all(each == found["imagenet"] for each in found.values())
-    assert len(set(found["imagenet"][0])) > STEPS and found["imagenet"][1] != before
+    assert len(set(found["imagenet"][0])) >= STEPS and found["imagenet"][1] != before

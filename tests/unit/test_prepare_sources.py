@@ -240,6 +240,13 @@ def test_prepare_refuses_other_labels(sets, tmp_path, text, message):
     assert message in found and "labels.txt" in found
 
 
+@pytest.mark.parametrize("kind", ["folders", "parquet", "webdataset"])
+def test_prepare_refuses_a_list_beside_labels(sets, tmp_path, kind):
+    (tmp_path / "labels.txt").write_text(LABELS["caffe"][1])
+    text = failure_of(lambda: run(sets / kind, tmp_path / "out", validation_labels=str(tmp_path / "labels.txt")))
+    assert "which has labels of its own. Leave out --validation_labels" in text
+
+
 @pytest.mark.parametrize("listed", [True, False])
 def test_prepare_takes_validation_unpacked_flat(tmp_path, listed):
     """Beside class directories: with a list of labels, or with the kit that lies there."""
