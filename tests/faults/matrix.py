@@ -86,6 +86,7 @@ def table(faults, reports, ids, tiers, tier):
 
 
 def renew_rows(before, text, faults):
-    """Returns the table `before` with the rows of `faults` from the table `text`."""
+    """Returns the table `before` with the rows of `faults` from the table `text`; those that it lacks are its last."""
     rows = {line[:6]: line for line in text.splitlines() if line[2:5] in faults}
-    return "".join(f"{rows.get(line[:6], line)}\n" for line in before.splitlines())
+    kept = [rows.pop(line[:6], line) for line in before.splitlines()]
+    return "".join(f"{line}\n" for line in [*kept, *rows.values()])
