@@ -157,19 +157,22 @@ def _count(value: Any, what: str) -> int:
 
 def check_index(folder: Path, split: str, index: Index, sizes: Mapping[str, int], whole: bool) -> None:
     """Compares the shards of an index, and how many records they have, as `check_shards` does; sizes: by `Layout.key`."""
-    if index.layout.kind == IMAGENET:
+    entry = _read_split(folder, split) if index.layout.kind == IMAGENET else None
+    if entry:
         records = dict(zip(map(index.layout.key, index.paths), np.diff(index.starts).tolist()))
-        check_shards(folder, split, sizes, records, whole)
+        _compare_shards(folder, split, entry, sizes, records, whole)
         if whole:
-            _check_classes(folder, split, index)
+            _compare_classes(folder, split, entry.classes, index)
 
 
-def _check_classes(folder: Path, split: str, index: Index) -> None:
-    """Raises Failure(DATA) where a class has another number of records than the manifest says."""
+def _read_split(folder: Path, split: str) -> Optional[SplitEntry]:
+    """Returns what the manifest in a directory says of a split; None without one, or if the split is from elsewhere."""
     manifest = read(folder)
-    written = manifest.splits[split].classes if manifest and split in manifest.splits else ()
-    if not written:
-        return
+    return manifest.splits.get(split) if manifest else None
+
+
+def _compare_classes(folder: Path, split: str, written: Sequence[int], index: Index) -> None:
+    """Raises Failure(DATA) where a class has another number of records than the manifest says."""
     found = np.bincount(np.clip(index.labels, 0, len(written) + 1), minlength=len(written) + 2)[1 : len(written) + 1]
     odd = np.flatnonzero(found != np.array(written))
     if len(odd):
@@ -185,12 +188,20 @@ def check_shards(
     sizes: of the shards in bytes, by name; records: of each, where they are known; whole: whether they must be all shards of
     the split.
     """
-    manifest = read(folder)
-    if manifest is None:
-        return
-    if split not in manifest.splits:
-        return  # it is from elsewhere
-    written = {shard.name: shard for shard in manifest.splits[split].shards}
+    entry = _read_split(folder, split)
+    if entry:
+        _compare_shards(folder, split, entry, sizes, records, whole)
+
+
+def _compare_shards(
+    folder: Path,
+    split: str,
+    entry: SplitEntry,
+    sizes: Mapping[str, int],
+    records: Optional[Mapping[str, int]],
+    whole: bool,
+) -> None:
+    written = {shard.name: shard for shard in entry.shards}
     missing = sorted(set(written).difference(sizes)) if whole else []
     if missing:
         raise data_failure(f"{folder} lacks {missing[0]} of {NAME}. Copy it there")
@@ -220,14 +231,12 @@ def file_sha256(path: Path) -> str:
     return value.hexdigest()
 
 
-def wrong_digests(folder: Path, split: str, paths: Sequence[Path]) -> List[str]:
-    """Returns what to say of those shards whose SHA-256 is not that of the manifest in `folder`, reading all of them.
+def wrong_digests(entry: Optional[SplitEntry], paths: Sequence[Path]) -> List[str]:
+    """Returns what to say of those shards whose SHA-256 is not that of the manifest, reading all of them.
 
-    Shards that it does not list are passed over. Raises Failure(DATA) where it is damaged, or a shard cannot be read.
+    entry: of their split. Shards that it does not list are passed over. Raises Failure(DATA) where a shard cannot be read.
     """
-    manifest = read(folder)
-    listed = manifest.splits[split].shards if manifest and split in manifest.splits else ()
-    written = {shard.name: shard.sha256 for shard in listed}
+    written = {shard.name: shard.sha256 for shard in entry.shards} if entry else {}
     found = [(path, file_sha256(path)) for path in paths if path.name in written]
     return [
         f"data: {path}: its SHA-256 is {value}, {NAME} says {written[path.name]}: damaged or replaced. Copy the shard again"

@@ -21,8 +21,8 @@ from hvd_vgg.data.tfrecord import FOOTER_BYTES, HEADER_BYTES, describe_damage, f
 from hvd_vgg.errors import DATA, Failure
 
 _REINDEX = (
-    "Restore it as it was, or if it is meant to be so, remove the .hvd_vgg_index_* beside the data or in the run directory; "
-    "then start again"
+    "Restore it as it was, or if it is meant to be so, remove the .hvd_vgg_index_* beside it or in the run directory; then "
+    "start again"
 )
 
 
@@ -77,8 +77,12 @@ def read_image(index: Index, record: int) -> Tuple[bytes, int]:
     if kind == FOLDERS:
         return _read_file(index, record), int(index.labels[record])
     if kind == WEBDATASET:
-        return _read_member(index, record), int(index.labels[record])
-    features, data = index.layout.features, read_record(index, record)
+        return _read_member(index, record)[1], int(index.labels[record])
+    return _parse(index, record, read_record(index, record))
+
+
+def _parse(index: Index, record: int, data: bytes) -> Tuple[bytes, int]:
+    features = index.layout.features
     try:
         return parse_features(data, int(index.lengths[record]), features)
     except ValueError as error:
@@ -122,13 +126,15 @@ def _read_file(index: Index, record: int) -> bytes:
     return found
 
 
-def _read_member(index: Index, record: int) -> bytes:
+def _read_member(index: Index, record: int) -> Tuple[str, bytes]:
+    """Returns (name, data) of the member of an archive that is a record."""
     length, offset = int(index.lengths[record]), int(index.offsets[record])
     _, found = _read(index, record, tar.HEADER_BYTES + length, offset - tar.HEADER_BYTES)
     # A tar archive has no checksum of its data, only of each header.
-    if len(found) < tar.HEADER_BYTES + length or tar.read_header(found[: tar.HEADER_BYTES]).size != length:
+    member = tar.read_header(found[: tar.HEADER_BYTES])
+    if len(found) < tar.HEADER_BYTES + length or member.size != length:
         raise BadRecord(index, record, f"no member of {length} bytes is there, as when it was indexed", _REINDEX)
-    return found[tar.HEADER_BYTES :]
+    return member.name, found[tar.HEADER_BYTES :]
 
 
 def reads_in_progress() -> List[str]:
@@ -151,8 +157,7 @@ def _require_not_rewritten(index: Index, shard: int, file: OpenShard) -> None:
         if len(header) == HEADER_BYTES and header == record_header(found):
             raise data_failure(
                 f"{index.where(record)}: it has {found} bytes, but had {length} when it was indexed: the shard was replaced "
-                f"or rewritten. Restore it as it was, or if it is meant to be so, remove the .hvd_vgg_index_* beside it or "
-                f"in the run directory; then start again"
+                f"or rewritten. {_REINDEX}"
             )
         return
 
@@ -162,19 +167,15 @@ def read_named_image(index: Index, record: int) -> Tuple[bytes, str, bytes]:
 
     The names are for `prepare`, which writes them again. May be called on any thread; raises as `read_image`.
     """
-    kind, features = index.layout.kind, index.layout.features
+    kind = index.layout.kind
     if kind == FOLDERS:
         return _read_file(index, record), index.path_of(record).name, b""
     if kind == WEBDATASET:
-        encoded, offset = _read_member(index, record), int(index.offsets[record])
-        header = _read(index, record, tar.HEADER_BYTES, offset - tar.HEADER_BYTES)[1]
-        return encoded, tar.read_header(header).name.rpartition("/")[2], b""
+        name, encoded = _read_member(index, record)
+        return encoded, name.rpartition("/")[2], b""
     data, length = read_record(index, record), int(index.lengths[record])
-    try:
-        encoded, _ = parse_features(data, length, features)
-    except ValueError as error:
-        raise BadRecord(index, record, str(error), features.expected) from error
-    name = parse_text(data, length, features.filename).decode("utf-8", "replace")
+    encoded, _ = _parse(index, record, data)
+    name = parse_text(data, length, index.layout.features.filename).decode("utf-8", "replace")
     return encoded, name, parse_text(data, length, b"image/class/synset")
 
 

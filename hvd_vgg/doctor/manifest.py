@@ -21,13 +21,12 @@ def check_digests(config: DataConfig, paths: Mapping[str, List[Path]], threads: 
     """
     folder = Path(config.data_dir)
     try:
-        listed = {split for split in paths if (manifest.read(folder) or manifest.NONE).splits.get(split)}
-        damaged = ""
+        splits, damaged = (manifest.read(folder) or manifest.NONE).splits, ""
     except Failure as error:
-        listed, damaged = set(), error.message
+        splits, damaged = manifest.NONE.splits, error.message
     if any(comm.gather_json(damaged)):  # ranks may have copies of their own
         return [failure("data", damaged, "restore or remove it")] if damaged else []
-    shards = [(split, path) for split in paths for path in paths[split] if split in listed]
+    shards = [(splits[split], path) for split in paths for path in paths[split] if split in splits]
     if not all(count == len(shards) for count in comm.gather_json(len(shards))):
         return [failure("data", f"{folder / manifest.NAME} is not the same on all ranks", "copy it to every host")]
     bad: List[str] = []
@@ -36,7 +35,7 @@ def check_digests(config: DataConfig, paths: Mapping[str, List[Path]], threads: 
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(shards), block):
             mine = shards[start + comm.rank() : start + block : comm.size()]
-            bad += filter(None, pool.map(lambda shard: _wrong(folder, *shard), mine))
+            bad += filter(None, pool.map(lambda shard: _wrong(*shard), mine))
             progress.update(min(start + block, len(shards)))
             comm.barrier()  # Horovod would consider a rank lost that waits until a slow one is done with all
     if not shards:
@@ -47,9 +46,9 @@ def check_digests(config: DataConfig, paths: Mapping[str, List[Path]], threads: 
     return found or [ok("data", f"all shards have the SHA-256 in {manifest.NAME}")]
 
 
-def _wrong(folder: Path, split: str, path: Path) -> str:
+def _wrong(entry: manifest.SplitEntry, path: Path) -> str:
     """Returns what is wrong with a shard; "" if nothing."""
     try:
-        return next(iter(manifest.wrong_digests(folder, split, [path])), "").rpartition(". ")[0]
+        return next(iter(manifest.wrong_digests(entry, [path])), "").rpartition(". ")[0]
     except Failure as error:
         return error.message

@@ -112,6 +112,6 @@ def test_manifest_digests_show_other_bytes(folder):
     other = copy.deepcopy(MADE.splits["train"].shards[0])._replace(sha256=manifest.file_sha256(paths[0]))
     made = MADE._replace(splits={"train": MADE.splits["train"]._replace(shards=(other, SHARDS[1]))})
     (folder / "manifest.json").write_text(manifest.dump(made))
-    (text,) = manifest.wrong_digests(folder, "train", paths)
+    (text,) = manifest.wrong_digests(manifest.read(folder).splits.get("train"), paths)
     assert "train-00001-of-00002: its SHA-256 is ba7816bf" in text and "Copy the shard again" in text
-    assert manifest.wrong_digests(folder, "validation", paths) == []
+    assert manifest.wrong_digests(manifest.read(folder).splits.get("validation"), paths) == []
