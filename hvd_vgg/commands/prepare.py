@@ -10,7 +10,6 @@ import json
 import re
 import shutil
 import threading
-import time
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
@@ -20,7 +19,7 @@ import numpy as np
 from hvd_vgg import __version__
 from hvd_vgg.config import PrepareConfig
 from hvd_vgg.data import manifest, pictures, prepared
-from hvd_vgg.data.index import Index, join, pack_shards, unpack_shards
+from hvd_vgg.data.index import Index, join, pack_shards, scan_for, unpack_shards
 from hvd_vgg.data.manifest import Manifest, SplitEntry
 from hvd_vgg.data.pictures import Encoding
 from hvd_vgg.data.prepared import FOLDER, Note, Stopped, Task, read_note, write_shard, write_text
@@ -96,16 +95,30 @@ def _join() -> Ranks:
 
 
 def _prepare(config: PrepareConfig, out: Path, ranks: Ranks, console: Console) -> None:
-    sources = ranks.together(lambda: [(split, find_source(config, split)) for split in config.splits])
+    sources = _find_sources(config, ranks)
     with ranks.together(lambda: _lock(out) if ranks.rank == 0 else contextlib.nullcontext()):
         _prepare_from(sources, config, out, ranks, console)
+
+
+def _find_sources(config: PrepareConfig, ranks: Ranks) -> List[Tuple[str, Source]]:
+    """Returns each split of --splits by name. Collective."""
+    found: List[Tuple[str, Source]] = ranks.together(
+        lambda: [(split, find_source(config, split)) for split in config.splits]
+    )
+    return found
+
+
+def _select(sources: Sequence[Tuple[str, Source]], config: PrepareConfig, ranks: Ranks, console: Console) -> Selection:
+    """Returns which records of the sources are written, the same on all ranks. Collective."""
+    found = [(split, source, _scan(split, source, ranks, console)) for split, source in sources]
+    selection: Selection = ranks.together(lambda: select(config, found))
+    return selection
 
 
 def _prepare_from(
     sources: Sequence[Tuple[str, Source]], config: PrepareConfig, out: Path, ranks: Ranks, console: Console
 ) -> None:
-    found = [(split, source, _scan(split, source, ranks, console)) for split, source in sources]
-    selection: Selection = ranks.together(lambda: select(config, found))
+    selection = _select(sources, config, ranks, console)
     shards = {"train": config.train_shards, "validation": config.validation_shards}
     of_splits = [prepared.tasks(split, min(shards[split.name], len(split.ids))) for split in selection.splits]
     tasks = list(itertools.chain(*of_splits))
@@ -158,9 +171,8 @@ def _require_same_source(config: PrepareConfig, out: Path, sha256: str, ranks: R
     if not ranks.on_root(lambda: Path(config.source).exists()):
         console.say(f"{config.source} is not there any more, and not compared")
         return
-    sources = ranks.together(lambda: [(split, find_source(config, split)) for split in config.splits])
-    found = [(split, source, _scan(split, source, ranks, console)) for split, source in sources]
-    own = ranks.together(lambda: digest(select(config, found).splits))
+    selection = _select(_find_sources(config, ranks), config, ranks, console)
+    own = ranks.together(lambda: digest(selection.splits))
     ranks.together(lambda: _require_same(out, {"source": sha256}, {"source": own}, "records or labels"))
 
 
@@ -208,21 +220,11 @@ def _scan(split: str, source: Source, ranks: Ranks, console: Console) -> Index:
     progress = console.progress(f"looking through {split}", parts, "parts")
     while len(known) < parts:
         mine = [number for number in range(ranks.rank, parts, ranks.size) if number not in known]
-        scanned = ranks.together(functools.partial(_scan_for, _TURN_SECONDS, source, mine))
+        scanned = ranks.together(functools.partial(scan_for, _TURN_SECONDS, mine, source.scan))
         for data in ranks.gather_bytes(pack_shards(scanned)):
             known.update(unpack_shards(data))
         progress.update(len(known))
     return join(source.paths, [known[number] for number in range(parts)], source.layout)
-
-
-def _scan_for(seconds: float, source: Source, numbers: Sequence[int]) -> Dict[int, Shard]:
-    """Returns the first parts of `numbers`, as many as are scanned in `seconds` and at least one."""
-    stop, found = time.monotonic() + seconds, {}
-    for number in numbers:
-        found[number] = source.scan(number)
-        if time.monotonic() > stop:
-            break
-    return found
 
 
 def _plan(config: PrepareConfig, selection: Selection, tasks: Sequence[Task]) -> Dict[str, Any]:

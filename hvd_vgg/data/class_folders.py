@@ -3,18 +3,18 @@
 Names that begin with a dot, such as .ipynb_checkpoints and ._NAME.jpg, are left out, which ImageFolder does not do.
 """
 
+import itertools
 import os
 import re
 from pathlib import Path
-from typing import List, Tuple
+from typing import Iterable, List, Sequence, Tuple
 
 import numpy as np
 
 from hvd_vgg import storage
-from hvd_vgg.data.shard_file import MAX_RECORD_BYTES, Shard, data_failure, regular_file_size, shown
+from hvd_vgg.data.shard_file import IMAGE_SUFFIXES, MAX_RECORD_BYTES, Shard, data_failure, regular_file_size, shown
 from hvd_vgg.watchdog import watchdog
 
-_IMAGES = (".jpg", ".jpeg", ".png")
 _OTHERS = (".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # what ImageFolder reads as well
 # An empty part of a path, or one that leads elsewhere, among names each of which is followed by a zero byte.
 _STRAY = re.compile(rb"(?:\A|[\0/])\.{0,2}(?=[\0/])")
@@ -28,15 +28,23 @@ def scan(folder: Path, label: int) -> Shard:
     names = storage.retrying(folder, lambda: _image_names(folder))
     if not names:
         raise data_failure(f"{shown(folder)} has no image. Expected files .jpg, .jpeg or .png in it, or no such directory")
+    return index_files(folder, names, itertools.repeat(label), "Leave it out")
+
+
+def index_files(folder: Path, names: Sequence[str], labels: Iterable[int], advice: str) -> Shard:
+    """Returns the index of files of a directory, in this order, each with its label.
+
+    advice: what to do about a file that is empty or larger than MAX_RECORD_BYTES, for which Failure(DATA) is raised; OSError.
+    """
     records: List[Tuple[int, int, int]] = []
     start = 0
-    for name in names:
+    for name, label in zip(names, labels):
         if not len(records) % 1024:
             watchdog.heartbeat(phase="start")
         path = folder / name
         size = regular_file_size(path, storage.retrying(path, path.stat))
         if not 0 < size <= MAX_RECORD_BYTES:
-            raise data_failure(f"{shown(path)} has {size} bytes; expected 1 to {MAX_RECORD_BYTES}, one image. Leave it out")
+            raise data_failure(f"{shown(path)} has {size} bytes; expected 1 to {MAX_RECORD_BYTES}, one image. {advice}")
         records.append((start, size, label))
         start += len(os.fsencode(name)) + 1
     return Shard.of_records(records, b"".join(os.fsencode(name) + b"\0" for name in names))
@@ -48,7 +56,7 @@ def _image_names(folder: Path) -> List[str]:
         for name in sorted(names):
             if name.lower().endswith(_OTHERS):
                 raise data_failure(f"{shown(root / name)}: training reads JPEG and PNG. Convert it, or leave it out")
-            if name.lower().endswith(_IMAGES):
+            if name.lower().endswith(IMAGE_SUFFIXES):
                 found.append(f"{root}/{name}"[len(str(folder)) + 1 :])
     return found
 

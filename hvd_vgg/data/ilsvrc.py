@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from hvd_vgg import storage
-from hvd_vgg.data import tar
+from hvd_vgg.data import class_folders, tar
 from hvd_vgg.data.layout import shorten
-from hvd_vgg.data.shard_file import MAX_RECORD_BYTES, OpenShard, Shard, data_failure, regular_file_size, unreadable_file
+from hvd_vgg.data.shard_file import IMAGE_SUFFIXES, MAX_RECORD_BYTES, OpenShard, Shard, data_failure, unreadable_file
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.text import plural
 
 TRAIN_TAR, VALIDATION_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 _DEV_KIT = "ILSVRC2012_devkit_t12"
 _META, _GROUND_TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
-IMAGES = (".jpeg", ".jpg", ".png")
 _WNID = re.compile(r"n[0-9]{8}")
 _KIT_BYTES = 2**26  # of a file in the development kit, of which the largest has 1 MB
 _LABELS_EXPECTED = (
@@ -119,16 +118,8 @@ def scan_validation(path: Path, labels: Labels) -> Shard:
 def scan_directory(folder: Path, labels: Labels) -> Shard:
     """Returns the index of an unpacked validation archive, as `class_folders.scan` does; raises Failure(DATA); OSError."""
     names = storage.retrying(folder, lambda: sorted(os.listdir(folder)))  # noqa: PTH208 (the names alone)
-    names = [name for name in names if name.lower().endswith(IMAGES) and not name.startswith(".")]
-    numbers, records, start = _match(folder, names, labels), [], 0
-    for name, number in zip(names, numbers):
-        path = folder / name
-        size = regular_file_size(path, storage.retrying(path, path.stat))
-        if not 0 < size <= MAX_RECORD_BYTES:
-            raise data_failure(f"{path} has {size} bytes; expected 1 to {MAX_RECORD_BYTES}, one image. Unpack it again")
-        records.append((start, size, number))
-        start += len(os.fsencode(name)) + 1
-    return Shard.of_records(records, b"".join(os.fsencode(name) + b"\0" for name in names))
+    names = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
+    return class_folders.index_files(folder, names, _match(folder, names, labels), "Unpack it again")
 
 
 def _match(path: Path, names: Sequence[str], labels: Labels) -> List[int]:
@@ -157,7 +148,7 @@ def _images(path: Path, where: str, start: int, size: int) -> List[tar.Member]:
         raise unreadable_file(path, error) from error
     names = {member.name.rpartition("/")[2] for member in found}
     for member in found:
-        if not member.name.lower().endswith(IMAGES):
+        if not member.name.lower().endswith(IMAGE_SUFFIXES):
             raise data_failure(f"{where} has {member.name[:64]!a}; expected images alone, named .JPEG. Download it again")
         if not 0 < member.size <= MAX_RECORD_BYTES:
             limit = f"expected 1 to {MAX_RECORD_BYTES}, one image"

@@ -1,9 +1,10 @@
 """The index of a split: its shards, the place and label of every record, and the cache of these on disk."""
 
 import io
+import time
 import uuid
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -103,6 +104,16 @@ def _require_records(path: Path, found: int, layout: Layout) -> None:
             f"{shown(path)}: expected {expected} records, as the data set's description beside it says; found {found} (cut "
             f"off while copying?). Copy the shard again"
         )
+
+
+def scan_for(seconds: float, numbers: Sequence[int], scan: Callable[[int], Shard]) -> Dict[int, Shard]:
+    """Returns the first shards of `numbers` by `scan`, as many as take `seconds` and at least one."""
+    stop, found = time.monotonic() + seconds, {}
+    for number in numbers:
+        found[number] = scan(number)
+        if time.monotonic() > stop:
+            break
+    return found
 
 
 def scan_split(data_dir: str, split: str) -> Index:

@@ -15,7 +15,7 @@ from hvd_vgg import storage
 from hvd_vgg.config import DataConfig
 from hvd_vgg.data import description
 from hvd_vgg.data.example import STANDARD, Features
-from hvd_vgg.data.shard_file import data_failure, regular_file_size, unreadable_file
+from hvd_vgg.data.shard_file import IMAGE_SUFFIXES, data_failure, regular_file_size, unreadable_file
 from hvd_vgg.errors import USAGE, Failure
 
 IMAGENET, TFDS, WEBDATASET, FOLDERS = "imagenet", "tfds", "webdataset", "folders"  # of --data_format
@@ -35,7 +35,6 @@ _MOST_SHARDS = 10**6
 _ILSVRC_TAR = re.compile(r"ILSVRC2012_img_\w+\.tar|n[0-9]{8}\.tar")
 _COMPRESSED = re.compile(r"(?P<plain>.+-[0-9]{5}-of-[0-9]{5}|.+\.tar)\.(?P<kind>gz|bz2|xz|zst)|(?P<tgz>.+)\.tgz")
 _UNPACK = {"bz2": "bzip2 -dc", "xz": "xz -dc", "zst": "zstd -dc"}  # others: gzip
-_IMAGES = (".jpg", ".jpeg", ".png")
 
 
 class Layout(NamedTuple):
@@ -174,7 +173,7 @@ def _known_otherwise(folder: Path, split: str, names: List[str]) -> str:
         return f"{folder} has {shorten(arrays)}; expected TFRecords. Convert them: {convert}"
     if any(name.endswith(".parquet") for name in names) or list(folder.glob("data/*.parquet")):
         return f"{folder} has Parquet files. Convert them with hvd-vgg prepare"
-    flat = [root / name for root, name in below if root != folder and name.lower().endswith(_IMAGES)]
+    flat = [root / name for root, name in below if root != folder and name.lower().endswith(IMAGE_SUFFIXES)]
     if flat:
         text = f"{flat[0].parent} has images, but no directory for each class, which would tell their labels"
         return f"{text}. Sort them into one for each, as in {folder / 'train'}, or convert them with hvd-vgg prepare"

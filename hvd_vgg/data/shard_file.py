@@ -14,6 +14,7 @@ from hvd_vgg.errors import DATA, Failure
 
 # A record that claims more is refused before it is read: several times the size of the largest photographs.
 MAX_RECORD_BYTES = 64 * 2**20
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")  # of files that are images, in lower case
 _STRETCH_BYTES = 2**20  # read at once to find where zeros begin and end
 # How files begin that are often put in place of TFRecords, what they are, and what to do.
 _DECOMPRESS = "Records are read by their offsets. Unpack it into a directory of plain shards:"

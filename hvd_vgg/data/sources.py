@@ -14,7 +14,7 @@ from hvd_vgg.data import ilsvrc, parquet
 from hvd_vgg.data.index import Index, find_label_base, scan_shard
 from hvd_vgg.data.layout import FOLDERS, IMAGENET, TITLES, WEBDATASET, Layout, find_split, shard_bytes, shorten
 from hvd_vgg.data.reader import BadRecord, read_named_image
-from hvd_vgg.data.shard_file import Shard, data_failure, unreadable_file
+from hvd_vgg.data.shard_file import IMAGE_SUFFIXES, Shard, data_failure, unreadable_file
 from hvd_vgg.errors import DATA, Failure
 from hvd_vgg.seeds import PREPARING, raw_draws
 
@@ -95,10 +95,6 @@ def _find_source(config: PrepareConfig, split: str) -> Source:
         return found or _raise_missing(config, split, f"{root} has no {_archive_name(config, split)}")
     if kind == PARQUET:
         return _of_parquet(config, root, rows) if rows else _raise_missing(config, split, f"{root} has no {split}-*.parquet")
-    if kind == "auto" and not rows and not found:
-        twin = "validation" if split == "train" else "train"
-        if _parquet_files(config, root, twin):
-            raise _missing(config, split, f"{root} has {twin}-*.parquet, but no {split}-*.parquet: copy it there")
     try:
         other: Optional[Source] = _of_layout(config, split)
     except Failure as failure:
@@ -106,7 +102,10 @@ def _find_source(config: PrepareConfig, split: str) -> Source:
         if flat and not found and not rows:
             return flat
         if not found and not rows:
-            raise _missing(config, split, failure.message) from failure
+            twin = "validation" if split == "train" else "train"
+            there = kind == "auto" and _parquet_files(config, root, twin)
+            text = f"{root} has {twin}-*.parquet, but no {split}-*.parquet: copy it there"
+            raise _missing(config, split, text if there else failure.message) from failure
         other = None
     kinds = [ILSVRC] * bool(found) + [PARQUET] * bool(rows) + [other.layout.kind for other in [other] if other]
     if len(kinds) > 1:
@@ -176,7 +175,7 @@ def _flat_folder(config: PrepareConfig, root: Path, split: str) -> Optional[Sour
     folders = [root / name for name in ("validation", "val") if (root / name).is_dir()]
     if split != "validation" or config.data_format not in ("auto", FOLDERS) or not folders:
         return None
-    if not any(path.suffix.lower() in ilsvrc.IMAGES for path in folders[0].iterdir() if path.is_file()):
+    if not any(path.suffix.lower() in IMAGE_SUFFIXES for path in folders[0].iterdir() if path.is_file()):
         return None
     try:
         wnids = find_split(config.data(FOLDERS), "train")[0].classes

@@ -1,7 +1,6 @@
 """Opens the data of a run: all ranks index a split together, once; the index is kept beside the data."""
 
 import functools
-import time
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional
 
@@ -18,6 +17,7 @@ from hvd_vgg.data.index import (
     join,
     pack_shards,
     save_cache,
+    scan_for,
     scan_shard,
     take_stamps,
     unpack_shards,
@@ -123,22 +123,17 @@ def _scan_together(split: str, paths: List[Path], layout: Layout, known: Dict[in
     """Adds the shards that are missing in `known`, each scanned by one rank, on all ranks. Collective."""
     mine = [number for number in range(len(paths)) if number not in known][comm.rank() :: comm.size()]
     progress = console.progress(f"indexing {split}", len(paths), "shards", len(known))
+
+    def scan_some() -> Dict[int, Shard]:
+        left = [number for number in mine if number not in known]
+        return scan_for(TURN_SECONDS, left, lambda number: scan_shard(paths[number], layout))
+
     while len(known) < len(paths):
-        scanned = run_on_all_ranks(lambda: _scan_for(TURN_SECONDS, paths, layout, [n for n in mine if n not in known]))
+        scanned = run_on_all_ranks(scan_some)
         for data in comm.gather_bytes(pack_shards(scanned)):
             known.update(unpack_shards(data))
         progress.update(len(known))
         watchdog.heartbeat(phase="start")
-
-
-def _scan_for(seconds: float, paths: List[Path], layout: Layout, numbers: List[int]) -> Dict[int, Shard]:
-    """Returns the first shards of `numbers`, as many as are scanned in `seconds` and at least one."""
-    stop, found = time.monotonic() + seconds, {}
-    for number in numbers:
-        found[number] = scan_shard(paths[number], layout)
-        if time.monotonic() > stop:
-            break
-    return found
 
 
 def _check_not_cut(before: Dict[int, Shard], now: Dict[int, Shard], paths: List[Path]) -> None:
