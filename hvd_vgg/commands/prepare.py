@@ -102,10 +102,8 @@ def _prepare(config: PrepareConfig, out: Path, ranks: Ranks, console: Console) -
 
 def _find_sources(config: PrepareConfig, ranks: Ranks) -> List[Tuple[str, Source]]:
     """Returns each split of --splits by name. Collective."""
-    found: List[Tuple[str, Source]] = ranks.together(
-        lambda: [(split, find_source(config, split)) for split in config.splits]
-    )
-    return found
+    found: List[Source] = ranks.together(lambda: [find_source(config, split) for split in config.splits])
+    return list(zip(config.splits, found))
 
 
 def _select(sources: Sequence[Tuple[str, Source]], config: PrepareConfig, ranks: Ranks, console: Console) -> Selection:

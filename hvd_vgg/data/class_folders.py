@@ -34,7 +34,8 @@ def scan(folder: Path, label: int) -> Shard:
 def index_files(folder: Path, names: Sequence[str], labels: Iterable[int], advice: str) -> Shard:
     """Returns the index of files of a directory, in this order, each with its label.
 
-    advice: what to do about a file that is empty or larger than MAX_RECORD_BYTES, for which Failure(DATA) is raised; OSError.
+    advice: what to do about a file that is empty or larger than MAX_RECORD_BYTES, for which Failure(DATA) is raised. Raises
+    OSError too.
     """
     records: List[Tuple[int, int, int]] = []
     start = 0

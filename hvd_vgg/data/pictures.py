@@ -12,12 +12,9 @@ from typing import Any, Iterator, NamedTuple
 
 import numpy as np
 
+from hvd_vgg.data.image_header import MAX_PIXELS, require_size
 from hvd_vgg.errors import CONFIGURATION, Failure
 
-# What training refuses too (`transforms.image_shape`): an image whose header claims more than Pillow's limit of
-# decompression bombs, or a JPEG whose header claims more than its bytes can hold.
-MAX_PIXELS = 1024**3 // 4 // 3
-_JPEG_PIXELS_PER_BYTE = 8 * 64
 # The readers of Pillow that are used: among the others are some that start programs, or read files that an image names.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 _JPEG_NAMES = (".jpg", ".jpeg")
@@ -86,7 +83,7 @@ def make_picture(encoded: bytes, name: str, encoding: Encoding) -> Picture:
         image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
         width, height = image.size
         kind = "JPEG" if image.format == "MPO" else str(image.format)  # MPO: a JPEG that others follow in the same file
-        _require_size(encoded, kind, height, width)
+        require_size(encoded, height, width)
         converted = _oddity(kind, image.mode, name)
         if converted and not encoding.rgb_jpeg:
             if kind not in ("JPEG", "PNG"):
@@ -110,12 +107,6 @@ def make_picture(encoded: bytes, name: str, encoding: Encoding) -> Picture:
     kind = "JPEG" if larger or converted else kind
     cmyk = image.mode == "CMYK" and not converted
     return Picture(encoded, kind, height, width, *(("CMYK", 4) if cmyk else ("RGB", 3)), converted, larger)
-
-
-def _require_size(encoded: bytes, kind: str, height: int, width: int) -> None:
-    limit = min(MAX_PIXELS, _JPEG_PIXELS_PER_BYTE * len(encoded)) if kind == "JPEG" else MAX_PIXELS
-    if not (height > 0 and width > 0 and height * width <= limit):
-        raise ValueError(f"its header claims this height and width; expected 1 to {limit} pixels: {height} by {width}")
 
 
 def _oddity(kind: str, mode: str, name: str) -> str:

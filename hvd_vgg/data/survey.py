@@ -14,6 +14,7 @@ from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
 import numpy as np
 
 from hvd_vgg.config import ImageConfig
+from hvd_vgg.data.image_header import JPEG, PNG
 from hvd_vgg.data.index import Index
 from hvd_vgg.data.mended import count_writes, decoder_message, decoder_messages, describe
 from hvd_vgg.data.reader import read_image
@@ -34,7 +35,7 @@ ROW = np.dtype(
         ("mended", "?"),
     ]
 )
-_SIGNATURES = {"JPEG": b"\xff\xd8\xff", "PNG": b"\x89PNG\r\n\x1a\n"}
+_SIGNATURES = {"JPEG": JPEG, "PNG": PNG}
 
 
 class Survey(NamedTuple):

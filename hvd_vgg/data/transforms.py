@@ -16,22 +16,16 @@ import tensorflow as tf
 
 from hvd_vgg.config import ImageConfig
 from hvd_vgg.data.augment import DRAWS, augment_image, is_augmented
+from hvd_vgg.data.image_header import JPEG, PNG, require_size
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.seeds import uniform_draws
 
-# An image whose header claims more is refused before it is decoded: 269 MB of RGB. The limit at which Pillow warns of a
-# decompression bomb; the largest image of ImageNet has about 60 million pixels.
-MAX_PIXELS = 1024**3 // 4 // 3
-# So is a JPEG whose header claims more than its bytes can hold, as a block of 8 by 8 takes at least a bit: a few hundred
-# bytes would otherwise be decoded into a hundred million grey pixels.
-_JPEG_PIXELS_PER_BYTE = 8 * 64
 # The random-resized crop of torchvision's recipe for VGG16 (torchvision.transforms.RandomResizedCrop).
 _AREA, _RATIO, _TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
 _BILINEAR = 2  # PIL.Image.BILINEAR, which some versions of Pillow expose under another name only
 # What Pillow decodes with. TensorFlow's own choice, INTEGER_FAST, is darker by 0.3 to 0.9 units of 255.
 _PILLOW_METHOD = "INTEGER_ACCURATE"
 _FIRST_DRAWS = 3 + 3 * _TRIES  # of a sample: one for the flip, 2 for the shift, 30 for the crop
-_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 # Markers of the JPEG frames that are decoded (baseline, extended, progressive), and of the segments that may precede one:
 # Huffman and quantization tables, restart interval, application data, comment.
 _FRAMES = frozenset((0xC0, 0xC1, 0xC2))
@@ -134,17 +128,15 @@ def central_window(height: int, width: int, crop: float) -> Crop:
 
 def image_shape(encoded: bytes) -> Tuple[int, int]:
     """Returns (height, width) from the header alone; raises ValueError where that is not the header of a supported image."""
-    channels, limit = 3, MAX_PIXELS
-    if encoded.startswith(_JPEG):
-        limit = min(limit, _JPEG_PIXELS_PER_BYTE * len(encoded))
+    channels = 3
+    if encoded.startswith(JPEG):
         height, width, channels = _jpeg_shape(encoded)
-    elif encoded.startswith(_PNG) and encoded[8:16] == b"\0\0\0\rIHDR" and len(encoded) >= 24:
+    elif encoded.startswith(PNG) and encoded[8:16] == b"\0\0\0\rIHDR" and len(encoded) >= 24:
         # Width, then height, big-endian, in the first chunk of every PNG (ISO/IEC 15948, sections 5.6 and 11.2.2).
         width, height = struct.unpack(">II", encoded[16:24])
     else:
         raise ValueError(f"it is neither a JPEG nor a PNG; it begins with {encoded[:8]!r}")
-    if not (height > 0 and width > 0 and height * width <= limit):
-        raise ValueError(f"its header claims this height and width; expected 1 to {limit} pixels: {height} by {width}")
+    require_size(encoded, height, width)
     if channels not in (1, 3, 4):
         raise ValueError(f"its header claims {channels} channels; expected 1, 3 or 4")
     return height, width
@@ -179,7 +171,7 @@ def _decode(encoded: bytes, window: Crop, method: str = "") -> np.ndarray:
     top, left, height, width = window
     data = tf.constant(encoded)
     try:
-        if encoded.startswith(_JPEG):
+        if encoded.startswith(JPEG):
             # Only the rows and columns of the window are decoded. The operation itself would take longer to make tensors.
             part = np.asarray(tf.io.decode_and_crop_jpeg(data, tf.constant(window), channels=3, dct_method=method))
         else:

@@ -10,7 +10,8 @@ from PIL import Image
 from raw_sets import encode
 
 from hvd_vgg.data import transforms
-from hvd_vgg.data.pictures import MAX_PIXELS, Encoding, library, make_picture, quiet
+from hvd_vgg.data.image_header import MAX_PIXELS
+from hvd_vgg.data.pictures import Encoding, library, make_picture, quiet
 
 PLAIN = Encoding()
 
@@ -124,7 +125,9 @@ def test_picture_that_claims_too_much_is_refused():
     encoded[start : start + 4] = struct.pack(">HH", 9000, 9000)
     with pytest.raises(ValueError, match="its header claims this height and width; expected 1 to"):
         make_picture(bytes(encoded), "a.jpg", PLAIN)
-    assert MAX_PIXELS == transforms.MAX_PIXELS
+    with pytest.raises(ValueError, match="its header claims this height and width; expected 1 to"):
+        transforms.image_shape(bytes(encoded))
+    assert MAX_PIXELS == Image.MAX_IMAGE_PIXELS
 
 
 def test_picture_that_is_cut_is_refused_when_decoded():
