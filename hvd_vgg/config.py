@@ -451,8 +451,8 @@ class RecipeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationConfig(DataConfig, ComputeConfig):
-    """Everything that an evaluation depends on, beside the weights."""
+class EvaluationImageConfig(ImageConfig):
+    """What training and evaluation make of an image."""
 
     eval_crop: float = flag(
         0.875,
@@ -471,14 +471,16 @@ class EvaluationConfig(DataConfig, ComputeConfig):
         at_least=0,
         at_most=4096,
     )
-    eval_flip: bool = flag(
-        False, "Data", "Evaluate each image and its mirror image, and average the probabilities; takes twice the time."
-    )
 
     @property
     def evaluated_size(self) -> int:
         """Height and width of the images that are evaluated, in pixels."""
         return self.eval_size or self.image_size
+
+    @property
+    def evaluated_crop(self) -> float:
+        """Side of the central square that is evaluated, relative to the shorter side; 0: the whole image is."""
+        return self.eval_crop if self.augment == "crop" else 0.0
 
     def conflicts(self) -> Iterator[str]:
         """Yields the combinations that cannot run."""
@@ -486,9 +488,18 @@ class EvaluationConfig(DataConfig, ComputeConfig):
             yield f"--eval_size={self.eval_size}: expected at least 32 pixels, or 0 for --image_size"
         if self.augment != "crop":
             for name, value in (("eval_crop", self.eval_crop), ("eval_size", self.eval_size)):
-                if value != EvaluationConfig.__dataclass_fields__[name].default:
+                if value != EvaluationImageConfig.__dataclass_fields__[name].default:
                     why = f"--augment={self.augment} evaluates whole images, as it trains on them"
                     yield f"--{name}={format_value(value)} needs --augment=crop: {why}"
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig(DataConfig, EvaluationImageConfig, ComputeConfig):
+    """Everything that an evaluation depends on, beside the weights."""
+
+    eval_flip: bool = flag(
+        False, "Data", "Evaluate each image and its mirror image, and average the probabilities; takes twice the time."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -874,12 +885,10 @@ class AcceptanceConfig(BatchConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class InspectConfig(DataConfig, ImageConfig):
+class InspectConfig(DataConfig, EvaluationImageConfig):
     """The data to look at, and what training makes of its images."""
 
     seed: int = same_flag(UpdateConfig, "seed")
-    eval_crop: float = same_flag(EvaluationConfig, "eval_crop")
-    eval_size: int = same_flag(EvaluationConfig, "eval_size")
     run_dir: str = same_flag(ComputeConfig, "run_dir")
     console: str = same_flag(ComputeConfig, "console")
     input_threads: int = same_flag(ComputeConfig, "input_threads")
@@ -903,19 +912,12 @@ class InspectConfig(DataConfig, ImageConfig):
         4, "Inspect", "Epochs of --out whose training images are shown.", "epochs", at_least=1, at_most=20
     )
 
-    @property
-    def evaluated_size(self) -> int:
-        """Height and width of the images that are evaluated, in pixels."""
-        return self.eval_size or self.image_size
-
     def conflicts(self) -> Iterator[str]:
         """Yields the combinations that cannot run."""
         if self.out and Path(self.out).suffix != ".png":
             yield f"--out={self.out}: expected a name that ends in .png"
         if self.out and self.json and Path(self.out).absolute() == Path(self.json).absolute():
             yield f"--out={self.out} and --json={self.json}: expected two files"
-        if 0 < self.eval_size < 32:
-            yield f"--eval_size={self.eval_size}: expected at least 32 pixels, or 0 for --image_size"
         if self.console == "dllogger":
             yield "--console=dllogger is for train; --json writes what is found"
 

@@ -112,6 +112,5 @@ def _write(config: InspectConfig, summary: Dict[str, Any], train: Index, label_b
 
 def datasets(config: InspectConfig, train: Index, label_base: int) -> Tuple[Dataset, Dataset]:
     """Returns the train split as training and as evaluation see it with these flags."""
-    crop = config.eval_crop if config.augment == "crop" else 0.0
     training = Dataset(train, label_base, config.image_size, config, True, seed=config.seed)
-    return training, Dataset(train, label_base, config.evaluated_size, config, False, crop)
+    return training, Dataset(train, label_base, config.evaluated_size, config, False, config.evaluated_crop)

@@ -203,7 +203,7 @@ def eval_batches(
         ids = np.arange(start, min(start + rows, index.records))
         return BatchSpec(ids, np.zeros(len(ids), np.int64), np.zeros([len(ids), 2], np.int64), ids)
 
-    crop, allowed = config.eval_crop if config.augment == "crop" else 0.0, config.bad_records_allowed
+    crop, allowed = config.evaluated_crop, config.bad_records_allowed
     dataset = Dataset(index, label_base, config.evaluated_size, config, False, crop, bad_allowed=allowed)
     starts = range(rank * rows, index.records, size * rows)
     return load_batches(dataset, map(spec, starts), rows, threads)
