@@ -1,5 +1,6 @@
 """What tests share: small real TFRecords, and starting real ranks under a hard time limit that leave nothing behind."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import pytest
 
@@ -235,3 +236,15 @@ def survey_alone(folder: Path, split: str, config: Any) -> Any:
             texts = survey_block(index, start, config, rows[start : start + 4], pool)
             bad, mended = bad + texts[0], mended + texts[1]
     return Survey(index, rows, bad, mended)
+
+
+@contextlib.contextmanager
+def small_disk_at(path: Path, size: str, *unmount: str) -> Iterator[Path]:
+    """Mounts a file system of `size`, such as 16m, at a directory that it makes; skips the test where that may not be."""
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "hvd_vgg_test", str(path)]
+    made = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"capability: mounting a tmpfs ({made.stderr.strip()})")
+    yield path
+    subprocess.run(["umount", *unmount, str(path)], check=True)

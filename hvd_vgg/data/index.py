@@ -162,14 +162,19 @@ def unseen_labels(train: Index, validation: Index) -> str:
     return f"{text} ({records} of {validation.records} records)"
 
 
+def labels_outside(index: Index, label_base: int, num_classes: int) -> np.ndarray:
+    """Returns the records whose label is outside label_base .. label_base + num_classes - 1, int64 [n]."""
+    return np.flatnonzero((index.labels < label_base) | (index.labels >= label_base + num_classes))
+
+
 def check_labels(index: Index, label_base: int, num_classes: int) -> None:
     """Raises Failure(DATA) naming the first record whose label is outside label_base .. label_base + num_classes - 1."""
-    outside = (index.labels < label_base) | (index.labels >= label_base + num_classes)
-    if outside.any():
-        record = int(np.argmax(outside))
+    outside = labels_outside(index, label_base, num_classes)
+    if len(outside):
+        record = int(outside[0])
         raise data_failure(
             f"{index.where(record)}: label {index.labels[record]} is outside {label_base}..{label_base + num_classes - 1} "
-            f"({int(outside.sum())} of {index.records} records are). Labels found: {index.labels.min()}.."
+            f"({len(outside)} of {index.records} records are). Labels found: {index.labels.min()}.."
             f"{index.labels.max()}; expected --num_classes={num_classes} classes from --label_base={label_base}: correct "
             f"the flag that is wrong"
         )

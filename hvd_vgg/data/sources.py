@@ -11,7 +11,7 @@ import numpy as np
 from hvd_vgg import storage
 from hvd_vgg.config import PrepareConfig
 from hvd_vgg.data import ilsvrc, parquet
-from hvd_vgg.data.index import Index, find_label_base, scan_shard
+from hvd_vgg.data.index import Index, find_label_base, labels_outside, scan_shard
 from hvd_vgg.data.layout import FOLDERS, IMAGENET, TITLES, WEBDATASET, Layout, find_split, shard_bytes, shorten
 from hvd_vgg.data.reader import BadRecord, read_named_image
 from hvd_vgg.data.shard_file import IMAGE_SUFFIXES, Shard, data_failure, unreadable_file
@@ -274,12 +274,12 @@ def _label_base(config: PrepareConfig, found: Sequence[Tuple[str, Source, Index]
 
 
 def _check_labels(source: Source, index: Index, base: int, count: int) -> None:
-    outside = (index.labels < base) | (index.labels >= base + count)
-    if outside.any():
-        record = int(np.argmax(outside))
+    outside = labels_outside(index, base, count)
+    if len(outside):
+        record = int(outside[0])
         raise data_failure(
             f"{source.where(index, record)}: label {index.labels[record]} is outside {base}..{base + count - 1} "
-            f"({int(outside.sum())} of {index.records} records are). Correct --label_base, or leave such records out"
+            f"({len(outside)} of {index.records} records are). Correct --label_base, or leave such records out"
         )
 
 

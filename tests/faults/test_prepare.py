@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import raw_sets
-from support import ROOT, TINY, Started, command_line, full
+from support import ROOT, TINY, Started, command_line, full, small_disk_at
 
 from hvd_vgg.data import manifest
 
@@ -131,13 +131,8 @@ def test_prepare_that_cannot_begin_is_one_message(launch, tmp_path, arguments, c
 @pytest.fixture
 def small_disk(tmp_path):
     """A directory on a file system of 20 MB, which can be made larger."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "hvd_vgg_test", place], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"capability: mounting a tmpfs ({made.stderr.strip()})")
-    yield place
-    subprocess.run(["umount", place], check=True)
+    with small_disk_at(tmp_path / "disk", "20m") as disk:
+        yield disk
 
 
 @pytest.mark.fault("F44")

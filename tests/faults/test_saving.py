@@ -7,7 +7,6 @@ that cannot be written are in test_errors.py.
 
 import contextlib
 import shutil
-import subprocess
 
 import pytest
 from oracles import (
@@ -24,7 +23,7 @@ from oracles import (
     run,
     start,
 )
-from support import Started, command_line, full, wait_for
+from support import Started, command_line, full, small_disk_at, wait_for
 
 from hvd_vgg.run_dir import RunDir, checkpoint_step
 from hvd_vgg.training import checkpoint
@@ -33,13 +32,8 @@ from hvd_vgg.training import checkpoint
 @pytest.fixture
 def small_disk(tmp_path):
     """A run directory on a file system of 16 MB: three checkpoints of these tests (4 MB each) fit, and half of another."""
-    place = tmp_path / "run"
-    place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "hvd_vgg_test", place], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"capability: mounting a tmpfs ({made.stderr.strip()})")
-    yield tmp_path
-    subprocess.run(["umount", place], check=True)
+    with small_disk_at(tmp_path / "run", "16m"):
+        yield tmp_path
 
 
 def fill(place):

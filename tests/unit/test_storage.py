@@ -5,14 +5,13 @@ import fcntl
 import filecmp
 import os
 import shutil
-import subprocess
 import threading
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support import failure_of, write_data
+from support import failure_of, small_disk_at, write_data
 
 from hvd_vgg import storage
 from hvd_vgg.config import ImageConfig
@@ -279,13 +278,8 @@ def test_failed_rewriting_in_place_loses_nothing(tmp_path, monkeypatch, failed):
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of 48 kB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "hvd_vgg_test", disk], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"capability: mounting a tmpfs ({made.stderr.strip()})")
-    yield disk
-    subprocess.run(["umount", "--lazy", disk], check=True)
+    with small_disk_at(tmp_path / "disk", "48k", "--lazy") as disk:
+        yield disk
 
 
 @pytest.mark.fault("F40")
