@@ -334,7 +334,7 @@ class DataConfig:
         "Data",
         "imagenet: TFRecords train-?????-of-?????; tfds: NAME-train.tfrecord-?????-of-?????, of tensorflow-datasets; "
         "webdataset: NAME-train-0000.tar; folders: train/CLASS/*.jpg; validation likewise, in train/ and validation/ too. "
-        "auto: found by looking.",
+        "auto: detected from the files.",
         choices=("auto", "imagenet", "tfds", "webdataset", "folders"),
     )
     train_pattern: str = flag(
@@ -957,7 +957,7 @@ class PrepareConfig:
         "auto",
         "Data",
         "Layout of --source: those of training; ilsvrc: ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar; parquet: of "
-        "Hugging Face, train-*.parquet and validation-*.parquet. auto: found by looking.",
+        "Hugging Face, train-*.parquet and validation-*.parquet. auto: detected from the files.",
         choices=("auto", "imagenet", "tfds", "webdataset", "folders", "ilsvrc", "parquet"),
     )
     train_pattern: str = same_flag(DataConfig, "train_pattern")

@@ -15,7 +15,7 @@ from hvd_vgg import storage
 from hvd_vgg.config import DataConfig
 from hvd_vgg.data import description
 from hvd_vgg.data.example import STANDARD, Features
-from hvd_vgg.data.shard_file import IMAGE_SUFFIXES, data_failure, regular_file_size, unreadable_file
+from hvd_vgg.data.shard_file import IMAGE_SUFFIXES, UNPACK, data_failure, regular_file_size, unreadable_file
 from hvd_vgg.errors import USAGE, Failure
 
 IMAGENET, TFDS, WEBDATASET, FOLDERS = "imagenet", "tfds", "webdataset", "folders"  # of --data_format
@@ -59,14 +59,14 @@ Found = Tuple[Layout, List[Path]]
 
 
 def find_split(config: DataConfig, split: str) -> Found:
-    """Returns the layout and the shards of a split, in order, by looking into --data_dir.
+    """Returns the layout and the shards of a split, in order, detected in --data_dir or as flags say.
 
     Raises Failure(DATA) where the directory, the split, or one of a numbered set of shards is missing, or several match;
     Failure(USAGE) for the name of a feature where records have none.
     """
     folder, pattern = Path(config.data_dir), config.train_pattern if split == "train" else config.validation_pattern
     try:
-        layout, paths = _by_pattern(config, folder, split, pattern) if pattern else _by_looking(config, folder, split)
+        layout, paths = _by_pattern(config, folder, split, pattern) if pattern else _detect(config, folder, split)
         if layout.kind in (IMAGENET, TFDS):
             layout = layout._replace(features=_features(config, layout.features))
         elif config.image_feature or config.label_feature:
@@ -80,7 +80,7 @@ def find_split(config: DataConfig, split: str) -> Found:
         raise unreadable_file(Path(str(error.filename or folder)), error) from error
 
 
-def _by_looking(config: DataConfig, folder: Path, split: str) -> Found:
+def _detect(config: DataConfig, folder: Path, split: str) -> Found:
     names = _list(folder, split)
     kinds = _FINDERS if config.data_format == "auto" else [config.data_format]
     found = {kind: _FINDERS[kind](config, folder, split) for kind in kinds}
@@ -163,8 +163,8 @@ def _known_otherwise(folder: Path, split: str, names: List[str]) -> str:
         match = _COMPRESSED.fullmatch(name)
         if match and (root != folder or any(word in name for word in _WORDS.get(split, (split,)))):
             command, plain = _UNPACK.get(match["kind"] or "", "gzip -dc"), match["plain"] or f"{match['tgz']}.tar"
-            text = f"{root / name} is compressed. Records are read by their offsets. Unpack all such files into a directory"
-            return f"{text} of plain shards: {command} < {shlex.quote(str(root / name))} > PLAIN/{shlex.quote(plain)}"
+            text = f"{root / name} is compressed. {UNPACK}"
+            return f"{text} {command} < {shlex.quote(str(root / name))} > PLAIN/{shlex.quote(plain)}"
     arrays = [name for name in names if ".array_record-" in name or ".riegeli-" in name]
     if arrays:
         convert = (

@@ -17,14 +17,14 @@ MAX_RECORD_BYTES = 64 * 2**20
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")  # of files that are images, in lower case
 _STRETCH_BYTES = 2**20  # read at once to find where zeros begin and end
 # How files begin that are often put in place of TFRecords, what they are, and what to do.
-_DECOMPRESS = "Records are read by their offsets. Unpack it into a directory of plain shards:"
+UNPACK = "Records are read by their offsets. Unpack all such files into a directory of plain shards:"
 _INFLATE = "python -c 'import sys, zlib; sys.stdout.buffer.write(zlib.decompress(sys.stdin.buffer.read()))'"
 _FOREIGN = (
-    (b"\x1f\x8b", "compressed with gzip", f"{_DECOMPRESS} gzip -dc < {{path}} > PLAIN/{{name}}"),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd", f"{_DECOMPRESS} zstd -dc < {{path}} > PLAIN/{{name}}"),
-    (b"BZh", "compressed with bzip2", f"{_DECOMPRESS} bzip2 -dc < {{path}} > PLAIN/{{name}}"),
-    (b"\xfd7zXZ", "compressed with xz", f"{_DECOMPRESS} xz -dc < {{path}} > PLAIN/{{name}}"),
-    (b"\x04\x22\x4d\x18", "compressed with lz4", f"{_DECOMPRESS} lz4 -dc < {{path}} > PLAIN/{{name}}"),
+    (b"\x1f\x8b", "compressed with gzip", f"{UNPACK} gzip -dc < {{path}} > PLAIN/{{name}}"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd", f"{UNPACK} zstd -dc < {{path}} > PLAIN/{{name}}"),
+    (b"BZh", "compressed with bzip2", f"{UNPACK} bzip2 -dc < {{path}} > PLAIN/{{name}}"),
+    (b"\xfd7zXZ", "compressed with xz", f"{UNPACK} xz -dc < {{path}} > PLAIN/{{name}}"),
+    (b"\x04\x22\x4d\x18", "compressed with lz4", f"{UNPACK} lz4 -dc < {{path}} > PLAIN/{{name}}"),
     (b"PK\x03\x04", "a ZIP archive", "Unpack it"),
     (b"version https://git-lfs", "a pointer of Git LFS", "Fetch the file itself with git lfs pull"),
     (b"<", "a web page or XML", "Download the shard again"),
@@ -160,5 +160,5 @@ def _foreign_content(head: bytes) -> Optional[Tuple[str, str]]:
             zlib.decompressobj().decompress(head)
         except zlib.error:
             return None
-        return "compressed with zlib", f"{_DECOMPRESS} {_INFLATE} < {{path}} > PLAIN/{{name}}"
+        return "compressed with zlib", f"{UNPACK} {_INFLATE} < {{path}} > PLAIN/{{name}}"
     return None

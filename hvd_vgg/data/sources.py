@@ -70,7 +70,7 @@ class Selection(NamedTuple):
 
 
 def find_source(config: PrepareConfig, split: str) -> Source:
-    """Returns a split of --source, found by looking, or as --data_format says.
+    """Returns a split of --source, detected, or as --data_format says.
 
     Raises Failure(DATA) where it is missing, or there in several layouts; Failure(CONFIGURATION) where a library is missing.
     """

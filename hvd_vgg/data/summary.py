@@ -86,8 +86,8 @@ def image_sizes(index: Index, rows: np.ndarray) -> Dict[str, Any]:
     found: Dict[str, Any] = {}
     for name, values in (("shorter_side", np.minimum(heights, widths)), ("area", areas)):
         found[name] = {"least": int(values.min()), "median": float(np.median(values)), "most": int(values.max())}
-    for name, at in (("smallest", int(areas.argmin())), ("largest", int(areas.argmax()))):
-        found[name] = {"height": int(heights[at]), "width": int(widths[at]), "where": index.where(int(known[at]))}
+    for name, image in (("smallest", int(areas.argmin())), ("largest", int(areas.argmax()))):
+        found[name] = {"height": int(heights[image]), "width": int(widths[image]), "where": index.where(int(known[image]))}
     return found
 
 

@@ -197,7 +197,7 @@ def test_layout_of_an_index_without_data(tmp_path):
 
 
 def test_train_pattern_decides_labels_of_validation(tmp_path):
-    """Though validation is found by looking, and lacks the first class."""
+    """Though validation is detected, and lacks the first class."""
     make(tmp_path, "training/a/1.jpg", "training/b/1.jpg", "val/b/2.jpg")
     assert open_split(tmp_path, "validation", train_pattern="training").labels.tolist() == [1]
 

@@ -1,4 +1,4 @@
-"""Layouts: found by looking, named by flags, refused where they are not whole or not one; what is beside them is used."""
+"""Layouts: detected, named by flags, refused where they are not whole or not one; what is beside them is used."""
 
 import json
 import os
