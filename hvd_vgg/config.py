@@ -21,6 +21,8 @@ _DRAWN_CLASSES = 10  # of `make-demo-data`
 # Weights that flags name as a group: biases; gamma and beta of BatchNorm.
 WEIGHT_GROUPS = ("bias", "norm")
 LARS = "lars"  # of --optimizer
+FLATTENED, POOLED = "flattened", "pooled"  # of --head
+_NORMALIZATIONS = ("auto", "imagenet", "caffe", "caffe_rounded")
 DECAYING = ("cosine", "polynomial")  # of --lr_schedule: what depends on the length of the run
 
 
@@ -32,6 +34,21 @@ class ModelConfig:
     image_size: int = hyperparameter(224, "Data", "Height and width of the network's input.", "pixels", at_least=32)
     model: str = hyperparameter("vgg16", "Model", "The network; those ending in _bn have BatchNorm.", choices=_MODELS)
     width: float = hyperparameter(1.0, "Model", "Multiplier on the width of every layer.", above=0.0, at_most=4.0)
+    head: str = hyperparameter(
+        FLATTENED,
+        "Model",
+        "What follows the convolutions. flattened: VGG's fc1, fc2 and predictions, of the whole last feature map; pooled: "
+        "predictions alone, of its mean (global average pooling), the same weights for any --image_size.",
+        choices=(FLATTENED, POOLED),
+    )
+    pixel_normalization: str = hyperparameter(
+        "auto",
+        "Model",
+        "What is made of RGB pixels first. imagenet: minus ImageNet's mean, divided by its deviation (torchvision, timm); "
+        "caffe: minus Caffe's mean (keras.applications); caffe_rounded: as torchvision rounds "
+        "that (IMAGENET1K_FEATURES). auto: what the weights of --init_from expect, else imagenet.",
+        choices=_NORMALIZATIONS,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

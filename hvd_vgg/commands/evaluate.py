@@ -16,7 +16,6 @@ from hvd_vgg.reporting.console import Console
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.text import plural
 from hvd_vgg.training import checkpoint
-from hvd_vgg.training.average import averaged
 from hvd_vgg.training.dataset import choose_label_base, open_split
 from hvd_vgg.training.evaluate import Evaluation, evaluate, make_eval_step
 from hvd_vgg.training.reporter import Reporter
@@ -117,7 +116,7 @@ def _load(subject: Subject, run_dir: RunDir) -> checkpoint.Checkpoint:
 def _average(found: checkpoint.Checkpoint, names: Iterable[str]) -> checkpoint.Checkpoint:
     """Returns the averages in a checkpoint in the place of the variables `names`; Failure(CONFIGURATION) without."""
     try:
-        return found._replace(tensors=averaged(found.tensors, names))
+        return found._replace(tensors=checkpoint.averaged(found.tensors, names))
     except KeyError as error:
         raise Failure(CONFIGURATION, f"{found.path} holds no average of its weights: the run has no --ema_decay") from error
 

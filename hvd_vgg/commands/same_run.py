@@ -6,8 +6,8 @@ What logs and checkpoints say is compared; that B's are as B left them is for `h
 from typing import Any, Dict, Iterator, Mapping, NamedTuple, Set
 
 from hvd_vgg.commands.history import PASS, UNKNOWN, Attempt, Findings, History, read_history
-from hvd_vgg.config import fingerprint
-from hvd_vgg.models.architecture import vgg_layers
+from hvd_vgg.config import ModelConfig, fingerprint
+from hvd_vgg.models.architecture import layers_of
 from hvd_vgg.reporting import receipt
 from hvd_vgg.run_dir import RunDir, checkpoint_step
 from hvd_vgg.text import plural
@@ -107,8 +107,8 @@ def _compare_checkpoints(run: RunDir, other: RunDir, step: int) -> str:
     if len({receipt.checkpoint_row(path)["sha256"] for path in paths}) == 1:
         return ""
     mine, theirs = (checkpoint.load(path) for path in paths)
-    shape = {name: mine.meta["run"][name] for name in ("model", "width", "image_size", "num_classes")}
-    layers = vgg_layers(**shape)
+    shape = {name: mine.meta["run"][name] for name in ("model", "width", "image_size", "num_classes", "head")}
+    layers = layers_of(ModelConfig(**shape))
     weights = [name for layer in layers for name in layer.weights]
     kinds = dict.fromkeys(weights, "weights")
     kinds.update((name, "moving moments") for layer in layers for name in layer.moments)

@@ -18,7 +18,7 @@ from hvd_vgg.doctor.report import EXCLUDE_DEVICE, PHASE_SECONDS, Report
 from hvd_vgg.doctor.settings import check_flags, check_rank_count, check_visible_devices
 from hvd_vgg.environment import launched_rank
 from hvd_vgg.errors import Failure
-from hvd_vgg.models.architecture import count_parameters, vgg_layers
+from hvd_vgg.models.architecture import count_parameters, layers_of
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.init import cpu_convolves, take_device
 from hvd_vgg.reporting.findings import FAILURE, Finding, failure, ok, warning, worst
@@ -54,7 +54,7 @@ def check_devices(report: Report, config: DoctorConfig, accelerators: Accelerato
             text = f"TensorFlow lists {plural(len(gpus), 'device')} but cannot initialize them: {error}"
             # Nothing computed, which decides about the driver; without a device this rank cannot exchange findings.
             raise report.finish_alone(failure("devices", text, EXCLUDE_DEVICE), *check_driver(accelerators, cuda)) from error
-        parameters = count_parameters(vgg_layers(config.model, config.width, config.image_size, config.num_classes))
+        parameters = count_parameters(layers_of(config))
         tried = check_computation(devices, config.precision, 4 * parameters)
     computed = bool(gpus) and worst(tried) != FAILURE
     report.findings += [

@@ -18,7 +18,7 @@ from hvd_vgg.environment import launched_local_rank, launched_local_size, launch
 from hvd_vgg.errors import USAGE, Failure
 from hvd_vgg.launcher.hostfile import Host, read_hostfile
 from hvd_vgg.launcher.ssh import ask_hosts
-from hvd_vgg.models.architecture import count_parameters, vgg_layers
+from hvd_vgg.models.architecture import count_parameters, layers_of
 from hvd_vgg.parallel import network
 from hvd_vgg.reporting.findings import FAILURE, Finding, failure, ok
 from hvd_vgg.streams import write_line
@@ -69,7 +69,7 @@ def _check_software(accelerators: Accelerators) -> Iterator[Finding]:
 def _check_system(config: DoctorConfig, root: Path, is_root: bool) -> Iterator[Finding]:
     """Checks what this host gives its ranks."""
     ranks = _ranks_here()
-    parameters = count_parameters(vgg_layers(config.model, config.width, config.image_size, config.num_classes))
+    parameters = count_parameters(layers_of(config))
     # Weights, momentum and average in float32; besides those kept there are the best ones, and the one being written.
     averages = 1 if config.ema_decay else 0
     checkpoint_bytes = (config.keep_checkpoints + 2 + averages) * (2 + averages) * 4 * parameters

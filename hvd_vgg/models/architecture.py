@@ -7,7 +7,7 @@ variants ending in _bn normalize the outputs of each convolution before its ReLU
 import math
 from typing import List, NamedTuple, Tuple
 
-from hvd_vgg.config import has_batch_norm
+from hvd_vgg.config import FLATTENED, POOLED, ModelConfig, has_batch_norm
 
 _PLAIN = {"vgg11": (1, 1, 2, 2, 2), "vgg13": (2, 2, 2, 2, 2), "vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
 # Convolutions in each of the five blocks, which all end with 2x2 max pooling.
@@ -44,8 +44,16 @@ class Layer(NamedTuple):
         return math.prod(self.kernel) + (len(self.weights) - 1) * self.kernel[-1]
 
 
-def vgg_layers(model: str, width: float, image_size: int, num_classes: int) -> List[Layer]:
+def layers_of(config: ModelConfig) -> List[Layer]:
+    """Returns the layers of a configuration's network, in forward order."""
+    return vgg_layers(config.model, config.width, config.image_size, config.num_classes, config.head)
+
+
+def vgg_layers(model: str, width: float, image_size: int, num_classes: int, head: str = FLATTENED) -> List[Layer]:
     """Returns the layers of `model` in forward order; width multiplies the width of each, image_size is in pixels.
+
+    head: of `ModelConfig`; POOLED has `predictions` alone behind the convolutions, whose inputs are the means of the last
+    feature map.
 
     Initial kernels are normal: He et al.'s fan-out for convolutions (arXiv 1502.01852, equation 14), N(0, 0.01) for dense
     layers, as in torchvision. The deviation of a dense layer with fewer inputs is larger, so that its outputs vary as much
@@ -59,6 +67,8 @@ def vgg_layers(model: str, width: float, image_size: int, num_classes: int) -> L
             kernel = (3, 3, inputs, outputs)
             layers.append(Layer(f"block{block}_conv{conv}", kernel, deviation, has_batch_norm(model)))
             inputs = outputs
+    if head == POOLED:
+        return [*layers, Layer(DENSE[-1], (inputs, num_classes), 0.01 * (_HIDDEN / inputs) ** 0.5)]
     inputs *= (image_size // 32) ** 2
     hidden = scale_width(_HIDDEN, width)
     for name, outputs, full in zip(DENSE, (hidden, hidden, num_classes), (_FLATTENED, _HIDDEN, _HIDDEN)):

@@ -1,16 +1,15 @@
 """The forward pass of VGG in core TensorFlow, and its weights under Keras' names."""
 
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 import tensorflow as tf
 
 from hvd_vgg.models.architecture import BLOCKS, DENSE, GAMMA, MOVING_VARIANCE, Layer
 from hvd_vgg.models.dropout import apply_dropout
+from hvd_vgg.models.pixels import NORMALIZATIONS
 from hvd_vgg.models.pooling import average_to_inputs
 from hvd_vgg.seeds import weights_seed
 
-# Mean and standard deviation per channel of ImageNet's training images, of values 0..1 (torchvision's recipe).
-_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Weights = Dict[str, Any]
 DenseFunction = Callable[[Weights, Any, str], Any]  # as `dense`
 NormFunction = Callable[[Any, str], Any]  # from the outputs of a convolution and its name to what its ReLU is applied to
@@ -40,10 +39,11 @@ def _vector(layer: Layer, name: str, value: float) -> Any:
     return tf.Variable(tf.fill([layer.kernel[-1]], value), name=name)
 
 
-def normalized(images: Any, precision: str = "float32") -> Any:
-    """Returns uint8 images [n, height, width, 3] in `precision`, with about mean 0 and deviation 1 in each channel."""
-    scale = [1 / (255 * deviation) for deviation in _DEVIATION]
-    shift = [-mean / deviation for mean, deviation in zip(_MEAN, _DEVIATION)]
+def normalized(images: Any, normalization: str, precision: str = "float32") -> Any:
+    """Returns uint8 RGB images [n, height, width, 3] in `precision`, normalized as NORMALIZATIONS has it."""
+    means, deviations = NORMALIZATIONS[normalization]
+    scale = [1 / (255 * deviation) for deviation in deviations]
+    shift = [-mean / deviation for mean, deviation in zip(means, deviations)]
     return tf.cast(tf.cast(images, tf.float32) * tf.constant(scale) + tf.constant(shift), precision)
 
 
@@ -52,11 +52,17 @@ def dense(weights: Weights, x: Any, name: str) -> Any:
     return tf.matmul(x, weights[f"{name}/kernel"]) + weights[f"{name}/bias"]
 
 
+def dense_names(weights: Mapping[str, Any]) -> List[str]:
+    """Returns the names of the dense layers that `weights` have, in order: one for --head=pooled."""
+    return [name for name in DENSE if f"{name}/kernel" in weights]
+
+
 def logits(
     weights: Weights,
     model: str,
     images: Any,
     data_format: str,
+    normalization: str = "auto",
     precision: str = "float32",
     masks: Sequence[Any] = (),
     dropout: float = 0.0,
@@ -69,6 +75,7 @@ def logits(
     images: uint8, or normalized float32. Gradients with respect to the weights are float32 whatever the precision.
 
     data_format: NHWC or NCHW, the layout that the device computes in; weights and logits are the same for both.
+    normalization: of uint8 images, as in NORMALIZATIONS.
     masks: of `dropout_mask`, for the outputs of the hidden dense layers; none for no dropout. dropout: their rate.
     dense_layer: computes the dense layers instead of `dense`, for a caller that needs their inputs.
     observe: called with the outputs of each layer before its BatchNorm or ReLU, in forward order.
@@ -77,7 +84,7 @@ def logits(
     if precision != "float32":
         weights = {name: tf.cast(value, precision) for name, value in weights.items()}
     channels_first = data_format == "NCHW"
-    x = normalized(images, precision) if images.dtype == tf.uint8 else tf.cast(images, precision)
+    x = normalized(images, normalization, precision) if images.dtype == tf.uint8 else tf.cast(images, precision)
     if channels_first:
         x = tf.transpose(x, [0, 3, 1, 2])
     window = [1, 1, 2, 2] if channels_first else [1, 2, 2, 1]
@@ -93,9 +100,10 @@ def logits(
         x = tf.nn.max_pool2d(x, window, window, "VALID", data_format=data_format)
     if channels_first:  # the rows of fc1's kernel are ordered height, width, channel
         x = tf.transpose(x, [0, 2, 3, 1])
-    x = average_to_inputs(x, weights["fc1/kernel"].shape[0])
-    x = tf.reshape(x, [-1, weights["fc1/kernel"].shape[0]])
-    for number, name in enumerate(DENSE):
+    names = dense_names(weights)
+    inputs = weights[f"{names[0]}/kernel"].shape[0]
+    x = tf.reshape(average_to_inputs(x, inputs), [-1, inputs])
+    for number, name in enumerate(names):
         x = (dense_layer or dense)(weights, x, name)
         if observe:
             observe(x)

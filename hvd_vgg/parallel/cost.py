@@ -21,7 +21,7 @@ import math
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
 from hvd_vgg.config import ExchangeConfig, ModelConfig
-from hvd_vgg.models.architecture import DENSE, Layer, macs_per_image, training_flops, vgg_layers
+from hvd_vgg.models.architecture import DENSE, Layer, layers_of, macs_per_image, training_flops
 
 BYTES = {"float32": 4, "float16": 2}
 _MB = 1e6
@@ -80,7 +80,7 @@ def choose(config: ExchangeConfig, ranks: int, factored: Optional[Sequence[str]]
 
     factored: the layers whose factors are gathered, where that was decided before.
     """
-    layers = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
+    layers = layers_of(config)
     if factored is None:
         factored = [layer.name for layer in layers if layer.name in DENSE and _gathers(config, layer)]
     choices = []
@@ -135,7 +135,7 @@ def as_log(choices: List[Choice]) -> Dict[str, str]:
 
 def link_flops_per_byte(config: ModelConfig, cluster: Cluster) -> float:
     """Returns the FLOPs that a rank computes, at its rate of training, while its host's link carries one byte."""
-    layers = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
+    layers = layers_of(config)
     return training_flops(layers, config.image_size) * cluster.fps_per_rank / (cluster.gbit * 1e9 / 8)
 
 
@@ -156,7 +156,7 @@ def predict(config: ExchangeConfig, cluster: Cluster) -> Prediction:
 
 def _extra_compute(config: ExchangeConfig, choices: List[Choice]) -> float:
     """Returns the work that each further rank adds, as a fraction of an update: products are over the rows of all ranks."""
-    layers = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
+    layers = layers_of(config)
     macs = {layer.name: macs_per_image(layer, config.image_size) for layer in layers}
     flops = 2 * sum(macs[choice.layer] for choice in choices if choice.method == "factored")
     return flops / training_flops(layers, config.image_size)

@@ -1,17 +1,18 @@
 """The exponential moving average of a network's weights and moments."""
 
-from typing import Any, Dict, Iterable, Mapping
+from typing import Any, Dict, Mapping
 
 import tensorflow as tf
 
+from hvd_vgg.training.checkpoint import AVERAGE_SUFFIX
+
 # How many updates it has seen, int32: state, as the average itself is.
 UPDATES = "average/updates"
-_SUFFIX = "/average"
 
 
 def make_averages(network: Mapping[str, Any]) -> Dict[str, Any]:
     """Returns the average of each variable of a network, `NAME/average`, equal to it, and UPDATES."""
-    averages = {f"{name}{_SUFFIX}": tf.Variable(variable) for name, variable in network.items()}
+    averages = {f"{name}{AVERAGE_SUFFIX}": tf.Variable(variable) for name, variable in network.items()}
     with tf.device("/CPU:0"):
         averages[UPDATES] = tf.Variable(0)
     return averages
@@ -26,16 +27,6 @@ def update_averages(averages: Mapping[str, Any], network: Mapping[str, Any], dec
     earlier = tf.cast(averages[UPDATES], tf.float32)
     moves = 1 - tf.minimum(decay, (1 + earlier) / (10 + earlier))
     for name, variable in network.items():
-        average = averages[f"{name}{_SUFFIX}"]
+        average = averages[f"{name}{AVERAGE_SUFFIX}"]
         average.assign_sub(moves * (average - variable))
     averages[UPDATES].assign_add(1)
-
-
-def averaged(averages: Mapping[str, Any], names: Iterable[str]) -> Dict[str, Any]:
-    """Returns the averages of the variables `names`, under their names; KeyError without."""
-    return {name: averages[f"{name}{_SUFFIX}"] for name in names}
-
-
-def averaged_name(name: str) -> str:
-    """Returns the name of the variable of which `name` is the average; "" where it is none."""
-    return name[: -len(_SUFFIX)] if name.endswith(_SUFFIX) else ""

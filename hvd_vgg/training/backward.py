@@ -75,10 +75,10 @@ def forward(
     **hooks: Any,
 ) -> Forward:
     """Returns the forward pass of one micro-batch as training has it; hooks: `dense_layer` and `observe` of `vgg.logits`."""
-    images, targets = mix_batch(images, labels, mixing, config.mix_batch)
+    images, targets = mix_batch(images, labels, mixing, config.mix_batch, config.pixel_normalization)
     normalize, moments = make_normalize(state.weights, config, data_format) if state.moments else (None, {})
-    network = state.weights, config.model, images, data_format, config.precision, masks, config.dropout
-    logits = vgg.logits(*network, normalize=normalize, **hooks)
+    network = state.weights, config.model, images, data_format, config.pixel_normalization, config.precision
+    logits = vgg.logits(*network, masks, config.dropout, normalize=normalize, **hooks)
     return Forward(logits, targets.cross_entropy(logits, config.label_smoothing), targets, moments)
 
 

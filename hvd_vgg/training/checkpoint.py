@@ -23,7 +23,9 @@ from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
 from hvd_vgg.run_dir import DISK_FULL, RunDir, atomic_write_text, checkpoint_step
 
 BEST, BEST_AVERAGE = "best", "best_average"  # files that hold the name of a checkpoint
-_KEY, _CHECKSUM = "hvd_vgg", "hvd_vgg_sha256"
+AVERAGE_SUFFIX = "/average"  # of a variable's name: its moving average
+META_KEY, _CHECKSUM = "hvd_vgg", "hvd_vgg_sha256"
+MOST_HEADER_BYTES = 100_000_000  # of the safetensors library
 _TYPES = {"float32": "F32", "int32": "I32"}
 # Of a run's progress what decides what comes next. The rest depends on when processes started, stopped and looked.
 STATE_PROGRESS = ("step", "skipped_steps", "bad_records")
@@ -79,7 +81,7 @@ def write(path: Path, tensors: Tensors, meta: Dict[str, Any]) -> None:
             raise OSError(errno.ENOSPC, f"it takes {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
         digest = tensors_sha256(tensors.items())
         text = json.dumps({**meta, "sha256": digest, "state_sha256": state_sha256(digest, meta)})
-        metadata = {_KEY: text, _CHECKSUM: _checksum(text)}
+        metadata = {META_KEY: text, _CHECKSUM: _checksum(text)}
         _write_safetensors(temporary, tensors, metadata)
         with safe_open(str(temporary), framework="numpy") as file:  # one tensor at a time: memory may be short
             if file.metadata() != metadata or tensors_sha256((name, file.get_tensor(name)) for name in tensors) != digest:
@@ -126,13 +128,15 @@ def load(path: Path) -> Checkpoint:
         storage.require_readable(path)
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
-            meta = json.loads(metadata.get(_KEY, "null"))
+            meta = json.loads(metadata.get(META_KEY, "null"))
             if not isinstance(meta, dict):
                 raise ValueError("not a checkpoint of hvd_vgg")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError) as error:
         raise ValueError(str(error)) from error
-    if metadata.get(_CHECKSUM) != _checksum(metadata[_KEY]) or tensors_sha256(tensors.items()) != meta.pop("sha256", None):
+    if metadata.get(_CHECKSUM) != _checksum(metadata[META_KEY]) or tensors_sha256(tensors.items()) != meta.pop(
+        "sha256", None
+    ):
         raise ValueError("its contents do not match the checksum written with them")
     meta.pop("state_sha256", None)  # of what is returned
     if checkpoint_step(path) not in (None, meta["step"]):
@@ -216,6 +220,16 @@ def clean(run_dir: RunDir) -> None:
     with contextlib.suppress(OSError):  # it is in nobody's way
         for path in run_dir.checkpoints.glob("step-*.safetensors.tmp"):
             path.unlink()
+
+
+def averaged(averages: Mapping[str, Any], names: Iterable[str]) -> Dict[str, Any]:
+    """Returns the averages of the variables `names`, under their names; KeyError without."""
+    return {name: averages[f"{name}{AVERAGE_SUFFIX}"] for name in names}
+
+
+def averaged_name(name: str) -> str:
+    """Returns the name of the variable of which `name` is the average; "" where it is none."""
+    return name[: -len(AVERAGE_SUFFIX)] if name.endswith(AVERAGE_SUFFIX) else ""
 
 
 def tensors_sha256(tensors: Iterable[Tuple[str, np.ndarray]]) -> str:

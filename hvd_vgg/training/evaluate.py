@@ -88,7 +88,7 @@ def make_eval_step(network: vgg.Weights, config: EvaluationConfig, data_format: 
     """
 
     def scores(weights: vgg.Weights, images: Any) -> Any:
-        return vgg.logits(weights, config.model, images, data_format, config.precision)
+        return vgg.logits(weights, config.model, images, data_format, config.pixel_normalization, config.precision)
 
     def flipped_scores(weights: vgg.Weights, images: Any) -> Any:
         both = tf.stack([tf.nn.log_softmax(scores(weights, each)) for each in (images, tf.reverse(images, [2]))])

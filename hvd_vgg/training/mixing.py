@@ -62,14 +62,14 @@ def draw_step_mixing(config: StepConfig, images: Any, position: Any, key: Any) -
     return draw_mixing(tf.shape(images)[0] // group, position // group, key, config.mixup, config.cutmix, config.image_size)
 
 
-def mix_batch(images: Any, labels: Any, mixing: Optional[Mixing], group: int) -> Tuple[Any, Targets]:
+def mix_batch(images: Any, labels: Any, mixing: Optional[Mixing], group: int, normalization: str) -> Tuple[Any, Targets]:
     """Returns what the network is trained on: (images, Targets); with `mixing` images are float32 and normalized.
 
-    images: uint8 [n, height, width, 3]; labels: int32 [n].
+    images: uint8 [n, height, width, 3]; labels: int32 [n]; normalization: of `vgg.normalized`.
     """
     if mixing is None:
         return images, Targets(labels, labels, None)
-    return mix(normalized(images), labels, mixing, group)
+    return mix(normalized(images, normalization), labels, mixing, group)
 
 
 def draw_mixing(groups: Any, first: Any, key: Any, mixup: float, cutmix: float, size: int) -> Mixing:

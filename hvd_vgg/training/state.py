@@ -11,11 +11,11 @@ from hvd_vgg.config import ModelConfig, StepConfig, TrainConfig, fingerprint
 from hvd_vgg.data.index import Index
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.models import vgg
-from hvd_vgg.models.architecture import vgg_layers
+from hvd_vgg.models.architecture import layers_of
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.training import checkpoint
-from hvd_vgg.training.average import UPDATES, averaged, averaged_name, make_averages
-from hvd_vgg.training.checkpoint import Checkpoint
+from hvd_vgg.training.average import UPDATES, make_averages
+from hvd_vgg.training.checkpoint import Checkpoint, averaged, averaged_name
 from hvd_vgg.training.checkpoint_writer import CheckpointWriter
 from hvd_vgg.training.optimizer import OPTIONAL_STATE, Slots, make_slots
 
@@ -69,7 +69,7 @@ class TrainProgress:
 
 def initial_network(config: ModelConfig, seed: int) -> Tuple[vgg.Weights, vgg.Weights]:
     """Returns (weights, moments) before the first update, as variables: a function of the network and the seed."""
-    layers = vgg_layers(config.model, config.width, config.image_size, config.num_classes)
+    layers = layers_of(config)
     return vgg.initial_weights(layers, seed), vgg.initial_moments(layers)
 
 

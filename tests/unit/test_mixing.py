@@ -9,7 +9,8 @@ import tensorflow as tf
 from hvd_vgg.config import TrainConfig
 from hvd_vgg.flags import validate
 from hvd_vgg.seeds import mixing_key
-from hvd_vgg.training.average import averaged, make_averages, update_averages
+from hvd_vgg.training.average import make_averages, update_averages
+from hvd_vgg.training.checkpoint import averaged
 from hvd_vgg.training.mixing import Mixing, draw_mixing, mix, mix_batch
 
 REFERENCE = np.load(Path(__file__).parent.parent / "reference" / "mixing.npz")
@@ -91,7 +92,7 @@ def test_mixing_is_a_function_of_step_and_group():
 
 
 def test_without_mixing_images_are_not_touched():
-    images, targets = mix_batch("bytes", LABELS, None, 4)
+    images, targets = mix_batch("bytes", LABELS, None, 4, "imagenet")
     assert images == "bytes" and targets.share is None and targets.main_label() is LABELS
 
 

@@ -32,7 +32,7 @@ def test_logits_names_and_shapes_are_those_of_keras():
         bias.assign(tf.random.stateless_normal(bias.shape, [1, 2]) * 0.1)
         layer.set_weights([kernel.numpy(), bias.numpy()])
     images = random_images(2)
-    ours, expected = vgg.logits(weights, "vgg16", images, "NHWC").numpy(), keras(vgg.normalized(images)).numpy()
+    ours, expected = vgg.logits(weights, "vgg16", images, "NHWC").numpy(), keras(vgg.normalized(images, "imagenet")).numpy()
     assert np.abs(expected).max() > 0.01
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
@@ -84,4 +84,4 @@ def test_fc1_outputs_vary_as_much_in_a_narrow_network():
 def test_normalized_uses_imagenets_mean_and_deviation():
     pixels = np.array([[[[0, 128, 255]]]], np.uint8)
     expected = (pixels / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-    np.testing.assert_allclose(vgg.normalized(tf.constant(pixels)), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(vgg.normalized(tf.constant(pixels), "imagenet"), expected, rtol=1e-5, atol=1e-6)

@@ -12,14 +12,14 @@ PACKAGE = ROOT / "hvd_vgg"
 # From low to high: a module imports from its own folder and from lower layers, not from the other folders of its layer.
 LAYERS = [
     {"root"},
-    {"data", "models", "parallel", "reporting"},
+    {"data", "models", "parallel", "reporting", "weights"},
     {"training"},
     {"launcher"},
     {"doctor"},
     {"commands"},
     {"__main__"},
 ]
-ALLOWED = {("parallel.cost", "models"), ("parallel.exchange", "models")}
+ALLOWED = {("parallel.cost", "models"), ("parallel.exchange", "models"), ("weights.source", "models")}
 # What answers at once, or on a host whose TensorFlow is broken: it, and all that it imports, imports without TensorFlow.
 NO_TENSORFLOW = (
     "__main__",

@@ -1,0 +1,84 @@
+"""Weights from a file or from a run, for --init_from, evaluation, prediction and export. Needs no TensorFlow."""
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+from hvd_vgg import storage
+from hvd_vgg.config import ModelConfig
+from hvd_vgg.errors import CONFIGURATION, Failure
+from hvd_vgg.run_dir import RunDir
+from hvd_vgg.training import checkpoint
+from hvd_vgg.weights.files import read_file, read_file_flags
+from hvd_vgg.weights.source import Source, expected_shapes
+
+_NETWORK_FLAGS = ("model", "width", "num_classes", "image_size", "head")
+_IMAGE_FLAGS = ("pixel_normalization", "resize", "augment")
+
+
+def read_weights(path: Path, average: bool = False) -> Source:
+    """Returns the weights in a file, or of the best checkpoint of a run's directory; average: their moving average instead.
+
+    Files are this package's checkpoints and exports, or those of `weights.files`. Raises Failure(CONFIGURATION) with what is
+    wrong.
+    """
+    path = _file_of(path, average)
+    meta = _own_meta(path)
+    if meta is None:
+        return read_file(path)
+    flags = _flags_of(meta, path)
+    names = expected_shapes(ModelConfig(**{name: flags[name] for name in _NETWORK_FLAGS}))
+    try:
+        found = checkpoint.load(path)
+        kept = checkpoint.averaged(found.tensors, names) if average else {name: found.tensors[name] for name in names}
+    except ValueError as error:
+        raise Failure(CONFIGURATION, f"{path}: {error}") from error
+    except KeyError as error:
+        what = "no average of its weights: the run has no --ema_decay" if average else f"no {error.args[0]}"
+        raise Failure(CONFIGURATION, f"{path} holds {what}") from error
+    digest = hashlib.sha256(storage.read_bytes(path)).hexdigest()
+    return Source(path, f"checkpoint of step {meta.get('step')}", kept, flags, [], digest)
+
+
+def read_flags(path: Path) -> Dict[str, Any]:
+    """Returns `Source.flags` of what `read_weights` reads, from names and shapes alone. Raises Failure(CONFIGURATION)."""
+    path = _file_of(path, False)
+    meta = _own_meta(path)
+    return read_file_flags(path) if meta is None else _flags_of(meta, path)
+
+
+def _file_of(path: Path, average: bool) -> Path:
+    """Returns the file that is meant: itself, or the best checkpoint of the run in a directory."""
+    if not path.is_dir():
+        return path
+    found = checkpoint.best(RunDir(path), checkpoint.BEST_AVERAGE if average else checkpoint.BEST)
+    if found is None:
+        which = "best checkpoint of an average" if average else "best checkpoint"
+        raise Failure(CONFIGURATION, f"{path} has no {which}: expected a file of weights, or a run that was evaluated")
+    return found
+
+
+def _own_meta(path: Path) -> Optional[Dict[str, Any]]:
+    """Returns what a file of this package says of itself; None of others. Raises Failure(CONFIGURATION)."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            header = file.read(length) if length <= checkpoint.MOST_HEADER_BYTES else b""
+        found = json.loads(json.loads(header)["__metadata__"][checkpoint.META_KEY])
+    except OSError as error:
+        raise Failure(CONFIGURATION, f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _flags_of(meta: Dict[str, Any], path: Path) -> Dict[str, Any]:
+    run = meta.get("run")
+    try:
+        flags = {name: run[name] for name in (*_NETWORK_FLAGS, *_IMAGE_FLAGS)}  # type: ignore[index]
+    except (KeyError, TypeError) as error:
+        raise Failure(CONFIGURATION, f"{path} is of another version of hvd_vgg: it does not say {error}") from error
+    return {**flags, "eval_crop": meta.get("eval_crop", 0.875)}
