@@ -41,14 +41,6 @@ class ModelConfig:
         "predictions alone, of its mean (global average pooling), the same weights for any --image_size.",
         choices=(FLATTENED, POOLED),
     )
-    pixel_normalization: str = hyperparameter(
-        "auto",
-        "Model",
-        "What is made of RGB pixels first. imagenet: minus ImageNet's mean, divided by its deviation (torchvision, timm); "
-        "caffe: minus Caffe's mean (keras.applications); caffe_rounded: as torchvision rounds "
-        "that (IMAGENET1K_FEATURES). auto: what the weights of --init_from expect, else imagenet.",
-        choices=_NORMALIZATIONS,
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,6 +221,14 @@ class ImageConfig(ModelConfig):
         "Probability, such as 0.1, that a random rectangle, of 0.02 to 0.33 of the image, is filled with the mean colour.",
         at_least=0.0,
         at_most=1.0,
+    )
+    pixel_normalization: str = hyperparameter(
+        "auto",
+        "Data",
+        "What is made of RGB pixels first. imagenet: minus ImageNet's mean, divided by its deviation (torchvision, timm); "
+        "caffe: minus Caffe's mean (keras.applications); caffe_rounded: as torchvision rounds "
+        "that (IMAGENET1K_FEATURES). auto: what the weights of --init_from expect, else imagenet.",
+        choices=_NORMALIZATIONS,
     )
     resize: str = hyperparameter(
         "opencv",

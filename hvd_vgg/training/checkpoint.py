@@ -134,9 +134,8 @@ def load(path: Path) -> Checkpoint:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError) as error:
         raise ValueError(str(error)) from error
-    if metadata.get(_CHECKSUM) != _checksum(metadata[META_KEY]) or tensors_sha256(tensors.items()) != meta.pop(
-        "sha256", None
-    ):
+    is_whole = tensors_sha256(tensors.items()) == meta.pop("sha256", None)
+    if not is_whole or metadata.get(_CHECKSUM) != _checksum(metadata[META_KEY]):
         raise ValueError("its contents do not match the checksum written with them")
     meta.pop("state_sha256", None)  # of what is returned
     if checkpoint_step(path) not in (None, meta["step"]):

@@ -20,7 +20,7 @@ from hvd_vgg.training.checkpoint_writer import CheckpointWriter
 from hvd_vgg.training.optimizer import OPTIONAL_STATE, Slots, make_slots
 
 # Of a run's checkpoints and log; a run is continued only in the format that it began with.
-CHECKPOINT_FORMAT = 4
+CHECKPOINT_FORMAT = 5
 
 
 class State(NamedTuple):

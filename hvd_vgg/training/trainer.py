@@ -233,6 +233,7 @@ class Trainer:
             self.progress.seconds = time.monotonic() - self.started
             layout = self.data.train.layout.kind
             kept = {"run": self.fingerprint, "arithmetic": self.arithmetic, "data_format": layout}
+            kept["eval_crop"] = self.config.eval_crop
             save_state(self.state, self.progress, kept, self.writer, best)
             self.saved_at = watchdog.active_seconds()
             comm.barrier()  # else the others wait for rank 0's copy inside their next update

@@ -1,4 +1,4 @@
-"""Weights as they come from a file, whatever wrote it, under this package's names and in its layouts. Needs no TensorFlow."""
+"""What a file of weights holds, under this package's names and in its layouts. Needs no TensorFlow."""
 
 import math
 from pathlib import Path

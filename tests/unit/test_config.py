@@ -277,11 +277,11 @@ def test_flags_of_batches_are_whole_groups(global_batch, device_batch):
 
 
 PLAN_FLAGS = {"model", "width", "image_size", "num_classes", "global_batch", "exchange", "wire_dtype"}
-PLAN_FLAGS |= {"link_flops_per_byte"}
+PLAN_FLAGS |= {"link_flops_per_byte", "head"}
 PLAN_FLAGS |= {"ranks", "ranks_per_host", "gbit", "fps_per_rank", "sweep_ranks", "out", "save_seconds", "failure_hours"}
 
 
-def test_config_plan_has_the_16_flags_it_uses():
+def test_config_plan_has_the_flags_it_uses():
     """Nothing of data, recipe or run."""
     assert {field.name for field in dataclasses.fields(PlanConfig)} == PLAN_FLAGS
 
