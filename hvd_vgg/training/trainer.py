@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Sequence, Tuple
 
 from hvd_vgg.config import BITS, TrainConfig
 from hvd_vgg.data.coverage import Coverage, Update
@@ -231,9 +231,8 @@ class Trainer:
             self.reporter.save_failed(self.writer.wait())
             self._settle_coverage()
             self.progress.seconds = time.monotonic() - self.started
-            layout = self.data.train.layout.kind
-            kept = {"run": self.fingerprint, "arithmetic": self.arithmetic, "data_format": layout}
-            kept["eval_crop"] = self.config.eval_crop
+            kept: Dict[str, Any] = {"run": self.fingerprint, "arithmetic": self.arithmetic}
+            kept.update(data_format=self.data.train.layout.kind, eval_crop=self.config.eval_crop)
             save_state(self.state, self.progress, kept, self.writer, best)
             self.saved_at = watchdog.active_seconds()
             comm.barrier()  # else the others wait for rank 0's copy inside their next update
