@@ -122,8 +122,8 @@ def make_step(way, state, device, options):
     import horovod.tensorflow as hvd
     import tensorflow as tf
 
+    from hvd_vgg.config import DENSE
     from hvd_vgg.models import vgg
-    from hvd_vgg.models.architecture import DENSE
     from hvd_vgg.parallel import comm
     from hvd_vgg.training.backward import draw_dropout_masks
     from hvd_vgg.training.optimizer import GRADIENT_LIMITS, apply_update

@@ -71,9 +71,8 @@ def main():
     parser.add_argument("--run_dir", required=True, type=Path)
     parser.add_argument("--out", help="of the picture; needs matplotlib")
     options = parser.parse_args()
-    from hvd_vgg.config import TrainConfig
+    from hvd_vgg.config import BLOCKS, TrainConfig
     from hvd_vgg.flags import parse_flags
-    from hvd_vgg.models.architecture import BLOCKS
 
     config = parse_flags(TrainConfig, [f"--flagfile={options.run_dir / 'flags.txt'}"], shared=TrainConfig)
     profile = options.run_dir / "profile"

@@ -9,14 +9,18 @@ import glob
 import math
 import os
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Set, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Set, Tuple
 
 from hvd_vgg.flags import flag, format_value, hyperparameter, same_flag
 
 BITS, ROUNDING = "bits", "rounding"  # of --reproducible
 MOST_FEATURE_BYTES = 64  # of the name of a feature
 MOST_MICRO_BATCHES = 4095  # for which sums in fixed point are made
-_MODELS = ("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn")
+_PLAIN = {"vgg11": (1, 1, 2, 2, 2), "vgg13": (2, 2, 2, 2, 2), "vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
+# Convolutions in each of the five blocks, which all end with 2x2 max pooling (Simonyan and Zisserman, arXiv 1409.1556, table
+# 1, columns A, B, D and E). Those ending in _bn normalize the outputs of each before its ReLU.
+BLOCKS = {**_PLAIN, **{f"{name}_bn": blocks for name, blocks in _PLAIN.items()}}
+DENSE = ("fc1", "fc2", "predictions")
 _DRAWN_CLASSES = 10  # of `make-demo-data`
 # Weights that flags name as a group: biases; gamma and beta of BatchNorm.
 WEIGHT_GROUPS = ("bias", "norm")
@@ -32,7 +36,7 @@ class ModelConfig:
 
     num_classes: int = hyperparameter(1000, "Data", "Classes; a label outside them is an error.", at_least=2)
     image_size: int = hyperparameter(224, "Data", "Height and width of the network's input.", "pixels", at_least=32)
-    model: str = hyperparameter("vgg16", "Model", "The network; those ending in _bn have BatchNorm.", choices=_MODELS)
+    model: str = hyperparameter("vgg16", "Model", "The network; those ending in _bn have BatchNorm.", choices=tuple(BLOCKS))
     width: float = hyperparameter(1.0, "Model", "Multiplier on the width of every layer.", above=0.0, at_most=4.0)
     head: str = hyperparameter(
         FLATTENED,
@@ -53,6 +57,12 @@ class ExchangeConfig(ModelConfig):
         "Images per update, over all ranks; it does not change with the number of ranks.",
         "images",
         at_least=1,
+    )
+    train_only: Tuple[str, ...] = hyperparameter(
+        (),
+        "Model",
+        "Layers to train, or what their names begin with, separated by commas: fc,predictions or block5,fc,predictions. The "
+        "others are frozen: no gradient, exchange or momentum; BatchNorm uses and keeps its moving moments. Empty: all.",
     )
     exchange: str = hyperparameter(
         "auto",
@@ -75,6 +85,10 @@ class ExchangeConfig(ModelConfig):
         "Type of the numbers sent. float16 halves the bytes and rounds; its sums depend on the number of ranks.",
         choices=("float32", "float16"),
     )
+
+    def conflicts(self) -> Iterator[str]:
+        """Yields the combinations that cannot run."""
+        yield from _unknown_layers(self, "train_only", self.train_only)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +148,12 @@ class UpdateConfig:
         choices=("momentum", "nesterov", LARS),
     )
     momentum: float = hyperparameter(0.9, "Recipe", "Momentum.", at_least=0.0, below=1.0)
+    lr_multipliers: Tuple[str, ...] = hyperparameter(
+        (),
+        "Recipe",
+        "LAYER:FACTOR pairs, separated by commas: block:0.1,predictions:10. The rate of layers whose name is or begins with "
+        "LAYER is multiplied; of several that fit the longest counts. Empty: one rate for all.",
+    )
     weight_decay: float = hyperparameter(
         1e-4,
         "Recipe",
@@ -332,6 +352,12 @@ class StepConfig(ExchangeConfig, UpdateConfig, ComputeConfig):
             for name in ("device_batch", "global_batch"):
                 if getattr(self, name) % getattr(self, group):
                     yield f"--{name}={getattr(self, name)}: expected a multiple of --{group}={getattr(self, group)}"
+        try:
+            factors = multipliers(self.lr_multipliers)
+        except ValueError as error:
+            yield f"--lr_multipliers={format_value(self.lr_multipliers)}: {error}"
+        else:
+            yield from _unknown_layers(self, "lr_multipliers", tuple(factors))
         if self.reproducible == BITS and self.xla:
             yield f"--xla needs --reproducible={ROUNDING}: XLA has no deterministic gradient of max pooling"
 
@@ -528,6 +554,17 @@ class BatchConfig(TrainDataConfig, StepConfig):
 class TrainConfig(RecipeConfig, BatchConfig, EvaluationConfig):
     """What a run is: with the data, everything that decides its result."""
 
+    init_from: str = flag(
+        "",
+        "Model",
+        "Weights to begin with: a file of this package, torchvision, timm or Keras, or the directory of a run, whose best "
+        "checkpoint is taken. Layers that it lacks, and predictions of another number of classes, are new. A run that is "
+        "continued takes nothing from it. Empty: none.",
+        "path",
+    )
+    init_layers: Tuple[str, ...] = hyperparameter(
+        (), "Model", "Layers to take from --init_from, named as for --train_only; the others are new. Empty: all."
+    )
     resume: str = flag(
         "auto",
         "Run",
@@ -628,6 +665,9 @@ class TrainConfig(RecipeConfig, BatchConfig, EvaluationConfig):
             yield f"--checkpoint_copy_dir={self.checkpoint_copy_dir}: expected a directory outside --run_dir"
         if self.metrics_file and Path(self.metrics_file).suffix != ".prom":
             yield f"--metrics_file={self.metrics_file}: expected a name that ends in .prom, which collectors read alone"
+        yield from _unknown_layers(self, "init_layers", self.init_layers)
+        if self.init_layers and not self.init_from:
+            yield "--init_layers needs --init_from"
         for name in sorted(allowed_changes(self) - set(hyperparameters())):
             allowed = ", ".join(hyperparameters())
             yield f"--allow_config_change={self.allow_config_change}: {name} is not among {allowed}"
@@ -1075,6 +1115,42 @@ class PrepareConfig:
             yield "--validation_labels needs --splits with validation"
 
 
+def layer_names(config: ModelConfig) -> List[str]:
+    """Returns the names of a network's layers, in forward order."""
+    blocks = enumerate(BLOCKS[config.model], start=1)
+    convolutions = [f"block{block}_conv{number}" for block, count in blocks for number in range(1, count + 1)]
+    return [*convolutions, *(DENSE if config.head == FLATTENED else DENSE[-1:])]
+
+
+def fits_any(layer: str, beginnings: Iterable[str]) -> bool:
+    """Returns whether the name of a layer begins with one of `beginnings`, as those of --train_only."""
+    return any(layer.startswith(beginning) for beginning in beginnings)
+
+
+def multipliers(pairs: Iterable[str]) -> Dict[str, float]:
+    """Returns the factors of --lr_multipliers by what names of layers begin with; raises ValueError where one is none."""
+    factors = {}
+    for pair in pairs:
+        name, _, text = pair.partition(":")
+        try:
+            factors[name] = float(text)
+        except ValueError:
+            factors[name] = math.nan
+        if not (name and 0 < factors[name] < math.inf):
+            raise ValueError(f"expected LAYER:FACTOR, such as block:0.1, with a factor above 0; found {pair}")
+    return factors
+
+
+def _unknown_layers(config: ModelConfig, flag_name: str, beginnings: Tuple[str, ...]) -> Iterator[str]:
+    names = layer_names(config) if config.model in BLOCKS else []
+    for beginning in beginnings if names else ():
+        if not any(name.startswith(beginning) for name in names):
+            known = f"{names[0]} to {names[-len(DENSE) - 1]}, {', '.join(names[-len(DENSE) :])}"
+            if config.head == POOLED:
+                known = f"{names[0]} to {names[-2]}, {names[-1]}"
+            yield f"--{flag_name}: no layer of {config.model} begins with {beginning}; expected names of {known}"
+
+
 def has_batch_norm(model: str) -> bool:
     """Returns whether the convolutions of `model` are followed by BatchNorm."""
     return model.endswith("_bn")
@@ -1122,6 +1198,7 @@ def unused_hyperparameters(config: TrainConfig) -> Dict[str, str]:
         "lr_power": schedule if config.lr_schedule != "polynomial" else "",
         "warmup_lr": "" if config.warmup_epochs else "without --warmup_epochs",
         "norm_batch": "" if has_batch_norm(config.model) else f"with --model={config.model}",
+        "dropout": "" if config.head == FLATTENED else f"with --head={config.head}",
         "mix_batch": "" if config.mixes else "without --mixup and --cutmix",
         "no_decay": "" if config.weight_decay else "with --weight_decay=0",
         "lars_eta": optimizer if config.optimizer != LARS else "",

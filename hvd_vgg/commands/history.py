@@ -17,7 +17,7 @@ from hvd_vgg.config import TrainConfig
 from hvd_vgg.data.coverage import digest, digest_of_all, to_hex
 from hvd_vgg.data.sampler import positions
 from hvd_vgg.errors import Failure
-from hvd_vgg.models.architecture import layers_of, training_flops
+from hvd_vgg.models.architecture import layers_to_train, training_flops
 from hvd_vgg.reporting.receipt import LogLine
 from hvd_vgg.reporting.throughput import Throughput, per_host
 from hvd_vgg.run_dir import checkpoint_step
@@ -247,7 +247,7 @@ def throughput_rows(line: LogLine, attempt: Attempt) -> Iterator[_Row]:
         throughput.input_seconds += data.get("train.input_seconds", data.get("input_seconds", []))
     expected = throughput.summary(attempt.batch)
     if expected["fps"]:
-        layers = layers_of(config)
+        layers = layers_to_train(config)
         expected["tflops_per_rank"] = training_flops(layers, config.image_size) * expected["fps"] / attempt.ranks / 1e12
         most = attempt.batch * len(throughput.total_seconds) / sum(throughput.total_seconds)
         expected["fps_wall"] = min(line.data["fps_wall"], most * (1 + 1e-6))  # whose time is longer than the updates'

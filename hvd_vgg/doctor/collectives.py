@@ -12,10 +12,10 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Seq
 import numpy as np
 import tensorflow as tf
 
-from hvd_vgg.config import DoctorConfig
+from hvd_vgg.config import DENSE, DoctorConfig
 from hvd_vgg.data.sampler import part_bounds
 from hvd_vgg.doctor.report import Report
-from hvd_vgg.models.architecture import DENSE, Layer, layers_of
+from hvd_vgg.models.architecture import Layer, layers_to_train
 from hvd_vgg.parallel import comm, cost, exchange
 from hvd_vgg.parallel.init import mpi_version, transports
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
@@ -116,7 +116,7 @@ def check_collectives(
     """Sums gradients of the network's own shapes in each type that training sends, and gathers rows of its dense layers."""
     if comm.size() == 1:
         return [warning("collectives", "not checked: one rank exchanges nothing", "start all ranks of the job to come")]
-    layers = layers_of(config)
+    layers = [layer for layer in layers_to_train(config) if layer.trained]
     exchanged = [
         *(sum_all(config, layers, device, carriers["sums"], dtype) for dtype in ("float32", "int32")),
         sum_limits(sum(len(layer.weights) + len(layer.moments) for layer in layers), device, carriers["sums"]),

@@ -7,14 +7,10 @@ variants ending in _bn normalize the outputs of each convolution before its ReLU
 import math
 from typing import List, NamedTuple, Tuple
 
-from hvd_vgg.config import FLATTENED, POOLED, ModelConfig, has_batch_norm
+from hvd_vgg.config import BLOCKS, DENSE, FLATTENED, POOLED, ExchangeConfig, ModelConfig, fits_any, has_batch_norm
 
-_PLAIN = {"vgg11": (1, 1, 2, 2, 2), "vgg13": (2, 2, 2, 2, 2), "vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
-# Convolutions in each of the five blocks, which all end with 2x2 max pooling.
-BLOCKS = {**_PLAIN, **{f"{name}_bn": blocks for name, blocks in _PLAIN.items()}}
 # Weights of BatchNorm, and its moving moments, which are state without a gradient.
 GAMMA, BETA, MOVING_MEAN, MOVING_VARIANCE = "gamma", "beta", "moving_mean", "moving_variance"
-DENSE = ("fc1", "fc2", "predictions")
 _CHANNELS = (64, 128, 256, 512, 512)
 _HIDDEN = 4096
 _FLATTENED = 7 * 7 * 512  # inputs of fc1 at width 1 and 224 pixels
@@ -27,6 +23,7 @@ class Layer(NamedTuple):
     kernel: Tuple[int, ...]
     deviation: float  # of the initial kernel
     normalized: bool = False  # by BatchNorm
+    trained: bool = True  # or frozen, by --train_only
 
     @property
     def weights(self) -> List[str]:
@@ -47,6 +44,12 @@ class Layer(NamedTuple):
 def layers_of(config: ModelConfig) -> List[Layer]:
     """Returns the layers of a configuration's network, in forward order."""
     return vgg_layers(config.model, config.width, config.image_size, config.num_classes, config.head)
+
+
+def layers_to_train(config: ExchangeConfig) -> List[Layer]:
+    """Returns `layers_of` a configuration, each of which says whether it is trained."""
+    chosen = config.train_only
+    return [layer._replace(trained=not chosen or fits_any(layer.name, chosen)) for layer in layers_of(config)]
 
 
 def vgg_layers(model: str, width: float, image_size: int, num_classes: int, head: str = FLATTENED) -> List[Layer]:
@@ -98,8 +101,10 @@ def macs_per_image(layer: Layer, image_size: int) -> int:
 def training_flops(layers: List[Layer], image_size: int) -> int:
     """Returns the floating-point operations of training on one image: 92.65e9 for VGG16 at 224 pixels.
 
-    Two for each multiply-accumulate, of the forward pass and of the gradients by a layer's weights and by its inputs; the
-    first layer needs none by its inputs. Everything else is small beside these and not counted.
+    Two for each multiply-accumulate, of the forward pass and of the gradients by a layer's weights, if it is trained, and by
+    its inputs, if a layer before it is. Everything else is small beside these and not counted.
     """
+    first = next((number for number, layer in enumerate(layers) if layer.trained), len(layers))
     macs = [macs_per_image(layer, image_size) for layer in layers]
-    return 2 * (3 * sum(macs) - macs[0])
+    passes = [1 + layer.trained + (number > first) for number, layer in enumerate(layers)]
+    return 2 * sum(each * count for each, count in zip(macs, passes))

@@ -58,6 +58,17 @@ def normalize_groups(x: Any, gamma: Any, beta: Any, group: int, one_group: bool,
     return tf.cast(tf.reshape(normal, shape), x.dtype), GroupSums(mean, variance, groups)
 
 
+def normalize_by_moments(network: Mapping[str, Any], layer: str, x: Any, data_format: str) -> Any:
+    """Returns the outputs of a frozen layer's BatchNorm, by its moving moments, in x's type.
+
+    x: outputs of its convolution without bias, [n, H, W, C] for NHWC, [n, C, H, W] for NCHW; computed in float32.
+    """
+    factor, shift = _folded(network, layer)
+    if data_format == "NCHW":
+        factor, shift = (each[:, tf.newaxis, tf.newaxis] for each in (factor, shift))
+    return tf.cast(tf.cast(x, tf.float32) * factor + shift, x.dtype)
+
+
 def updated_moment(moving: Any, new: Any) -> Any:
     """Returns a moving moment after an update whose groups have the mean statistic `new`."""
     return (1 - NEW_WEIGHT) * moving + NEW_WEIGHT * new
@@ -71,10 +82,15 @@ def fold(network: Mapping[str, Any]) -> Dict[str, Any]:
     """
     folded = {name: weight for name, weight in network.items() if name.split("/")[1] in ("kernel", "bias")}
     for layer in [name.split("/")[0] for name in network if name.endswith(MOVING_MEAN)]:
-        gamma, beta, mean, variance, bias = (
-            network[f"{layer}/{part}"] for part in (GAMMA, BETA, MOVING_MEAN, MOVING_VARIANCE, "bias")
-        )
-        factor = gamma * tf.math.rsqrt(variance + EPSILON)
+        factor, folded[f"{layer}/bias"] = _folded(network, layer)
         folded[f"{layer}/kernel"] = factor * network[f"{layer}/kernel"]
-        folded[f"{layer}/bias"] = beta + factor * (bias - mean)
     return folded
+
+
+def _folded(network: Mapping[str, Any], layer: str) -> Tuple[Any, Any]:
+    """Returns k of `fold` and the folded bias of a layer, float32 [C]."""
+    gamma, beta, mean, variance, bias = (
+        network[f"{layer}/{part}"] for part in (GAMMA, BETA, MOVING_MEAN, MOVING_VARIANCE, "bias")
+    )
+    factor = gamma * tf.math.rsqrt(variance + EPSILON)
+    return factor, beta + factor * (bias - mean)

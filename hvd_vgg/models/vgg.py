@@ -4,7 +4,8 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 import tensorflow as tf
 
-from hvd_vgg.models.architecture import BLOCKS, DENSE, GAMMA, MOVING_VARIANCE, Layer
+from hvd_vgg.config import BLOCKS, DENSE
+from hvd_vgg.models.architecture import GAMMA, MOVING_VARIANCE, Layer
 from hvd_vgg.models.dropout import apply_dropout
 from hvd_vgg.models.pixels import NORMALIZATIONS
 from hvd_vgg.models.pooling import average_to_inputs

@@ -20,8 +20,8 @@ or, where the product costs nothing, while G < 2 K N / (K+N). (The bias adds N n
 import math
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
-from hvd_vgg.config import ExchangeConfig, ModelConfig
-from hvd_vgg.models.architecture import DENSE, Layer, layers_of, macs_per_image, training_flops
+from hvd_vgg.config import DENSE, ExchangeConfig
+from hvd_vgg.models.architecture import Layer, layers_to_train, macs_per_image, training_flops
 
 BYTES = {"float32": 4, "float16": 2}
 _MB = 1e6
@@ -76,11 +76,11 @@ def factored_bytes(inputs: int, outputs: int, global_batch: int, ranks: int, wir
 
 
 def choose(config: ExchangeConfig, ranks: int, factored: Optional[Sequence[str]] = None) -> List[Choice]:
-    """Returns the choice for every layer of the network, in order: its method is a function of `config`, whatever `ranks`.
+    """Returns the choice for every layer that is trained, in order: its method is a function of `config`, whatever `ranks`.
 
     factored: the layers whose factors are gathered, where that was decided before.
     """
-    layers = layers_of(config)
+    layers = [layer for layer in layers_to_train(config) if layer.trained]
     if factored is None:
         factored = [layer.name for layer in layers if layer.name in DENSE and _gathers(config, layer)]
     choices = []
@@ -133,9 +133,9 @@ def as_log(choices: List[Choice]) -> Dict[str, str]:
     return {f"exchange.{choice.layer}": f"{choice.method}, {choice.sent / _MB:.3f} MB" for choice in dense}
 
 
-def link_flops_per_byte(config: ModelConfig, cluster: Cluster) -> float:
+def link_flops_per_byte(config: ExchangeConfig, cluster: Cluster) -> float:
     """Returns the FLOPs that a rank computes, at its rate of training, while its host's link carries one byte."""
-    layers = layers_of(config)
+    layers = layers_to_train(config)
     return training_flops(layers, config.image_size) * cluster.fps_per_rank / (cluster.gbit * 1e9 / 8)
 
 
@@ -156,7 +156,7 @@ def predict(config: ExchangeConfig, cluster: Cluster) -> Prediction:
 
 def _extra_compute(config: ExchangeConfig, choices: List[Choice]) -> float:
     """Returns the work that each further rank adds, as a fraction of an update: products are over the rows of all ranks."""
-    layers = layers_of(config)
+    layers = layers_to_train(config)
     macs = {layer.name: macs_per_image(layer, config.image_size) for layer in layers}
     flops = 2 * sum(macs[choice.layer] for choice in choices if choice.method == "factored")
     return flops / training_flops(layers, config.image_size)

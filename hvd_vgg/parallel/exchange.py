@@ -8,7 +8,8 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Sequence
 
 import tensorflow as tf
 
-from hvd_vgg.models.architecture import DENSE, MOVING_MEAN, MOVING_VARIANCE
+from hvd_vgg.config import DENSE
+from hvd_vgg.models.architecture import MOVING_MEAN, MOVING_VARIANCE
 from hvd_vgg.parallel import comm
 
 # A larger gradient of a dense layer is summed and sent in parts, here of 32 MB: messages are sent one at a time, and what is

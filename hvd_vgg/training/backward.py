@@ -5,10 +5,10 @@ from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Se
 import numpy as np
 import tensorflow as tf
 
-from hvd_vgg.config import StepConfig
+from hvd_vgg.config import DENSE, StepConfig, has_batch_norm
 from hvd_vgg.models import vgg
-from hvd_vgg.models.architecture import BETA, DENSE, GAMMA, MOVING_MEAN, MOVING_VARIANCE
-from hvd_vgg.models.batch_norm import normalize_groups
+from hvd_vgg.models.architecture import BETA, GAMMA, MOVING_MEAN, MOVING_VARIANCE
+from hvd_vgg.models.batch_norm import normalize_by_moments, normalize_groups
 from hvd_vgg.models.dropout import dropout_mask
 from hvd_vgg.models.vgg import NormFunction
 from hvd_vgg.seeds import dropout_keys, mixing_key
@@ -39,14 +39,19 @@ def summed_names(names: Iterable[str], factored: Sequence[str]) -> List[str]:
     return [name for name in names if name.split("/")[0] not in factored]
 
 
-def make_normalize(weights: vgg.Weights, config: StepConfig, data_format: str) -> Tuple[NormFunction, Dict[str, Any]]:
-    """Returns (BatchNorm in training, for `vgg.logits`; the moments that it finds, by name, as `Backward` has them)."""
+def make_normalize(state: State, config: StepConfig, data_format: str) -> Tuple[NormFunction, Dict[str, Any]]:
+    """Returns (BatchNorm in training, for `vgg.logits`; the moments that it finds, by name, as `Backward` has them).
+
+    Frozen layers are normalized by their moving moments.
+    """
     moments: Dict[str, Any] = {}
     one_group = config.device_batch == config.norm_batch  # parts are whole groups
     share = config.norm_batch / config.global_batch
 
     def normalize(x: Any, name: str) -> Any:
-        gamma, beta, bias = (weights[f"{name}/{part}"] for part in (GAMMA, BETA, "bias"))
+        if f"{name}/{GAMMA}" in state.frozen:
+            return normalize_by_moments(state.frozen, name, x, data_format)
+        gamma, beta, bias = (state.weights[f"{name}/{part}"] for part in (GAMMA, BETA, "bias"))
         normal, sums = normalize_groups(x, gamma, beta, config.norm_batch, one_group, data_format)
         moments[f"{name}/{MOVING_MEAN}"] = share * (sums.means + tf.cast(sums.groups, tf.float32) * bias)
         moments[f"{name}/{MOVING_VARIANCE}"] = share * sums.variances
@@ -76,8 +81,8 @@ def forward(
 ) -> Forward:
     """Returns the forward pass of one micro-batch as training has it; hooks: `dense_layer` and `observe` of `vgg.logits`."""
     images, targets = mix_batch(images, labels, mixing, config.mix_batch, config.pixel_normalization)
-    normalize, moments = make_normalize(state.weights, config, data_format) if state.moments else (None, {})
-    network = state.weights, config.model, images, data_format, config.pixel_normalization, config.precision
+    normalize, moments = make_normalize(state, config, data_format) if has_batch_norm(config.model) else (None, {})
+    network = state.network(), config.model, images, data_format, config.pixel_normalization, config.precision
     logits = vgg.logits(*network, masks, config.dropout, normalize=normalize, **hooks)
     return Forward(logits, targets.cross_entropy(logits, config.label_smoothing), targets, moments)
 
@@ -121,7 +126,7 @@ def make_backward(state: State, config: StepConfig, data_format: str, factored: 
 
     def draw_and_run(images: Any, labels: Any, position: Any, keys: Any) -> Backward:
         # Numbers are drawn outside of what XLA compiles: its generator yields the same ones in another order.
-        masks = draw_dropout_masks(weights, config, images, position, keys)
+        masks = draw_dropout_masks(state.network(), config, images, position, keys)
         return compiled(images, labels, masks, draw_step_mixing(config, images, position, keys[-1]))
 
     return draw_and_run
@@ -137,5 +142,5 @@ def draw_dropout_masks(weights: vgg.Weights, config: StepConfig, images: Any, po
     """Returns the dropout mask, bool [n, units], of each hidden dense layer for `images` from `position` on."""
     return [
         dropout_mask(tf.shape(images)[0], weights[f"{name}/bias"].shape[0], config.dropout, keys[layer], position)
-        for layer, name in enumerate(DENSE[:-1] if config.dropout else [])
+        for layer, name in enumerate(vgg.dense_names(weights)[:-1] if config.dropout else [])
     ]

@@ -9,7 +9,7 @@ from hvd_vgg.config import TrainConfig, profiled_steps
 from hvd_vgg.data.layout import TITLES
 from hvd_vgg.data.sampler import part_bounds
 from hvd_vgg.data.transforms import image_library
-from hvd_vgg.models.architecture import count_parameters, layers_of
+from hvd_vgg.models.architecture import count_parameters, layers_to_train
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.parallel.consensus import run_on_root
 from hvd_vgg.parallel.init import Device, describe_software, mpi_version
@@ -77,8 +77,13 @@ def introduce(
 def _print_run(
     config: TrainConfig, data: Splits, device: Device, total_steps: int, progress: TrainProgress, reporter: Reporter
 ) -> None:
-    parameters = count_parameters(layers_of(config))
-    reporter.say(f"{config.model} at width {config.width:g}, {config.image_size} pixels: {parameters:,} parameters")
+    layers = layers_to_train(config)
+    trained = [layer for layer in layers if layer.trained]
+    parameters = f"{count_parameters(layers):,} parameters"
+    if len(trained) < len(layers):
+        names = ", ".join(layer.name for layer in layers if not layer.trained)
+        parameters += f", {count_parameters(trained):,} of them trained; frozen: {names}"
+    reporter.say(f"{config.model} at width {config.width:g}, {config.image_size} pixels: {parameters}")
     reporter.say(
         f"{data.train.records} records to train on, {data.validation.records} to evaluate; {TITLES[data.train.layout.kind]} "
         f"(--data_format={data.train.layout.kind}); labels from {data.label_base} "

@@ -10,7 +10,7 @@ import numpy as np
 from hvd_vgg.config import BITS, StepConfig
 from hvd_vgg.data.loader import BadRow
 from hvd_vgg.data.sampler import part_bounds
-from hvd_vgg.models.architecture import layers_of, training_flops
+from hvd_vgg.models.architecture import layers_to_train, training_flops
 from hvd_vgg.parallel import comm
 from hvd_vgg.reporting.throughput import (
     Bottleneck,
@@ -138,7 +138,7 @@ def measure_run(
     rows = per_rank(times, [each["host"] for each in everyones], [each["images"] for each in everyones])
     for row, each in zip(rows, everyones):
         row.update({f"{name}_seconds": seconds for name, seconds in each["excluded"].items()})
-    layers = layers_of(config)
+    layers = layers_to_train(config)
     found["tflops_per_rank"] = training_flops(layers, config.image_size) * found["fps"] / comm.size(group) / 1e12
     if device_tflops:
         found["share_of_peak"] = found["tflops_per_rank"] / device_tflops

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from hvd_vgg.config import StepConfig
 from hvd_vgg.data.sampler import part_bounds
+from hvd_vgg.models.architecture import GAMMA
 from hvd_vgg.parallel import comm
 from hvd_vgg.text import plural
 from hvd_vgg.training.backward import draw_dropout_masks, forward
@@ -19,8 +20,9 @@ from hvd_vgg.training.train_step import StepMetrics, step_inputs
 
 
 class FiniteReport(NamedTuple):
-    """What of one pass over n images is finite, bool: `weights` [weights], the `outputs` of each layer for each image
-    [layers, n], the `moments` of BatchNorm [moments], each image's loss [n], the `gradients` of the sum of losses [weights].
+    """What of one pass over n images is finite, bool: `weights` [frozen + weights], the `outputs` of each layer for each
+    image [layers, n], the `moments` of BatchNorm [moments], each image's loss [n], the `gradients` of the sum of losses
+    [weights].
     """
 
     weights: Any
@@ -73,11 +75,12 @@ def make_finite_check(state: State, config: StepConfig, data_format: str) -> Cal
 
     Its arguments are those of a train step, of at most --device_batch images.
     """
-    weights, normalized = state.weights, len(state.moments) // 2
+    weights, used = state.weights, {**state.frozen, **state.weights}
+    normalized = sum(name.endswith(f"/{GAMMA}") for name in used)
 
     @tf.function(jit_compile=False, autograph=False)
     def finite_check(images: Any, labels: Any, position: Any, keys: Any) -> FiniteReport:
-        masks = draw_dropout_masks(weights, config, images, position, keys)
+        masks = draw_dropout_masks(used, config, images, position, keys)
         mixing = draw_step_mixing(config, images, position, keys[-1])
         outputs: List[Any] = []
         with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -91,7 +94,7 @@ def make_finite_check(state: State, config: StepConfig, data_format: str) -> Cal
             x = outputs[layer]
             outputs[layer] = tf.where(tf.math.is_inf(x) & (x < 0), tf.zeros_like(x), x)
         return FiniteReport(
-            tf.stack([tf.reduce_all(tf.math.is_finite(weight)) for weight in weights.values()]),
+            tf.stack([tf.reduce_all(tf.math.is_finite(weight)) for weight in used.values()]),
             tf.stack([tf.reduce_all(tf.math.is_finite(x), list(range(1, x.shape.rank))) for x in outputs]),
             tf.stack(sound) if sound else tf.zeros([0], tf.bool),
             tf.math.is_finite(passed.losses),
@@ -147,18 +150,18 @@ def _first_nonfinite(
         found = check(images[low:high], labels[low:high], tf.constant(position + low, tf.int64), keys)
         return FiniteReport(*(np.asarray(each) for each in found))
 
-    rows, names = len(labels), list(state.weights)
+    rows, names, trained = len(labels), [*state.frozen, *state.weights], list(state.weights)
     parts = [part(low, min(low + device_batch, rows)) for low in range(0, rows, device_batch)]
     outputs = np.concatenate([each.outputs for each in parts], axis=1)
     losses = np.concatenate([each.losses for each in parts])
     moments, gradients = (np.all([getattr(each, kind) for each in parts], axis=0) for kind in ("moments", "gradients"))
-    layers = list(dict.fromkeys(name.split("/")[0] for name in names))
+    layers = sorted({name.split("/")[0] for name in names})  # forward order, as their names have it
     found = [(f"the weights {name}", whole) for name, whole in zip(names, parts[0].weights)]
     for layer, row in zip(layers, outputs):
         found.append((f"the outputs of {layer}", row.all()))
         found += [(f"the statistics of {n}", whole) for n, whole in zip(state.moments, moments) if n.split("/")[0] == layer]
     found.append(("the loss", losses.all()))
-    found += [(f"the gradient of {name}", whole) for name, whole in zip(reversed(names), gradients[::-1])]
+    found += [(f"the gradient of {name}", whole) for name, whole in zip(reversed(trained), gradients[::-1])]
     first = next((number for number, (_, whole) in enumerate(found) if not whole), None)
     if first is None:
         return None, []

@@ -4,7 +4,7 @@ from typing import Any, Dict, Iterable, Sequence, Tuple
 
 import tensorflow as tf
 
-from hvd_vgg.config import BITS, LARS, ComputeConfig, UpdateConfig
+from hvd_vgg.config import BITS, LARS, ComputeConfig, UpdateConfig, multipliers
 from hvd_vgg.parallel import fixed_point
 
 Slots = Dict[str, Any]
@@ -71,10 +71,13 @@ def apply_update(weights: Dict[str, Any], slots: Slots, gradients: Dict[str, Any
     With d = g + decay * w, v = momentum * v + d; w -= lr * v, or w -= lr * (d + momentum * v) for `nesterov` (Sutskever et
     al., 2013, in the form of torch.optim.SGD, whose learning rate is outside the momentum). For `lars` v = momentum * v +
     lr * ratio * d; w -= v (You et al., arXiv 1708.03888, algorithm 1, with the rate inside the momentum), where those of
-    --lars_skip have a ratio of 1 and no decay.
+    --lars_skip have a ratio of 1 and no decay. The rate is that of --lr_multipliers.
     """
+    factors = multipliers(config.lr_multipliers)
     for name, weight in weights.items():
-        rate, skipped = tf.cast(lr, weight.dtype), config.optimizer == LARS and _is_among(config.lars_skip, name)
+        fitting = [beginning for beginning in factors if name.startswith(beginning)]
+        rate = tf.cast(factors[max(fitting, key=len)] * lr if fitting else lr, weight.dtype)
+        skipped = config.optimizer == LARS and _is_among(config.lars_skip, name)
         decay = 0.0 if skipped or _is_among(config.no_decay, name) else config.weight_decay
         gradient = gradients[name] + decay * weight if decay else gradients[name]
         if config.optimizer == LARS:

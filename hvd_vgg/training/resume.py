@@ -13,6 +13,7 @@ from hvd_vgg.run_dir import RunDir
 from hvd_vgg.text import difference_table
 from hvd_vgg.training import checkpoint
 from hvd_vgg.training.checkpoint_copy import bring_back
+from hvd_vgg.training.init_from import INIT_SHA256, init_weights
 from hvd_vgg.training.kept_step import read_skipped_steps
 from hvd_vgg.training.reporter import Reporter
 from hvd_vgg.training.state import CHECKPOINT_FORMAT, State, TrainProgress, assign_variables, find_mismatch
@@ -66,6 +67,8 @@ def _restore_root(
     found, faults = checkpoint.newest(run_dir, copy)
     if found is None:
         _check_none_was_saved(run_dir)
+        if config.init_from:
+            init_weights(state, config, reporter)
         return TrainProgress()
     if found.meta.get("format") != CHECKPOINT_FORMAT:
         raise Failure(
@@ -132,7 +135,9 @@ def _refuse(keys: List[str], mismatch: str, found: checkpoint.Checkpoint, run: D
     """Raises Failure(CONFIGURATION) with what differs, and what of it --allow_config_change may admit."""
     before, own = found.meta["run"], f"the run's own flags (--flagfile={run_dir.flags})"
     table = difference_table({k: before.get(k) for k in keys}, {k: run.get(k) for k in keys}, ("checkpoint", "command"))
-    if "train_data_sha256" in keys:
+    if INIT_SHA256 in keys:
+        fix = "Weights of another --init_from are another run: use another --run_dir, or the file that this run began with"
+    elif "train_data_sha256" in keys:
         fix = "Another data set is another run: use another --run_dir, or the data that this run began with"
     elif mismatch:
         fix = f"Another network is another run: use another --run_dir, or {own}"

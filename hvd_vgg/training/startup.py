@@ -15,7 +15,7 @@ from hvd_vgg.reporting.console import Console
 from hvd_vgg.run_dir import lock_run_dir
 
 # Flags that may differ between ranks: a host may keep its files elsewhere, and rank 0 alone prints.
-OWN_FLAGS = ("data_dir", "run_dir", "checkpoint_copy_dir", "console", "out", "json", "metrics_file")
+OWN_FLAGS = ("data_dir", "run_dir", "checkpoint_copy_dir", "console", "out", "json", "metrics_file", "init_from")
 
 
 class Session(NamedTuple):

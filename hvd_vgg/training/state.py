@@ -11,7 +11,7 @@ from hvd_vgg.config import ModelConfig, StepConfig, TrainConfig, fingerprint
 from hvd_vgg.data.index import Index
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.models import vgg
-from hvd_vgg.models.architecture import layers_of
+from hvd_vgg.models.architecture import layers_of, layers_to_train
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.training import checkpoint
 from hvd_vgg.training.average import UPDATES, make_averages
@@ -26,17 +26,23 @@ CHECKPOINT_FORMAT = 5
 class State(NamedTuple):
     """The variables of a run by name, on this rank.
 
-    moments: of BatchNorm; averages: of `make_averages`; each is empty without.
+    weights: of the layers that are trained; moments: of their BatchNorm; frozen: weights and moments of the others;
+    averages: of `make_averages`; each is empty without.
     """
 
     weights: vgg.Weights
     moments: vgg.Weights
+    frozen: vgg.Weights
     slots: Slots
     averages: Dict[str, Any]
 
+    def trained(self) -> vgg.Weights:
+        """Returns the variables that an update changes, by name, beside the momentum."""
+        return {**self.weights, **self.moments}
+
     def network(self) -> vgg.Weights:
         """Returns the variables that evaluation needs, by name."""
-        return {**self.weights, **self.moments}
+        return {**self.frozen, **self.weights, **self.moments}
 
     def averaged_network(self) -> vgg.Weights:
         """Returns the averages of `network`, under the same names; nothing without averages."""
@@ -77,7 +83,10 @@ def initial_state(config: StepConfig) -> State:
     """Returns the state before the first update: a function of the configuration, equal on every rank."""
     weights, moments = initial_network(config, config.seed)
     averages = make_averages({**weights, **moments}) if config.ema_decay else {}
-    return State(weights, moments, make_slots(weights, moments, config), averages)
+    layers = {layer.name for layer in layers_to_train(config) if layer.trained}
+    frozen = {name: each for name, each in {**weights, **moments}.items() if name.split("/")[0] not in layers}
+    weights, moments = ({name: each for name, each in part.items() if name not in frozen} for part in (weights, moments))
+    return State(weights, moments, frozen, make_slots(weights, moments, config), averages)
 
 
 def reset_state(state: State, config: StepConfig) -> None:

@@ -33,8 +33,8 @@ class Sums(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How gradients and moments are summed. shapes: of the weights and moments, by name; integers: type of sums in fixed
-    point, None for floats.
+    """How gradients and moments are summed. shapes: of the weights and moments that are trained, by name; integers: type of
+    sums in fixed point, None for floats.
     """
 
     shapes: Dict[str, Any]
@@ -47,7 +47,7 @@ class Layout(NamedTuple):
 
 def make_layout(state: State, factored: Sequence[str], config: StepConfig, device: str, group: comm.Group) -> Layout:
     """Returns the layout for what is summed of `state`, on a device of kind `device`, CPU or GPU."""
-    shapes = {name: variable.shape for name, variable in state.network().items()}
+    shapes = {name: variable.shape for name, variable in state.trained().items()}
     # TensorFlow adds 32-bit integers on the host, even those of a GPU.
     integers = None if config.reproducible != BITS else tf.int64 if device == "GPU" else tf.int32
     messages = exchange.messages({name: shapes[name] for name in summed_names(shapes, factored)})

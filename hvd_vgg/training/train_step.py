@@ -194,7 +194,7 @@ def apply_gradients(
     gradients: of `gradients_of`; tally: as in Sums, of all ranks; stopped: a bool variable, set by the first update that is
     not finite, after which none is applied; limits: those that the gradients were summed in, if any.
     """
-    weights, moments, slots, averages = state
+    weights, moments, slots, averages = state.weights, state.moments, state.slots, state.averages
     norm = global_norm([gradients[name] for name in weights])
     # A variance overflows before anything else does: outputs divided by it are 0, and so finite.
     sound = tf.reduce_all(tf.math.is_finite(tf.concat([gradients[name] for name in moments], 0))) if moments else True
@@ -215,7 +215,7 @@ def apply_gradients(
         for name, moment in moments.items():
             moment.assign(updated_moment(moment, gradients[name]))
         if averages:
-            update_averages(averages, state.network(), config.ema_decay)
+            update_averages(averages, state.trained(), config.ema_decay)
         if limits is not None:
             slots[GRADIENT_LIMITS].assign(fixed_point.next_limits(limits, tally[:, :-1]))
 

@@ -19,6 +19,7 @@ from hvd_vgg.training.checkpoint_copy import open_copy_dir
 from hvd_vgg.training.checkpoint_writer import CheckpointWriter
 from hvd_vgg.training.dataset import open_data
 from hvd_vgg.training.evaluate import evaluate, make_eval_step, report_evaluation
+from hvd_vgg.training.init_from import resolve_source
 from hvd_vgg.training.introduction import introduce
 from hvd_vgg.training.metrics import PendingUpdate, measure_window, reduce_metrics
 from hvd_vgg.training.profile import profiled
@@ -43,17 +44,18 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, on_log: Optional[OnLog] = None) -> None:
         """Joins the ranks, opens the data, restores the newest checkpoint. Collective; raises collective Failures."""
-        self.config = config
         self.device, console, _ = join_ranks(config, timeline=bool(config.profile_steps))
         watchdog.save_when_asked()  # now: joining may have set other handlers
         self.lock = run_on_all_ranks(lambda: claim_run_dir(config))
+        config, source = resolve_source(config)
+        self.config = config
         self.reporter = open_reporter(config, console, on_log)
         self.data = open_data(config, Path(config.run_dir), console)
         self.total_steps = total_steps(config, self.data.train.records)
         self.arithmetic = describe_arithmetic(self.device, config.resize)
         self.low, _ = part_bounds(config, comm.rank(), comm.size())  # of this rank's part of a global batch
         self.state = initial_state(config)
-        self.fingerprint = run_fingerprint(config, self.data.train, self.data.label_base)
+        self.fingerprint = {**run_fingerprint(config, self.data.train, self.data.label_base), **source}
         self.copy = run_on_root(lambda: open_copy_dir(config.checkpoint_copy_dir, self.reporter))
         run_dir, reporter = RunDir(config.run_dir), self.reporter
         self.writer = CheckpointWriter(run_dir, config.keep_checkpoints, reporter.event, self.copy, reporter.say)

@@ -24,7 +24,7 @@ def read_weights(path: Path, average: bool = False) -> Source:
     Files are this package's checkpoints and exports, or those of `weights.files`. Raises Failure(CONFIGURATION) with what is
     wrong.
     """
-    path = _file_of(path, average)
+    path = file_of(path, average)
     meta = _own_meta(path)
     if meta is None:
         return read_file(path)
@@ -44,12 +44,12 @@ def read_weights(path: Path, average: bool = False) -> Source:
 
 def read_flags(path: Path) -> Dict[str, Any]:
     """Returns `Source.flags` of what `read_weights` reads, from names and shapes alone. Raises Failure(CONFIGURATION)."""
-    path = _file_of(path, False)
+    path = file_of(path)
     meta = _own_meta(path)
     return read_file_flags(path) if meta is None else _flags_of(meta, path)
 
 
-def _file_of(path: Path, average: bool) -> Path:
+def file_of(path: Path, average: bool = False) -> Path:
     """Returns the file that is meant: itself, or the best checkpoint of the run in a directory."""
     if not path.is_dir():
         return path
@@ -58,6 +58,12 @@ def _file_of(path: Path, average: bool) -> Path:
         which = "best checkpoint of an average" if average else "best checkpoint"
         raise Failure(CONFIGURATION, f"{path} has no {which}: expected a file of weights, or a run that was evaluated")
     return found
+
+
+def run_of(path: Path) -> Dict[str, Any]:
+    """Returns `run` of a checkpoint's metadata; {} where the file is no checkpoint of this package."""
+    run = (_own_meta(path) or {}).get("run")
+    return run if isinstance(run, dict) else {}
 
 
 def _own_meta(path: Path) -> Optional[Dict[str, Any]]:

@@ -6,8 +6,8 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
-from hvd_vgg.config import FLATTENED, POOLED, ModelConfig
-from hvd_vgg.models.architecture import BLOCKS, DENSE, GAMMA, layers_of
+from hvd_vgg.config import BLOCKS, DENSE, FLATTENED, POOLED, ModelConfig
+from hvd_vgg.models.architecture import GAMMA, layers_of
 
 Shapes = Mapping[str, Tuple[int, ...]]
 

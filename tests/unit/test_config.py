@@ -277,7 +277,7 @@ def test_flags_of_batches_are_whole_groups(global_batch, device_batch):
 
 
 PLAN_FLAGS = {"model", "width", "image_size", "num_classes", "global_batch", "exchange", "wire_dtype"}
-PLAN_FLAGS |= {"link_flops_per_byte", "head"}
+PLAN_FLAGS |= {"link_flops_per_byte", "head", "train_only"}
 PLAN_FLAGS |= {"ranks", "ranks_per_host", "gbit", "fps_per_rank", "sweep_ranks", "out", "save_seconds", "failure_hours"}
 
 
@@ -376,7 +376,7 @@ def test_path_flags_are_marked_as_such():
     """By their unit, on which what follows rests; rsh_agent is a command."""
     named = {name for kind in CONFIGS for name in (field.name for field in dataclasses.fields(kind))}
     marked = {name for _, name in PATH_FLAGS}
-    own = {"data_dir", "run_dir", "same_as", "out", "hostfile", "checkpoint"}
+    own = {"data_dir", "run_dir", "same_as", "out", "hostfile", "checkpoint", "init_from"}
     assert marked == {*own, "checkpoint_copy_dir", "metrics_file"}
     assert not {name for name in named - marked if name.endswith(("dir", "file", "path"))}
 

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from hvd_vgg.config import BLOCKS
 from hvd_vgg.models import vgg
-from hvd_vgg.models.architecture import BLOCKS, count_parameters, vgg_layers
+from hvd_vgg.models.architecture import count_parameters, vgg_layers
 from hvd_vgg.parallel.init import cpu_convolves
 
 
