@@ -52,7 +52,9 @@ AUGMENTED = [
     *("--resize=pillow", "--eval_crop=1", "--eval_size=64", "--eval_flip"),
 ]
 MIXED = ["--mixup=0.3", "--cutmix=1", "--mix_batch=2", "--ema_decay=0.9"]
-EVERYTHING = [*GROUPS, "--exchange=factored", *LARS, "--no_decay=bias,norm", *MIXED, *AUGMENTED]
+# A layer in the middle is frozen.
+LAYERS = ["--train_only=block1,block2,block3_conv1,block4,block5,fc,predictions", "--lr_multipliers=block:0.5,block5:2"]
+EVERYTHING = [*GROUPS, "--exchange=factored", *LARS, "--no_decay=bias,norm", *MIXED, *AUGMENTED, *LAYERS]
 
 
 def planned(block=1):

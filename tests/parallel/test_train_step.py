@@ -50,7 +50,7 @@ def test_train_step_is_that_of_the_mean_loss(factored, reproducible):
     top1 = int((logits.numpy().argmax(axis=1) == labels).sum())
 
     low, high = part_bounds(config, comm.rank(), comm.size())
-    train_step = make_train_step(State(weights, {}, make_slots(weights, {}, config), {}), config, DEVICE, factored)
+    train_step = make_train_step(State(weights, {}, {}, make_slots(weights, {}, config), {}), config, DEVICE, factored)
     keys = tf.constant(dropout_keys(1, 0, 2))
     sums = train_step(
         tf.constant(images[low:high]), tf.constant(labels[low:high]), tf.constant(low, tf.int64), keys, tf.constant(0.1)
@@ -73,7 +73,7 @@ def test_train_step_skips_a_float16_overflow(factored):
     config = dataclasses.replace(config, precision="float16")
     weights = vgg.initial_weights(vgg_layers("vgg11", 0.125, 32, 10), 1)
     slots = make_slots(weights, {}, config)
-    train_step = make_train_step(State(weights, {}, slots, {}), config, DEVICE, factored)
+    train_step = make_train_step(State(weights, {}, {}, slots, {}), config, DEVICE, factored)
     keys, random = tf.constant(dropout_keys(1, 0, 2)), np.random.default_rng(3)
     images = random.integers(0, 256, (8, 32, 32, 3), np.uint8)
     low, high = part_bounds(config, comm.rank(), comm.size())
@@ -107,7 +107,7 @@ def test_train_step_in_xla_and_low_precision(kind, within):
     for chosen in (config, dataclasses.replace(config, **kind)):
         weights = vgg.initial_weights(vgg_layers("vgg11", 0.0625, 32, 10), 1)
         before = {name: value.numpy() for name, value in weights.items()}
-        train_step = make_train_step(State(weights, {}, make_slots(weights, {}, chosen), {}), chosen, DEVICE, ["fc1"])
+        train_step = make_train_step(State(weights, {}, {}, make_slots(weights, {}, chosen), {}), chosen, DEVICE, ["fc1"])
         keys, mine = tf.constant(dropout_keys(1, 0, 2)), (tf.constant(images[low:high]), tf.constant(labels[low:high]))
         train_step(*mine, tf.constant(low, tf.int64), keys, tf.constant(config.lr))
         assert {value.dtype for value in weights.values()} == {tf.float32}
@@ -122,7 +122,7 @@ def test_train_step_infinite_loss_of_one_rank_stops_all():
     config = TrainConfig(**shape, dropout=0.0)
     weights = vgg.initial_weights(vgg_layers("vgg11", 0.0625, 32, 10), 1)
     slots = make_slots(weights, {}, config)
-    train_step = make_train_step(State(weights, {}, slots, {}), config, DEVICE, ["fc1"])
+    train_step = make_train_step(State(weights, {}, {}, slots, {}), config, DEVICE, ["fc1"])
     low, high = part_bounds(config, comm.rank(), comm.size())
     images = np.random.default_rng(3).integers(0, 256, (8, 32, 32, 3), np.uint8)[low:high]
     labels = np.full(high - low, 0 if comm.rank() == 1 else 1, np.int32)
@@ -237,7 +237,7 @@ def test_exchange_sums_over_ranks(factored, reproducible):
     shape = dict(model="vgg11", width=0.0625, image_size=32, num_classes=10, global_batch=2 * comm.size(), device_batch=2)
     config, names = TrainConfig(**shape, reproducible=reproducible), ["block1_conv1", "fc1", "fc2"]
     weights = {f"{name}/{kind}": tf.zeros(size) for name in names for kind, size in (("kernel", [3, 4]), ("bias", [4]))}
-    layout = make_layout(State(weights, {}, {}, {}), factored, config, "CPU", comm.WORLD)
+    layout = make_layout(State(weights, {}, {}, {}, {}), factored, config, "CPU", comm.WORLD)
     one, last = float(comm.rank() + 1), comm.rank() == comm.size() - 1
     total = comm.size() * (comm.size() + 1) / 2
     rows = [tf.fill([2, 3], one) for _ in factored]

@@ -115,7 +115,7 @@ def make_parts(factored, **more):
     """Returns (config, weights, backward, images, labels, position, keys)."""
     config = TrainConfig(**{**TINY, **more})
     weights, _ = initial_network(config, 1)
-    backward = make_backward(State(weights, {}, make_slots(weights, {}, config), {}), config, "NHWC", factored)
+    backward = make_backward(State(weights, {}, {}, make_slots(weights, {}, config), {}), config, "NHWC", factored)
     random = np.random.default_rng(3)
     images = tf.constant(random.integers(0, 256, (11, 32, 32, 3), np.uint8))
     labels = tf.constant(random.integers(0, 10, 11).astype(np.int32))
@@ -146,7 +146,7 @@ def test_backward_is_the_gradient_of_the_summed_loss(factored, smoothing):
 def make_sums(factored, reproducible, at_a_time=1, **more):
     """Returns (layout, function (low, high) -> Sums of these of 11 images, limits that they do not exceed)."""
     config, weights, backward, images, labels, _, keys = make_parts(factored, reproducible=reproducible, **more)
-    layout = make_layout(State(weights, {}, {}, {}), factored, config, "CPU", comm.Group(OneRank))
+    layout = make_layout(State(weights, {}, {}, {}, {}), factored, config, "CPU", comm.Group(OneRank))
     accumulated = accumulate(backward, layout, at_a_time)
     bits = reproducible == BITS
     limits = tf.constant(fixed_point.first_limits(len(weights)) if bits else [], tf.int32)
@@ -238,7 +238,8 @@ def test_apply_gradients_stops_at_the_first_nonfinite(loss, gradient, reproducib
         limits = slots.get(GRADIENT_LIMITS)
         magnitudes = fixed_point.magnitudes([*([] if limits is None else gradients.values()), loss])
         tally = fixed_point.tally(magnitudes[tf.newaxis], tf.fill(tf.shape(magnitudes), 126 * 64))
-        return apply_gradients(State(weights, {}, slots, {}), gradients, tally, stopped, tf.constant(0.1), config, limits)
+        state = State(weights, {}, {}, slots, {})
+        return apply_gradients(state, gradients, tally, stopped, tf.constant(0.1), config, limits)
 
     norm, scale, finite = apply(tf.constant(1.0), tf.constant(1.0))
     assert (float(norm), float(scale), bool(finite)) == (pytest.approx(math.sqrt(2)), 1.0, True)
