@@ -74,6 +74,10 @@ def init_weights(state: State, config: TrainConfig, reporter: Reporter) -> None:
     for text, names in (("resized", [taken.resized]), ("new", taken.new), ("not used", taken.unused)):
         if any(names):
             reporter.say(f"  {text}: {', '.join(names)}")
+    for name in ("pixel_normalization", "resize"):
+        own, theirs = getattr(config, name), source.flags.get(name, getattr(config, name))
+        if own != theirs:
+            reporter.say(f"  expects other images: --{name}={theirs}, here {own}")
     found: Dict[str, Any] = {"file": str(source.path), "kind": source.kind, "sha256": source.sha256, "layers": layers}
     reporter.event("init_from", **found, resized=taken.resized, new=taken.new, unused=taken.unused)
 
