@@ -1,11 +1,11 @@
 """What weights to begin with are worth: acc@1 after the same updates, from given weights and from scratch.
 
-    python benchmarks/finetune.py --data_dir=CIFAR10 [--updates=400] [--pretrain=1200] [--rounds=2] [--weights=FILE] [--flags]
+    python benchmarks/finetune.py --data_dir=CIFAR10 [--updates=400] [--pretrain=1200] [--rounds=2] [--weights=FILE]
 
 The classes of --data_dir are halved. A network learns the first half for --pretrain updates. On the other half, for
 --updates updates, rows are: `frozen`, with its convolutions, frozen, under new dense layers; `slower`, with its convolutions
 at a tenth of the rate; `scratch`, all of it new. With --weights, a file of VGG-16's convolutions (as `--init_from` takes),
-all classes are learned by VGG-16 of full width for --weights_updates updates: `given`, `given, frozen` and `scratch, VGG-16`.
+all classes are learned by VGG-16 at full width for --weights_updates updates: `given`, `given, frozen`, `scratch, VGG-16`.
 Rounds differ in their seed and take turns. Every row is `hvd-vgg train` with the flags that are printed.
 """
 
