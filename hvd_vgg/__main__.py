@@ -155,9 +155,15 @@ COMMANDS = {
         "decode every record of both splits; report layout, classes, image sizes and formats, bad records, duplicates "
         "within and between the splits; draw images before and after augmentation. Exit code 65 if records are bad.",
     ),
+    "runs": Command(
+        configs.RunsConfig,
+        "hvd_vgg.commands.runs:list_runs",
+        "hvd-vgg runs [DIR]: the runs below DIR, a line each, the newest at the end: training, stopped, done, or failed and "
+        "why; updates, epochs, best accuracy, images/s, time since the last line. Needs no TensorFlow.",
+    ),
 }
 # What the first word after a command is, where it is no flag.
-POSITIONAL = {"replay": "run_dir", "verify-run": "run_dir", "inspect": "data_dir"}
+POSITIONAL = {"replay": "run_dir", "verify-run": "run_dir", "inspect": "data_dir", "runs": "dir"}
 
 LAUNCH_USAGE = """hvd-vgg launch [--flags] train|evaluate|replay|verify-run|benchmark|doctor|prepare|inspect|... [ITS FLAGS]
 hvd-vgg launch [--flags] -- PROGRAM [ITS ARGUMENTS]
@@ -276,7 +282,7 @@ def _launch(argv: List[str]) -> int:
     """Runs `hvd-vgg launch`; wrong flags of the command are reported before anything is started."""
     from hvd_vgg.launcher.supervisor import LaunchSpec, launch
 
-    startable = [name for name in COMMANDS if name not in ("plan", "acceptance")]
+    startable = [name for name in COMMANDS if name not in ("plan", "acceptance", "runs")]
     cut = next((index for index, word in enumerate(argv) if word in (*startable, "--")), len(argv))
     own, inner = argv[:cut], argv[cut:]
     if {"-h", "--help"} & set(own):

@@ -980,6 +980,13 @@ class InspectConfig(DataConfig, EvaluationImageConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class RunsConfig:
+    """Where `runs` looks."""
+
+    dir: str = flag("./runs", "Run", "Directory with runs, below which they may lie anywhere.", "path")
+
+
+@dataclasses.dataclass(frozen=True)
 class DemoConfig:
     """What `make-demo-data` draws."""
 

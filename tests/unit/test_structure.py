@@ -26,6 +26,7 @@ NO_TENSORFLOW = (
     "launcher.supervisor",
     "doctor.runner",
     "commands.plan",
+    "commands.runs",
     "commands.verify",
     "commands.history",
     "commands.prepare",

@@ -1,0 +1,153 @@
+"""The `runs` command: the runs below a directory, a line each. Needs no TensorFlow; changes nothing."""
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
+
+from hvd_vgg import storage
+from hvd_vgg.config import RunsConfig
+from hvd_vgg.errors import CONFIGURATION, DATA, Failure
+from hvd_vgg.reporting.receipt import LogLine, read_json_lines, read_log
+from hvd_vgg.run_dir import RunDir
+from hvd_vgg.text import format_duration
+
+_MOST_DEPTH = 6  # of directories that are looked into
+_OTHER_HOST_SECONDS = 600.0  # since its newest line, until which a run that another host holds is taken to train
+_REASON_WIDTH = 100
+
+
+class Row(NamedTuple):
+    """A run for people. state: training, stopped, done, failed or unreadable; reason: why, or ""."""
+
+    name: str
+    state: str
+    step: str
+    epochs: str
+    top1: str
+    top5: str
+    fps: str
+    age: str
+    reason: str
+
+
+def list_runs(config: RunsConfig) -> None:
+    """Prints a line for each run below --dir, the newest at the end.
+
+    Raises Failure(DATA) where there is none, Failure(CONFIGURATION) where there is no directory.
+    """
+    folder = Path(config.dir)
+    if not folder.is_dir():
+        raise Failure(CONFIGURATION, f"--dir={folder}: expected a directory with runs, or that of one run")
+    found = sorted(find_runs(folder), key=lambda run: run.log.stat().st_mtime)
+    if not found:
+        raise Failure(DATA, f"--dir={folder}: no run in it: expected directories that `hvd-vgg train --run_dir=` made")
+    rows = [describe_run(run, folder, time.time()) for run in found]
+    table = [Row("run", "state", "step", "epochs", "acc@1", "acc@5", "images/s", "age", ""), *rows]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for row in table:
+        left = [cell.ljust(width) for cell, width in zip(row[:2], widths)]
+        right = [cell.rjust(width) for cell, width in zip(row[2:-1], widths[2:])]
+        print("  ".join([*left, *right, row.reason]).rstrip())
+
+
+def find_runs(folder: Path) -> Iterator[RunDir]:
+    """Yields the runs in a directory and below it; links to directories are not followed, nor are runs looked into."""
+    for path, folders, files in os.walk(folder):
+        run = RunDir(path)
+        if run.log.name in files:
+            yield run
+        deep = len(Path(path).relative_to(folder).parts) >= _MOST_DEPTH
+        folders[:] = [] if deep or run.log.name in files else sorted(folders)
+
+
+def describe_run(run: RunDir, folder: Path, now: float) -> Row:
+    """Returns the row of a run; now: seconds since 1970."""
+    name = str(run.path.relative_to(folder))
+    name = run.path.resolve().name if name == "." else name
+    name = name if name.isprintable() else ascii(name)[1:-1]
+    try:
+        lines = read_log(run.log)
+        age = max(0.0, now - run.log.stat().st_mtime)
+    except (OSError, Failure) as error:
+        return Row(name, "unreadable", "", "", "", "", "", "", getattr(error, "strerror", None) or str(error))
+    flags: Dict[str, Any] = next((line.data for line in reversed(lines) if line.kind == "PARAMETER"), {})
+    state, reason = _state(run, lines, age)
+    best = max((line.data for line in lines if line.kind == "evaluation"), key=_top1, default={})
+    step = max((line.step for line in lines if line.kind in ("train", "evaluation", "start")), default=0)
+    trained = [line for line in lines if line.kind == "train"]
+    rates = [line.data["train.fps"] for line in trained[-20:] if "train.fps" in line.data]
+    ends = [line.data["fps"] for line in lines if line.kind == "throughput" and line.data.get("fps")]
+    fps = ends[-1] if ends and state == "done" else sorted(rates)[len(rates) // 2] if rates else None
+    total = next((line.data.get("steps") for line in reversed(lines) if line.kind == "start"), None)
+    epochs = step * flags.get("global_batch", 0) / max(1, _records(lines))
+    top1, top5 = (f"{best[name]:.4f}" if name in best else "-" for name in ("eval.acc@1", "eval.acc@5"))
+    return Row(
+        name,
+        state,
+        f"{step}/{total}" if total else str(step),
+        f"{epochs:.1f}",
+        top1,
+        top5,
+        "-" if fps is None else f"{fps:.1f}",
+        format_duration(age),
+        reason[:_REASON_WIDTH],
+    )
+
+
+def _top1(data: Dict[str, Any]) -> float:
+    return float(data.get("eval.acc@1", -1.0))
+
+
+def _records(lines: List[LogLine]) -> int:
+    starts = [line.data for line in lines if line.kind == "start"]
+    return int(starts[-1].get("data", {}).get("train", {}).get("records", 0)) if starts else 0
+
+
+def _state(run: RunDir, lines: List[LogLine], age: float) -> Tuple[str, str]:
+    """Returns (state, reason) of a run."""
+    holder = _holder(run)
+    if _is_locked_here(run):
+        return "training", ""
+    if lines and lines[-1].kind == "end":
+        return "done", ""
+    if holder.get("host") not in (None, socket.gethostname()) and age < _OTHER_HOST_SECONDS:
+        return "training", f"on {holder['host']}, by its newest line"
+    if lines and lines[-1].kind == "stopped":
+        return "stopped", "on request; the same command goes on"
+    return "failed", _why(run, lines) or "it left no reason: killed, or its host is gone"
+
+
+def _why(run: RunDir, lines: List[LogLine]) -> str:
+    """Returns why the newest start of a run failed, as its files have it; "" where they say nothing."""
+    if lines and lines[-1].kind == "nonfinite":
+        return f"not finite at step {lines[-1].data.get('step')}: hvd-vgg replay {run.path}"
+    began = next((line.timestamp for line in reversed(lines) if line.kind == "start"), 0.0)
+    reports = [row for path in sorted(run.faults.glob("*.rank*.jsonl")) for row in read_json_lines(path)]
+    newest = [row for row in reports if isinstance(row.get("time"), float) and row["time"] >= began]
+    if newest:
+        first = min(newest, key=lambda row: float(row["time"]))
+        what = str(first.get("error") or f"hung in {first.get('phase')}").split("\n")[0]
+        return f"rank {first.get('rank')} on {first.get('host')}: {what}"
+    ends = [row for row in read_json_lines(run.restarts) if row.get("reason")]
+    return str(ends[-1]["reason"]) if ends else ""
+
+
+def _holder(run: RunDir) -> Dict[str, Any]:
+    try:
+        found = json.loads(storage.read_bytes(run.lock))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_locked_here(run: RunDir) -> bool:
+    """Returns whether a process of this host holds the run's lock; taking it to find out could turn a starting job away."""
+    try:
+        inode = run.lock.stat().st_ino
+        locks = Path("/proc/locks").read_text()
+    except OSError:
+        return False
+    return any(" FLOCK " in line and f":{inode} " in line and "->" not in line for line in locks.splitlines())

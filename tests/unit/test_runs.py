@@ -1,0 +1,80 @@
+"""`hvd-vgg runs`: each run below a directory with what became of it."""
+
+import json
+import os
+import time
+
+import pytest
+from test_verify import STEPS, Killed, train
+
+from hvd_vgg.commands.runs import describe_run, find_runs, list_runs
+from hvd_vgg.config import RunsConfig
+from hvd_vgg.errors import CONFIGURATION, DATA, Failure
+from hvd_vgg.run_dir import RunDir, lock_run_dir
+
+
+def row_of(path, seconds=0.0):
+    return describe_run(RunDir(path), path.parent, time.time() + seconds)
+
+
+def test_runs_of_a_finished_run_has_its_result(tmp_path):
+    train(tmp_path / "a")
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    row = row_of(tmp_path / "a", 3600)
+    assert row[:3] == ("a", "done", str(STEPS)) and row.epochs == f"{result['epochs']:.1f}"
+    assert float(row.top1) >= result["acc@1"] - 1e-4 and row.fps == f"{result['fps']:.1f}"
+    assert row.age.startswith("1 h") and not row.reason
+
+
+def test_runs_say_why_one_failed(tmp_path):
+    """By what its ranks have left since the newest start; what is older says nothing."""
+    path = tmp_path / "a"
+    with pytest.raises(Killed):
+        train(path, kill_at=20)
+    assert row_of(path)[1:2] == ("failed",) and "it left no reason" in row_of(path).reason
+    (path / "faults").mkdir()
+    report = {"time": time.time() - 1e6, "rank": 0, "host": "old", "error": "long ago"}
+    (path / "faults" / "fatal.rank0.jsonl").write_text(json.dumps(report) + "\n")
+    assert "long ago" not in row_of(path).reason
+    late = {"time": time.time() + 1, "rank": 3, "host": "b", "error": "a device is gone\nmore"}
+    (path / "faults" / "fatal.rank3.jsonl").write_text(json.dumps(late) + "\n")
+    assert row_of(path).reason == "rank 3 on b: a device is gone"
+
+
+def test_runs_that_were_stopped_or_train(tmp_path):
+    """A lock that a process of this host holds decides; it is not taken to find out."""
+    with pytest.raises(Failure):
+        train(tmp_path / "a", stop_at=8)
+    assert row_of(tmp_path / "a")[1] == "stopped"
+    with lock_run_dir(tmp_path / "a"):
+        assert row_of(tmp_path / "a")[1] == "training"
+    assert row_of(tmp_path / "a")[1] == "stopped"
+    (tmp_path / "a" / "lock").write_text(json.dumps({"host": "elsewhere"}))
+    assert [row_of(tmp_path / "a", seconds)[1] for seconds in (10, 3600)] == ["training", "stopped"]
+
+
+def test_runs_are_found_below_a_directory(tmp_path, capsys):
+    """The newest at the end; neither links nor what is inside a run; a damaged log is a row."""
+    for number, name in enumerate(("old", "deeper/new", "odd \n name")):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        train(path)
+        os.utime(path / "dllogger.json", (number, number))
+    (tmp_path / "odd \n name" / "dllogger.json").write_bytes(b"\xff" * 100)
+    os.utime(tmp_path / "odd \n name" / "dllogger.json", (0, 0))
+    (tmp_path / "old" / "inner").mkdir()
+    (tmp_path / "old" / "inner" / "dllogger.json").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "old")
+    assert len(list(find_runs(tmp_path))) == 3
+    list_runs(RunsConfig(dir=str(tmp_path)))
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["run", "state", "step", "epochs", "acc@1", "acc@5", "images/s", "age"]
+    assert len(rows) == 3 and [row.split()[0] for row in rows[1:]] == ["old", "deeper/new"]
+    assert rows[0].startswith("odd \\n name")
+
+
+@pytest.mark.parametrize(("name", "code"), [("none", CONFIGURATION), ("", DATA)])
+def test_runs_refuses_a_directory_without_any(tmp_path, name, code):
+    with pytest.raises(Failure) as raised:
+        list_runs(RunsConfig(dir=str(tmp_path / name)))
+    assert raised.value.code == code and "--dir=" in raised.value.message
