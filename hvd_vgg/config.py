@@ -606,6 +606,9 @@ class TrainConfig(RecipeConfig, BatchConfig, EvaluationConfig):
         "path",
     )
     log_every_steps: int = flag(20, "Run", "One log line per this many.", "updates", at_least=1)
+    verbose: bool = flag(
+        False, "Run", "Print at the end where the time of each rank went, too; the log and result.json have it in any case."
+    )
     metrics_file: str = flag(
         "",
         "Run",

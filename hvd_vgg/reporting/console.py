@@ -8,7 +8,7 @@ from hvd_vgg.text import format_duration
 from hvd_vgg.watchdog import watchdog
 
 _BAR_SECONDS, _LINE_SECONDS = 0.1, 10.0  # how often progress is shown
-_BAR_WIDTH = 24
+_LINE_WIDTH, _BAR_WIDTH = 79, 24  # columns; a bar is shorter where the rest of its line is long, down to 4
 _CLEAR = "\r\x1b[K"  # erases the line that the cursor is in
 
 
@@ -48,6 +48,7 @@ class Progress:
 
     def __init__(self, console: Console, title: str, total: int, unit: str, start: int) -> None:
         self.console, self.title, self.total, self.unit, self.start = console, title, total, unit, start
+        self.note = ""  # the newest
         self.began = self.shown = watchdog.active_seconds()
 
     def restart(self, done: int) -> None:
@@ -65,15 +66,18 @@ class Progress:
         self.console.say(text)
 
     def update(self, done: int, note: str = "") -> None:
-        """Redraws the progress, `done` units, if the interval has elapsed, with a note."""
+        """Redraws the progress, `done` units, if the interval has elapsed, with the newest note."""
         now = watchdog.active_seconds()
+        self.note = note or self.note
         if now - self.shown < (_BAR_SECONDS if self.console.bar else _LINE_SECONDS):
             return
         left = self.left_seconds(done)
-        tail = (f"  {note}" if note else "") + (f"  left {format_duration(left)}" if left is not None else "")
+        tail = (f"  {self.note}" if self.note else "") + (f"  left {format_duration(left)}" if left is not None else "")
         if self.console.bar:
-            bar = ("#" * (_BAR_WIDTH * done // max(1, self.total))).ljust(_BAR_WIDTH, ".")
+            tail = f" {done}/{self.total} {self.unit}".rstrip() + tail
+            width = max(4, min(_BAR_WIDTH, _LINE_WIDTH - len(f"{self.title} []{tail}")))
+            bar = ("#" * (width * done // max(1, self.total))).ljust(width, ".")
             self.shown = now
-            self.console.redraw(f"{self.title} [{bar}] {done}/{self.total} {self.unit}{tail}")
+            self.console.redraw(f"{self.title} [{bar}]{tail}")
         else:
             self.say(f"{self.title}: {done} of {self.total} {self.unit}{tail}")

@@ -55,6 +55,10 @@ class Reporter:
     ) -> None:
         """Logs and prints the updates since the last line."""
         self.row((int(epoch), step), row)
+        if self.console.bar:
+            progress.title = f"epoch {epoch:.2f}"
+            progress.update(step, f"loss {row['train.loss']:.4f}  {row['train.fps']:.0f} images/s")
+            return
         left = progress.left_seconds(step)
         text = (
             f"step {step}/{total_steps}  epoch {epoch:.2f}  loss {row['train.loss']:.4f}  acc@1 {row['train.acc@1']:.3f}  "
@@ -64,10 +68,7 @@ class Reporter:
             text += f"  network {row['train.network_share']:.1%}  stragglers {row['train.straggler_share']:.1%}"
         if bottleneck.ranks:
             text += f"  slow: {format_ranks(bottleneck.ranks)} ({bottleneck.cause})"
-        if self.console.bar:
-            progress.update(step, text.split("  ", 1)[1])
-        else:
-            progress.say(f"{text}  left {format_duration(left)}" if left is not None else text)
+        progress.say(f"{text}  left {format_duration(left)}" if left is not None else text)
 
     def coverage(self, covered: EpochCoverage, records: int) -> None:
         """Logs and prints which records a complete epoch was trained on."""

@@ -147,41 +147,55 @@ def finish_log(
     reporter.say(f"  acc@5              {evaluation.top5 / evaluation.records:.4f}")
     if evaluation.average:
         reporter.say(f"  of the average     {evaluation.average.accuracy()}")
-    reporter.say(f"  records evaluated  {evaluation.records}")
-    reporter.say(f"  steps              {progress.step}")
-    reporter.say(f"  state SHA-256      {evaluation.state_sha256}")
     if measured["fps"]:
-        _print_throughput(measured, reporter)
+        reporter.say(f"  fps                {measured['fps']:.1f} images/s; limited by: {_limit(measured)}")
     if measured.get("goodput"):
         reporter.say(f"  goodput            {describe(measured)}")
-    if writer.written:
-        each = writer.seconds / writer.written
-        reporter.say(f"  checkpoints        {writer.written} written in the background, {each:.2f} s each")
+    if config.verbose:
+        _print_details(evaluation, measured, progress, writer, reporter)
     folder = RunDir(config.run_dir).path.resolve()
-    reporter.say(f"  run                {folder}")
-    reporter.say("  files              result.json, dllogger.json, receipt.json, flags.txt, checkpoints/, tensorboard/")
+    reporter.say(f"  state SHA-256      {evaluation.state_sha256}")
     reporter.say(f"  to verify it       hvd-vgg verify-run {shlex.quote(str(folder))}")
     run_on_root(lambda: reporter.log.close() if reporter.log else None)
     run_on_root(lambda: receipt.write(RunDir(config.run_dir)))
 
 
-def _print_throughput(measured: Dict[str, Any], reporter: Reporter) -> None:
+def _limit(measured: Dict[str, Any]) -> str:
+    """Returns what limits the throughput, and on which ranks if not on all alike."""
+    rows, slow = measured["by_rank"], measured["slow_ranks"]
+    hosts = ", ".join(dict.fromkeys(rows[rank]["host"] for rank in sorted(slow)[:8]))
+    who = f"{format_ranks(slow)} on {hosts}: {'its' if len(slow) == 1 else 'their'} " if slow else ""
+    return f"{who}{measured['bottleneck']}"
+
+
+def _print_details(
+    evaluation: Evaluation,
+    measured: Dict[str, Any],
+    progress: TrainProgress,
+    writer: CheckpointWriter,
+    reporter: Reporter,
+) -> None:
+    """Prints what --verbose adds: counts, and where the time of each rank went."""
+    reporter.say(f"  records evaluated  {evaluation.records}")
+    reporter.say(f"  steps              {progress.step}")
+    if writer.written:
+        each = writer.seconds / writer.written
+        reporter.say(f"  checkpoints        {writer.written} written in the background, {each:.2f} s each")
+    if not measured["fps"]:
+        return
     rows, slow = measured["by_rank"], measured["slow_ranks"]
     seconds = {name[: -len("_seconds")]: value for name, value in rows[0].items() if name.endswith("_seconds")}
     excluded = {name: value for name, value in seconds.items() if value}
     limit = "" if measured["steady"] else ", the limit: no steady state by then"
     warm_up = f"{plural(measured['warm_up_updates'], 'update')} of warm-up ({measured['warm_up_seconds']:.1f} s{limit})"
     reporter.say(
-        f"  fps                {measured['fps']:.1f} images/s over {plural(measured['fps_updates'], 'update')} "
-        f"(standard deviation {measured['fps_standard_deviation']:.1f}, jitter {measured['fps_jitter']:.1f}); "
-        f"excluded: {', '.join([warm_up, *excluded])}"
+        f"  fps, steady        of {plural(measured['fps_updates'], 'update')} (standard deviation "
+        f"{measured['fps_standard_deviation']:.1f}, jitter {measured['fps_jitter']:.1f}); excluded: "
+        f"{', '.join([warm_up, *excluded])}"
     )
     reporter.say(f"  fps, wall clock    {measured['fps_wall']:.1f} images/s, everything since the first update included")
     share = f", {measured['share_of_peak']:.1%} of --device_tflops" if "share_of_peak" in measured else ""
     reporter.say(f"  compute            {measured['tflops_per_rank']:.3g} TFLOP/s per rank{share}")
-    hosts = ", ".join(dict.fromkeys(rows[rank]["host"] for rank in sorted(slow)[:8]))
-    who = f"{format_ranks(slow)} on {hosts}: {'its' if len(slow) == 1 else 'their'} " if slow else ""
-    reporter.say(f"  bottleneck         {who}{measured['bottleneck']}")
     if len(rows) > 1:
         last = rows[measured["slowest_rank"]]
         cause = measured["bottleneck"] if last["rank"] in slow else limiting_part(last)

@@ -101,6 +101,13 @@ def test_console_draws_a_bar_on_terminals_alone(capsys, monkeypatch):
             progress.update(done, "note")
     out = capsys.readouterr().out
     assert "training [############............] 50/100 steps  note  left 1 min 00 s" in out
+    long = "loss 12.3456  12345 images/s"
+    progress = Console("bar", True).progress("epoch 77.71", 450360, "")
+    clock[0] += 30000
+    progress.update(225180, long)
+    drawn = capsys.readouterr().out.split("\x1b[K")[-1]
+    assert drawn.startswith("epoch 77.71 [##..] 225180/450360  loss 12.3456") and drawn.endswith("left 8 h 20 min")
+    assert len(drawn) <= 80
     assert out.splitlines()[-1] == "training: 50 of 100 steps  note  left 1 min 00 s"
 
 
