@@ -20,6 +20,7 @@ LAYERS = [
     {"__main__"},
 ]
 ALLOWED = {("parallel.cost", "models"), ("parallel.exchange", "models"), ("weights.source", "models")}
+ALLOWED |= {(f"weights.{module}", "models") for module in ("files", "keras", "pieces", "torch_names")}
 # What answers at once, or on a host whose TensorFlow is broken: it, and all that it imports, imports without TensorFlow.
 NO_TENSORFLOW = (
     "__main__",
