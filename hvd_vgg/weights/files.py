@@ -9,10 +9,10 @@ from typing import Any, Dict, List, Tuple
 import numpy as np
 
 from hvd_vgg import storage
-from hvd_vgg.config import ModelConfig
+from hvd_vgg.config import DENSE, ModelConfig
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.flags import validate
-from hvd_vgg.models.architecture import DENSE, MOVING_VARIANCE
+from hvd_vgg.models.architecture import MOVING_VARIANCE
 from hvd_vgg.weights import hdf5, keras, safetensors_file, torch_file, torch_names
 from hvd_vgg.weights.contents import Contents, file_reader, read_tensor, types_of
 from hvd_vgg.weights.pieces import Plan, require_whole_layers, same, to_ours

@@ -6,8 +6,8 @@ from typing import Dict, List, Mapping, Sequence, Tuple
 
 import numpy as np
 
+from hvd_vgg.config import BLOCKS, DENSE
 from hvd_vgg.errors import CONFIGURATION, Failure
-from hvd_vgg.models.architecture import BLOCKS, DENSE
 from hvd_vgg.weights.pieces import KERAS_IMAGES, Piece, Plan, Shape, convolution_names, same
 from hvd_vgg.weights.source import network_flags
 

@@ -5,7 +5,7 @@ from typing import Any, Dict, Mapping, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
-from hvd_vgg.models.architecture import BLOCKS
+from hvd_vgg.config import BLOCKS
 
 Shape = Tuple[int, ...]
 # What torchvision and timm, and keras.applications, expect of images: how their published figures were measured.

@@ -4,7 +4,8 @@ from typing import Dict, List, Mapping, Tuple
 
 import numpy as np
 
-from hvd_vgg.models.architecture import BETA, BLOCKS, DENSE, GAMMA, MOVING_MEAN, MOVING_VARIANCE
+from hvd_vgg.config import BLOCKS, DENSE
+from hvd_vgg.models.architecture import BETA, GAMMA, MOVING_MEAN, MOVING_VARIANCE
 from hvd_vgg.weights.pieces import (
     TORCH_IMAGES,
     Piece,
