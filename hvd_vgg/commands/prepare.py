@@ -34,6 +34,7 @@ from hvd_vgg.text import difference_table, plural
 
 _TURN_SECONDS = 1.0  # how often ranks meet, so that one that fails ends all of them, and none is considered lost
 _SAMPLED = 64  # records that are converted beforehand where nothing else says how large the result will be
+_AMPLE = 8  # so many times the source's bytes are enough, however images are encoded: nothing is converted beforehand
 _FEATURES_BYTES = 400  # of a record, beside its image
 _MARGIN_BYTES = 2**24  # of free space, for the notes and the manifest
 _GOES_ON = "The same command goes on where this one ended"
@@ -296,11 +297,15 @@ def _describe(selection: Selection, of_splits: Sequence[Sequence[Task]], console
 
 def _require_space(out: Path, left: Sequence[Task], encoding: Encoding, classes: Sequence[str]) -> None:
     """Raises Failure(NOT_WRITTEN) where the file system of --out has less room than the shards to be written need."""
+    free = shutil.disk_usage(out).free
+    splits = {task.split.name: task.split for task in left}.values()
+    lengths = [split.origin.lengths[split.ids].astype(np.int64) for split in splits]
+    if all(each.all() for each in lengths) and free - _MARGIN_BYTES > _AMPLE * sum(int(each.sum()) for each in lengths):
+        return
     needed = sum(
         _estimate_bytes(split, sum(len(task.ids) for task in left if task.split is split), encoding, classes)
-        for split in {task.split.name: task.split for task in left}.values()
+        for split in splits
     )
-    free = shutil.disk_usage(out).free
     if left and needed + _MARGIN_BYTES > free:
         text = f"about {needed / 1e9:.3f} GB are to be written to {out}, where {free / 1e9:.3f} GB are free"
         raise Failure(NOT_WRITTEN, f"{text}: make room, or choose another --out. {_GOES_ON}")
@@ -314,7 +319,7 @@ def _estimate_bytes(split: Split, records: int, encoding: Encoding, classes: Seq
     sizes = []
     for record in spread_ids(split.ids, _SAMPLED):
         try:
-            sizes.append(len(prepared.encode_record(split, record, encoding, classes)[0]))
+            sizes.append(sum(map(len, prepared.encode_record(split, record, encoding, classes)[0])))
         except ValueError:  # it will be refused
             continue
     return int(np.mean(sizes or [0]) * records)

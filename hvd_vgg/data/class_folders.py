@@ -16,6 +16,7 @@ from hvd_vgg.data.shard_file import IMAGE_SUFFIXES, MAX_RECORD_BYTES, Shard, dat
 from hvd_vgg.watchdog import watchdog
 
 _OTHERS = (".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # what ImageFolder reads as well
+_PATH_BYTES = 4096  # of a path, at most (PATH_MAX)
 # An empty part of a path, or one that leads elsewhere, among names each of which is followed by a zero byte.
 _STRAY = re.compile(rb"(?:\A|[\0/])\.{0,2}(?=[\0/])")
 
@@ -97,8 +98,7 @@ def stamp(folder: Path, shard: Shard) -> Tuple[int, int]:
 
 def file_name(names: np.ndarray, offset: int) -> str:
     """Returns the name at `offset` of the names of an index, uint8 [bytes]."""
-    end = offset + int(np.argmin(names[offset : offset + 4096] != 0))
-    return os.fsdecode(names[offset:end].tobytes())
+    return os.fsdecode(names[offset : offset + _PATH_BYTES].tobytes().partition(b"\0")[0])
 
 
 def could_be_index(shard: Shard) -> bool:

@@ -15,12 +15,12 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 import numpy as np
 
 from hvd_vgg import storage
-from hvd_vgg.data.example import encode_example
+from hvd_vgg.data.example import example_parts
 from hvd_vgg.data.manifest import ShardEntry
 from hvd_vgg.data.pictures import Encoding, Picture, make_picture
 from hvd_vgg.data.sampler import slice_bounds
 from hvd_vgg.data.sources import Split, file_name
-from hvd_vgg.data.tfrecord import frame
+from hvd_vgg.data.tfrecord import frame_parts
 
 FOLDER = ".prepare"
 _BUFFER_BYTES = 2**20
@@ -68,8 +68,8 @@ def tasks(split: Split, shards: int) -> List[Task]:
     ]
 
 
-def encode_record(split: Split, record: int, encoding: Encoding, classes: Sequence[str]) -> Tuple[bytes, Picture, str]:
-    """Returns (framed Example, its image, the name of the image's file) of a record.
+def encode_record(split: Split, record: int, encoding: Encoding, classes: Sequence[str]) -> Tuple[List[bytes], Picture, str]:
+    """Returns (framed Example in parts, its image, the name of the image's file) of a record.
 
     Raises ValueError saying why it is refused; Failure where the source cannot be read.
     """
@@ -89,7 +89,7 @@ def encode_record(split: Split, record: int, encoding: Encoding, classes: Sequen
     synset = classes[label - 1].encode("utf-8", "surrogateescape") if classes else synset
     if synset:
         features["image/class/synset"] = synset
-    return frame(encode_example(features)), picture, name
+    return frame_parts(example_parts(features)), picture, name
 
 
 def write_shard(
@@ -109,18 +109,19 @@ def write_shard(
             for number, record in enumerate(task.ids.tolist()):
                 if stop.is_set():
                     raise Stopped
-                place = {"split": task.split.name, "record": task.split.where(record)}
                 try:
-                    data, picture, name = encode_record(task.split, record, encoding, classes)
+                    parts, picture, name = encode_record(task.split, record, encoding, classes)
                 except ValueError as error:
-                    refused.append({**place, "label": int(task.split.labels[record]), "reason": str(error)})
+                    label = int(task.split.labels[record])
+                    refused.append({**_place(task.split, record), "label": label, "reason": str(error)})
                 else:
-                    file.write(data)
-                    digest.update(data)
-                    size += len(data)
+                    for part in parts:
+                        file.write(part)
+                        digest.update(part)
+                        size += len(part)
                     resized += picture.resized
                     if picture.converted:
-                        converted.append({**place, "file": name, "reason": picture.converted})
+                        converted.append({**_place(task.split, record), "file": name, "reason": picture.converted})
                 done(number + 1)
             file.flush()
             storage.sync(file.fileno(), temporary)
@@ -132,6 +133,10 @@ def write_shard(
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()  # on a full disk half a shard takes the space of others
+
+
+def _place(split: Split, record: int) -> Dict[str, str]:
+    return {"split": split.name, "record": split.where(record)}
 
 
 def read_note(out: Path, task: Task) -> Optional[Note]:

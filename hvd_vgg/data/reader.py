@@ -75,7 +75,7 @@ def read_image(index: Index, record: int) -> Tuple[bytes, int]:
     """
     kind = index.layout.kind
     if kind == FOLDERS:
-        return _read_file(index, record), int(index.labels[record])
+        return _read_file(index, record)[1], int(index.labels[record])
     if kind == WEBDATASET:
         return _read_member(index, record)[1], int(index.labels[record])
     return _parse(index, record, read_record(index, record))
@@ -118,12 +118,13 @@ def _read(index: Index, record: int, count: int, offset: int) -> Tuple[OpenShard
         _reading.pop(threading.get_ident(), None)
 
 
-def _read_file(index: Index, record: int) -> bytes:
+def _read_file(index: Index, record: int) -> Tuple[Path, bytes]:
+    """Returns the file that is a record, and its bytes."""
     length = int(index.lengths[record])
     file, found = _read(index, record, length, 0)
     if file.size != length or len(found) < length:
         raise BadRecord(index, record, f"it has {file.size} bytes, but had {length} when it was indexed", _REINDEX)
-    return found
+    return file.path, found
 
 
 def _read_member(index: Index, record: int) -> Tuple[str, bytes]:
@@ -169,7 +170,8 @@ def read_named_image(index: Index, record: int) -> Tuple[bytes, str, bytes]:
     """
     kind = index.layout.kind
     if kind == FOLDERS:
-        return _read_file(index, record), index.path_of(record).name, b""
+        path, encoded = _read_file(index, record)
+        return encoded, path.name, b""
     if kind == WEBDATASET:
         name, encoded = _read_member(index, record)
         return encoded, name.rpartition("/")[2], b""
