@@ -7,6 +7,7 @@ before the shard gets its name, and the shards that are being written.
 import contextlib
 import hashlib
 import json
+import re
 import threading
 import uuid
 from pathlib import Path
@@ -24,6 +25,7 @@ from hvd_vgg.data.tfrecord import frame_parts
 
 FOLDER = ".prepare"
 _BUFFER_BYTES = 2**20
+_HALF_WRITTEN = re.compile(r"(text|(train|validation)-[0-9]{5}-of-[0-9]{5})\.[0-9a-f]{32}\.tmp")
 
 
 class Stopped(Exception):
@@ -147,6 +149,11 @@ def read_note(out: Path, task: Task) -> Optional[Note]:
         return note if whole and note.entry.records + len(note.refused) == len(task.ids) else None
     except (OSError, KeyError, TypeError, ValueError, RecursionError):
         return None
+
+
+def is_half_written(path: Path) -> bool:
+    """Returns whether a file of OUT/.prepare is what a killed start left of a shard or a text, by its name."""
+    return bool(_HALF_WRITTEN.fullmatch(path.name))
 
 
 def write_text(out: Path, name: str, text: str) -> None:
