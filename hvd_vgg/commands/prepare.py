@@ -20,14 +20,15 @@ import numpy as np
 
 from hvd_vgg import __version__
 from hvd_vgg.config import PrepareConfig
-from hvd_vgg.data import manifest, pictures, prepared
+from hvd_vgg.data import manifest
+from hvd_vgg.data.conversion import pictures, shard_writer
+from hvd_vgg.data.conversion.pictures import Encoding
+from hvd_vgg.data.conversion.shard_writer import FOLDER, Note, Stopped, Task, read_note, write_shard, write_text
+from hvd_vgg.data.conversion.sources import Selection, Source, Split, count_classes, digest, find_source, select, spread_ids
 from hvd_vgg.data.index import Index, join, pack_shards, scan_for, unpack_shards
 from hvd_vgg.data.layout import shorten
 from hvd_vgg.data.manifest import Manifest, SplitEntry
-from hvd_vgg.data.pictures import Encoding
-from hvd_vgg.data.prepared import FOLDER, Note, Stopped, Task, read_note, write_shard, write_text
 from hvd_vgg.data.shard_file import Shard, data_failure
-from hvd_vgg.data.sources import Selection, Source, Split, count_classes, digest, find_source, select, spread_ids
 from hvd_vgg.environment import runs_alone
 from hvd_vgg.errors import CONFIGURATION, DATA, NOT_WRITTEN, STOPPED, Failure
 from hvd_vgg.parallel.cores import share_of_cores
@@ -121,7 +122,7 @@ def _select(sources: Sequence[Tuple[str, Source]], config: PrepareConfig, ranks:
 
 def _prepare_selected(selection: Selection, config: PrepareConfig, out: Path, ranks: Ranks, console: Console) -> None:
     shards = {"train": config.train_shards, "validation": config.validation_shards}
-    of_splits = [prepared.tasks(split, min(shards[split.name], len(split.ids))) for split in selection.splits]
+    of_splits = [shard_writer.tasks(split, min(shards[split.name], len(split.ids))) for split in selection.splits]
     tasks = list(itertools.chain(*of_splits))
     plan = ranks.together(lambda: _plan(config, selection, tasks))
     _require_equal(ranks, plan)
@@ -280,7 +281,7 @@ def _begin(out: Path, plan: Dict[str, Any], tasks: Sequence[Task]) -> None:
             _require_same(out, _parse_plan(path), plan, "flags, software or source")
             _require_empty(out, {FOLDER, CLASSES, REFUSED, CONVERTED, *(task.name for task in tasks)})
         for half in (out / FOLDER).iterdir():
-            if prepared.is_half_written(half):
+            if shard_writer.is_half_written(half):
                 half.unlink()
         if not path.exists():
             write_text(out, f"{FOLDER}/plan.json", json.dumps(plan))
@@ -346,7 +347,7 @@ def _estimate_bytes(split: Split, records: int, encoding: Encoding, classes: Seq
     sizes = []
     for record in spread_ids(split.ids, _SAMPLED):
         try:
-            sizes.append(sum(map(len, prepared.encode_record(split, record, encoding, classes)[0])))
+            sizes.append(sum(map(len, shard_writer.encode_record(split, record, encoding, classes)[0])))
         except ValueError:  # it will be refused
             continue
     return int(np.mean(sizes or [0]) * records)
@@ -473,7 +474,7 @@ def _remove_folder(out: Path, shards: Set[str]) -> None:
         return
     own = {"plan.json", "lock", *(f"{name}.json" for name in shards)}
     for path in folder.iterdir():
-        if path.name in own or prepared.is_half_written(path):
+        if path.name in own or shard_writer.is_half_written(path):
             with contextlib.suppress(FileNotFoundError):  # another job ends in this moment
                 path.unlink()
     with contextlib.suppress(OSError):  # somebody else's file

@@ -18,11 +18,11 @@ from support import failure_of
 from hvd_vgg.commands.prepare import prepare
 from hvd_vgg.config import PrepareConfig
 from hvd_vgg.data import manifest
+from hvd_vgg.data.conversion.pictures import Encoding, make_picture
+from hvd_vgg.data.conversion.sources import count_classes, find_source, select
 from hvd_vgg.data.example import parse_features, parse_text
 from hvd_vgg.data.index import join, scan_split
-from hvd_vgg.data.pictures import Encoding, make_picture
 from hvd_vgg.data.reader import read_image, read_record
-from hvd_vgg.data.sources import count_classes, find_source, select
 from hvd_vgg.errors import CONFIGURATION, DATA, USAGE, Failure
 from hvd_vgg.flags import parse_flags
 from hvd_vgg.run_dir import lock_run_dir

@@ -10,7 +10,7 @@ import numpy as np
 
 from hvd_vgg import storage
 from hvd_vgg.config import PrepareConfig
-from hvd_vgg.data import ilsvrc, parquet
+from hvd_vgg.data.conversion import ilsvrc, parquet
 from hvd_vgg.data.index import Index, find_label_base, labels_outside, scan_shard
 from hvd_vgg.data.layout import FOLDERS, IMAGENET, TITLES, WEBDATASET, Layout, find_split, shard_bytes, shorten
 from hvd_vgg.data.reader import BadRecord, read_named_image
