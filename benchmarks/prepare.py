@@ -33,8 +33,8 @@ BICUBIC = 3  # PIL.Image.BICUBIC
 def write_source(options, root):
     """Writes the images as train/CLASS/NUMBER.jpg and returns them, encoded."""
     from hvd_vgg.config import DataConfig
+    from hvd_vgg.data.formats.layout import find_split
     from hvd_vgg.data.index import join, scan_shard
-    from hvd_vgg.data.layout import find_split
     from hvd_vgg.data.reader import read_image
 
     layout, paths = find_split(DataConfig(data_dir=options.data_dir), "train")

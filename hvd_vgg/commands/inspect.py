@@ -12,10 +12,10 @@ import numpy as np
 from hvd_vgg.commands.inspect_report import format_summary
 from hvd_vgg.config import InspectConfig
 from hvd_vgg.data.classes import class_names
+from hvd_vgg.data.formats.shard_file import data_failure
 from hvd_vgg.data.index import Index, find_label_base
 from hvd_vgg.data.loader import Dataset
 from hvd_vgg.data.sampler import slice_bounds
-from hvd_vgg.data.shard_file import data_failure
 from hvd_vgg.data.sheet import draw_sheet, sheet_rows
 from hvd_vgg.data.summary import MOST_NAMED, summarize
 from hvd_vgg.data.survey import ROW, Survey, require_pillow, survey_block

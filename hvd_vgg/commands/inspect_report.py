@@ -2,7 +2,7 @@
 
 from typing import Any, Dict, Iterator
 
-from hvd_vgg.data.layout import FOLDERS, TITLES
+from hvd_vgg.data.formats.layout import FOLDERS, TITLES
 from hvd_vgg.text import plural
 
 _MOST_PAIRS = 5  # that are printed; --json has more

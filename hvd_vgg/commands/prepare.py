@@ -25,10 +25,10 @@ from hvd_vgg.data.conversion import pictures, shard_writer
 from hvd_vgg.data.conversion.pictures import Encoding
 from hvd_vgg.data.conversion.shard_writer import FOLDER, Note, Stopped, Task, read_note, write_shard, write_text
 from hvd_vgg.data.conversion.sources import Selection, Source, Split, count_classes, digest, find_source, select, spread_ids
+from hvd_vgg.data.formats.layout import shorten
+from hvd_vgg.data.formats.shard_file import Shard, data_failure
 from hvd_vgg.data.index import Index, join, pack_shards, scan_for, unpack_shards
-from hvd_vgg.data.layout import shorten
 from hvd_vgg.data.manifest import Manifest, SplitEntry
-from hvd_vgg.data.shard_file import Shard, data_failure
 from hvd_vgg.environment import runs_alone
 from hvd_vgg.errors import CONFIGURATION, DATA, NOT_WRITTEN, STOPPED, Failure
 from hvd_vgg.parallel.cores import share_of_cores

@@ -12,12 +12,12 @@ from typing import Dict, List, Sequence, Tuple
 import numpy as np
 
 from hvd_vgg import storage
-from hvd_vgg.data import tar
-from hvd_vgg.data.example import encode_example, parse_features, parse_text
+from hvd_vgg.data.formats import tar
+from hvd_vgg.data.formats.example import encode_example, parse_features, parse_text
+from hvd_vgg.data.formats.layout import FOLDERS, WEBDATASET
+from hvd_vgg.data.formats.shard_file import OpenShard, data_failure
+from hvd_vgg.data.formats.tfrecord import FOOTER_BYTES, HEADER_BYTES, describe_damage, frame, record_header
 from hvd_vgg.data.index import Index
-from hvd_vgg.data.layout import FOLDERS, WEBDATASET
-from hvd_vgg.data.shard_file import OpenShard, data_failure
-from hvd_vgg.data.tfrecord import FOOTER_BYTES, HEADER_BYTES, describe_damage, frame, record_header
 from hvd_vgg.errors import DATA, Failure
 
 _REINDEX = (

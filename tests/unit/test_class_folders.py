@@ -10,9 +10,9 @@ import pytest
 from support import failure_of
 
 from hvd_vgg.config import DataConfig
-from hvd_vgg.data.class_folders import folders_with_images
+from hvd_vgg.data.formats.class_folders import folders_with_images
+from hvd_vgg.data.formats.layout import FOLDERS, Layout, find_split, shard_bytes
 from hvd_vgg.data.index import join, load_cache, save_cache, scan_shard, split_index, take_stamps
-from hvd_vgg.data.layout import FOLDERS, Layout, find_split, shard_bytes
 from hvd_vgg.data.reader import BadRecord, read_ahead, read_image
 from hvd_vgg.errors import Failure
 

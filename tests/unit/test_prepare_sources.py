@@ -20,7 +20,7 @@ from hvd_vgg.config import PrepareConfig
 from hvd_vgg.data import manifest
 from hvd_vgg.data.conversion.pictures import Encoding, make_picture
 from hvd_vgg.data.conversion.sources import count_classes, find_source, select
-from hvd_vgg.data.example import parse_features, parse_text
+from hvd_vgg.data.formats.example import parse_features, parse_text
 from hvd_vgg.data.index import join, scan_split
 from hvd_vgg.data.reader import read_image, read_record
 from hvd_vgg.errors import CONFIGURATION, DATA, USAGE, Failure

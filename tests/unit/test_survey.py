@@ -12,9 +12,9 @@ from support import example, picture, survey_alone, write_shard
 from hvd_vgg.commands.inspect_report import format_summary
 from hvd_vgg.config import DataConfig, ImageConfig, TrainConfig
 from hvd_vgg.data.classes import class_names
-from hvd_vgg.data.example import encode_example
+from hvd_vgg.data.formats.example import encode_example
+from hvd_vgg.data.formats.layout import find_split
 from hvd_vgg.data.index import join, scan_shard
-from hvd_vgg.data.layout import find_split
 from hvd_vgg.data.loader import Dataset, eval_batches, train_batches
 from hvd_vgg.data.sheet import draw_sheet, sheet_rows, training_images
 from hvd_vgg.data.summary import MOST_NAMED, first_equal, summarize

@@ -6,9 +6,9 @@ import pytest
 import tensorflow as tf
 from support import example, picture, write_shard
 
-from hvd_vgg.data.example import encode_example, example_parts, parse_features, parse_label
-from hvd_vgg.data.shard_file import OpenShard
-from hvd_vgg.data.tfrecord import FOOTER_BYTES, frame, frame_parts, masked_crc, record_header
+from hvd_vgg.data.formats.example import encode_example, example_parts, parse_features, parse_label
+from hvd_vgg.data.formats.shard_file import OpenShard
+from hvd_vgg.data.formats.tfrecord import FOOTER_BYTES, frame, frame_parts, masked_crc, record_header
 from hvd_vgg.errors import Failure
 
 

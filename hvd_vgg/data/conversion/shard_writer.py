@@ -18,10 +18,10 @@ import numpy as np
 from hvd_vgg import storage
 from hvd_vgg.data.conversion.pictures import Encoding, Picture, make_picture
 from hvd_vgg.data.conversion.sources import Split, file_name
-from hvd_vgg.data.example import example_parts
+from hvd_vgg.data.formats.example import example_parts
+from hvd_vgg.data.formats.tfrecord import frame_parts
 from hvd_vgg.data.manifest import ShardEntry
 from hvd_vgg.data.sampler import slice_bounds
-from hvd_vgg.data.tfrecord import frame_parts
 
 FOLDER = ".prepare"
 _BUFFER_BYTES = 2**20

@@ -11,10 +11,10 @@ import numpy as np
 from hvd_vgg import storage
 from hvd_vgg.config import PrepareConfig
 from hvd_vgg.data.conversion import ilsvrc, parquet
+from hvd_vgg.data.formats.layout import FOLDERS, IMAGENET, TITLES, WEBDATASET, Layout, find_split, shard_bytes, shorten
+from hvd_vgg.data.formats.shard_file import IMAGE_SUFFIXES, Shard, data_failure, unreadable_file
 from hvd_vgg.data.index import Index, find_label_base, labels_outside, scan_shard
-from hvd_vgg.data.layout import FOLDERS, IMAGENET, TITLES, WEBDATASET, Layout, find_split, shard_bytes, shorten
 from hvd_vgg.data.reader import BadRecord, read_named_image
-from hvd_vgg.data.shard_file import IMAGE_SUFFIXES, Shard, data_failure, unreadable_file
 from hvd_vgg.errors import DATA, Failure
 from hvd_vgg.seeds import PREPARING, raw_draws
 from hvd_vgg.text import plural

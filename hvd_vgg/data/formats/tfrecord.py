@@ -7,8 +7,8 @@ from typing import List, Pattern, Sequence, Tuple, Union
 
 import crc32c
 
-from hvd_vgg.data.example import STANDARD, Features, parse_label
-from hvd_vgg.data.shard_file import MAX_RECORD_BYTES, OpenShard, Shard, data_failure, place, require_plain
+from hvd_vgg.data.formats.example import STANDARD, Features, parse_label
+from hvd_vgg.data.formats.shard_file import MAX_RECORD_BYTES, OpenShard, Shard, data_failure, place, require_plain
 from hvd_vgg.errors import Failure
 from hvd_vgg.watchdog import watchdog
 
