@@ -100,14 +100,14 @@ def _list(folder: Path) -> List[Path]:
         raise Failure(CONFIGURATION, f"{folder} cannot be read: {error.strerror}") from error
 
 
-def lock_run_dir(run_dir: Path, flag: str = "--run_dir") -> IO[str]:
+def lock_run_dir(run_dir: Path, flag: str = "--run_dir", value: Optional[Path] = None) -> IO[str]:
     """Returns the open file `RUN_DIR/lock`, locked until it is closed or this process ends in any way.
 
-    flag: whose value `run_dir` is. Raises Failure(CONFIGURATION) naming the job that holds it, or why it cannot be opened.
-    Locking a file that exists takes no disk space. On a file system without locks (NFS and Lustre may be mounted so), prints
-    that and goes on.
+    flag: whose value `run_dir` is, or `value`, where it lies elsewhere. Raises Failure(CONFIGURATION) naming the job that
+    holds it, or why it cannot be opened. Locking a file that exists takes no disk space. On a file system without locks (NFS
+    and Lustre may be mounted so), prints that and goes on.
     """
-    path = RunDir(run_dir).lock
+    path, given = RunDir(run_dir).lock, value or run_dir
     with writing(path, CONFIGURATION):
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (stays open)
     try:
@@ -116,13 +116,13 @@ def lock_run_dir(run_dir: Path, flag: str = "--run_dir") -> IO[str]:
         with file:
             file.seek(0)
             holder = file.read().strip() or "holder unknown"
-        text = f"{flag}={run_dir} is in use by another job ({holder})"
+        text = f"{flag}={given} is in use by another job ({holder})"
         raise Failure(CONFIGURATION, f"{text}. Wait for it, stop it, or use another {flag}") from error
     except OSError as error:
         if error.errno not in storage.UNSUPPORTED:
             file.close()
             raise Failure(CONFIGURATION, f"{path} cannot be locked: {error.strerror}") from error
-        text = f"hvd-vgg: {run_dir} cannot be locked ({error.strerror}): make sure that only one job uses it"
+        text = f"hvd-vgg: {given} cannot be locked ({error.strerror}): make sure that only one job uses it"
         write_line(text, sys.stdout)
     signature = {"host": socket.gethostname(), "process": os.getpid(), "since": time.ctime()}
     with contextlib.suppress(OSError):  # on a full disk it is locked all the same

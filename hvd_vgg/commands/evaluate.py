@@ -5,9 +5,9 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Sequence
 
 from hvd_vgg.config import EvaluateConfig, EvaluationConfig
 from hvd_vgg.data.classes import class_names
+from hvd_vgg.data.formats.layout import FOLDERS, IMAGENET, TITLES
+from hvd_vgg.data.formats.shard_file import data_failure
 from hvd_vgg.data.index import Index, check_labels
-from hvd_vgg.data.layout import FOLDERS, IMAGENET, TITLES
-from hvd_vgg.data.shard_file import data_failure
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import run_on_all_ranks, run_on_root

@@ -5,9 +5,9 @@ from typing import List, Optional
 
 import numpy as np
 
-from hvd_vgg.data.example import parse_text
+from hvd_vgg.data.formats.example import parse_text
+from hvd_vgg.data.formats.layout import FOLDERS, WEBDATASET
 from hvd_vgg.data.index import Index
-from hvd_vgg.data.layout import FOLDERS, WEBDATASET
 from hvd_vgg.data.reader import BadRecord, read_record
 from hvd_vgg.watchdog import watchdog
 

@@ -56,7 +56,7 @@ SMOKE = {
     ),
     "prepare": (
         "--data_dir=DATA --images=24 --shorter_side=24 --rounds=1",
-        ["cp", "pass", "libjpeg_turbo", "encode", "train", "train_small"],
+        ["cp", "cat", "pass", "libjpeg_turbo", "pillow", "encode", "train", "train_small"],
     ),
     "doctor": ("--cases=unreachable --hosts=2 --rounds=1", ["unreachable"]),
     "exchange": (
