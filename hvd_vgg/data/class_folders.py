@@ -15,7 +15,7 @@ from hvd_vgg import storage
 from hvd_vgg.data.shard_file import IMAGE_SUFFIXES, MAX_RECORD_BYTES, Shard, data_failure, regular_file_size, shown
 from hvd_vgg.watchdog import watchdog
 
-_OTHERS = (".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # what ImageFolder reads as well
+OTHER_SUFFIXES = (".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # what ImageFolder reads as well
 # An empty part of a path, or one that leads elsewhere, among names each of which is followed by a zero byte.
 _STRAY = re.compile(rb"(?:\A|[\0/])\.{0,2}(?=[\0/])")
 
@@ -53,16 +53,16 @@ def index_files(folder: Path, names: Sequence[str], labels: Iterable[int], advic
 
 def _image_names(folder: Path) -> List[str]:
     found: List[str] = []
-    for root, names in _walk(folder):
+    for root, names in walk(folder):
         for name in sorted(names):
-            if name.lower().endswith(_OTHERS):
+            if name.lower().endswith(OTHER_SUFFIXES):
                 raise data_failure(f"{shown(root / name)}: training reads JPEG and PNG. Convert it, or leave it out")
             if name.lower().endswith(IMAGE_SUFFIXES):
                 found.append(f"{root}/{name}"[len(str(folder)) + 1 :])
     return found
 
 
-def _walk(top: Path) -> List[Tuple[Path, List[str]]]:
+def walk(top: Path) -> List[Tuple[Path, List[str]]]:
     """Returns a directory and those below it, links followed, sorted, with the names of their files; raises OSError.
 
     Raises Failure(DATA) for a link to a directory that it lies in: following it would count its images again and again.
@@ -91,7 +91,7 @@ def stamp(folder: Path, shard: Shard) -> Tuple[int, int]:
     # The usual case, told from its links, which some file systems do not count, and from what was found: it has no other.
     if status.st_nlink == 2 and not (shard.names == ord("/")).any():
         return status.st_size, status.st_mtime_ns
-    walked = [root.stat() for root, _ in _walk(folder)]
+    walked = [root.stat() for root, _ in walk(folder)]
     return sum(each.st_size for each in walked), hash(tuple(each.st_mtime_ns for each in walked))
 
 
