@@ -54,6 +54,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
         network, source = load_network(config, config.weights, config.average)
         console.say(source.text)
         label_base = choose_label_base(config, find_label_base(index.labels, config.num_classes), index)
+        console.say(f"labels from {label_base} (--label_base overrides)")
         result = _evaluate(config, network, label_base, index, device, console, source.kind)
     else:
         (score,) = _scores(config, [Subject(config.checkpoint, config.average)], index, device, console)
