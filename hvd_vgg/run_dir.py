@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import IO, Iterator, List, Optional, Union
+from typing import IO, Iterable, Iterator, List, Optional, Union
 
 from hvd_vgg import storage
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
@@ -30,6 +30,7 @@ class RunDir:
         self.log = self.path / "dllogger.json"
         self.receipt = self.path / "receipt.json"
         self.result = self.path / "result.json"
+        self.class_hits = self.path / "class_hits.csv"  # of the last evaluation
         self.restarts = self.path / "restarts.jsonl"  # the launcher's, a line for each start and each end
         self.lock = self.path / "lock"
         self.checkpoints = self.path / "checkpoints"
@@ -136,11 +137,16 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Writes `text` to a temporary file, syncs it to disk, renames it to `path`; readable by the group. Raises OSError."""
+    """Writes `text` to a file as `atomic_write_lines` does. Raises OSError."""
+    atomic_write_lines(path, [text])
+
+
+def atomic_write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Writes to a temporary file, syncs it to disk, renames it to `path`; readable by the group. Raises OSError."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640), "w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines(lines)
             file.flush()
             storage.sync(file.fileno(), path)
         storage.replace(temporary, path)

@@ -15,7 +15,7 @@ from hvd_vgg import storage
 from hvd_vgg.data.formats.shard_file import IMAGE_SUFFIXES, MAX_RECORD_BYTES, Shard, data_failure, regular_file_size, shown
 from hvd_vgg.watchdog import watchdog
 
-_OTHERS = (".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # what ImageFolder reads as well
+OTHER_SUFFIXES = (".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # what ImageFolder reads as well
 _PATH_BYTES = 4096  # of a path, at most (PATH_MAX)
 # An empty part of a path, or one that leads elsewhere, among names each of which is followed by a zero byte.
 _STRAY = re.compile(rb"(?:\A|[\0/])\.{0,2}(?=[\0/])")
@@ -54,16 +54,16 @@ def index_files(folder: Path, names: Sequence[str], labels: Iterable[int], advic
 
 def _image_names(folder: Path) -> List[str]:
     found: List[str] = []
-    for root, names in _walk(folder):
+    for root, names in walk(folder):
         for name in sorted(names):
-            if name.lower().endswith(_OTHERS):
+            if name.lower().endswith(OTHER_SUFFIXES):
                 raise data_failure(f"{shown(root / name)}: training reads JPEG and PNG. Convert it, or leave it out")
             if name.lower().endswith(IMAGE_SUFFIXES):
                 found.append(f"{root}/{name}"[len(str(folder)) + 1 :])
     return found
 
 
-def _walk(top: Path) -> List[Tuple[Path, List[str]]]:
+def walk(top: Path) -> List[Tuple[Path, List[str]]]:
     """Returns a directory and those below it, links followed, sorted, with the names of their files; raises OSError.
 
     Raises Failure(DATA) for a link to a directory that it lies in: following it would count its images again and again.
@@ -98,7 +98,7 @@ def stamp(folder: Path, shard: Shard) -> Tuple[int, int]:
         # and this one does not, makes the two differ, so that its class is scanned at each start.
         folders = folders_with_images(folder, shard)
     else:
-        folders = [root for root, _ in _walk(folder)]
+        folders = [root for root, _ in walk(folder)]
     stats = [each.stat() for each in folders if each == folder or each.is_dir()]
     if len(stats) == 1:
         return stats[0].st_size, stats[0].st_mtime_ns
