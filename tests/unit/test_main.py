@@ -29,7 +29,7 @@ def test_help_of_a_command_lists_its_flags(launch, command):
     [
         (
             ["trian"],
-            "expected one of train, evaluate, replay, verify-run, benchmark, plan, doctor, acceptance, make-demo-data, "
+            "expected one of train, evaluate, predict, replay, verify-run, benchmark, plan, doctor, acceptance, make-demo-data, "
             "prepare",
         ),
         (["train", "--lr=-1", "--width=9"], "2 illegal flag(s)"),
