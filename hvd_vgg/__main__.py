@@ -43,6 +43,8 @@ USAGE_TEXT = f"""hvd-vgg {__version__}: trains VGG networks on ImageNet-style TF
 
   hvd-vgg train [--flagfile=FILE] [--flags]           train and evaluate; leaves everything in --run_dir
   hvd-vgg evaluate --run_dir=DIR [--flags]            score a checkpoint of a run on the validation records
+  hvd-vgg export RUN_DIR --to=FORM --out=PATH         write a run's best network as SavedModel, ONNX, Keras' .h5, state of
+                                                      torchvision or safetensors; checked, with a model card
   hvd-vgg replay RUN_DIR [--step=N] [--flags]         repeat a step of a run that was not finite
   hvd-vgg verify-run RUN_DIR [--data_dir=DIR]         check what a run claims against what it left behind; --same_as=DIR:
                                                       and whether it is the same run as another
@@ -155,9 +157,16 @@ COMMANDS = {
         "decode every record of both splits; report layout, classes, image sizes and formats, bad records, duplicates "
         "within and between the splits; draw images before and after augmentation. Exit code 65 if records are bad.",
     ),
+    "export": Command(
+        configs.ExportConfig,
+        "hvd_vgg.commands.export:export",
+        "hvd-vgg export RUN_DIR|FILE --to=savedmodel|keras_h5|onnx|torch|safetensors --out=PATH [--flags]: write a network "
+        "for other programs, run it by theirs where that is installed, print the largest difference of its logits, and "
+        "leave a model card beside it. Not under `launch`.",
+    ),
 }
 # What the first word after a command is, where it is no flag.
-POSITIONAL = {"replay": "run_dir", "verify-run": "run_dir", "inspect": "data_dir"}
+POSITIONAL = {"export": "weights", "replay": "run_dir", "verify-run": "run_dir", "inspect": "data_dir"}
 
 LAUNCH_USAGE = """hvd-vgg launch [--flags] train|evaluate|replay|verify-run|benchmark|doctor|prepare|inspect|... [ITS FLAGS]
 hvd-vgg launch [--flags] -- PROGRAM [ITS ARGUMENTS]
@@ -276,7 +285,7 @@ def _launch(argv: List[str]) -> int:
     """Runs `hvd-vgg launch`; wrong flags of the command are reported before anything is started."""
     from hvd_vgg.launcher.supervisor import LaunchSpec, launch
 
-    startable = [name for name in COMMANDS if name not in ("plan", "acceptance")]
+    startable = [name for name in COMMANDS if name not in ("plan", "acceptance", "export")]
     cut = next((index for index, word in enumerate(argv) if word in (*startable, "--")), len(argv))
     own, inner = argv[:cut], argv[cut:]
     if {"-h", "--help"} & set(own):
