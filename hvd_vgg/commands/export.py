@@ -1,5 +1,6 @@
 """The `export` command: writes a network in the form of another library, runs it by that library, describes it."""
 
+import contextlib
 import hashlib
 import os
 import shlex
@@ -13,7 +14,7 @@ from hvd_vgg.config import ExportConfig
 from hvd_vgg.environment import nested_refusal
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, USAGE, Failure
 from hvd_vgg.export.card import accuracy_text, model_card
-from hvd_vgg.export.check import LIMIT, Images, choose_images
+from hvd_vgg.export.check import LIMIT, choose_images
 from hvd_vgg.export.forms import FORMS, Checks, Form, Task
 from hvd_vgg.export.network import Network, folded, load, reference_logits
 from hvd_vgg.export.onnx_graph import require_onnx
@@ -32,8 +33,9 @@ def export(config: ExportConfig) -> None:
     refusal = nested_refusal(os.environ)
     if refusal:
         raise Failure(USAGE, refusal)
-    # Processors alone: a GPU may round products to 10 bits (TensorFloat-32), and others train on it.
-    tf.config.set_visible_devices([], "GPU")
+    # On the processor alone: a GPU may round products to 10 bits (TensorFloat-32), and others may train on it.
+    with contextlib.suppress(RuntimeError):  # of a program that has used its devices before
+        tf.config.set_visible_devices([], "GPU")
     console, out, form = Console("lines", True), Path(config.out), FORMS[config.to]
     directory = config.to == "savedmodel"
     require_new(out)
@@ -85,22 +87,23 @@ def _check(form: Form, task: Task, network: Network, config: ExportConfig, conso
     else:
         images = choose_images(network, config.data_dir, config.check_images)
         found = form.check(task, images, reference_logits(network, images.pixels))
-        lines = _lines(found, images, config)
+        lines = judge(found, images.of, config.out)
     for line in lines:
         console.say(f"  {line}")
     return lines
 
 
-def _lines(found: Checks, images: Images, config: ExportConfig) -> List[str]:
+def judge(found: Checks, images: str, out: str) -> List[str]:
+    """Returns lines on how an export ran on `images`; raises Failure(NOT_WRITTEN) where its logits differ too much."""
     lines = []
     for runtime, difference in found.differences:
         if not difference <= LIMIT:
             raise Failure(
                 NOT_WRITTEN,
-                f"{config.out} is not written: by {runtime} its logits differ from this package's by {difference:.1e} of an "
-                f"image's largest, more than {LIMIT:g}, on {images.of}",
+                f"{out} is not written: by {runtime} its logits differ from this package's by {difference:.1e} of an "
+                f"image's largest, more than {LIMIT:g}, on {images}",
             )
-        lines.append(f"{runtime}: largest relative difference of logits {difference:.1e}, on {images.of}")
+        lines.append(f"{runtime}: largest relative difference of logits {difference:.1e}, on {images}")
     return lines + found.notes
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Sequence
 
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from hvd_vgg.config import POOLED
@@ -23,7 +24,10 @@ def is_torchvisions(network: Network) -> bool:
 
 def write(network: Network, path: Path) -> None:
     """Writes the state as safetensors; raises OSError."""
-    save_file(to_torchvision(network.tensors), str(path), {"format": "pt"})
+    try:
+        save_file(to_torchvision(network.tensors), str(path), {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def require_written(path: Path, missing: Sequence[str]) -> None:
