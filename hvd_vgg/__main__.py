@@ -46,6 +46,8 @@ USAGE_TEXT = f"""hvd-vgg {__version__}: trains VGG networks on ImageNet-style TF
   hvd-vgg evaluate --run_dir=DIR [--flags]            score a checkpoint of a run on the validation records; --weights=FILE:
                                                       any weights
   hvd-vgg predict --weights=FILE IMAGE ... [--flags]  name the likeliest classes of images, or of directories of them
+  hvd-vgg export RUN_DIR --to=FORM --out=PATH         write a run's best network as SavedModel, ONNX, Keras' .h5, state of
+                                                      torchvision or safetensors; checked, with a model card
   hvd-vgg replay RUN_DIR [--step=N] [--flags]         repeat a step of a run that was not finite
   hvd-vgg verify-run RUN_DIR [--data_dir=DIR]         check what a run claims against what it left behind; --same_as=DIR:
                                                       and whether it is the same run as another
@@ -175,9 +177,16 @@ COMMANDS = {
         "hvd-vgg runs [DIR]: the runs below DIR, a line each, the newest at the end: training, stopped, done, or failed and "
         "why; updates, epochs, best accuracy, images/s, time since the last line. Needs no TensorFlow.",
     ),
+    "export": Command(
+        configs.ExportConfig,
+        "hvd_vgg.commands.export:export",
+        "hvd-vgg export RUN_DIR|FILE --to=savedmodel|keras_h5|onnx|torch|safetensors --out=PATH [--flags]: write a network "
+        "for other programs, run it by theirs where that is installed, print the largest difference of its logits, and "
+        "leave a model card beside it. Not under `launch`.",
+    ),
 }
 # What the first word after a command is, where it is no flag.
-POSITIONAL = {"replay": "run_dir", "verify-run": "run_dir", "inspect": "data_dir", "runs": "dir"}
+POSITIONAL = {"export": "weights", "replay": "run_dir", "verify-run": "run_dir", "inspect": "data_dir", "runs": "dir"}
 
 LAUNCH_USAGE = """hvd-vgg launch [--flags] train|evaluate|predict|replay|verify-run|benchmark|doctor|... [ITS FLAGS]
 hvd-vgg launch [--flags] -- PROGRAM [ITS ARGUMENTS]
@@ -296,7 +305,7 @@ def _launch(argv: List[str]) -> int:
     """Runs `hvd-vgg launch`; wrong flags of the command are reported before anything is started."""
     from hvd_vgg.launcher.supervisor import LaunchSpec, launch
 
-    startable = [name for name in COMMANDS if name not in ("plan", "acceptance", "runs")]
+    startable = [name for name in COMMANDS if name not in ("plan", "acceptance", "runs", "export")]
     cut = next((index for index, word in enumerate(argv) if word in (*startable, "--")), len(argv))
     own, inner = argv[:cut], argv[cut:]
     if {"-h", "--help"} & set(own):

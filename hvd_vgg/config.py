@@ -1230,6 +1230,60 @@ def _table_conflicts(name: str, path: str) -> Iterator[str]:
         yield f"--{name}={path}: expected a name that ends in {' or '.join(TABLES)}"
 
 
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """The network to export, and the form to write it in."""
+
+    weights: str = flag(
+        "./run", "Export", "A run's directory, of which the best checkpoint is taken, or a file of weights.", "path"
+    )
+    to: str = flag(
+        "savedmodel",
+        "Export",
+        "savedmodel: TensorFlow's, a directory; keras_h5: .h5 for VGG16(weights=PATH) of Keras 2 and 3; onnx: .onnx; torch: "
+        "the state of torchvision's networks, .safetensors or .pth; safetensors: this package's own, for --weights and "
+        "--init_from.",
+        choices=("savedmodel", "keras_h5", "onnx", "torch", "safetensors"),
+    )
+    out: str = flag("", "Export", "File, or directory of --to=savedmodel, to write; it must not exist yet.", "path")
+    average: bool = same_flag(EvaluateConfig, "average")
+    fold_batch_norm: bool = flag(
+        False,
+        "Export",
+        "Fold BatchNorm into the convolutions before it: the same network without it. --to=savedmodel and keras_h5 always "
+        "do.",
+    )
+    data_dir: str = flag(
+        "",
+        "Export",
+        "Data whose first validation records the export is checked on. Empty: those of the run, or drawn pictures where "
+        "they cannot be read.",
+        "path",
+    )
+    check_images: int = flag(
+        8, "Export", "Images that the export is checked on; 0: it is not checked.", "images", at_least=0, at_most=1024
+    )
+    check_python: str = flag(
+        "",
+        "Export",
+        "Python interpreter of another environment, in which the library that the export is for is installed. Empty: this "
+        "one.",
+        "path",
+    )
+
+    def conflicts(self) -> Iterator[str]:
+        """Yields the combinations that cannot run."""
+        endings = {"keras_h5": (".h5",), "onnx": (".onnx",), "torch": (".safetensors", ".pth", ".pt")}
+        endings["safetensors"] = (".safetensors",)
+        ending = Path(self.out).suffix
+        if not self.out:
+            yield "--out is empty: expected a path to write to"
+        elif ending not in endings.get(self.to, (ending,)):
+            yield f"--out={self.out}: expected a name that ends in {' or '.join(endings[self.to])}, for --to={self.to}"
+        elif self.to == "keras_h5" and self.out.endswith(".weights.h5"):
+            yield f"--out={self.out}: names that end in .weights.h5 are another format to Keras 3: expected another .h5"
+
+
 def has_batch_norm(model: str) -> bool:
     """Returns whether the convolutions of `model` are followed by BatchNorm."""
     return model.endswith("_bn")
