@@ -146,9 +146,11 @@ def test_export_of_the_average_folded(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", [{"model": "vgg11_bn", "image_size": 64}, {"head": "pooled"}], ids=["batch norm", "pooled"]
+    ("fold", "flags"),
+    [(True, {"model": "vgg11_bn", "image_size": 64}), (False, {"head": "pooled"})],
+    ids=["folded", "pooled"],
 )
-def test_onnx_computes_the_same(tmp_path, capsys, flags):
+def test_onnx_computes_the_same(tmp_path, capsys, fold, flags):
     """By the onnx package's own evaluator; where the package is missing, the message says which one to install."""
     run, out = write_run(tmp_path / "run", **flags), tmp_path / "a.onnx"
     if importlib.util.find_spec("onnx") is None:
@@ -159,7 +161,7 @@ def test_onnx_computes_the_same(tmp_path, capsys, flags):
     import onnx
     from onnx.reference import ReferenceEvaluator
 
-    export_of(run, "onnx", out)
+    export_of(run, "onnx", out, fold_batch_norm=fold)
     if importlib.util.find_spec("onnxruntime") is None:
         assert "not checked: onnxruntime" in capsys.readouterr().out
     pixels = pixels_of(flags.get("image_size", 32), 2)
@@ -168,6 +170,18 @@ def test_onnx_computes_the_same(tmp_path, capsys, flags):
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
     facts = {each.key: each.value for each in onnx.load(str(out)).metadata_props}
     assert json.loads(facts["class_names"])[3] == "été"
+
+
+def test_onnx_has_batch_norm_where_it_is_not_folded(tmp_path):
+    """Run by onnxruntime in tests/reference/check_exports.py: the package's evaluator takes a batch's own statistics."""
+    if importlib.util.find_spec("onnx") is None:
+        return
+    import onnx
+
+    path = tmp_path / "a.onnx"
+    onnx_graph.write(load(write_run(tmp_path / "run", model="vgg11_bn"), False), path)
+    graph = onnx.load(str(path)).graph
+    assert [node.op_type for node in graph.node].count("BatchNormalization") == 8
 
 
 def test_torch_state_has_torchvisions_names(tmp_path):
