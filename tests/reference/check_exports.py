@@ -69,7 +69,7 @@ def main():
                 out = Path(folder) / f"{form.replace(' ', '_')}{ENDINGS[to]}"
                 command = [sys.executable, "-m", "hvd_vgg", "export", f"{folder}/run", f"--to={to}", f"--out={out}"]
                 command += [f"--data_dir={options.data_dir}", f"--check_images={options.images}"]
-                command += ["--fold_batch_norm"] * len(folded) + [f"--check_python={pythons[to]}"] * (to in pythons)
+                command += ["--fold_batch_norm"] * len(folded) + [f"--check_python={pythons.get(to)}"] * (to in pythons)
                 ended = subprocess.run(command, capture_output=True, text=True, check=False)
                 lines = [line.strip() for line in ended.stdout.splitlines() if "relative" in line or "signature" in line]
                 bad += bool(ended.returncode or not lines)
