@@ -56,14 +56,16 @@ def export(config: ExportConfig) -> None:
     if warning:
         console.say(f"  warning: {warning}")
     with scratch_beside(out) as folder:
-        task = Task(written, folder / out.name, folder, config.check_python)
+        made, scratch = folder / "made", folder / "scratch"
+        made.mkdir()
+        scratch.mkdir()
+        task = Task(written, made / out.name, scratch, config.check_python)
         _write(form, task, out)
         lines = _check(form, task, network, config, console)
         files = [] if directory else [f"`{out.name}`: SHA-256 `{_sha256(task.path)}`"]
-        card = model_card(
-            network, out.name, form.use(written, out.name), lines, shlex.join(["hvd-vgg", *sys.argv[1:]]), files
-        )
-        path = task.path / _CARD if directory else folder / _card_of(out).name
+        command = shlex.join(["hvd-vgg", *sys.argv[1:]])
+        card = model_card(written, network.config.model, out.name, form.use(written, out.name), lines, command, files)
+        path = task.path / _CARD if directory else made / _card_of(out).name
         path.write_text(card, encoding="utf-8")
         put([task.path] if directory else [task.path, path], out.parent)
     console.say(f"written: {out}, and its model card {out / _CARD if directory else _card_of(out)}")

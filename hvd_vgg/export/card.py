@@ -10,16 +10,19 @@ from hvd_vgg.provenance import describe_process
 _MOST_CLASSES = 1000  # that are listed
 
 
-def model_card(network: Network, title: str, use: str, checks: Sequence[str], command: str, files: Sequence[str]) -> str:
+def model_card(
+    network: Network, trained: str, title: str, use: str, checks: Sequence[str], command: str, files: Sequence[str]
+) -> str:
     """Returns the text of the card.
 
-    use: how the export is loaded, Markdown; checks: what it was checked by; command: that made it; files: lines with the
-    names and SHA-256 of what was written.
+    network: as it is written; trained: the model that it was trained as; use: how the export is loaded, Markdown; checks:
+    what it was checked by; command: that made it; files: lines with the names and SHA-256 of what was written.
     """
     config = network.config
     sections = [
         f"# {title}",
-        f"{config.model} of {config.num_classes} classes, trained with hvd_vgg."
+        f"{config.model} of {config.num_classes} classes, {'trained with hvd_vgg' if network.meta else network.source.kind}."
+        + (f" It was trained as {trained}; BatchNorm is folded into the convolutions." if trained != config.model else "")
         + (" The weights are the moving average of the run's." if network.average else ""),
         "## To load it\n\n" + use,
         "## Images\n\n" + pixels_text(network),

@@ -48,7 +48,7 @@ class Network(NamedTuple):
         found = receipt.read(RunDir(self.run_dir)) if self.run_dir else None
         names = [f"eval.{'average_' * self.average}{name}" for name in ("top1_hits", "top5_hits")] + ["eval.records"]
         for row in reversed((found or {}).get("evaluations", [])):
-            if row.get("eval.state_sha256") == self.meta.get("state_sha256") and all(row.get(name) for name in names[::2]):
+            if row.get("eval.state_sha256") == self.meta.get("state_sha256") and None not in map(row.get, names):
                 return row[names[0]], row[names[1]], row[names[2]]
         return None
 

@@ -6,21 +6,16 @@ from typing import Any, Dict
 import numpy as np
 
 from hvd_vgg import __version__
-from hvd_vgg.config import ImageConfig
 from hvd_vgg.errors import NOT_WRITTEN, Failure
 from hvd_vgg.export.network import Network
 from hvd_vgg.training import checkpoint
 from hvd_vgg.training.weights import read_weights
 
-_IMAGE_FLAGS = ("augment",)
-
 
 def write(network: Network, path: Path) -> None:
     """Writes the file; raises OSError. It says what a checkpoint says of the network, its images and its run."""
     meta, source = network.meta, network.source
-    # Of others' files nothing more is known than how their images are evaluated.
-    run = {name: ImageConfig.__dataclass_fields__[name].default for name in _IMAGE_FLAGS}
-    run.update(meta.get("run", {}))
+    run = {"augment": source.flags.get("augment", "crop"), **meta.get("run", {})}  # others' files name no run
     run.update({name: getattr(network.config, name) for name in ("model", "width", "num_classes", "image_size", "head")})
     run.update(pixel_normalization=network.normalization, resize=network.resize)
     kept: Dict[str, Any] = {name: meta[name] for name in ("format", "data_format", "arithmetic") if name in meta}
