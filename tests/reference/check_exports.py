@@ -3,17 +3,10 @@
     python tests/reference/check_exports.py --data_dir=DIR --torch=PYTHON --keras=PYTHON --onnxruntime=PYTHON [--images=N]
 
 Each PYTHON is the interpreter of an environment with torch and torchvision, with Keras 3 (and tf_keras, which is Keras 2),
-<<<<<<< HEAD
-or with onnxruntime. The networks have random weights of torchvision's shapes, their moments too, and 1000 classes; the
-images are the validation records of --data_dir. Prints what `hvd-vgg export` prints: the largest relative difference of
-logits of each. The exit code is 1 if one is above 1e-4, or was not checked. Takes about 5 GB of disk in a directory of its
-own, and of memory 2 GB.
-=======
 or with onnxruntime. The networks have random weights of torchvision's shapes and moments, and 1000 classes; the images
 are the validation records of --data_dir. Prints what `hvd-vgg export` prints: the largest relative difference of logits of
 each. The exit code is 1 if one is above 1e-4, or was not checked. Takes up to 2 GB of memory, and of disk in a directory of
 its own.
->>>>>>> export
 """
 
 import argparse
@@ -76,11 +69,7 @@ def main():
                 out = Path(folder) / f"{form.replace(' ', '_')}{ENDINGS[to]}"
                 command = [sys.executable, "-m", "hvd_vgg", "export", f"{folder}/run", f"--to={to}", f"--out={out}"]
                 command += [f"--data_dir={options.data_dir}", f"--check_images={options.images}"]
-<<<<<<< HEAD
-                command += ["--fold_batch_norm"] * len(folded) + [f"--check_python={pythons[to]}"] * (to in pythons)
-=======
                 command += ["--fold_batch_norm"] * len(folded) + [f"--check_python={pythons.get(to)}"] * (to in pythons)
->>>>>>> export
                 ended = subprocess.run(command, capture_output=True, text=True, check=False)
                 lines = [line.strip() for line in ended.stdout.splitlines() if "relative" in line or "signature" in line]
                 bad += bool(ended.returncode or not lines)
