@@ -9,7 +9,8 @@ makes TFRecords with --shorter_side and --quality; `libjpeg_turbo` decodes each 
 shrink it, and encodes as many pixels of it as `encode` does, by Pillow's binding, without a resize between; `pillow` does
 the same with the resize. All of it is one thread, from and to the page cache; each round runs all of them in turn. `train`
 and `train_small` are images/s that one thread of training's input makes of the images as they are, and of what `encode`
-wrote: what --shorter_side gains. The last column is the ratio to the limit: of `pass` and `cat` to `cp`, of `encode` and
+wrote: what --shorter_side gains. Both by the clock and by the processor's time, which other work on the machine disturbs
+less; beside each is the ratio to the limit: of `pass` and `cat` to `cp`, of `encode` and
 `pillow` to `libjpeg_turbo`, of `train_small` to `train`. Needs room for five copies of the images in --work_dir.
 """
 
@@ -17,6 +18,7 @@ import contextlib
 import io
 import itertools
 import os
+import resource
 import shutil
 import subprocess
 import tempfile
@@ -50,6 +52,19 @@ def write_source(options, root):
     return [image for image, _ in rows]
 
 
+@contextlib.contextmanager
+def stopwatch():
+    """Yields a list, which then has the seconds of the block: by the clock, and of the processor, children with them."""
+
+    def processor():
+        spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(each.ru_utime + each.ru_stime for each in spent)
+
+    seconds, began, before = [], time.perf_counter(), processor()
+    yield seconds
+    seconds += time.perf_counter() - began, max(processor() - before, 1e-6)
+
+
 def prepare(source, out, images, **flags):
     """Runs the command in this process, on one thread; returns its seconds."""
     from hvd_vgg.commands.prepare import prepare as command
@@ -65,45 +80,43 @@ def prepare(source, out, images, **flags):
         console="lines",
         **flags,
     )
-    began = time.perf_counter()
-    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), stopwatch() as seconds:
         command(config)
-    return time.perf_counter() - began
+    return seconds
 
 
 def copy(source, target):
     """Returns the seconds in which `cp` copies the files."""
     shutil.rmtree(target, ignore_errors=True)
-    began = time.perf_counter()
-    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
-    return time.perf_counter() - began
+    with stopwatch() as seconds:
+        subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    return seconds
 
 
 def concatenate(source, target):
     """Returns the seconds in which `cat` writes the files into one, and that is put on disk."""
     target.unlink(missing_ok=True)
     paths = sorted(map(str, source.rglob("*.jpg")))
-    began = time.perf_counter()
-    with open(target, "wb") as file:
+    with stopwatch() as seconds, open(target, "wb") as file:
         subprocess.run(["xargs", "cat"], input="\n".join(paths).encode(), stdout=file, check=True)
         os.fsync(file.fileno())
-    return time.perf_counter() - began
+    return seconds
 
 
 def recode(encoded, options, resizes=False):
     """Returns the seconds in which libjpeg-turbo decodes and encodes the images, and Pillow resizes them between."""
     from PIL import Image
 
-    began = time.perf_counter()
-    for data in encoded:
-        image = Image.open(io.BytesIO(data))
-        scale = options.shorter_side / min(image.size)
-        if scale < 1:
-            size = tuple(max(options.shorter_side, round(side * scale)) for side in image.size)
-            image.draft(None, size)
-            small = image.resize(size, BICUBIC) if resizes else image.crop((0, 0, *size))
-            small.convert("RGB").save(io.BytesIO(), "JPEG", quality=options.quality)
-    return time.perf_counter() - began
+    with stopwatch() as seconds:
+        for data in encoded:
+            image = Image.open(io.BytesIO(data))
+            scale = options.shorter_side / min(image.size)
+            if scale < 1:
+                size = tuple(max(options.shorter_side, round(side * scale)) for side in image.size)
+                image.draft(None, size)
+                small = image.resize(size, BICUBIC) if resizes else image.crop((0, 0, *size))
+                small.convert("RGB").save(io.BytesIO(), "JPEG", quality=options.quality)
+    return seconds
 
 
 def train(encoded):
@@ -115,10 +128,10 @@ def train(encoded):
 
     config, out = ImageConfig(), np.empty([224, 224, 3], np.uint8)
     params = augmentation_params(np.stack([np.zeros(len(encoded), np.int64), np.arange(len(encoded))], 1), config)
-    began = time.perf_counter()
-    for data, row in zip(encoded, params):
-        train_image(data, row, config, out)
-    return time.perf_counter() - began
+    with stopwatch() as seconds:
+        for data, row in zip(encoded, params):
+            train_image(data, row, config, out)
+    return seconds
 
 
 def small_images(out):
@@ -161,14 +174,18 @@ def main():
         megabytes = {
             name: sum(path.stat().st_size for path in place.glob("train-*")) / 1e6 for name, place in written.items()
         }
-    rates = {name: [len(encoded) / each for each in of_way] for name, of_way in seconds.items()}
+    rates = {name: [[len(encoded) / each for each in of_way] for of_way in zip(*both)] for name, both in seconds.items()}
     rows = []
-    for name, of_way in rates.items():
-        ratios = measure.ratios(of_way, rates.get(LIMITS.get(name, "")))
+    for name, both in rates.items():
+        ratios = [measure.ratios(*each) for each in zip(both, rates.get(LIMITS.get(name, ""), (None, None)))]
         size = f"{megabytes[name]:.1f}" if name in megabytes else "-"
-        rows.append([name, measure.spread(of_way, ",.0f"), size, measure.spread(ratios)])
+        cells = [
+            cell for of_way, ratio in zip(both, ratios) for cell in (measure.spread(of_way, ",.0f"), measure.spread(ratio))
+        ]
+        rows.append([name, size, *cells])
     title = f"{options.rounds} rounds over {len(encoded)} images of {sum(map(len, encoded)) / len(encoded) / 1e3:.0f} kB"
-    measure.print_table(title, ("way", "images/s, one thread", "MB written", "of its limit"), rows)
+    head = ("way", "MB written", "images/s, one thread", "of its limit", "images/s of processor time", "of its limit")
+    measure.print_table(title, head, rows)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import re
 import shutil
 import sys
@@ -264,6 +265,27 @@ def test_prepare_takes_validation_unpacked_flat(tmp_path, listed):
         kit = [raw_sets.KIT_IDS[row[0]] for row in ROWS["validation"]]
         raw_sets.write_kit(tmp_path / "set" / "ILSVRC2012_devkit_t12.tar.gz", kit)
     assert run(tmp_path / "set", tmp_path / "out", **flags)["validation"] == expected("validation")
+
+
+@pytest.mark.parametrize("seed", [52, 75, 0, 1])
+def test_damaged_kit_is_one_message(sets, tmp_path, seed):
+    """Even where SciPy's reader ends its process by a segmentation fault, as of the first two."""
+    rng, path = random.Random(seed), tmp_path / "kit" / "data"
+    path.mkdir(parents=True)
+    with tarfile.open(sets / "ilsvrc" / "ILSVRC2012_devkit_t12.tar.gz") as archive:
+        for member in archive.getmembers():
+            data = bytearray(archive.extractfile(member).read())
+            if member.name.endswith(".mat"):
+                for _ in range(rng.choice((1, 4, 64)) if seed else len(data)):
+                    data[rng.randrange(len(data))] = rng.randrange(256)
+            (path / member.name.rpartition("/")[2]).write_bytes(data)
+    config = PrepareConfig(source=str(sets / "ilsvrc"), validation_labels=str(tmp_path / "kit"))
+    try:
+        find_source(config, "validation")
+    except Failure as failure:
+        assert failure.code == DATA and "meta.mat" in failure.message and "Download the kit again" in failure.message
+    else:
+        assert seed
 
 
 def test_prepare_of_archives_needs_labels(tmp_path):

@@ -311,7 +311,8 @@ def _kept_classes(config: PrepareConfig, names: Sequence[str], count: int) -> Li
             numbers.setdefault(short, []).append(number)
     unknown = [name for name in config.classes if name not in numbers]
     if unknown:
-        has = f"its {count} classes are {shorten(list(map(ascii, known)))}" if names else f"its labels are 1 to {count}"
+        are = f"{plural(count, 'class')} {'is' if count == 1 else 'are'}"
+        has = f"its {are} {shorten(list(map(ascii, known)))}" if names else f"its labels are 1 to {count}"
         raise data_failure(f"{config.source} has no class {shorten(unknown)}; {has}. Correct --classes")
     several = [name for name in config.classes if len(numbers[name]) > 1]
     if several:
