@@ -131,7 +131,8 @@ def listing(begin: int, size: int) -> Dict[str, Any]:
             walk.group(file, "", 0)
             return {"datasets": walk.datasets, "order": legacy_order(file, walk), "names": walk.names}
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, MemoryError, RecursionError) as error:
-        return {"error": f"HDF5 says: {error}" if not isinstance(error, ValueError) else str(error)}
+        text = str(error.args[0] if error.args else type(error).__name__)
+        return {"error": text if isinstance(error, ValueError) else f"HDF5 says: {text}"}
 
 
 if __name__ == "__main__":
