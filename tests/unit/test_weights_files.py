@@ -25,6 +25,7 @@ from hvd_vgg.models import vgg
 from hvd_vgg.models.batch_norm import fold
 from hvd_vgg.training.weights import read_flags, read_weights
 from hvd_vgg.weights import torch_file
+from hvd_vgg.weights.child import run_child
 from hvd_vgg.weights.files import read_file, read_file_flags
 from hvd_vgg.weights.keras import to_keras_h5
 from hvd_vgg.weights.torch_names import to_torchvision
@@ -493,6 +494,30 @@ def test_read_file_says_that_h5py_is_missing(reference):
         check=False,
     )
     assert "install h5py" in ended.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("program", "text"),
+    [
+        ("kill -SEGV $$", "ended the process that read it, by signal 11"),
+        ("exec sleep 60", "took more than 0 s"),
+        ("echo a >&2; echo b >&2; exit 3", "it cannot be read: b"),
+        ("exit 3", "exit code 3"),
+    ],
+)
+def test_run_child_says_how_its_process_ended(tmp_path, program, text):
+    """Whatever a library does on a file, the process that asked goes on."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{program}\n")
+    python.chmod(0o755)
+    with pytest.raises(ValueError, match=text):
+        run_child("hdf5_child", [], python, 0.4 if "sleep" in program else 60, str(python))
+
+
+def test_limit_this_process_bounds_memory():
+    program = "from hvd_vgg.weights.limits import limit_this_process\nlimit_this_process(2**24, 60)\nbytearray(2**28)"
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.stderr.strip().endswith("MemoryError")
 
 
 # ---- mutations
