@@ -2,7 +2,6 @@
 
 import hashlib
 import stat
-import zipfile
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
@@ -108,12 +107,7 @@ def _contents(path: Path) -> Contents:
 
 
 def _archive(path: Path) -> Contents:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"it begins as a ZIP archive and is none ({error}): it is cut short or damaged") from error
-    if any(name.endswith("data.pkl") for name in names):
+    if any(info.filename.endswith("data.pkl") for info in hdf5.archive_members(path)):
         return torch_file.read_contents(path)
     return hdf5.read_contents(path, *hdf5.member_bounds(path))
 

@@ -14,7 +14,7 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"
 MEMBER = "model.weights.h5"  # of a .keras archive
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a member of a ZIP archive: signature, lengths of its name and extra field
 _TYPES = {"<f2": "F16", "<f4": "F32", "<f8": "F64"}
-_MOST_SECONDS = 120.0  # a list takes a fraction of one; libraries on slow storage some
+_MOST_SECONDS = 300.0  # a list takes a fraction of one; loading libraries from slow storage some
 
 
 def read_contents(path: Path, begin: int, size: int) -> Contents:
@@ -43,13 +43,18 @@ def read_contents(path: Path, begin: int, size: int) -> Contents:
     return Contents(".weights.h5", entries, file_reader(path, begin), _layers(found["names"], entries))
 
 
-def member_bounds(path: Path) -> Tuple[int, int]:
-    """Returns the first byte and the length of MEMBER in a .keras archive. Raises ValueError with what is wrong with it."""
+def archive_members(path: Path) -> List[zipfile.ZipInfo]:
+    """Returns what is in a ZIP archive. Raises ValueError with what is wrong with it."""
     try:
         with zipfile.ZipFile(path) as archive:
-            members = [info for info in archive.infolist() if info.filename == MEMBER]
+            return archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, struct.error, ValueError) as error:
-        raise ValueError(f"its directory of a ZIP archive cannot be read ({error}): it is damaged") from error
+        raise ValueError(f"it begins as a ZIP archive and is none ({error}): it is cut short or damaged") from error
+
+
+def member_bounds(path: Path) -> Tuple[int, int]:
+    """Returns the first byte and the length of MEMBER in a .keras archive. Raises ValueError with what is wrong with it."""
+    members = [info for info in archive_members(path) if info.filename == MEMBER]
     if len(members) != 1:
         raise ValueError(f"it is a ZIP archive with {len(members)} files {MEMBER}: expected one, as in .keras of Keras")
     (info,) = members

@@ -7,17 +7,16 @@ is not stored in one piece); `order`, names of weights as a legacy file of Keras
 their groups, as Keras 3 writes them; or `error`.
 """
 
-import contextlib
 import io
 import json
 import os
-import resource
 import sys
-from pathlib import Path
 from typing import Any, Dict, List, Optional
 
+from hvd_vgg.weights.limits import limit_this_process
+
 _MOST_OBJECTS, _MOST_DEPTH = 5000, 12
-_MOST_MEMORY = 2**30  # bytes beyond those that the libraries take
+_MOST_MEMORY = 2**30  # bytes
 _MOST_CPU_SECONDS = 60
 
 
@@ -120,20 +119,16 @@ def listing(begin: int, size: int) -> Dict[str, Any]:
         import h5py
     except ImportError as error:
         return {"error": f"HDF5 is read by h5py, which cannot be imported ({error}): install h5py"}
-    # Beyond what the libraries have mapped.
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    for limit, most in ((resource.RLIMIT_AS, mapped + _MOST_MEMORY), (resource.RLIMIT_CPU, _MOST_CPU_SECONDS)):
-        with contextlib.suppress(ValueError, OSError):  # where it is lower already
-            resource.setrlimit(limit, (most, most))
+    limit_this_process(_MOST_MEMORY, _MOST_CPU_SECONDS)
     try:
         with h5py.File(Window(begin, size), "r") as file:
             walk = Walk(h5py)
             walk.group(file, "", 0)
             return {"datasets": walk.datasets, "order": legacy_order(file, walk), "names": walk.names}
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, MemoryError, RecursionError) as error:
-        return {"error": f"HDF5 says: {error}" if not isinstance(error, ValueError) else str(error)}
+        text = str(error.args[0] if error.args else type(error).__name__)
+        return {"error": text if isinstance(error, ValueError) else f"HDF5 says: {text}"}
 
 
 if __name__ == "__main__":
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     print(json.dumps(listing(int(sys.argv[1]), int(sys.argv[2]))))

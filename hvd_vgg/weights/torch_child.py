@@ -4,16 +4,16 @@ By torch's own loading of nothing but weights, in a process of its own, since to
 common. Prints the state dict as safetensors, of at most MOST bytes; with what is wrong instead it ends with exit code 1.
 """
 
-import contextlib
 import json
 import os
-import resource
 import struct
 import sys
 from typing import Any, Dict
 
+from hvd_vgg.weights.limits import limit_this_process
+
 _TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
-_MOST_CPU_SECONDS = 600
+_MOST_CPU_SECONDS, _MORE_MEMORY = 600, 2**30
 
 
 def state_of(loaded: Any) -> Dict[str, Any]:
@@ -28,8 +28,6 @@ def state_of(loaded: Any) -> Dict[str, Any]:
 
 def main() -> None:
     """Reads standard input and writes standard output."""
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_CPU, (_MOST_CPU_SECONDS, _MOST_CPU_SECONDS))
     most, out = int(sys.argv[1]), sys.stdout.buffer
     try:
         import torch
@@ -38,6 +36,8 @@ def main() -> None:
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < (2, 6):
         sys.exit(f"torch {torch.__version__} could be made to run code by a file (CVE-2025-32434): install 2.6 or later")
+    # The file's bytes, the tensors, and what one of them is copied to.
+    limit_this_process(4 * most + _MORE_MEMORY, _MOST_CPU_SECONDS)
     try:
         with os.fdopen(0, "rb") as file:
             state = state_of(torch.load(file, map_location="cpu", weights_only=True))
@@ -65,5 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     main()
