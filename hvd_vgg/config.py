@@ -1245,7 +1245,9 @@ class ExportConfig:
         "--init_from.",
         choices=("savedmodel", "keras_h5", "onnx", "torch", "safetensors"),
     )
-    out: str = flag("", "Export", "File, or directory of --to=savedmodel, to write; it must not exist yet.", "path")
+    out: str = flag(
+        "./export", "Export", "Directory of --to=savedmodel, or file of the others, to write; it must not exist yet.", "path"
+    )
     average: bool = same_flag(EvaluateConfig, "average")
     fold_batch_norm: bool = flag(
         False,
@@ -1276,9 +1278,7 @@ class ExportConfig:
         endings = {"keras_h5": (".h5",), "onnx": (".onnx",), "torch": (".safetensors", ".pth", ".pt")}
         endings["safetensors"] = (".safetensors",)
         ending = Path(self.out).suffix
-        if not self.out:
-            yield "--out is empty: expected a path to write to"
-        elif ending not in endings.get(self.to, (ending,)):
+        if ending not in endings.get(self.to, (ending,)):
             yield f"--out={self.out}: expected a name that ends in {' or '.join(endings[self.to])}, for --to={self.to}"
         elif self.to == "keras_h5" and self.out.endswith(".weights.h5"):
             yield f"--out={self.out}: names that end in .weights.h5 are another format to Keras 3: expected another .h5"

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import List
 import tensorflow as tf
 
 from hvd_vgg.config import ExportConfig
-from hvd_vgg.environment import nested_refusal
+from hvd_vgg.environment import runs_alone
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, USAGE, Failure
 from hvd_vgg.export.card import accuracy_text, model_card
 from hvd_vgg.export.check import LIMIT, choose_images
@@ -30,9 +29,8 @@ def export(config: ExportConfig) -> None:
     Raises Failure: USAGE under a launcher; CONFIGURATION where the weights cannot be read, or have no such form;
     NOT_WRITTEN where the logits of what was written differ, or the disk refuses.
     """
-    refusal = nested_refusal(os.environ)
-    if refusal:
-        raise Failure(USAGE, refusal)
+    if not runs_alone():
+        raise Failure(USAGE, "export is one process's work, and a launcher has started this one: call it without")
     # On the processor alone: a GPU may round products to 10 bits (TensorFloat-32), and others may train on it.
     with contextlib.suppress(RuntimeError):  # of a program that has used its devices before
         tf.config.set_visible_devices([], "GPU")

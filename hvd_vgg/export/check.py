@@ -1,6 +1,5 @@
 """Whether an export computes what this package does: images to run it on, its own runtime, the difference of logits."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -18,7 +17,7 @@ from hvd_vgg.data.index import join, scan_shard
 from hvd_vgg.data.reader import BadRecord, read_image
 from hvd_vgg.data.transforms import eval_image
 from hvd_vgg.environment import environment_of_job
-from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
+from hvd_vgg.errors import CONFIGURATION, DATA, NOT_WRITTEN, Failure
 from hvd_vgg.export.network import Network
 from hvd_vgg.models.pixels import NORMALIZATIONS
 from hvd_vgg.text import plural
@@ -78,14 +77,16 @@ def _records(network: Network, config: DataConfig, count: int) -> Images:
     encoded: List[bytes] = []
     rows: List[np.ndarray] = []
     for record in range(index.records):
-        with contextlib.suppress(BadRecord, ValueError):
-            encoded.append(read_image(index, record)[0])
-            rows.append(_evaluated(network, encoded[len(rows) :][:1])[0])
-        del encoded[len(rows) :]
         if len(rows) == count:
             break
+        try:
+            image = read_image(index, record)[0]
+            rows.append(_evaluated(network, [image])[0])
+        except (BadRecord, ValueError):
+            continue
+        encoded.append(image)
     if not rows:
-        raise Failure(CONFIGURATION, f"{config.data_dir}: no validation record can be read")
+        raise Failure(DATA, f"{config.data_dir}: no validation record can be read")
     return Images(np.stack(rows), encoded, f"{plural(len(rows), 'validation record')} of {config.data_dir}")
 
 

@@ -36,7 +36,7 @@ def require_onnx() -> Any:
         from google.protobuf import __version__ as protobuf
 
         # 1.12 is the newest for the protobuf of old TensorFlow, 1.17 for that of TensorFlow up to 2.18.
-        version = "1.12.0" if protobuf.startswith("3.") and protobuf < "3.20.2" else "1.17.0"
+        version = "1.12.0" if [int(part) for part in protobuf.split(".")[:3]] < [3, 20, 2] else "1.17.0"
         text = f"--to=onnx writes by the onnx package ({error}): pip install --no-deps onnx=={version}"
         raise Failure(CONFIGURATION, f"{text}, the version that fits this environment's protobuf {protobuf}") from error
     return onnx

@@ -326,7 +326,8 @@ def test_export_of_convolutions_alone_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--to=onnx"], "--out is empty"),
+        (["--to=onnx"], "--out=./export: expected a name that ends in .onnx"),
+        (["--out="], "--out=: expected a path, found nothing"),
         (["--to=onnx", "--out=a.h5"], "expected a name that ends in .onnx"),
         (["--to=torch", "--out=a.onnx"], "ends in .safetensors or .pth or .pt"),
         (["--to=keras_h5", "--out=a.weights.h5"], "another format to Keras 3"),
