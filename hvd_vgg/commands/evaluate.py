@@ -8,7 +8,8 @@ from hvd_vgg.data.classes import class_names, imagenet_names, known_names, with_
 from hvd_vgg.data.formats.layout import FOLDERS, IMAGENET, TITLES
 from hvd_vgg.data.formats.shard_file import data_failure
 from hvd_vgg.data.index import Index, check_labels, find_label_base
-from hvd_vgg.errors import CONFIGURATION, Failure
+from hvd_vgg.doctor.system import check_out
+from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
 from hvd_vgg.models.vgg import Weights
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import run_on_all_ranks, run_on_root
@@ -50,6 +51,8 @@ class Score(NamedTuple):
 def evaluate_run(config: EvaluateConfig) -> None:
     """Evaluates a checkpoint of the run in --run_dir, or --weights, on the validation split. Collective."""
     device, console, index = _open(config)
+    if config.predictions_file:  # before the work
+        run_on_root(lambda: check_out(config.predictions_file, NOT_WRITTEN, "--predictions_file"))
     if config.weights:
         network, source = load_network(config, config.weights, config.average)
         console.say(source.text)

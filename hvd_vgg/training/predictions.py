@@ -18,6 +18,7 @@ from hvd_vgg.parallel.consensus import run_on_root
 from hvd_vgg.reporting.table import Row, rounded, table_lines
 from hvd_vgg.run_dir import RunDir, atomic_write_lines, writing
 from hvd_vgg.training.evaluate import TOP, Evaluation, gather_rows
+from hvd_vgg.watchdog import watchdog
 
 _WORST = 5  # classes that are printed
 
@@ -55,8 +56,9 @@ def write_details(config: EvaluationConfig, result: Evaluation, index: Index, la
         with writing(run_dir.class_hits):
             atomic_write_lines(run_dir.class_hits, table_lines(".csv", class_rows(counts, names)))
 
-    run_on_root(write)
-    write_predictions(config, result, index, label_base)
+    with watchdog.phase("saving"):
+        run_on_root(write)
+        write_predictions(config, result, index, label_base)
 
 
 def class_rows(counts: np.ndarray, names: Sequence[str]) -> Iterator[Row]:

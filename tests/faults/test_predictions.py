@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 from oracles import result
@@ -65,7 +66,8 @@ def test_predict_writes_in_order_and_passes_over(launch, tmp_path, undisturbed, 
     assert len(rows) == 33 and [int(row["rank"]) for row in rows[:4]] == [1, 2, 3, 1]
     paths = [row["path"] for row in rows[::3]]
     names = sorted(path.name for path in images.iterdir() if path.suffix == ".jpeg")
-    assert paths[: len(names)] == [f"{images}/{name}" for name in names] and "sub, 2/1\\udcff.jpg" in paths[len(names)]
+    assert paths[: len(names)] == [f"{images}/{name}" for name in names]
+    assert paths[len(names) :] == [f"{images}/sub, 2/{number}\\udcff.jpg" for number in (10, 1, 2, 4, 5, 7, 8)]
     if ranks:
         launch(0, *predict, "--out=b.csv", code=65)
         assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
@@ -77,8 +79,6 @@ def test_predict_writes_in_order_and_passes_over(launch, tmp_path, undisturbed, 
 @pytest.mark.fault("F30", tier=3)
 def test_bad_record_has_no_prediction(launch, tmp_path, data, undisturbed):
     """It is a row with its label, and a miss of its class."""
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(data, broken)
     shard = sorted(broken.glob("validation-*"))[0]
@@ -115,9 +115,10 @@ def test_run_keeps_predictions_of_its_last_evaluation(launch, tmp_path, data):
             (["predict", "--weights=RUN", "--out=none/a.csv", "."], 74, "--out=none/a.csv cannot be written"),
             (["predict", "--weights=RUN", "--names_file=none", "."], 64, "none cannot be read"),
             (["predict", "--weights=none", "."], 78, "none cannot be read: No such file or directory"),
-            (["predict", "."], 78, "expected a file of weights, or a run that was evaluated"),
+            (["predict", "."], 78, "run cannot be read: No such file or directory"),
             (["evaluate", "--weights=RUN", "--model=vgg16", "--data_dir=."], 64, "--model=vgg16: it has vgg11"),
             (["evaluate", "--weights=RUN", "--average", "--data_dir=DATA"], 78, "has no best checkpoint of an average"),
+            (["evaluate", "--weights=RUN", "--predictions_file=none/a.csv", "--data_dir=DATA"], 74, "cannot be written"),
             (["train", "--predictions_file=none/a.csv", "--data_dir=DATA"], 78, "expected a name in a directory"),
         ),
     ],
@@ -126,3 +127,12 @@ def test_predict_errors_are_one_message(launch, data, undisturbed, arguments, co
     words = [word.replace("RUN", str(undisturbed / "run")).replace("DATA", str(data)) for word in arguments]
     ended = launch(0, *words, code=code)
     assert expected in ended.err and ended.err.count("hvd-vgg: ") == 1 and "Traceback" not in ended.err
+
+
+@pytest.mark.fault(tier=3)
+def test_launch_passes_words_on(launch, undisturbed):
+    """Its own flag comes before what stands behind --."""
+    ended = launch(
+        0, "launch", "--ranks=2", "--dry_run", "predict", f"--weights={undisturbed / 'run'}", "--", "-x.jpg", code=0
+    )
+    assert "--console=lines -- -x.jpg" in ended.out

@@ -14,11 +14,11 @@ from hvd_vgg.config import EvaluateConfig, PredictConfig, TrainConfig
 from hvd_vgg.data.classes import imagenet_names, known_names
 from hvd_vgg.data.image_files import ImageFiles, find_images, index_images
 from hvd_vgg.data.loader import scoring_batches
-from hvd_vgg.errors import CONFIGURATION, USAGE, Failure
+from hvd_vgg.errors import BUG, CONFIGURATION, USAGE, Failure
 from hvd_vgg.flags import describe_flags, parse_flags, to_flag_file
 from hvd_vgg.reporting.table import rounded, table_lines
 from hvd_vgg.training.evaluate import Evaluation, _row
-from hvd_vgg.training.predictions import _prediction_rows, worst_classes
+from hvd_vgg.training.predictions import _prediction_rows, _require_totals, worst_classes
 from hvd_vgg.training.weights import read_weights, require_classes, require_own_flags
 
 ODD = "odd\udcff, b.jpg"  # a byte that is no text, a comma and a space
@@ -256,6 +256,14 @@ def test_worst_classes_are_those_with_records():
     assert [line.split()[-1] for line in lines[1:]] == ["d", "b", "e", "a"]
     assert lines[1] == "  acc@1 0.0000  acc@5 1.0000  of     4  class 3  d"
     assert worst_classes(counts, []).splitlines()[1].endswith("class 3")
+
+
+def test_totals_that_differ_are_a_bug():
+    """Of records and of both kinds of hits."""
+    result = Evaluation(3, 5, 9, 1.0, 0)
+    _require_totals([9, 3, 5], result)
+    for found in ([8, 3, 5], [9, 4, 5], [9, 3, 4]):
+        assert "add up to" in refusal(lambda found=found: _require_totals(found, result), BUG)
 
 
 def test_evaluation_says_nothing_of_its_rows():
