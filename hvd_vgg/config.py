@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Set, Tuple
 
-from hvd_vgg.flags import flag, format_value, hyperparameter, same_flag
+from hvd_vgg.flags import flag, format_value, hyperparameter, same_flag, words
 
 BITS, ROUNDING = "bits", "rounding"  # of --reproducible
 MOST_FEATURE_BYTES = 64  # of the name of a feature
@@ -987,6 +987,20 @@ class RunsConfig:
     """Where `runs` looks."""
 
     dir: str = flag("./runs", "Run", "Directory with runs, below which they may lie anywhere.", "path")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """Which runs `report` shows, and where it writes the page."""
+
+    run_dirs: Tuple[str, ...] = words("Report", "Directories of runs; several are shown side by side.", "RUN_DIR")
+    out: str = flag("report.html", "Report", "The page: a single file, which loads nothing.", "path")
+    watch: bool = flag(False, "Report", "Renew the page while a run trains; end when none does.")
+    watch_seconds: float = flag(30.0, "Report", "Time between renewals of --watch.", "s", at_least=1)
+
+    def conflicts(self) -> Iterator[str]:
+        if not self.run_dirs:
+            yield "no RUN_DIR: expected hvd-vgg report RUN_DIR [RUN_DIR ...]"
 
 
 @dataclasses.dataclass(frozen=True)

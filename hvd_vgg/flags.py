@@ -61,6 +61,19 @@ def same_flag(section: Any, name: str, default: Any = None) -> Any:
     return dataclasses.field(default=field.default if default is None else default, metadata=field.metadata)
 
 
+def words(group: str, text: str, name: str) -> Any:
+    """Declares a dataclass field, Tuple[str, ...], that is no flag: the words of the command line that are none.
+
+    They are taken as they are, whatever bytes they have; name: of one of them, in --help.
+    """
+    return dataclasses.field(default=(), metadata={"group": group, "text": text, "unit": "", "words": name})
+
+
+def _words_field(kind: Any) -> str:
+    """Returns the name of the field that `words` declares; "" where there is none."""
+    return next((field.name for field in dataclasses.fields(kind) if "words" in field.metadata), "")
+
+
 class _Parser(flags.ArgumentParser):
     """Converts text to a field's type. Text that cannot be converted is kept, for `validate` to report with all else."""
 
@@ -84,27 +97,36 @@ class _Parser(flags.ArgumentParser):
 def parse_flags(kind: Any, argv: Sequence[str], defaults: Any = None, shared: Any = None) -> Any:
     """Returns a `kind` (a dataclass of flags) from `argv`, which has no program name and may name flag files.
 
-    defaults: an instance of any dataclass of flags, whose values take the place of the defaults of the flags of that name.
+    defaults: an instance of any dataclass of flags, whose values take the place of the defaults of the flags of that name;
+    or anything else with such attributes.
     shared: a dataclass of flags; those that `kind` lacks are passed over in flag files, so that one file serves several
     commands, and refused elsewhere. Raises Failure(USAGE) that lists every unknown flag, invalid value and conflict.
     """
-    values = flags.FlagValues()
+    values, free = flags.FlagValues(), _words_field(kind)
     for field in dataclasses.fields(kind):
         default: Any = getattr(defaults, field.name, field.default)
         text = field.metadata["text"]
+        if field.name == free:
+            continue
         if field.type is bool:
             switch: Any = flags.BooleanFlag(field.name, default, text)
             switch.parser = _Parser(bool)
             flags.DEFINE_flag(switch, values)
         else:
             flags.DEFINE(_Parser(field.type), field.name, default, text, flag_values=values)
-    names = [field.name for field in dataclasses.fields(kind)]
+    names = [field.name for field in dataclasses.fields(kind) if field.name != free]
     unused = {field.name for field in dataclasses.fields(shared or kind)}.difference(names)
+    cut = argv.index("--") if free and "--" in argv else len(argv)  # behind it are words alone
+    values.set_gnu_getopt(bool(free))  # flags may follow words
     try:
-        unknown = values([""] + _expand_flag_files(argv, unused), known_only=True)[1:]
+        unknown = values([""] + _expand_flag_files(argv[:cut], unused), known_only=True)[1:]
     except flags.Error as error:
         raise Failure(USAGE, f"flags: {error}") from error
-    config = expand_home(kind(**{name: values[name].value for name in names}))
+    given: Dict[str, Any] = {name: values[name].value for name in names}
+    if free:
+        given[free] = (*(word for word in unknown if not word.startswith("-")), *argv[cut + 1 :])
+        unknown = [word for word in unknown if word.startswith("-")]
+    config = expand_home(kind(**given))
     errors = [_unknown_flag(word, names) for word in unknown] + validate(config)
     if errors:
         raise Failure(USAGE, f"{len(errors)} illegal flag(s):\n" + "\n".join(f"  {error}" for error in errors))
@@ -243,7 +265,9 @@ def to_flag_file(config: Any) -> str:
 
 def describe_flags(kind: Any, usage: str) -> str:
     """Returns the text of --help: `usage`, then every flag by group with its default, unit and meaning."""
-    lines = [usage.rstrip(), "", "Flags (--flagfile=FILE reads more of them from a file; a later one wins):"]
+    free = [field.metadata for field in dataclasses.fields(kind) if "words" in field.metadata]
+    lines = [usage.rstrip(), *(f"\n{each['words']} ...: {each['text']}" for each in free), ""]
+    lines += ["Flags (--flagfile=FILE reads more of them from a file; a later one wins):"]
     for group, fields in _groups(kind):
         lines += ["", f"{group}:"]
         for field in fields:
@@ -257,7 +281,8 @@ def describe_flags(kind: Any, usage: str) -> str:
 def _groups(kind: Any) -> List[Tuple[str, List[Any]]]:
     groups: Dict[str, List[Any]] = {name: [] for name in _GROUPS}
     for field in dataclasses.fields(kind):
-        groups.setdefault(field.metadata["group"], []).append(field)
+        if "words" not in field.metadata:
+            groups.setdefault(field.metadata["group"], []).append(field)
     return [(name, fields) for name, fields in groups.items() if fields]
 
 

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "hvd_vgg"
 LAYERS = [
     {"root"},
     {"data", "models", "parallel", "reporting", "weights"},
-    {"training"},
+    {"training", "pages"},
     {"launcher"},
     {"doctor"},
     {"commands"},
@@ -28,6 +28,7 @@ NO_TENSORFLOW = (
     "doctor.runner",
     "commands.plan",
     "commands.runs",
+    "commands.report",
     "commands.verify",
     "commands.history",
     "commands.prepare",
