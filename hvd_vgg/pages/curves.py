@@ -116,7 +116,8 @@ def read_curves(lines: Sequence[LogLine]) -> Dict[str, Curve]:
 def _thinned(rows: List[Tuple[float, ...]]) -> Curve:
     """Returns the rows as a curve of at most POINTS points, each the mean of neighbours, with their least and largest."""
     columns = np.array(rows, np.float64).T
-    return Curve(*columns[:5], columns[5] > 0) if columns.shape[1] <= POINTS else Curve(*_reduce(columns))
+    *numbers, counts = columns if columns.shape[1] <= POINTS else _reduce(columns)
+    return Curve(*numbers, counts > 0)
 
 
 def _reduce(columns: np.ndarray) -> Iterator[np.ndarray]:
@@ -129,4 +130,4 @@ def _reduce(columns: np.ndarray) -> Iterator[np.ndarray]:
 
     yield from (over(np.mean, column) for column in columns[:3])
     yield from (over(np.min, columns[3]), over(np.max, columns[4]))
-    yield over(np.min, columns[5]) > 0
+    yield over(np.min, columns[5])

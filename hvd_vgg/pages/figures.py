@@ -7,11 +7,11 @@ No text from files gets into an SVG: legends and captions are HTML, where all of
 import io
 import math
 import re
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-from hvd_vgg.pages.markup import Markup, escape, join, tag
+from hvd_vgg.pages.markup import Markup, escape, join, paragraph, tag
 from hvd_vgg.pages.style import SERIES
 from hvd_vgg.pages.timeline import Event, Span
 from hvd_vgg.reporting.goodput import PARTS
@@ -135,7 +135,7 @@ def timeline(anchor: str, spans: Dict[str, List[Span]], events: Sequence[Event],
     return _svg(anchor, draw, (6.4, height), {"left": 0.2, "right": 0.97, "top": 0.97, "bottom": 0.55 / height})
 
 
-def _svg(anchor: str, draw: Callable[[Any], None], size: Sequence[float], borders: Dict[str, float]) -> Markup:
+def _svg(anchor: str, draw: Callable[[Any], None], size: Tuple[float, float], borders: Dict[str, float]) -> Markup:
     """Returns what `draw` draws on axes as an element of a page."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -191,7 +191,7 @@ def framed(title: Any, svg: Markup, legend_: Markup, caption: Any = "", kind: st
     if not svg:
         return Markup()
     image = tag("div", svg, f'role="img" aria-label="{escape(title)}"')
-    parts = [tag("h4", title), legend_, image, tag("figcaption", caption) if caption else ""]
+    parts = [paragraph(title, kind="title"), legend_, image, tag("figcaption", caption) if caption else ""]
     return tag("figure", join(parts), f'class="{kind}"' if kind else "")
 
 

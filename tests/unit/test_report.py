@@ -4,6 +4,7 @@ import html.parser
 import json
 import math
 import re
+import shutil
 import time
 
 import numpy as np
@@ -151,30 +152,37 @@ def damage_result_has_other_types(path):
     (path / "result.json").write_text(json.dumps({"top1_hits": "<b>", "fps": {}, "seconds": [], "epochs": True}))
 
 
-@pytest.mark.parametrize("damage", [each for name, each in sorted(globals().items()) if name.startswith("damage_")])
-def test_report_of_a_damaged_run_says_what_is_missing(damage, tmp_path):
-    path = tmp_path / "run"
-    train(path)
-    damage(path)
-    page = page_of(path)
-    assert ("Missing or damaged" in page.text) == (damage not in (damage_nothing, damage_result_has_other_types))
+def test_report_of_damaged_runs_says_what_is_missing(finished, tmp_path):
+    """Of each kind of damage, side by side with a whole run; and of one alone."""
+    damages = [each for name, each in sorted(globals().items()) if name.startswith("damage_")]
+    paths = [shutil.copytree(finished, tmp_path / damage.__name__) for damage in damages]
+    for path, damage in zip(paths, damages):
+        damage(path)
+    parts = page_of(*paths).text.split("Run ")[1:]
+    named = {
+        damage for damage in damages for part in parts if f"/{damage.__name__} " in part and "Missing or damaged" in part
+    }
+    assert named == {*damages} - {damage_nothing, damage_result_has_other_types}
+    assert "Missing or damaged" in page_of(tmp_path / "damage_log_is_cut").text
 
 
-@pytest.mark.parametrize(
-    "value", [None, "x", -1, True, [], {}, [None, "x"], {"a": 1}, 10**400, "nan", "\ud800<i>"], ids=repr
-)
-def test_report_of_a_log_with_other_types(value, finished, tmp_path):
-    """Each value of every third line in turn is replaced, at two depths: there is a page each time."""
+def test_report_of_logs_with_other_types(finished, tmp_path):
+    """Each of these is in the place of every third value of a log; there is a page of all of them, and of one alone."""
     lines = (finished / "dllogger.json").read_text().splitlines()
-    changed = []
-    for index, line in enumerate(lines):
-        row = json.loads(line[5:])
-        for number_, name in enumerate(sorted(row.get("data", {}))):
-            if name != "event" and (index + number_) % 3 == 0:
-                row["data"][name] = value
-        changed.append(f"DLLL {json.dumps(row)}\n")
-    (tmp_path / "dllogger.json").write_text("".join(changed))
-    page_of(tmp_path)
+    values = [None, "x", -1, True, [], {}, [None, "x"], {"a": 1}, 10**400, "nan", "\ud800<i>"]
+    for which, value in enumerate(values):
+        changed = []
+        for index, line in enumerate(lines):
+            row = json.loads(line[5:])
+            for place, name in enumerate(sorted(row.get("data", {}))):
+                if name != "event" and (index + place) % 3 == which % 3:
+                    row["data"][name] = value
+            changed.append(f"DLLL {json.dumps(row)}\n")
+        (tmp_path / str(which)).mkdir()
+        (tmp_path / str(which) / "dllogger.json").write_text("".join(changed))
+    page = page_of(*(tmp_path / str(which) for which in range(len(values))))
+    assert page.text.count("Missing or damaged") == len(values)
+    page_of(tmp_path / "1")
 
 
 HOSTILE = "</script><script>alert(1)</script>\"'><img src=http://e.org onerror=x>&amp;$\\frac{1}{0}$\x1b[31m\u202e\ud800"
@@ -192,7 +200,7 @@ def test_report_escapes_all_that_files_say(finished, tmp_path):
             return [poison(each) for each in value]
         return f"{value}{HOSTILE}" if isinstance(value, str) else value
 
-    path = tmp_path / "<script>alert(1)</script>&quot;$x$"
+    path = tmp_path / "<script>alert(1)<b>&quot;$x$"
     path.mkdir()
     for line in (finished / "dllogger.json").read_text().splitlines():
         row = json.loads(line[5:])
