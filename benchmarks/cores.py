@@ -47,10 +47,10 @@ def stored(whole, side, folder):
     """Returns the index of the records of `whole`, whose images have the shorter side `side`, 0: as they are."""
     if not side:
         return whole
-    from hvd_vgg.data.example import encode_example
+    from hvd_vgg.data.formats.example import encode_example
+    from hvd_vgg.data.formats.tfrecord import frame
     from hvd_vgg.data.index import join, scan_shard
     from hvd_vgg.data.reader import read_image
-    from hvd_vgg.data.tfrecord import frame
 
     path = Path(folder) / f"train-{side}"
     with open(path, "wb") as file:

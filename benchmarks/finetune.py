@@ -1,6 +1,6 @@
 """What weights to begin with are worth: acc@1 after the same updates, from given weights and from scratch.
 
-    python benchmarks/finetune.py --data_dir=CIFAR10 [--updates=400] [--pretrain=1200] [--rounds=2] [--weights=FILE]
+    python benchmarks/finetune.py --data_dir=CIFAR10 [--updates=100] [--pretrain=6000] [--rounds=2] [--weights=FILE]
 
 The classes of --data_dir are halved. A network learns the first half for --pretrain updates. On the other half, for
 --updates updates, rows are: `frozen`, with its convolutions, frozen, under new dense layers; `slower`, with its convolutions
@@ -47,8 +47,8 @@ def main():
     parser.add_argument("--data_dir", required=True, help="records with classes to halve")
     parser.add_argument("--num_classes", type=measure.positive, default=10, help="of --data_dir")
     parser.add_argument("--width", type=float, default=0.25, help="of the network that learns the first half")
-    parser.add_argument("--pretrain", type=measure.positive, default=1200, help="updates on the first half")
-    parser.add_argument("--updates", type=measure.positive, default=400, help="updates on the other half")
+    parser.add_argument("--pretrain", type=measure.positive, default=6000, help="updates on the first half")
+    parser.add_argument("--updates", type=measure.positive, default=100, help="updates on the other half")
     parser.add_argument("--weights", help="file with VGG-16's convolutions")
     parser.add_argument("--weights_updates", type=measure.positive, default=150, help="updates of its rows")
     options = parser.parse_args()

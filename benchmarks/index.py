@@ -36,7 +36,7 @@ def example(image):
 
 def write_sparse_shard(path, count, size):
     """Writes `count` records whose images are `size` zero bytes that take no room on disk."""
-    from hvd_vgg.data.tfrecord import FOOTER_BYTES, masked_crc
+    from hvd_vgg.data.formats.tfrecord import FOOTER_BYTES, masked_crc
 
     image = bytes(size)
     head, _, tail = example(image).partition(image)

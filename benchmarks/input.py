@@ -52,8 +52,8 @@ def load(options):
     """Returns the index of the first records of the train split, at most --images of them."""
     import numpy as np
 
+    from hvd_vgg.data.formats.layout import find_shards
     from hvd_vgg.data.index import join, scan_shard
-    from hvd_vgg.data.layout import find_shards
 
     paths, shards = [], []
     for path in find_shards(options.data_dir, "train"):
@@ -288,7 +288,7 @@ def main():
         parser.error(f"--images={options.images}: expected a multiple of {BATCH}")
     if not set(options.core) <= set(here):
         parser.error(f"--core: expected some of {','.join(map(str, here))}")
-    from hvd_vgg.data.layout import find_shards
+    from hvd_vgg.data.formats.layout import find_shards
 
     find_shards(options.data_dir, "train")  # raises a Failure
     if "tf_cnn" in options.ways and not options.tf_cnn_benchmarks:

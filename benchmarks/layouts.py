@@ -24,8 +24,8 @@ KINDS = ("imagenet", "tfds", "webdataset", "folders")
 def load(options):
     """Returns [(image, label from 0)] of the first records to train on."""
     from hvd_vgg.config import DataConfig
+    from hvd_vgg.data.formats.layout import find_split
     from hvd_vgg.data.index import join, scan_shard
-    from hvd_vgg.data.layout import find_split
     from hvd_vgg.data.reader import read_image
 
     layout, paths = find_split(DataConfig(data_dir=options.data_dir), "train")
@@ -43,8 +43,8 @@ def load(options):
 
 def write(kind, folder, rows, shards):
     """Writes `rows` in a layout below `folder`."""
-    from hvd_vgg.data.example import encode_example
-    from hvd_vgg.data.tfrecord import frame
+    from hvd_vgg.data.formats.example import encode_example
+    from hvd_vgg.data.formats.tfrecord import frame
 
     folder.mkdir()
     if kind == "folders":
@@ -75,8 +75,8 @@ def write(kind, folder, rows, shards):
 def measure_once(folder, draw):
     """Returns (seconds to index, seconds to read) of a layout, and the bytes of its images."""
     from hvd_vgg.config import DataConfig
+    from hvd_vgg.data.formats.layout import find_split
     from hvd_vgg.data.index import join, scan_shard
-    from hvd_vgg.data.layout import find_split
     from hvd_vgg.data.reader import read_image
 
     began = time.perf_counter()

@@ -53,8 +53,8 @@ def main():
     options = parser.parse_args()
     if options.images % options.batch:
         parser.error(f"--images={options.images}: expected a multiple of --batch={options.batch}")
+    from hvd_vgg.data.formats.layout import find_shards
     from hvd_vgg.data.index import join, scan_shard
-    from hvd_vgg.data.layout import find_shards
 
     paths = find_shards(options.data_dir, "train")
     index = join(paths, [scan_shard(path) for path in paths])

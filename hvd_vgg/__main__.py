@@ -21,6 +21,7 @@ import logging
 import re
 import time
 import traceback
+import types
 import warnings
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Tuple
@@ -42,7 +43,11 @@ except ImportError as error:  # absl-py, which reads the flags of all commands, 
 USAGE_TEXT = f"""hvd-vgg {__version__}: trains VGG networks on ImageNet-style TFRecords with TensorFlow and Horovod.
 
   hvd-vgg train [--flagfile=FILE] [--flags]           train and evaluate; leaves everything in --run_dir
-  hvd-vgg evaluate --run_dir=DIR [--flags]            score a checkpoint of a run on the validation records
+  hvd-vgg evaluate --run_dir=DIR [--flags]            score a checkpoint of a run on the validation records; --weights=FILE:
+                                                      any weights
+  hvd-vgg predict --weights=FILE IMAGE ... [--flags]  name the likeliest classes of images, or of directories of them
+  hvd-vgg export RUN_DIR --to=FORM --out=PATH         write a run's best network as SavedModel, ONNX, Keras' .h5, state of
+                                                      torchvision or safetensors; checked, with a model card
   hvd-vgg replay RUN_DIR [--step=N] [--flags]         repeat a step of a run that was not finite
   hvd-vgg verify-run RUN_DIR [--data_dir=DIR]         check what a run claims against what it left behind; --same_as=DIR:
                                                       and whether it is the same run as another
@@ -91,7 +96,18 @@ COMMANDS = {
     "evaluate": Command(
         configs.EvaluateConfig,
         "hvd_vgg.commands.evaluate:evaluate_run",
-        "hvd-vgg evaluate --run_dir=DIR [--flags]: score a checkpoint. All flags default to the run's own.",
+        "hvd-vgg evaluate --run_dir=DIR [--flags]: score a checkpoint. All flags default to the run's own.\n"
+        "hvd-vgg evaluate --weights=FILE [--flags]: score weights without a run, of any kind that --init_from reads; the "
+        "flags of network and pixels default to the file's own.",
+        watched=True,
+    ),
+    "predict": Command(
+        configs.PredictConfig,
+        "hvd_vgg.commands.predict:predict",
+        "hvd-vgg predict --weights=FILE_OR_RUN_DIR IMAGE ... [--flags], alone or on many ranks: print the likeliest classes "
+        "of each image, or write them with --out. Directories are searched for images; behind -- all words are images. The "
+        "flags of network and pixels default to those of the weights. Exit code 65 if a file is no image: it is named and "
+        "passed over.",
         watched=True,
     ),
     "replay": Command(
@@ -169,11 +185,18 @@ COMMANDS = {
         "curves, where the time went, restarts and faults; of several runs side by side, with what differs and where they "
         "part. Damaged and unfinished ones too. Needs matplotlib, and no TensorFlow.",
     ),
+    "export": Command(
+        configs.ExportConfig,
+        "hvd_vgg.commands.export:export",
+        "hvd-vgg export RUN_DIR|FILE --to=savedmodel|keras_h5|onnx|torch|safetensors --out=PATH [--flags]: write a network "
+        "for other programs, run it by theirs where that is installed, print the largest difference of its logits, and "
+        "leave a model card beside it. Not under `launch`.",
+    ),
 }
 # What the first word after a command is, where it is no flag.
-POSITIONAL = {"replay": "run_dir", "verify-run": "run_dir", "inspect": "data_dir", "runs": "dir"}
+POSITIONAL = {"export": "weights", "replay": "run_dir", "verify-run": "run_dir", "inspect": "data_dir", "runs": "dir"}
 
-LAUNCH_USAGE = """hvd-vgg launch [--flags] train|evaluate|replay|verify-run|benchmark|doctor|prepare|inspect|... [ITS FLAGS]
+LAUNCH_USAGE = """hvd-vgg launch [--flags] train|evaluate|predict|replay|verify-run|benchmark|doctor|... [ITS FLAGS]
 hvd-vgg launch [--flags] -- PROGRAM [ITS ARGUMENTS]
 
 Starts a command, or any program, on many ranks with Open MPI's mpirun, whose command line is printed. The command's flags
@@ -290,7 +313,7 @@ def _launch(argv: List[str]) -> int:
     """Runs `hvd-vgg launch`; wrong flags of the command are reported before anything is started."""
     from hvd_vgg.launcher.supervisor import LaunchSpec, launch
 
-    startable = [name for name in COMMANDS if name not in ("plan", "acceptance", "runs", "report")]
+    startable = [name for name in COMMANDS if name not in ("plan", "acceptance", "runs", "export", "report")]
     cut = next((index for index, word in enumerate(argv) if word in (*startable, "--")), len(argv))
     own, inner = argv[:cut], argv[cut:]
     if {"-h", "--help"} & set(own):
@@ -316,22 +339,40 @@ def _launch(argv: List[str]) -> int:
 
 
 def _parse_command(argv: List[str]) -> Any:
-    """Returns the configuration of a command line; `evaluate` and `replay` take the flags of the run as their defaults."""
+    """Returns the configuration of a command line.
+
+    `evaluate` and `replay` take the flags of the run as their defaults; with weights, theirs are.
+    """
     name, given = argv[0], argv[1:]
     if name in POSITIONAL and given and not given[0].startswith("-"):
         given = [f"--{POSITIONAL[name]}={given[0]}", *given[1:]]
     kind = COMMANDS[name].config
     shared = configs.TrainConfig if issubclass(kind, configs.ModelConfig) else None
     config = parse_flags(kind, given, shared=shared)
+    weights = getattr(config, "weights", "") or (name == "predict" and config.run_dir)
+    if weights:
+        return _parse_with_weights(kind, given, shared, Path(weights))
     if name not in ("evaluate", "replay"):
         return config
     run_dir = RunDir(config.run_dir)
     path = run_dir.flags if name == "evaluate" else run_dir.nonfinite_step(config.step).flags
     if not path.is_file():
         return config
-    # Where the run is now, and where this prints to, is not what the run was told.
+    # Where the run is now, and where this prints and writes to, is not what the run was told.
     own = parse_flags(configs.TrainConfig, [f"--flagfile={path}"])
-    return parse_flags(kind, given, dataclasses.replace(own, run_dir=config.run_dir, console=config.console), shared)
+    here = {"run_dir": config.run_dir, "console": config.console, "predictions_file": ""}
+    return parse_flags(kind, given, dataclasses.replace(own, **here), shared)
+
+
+def _parse_with_weights(kind: Any, given: List[str], shared: Any, path: Path) -> Any:
+    """Returns the configuration of a command line whose defaults are the flags of weights; refuses what contradicts them."""
+    from hvd_vgg.training.weights import read_flags, require_classes, require_own_flags  # here: NumPy may be missing
+
+    found = read_flags(path)
+    require_classes(found, path)
+    config = parse_flags(kind, given, types.SimpleNamespace(**found), shared)
+    require_own_flags(config, found, path)
+    return config
 
 
 def _refuse(failure: Failure) -> int:

@@ -27,6 +27,7 @@ WEIGHT_GROUPS = ("bias", "norm")
 LARS = "lars"  # of --optimizer
 FLATTENED, POOLED = "flattened", "pooled"  # of --head
 _NORMALIZATIONS = ("auto", "imagenet", "caffe", "caffe_rounded")
+TABLES = (".csv", ".jsonl")  # suffixes of files with predictions
 DECAYING = ("cosine", "polynomial")  # of --lr_schedule: what depends on the length of the run
 
 
@@ -537,12 +538,29 @@ class EvaluationImageConfig(ImageConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationConfig(DataConfig, EvaluationImageConfig, ComputeConfig):
-    """Everything that an evaluation depends on, beside the weights."""
+class ScoringConfig(EvaluationImageConfig, ComputeConfig):
+    """Everything that the scores of an image depend on, beside the weights."""
 
     eval_flip: bool = flag(
         False, "Data", "Evaluate each image and its mirror image, and average the probabilities; takes twice the time."
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig(DataConfig, ScoringConfig):
+    """Everything that an evaluation depends on, beside the weights."""
+
+    predictions_file: str = flag(
+        "",
+        "Run",
+        "Keep what is predicted for each record, of a run by its last evaluation, in this file, NAME.csv or NAME.jsonl: "
+        "record, place, label, hits, the 5 likeliest classes and their probabilities. Empty: none.",
+        "path",
+    )
+
+    def conflicts(self) -> Iterator[str]:
+        """Yields the combinations that cannot run."""
+        yield from _table_conflicts("predictions_file", self.predictions_file)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -684,6 +702,52 @@ class EvaluateConfig(EvaluationConfig):
     average: bool = flag(
         False, "Evaluate", "Evaluate the moving average of the weights (--ema_decay), and its own best checkpoint."
     )
+    weights: str = flag(
+        "",
+        "Evaluate",
+        "A file of weights, or the directory of a run, whose best checkpoint is meant; the flags of network and pixels "
+        "default to its own. Nothing else is read of a run. Empty: the run in --run_dir.",
+        "path",
+    )
+
+    def conflicts(self) -> Iterator[str]:
+        """Yields the combinations that cannot run."""
+        if self.weights and self.checkpoint != EvaluateConfig.__dataclass_fields__["checkpoint"].default:
+            yield f"--checkpoint={self.checkpoint} is of --run_dir: leave it out with --weights={self.weights}"
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictConfig(ScoringConfig):
+    """Which images to predict the classes of, and by which weights."""
+
+    images: Tuple[str, ...] = words("Predict", "Images (JPEG, PNG), or directories with images in and below them.", "IMAGE")
+    weights: str = flag(
+        "", "Predict", "As for `evaluate`: a file of weights, or the directory of a run. Empty: --run_dir.", "path"
+    )
+    average: bool = flag(
+        False, "Predict", "Predict by the moving average of the weights (--ema_decay), and its own best checkpoint."
+    )
+    top: int = flag(5, "Predict", "How many classes of each image to name, the likeliest ones.", "classes", at_least=1)
+    names_file: str = flag(
+        "",
+        "Predict",
+        "Names of the classes, a line each, in order of their numbers; an ImageNet WNID gets its name. Empty: those of the "
+        "run that the weights are of; else ImageNet's, of 1000 classes.",
+        "path",
+    )
+    out: str = flag(
+        "",
+        "Predict",
+        "Write path, rank, class, name and probability, a line for each class of each image, into this file, NAME.csv or "
+        "NAME.jsonl, in place of printing them.",
+        "path",
+    )
+
+    def conflicts(self) -> Iterator[str]:
+        """Yields the combinations that cannot run."""
+        yield from _table_conflicts("out", self.out)
+        if self.console == "dllogger":
+            yield "--console=dllogger is for train; --out writes what is predicted"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1173,6 +1237,65 @@ def _unknown_layers(config: ModelConfig, flag_name: str, beginnings: Tuple[str, 
             if config.head == POOLED:
                 known = f"{names[0]} to {names[-2]}, {names[-1]}"
             yield f"--{flag_name}: no layer of {config.model} begins with {beginning}; expected names of {known}"
+
+
+def _table_conflicts(name: str, path: str) -> Iterator[str]:
+    if path and Path(path).suffix not in TABLES:
+        yield f"--{name}={path}: expected a name that ends in {' or '.join(TABLES)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """The network to export, and the form to write it in."""
+
+    weights: str = flag(
+        "./run", "Export", "A run's directory, of which the best checkpoint is taken, or a file of weights.", "path"
+    )
+    to: str = flag(
+        "savedmodel",
+        "Export",
+        "savedmodel: TensorFlow's, a directory; keras_h5: .h5 for VGG16(weights=PATH) of Keras 2 and 3; onnx: .onnx; torch: "
+        "the state of torchvision's networks, .safetensors or .pth; safetensors: this package's own, for --weights and "
+        "--init_from.",
+        choices=("savedmodel", "keras_h5", "onnx", "torch", "safetensors"),
+    )
+    out: str = flag("", "Export", "File, or directory of --to=savedmodel, to write; it must not exist yet.", "path")
+    average: bool = same_flag(EvaluateConfig, "average")
+    fold_batch_norm: bool = flag(
+        False,
+        "Export",
+        "Fold BatchNorm into the convolutions before it: the same network without it. --to=savedmodel and keras_h5 always "
+        "do.",
+    )
+    data_dir: str = flag(
+        "",
+        "Export",
+        "Data whose first validation records the export is checked on. Empty: those of the run, or drawn pictures where "
+        "they cannot be read.",
+        "path",
+    )
+    check_images: int = flag(
+        8, "Export", "Images that the export is checked on; 0: it is not checked.", "images", at_least=0, at_most=1024
+    )
+    check_python: str = flag(
+        "",
+        "Export",
+        "Python interpreter of another environment, in which the library that the export is for is installed. Empty: this "
+        "one.",
+        "path",
+    )
+
+    def conflicts(self) -> Iterator[str]:
+        """Yields the combinations that cannot run."""
+        endings = {"keras_h5": (".h5",), "onnx": (".onnx",), "torch": (".safetensors", ".pth", ".pt")}
+        endings["safetensors"] = (".safetensors",)
+        ending = Path(self.out).suffix
+        if not self.out:
+            yield "--out is empty: expected a path to write to"
+        elif ending not in endings.get(self.to, (ending,)):
+            yield f"--out={self.out}: expected a name that ends in {' or '.join(endings[self.to])}, for --to={self.to}"
+        elif self.to == "keras_h5" and self.out.endswith(".weights.h5"):
+            yield f"--out={self.out}: names that end in .weights.h5 are another format to Keras 3: expected another .h5"
 
 
 def has_batch_norm(model: str) -> bool:

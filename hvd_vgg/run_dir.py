@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import IO, Iterator, List, Optional, Union
+from typing import IO, Iterable, Iterator, List, Optional, Union
 
 from hvd_vgg import storage
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
@@ -30,6 +30,7 @@ class RunDir:
         self.log = self.path / "dllogger.json"
         self.receipt = self.path / "receipt.json"
         self.result = self.path / "result.json"
+        self.class_hits = self.path / "class_hits.csv"  # of the last evaluation
         self.restarts = self.path / "restarts.jsonl"  # the launcher's, a line for each start and each end
         self.lock = self.path / "lock"
         self.checkpoints = self.path / "checkpoints"
@@ -100,14 +101,14 @@ def _list(folder: Path) -> List[Path]:
         raise Failure(CONFIGURATION, f"{folder} cannot be read: {error.strerror}") from error
 
 
-def lock_run_dir(run_dir: Path, flag: str = "--run_dir") -> IO[str]:
+def lock_run_dir(run_dir: Path, flag: str = "--run_dir", value: Optional[Path] = None) -> IO[str]:
     """Returns the open file `RUN_DIR/lock`, locked until it is closed or this process ends in any way.
 
-    flag: whose value `run_dir` is. Raises Failure(CONFIGURATION) naming the job that holds it, or why it cannot be opened.
-    Locking a file that exists takes no disk space. On a file system without locks (NFS and Lustre may be mounted so), prints
-    that and goes on.
+    flag: whose value `run_dir` is, or `value`, where it lies elsewhere. Raises Failure(CONFIGURATION) naming the job that
+    holds it, or why it cannot be opened. Locking a file that exists takes no disk space. On a file system without locks (NFS
+    and Lustre may be mounted so), prints that and goes on.
     """
-    path = RunDir(run_dir).lock
+    path, given = RunDir(run_dir).lock, value or run_dir
     with writing(path, CONFIGURATION):
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (stays open)
     try:
@@ -116,13 +117,13 @@ def lock_run_dir(run_dir: Path, flag: str = "--run_dir") -> IO[str]:
         with file:
             file.seek(0)
             holder = file.read().strip() or "holder unknown"
-        text = f"{flag}={run_dir} is in use by another job ({holder})"
+        text = f"{flag}={given} is in use by another job ({holder})"
         raise Failure(CONFIGURATION, f"{text}. Wait for it, stop it, or use another {flag}") from error
     except OSError as error:
         if error.errno not in storage.UNSUPPORTED:
             file.close()
             raise Failure(CONFIGURATION, f"{path} cannot be locked: {error.strerror}") from error
-        text = f"hvd-vgg: {run_dir} cannot be locked ({error.strerror}): make sure that only one job uses it"
+        text = f"hvd-vgg: {given} cannot be locked ({error.strerror}): make sure that only one job uses it"
         write_line(text, sys.stdout)
     signature = {"host": socket.gethostname(), "process": os.getpid(), "since": time.ctime()}
     with contextlib.suppress(OSError):  # on a full disk it is locked all the same
@@ -136,11 +137,16 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Writes `text` to a temporary file, syncs it to disk, renames it to `path`; readable by the group. Raises OSError."""
+    """Writes `text` to a file as `atomic_write_lines` does. Raises OSError."""
+    atomic_write_lines(path, [text])
+
+
+def atomic_write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Writes to a temporary file, syncs it to disk, renames it to `path`; readable by the group. Raises OSError."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640), "w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines(lines)
             file.flush()
             storage.sync(file.fileno(), path)
         storage.replace(temporary, path)

@@ -3,9 +3,20 @@
 from typing import Mapping, Tuple
 
 
-def plural(number: int, noun: str) -> str:
-    """Returns `1 rank`, `2 ranks`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def plural(number: int, noun: str, form: str = "") -> str:
+    """Returns `1 rank`, `2 ranks`, `3 classes`; form: of the number, as in format strings."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:{form}} {noun}{ending}"
+
+
+def format_bytes(number: int) -> str:
+    """Returns a number of bytes for people: `312 bytes`, `4.5 kB`, `0.7 MB`, `138.0 GB`, in powers of 1000."""
+    if number < 1000:
+        return plural(number, "byte")
+    for unit, size in (("kB", 1e3), ("MB", 1e6)):
+        if number < 999.95 * size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number / 1e9:.1f} GB"
 
 
 def format_duration(seconds: float) -> str:

@@ -224,8 +224,8 @@ def survey_alone(folder: Path, split: str, config: Any) -> Any:
     import numpy as np
 
     from hvd_vgg.config import DataConfig
+    from hvd_vgg.data.formats.layout import find_split
     from hvd_vgg.data.index import join, scan_shard
-    from hvd_vgg.data.layout import find_split
     from hvd_vgg.data.survey import ROW, Survey, survey_block
 
     layout, paths = find_split(DataConfig(data_dir=str(folder)), split)

@@ -1,14 +1,15 @@
-"""The `evaluate` command: scores checkpoints of a run on the validation records."""
+"""The `evaluate` command: scores checkpoints of a run, or any weights, on the validation records."""
 
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NamedTuple, Sequence
+from typing import Any, Dict, Iterable, List, NamedTuple, Sequence, Tuple
 
 from hvd_vgg.config import EvaluateConfig, EvaluationConfig
-from hvd_vgg.data.classes import class_names
-from hvd_vgg.data.index import Index, check_labels
-from hvd_vgg.data.layout import FOLDERS, IMAGENET, TITLES
-from hvd_vgg.data.shard_file import data_failure
+from hvd_vgg.data.classes import class_names, imagenet_names, known_names, with_words
+from hvd_vgg.data.formats.layout import FOLDERS, IMAGENET, TITLES
+from hvd_vgg.data.formats.shard_file import data_failure
+from hvd_vgg.data.index import Index, check_labels, find_label_base
 from hvd_vgg.errors import CONFIGURATION, Failure
+from hvd_vgg.models.vgg import Weights
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import run_on_all_ranks, run_on_root
 from hvd_vgg.parallel.init import Device
@@ -18,9 +19,11 @@ from hvd_vgg.text import plural
 from hvd_vgg.training import checkpoint
 from hvd_vgg.training.dataset import choose_label_base, open_split
 from hvd_vgg.training.evaluate import Evaluation, evaluate, make_eval_step
+from hvd_vgg.training.network import load_network, make_network
+from hvd_vgg.training.predictions import count_classes, worst_classes, write_predictions
 from hvd_vgg.training.reporter import Reporter
 from hvd_vgg.training.startup import join_ranks
-from hvd_vgg.training.state import assign_variables, data_digest, initial_network
+from hvd_vgg.training.state import data_digest
 
 
 class Subject(NamedTuple):
@@ -36,16 +39,44 @@ class Subject(NamedTuple):
 
 
 class Score(NamedTuple):
-    """The evaluation of the checkpoint of `step`, and the digest of the data."""
+    """The evaluation of the checkpoint of `step`, the digest of the data, and the label of its first class."""
 
     step: int
     result: Evaluation
     data_sha256: str
+    label_base: int
 
 
 def evaluate_run(config: EvaluateConfig) -> None:
-    """Evaluates a checkpoint of the run in --run_dir on the validation split. Collective."""
-    score(config, [Subject(config.checkpoint, config.average)])
+    """Evaluates a checkpoint of the run in --run_dir, or --weights, on the validation split. Collective."""
+    device, console, index = _open(config)
+    if config.weights:
+        network, source = load_network(config, config.weights, config.average)
+        console.say(source.text)
+        label_base = choose_label_base(config, find_label_base(index.labels, config.num_classes), index)
+        console.say(f"labels from {label_base} (--label_base overrides)")
+        result = _evaluate(config, network, label_base, index, device, console, source.kind)
+    else:
+        (score,) = _scores(config, [Subject(config.checkpoint, config.average)], index, device, console)
+        result, label_base = score.result, score.label_base
+    counts = count_classes(result, index, label_base, config.num_classes)
+    run_on_root(lambda: console.say(worst_classes(counts, _names(config, index, label_base))))
+    write_predictions(config, result, index, label_base)
+    comm.shutdown()
+
+
+def _open(config: EvaluationConfig) -> Tuple[Device, Console, Index]:
+    """Joins the ranks and opens the validation split. Collective."""
+    device, console, _ = join_ranks(config)
+    index = open_split(config, "validation", Path(config.run_dir), console)
+    console.say(f"{index.records} records to evaluate; {TITLES[index.layout.kind]} (--data_format={index.layout.kind})")
+    return device, console, index
+
+
+def _names(config: EvaluateConfig, index: Index, label_base: int) -> List[str]:
+    """Returns the names of the classes: those of the data, else those that are known of the weights."""
+    names = class_names(index, label_base, config.num_classes)
+    return with_words(names, imagenet_names()) or known_names(Path(config.weights or config.run_dir), config.num_classes)
 
 
 def score(config: EvaluationConfig, subjects: Sequence[Subject]) -> List[Score]:
@@ -53,12 +84,16 @@ def score(config: EvaluationConfig, subjects: Sequence[Subject]) -> List[Score]:
 
     Raises a collective Failure(CONFIGURATION) where there is none, or it does not fit.
     """
-    device, console, _ = join_ranks(config)
-    index = open_split(config, "validation", Path(config.run_dir), console)
-    console.say(f"{index.records} records to evaluate; {TITLES[index.layout.kind]} (--data_format={index.layout.kind})")
-    scores = [_score(config, subject, index, device, console) for subject in subjects]
+    device, console, index = _open(config)
+    scores = _scores(config, subjects, index, device, console)
     comm.shutdown()
     return scores
+
+
+def _scores(
+    config: EvaluationConfig, subjects: Sequence[Subject], index: Index, device: Device, console: Console
+) -> List[Score]:
+    return [_score(config, subject, index, device, console) for subject in subjects]
 
 
 def _score(config: EvaluationConfig, subject: Subject, index: Index, device: Device, console: Console) -> Score:
@@ -66,18 +101,29 @@ def _score(config: EvaluationConfig, subject: Subject, index: Index, device: Dev
     meta = comm.broadcast_json(found.meta if found else None)
     run_on_all_ranks(lambda: _require_same_classes(config, meta, index))
     label_base = choose_label_base(config, meta["run"]["label_base"], index)
+    network = make_network(config, lambda names: _average(found, names) if subject.average else found)
+    result = _evaluate(config, network, label_base, index, device, console, f"{subject.of}step {meta['step']}")
+    return Score(meta["step"], result, data_digest(index), label_base)
+
+
+def _evaluate(
+    config: EvaluationConfig,
+    network: Weights,
+    label_base: int,
+    index: Index,
+    device: Device,
+    console: Console,
+    subject: str,
+) -> Evaluation:
+    """Evaluates a network on a split, and prints the result as that of `subject`. Collective."""
     run_on_all_ranks(lambda: check_labels(index, label_base, config.num_classes))
-    weights, moments = initial_network(config, seed=0)
-    network = {**weights, **moments}
-    run_on_root(lambda: assign_variables(network, _average(found, network) if subject.average else found))
-    comm.broadcast_variables(list(network.values()))
     eval_step = make_eval_step(network, config, device.data_format)
     result = evaluate(eval_step, index, config, label_base, device, Reporter(None, console))
     console.say(
-        f"{subject.of}step {meta['step']}: {result.accuracy()}  "
+        f"{subject}: {result.accuracy()}  "
         f"({result.top1} and {result.top5} of {result.records} records, each once, on {plural(comm.size(), 'rank')})"
     )
-    return Score(meta["step"], result, data_digest(index))
+    return result
 
 
 def _require_same_classes(config: EvaluationConfig, meta: Dict[str, Any], index: Index) -> None:

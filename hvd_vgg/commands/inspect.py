@@ -5,16 +5,17 @@ import functools
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import numpy as np
 
 from hvd_vgg.commands.inspect_report import format_summary
 from hvd_vgg.config import InspectConfig
+from hvd_vgg.data.classes import class_names
+from hvd_vgg.data.formats.shard_file import data_failure
 from hvd_vgg.data.index import Index, find_label_base
 from hvd_vgg.data.loader import Dataset
 from hvd_vgg.data.sampler import slice_bounds
-from hvd_vgg.data.shard_file import data_failure
 from hvd_vgg.data.sheet import draw_sheet, sheet_rows
 from hvd_vgg.data.summary import MOST_NAMED, summarize
 from hvd_vgg.data.survey import ROW, Survey, require_pillow, survey_block
@@ -36,7 +37,8 @@ _BLOCK = 1024  # records that are given to the threads at once; ranks wait for e
 def inspect(config: InspectConfig) -> None:
     """Looks at every record of both splits, prints what is found, and writes --json and --out. Collective.
 
-    Raises a collective Failure(DATA) if records are bad, after all is written; or where a split or a shard cannot be read.
+    Raises a collective Failure(DATA) if records are bad or have labels outside the classes, after all is written; or where
+    a split or a shard cannot be read.
     """
     threads = _start(config)
     console = Console(config.console, comm.is_root())
@@ -47,18 +49,40 @@ def inspect(config: InspectConfig) -> None:
     surveyed = survey_split(config, "train", train, threads, console)
     of_validation = survey_split(config, "validation", validation, threads, console)
 
-    def report() -> None:
-        summary = summarize(surveyed, of_validation, config.num_classes, label_base)
+    def report() -> str:
+        names = _known_names(train, label_base, config.num_classes)
+        summary = summarize(surveyed, of_validation, config.num_classes, label_base, names)
         console.say(format_summary(summary))
-        _write(config, summary, train, label_base)
+        _write(config, summary, train, label_base, names)
+        return " and ".join(_faults(summary))
 
-    run_on_root(report)
+    faults = comm.broadcast_json(run_on_root(report))
     if config.out:
         console.say(f"drawn: {config.out}")
-    bad = sum(int(survey.rows["bad"].sum()) for survey in (surveyed, of_validation))
-    if bad:
-        raise Failure(DATA, f"inspect: {plural(bad, 'bad record')}, see above", collective=True)
+    if faults:
+        raise Failure(DATA, f"inspect: {faults}, see above", collective=True)
     comm.shutdown()
+
+
+def _known_names(train: Index, label_base: int, num_classes: int) -> List[str]:
+    """Returns the names of the classes, none where they are unknown or a shard cannot be read, which is reported as such."""
+    try:
+        return class_names(train, label_base, num_classes)
+    except Failure as failure:
+        if failure.code != DATA:
+            raise
+        return []
+
+
+def _faults(summary: Dict[str, Any]) -> Iterator[str]:
+    """Yields what training would refuse."""
+    splits = summary["splits"].values()
+    bad = sum(split["bad"]["records"] for split in splits)
+    outside = sum(split["classes"]["outside"]["records"] for split in splits)
+    if bad:
+        yield plural(bad, "bad record")
+    if outside:
+        yield f"{plural(outside, 'record')} with labels outside --num_classes={summary['num_classes']}"
 
 
 def _start(config: InspectConfig) -> int:
@@ -75,7 +99,10 @@ def _start(config: InspectConfig) -> int:
 
 
 def survey_split(config: InspectConfig, split: str, index: Index, threads: int, console: Console) -> Survey:
-    """Returns the split with all its records looked at, each by one of the ranks, equal on all of them. Collective."""
+    """Returns, on rank 0, the split with all its records looked at, each by one of the ranks. Collective.
+
+    Other ranks get no rows: of ImageNet they are 54 MB.
+    """
     low, high = slice_bounds(index.records, comm.rank(), comm.size())
     rows = np.zeros(high - low, ROW)
     bad: List[str] = []
@@ -89,13 +116,13 @@ def survey_split(config: InspectConfig, split: str, index: Index, threads: int, 
                 named += found[: MOST_NAMED - len(named)]
             progress.update(min(start + _BLOCK, len(rows)))
             comm.barrier()
-    everyones = np.frombuffer(b"".join(comm.gather_bytes(rows.tobytes())), ROW)
+    everyones = np.frombuffer(b"".join(comm.gather_bytes_on_root(rows.tobytes())), ROW)
     named_by_ranks = comm.gather_json([bad, mended])
     bad, mended = ([text for texts in named_by_ranks for text in texts[kind]][:MOST_NAMED] for kind in (0, 1))
     return Survey(index, everyones, bad, mended)
 
 
-def _write(config: InspectConfig, summary: Dict[str, Any], train: Index, label_base: int) -> None:
+def _write(config: InspectConfig, summary: Dict[str, Any], train: Index, label_base: int, names: Sequence[str]) -> None:
     """Writes --json and --out, where they are given. Raises Failure(NOT_WRITTEN)."""
     if config.json:
         path = Path(config.json).absolute()
@@ -103,7 +130,7 @@ def _write(config: InspectConfig, summary: Dict[str, Any], train: Index, label_b
             atomic_write_text(path, json.dumps({"data_dir": config.data_dir, **summary}, indent=1) + "\n")
     if config.out:
         training, evaluation = datasets(config, train, label_base)
-        rows = sheet_rows(training, evaluation, config.sheet_records, config.sheet_epochs)
+        rows = sheet_rows(training, evaluation, config.sheet_records, config.sheet_epochs, names)
         if not rows:
             raise data_failure(f"{config.data_dir}: train has no sound record, and --out={config.out} would be empty")
         with writing(Path(config.out)):

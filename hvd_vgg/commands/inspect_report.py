@@ -2,7 +2,7 @@
 
 from typing import Any, Dict, Iterator
 
-from hvd_vgg.data.layout import FOLDERS, TITLES
+from hvd_vgg.data.formats.layout import FOLDERS, TITLES
 from hvd_vgg.text import plural
 
 _MOST_PAIRS = 5  # that are printed; --json has more
@@ -42,7 +42,8 @@ def _size(found: Dict[str, Any]) -> str:
     folders = f"{shards} director{'y' if shards == 1 else 'ies'}"
     where = folders if found["layout"] == FOLDERS else plural(shards, "shard")
     mean = found["image_bytes"] / records
-    return f"{records:,} records in {where}, {TITLES[found['layout']]}; {found['bytes']:,} bytes, {mean:,.0f} an image"
+    what = f"{plural(records, 'record', ',')} in {where}, {TITLES[found['layout']]}"
+    return f"{what}; {found['bytes']:,} bytes, {mean:,.0f} an image"
 
 
 def _class_lines(classes: Dict[str, Any], summary: Dict[str, Any]) -> Iterator[str]:

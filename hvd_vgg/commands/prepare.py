@@ -4,9 +4,11 @@ What is written is a function of the source and the flags. Alone it needs neithe
 """
 
 import contextlib
+import errno
 import functools
 import itertools
 import json
+import os
 import re
 import shutil
 import threading
@@ -18,22 +20,25 @@ import numpy as np
 
 from hvd_vgg import __version__
 from hvd_vgg.config import PrepareConfig
-from hvd_vgg.data import manifest, pictures, prepared
+from hvd_vgg.data import manifest
+from hvd_vgg.data.conversion import pictures, shard_writer
+from hvd_vgg.data.conversion.pictures import Encoding
+from hvd_vgg.data.conversion.shard_writer import FOLDER, Note, Stopped, Task, read_note, write_shard, write_text
+from hvd_vgg.data.conversion.sources import Selection, Source, Split, count_classes, digest, find_source, select, spread_ids
+from hvd_vgg.data.formats.layout import shorten
+from hvd_vgg.data.formats.shard_file import Shard, data_failure
 from hvd_vgg.data.index import Index, join, pack_shards, scan_for, unpack_shards
 from hvd_vgg.data.manifest import Manifest, SplitEntry
-from hvd_vgg.data.pictures import Encoding
-from hvd_vgg.data.prepared import FOLDER, Note, Stopped, Task, read_note, write_shard, write_text
-from hvd_vgg.data.shard_file import Shard, data_failure
-from hvd_vgg.data.sources import Selection, Source, Split, count_classes, digest, find_source, select, spread_ids
 from hvd_vgg.environment import runs_alone
 from hvd_vgg.errors import CONFIGURATION, DATA, NOT_WRITTEN, STOPPED, Failure
 from hvd_vgg.parallel.cores import share_of_cores
 from hvd_vgg.reporting.console import Console
 from hvd_vgg.run_dir import lock_run_dir, write_error
-from hvd_vgg.text import difference_table, plural
+from hvd_vgg.text import difference_table, format_bytes, plural
 
 _TURN_SECONDS = 1.0  # how often ranks meet, so that one that fails ends all of them, and none is considered lost
 _SAMPLED = 64  # records that are converted beforehand where nothing else says how large the result will be
+_AMPLE = 8  # so many times the source's bytes are enough, however images are encoded: nothing is converted beforehand
 _FEATURES_BYTES = 400  # of a record, beside its image
 _MARGIN_BYTES = 2**24  # of free space, for the notes and the manifest
 _GOES_ON = "The same command goes on where this one ended"
@@ -96,8 +101,10 @@ def _join() -> Ranks:
 
 def _prepare(config: PrepareConfig, out: Path, ranks: Ranks, console: Console) -> None:
     sources = _find_sources(config, ranks)
+    ranks.together(lambda: _require_usable(out) if ranks.rank == 0 else None)
+    selection = _select(sources, config, ranks, console)  # a wrong flag, or a damaged source, leaves nothing in --out
     with ranks.together(lambda: _lock(out) if ranks.rank == 0 else contextlib.nullcontext()):
-        _prepare_from(sources, config, out, ranks, console)
+        _prepare_selected(selection, config, out, ranks, console)
 
 
 def _find_sources(config: PrepareConfig, ranks: Ranks) -> List[Tuple[str, Source]]:
@@ -113,12 +120,9 @@ def _select(sources: Sequence[Tuple[str, Source]], config: PrepareConfig, ranks:
     return selection
 
 
-def _prepare_from(
-    sources: Sequence[Tuple[str, Source]], config: PrepareConfig, out: Path, ranks: Ranks, console: Console
-) -> None:
-    selection = _select(sources, config, ranks, console)
+def _prepare_selected(selection: Selection, config: PrepareConfig, out: Path, ranks: Ranks, console: Console) -> None:
     shards = {"train": config.train_shards, "validation": config.validation_shards}
-    of_splits = [prepared.tasks(split, min(shards[split.name], len(split.ids))) for split in selection.splits]
+    of_splits = [shard_writer.tasks(split, min(shards[split.name], len(split.ids))) for split in selection.splits]
     tasks = list(itertools.chain(*of_splits))
     plan = ranks.together(lambda: _plan(config, selection, tasks))
     _require_equal(ranks, plan)
@@ -144,16 +148,34 @@ def _prepare_from(
     console.say(ranks.on_root(lambda: _finish(config, out, plan, selection, everything)))
 
 
+def _require_usable(out: Path) -> None:
+    """Raises Failure(CONFIGURATION) where OUT cannot be used, has files of others, or another job uses it; makes nothing."""
+    try:
+        above = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(above, os.W_OK | os.X_OK):
+            number = errno.EROFS if os.statvfs(above).f_flag & os.ST_RDONLY else errno.EACCES
+            raise OSError(number, os.strerror(number))
+        if (out / FOLDER).is_dir():
+            with _lock(out):
+                return
+        if out.exists():
+            _require_empty(out, {FOLDER})
+    except OSError as error:
+        raise Failure(CONFIGURATION, write_error(out, error)) from error
+
+
 def _lock(out: Path) -> Any:
     """Returns the open lock of OUT/.prepare; raises Failure where OUT cannot be used, or another job uses it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not any((out / FOLDER).glob("plan.json")):
+        if not (out / FOLDER / "plan.json").exists():
             _require_empty(out, {FOLDER})
         (out / FOLDER).mkdir(exist_ok=True)
     except OSError as error:
         raise Failure(CONFIGURATION, write_error(out, error)) from error
-    return lock_run_dir(out / FOLDER, "--out")
+    return lock_run_dir(out / FOLDER, "--out", out)
 
 
 def _require_empty(out: Path, known: Set[str]) -> None:
@@ -191,7 +213,7 @@ def _describe_finished(config: PrepareConfig, out: Path) -> Optional[Dict[str, s
         _remove_folder(out, {shard.name for split in made.splits.values() for shard in split.shards})
     except OSError as error:
         raise Failure(CONFIGURATION, write_error(out, error)) from error
-    records = ", ".join(f"{split.records:,} records of {name}" for name, split in made.splits.items())
+    records = ", ".join(f"{plural(split.records, 'record', ',')} of {name}" for name, split in made.splits.items())
     text = f"{out} is finished: {records}. All shards have the sizes in {manifest.NAME}"
     return {"text": text, "source": made.source.get("sha256", "")}
 
@@ -258,8 +280,9 @@ def _begin(out: Path, plan: Dict[str, Any], tasks: Sequence[Task]) -> None:
         if path.exists():
             _require_same(out, _parse_plan(path), plan, "flags, software or source")
             _require_empty(out, {FOLDER, CLASSES, REFUSED, CONVERTED, *(task.name for task in tasks)})
-        for half in (out / FOLDER).glob("*.tmp"):
-            half.unlink()
+        for half in (out / FOLDER).iterdir():
+            if shard_writer.is_half_written(half):
+                half.unlink()
         if not path.exists():
             write_text(out, f"{FOLDER}/plan.json", json.dumps(plan))
     except OSError as error:
@@ -290,19 +313,29 @@ def _describe(selection: Selection, of_splits: Sequence[Sequence[Task]], console
         left_out = split.origin.records - len(split.ids)
         text = f"{split.name}: {plural(len(split.ids), 'record')} of {split.source.title} in {plural(len(tasks), 'shard')}"
         console.say(text + f", without {left_out} that --classes or --records_per_class leave out" * bool(left_out))
+        if split.source.note:
+            console.say(f"{split.name}: {split.source.note}")
+        counts = np.array(count_classes(split.labels[split.ids], selection.num_classes))
+        empty = [selection.class_name(number) for number in np.flatnonzero(counts == 0).tolist()]
+        if empty:
+            console.say(f"warning: {split.name} has no record of {plural(len(empty), 'class')}: {shorten(empty)}")
     base = selection.label_base
-    console.say(f"{selection.num_classes} classes, labels from 1 (in the source from {base})")
+    console.say(f"{plural(selection.num_classes, 'class')}, labels from 1 (in the source from {base})")
 
 
 def _require_space(out: Path, left: Sequence[Task], encoding: Encoding, classes: Sequence[str]) -> None:
     """Raises Failure(NOT_WRITTEN) where the file system of --out has less room than the shards to be written need."""
+    free = shutil.disk_usage(out).free
+    splits = {task.split.name: task.split for task in left}.values()
+    lengths = [split.origin.lengths[split.ids].astype(np.int64) for split in splits]
+    if all(each.all() for each in lengths) and free - _MARGIN_BYTES > _AMPLE * sum(int(each.sum()) for each in lengths):
+        return
     needed = sum(
         _estimate_bytes(split, sum(len(task.ids) for task in left if task.split is split), encoding, classes)
-        for split in {task.split.name: task.split for task in left}.values()
+        for split in splits
     )
-    free = shutil.disk_usage(out).free
     if left and needed + _MARGIN_BYTES > free:
-        text = f"about {needed / 1e9:.3f} GB are to be written to {out}, where {free / 1e9:.3f} GB are free"
+        text = f"about {format_bytes(needed)} are to be written to {out}, where {format_bytes(free)} are free"
         raise Failure(NOT_WRITTEN, f"{text}: make room, or choose another --out. {_GOES_ON}")
 
 
@@ -314,7 +347,7 @@ def _estimate_bytes(split: Split, records: int, encoding: Encoding, classes: Seq
     sizes = []
     for record in spread_ids(split.ids, _SAMPLED):
         try:
-            sizes.append(len(prepared.encode_record(split, record, encoding, classes)[0]))
+            sizes.append(sum(map(len, shard_writer.encode_record(split, record, encoding, classes)[0])))
         except ValueError:  # it will be refused
             continue
     return int(np.mean(sizes or [0]) * records)
@@ -390,7 +423,9 @@ def _finish(
         raise Failure(NOT_WRITTEN, f"{write_error(out, error)}. {_GOES_ON}") from error
     size, records = (sum(getattr(note.entry, name) for note in everything) for name in ("bytes", "records"))
     resized = sum(note.resized for note in everything)
-    text = f"{records:,} records in {plural(len(everything), 'shard')}, {size / 1e9:.3f} GB, in {out.resolve()}"
+    text = (
+        f"{plural(records, 'record', ',')} in {plural(len(everything), 'shard')}, {format_bytes(size)}, in {out.resolve()}"
+    )
     text += f"; {plural(resized, 'image')} encoded anew" * bool(resized)
     text += f"; {plural(len(converted), 'image')} made RGB JPEG, listed in {CONVERTED}" * bool(converted)
     return text + f"; {plural(len(refused), 'record')} refused, listed in {REFUSED}" * bool(refused)
@@ -439,7 +474,7 @@ def _remove_folder(out: Path, shards: Set[str]) -> None:
         return
     own = {"plan.json", "lock", *(f"{name}.json" for name in shards)}
     for path in folder.iterdir():
-        if path.name in own or path.suffix == ".tmp":
+        if path.name in own or shard_writer.is_half_written(path):
             with contextlib.suppress(FileNotFoundError):  # another job ends in this moment
                 path.unlink()
     with contextlib.suppress(OSError):  # somebody else's file

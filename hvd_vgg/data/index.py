@@ -9,9 +9,9 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 import numpy as np
 
 from hvd_vgg import storage
-from hvd_vgg.data import class_folders, tar, tfrecord
-from hvd_vgg.data.layout import FOLDERS, IMAGENET, WEBDATASET, Layout, find_shards, shorten
-from hvd_vgg.data.shard_file import (
+from hvd_vgg.data.formats import class_folders, tar, tfrecord
+from hvd_vgg.data.formats.layout import FOLDERS, IMAGENET, WEBDATASET, Layout, find_shards, shorten
+from hvd_vgg.data.formats.shard_file import (
     MAX_RECORD_BYTES,
     NO_RECORDS,
     OpenShard,

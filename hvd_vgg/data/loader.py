@@ -27,7 +27,7 @@ from typing import Any, Callable, Deque, Iterable, Iterator, List, NamedTuple, O
 import numpy as np
 import tensorflow as tf
 
-from hvd_vgg.config import BatchConfig, ComputeConfig, EvaluationConfig, ImageConfig
+from hvd_vgg.config import BatchConfig, ComputeConfig, EvaluationConfig, ImageConfig, ScoringConfig
 from hvd_vgg.data.index import Index
 from hvd_vgg.data.mended import decode_and_name
 from hvd_vgg.data.reader import BadRecord, read_ahead, read_image, reads_in_progress
@@ -192,10 +192,18 @@ def load_records(
 def eval_batches(
     index: Index, config: EvaluationConfig, label_base: int, rank: int, size: int, threads: int
 ) -> Iterator[Batch]:
+    """Yields `scoring_batches` of a whole split, with --bad_records_allowed."""
+    return scoring_batches(index, config, label_base, rank, size, threads, config.bad_records_allowed)
+
+
+def scoring_batches(
+    index: Index, config: ScoringConfig, label_base: int, rank: int, size: int, threads: int, bad_allowed: int
+) -> Iterator[Batch]:
     """Yields this rank's batches of a whole split, each record once; the last batch is filled up with PADDING rows.
 
     Batch b holds records b * device_batch onward whichever rank computes it, so that a record meets the same arithmetic on
-    any number of ranks; rank r takes batches r, r + size, ... Raises Failure(DATA) naming the bad record.
+    any number of ranks; rank r takes batches r, r + size, ... With `bad_allowed` 0 raises Failure(DATA) naming the
+    bad record.
     """
     rows = config.device_batch
 
@@ -203,8 +211,9 @@ def eval_batches(
         ids = np.arange(start, min(start + rows, index.records))
         return BatchSpec(ids, np.zeros(len(ids), np.int64), np.zeros([len(ids), 2], np.int64), ids)
 
-    crop, allowed = config.evaluated_crop, config.bad_records_allowed
-    dataset = Dataset(index, label_base, config.evaluated_size, config, False, crop, bad_allowed=allowed)
+    dataset = Dataset(
+        index, label_base, config.evaluated_size, config, False, config.evaluated_crop, bad_allowed=bad_allowed
+    )
     starts = range(rank * rows, index.records, size * rows)
     return load_batches(dataset, map(spec, starts), rows, threads)
 

@@ -12,9 +12,9 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 import numpy as np
 
 from hvd_vgg import storage
+from hvd_vgg.data.formats.layout import IMAGENET
+from hvd_vgg.data.formats.shard_file import OpenShard, data_failure, unreadable_file
 from hvd_vgg.data.index import Index
-from hvd_vgg.data.layout import IMAGENET
-from hvd_vgg.data.shard_file import OpenShard, data_failure, unreadable_file
 
 NAME = "manifest.json"
 FORMAT = 1

@@ -12,12 +12,12 @@ from typing import Dict, List, Sequence, Tuple
 import numpy as np
 
 from hvd_vgg import storage
-from hvd_vgg.data import tar
-from hvd_vgg.data.example import encode_example, parse_features, parse_text
+from hvd_vgg.data.formats import tar
+from hvd_vgg.data.formats.example import encode_example, parse_features, parse_text
+from hvd_vgg.data.formats.layout import FOLDERS, WEBDATASET
+from hvd_vgg.data.formats.shard_file import OpenShard, data_failure
+from hvd_vgg.data.formats.tfrecord import FOOTER_BYTES, HEADER_BYTES, describe_damage, frame, record_header
 from hvd_vgg.data.index import Index
-from hvd_vgg.data.layout import FOLDERS, WEBDATASET
-from hvd_vgg.data.shard_file import OpenShard, data_failure
-from hvd_vgg.data.tfrecord import FOOTER_BYTES, HEADER_BYTES, describe_damage, frame, record_header
 from hvd_vgg.errors import DATA, Failure
 
 _REINDEX = (
@@ -75,7 +75,7 @@ def read_image(index: Index, record: int) -> Tuple[bytes, int]:
     """
     kind = index.layout.kind
     if kind == FOLDERS:
-        return _read_file(index, record), int(index.labels[record])
+        return _read_file(index, record)[1], int(index.labels[record])
     if kind == WEBDATASET:
         return _read_member(index, record)[1], int(index.labels[record])
     return _parse(index, record, read_record(index, record))
@@ -118,12 +118,13 @@ def _read(index: Index, record: int, count: int, offset: int) -> Tuple[OpenShard
         _reading.pop(threading.get_ident(), None)
 
 
-def _read_file(index: Index, record: int) -> bytes:
+def _read_file(index: Index, record: int) -> Tuple[Path, bytes]:
+    """Returns the file that is a record, and its bytes."""
     length = int(index.lengths[record])
     file, found = _read(index, record, length, 0)
     if file.size != length or len(found) < length:
         raise BadRecord(index, record, f"it has {file.size} bytes, but had {length} when it was indexed", _REINDEX)
-    return found
+    return file.path, found
 
 
 def _read_member(index: Index, record: int) -> Tuple[str, bytes]:
@@ -169,7 +170,8 @@ def read_named_image(index: Index, record: int) -> Tuple[bytes, str, bytes]:
     """
     kind = index.layout.kind
     if kind == FOLDERS:
-        return _read_file(index, record), index.path_of(record).name, b""
+        path, encoded = _read_file(index, record)
+        return encoded, path.name, b""
     if kind == WEBDATASET:
         name, encoded = _read_member(index, record)
         return encoded, name.rpartition("/")[2], b""

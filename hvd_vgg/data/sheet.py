@@ -5,7 +5,7 @@ from typing import Any, List, NamedTuple, Sequence
 
 import numpy as np
 
-from hvd_vgg.data.loader import Dataset
+from hvd_vgg.data.loader import Dataset, Sample
 from hvd_vgg.data.reader import BadRecord
 from hvd_vgg.data.sampler import Positions, permutation, sample_seeds
 from hvd_vgg.data.summary import label_text
@@ -26,23 +26,24 @@ class SheetRow(NamedTuple):
     evaluated: np.ndarray  # uint8 [m, m, 3]
 
 
-def training_images(dataset: Dataset, record: int, epochs: int) -> np.ndarray:
+def training_images(dataset: Dataset, sample: Sample, epochs: int) -> np.ndarray:
     """Returns the images that training makes of a record in epochs 0 .. epochs - 1, uint8 [epochs, n, n, 3].
 
     dataset: of training. Raises BadRecord.
     """
-    sample, size = dataset.read(record), dataset.image_size
-    seeds = sample_seeds(dataset.seed, Positions(np.full(epochs, record, np.int64), np.arange(epochs, dtype=np.int64)))
+    size, records = dataset.image_size, np.full(epochs, sample.record, np.int64)
+    seeds = sample_seeds(dataset.seed, Positions(records, np.arange(epochs, dtype=np.int64)))
     images = np.empty([epochs, size, size, 3], np.uint8)
     for params, image in zip(augmentation_params(seeds, dataset.config), images):
         dataset.decode(sample, params, image)
     return images
 
 
-def sheet_rows(training: Dataset, evaluation: Dataset, count: int, epochs: int) -> List[SheetRow]:
+def sheet_rows(training: Dataset, evaluation: Dataset, count: int, epochs: int, names: Sequence[str] = ()) -> List[SheetRow]:
     """Returns the first `count` records that training takes, bad ones left out; fewer where there are no more.
 
-    The two hold the same records. Raises Failure(DATA) where a shard cannot be read at all.
+    The two datasets hold the same records; names: of the classes, where they are known. Raises Failure(DATA) where a shard
+    cannot be read at all.
     """
     index, rows = training.index, []
     for record in permutation(index.records, training.seed, 0).tolist():
@@ -50,13 +51,13 @@ def sheet_rows(training: Dataset, evaluation: Dataset, count: int, epochs: int) 
             sample = training.read(record)
             if isinstance(sample, BadRecord):
                 raise sample
-            images = training_images(training, record, epochs)
+            images = training_images(training, sample, epochs)
             evaluated = np.empty([evaluation.image_size, evaluation.image_size, 3], np.uint8)
             evaluation.decode(sample, [], evaluated)
         except BadRecord:
             continue
         original = decode_image(sample.encoded)
-        label = label_text(int(index.labels[record]), index.layout)
+        label = label_text(int(index.labels[record]), training.label_base, names)
         caption = f"label {label}, {original.shape[1]} x {original.shape[0]} pixels: {index.where(record)}"
         rows.append(SheetRow(caption, original, images, evaluated))
         if len(rows) == count:

@@ -1,31 +1,33 @@
 """What is found in a data set, from its surveyed records: classes, sizes, formats, duplicates; as JSON has it."""
 
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 
 from hvd_vgg.data.index import Index
-from hvd_vgg.data.layout import Layout
 from hvd_vgg.data.survey import Survey
 
 MOST_NAMED = 20  # records, pairs of them and labels that are named; the others are only counted
 
 
-def summarize(train: Survey, validation: Survey, num_classes: int, label_base: int) -> Dict[str, Any]:
-    """Returns all that is found in both splits; the same for the same records, wherever they lie in memory."""
+def summarize(train: Survey, validation: Survey, num_classes: int, label_base: int, names: Sequence[str]) -> Dict[str, Any]:
+    """Returns all that is found in both splits; the same for the same records, wherever they lie in memory.
+
+    names: of the classes, as `classes.class_names`.
+    """
     surveys = {"train": train, "validation": validation}
     own = {split: np.unique(survey.split.labels) for split, survey in surveys.items()}
     return {
         "num_classes": num_classes,
         "label_base": label_base,
-        "splits": {split: _summarize_split(survey, num_classes, label_base) for split, survey in surveys.items()},
+        "splits": {split: _summarize_split(survey, num_classes, label_base, names) for split, survey in surveys.items()},
         "validation_in_train": _shared(train, validation),
-        "labels_of_train_alone": _labels(np.setdiff1d(own["train"], own["validation"]), train.split.layout),
-        "labels_of_validation_alone": _labels(np.setdiff1d(own["validation"], own["train"]), validation.split.layout),
+        "labels_of_train_alone": _labels(np.setdiff1d(own["train"], own["validation"]), label_base, names),
+        "labels_of_validation_alone": _labels(np.setdiff1d(own["validation"], own["train"]), label_base, names),
     }
 
 
-def _summarize_split(survey: Survey, num_classes: int, label_base: int) -> Dict[str, Any]:
+def _summarize_split(survey: Survey, num_classes: int, label_base: int, names: Sequence[str]) -> Dict[str, Any]:
     index, rows = survey.split, survey.rows
     return {
         "layout": index.layout.kind,
@@ -33,7 +35,7 @@ def _summarize_split(survey: Survey, num_classes: int, label_base: int) -> Dict[
         "records": index.records,
         "bytes": int(index.lengths.sum(dtype=np.int64)),
         "image_bytes": int(rows["bytes"].sum(dtype=np.int64)),
-        "classes": class_counts(index, num_classes, label_base),
+        "classes": class_counts(index, num_classes, label_base, names),
         "sizes": image_sizes(index, rows),
         "formats": image_formats(rows),
         "bad": {"records": int(rows["bad"].sum()), "first": survey.bad[:MOST_NAMED]},
@@ -42,18 +44,19 @@ def _summarize_split(survey: Survey, num_classes: int, label_base: int) -> Dict[
     }
 
 
-def label_text(label: int, layout: Layout) -> str:
-    """Returns a label as it is stored, and the name of its class where the layout has names: `3 ring`."""
-    number = label - (layout.label_base or 0)
-    named = layout.label_base is not None and 0 <= number < len(layout.classes)
-    return f"{label} {layout.classes[number]}" if named else str(label)
+def label_text(label: int, label_base: int, names: Sequence[str]) -> str:
+    """Returns a label as it is stored, and the name of its class, up to a comma, where it is known: `3 ring`."""
+    number = label - label_base
+    name = names[number].partition(",")[0] if 0 <= number < len(names) else ""
+    return f"{label} {name}".rstrip()
 
 
-def _labels(labels: np.ndarray, layout: Layout) -> Dict[str, Any]:
-    return {"labels": len(labels), "first": [label_text(label, layout) for label in labels[:MOST_NAMED].tolist()]}
+def _labels(labels: np.ndarray, label_base: int, names: Sequence[str]) -> Dict[str, Any]:
+    first = [label_text(label, label_base, names) for label in labels[:MOST_NAMED].tolist()]
+    return {"labels": len(labels), "first": first}
 
 
-def class_counts(index: Index, num_classes: int, label_base: int) -> Dict[str, Any]:
+def class_counts(index: Index, num_classes: int, label_base: int, names: Sequence[str]) -> Dict[str, Any]:
     """Returns the records of each class, in order of labels, and which have least, most and none, and labels outside."""
     labels = index.labels.astype(np.int64) - label_base
     inside = (labels >= 0) & (labels < num_classes)
@@ -61,14 +64,14 @@ def class_counts(index: Index, num_classes: int, label_base: int) -> Dict[str, A
     outside = np.unique(index.labels[~inside])
 
     def having(records: int) -> Dict[str, Any]:
-        return {"records": records, **_labels(np.flatnonzero(counts == records) + label_base, index.layout)}
+        return {"records": records, **_labels(np.flatnonzero(counts == records) + label_base, label_base, names)}
 
     return {
         "present": int((counts > 0).sum()),
         "least": having(int(counts[counts > 0].min(initial=index.records))),
         "most": having(int(counts.max())),
-        "missing": _labels(np.flatnonzero(counts == 0) + label_base, index.layout),
-        "outside": {"records": int((~inside).sum()), **_labels(outside, index.layout)},
+        "missing": _labels(np.flatnonzero(counts == 0) + label_base, label_base, names),
+        "outside": {"records": int((~inside).sum()), **_labels(outside, label_base, names)},
         "records": counts.tolist(),
     }
 

@@ -24,7 +24,7 @@ from hvd_vgg.seeds import uniform_draws
 _AREA, _RATIO, _TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
 _BILINEAR = 2  # PIL.Image.BILINEAR, which some versions of Pillow expose under another name only
 # What Pillow decodes with. TensorFlow's own choice, INTEGER_FAST, is darker by 0.3 to 0.9 units of 255.
-_PILLOW_METHOD = "INTEGER_ACCURATE"
+PILLOW_METHOD = "INTEGER_ACCURATE"
 _FIRST_DRAWS = 3 + 3 * _TRIES  # of a sample: one for the flip, 2 for the shift, 30 for the crop
 # Markers of the JPEG frames that are decoded (baseline, extended, progressive), and of the segments that may precede one:
 # Huffman and quantization tables, restart interval, application data, comment.
@@ -186,7 +186,7 @@ def _decode(encoded: bytes, window: Crop, method: str = "") -> np.ndarray:
 def _decode_and_resize(encoded: bytes, window: Crop, resize: str, out: np.ndarray) -> None:
     """Writes the bilinear resize, with half-pixel centres, of a window of the image to `out`."""
     if resize == "pillow":
-        part = _decode(encoded, window, _PILLOW_METHOD)
+        part = _decode(encoded, window, PILLOW_METHOD)
         out[:] = _pillow_resize(part, len(out), (0, 0, part.shape[1], part.shape[0]))
     else:
         cv2.resize(_decode(encoded, window), (len(out), len(out)), dst=out, interpolation=cv2.INTER_LINEAR)
@@ -209,7 +209,7 @@ def _centre_by_pillow(encoded: bytes, height: int, width: int, crop: float, out:
         margin = max(scale, 1.0) + 3
         bounds.append((max(0, int(start * scale - margin)), min(whole, math.ceil((start + size) * scale + margin))))
     (top, bottom), (left, right) = bounds
-    part = _decode(encoded, (top, left, bottom - top, right - left), _PILLOW_METHOD)
+    part = _decode(encoded, (top, left, bottom - top, right - left), PILLOW_METHOD)
     x, y = starts[1] * scales[1] - left, starts[0] * scales[0] - top
     # Pillow wants the box within the image, which rounding may leave.
     box = (x, y, min(x + size * scales[1], part.shape[1]), min(y + size * scales[0], part.shape[0]))

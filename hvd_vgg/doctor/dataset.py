@@ -9,6 +9,8 @@ from typing import Dict, Iterator, List, Optional, Tuple
 import numpy as np
 
 from hvd_vgg.config import DoctorConfig
+from hvd_vgg.data.formats.layout import IMAGENET, TITLES, Found, Layout, find_split, shard_bytes
+from hvd_vgg.data.formats.shard_file import Shard
 from hvd_vgg.data.index import (
     Index,
     cache_places,
@@ -20,9 +22,7 @@ from hvd_vgg.data.index import (
     unpack_shards,
     unseen_labels,
 )
-from hvd_vgg.data.layout import IMAGENET, TITLES, Found, Layout, find_split, shard_bytes
 from hvd_vgg.data.sampler import slice_bounds
-from hvd_vgg.data.shard_file import Shard
 from hvd_vgg.data.survey import check_block, check_record
 from hvd_vgg.doctor.manifest import check_digests
 from hvd_vgg.doctor.report import Report

@@ -116,8 +116,8 @@ def read_curves(lines: Sequence[LogLine]) -> Dict[str, Curve]:
 def _thinned(rows: List[Tuple[float, ...]]) -> Curve:
     """Returns the rows as a curve of at most POINTS points, each the mean of neighbours, with their least and largest."""
     columns = np.array(rows, np.float64).T
-    *numbers, counts = columns if columns.shape[1] <= POINTS else _reduce(columns)
-    return Curve(*numbers, counts > 0)
+    epochs, hours, values, low, high, counts = columns if columns.shape[1] <= POINTS else _reduce(columns)
+    return Curve(epochs, hours, values, low, high, counts > 0)
 
 
 def _reduce(columns: np.ndarray) -> Iterator[np.ndarray]:

@@ -18,7 +18,6 @@ from hvd_vgg.run_dir import RunDir
 # What a damaged file may raise where its contents are used.
 DAMAGED = (AttributeError, IndexError, KeyError, OSError, OverflowError, TypeError, ValueError, ZeroDivisionError, Failure)
 _CLASS_COLUMNS = ("class", "name", "records", "top1_hits", "top5_hits")
-CLASS_HITS = "class_hits.csv"  # of the last evaluation; absent in runs of versions that wrote none
 
 
 class ClassRow(NamedTuple):
@@ -86,7 +85,6 @@ def read_facts(run: RunDir, letter: str, state: str, reason: str) -> Facts:
     else:
         missing.append("result.json is not there: it is written with the first evaluation")
     ends = [line.data for line in lines if line.kind == "throughput"]
-    path = run.path / CLASS_HITS
     return Facts(
         letter,
         run,
@@ -103,7 +101,7 @@ def read_facts(run: RunDir, letter: str, state: str, reason: str) -> Facts:
         attempt("time", lambda: spans(lines), {}),
         attempt("events", lambda: events(run, lines), []),
         attempt("goodput", lambda: Goodput(lines).report(), {}),
-        attempt(CLASS_HITS, lambda: _read_classes(run), []) if path.is_file() else [],
+        attempt(run.class_hits.name, lambda: _read_classes(run), []) if run.class_hits.is_file() else [],
         missing,
     )
 
@@ -139,7 +137,7 @@ def _missing_lines(run: RunDir, lines: Sequence[LogLine]) -> List[str]:
 
 def _read_classes(run: RunDir) -> List[ClassRow]:
     """Returns the rows of class_hits.csv; raises ValueError for what is none."""
-    text = storage.read_bytes(run.path / CLASS_HITS).decode("utf-8", "replace")
+    text = storage.read_bytes(run.class_hits).decode("utf-8", "replace")
     reader = csv.DictReader(io.StringIO(text, newline=""))
     if not set(_CLASS_COLUMNS) <= set(reader.fieldnames or ()):
         raise ValueError(f"expected the columns {','.join(_CLASS_COLUMNS)}")

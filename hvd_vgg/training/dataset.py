@@ -8,6 +8,9 @@ import numpy as np
 
 from hvd_vgg.config import BatchConfig, DataConfig
 from hvd_vgg.data import manifest
+from hvd_vgg.data.formats.layout import FOLDERS, TITLES, WEBDATASET, Layout, find_split, shard_bytes, shorten
+from hvd_vgg.data.formats.shard_file import Shard, data_failure
+from hvd_vgg.data.formats.tfrecord import FOOTER_BYTES
 from hvd_vgg.data.index import (
     Index,
     cache_places,
@@ -23,9 +26,6 @@ from hvd_vgg.data.index import (
     unpack_shards,
     unseen_labels,
 )
-from hvd_vgg.data.layout import FOLDERS, TITLES, WEBDATASET, Layout, find_split, shard_bytes, shorten
-from hvd_vgg.data.shard_file import Shard, data_failure
-from hvd_vgg.data.tfrecord import FOOTER_BYTES
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import require_equal, run_on_all_ranks, run_on_root
 from hvd_vgg.reporting.console import Console

@@ -6,7 +6,7 @@ import socket
 from typing import Any, Dict, List
 
 from hvd_vgg.config import TrainConfig, profiled_steps
-from hvd_vgg.data.layout import TITLES
+from hvd_vgg.data.formats.layout import TITLES
 from hvd_vgg.data.sampler import part_bounds
 from hvd_vgg.data.transforms import image_library
 from hvd_vgg.models.architecture import count_parameters, layers_to_train

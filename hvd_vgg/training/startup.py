@@ -15,7 +15,10 @@ from hvd_vgg.reporting.console import Console
 from hvd_vgg.run_dir import lock_run_dir
 
 # Flags that may differ between ranks: a host may keep its files elsewhere, and rank 0 alone prints.
-OWN_FLAGS = ("data_dir", "run_dir", "checkpoint_copy_dir", "console", "out", "json", "metrics_file", "init_from")
+OWN_FLAGS = (
+    *("data_dir", "run_dir", "checkpoint_copy_dir", "console", "out", "json", "metrics_file", "predictions_file"),
+    *("weights", "names_file", "init_from"),
+)
 
 
 class Session(NamedTuple):
@@ -51,7 +54,9 @@ def claim_run_dir(config: TrainConfig) -> Optional[IO[str]]:
         raise Failure(USAGE, f"--profile_ranks: expected numbers below {comm.size()}, the number of ranks")
     if not comm.is_root():
         return None
-    run_dir = Path(config.run_dir)
+    run_dir, kept = Path(config.run_dir), config.predictions_file
+    if kept and not Path(kept).absolute().parent.is_dir():  # it is written when the run ends
+        raise Failure(CONFIGURATION, f"--predictions_file={kept}: expected a name in a directory that exists")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

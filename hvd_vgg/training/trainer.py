@@ -22,6 +22,7 @@ from hvd_vgg.training.evaluate import evaluate, make_eval_step, report_evaluatio
 from hvd_vgg.training.init_from import resolve_source
 from hvd_vgg.training.introduction import introduce
 from hvd_vgg.training.metrics import PendingUpdate, measure_window, reduce_metrics
+from hvd_vgg.training.predictions import write_details
 from hvd_vgg.training.profile import profiled
 from hvd_vgg.training.reference_curve import warn_if_far_below, with_reference
 from hvd_vgg.training.reporter import OnLog, open_reporter
@@ -269,5 +270,6 @@ class Trainer:
         with watchdog.phase("saving"):
             self.writer.finish(self.copy_seconds)
         measured = self.write_result(required=True)
+        write_details(self.config, self.result, self.data.validation, self.data.label_base)
         finish_log(self.config, self.result, measured, self.progress, self.writer, self.reporter)
         comm.shutdown()

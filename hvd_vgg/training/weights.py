@@ -4,11 +4,13 @@ import hashlib
 import json
 import struct
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Mapping, Optional
 
 from hvd_vgg import storage
-from hvd_vgg.config import ModelConfig
-from hvd_vgg.errors import CONFIGURATION, Failure
+from hvd_vgg.config import FLATTENED, ImageConfig, ModelConfig
+from hvd_vgg.errors import CONFIGURATION, USAGE, Failure
+from hvd_vgg.flags import format_value
+from hvd_vgg.models.pixels import NORMALIZATIONS
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.training import checkpoint
 from hvd_vgg.weights.files import read_file, read_file_flags
@@ -26,6 +28,8 @@ def read_weights(path: Path, average: bool = False) -> Source:
     """
     path = file_of(path, average)
     meta = _own_meta(path)
+    if meta is None and average:
+        raise Failure(CONFIGURATION, f"{path} is no checkpoint of a run with --ema_decay: it holds no average of weights")
     if meta is None:
         return read_file(path)
     flags = _flags_of(meta, path)
@@ -88,3 +92,29 @@ def _flags_of(meta: Dict[str, Any], path: Path) -> Dict[str, Any]:
     except (KeyError, TypeError) as error:
         raise Failure(CONFIGURATION, f"{path} is of another version of hvd_vgg: it does not say {error}") from error
     return {**flags, "eval_crop": meta.get("eval_crop", 0.875)}
+
+
+def require_classes(found: Mapping[str, Any], path: Path) -> None:
+    """Raises Failure(CONFIGURATION) where flags of `read_flags` are of convolutions alone, which score no classes."""
+    if "num_classes" not in found:
+        raise Failure(
+            CONFIGURATION,
+            f"{path} holds no layer that scores classes: begin a run with its weights by hvd-vgg train --init_from={path}, "
+            f"and evaluate that",
+        )
+
+
+def require_own_flags(config: ImageConfig, found: Mapping[str, Any], path: Path) -> None:
+    """Raises Failure(USAGE) listing the flags of the network, or of its pixels, that are not those of its weights.
+
+    found: of `read_flags`. What resizes and crops an image may be another.
+    """
+    names = [name for name in _NETWORK_FLAGS if name in found and (name != "image_size" or found.get("head") == FLATTENED)]
+    wrong = [name for name in names if getattr(config, name) != found[name]]
+    own = found.get("pixel_normalization", config.pixel_normalization)
+    if NORMALIZATIONS.get(str(own)) != NORMALIZATIONS[config.pixel_normalization]:
+        wrong.append("pixel_normalization")
+    if wrong:
+        lines = [f"  --{name}={format_value(getattr(config, name))}: it has {format_value(found[name])}" for name in wrong]
+        size = "\nFor images of another size: --eval_size" if "image_size" in wrong else ""
+        raise Failure(USAGE, "\n".join([f"flags that are not those of {path}; leave them out:", *lines]) + size)

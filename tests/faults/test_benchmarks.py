@@ -46,13 +46,17 @@ SMOKE = {
         ["plain", "small_groups"],
     ),
     "chaos": ("--data_dir=DATA --faults=1 --ranks=1 --steps=80 --seed=1", ["faults"]),
+    "finetune": (
+        "--data_dir=DATA --pretrain=2 --updates=2 --rounds=1 --width=0.0625 --weights_updates=1",
+        ["frozen", "slower", "scratch"],
+    ),
     "fixed_point": (
         "--data_dir=DATA --sums=2,3 --num_classes=10 --model=vgg11 --width=0.05 --image_size=32",
         ["2, kernel", "3, bias"],
     ),
     "prepare": (
         "--data_dir=DATA --images=24 --shorter_side=24 --rounds=1",
-        ["cp", "pass", "libjpeg_turbo", "encode", "train", "train_small"],
+        ["cp", "cat", "pass", "libjpeg_turbo", "pillow", "encode", "train", "train_small"],
     ),
     "doctor": ("--cases=unreachable --hosts=2 --rounds=1", ["unreachable"]),
     "exchange": (
@@ -65,7 +69,7 @@ SMOKE = {
     ),
 }
 NEED_HOSTS = ("doctor", "exchange")
-SLOW = ("chaos", "checkouts", "compute", "ingredients")  # what they start has tests of its own
+SLOW = ("chaos", "checkouts", "compute", "finetune", "ingredients")  # what they start has tests of its own
 
 
 def command(name, options, data):

@@ -34,10 +34,10 @@ from oracles import (
 from PIL import Image
 from support import ROOT, TINY, example, full, picture, write_data, write_shard
 
+from hvd_vgg.data.formats.layout import find_shards
+from hvd_vgg.data.formats.tfrecord import masked_crc
 from hvd_vgg.data.index import join, save_cache, scan_shard
-from hvd_vgg.data.layout import find_shards
 from hvd_vgg.data.sampler import positions, replacement_record
-from hvd_vgg.data.tfrecord import masked_crc
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.training import checkpoint
 

@@ -7,6 +7,7 @@ from support import example, full, picture, survey_alone, write_data, write_shar
 
 from hvd_vgg import __main__
 from hvd_vgg.config import InspectConfig
+from hvd_vgg.data.classes import class_names
 from hvd_vgg.data.loader import Dataset
 from hvd_vgg.data.sheet import draw_sheet, sheet_rows
 from hvd_vgg.data.summary import summarize
@@ -34,7 +35,8 @@ def expected(folder):
     datasets = [
         Dataset(surveys[0].split, 1, 32, CONFIG, training, crop, seed=7) for training, crop in ((True, 0), (False, 0.875))
     ]
-    return summarize(*surveys, 5, 1), draw_sheet(sheet_rows(*datasets, 4, 4))
+    names = class_names(surveys[0].split, 1, 5)
+    return summarize(*surveys, 5, 1, names), draw_sheet(sheet_rows(*datasets, 4, 4, names))
 
 
 @pytest.mark.fault("F24", "F25")
@@ -59,6 +61,17 @@ def test_inspect_is_the_same_on_any_ranks(launch, tmp_path, damaged, ranks):
         "drawn: sheet.png",
     ):
         assert f"\n{line}" in f"\n{ended.out}", line
+
+
+def test_inspect_ends_with_65_for_labels_outside(launch, tmp_path):
+    """As training would; all is printed."""
+    for split, labels in (("train", (1, 2, 3, 3)), ("validation", (1, 3))):
+        rows = [example(picture(label, label), label) for label in labels]
+        write_shard(tmp_path / f"{split}-00000-of-00001", rows)
+    ended = launch(0, "inspect", str(tmp_path), "--num_classes=2", "--image_size=32", code=65)
+    assert "hvd-vgg: inspect: 3 records with labels outside --num_classes=2, see above" in ended.err
+    assert "\n  outside      2 records with labels that training refuses: 3" in ended.out
+    assert "2 of --num_classes=2, the first label is 1; 1 record each" in ended.out
 
 
 @pytest.mark.fault(tier=3)

@@ -12,8 +12,8 @@ from oracles import assert_same_run, assert_same_state, assert_true, events, new
 from support import full
 
 from hvd_vgg.config import TrainConfig
+from hvd_vgg.data.formats.layout import find_shards
 from hvd_vgg.data.index import join, scan_shard
-from hvd_vgg.data.layout import find_shards
 from hvd_vgg.data.loader import load_records, train_batches
 from hvd_vgg.data.reader import read_image
 from hvd_vgg.data.sampler import Positions, positions, sample_seeds

@@ -149,7 +149,7 @@ def test_prepare_on_a_full_disk_is_one_message(launch, tmp_path, small_disk):
     assert whole and not list(small_disk.rglob("*.tmp"))
 
     ended = launch(0, *command, code=74)
-    assert "GB are to be written to" in ended.err and "GB are free: make room" in ended.err
+    assert " MB are to be written to" in ended.err and " MB are free: make room" in ended.err
 
     subprocess.run(["mount", "-o", "remount,size=90m", small_disk], check=True)
     launch(0, *command, code=0)

@@ -5,8 +5,8 @@ import json
 import pytest
 from support import write_data
 
+from hvd_vgg.data.formats.layout import find_shards
 from hvd_vgg.data.index import join, scan_shard
-from hvd_vgg.data.layout import find_shards
 from hvd_vgg.data.loader import BadRow
 from hvd_vgg.errors import DATA, Failure
 from hvd_vgg.parallel import comm

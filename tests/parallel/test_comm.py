@@ -28,6 +28,12 @@ def test_gather_keeps_order_and_lengths():
     assert comm.broadcast_bytes(b"root" if comm.is_root() else b"other") == b"root"
 
 
+def test_gather_on_root_reaches_rank_0_alone():
+    """In order of rank, of other lengths, one of them none."""
+    parts = [bytes([rank]) * 1000 * rank for rank in range(comm.size())]
+    assert comm.gather_bytes_on_root(parts[comm.rank()]) == (parts if comm.is_root() else [])
+
+
 def test_broadcast_variables_are_rank_0s():
     """On all ranks."""
     variables = [tf.Variable([1.0 * comm.rank(), 2.0]), tf.Variable([[7.0 + comm.rank()]])]

@@ -6,8 +6,8 @@ import pytest
 from support import example, picture, write_data, write_shard
 
 from hvd_vgg.config import DataConfig
+from hvd_vgg.data.formats.layout import find_shards
 from hvd_vgg.data.index import join, scan_shard
-from hvd_vgg.data.layout import find_shards
 from hvd_vgg.errors import DATA, Failure
 from hvd_vgg.parallel import comm
 from hvd_vgg.reporting.console import Console

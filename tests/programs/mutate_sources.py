@@ -13,10 +13,10 @@ from collections import Counter
 from pathlib import Path
 
 from hvd_vgg.config import PrepareConfig
-from hvd_vgg.data import pictures, prepared
+from hvd_vgg.data.conversion import pictures, shard_writer
+from hvd_vgg.data.conversion.pictures import Encoding
+from hvd_vgg.data.conversion.sources import find_source, select
 from hvd_vgg.data.index import join
-from hvd_vgg.data.pictures import Encoding
-from hvd_vgg.data.sources import find_source, select
 from hvd_vgg.errors import Failure
 
 
@@ -55,7 +55,7 @@ def look(root):
         for split in selection.splits:
             for record in split.ids.tolist():
                 try:
-                    prepared.encode_record(split, record, Encoding(shorter_side=16), selection.classes)
+                    shard_writer.encode_record(split, record, Encoding(shorter_side=16), selection.classes)
                     read += 1
                 except ValueError as error:
                     assert str(error)

@@ -13,8 +13,8 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from hvd_vgg.config import TrainConfig
+from hvd_vgg.data.formats.layout import shard_bytes
 from hvd_vgg.data.index import check_labels, join, scan_shard
-from hvd_vgg.data.layout import shard_bytes
 from hvd_vgg.data.loader import eval_batches, train_batches
 from hvd_vgg.errors import Failure
 

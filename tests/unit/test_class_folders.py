@@ -3,14 +3,16 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from support import failure_of
 
 from hvd_vgg.config import DataConfig
+from hvd_vgg.data.formats.class_folders import folders_with_images
+from hvd_vgg.data.formats.layout import FOLDERS, Layout, find_split, shard_bytes
 from hvd_vgg.data.index import join, load_cache, save_cache, scan_shard, split_index, take_stamps
-from hvd_vgg.data.layout import FOLDERS, Layout, find_split, shard_bytes
 from hvd_vgg.data.reader import BadRecord, read_ahead, read_image
 from hvd_vgg.errors import Failure
 
@@ -149,6 +151,15 @@ def test_cache_notices_files_that_come_and_go(tmp_path):
     assert unchanged() == [True, False, False]
     make(tmp_path / "train", "d/1.jpg")
     assert load_cache(cache, index.paths, open_split(tmp_path).layout) == {}  # labels may be others
+
+
+def test_folders_with_images_are_those_that_are_scanned(tmp_path):
+    """Without listing them: what a stamp takes from the index where a file system counts no links."""
+    make(tmp_path / "train", "a/b/1.jpg", "a/b-c/2.jpg", "a/z.jpg", "a/b/c/d/0.png", "b/1.jpg")
+    index = open_split(tmp_path)
+    for path, shard in zip(index.paths, split_index(index)):
+        walked = [Path(root) for root, _, _ in os.walk(path)]
+        assert folders_with_images(path, shard) == sorted(walked, key=str)
 
 
 def test_cache_of_another_directory_is_not_used(tmp_path):

@@ -13,6 +13,7 @@ from hvd_vgg.config import (
     EvaluateConfig,
     LaunchConfig,
     PlanConfig,
+    PredictConfig,
     ReplayConfig,
     TrainConfig,
     VerifyConfig,
@@ -360,6 +361,7 @@ CONFIGS = [
     VerifyConfig,
     BenchmarkConfig,
     PlanConfig,
+    PredictConfig,
     DoctorConfig,
     LaunchConfig,
     DemoConfig,
@@ -368,7 +370,7 @@ PATH_FLAGS = [
     (kind, field.name)
     for kind in CONFIGS
     for field in dataclasses.fields(kind)
-    if field.metadata["unit"] == "path" and not (kind is PlanConfig and field.name == "out")
+    if field.metadata["unit"] == "path" and not (kind in (PlanConfig, PredictConfig) and field.name == "out")
 ]
 
 
@@ -377,7 +379,8 @@ def test_path_flags_are_marked_as_such():
     named = {name for kind in CONFIGS for name in (field.name for field in dataclasses.fields(kind))}
     marked = {name for _, name in PATH_FLAGS}
     own = {"data_dir", "run_dir", "same_as", "out", "hostfile", "checkpoint", "init_from"}
-    assert marked == {*own, "checkpoint_copy_dir", "metrics_file"}
+    own |= {"weights", "names_file"}
+    assert marked == {*own, "checkpoint_copy_dir", "metrics_file", "predictions_file"}
     assert not {name for name in named - marked if name.endswith(("dir", "file", "path"))}
 
 
@@ -385,9 +388,10 @@ def test_path_flags_are_marked_as_such():
 def test_path_flags_take_home(kind, name, tmp_path, monkeypatch):
     """The shell leaves ~ in --flag=~/x as it is; on the command line and in a flag file it is the home directory."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "own.flags").write_text(f"--{name}=~/a b.prom\n")
-    for argument in (f"--{name}=~/a b.prom", "--flagfile=~/own.flags"):
-        assert getattr(parse_flags(kind, [argument]), name) == f"{tmp_path}/a b.prom"
+    ending = "csv" if name == "predictions_file" else "prom"
+    (tmp_path / "own.flags").write_text(f"--{name}=~/a b.{ending}\n")
+    for argument in (f"--{name}=~/a b.{ending}", "--flagfile=~/own.flags"):
+        assert getattr(parse_flags(kind, [argument]), name) == f"{tmp_path}/a b.{ending}"
 
 
 @pytest.mark.parametrize(

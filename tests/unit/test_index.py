@@ -9,7 +9,9 @@ import tensorflow as tf
 from support import ROOT, example, failure_of, picture, write_data, write_shard
 
 from hvd_vgg.data import index as index_module
-from hvd_vgg.data import tfrecord
+from hvd_vgg.data.formats import tfrecord
+from hvd_vgg.data.formats.layout import find_shards, shard_bytes
+from hvd_vgg.data.formats.tfrecord import masked_crc
 from hvd_vgg.data.index import (
     cache_places,
     cached_shards,
@@ -24,8 +26,6 @@ from hvd_vgg.data.index import (
     split_index,
     unpack_shards,
 )
-from hvd_vgg.data.layout import find_shards, shard_bytes
-from hvd_vgg.data.tfrecord import masked_crc
 
 
 def scan(folder):

@@ -4,8 +4,8 @@ import numpy as np
 from support import TINY, order_of_writes
 
 from hvd_vgg.config import TrainConfig
+from hvd_vgg.data.formats.layout import find_shards
 from hvd_vgg.data.index import join, scan_shard
-from hvd_vgg.data.layout import find_shards
 from hvd_vgg.flags import parse_flags
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.training.dataset import Splits

@@ -14,11 +14,11 @@ from support import failure_of
 from hvd_vgg import storage
 from hvd_vgg.config import DataConfig
 from hvd_vgg.data.classes import class_names
-from hvd_vgg.data.example import STANDARD, encode_example
+from hvd_vgg.data.formats.example import STANDARD, encode_example
+from hvd_vgg.data.formats.layout import FOLDERS, IMAGENET, TFDS, WEBDATASET, find_split, shard_bytes
+from hvd_vgg.data.formats.tfrecord import frame
 from hvd_vgg.data.index import cache_places, cached_shards, join, save_cache, scan_shard
-from hvd_vgg.data.layout import FOLDERS, IMAGENET, TFDS, WEBDATASET, find_split, shard_bytes
 from hvd_vgg.data.reader import read_ahead, read_image, reads_in_progress
-from hvd_vgg.data.tfrecord import frame
 from hvd_vgg.errors import USAGE, Failure
 
 KINDS = (IMAGENET, TFDS, WEBDATASET, FOLDERS)

@@ -12,7 +12,7 @@ from hvd_vgg.reporting import log
 from hvd_vgg.reporting.console import Console, watchdog
 from hvd_vgg.reporting.log import METRICS, RunLog
 from hvd_vgg.streams import write_line
-from hvd_vgg.text import format_duration
+from hvd_vgg.text import format_bytes, format_duration, plural
 
 
 def rows_of(run_dir):
@@ -116,6 +116,13 @@ def test_console_is_silent_on_other_ranks(capsys):
     Console("lines", False).say("x")
     Console("dllogger", True).say("x")
     assert capsys.readouterr().out == ""
+
+
+def test_text_of_numbers():
+    """Plurals, and bytes of a data set as of one record."""
+    assert [plural(1, "class"), plural(2, "class"), plural(1200, "record", ",")] == ["1 class", "2 classes", "1,200 records"]
+    sizes = {1: "1 byte", 999: "999 bytes", 4500: "4.5 kB", 999_949: "999.9 kB", 999_950: "1.0 MB", 138e9: "138.0 GB"}
+    assert {size: format_bytes(size) for size in sizes} == sizes
 
 
 def test_format_duration_rounds_to_two_units():

@@ -10,8 +10,8 @@ from PIL import Image
 from raw_sets import encode
 
 from hvd_vgg.data import transforms
+from hvd_vgg.data.conversion.pictures import Encoding, library, make_picture, quiet
 from hvd_vgg.data.image_header import MAX_PIXELS
-from hvd_vgg.data.pictures import Encoding, library, make_picture, quiet
 
 PLAIN = Encoding()
 

@@ -18,13 +18,14 @@ from support import failure_of
 from hvd_vgg.commands.prepare import prepare
 from hvd_vgg.config import PrepareConfig
 from hvd_vgg.data import manifest
-from hvd_vgg.data.example import parse_features, parse_text
-from hvd_vgg.data.index import scan_split
-from hvd_vgg.data.pictures import Encoding, make_picture
+from hvd_vgg.data.conversion.pictures import Encoding, make_picture
+from hvd_vgg.data.conversion.sources import count_classes, find_source, select
+from hvd_vgg.data.formats.example import parse_features, parse_text
+from hvd_vgg.data.index import join, scan_split
 from hvd_vgg.data.reader import read_image, read_record
-from hvd_vgg.data.sources import count_classes, find_source
 from hvd_vgg.errors import CONFIGURATION, DATA, USAGE, Failure
 from hvd_vgg.flags import parse_flags
+from hvd_vgg.run_dir import lock_run_dir
 
 ROWS = raw_sets.images()
 MAKE = {
@@ -402,6 +403,78 @@ def test_prepare_writes_into_no_directory_of_others(sets, tmp_path):
     text = refused(CONFIGURATION, lambda: run(sets / "folders", tmp_path))
     assert "has notes.txt, which prepare did not make. Choose an empty directory" in text.replace("'", "")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_prepare_leaves_nothing_of_a_wrong_flag(sets, tmp_path, made):
+    """A typo in --classes, after which the right command finds an --out as it was."""
+    out = tmp_path / "out"
+    if made:
+        out.mkdir()
+    assert "has no class n0144" in failure_of(lambda: run(sets / "folders", out, classes=("n0144",)))
+    assert not list(out.iterdir()) if made else not out.exists()
+
+
+def test_prepare_names_the_out_that_is_in_use(sets, tmp_path):
+    """As it was given."""
+    out = tmp_path / "out"
+    (out / ".prepare").mkdir(parents=True)
+    with lock_run_dir(out / ".prepare"):
+        text = refused(CONFIGURATION, lambda: run(sets / "folders", out))
+    assert f"--out={out} is in use by another job" in text
+
+
+def test_prepare_removes_its_own_files_alone(sets, tmp_path):
+    """Half a shard of a killed start, and no other .tmp."""
+    folder = tmp_path / "out" / ".prepare"
+    folder.mkdir(parents=True)
+    for name in ("mine.tmp", f"train-00000-of-00003.{'a1' * 16}.tmp", f"text.{'0f' * 16}.tmp"):
+        (folder / name).write_text("x")
+    run(sets / "folders", tmp_path / "out")
+    assert [path.name for path in folder.iterdir()] == ["mine.tmp"]
+
+
+def test_prepare_warns_of_classes_that_a_split_lacks(tmp_path, capsys):
+    """By name."""
+    rows = {**ROWS, "validation": [row for row in ROWS["validation"] if row[0] != WNIDS[1]]}
+    raw_sets.write_folders(tmp_path / "set", rows)
+    run(tmp_path / "set", tmp_path / "out", classes=(WNIDS[0], WNIDS[1]))
+    assert f"warning: validation has no record of 1 class: {WNIDS[1]}" in capsys.readouterr().out
+
+
+def test_prepare_of_one_record_is_in_the_singular(tmp_path, capsys):
+    raw_sets.write_folders(tmp_path / "set", {"train": ROWS["train"][:1]})
+    run(tmp_path / "set", tmp_path / "out", splits=("train",))
+    printed = capsys.readouterr().out
+    assert "train: 1 record of " in printed and "\n1 class, labels from 1" in printed
+    assert re.search(r"^1 record in 1 shard, [0-9.]+ k?B|^1 record in 1 shard, [0-9]+ bytes", printed, re.M)
+    run(tmp_path / "set", tmp_path / "out", splits=("train",))
+    assert "is finished: 1 record of train. " in capsys.readouterr().out
+
+
+def test_prepare_says_whose_classes_it_counts(sets, tmp_path, capsys):
+    """Where train is not there to say which there are."""
+    (tmp_path / "set").mkdir()
+    shutil.copy(sets / "ilsvrc" / "ILSVRC2012_img_val.tar", tmp_path / "set")
+    (tmp_path / "set" / "list").write_text(LABELS["wnids"][1])
+    flags = {"splits": ("validation",), "validation_labels": str(tmp_path / "set" / "list")}
+    run(tmp_path / "set", tmp_path / "out", **flags)
+    text = f"validation: train is not there, so labels are numbers of the 3 classes that {tmp_path}/set/list lists"
+    assert text in capsys.readouterr().out
+    run(sets / "ilsvrc", tmp_path / "other", **flags)
+    assert "train is not there" not in capsys.readouterr().out
+
+
+def test_file_that_cannot_be_read_is_no_bad_image(sets, tmp_path):
+    """It ends the command by name, with 65; nothing is listed as refused."""
+    shutil.copytree(sets / "folders", tmp_path / "set")
+    config = PrepareConfig(source=str(tmp_path / "set"))
+    source = find_source(config, "train")
+    index = join(source.paths, [source.scan(number) for number in range(len(source.paths))], source.layout)
+    (split,) = select(config, [("train", source, index)]).splits
+    index.path_of(1).unlink()
+    text = refused(DATA, lambda: split.read(1))
+    assert text.startswith(f"data: {index.path_of(1)}: it cannot be read: No such file") and split.read(0)[0]
 
 
 def test_prepare_in_two_layouts_is_refused(tmp_path):

@@ -8,10 +8,10 @@ import tensorflow as tf
 from support import example, failure_of, picture, write_shard
 
 from hvd_vgg.data import reader
+from hvd_vgg.data.formats.layout import shard_bytes
+from hvd_vgg.data.formats.tfrecord import FOOTER_BYTES
 from hvd_vgg.data.index import scan_split
-from hvd_vgg.data.layout import shard_bytes
 from hvd_vgg.data.reader import BadRecord, read_ahead, read_image, read_record, write_records
-from hvd_vgg.data.tfrecord import FOOTER_BYTES
 
 
 def one_shard(folder, *rows):

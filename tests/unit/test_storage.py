@@ -16,8 +16,8 @@ from support import failure_of, small_disk_at, write_data
 from hvd_vgg import storage
 from hvd_vgg.config import ImageConfig
 from hvd_vgg.data import reader
+from hvd_vgg.data.formats.layout import find_shards, shard_bytes
 from hvd_vgg.data.index import load_cache, save_cache, scan_split
-from hvd_vgg.data.layout import find_shards, shard_bytes
 from hvd_vgg.data.loader import BatchSpec, Dataset, load_batches
 from hvd_vgg.data.reader import read_record
 from hvd_vgg.errors import LOST_RANK, Failure

@@ -14,6 +14,7 @@ LAYERS = [
     {"root"},
     {"data", "models", "parallel", "reporting", "weights"},
     {"training", "pages"},
+    {"export"},
     {"launcher"},
     {"doctor"},
     {"commands"},

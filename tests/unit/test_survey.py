@@ -11,8 +11,10 @@ from support import example, picture, survey_alone, write_shard
 
 from hvd_vgg.commands.inspect_report import format_summary
 from hvd_vgg.config import DataConfig, ImageConfig, TrainConfig
+from hvd_vgg.data.classes import class_names
+from hvd_vgg.data.formats.example import encode_example
+from hvd_vgg.data.formats.layout import find_split
 from hvd_vgg.data.index import join, scan_shard
-from hvd_vgg.data.layout import find_split
 from hvd_vgg.data.loader import Dataset, eval_batches, train_batches
 from hvd_vgg.data.sheet import draw_sheet, sheet_rows, training_images
 from hvd_vgg.data.summary import MOST_NAMED, first_equal, summarize
@@ -84,7 +86,8 @@ def survey(folder, split):
 
 
 def summary_of(folder, label_base):
-    return summarize(survey(folder, "train"), survey(folder, "validation"), 4, label_base)
+    train = survey(folder, "train")
+    return summarize(train, survey(folder, "validation"), 4, label_base, class_names(train.split, label_base, 4))
 
 
 def test_summary_counts_are_exact(tmp_path, capfd):
@@ -177,6 +180,28 @@ def test_summary_of_class_folders(tmp_path):
     assert "11 records in 4 directories, a directory of images for each class" in format_summary(found)
 
 
+@pytest.mark.parametrize("known", ["records", "file"])
+def test_summary_names_classes_of_tfrecords(tmp_path, known):
+    """As the records name them, up to a comma, or as classes.txt does."""
+    features = {"image/class/label": 1, "image/encoded": picture(1, 1)}
+    if known == "records":
+        features["image/class/text"] = b"one, first"
+    for split in ("train", "validation"):
+        write_shard(tmp_path / f"{split}-00000-of-00001", [encode_example(features)])
+    if known == "file":
+        (tmp_path / "classes.txt").write_text("one\ntwo\n")
+    found = summary_of(tmp_path, 1)["splits"]["train"]["classes"]
+    assert found["most"]["first"] == ["1 one"]
+    assert found["missing"]["first"] == (["2", "3", "4"] if known == "records" else ["2 two", "3", "4"])
+
+
+def test_summary_of_one_record_is_in_the_singular(tmp_path):
+    for split in ("train", "validation"):
+        write_shard(tmp_path / f"{split}-00000-of-00001", [example(picture(1, 1), 1)])
+    text = format_summary(summary_of(tmp_path, 1))
+    assert "train: 1 record in 1 shard, " in text and "; 1 record each" in text and " 1 bytes" not in text
+
+
 def test_summary_names_no_more_than_some(tmp_path):
     """All are counted."""
     rows = [example(picture(0, 1), number % 4 + 1) for number in range(MOST_NAMED + 5)]
@@ -245,7 +270,7 @@ def test_training_images_are_those_of_batches(train, flags):
     """Of the same seed, epoch by epoch."""
     config = TrainConfig(global_batch=12, device_batch=12, image_size=32, seed=5, bad_records_allowed=9, **flags)
     dataset = Dataset(train, 1, 32, config, True, seed=5)
-    views = {record: training_images(dataset, record, 3) for record in (0, 5, 11)}
+    views = {record: training_images(dataset, dataset.read(record), 3) for record in (0, 5, 11)}
     for epoch, batch in enumerate(train_batches(train, config, 1, range(3), 0, 1, 1)):
         replaced = {row.row for row in batch.bad}
         own = {record: row for row, record in enumerate(batch.ids.numpy().tolist()) if row not in replaced}

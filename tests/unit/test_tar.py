@@ -9,11 +9,11 @@ import tarfile
 import pytest
 from support import failure_of
 
-from hvd_vgg.data import tar
+from hvd_vgg.data.formats import tar
+from hvd_vgg.data.formats.layout import WEBDATASET, Layout
+from hvd_vgg.data.formats.shard_file import OpenShard
 from hvd_vgg.data.index import join, load_cache, save_cache, scan_shard
-from hvd_vgg.data.layout import WEBDATASET, Layout
 from hvd_vgg.data.reader import BadRecord, read_image
-from hvd_vgg.data.shard_file import OpenShard
 from hvd_vgg.errors import DATA, Failure
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}

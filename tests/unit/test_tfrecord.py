@@ -6,9 +6,9 @@ import pytest
 import tensorflow as tf
 from support import example, picture, write_shard
 
-from hvd_vgg.data.example import parse_features, parse_label
-from hvd_vgg.data.shard_file import OpenShard
-from hvd_vgg.data.tfrecord import FOOTER_BYTES, masked_crc, record_header
+from hvd_vgg.data.formats.example import encode_example, example_parts, parse_features, parse_label
+from hvd_vgg.data.formats.shard_file import OpenShard
+from hvd_vgg.data.formats.tfrecord import FOOTER_BYTES, frame, frame_parts, masked_crc, record_header
 from hvd_vgg.errors import Failure
 
 
@@ -42,6 +42,24 @@ def test_framing_is_that_of_tensorflows_writer(tmp_path):
     )
     assert (tmp_path / "shard").read_bytes() == expected
     assert len(record_header(9)) + 9 + FOOTER_BYTES == len(expected) - 16
+
+
+@pytest.mark.parametrize("length", [0, 1, 127, 128, 4095, 4096, 20_000])
+def test_example_in_parts_is_that_of_protobuf(length):
+    """Framed as by TensorFlow's writer; a long value is one of the parts itself, not copied."""
+    features = {"image/encoded": bytes(range(256)) * (length // 256) + b"x" * (length % 256), "b": b"y" * 5000, "label": 300}
+    of_protobuf = {
+        name: tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
+        if isinstance(value, int)
+        else tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+        for name, value in features.items()
+    }
+    message = tf.train.Example(features=tf.train.Features(feature=of_protobuf))
+    data, parts = encode_example(features), example_parts(features)
+    assert data == message.SerializeToString(deterministic=True) == b"".join(parts)
+    assert any(part is features["b"] for part in parts)
+    record = record_header(len(data)) + data + struct.pack("<I", masked_crc(data))
+    assert frame(data) == b"".join(frame_parts(parts)) == record
 
 
 def test_parse_features_finds_what_protobuf_holds():

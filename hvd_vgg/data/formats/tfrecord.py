@@ -3,12 +3,12 @@
 import functools
 import re
 import struct
-from typing import List, Pattern, Tuple, Union
+from typing import List, Pattern, Sequence, Tuple, Union
 
 import crc32c
 
-from hvd_vgg.data.example import STANDARD, Features, parse_label
-from hvd_vgg.data.shard_file import MAX_RECORD_BYTES, OpenShard, Shard, data_failure, place, require_plain
+from hvd_vgg.data.formats.example import STANDARD, Features, parse_label
+from hvd_vgg.data.formats.shard_file import MAX_RECORD_BYTES, OpenShard, Shard, data_failure, place, require_plain
 from hvd_vgg.errors import Failure
 from hvd_vgg.watchdog import watchdog
 
@@ -19,7 +19,10 @@ _SEARCH_BYTES = 512
 
 def masked_crc(data: Union[bytes, memoryview]) -> int:
     """Returns the checksum that TFRecord files hold: CRC-32C, rotated and offset (tensorflow/core/lib/hash/crc32c.h)."""
-    crc = crc32c.crc32c(data)
+    return _mask(crc32c.crc32c(data))
+
+
+def _mask(crc: int) -> int:
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
@@ -31,7 +34,13 @@ def record_header(length: int) -> bytes:
 
 def frame(data: bytes) -> bytes:
     """Returns a record that holds `data`."""
-    return record_header(len(data)) + data + struct.pack("<I", masked_crc(data))
+    return b"".join(frame_parts([data]))
+
+
+def frame_parts(data: Sequence[bytes]) -> List[bytes]:
+    """Returns a record that holds the parts of its data one after the other, in parts itself, without copies of them."""
+    crc = functools.reduce(lambda before, part: crc32c.crc32c(part, before), data, 0)
+    return [record_header(sum(map(len, data))), *data, struct.pack("<I", _mask(crc))]
 
 
 def describe_damage(file: OpenShard, offset: int, found: bytes) -> str:

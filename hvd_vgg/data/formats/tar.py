@@ -11,7 +11,7 @@ import re
 import tarfile
 from typing import Iterator, List, NamedTuple, Sequence, Tuple
 
-from hvd_vgg.data.shard_file import MAX_RECORD_BYTES, OpenShard, Shard, data_failure, place, require_plain, shown
+from hvd_vgg.data.formats.shard_file import MAX_RECORD_BYTES, OpenShard, Shard, data_failure, place, require_plain, shown
 from hvd_vgg.errors import Failure
 from hvd_vgg.text import plural
 from hvd_vgg.watchdog import watchdog

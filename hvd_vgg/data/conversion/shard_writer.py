@@ -7,6 +7,7 @@ before the shard gets its name, and the shards that are being written.
 import contextlib
 import hashlib
 import json
+import re
 import threading
 import uuid
 from pathlib import Path
@@ -15,15 +16,16 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 import numpy as np
 
 from hvd_vgg import storage
-from hvd_vgg.data.example import encode_example
+from hvd_vgg.data.conversion.pictures import Encoding, Picture, make_picture
+from hvd_vgg.data.conversion.sources import Split, file_name
+from hvd_vgg.data.formats.example import example_parts
+from hvd_vgg.data.formats.tfrecord import frame_parts
 from hvd_vgg.data.manifest import ShardEntry
-from hvd_vgg.data.pictures import Encoding, Picture, make_picture
 from hvd_vgg.data.sampler import slice_bounds
-from hvd_vgg.data.sources import Split, file_name
-from hvd_vgg.data.tfrecord import frame
 
 FOLDER = ".prepare"
 _BUFFER_BYTES = 2**20
+_HALF_WRITTEN = re.compile(r"(text|(train|validation)-[0-9]{5}-of-[0-9]{5})\.[0-9a-f]{32}\.tmp")
 
 
 class Stopped(Exception):
@@ -68,8 +70,8 @@ def tasks(split: Split, shards: int) -> List[Task]:
     ]
 
 
-def encode_record(split: Split, record: int, encoding: Encoding, classes: Sequence[str]) -> Tuple[bytes, Picture, str]:
-    """Returns (framed Example, its image, the name of the image's file) of a record.
+def encode_record(split: Split, record: int, encoding: Encoding, classes: Sequence[str]) -> Tuple[List[bytes], Picture, str]:
+    """Returns (framed Example in parts, its image, the name of the image's file) of a record.
 
     Raises ValueError saying why it is refused; Failure where the source cannot be read.
     """
@@ -89,7 +91,7 @@ def encode_record(split: Split, record: int, encoding: Encoding, classes: Sequen
     synset = classes[label - 1].encode("utf-8", "surrogateescape") if classes else synset
     if synset:
         features["image/class/synset"] = synset
-    return frame(encode_example(features)), picture, name
+    return frame_parts(example_parts(features)), picture, name
 
 
 def write_shard(
@@ -109,18 +111,19 @@ def write_shard(
             for number, record in enumerate(task.ids.tolist()):
                 if stop.is_set():
                     raise Stopped
-                place = {"split": task.split.name, "record": task.split.where(record)}
                 try:
-                    data, picture, name = encode_record(task.split, record, encoding, classes)
+                    parts, picture, name = encode_record(task.split, record, encoding, classes)
                 except ValueError as error:
-                    refused.append({**place, "label": int(task.split.labels[record]), "reason": str(error)})
+                    label = int(task.split.labels[record])
+                    refused.append({**_place(task.split, record), "label": label, "reason": str(error)})
                 else:
-                    file.write(data)
-                    digest.update(data)
-                    size += len(data)
+                    for part in parts:
+                        file.write(part)
+                        digest.update(part)
+                        size += len(part)
                     resized += picture.resized
                     if picture.converted:
-                        converted.append({**place, "file": name, "reason": picture.converted})
+                        converted.append({**_place(task.split, record), "file": name, "reason": picture.converted})
                 done(number + 1)
             file.flush()
             storage.sync(file.fileno(), temporary)
@@ -134,6 +137,10 @@ def write_shard(
             temporary.unlink()  # on a full disk half a shard takes the space of others
 
 
+def _place(split: Split, record: int) -> Dict[str, str]:
+    return {"split": split.name, "record": split.where(record)}
+
+
 def read_note(out: Path, task: Task) -> Optional[Note]:
     """Returns the note of a shard that is whole; None where the shard has to be written."""
     try:
@@ -142,6 +149,11 @@ def read_note(out: Path, task: Task) -> Optional[Note]:
         return note if whole and note.entry.records + len(note.refused) == len(task.ids) else None
     except (OSError, KeyError, TypeError, ValueError, RecursionError):
         return None
+
+
+def is_half_written(path: Path) -> bool:
+    """Returns whether a file of OUT/.prepare is what a killed start left of a shard or a text, by its name."""
+    return bool(_HALF_WRITTEN.fullmatch(path.name))
 
 
 def write_text(out: Path, name: str, text: str) -> None:

@@ -12,8 +12,8 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from hvd_vgg import storage
-from hvd_vgg.data.layout import shorten
-from hvd_vgg.data.shard_file import MAX_RECORD_BYTES, Shard, data_failure, regular_file_size, unreadable_file
+from hvd_vgg.data.formats.layout import shorten
+from hvd_vgg.data.formats.shard_file import MAX_RECORD_BYTES, Shard, data_failure, regular_file_size, unreadable_file
 from hvd_vgg.errors import CONFIGURATION, Failure
 
 _WORDS = {"train": ("train",), "validation": ("validation", "valid", "val")}

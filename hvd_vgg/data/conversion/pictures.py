@@ -8,7 +8,7 @@ import contextlib
 import io
 import os
 import warnings
-from typing import Any, Iterator, NamedTuple
+from typing import Any, Iterator, NamedTuple, Tuple
 
 import numpy as np
 
@@ -91,9 +91,7 @@ def make_picture(encoded: bytes, name: str, encoding: Encoding) -> Picture:
             converted = ""
         larger = 0 < encoding.shorter_side < min(height, width)
         if larger:
-            encoded = _resized(image, encoding)
-            image = Image.open(io.BytesIO(encoded), formats=("JPEG",))
-            width, height = image.size
+            encoded, (width, height) = _resized(image, encoding)
         elif converted:
             encoded = _encode(_rgb(image).convert("RGB"), quality=RGB_QUALITY, subsampling=0)
     except (ValueError, Failure):
@@ -105,7 +103,7 @@ def make_picture(encoded: bytes, name: str, encoding: Encoding) -> Picture:
             raise
         raise ValueError(_explain(error, encoded)) from error
     kind = "JPEG" if larger or converted else kind
-    cmyk = image.mode == "CMYK" and not converted
+    cmyk = image.mode == "CMYK" and not (larger or converted)
     return Picture(encoded, kind, height, width, *(("CMYK", 4) if cmyk else ("RGB", 3)), converted, larger)
 
 
@@ -119,13 +117,16 @@ def _oddity(kind: str, mode: str, name: str) -> str:
     return f"a {kind}"
 
 
-def _resized(image: Any, encoding: Encoding) -> bytes:
-    """Returns an image as a JPEG with the shorter side of `encoding`; its EXIF orientation is ignored, as in training."""
+def _resized(image: Any, encoding: Encoding) -> Tuple[bytes, Tuple[int, int]]:
+    """Returns an image as a JPEG with the shorter side of `encoding`, and its (width, height).
+
+    Its EXIF orientation is ignored, as in training.
+    """
     scale = encoding.shorter_side / min(image.size)
-    size = tuple(max(encoding.shorter_side, round(side * scale)) for side in image.size)
+    width, height = (max(encoding.shorter_side, round(side * scale)) for side in image.size)
     # Where it is at least twice as large, the decoder itself shrinks it to a half, a quarter or an eighth, not below `size`.
-    image.draft(None, size)
-    return _encode(_rgb(image).resize(size, _BICUBIC), quality=encoding.quality)
+    image.draft(None, (width, height))
+    return _encode(_rgb(image).resize((width, height), _BICUBIC), quality=encoding.quality), (width, height)
 
 
 def _rgb(image: Any) -> Any:

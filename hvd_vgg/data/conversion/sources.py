@@ -10,13 +10,14 @@ import numpy as np
 
 from hvd_vgg import storage
 from hvd_vgg.config import PrepareConfig
-from hvd_vgg.data import ilsvrc, parquet
+from hvd_vgg.data.conversion import ilsvrc, parquet
+from hvd_vgg.data.formats.layout import FOLDERS, IMAGENET, TITLES, WEBDATASET, Layout, find_split, shard_bytes, shorten
+from hvd_vgg.data.formats.shard_file import IMAGE_SUFFIXES, Shard, data_failure, unreadable_file
 from hvd_vgg.data.index import Index, find_label_base, labels_outside, scan_shard
-from hvd_vgg.data.layout import FOLDERS, IMAGENET, TITLES, WEBDATASET, Layout, find_split, shard_bytes, shorten
 from hvd_vgg.data.reader import BadRecord, read_named_image
-from hvd_vgg.data.shard_file import IMAGE_SUFFIXES, Shard, data_failure, unreadable_file
 from hvd_vgg.errors import DATA, Failure
 from hvd_vgg.seeds import PREPARING, raw_draws
+from hvd_vgg.text import plural
 
 ILSVRC, PARQUET = "ilsvrc", "parquet"  # of --data_format, which training does not read
 _TITLES = {**TITLES, ILSVRC: "archives of ILSVRC2012", PARQUET: "Parquet of Hugging Face"}
@@ -34,6 +35,7 @@ class Source(NamedTuple):
     read: Callable[[Index, int], Tuple[bytes, str, bytes]]  # as `read_named_image`
     where: Callable[[Index, int], str]  # a record's place, for messages
     sorted_by_class: bool
+    note: str = ""  # what is to be said of it
 
 
 class Split(NamedTuple):
@@ -53,6 +55,8 @@ class Split(NamedTuple):
         try:
             return self.source.read(self.origin, record)
         except BadRecord as bad:
+            if isinstance(bad.__cause__, OSError):  # of storage, and not of the image: it may be sound
+                raise data_failure(f"{self.where(record)}: {bad.reason}. Start again when it can be read") from bad
             raise ValueError(bad.reason) from bad
 
     def where(self, record: int) -> str:
@@ -67,6 +71,10 @@ class Selection(NamedTuple):
     classes: Tuple[str, ...]
     num_classes: int
     label_base: int  # of the source
+
+    def class_name(self, number: int) -> str:
+        """Returns the name of a class by its number from 0, or its label where it has none."""
+        return self.classes[number] if self.classes else str(number + 1)
 
 
 def find_source(config: PrepareConfig, split: str) -> Source:
@@ -167,7 +175,7 @@ def _of_archive(config: PrepareConfig, path: Path, split: str) -> Source:
     labels = ilsvrc.read_labels(path, Path(config.validation_labels) if config.validation_labels else None, wnids)
     layout = layout._replace(classes=labels.classes)
     scan = functools.partial(_scan_validation, path, labels)
-    return Source(_TITLES[ILSVRC], layout, [path], scan, read_named_image, where, False)
+    return Source(_TITLES[ILSVRC], layout, [path], scan, read_named_image, where, False, _note(labels, wnids))
 
 
 def _flat_folder(config: PrepareConfig, root: Path, split: str) -> Optional[Source]:
@@ -184,7 +192,15 @@ def _flat_folder(config: PrepareConfig, root: Path, split: str) -> Optional[Sour
     labels = ilsvrc.read_labels(folders[0], Path(config.validation_labels) if config.validation_labels else None, wnids)
     layout = Layout(FOLDERS, folders[0], label_base=0, classes=labels.classes)
     scan = functools.partial(_scan_directory, folders[0], labels)
-    return Source(_UNPACKED, layout, folders[:1], scan, read_named_image, Index.where, False)
+    return Source(_UNPACKED, layout, folders[:1], scan, read_named_image, Index.where, False, _note(labels, wnids))
+
+
+def _note(labels: ilsvrc.Labels, wnids: Sequence[str]) -> str:
+    """Returns what to say of labels that are numbers of the classes in a list, where train does not say which there are."""
+    if wnids or not labels.classes:
+        return ""
+    count = plural(len(labels.classes), "class")
+    return f"train is not there, so labels are numbers of the {count} that {labels.source} lists, sorted by WNID"
 
 
 def _scan_directory(folder: Path, labels: ilsvrc.Labels, _: int) -> Shard:

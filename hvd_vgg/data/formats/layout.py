@@ -13,9 +13,9 @@ from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 from hvd_vgg import storage
 from hvd_vgg.config import DataConfig
-from hvd_vgg.data import description
-from hvd_vgg.data.example import STANDARD, Features
-from hvd_vgg.data.shard_file import IMAGE_SUFFIXES, UNPACK, data_failure, regular_file_size, unreadable_file
+from hvd_vgg.data.formats import dataset_info
+from hvd_vgg.data.formats.example import STANDARD, Features
+from hvd_vgg.data.formats.shard_file import IMAGE_SUFFIXES, UNPACK, data_failure, regular_file_size, unreadable_file
 from hvd_vgg.errors import USAGE, Failure
 
 IMAGENET, TFDS, WEBDATASET, FOLDERS = "imagenet", "tfds", "webdataset", "folders"  # of --data_format
@@ -74,8 +74,8 @@ def find_split(config: DataConfig, split: str) -> Found:
             raise Failure(USAGE, f"{text}: leave them out")
         if layout.kind == TFDS:
             name = layout.features.label.decode().replace("/", "-")
-            layout = layout._replace(classes=description.class_names(paths[0].with_name(f"{name}.labels.txt")))
-        return layout._replace(classes=layout.classes or description.class_names(folder / "classes.txt")), paths
+            layout = layout._replace(classes=dataset_info.class_names(paths[0].with_name(f"{name}.labels.txt")))
+        return layout._replace(classes=layout.classes or dataset_info.class_names(folder / "classes.txt")), paths
     except OSError as error:
         raise unreadable_file(Path(str(error.filename or folder)), error) from error
 
@@ -261,7 +261,7 @@ def _find_tfds(_: DataConfig, folder: Path, split: str) -> Optional[Found]:
 
 def _tfds(folder: Path, paths: Sequence[Path]) -> Layout:
     """Returns the layout of shards beside which is what tensorflow-datasets says of them, unless that was left behind."""
-    counts = description.tfds_records(paths[0].parent)
+    counts = dataset_info.tfds_records(paths[0].parent)
     records: Dict[str, int] = {}
     for path in paths:
         match = _NUMBERED.fullmatch(path.name)
@@ -279,7 +279,7 @@ def _find_webdataset(_: DataConfig, folder: Path, split: str) -> Optional[Found]
     if not paths:
         return None
     present = {path.name for path in paths}
-    missing = [name for name in description.webdataset_records(folder, split) if name not in present]
+    missing = [name for name in dataset_info.webdataset_records(folder, split) if name not in present]
     if missing:
         named = f"{len(missing)} of the {split} shards that its _info.json names: {shorten(missing)}"
         raise data_failure(f"{folder} lacks {named}. Copy them there")
@@ -297,7 +297,7 @@ def _webdataset(folder: Path, paths: List[Path]) -> Layout:
         missing = [f"{name}{number:0{digits}d}.tar" for number in between[:_MOST_SHARDS] if number not in numbers]
         if missing and len(between) < _MOST_SHARDS:  # other numbers count something else
             raise data_failure(f"{folder} lacks {len(missing)} of its shards: {shorten(missing)}. Copy them there")
-    known = {name: count for split in _WORDS for name, count in description.webdataset_records(folder, split).items()}
+    known = {name: count for split in _WORDS for name, count in dataset_info.webdataset_records(folder, split).items()}
     records = {path.relative_to(folder).as_posix(): known[path.name] for path in paths if known.get(path.name)}
     return Layout(WEBDATASET, folder, STANDARD, 0, (), records)
 

@@ -12,10 +12,11 @@ from typing import Iterable, List, Sequence, Tuple
 import numpy as np
 
 from hvd_vgg import storage
-from hvd_vgg.data.shard_file import IMAGE_SUFFIXES, MAX_RECORD_BYTES, Shard, data_failure, regular_file_size, shown
+from hvd_vgg.data.formats.shard_file import IMAGE_SUFFIXES, MAX_RECORD_BYTES, Shard, data_failure, regular_file_size, shown
 from hvd_vgg.watchdog import watchdog
 
-_OTHERS = (".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # what ImageFolder reads as well
+OTHER_SUFFIXES = (".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # what ImageFolder reads as well
+_PATH_BYTES = 4096  # of a path, at most (PATH_MAX)
 # An empty part of a path, or one that leads elsewhere, among names each of which is followed by a zero byte.
 _STRAY = re.compile(rb"(?:\A|[\0/])\.{0,2}(?=[\0/])")
 
@@ -53,16 +54,16 @@ def index_files(folder: Path, names: Sequence[str], labels: Iterable[int], advic
 
 def _image_names(folder: Path) -> List[str]:
     found: List[str] = []
-    for root, names in _walk(folder):
+    for root, names in walk(folder):
         for name in sorted(names):
-            if name.lower().endswith(_OTHERS):
+            if name.lower().endswith(OTHER_SUFFIXES):
                 raise data_failure(f"{shown(root / name)}: training reads JPEG and PNG. Convert it, or leave it out")
             if name.lower().endswith(IMAGE_SUFFIXES):
                 found.append(f"{root}/{name}"[len(str(folder)) + 1 :])
     return found
 
 
-def _walk(top: Path) -> List[Tuple[Path, List[str]]]:
+def walk(top: Path) -> List[Tuple[Path, List[str]]]:
     """Returns a directory and those below it, links followed, sorted, with the names of their files; raises OSError.
 
     Raises Failure(DATA) for a link to a directory that it lies in: following it would count its images again and again.
@@ -85,20 +86,40 @@ def _walk(top: Path) -> List[Tuple[Path, List[str]]]:
 def stamp(folder: Path, shard: Shard) -> Tuple[int, int]:
     """Returns two numbers that change when a file below an indexed directory is added, removed or renamed; raises OSError.
 
-    They do not when one is rewritten in place: that would take a look at each file.
+    They do not when one is rewritten in place: that would take a look at each file. shard: the index of the directory, or
+    NO_RECORDS before it is scanned.
     """
-    status = folder.stat()
-    # The usual case, told from its links, which some file systems do not count, and from what was found: it has no other.
-    if status.st_nlink == 2 and not (shard.names == ord("/")).any():
-        return status.st_size, status.st_mtime_ns
-    walked = [root.stat() for root, _ in _walk(folder)]
-    return sum(each.st_size for each in walked), hash(tuple(each.st_mtime_ns for each in walked))
+    links = folder.stat().st_nlink
+    if links == 2 and not (shard.names == ord("/")).any():
+        folders = [folder]  # the usual case, told from its links, and from what was found: it has no other
+    elif links < 2 and len(shard.names):
+        # Overlay and btrfs do not count links, and listing all directories at each start takes long. Those with images are
+        # enough: a new one shows in the time of what holds it. One without images, which the stamp before the scan counts
+        # and this one does not, makes the two differ, so that its class is scanned at each start.
+        folders = folders_with_images(folder, shard)
+    else:
+        folders = [root for root, _ in walk(folder)]
+    stats = [each.stat() for each in folders if each == folder or each.is_dir()]
+    if len(stats) == 1:
+        return stats[0].st_size, stats[0].st_mtime_ns
+    return sum(each.st_size for each in stats), hash(tuple(each.st_mtime_ns for each in stats))
+
+
+def folders_with_images(folder: Path, shard: Shard) -> List[Path]:
+    """Returns an indexed directory and those below it that lead to its images, in the order in which they are scanned."""
+    found = {folder}
+    if (shard.names == ord("/")).any():
+        for name in set(map(os.path.dirname, shard.names.tobytes().split(b"\0"))):
+            path = folder / os.fsdecode(name)
+            while path != folder:
+                found.add(path)
+                path = path.parent
+    return sorted(found, key=str)
 
 
 def file_name(names: np.ndarray, offset: int) -> str:
     """Returns the name at `offset` of the names of an index, uint8 [bytes]."""
-    end = offset + int(np.argmin(names[offset : offset + 4096] != 0))
-    return os.fsdecode(names[offset:end].tobytes())
+    return os.fsdecode(names[offset : offset + _PATH_BYTES].tobytes().partition(b"\0")[0])
 
 
 def could_be_index(shard: Shard) -> bool:

@@ -1,11 +1,13 @@
 """tf.train.Example on the wire: the image and the label that are read, and the records that are written."""
 
+import functools
 import itertools
 from typing import Dict, Iterator, List, Mapping, NamedTuple, Tuple, Union
 
 from hvd_vgg.config import MOST_FEATURE_BYTES
 
 _LABEL_LIMIT = 2**31  # the index holds int32
+_SHORT_BYTES = 2**12  # parts that are written are joined below this length; longer ones are not copied
 Span = Tuple[int, int]  # start and stop within the bytes of a record
 
 
@@ -151,20 +153,38 @@ def encode_example(features: Mapping[str, Union[int, bytes]]) -> bytes:
 
     The same bytes as TensorFlow's SerializeToString(deterministic=True) of it.
     """
-    entries = b"".join(_field(_FIELD_1, _entry(name.encode(), features[name])) for name in sorted(features))
-    return _field(_FIELD_1, entries)
+    return b"".join(example_parts(features))
 
 
-def _entry(name: bytes, value: Union[int, bytes]) -> bytes:
+def example_parts(features: Mapping[str, Union[int, bytes]]) -> List[bytes]:
+    """Returns the bytes of `encode_example` in parts, of which the encoded image is one: it is not copied."""
+    entries = (_field(_FIELD_1, _entry(name.encode(), features[name])) for name in sorted(features))
+    parts: List[bytes] = []
+    short: List[bytes] = []
+    for part in _field(_FIELD_1, list(itertools.chain.from_iterable(entries))):
+        if len(part) < _SHORT_BYTES:
+            short.append(part)
+        else:
+            parts += b"".join(short), part
+            short = []
+    return [*parts, b"".join(short)]
+
+
+def _entry(name: bytes, value: Union[int, bytes]) -> List[bytes]:
     if isinstance(value, bytes):
-        feature = _field(_FIELD_1, _field(_FIELD_1, value))
+        feature = _field(_FIELD_1, _field(_FIELD_1, [value]))
     else:
-        feature = _field(_FIELD_3, _field(_FIELD_1, _encode_varint(value % 2**64)))
-    return _field(_FIELD_1, name) + _field(_FIELD_2, feature)
+        feature = _field(_FIELD_3, _field(_FIELD_1, [_encode_varint(value % 2**64)]))
+    return [*_field(_FIELD_1, [name]), *_field(_FIELD_2, feature)]
 
 
-def _field(tag: int, value: bytes) -> bytes:
-    return bytes([tag]) + _encode_varint(len(value)) + value
+def _field(tag: int, value: List[bytes]) -> List[bytes]:
+    return [_field_header(tag, sum(map(len, value))), *value]
+
+
+@functools.lru_cache(maxsize=1024)
+def _field_header(tag: int, length: int) -> bytes:
+    return bytes([tag]) + _encode_varint(length)
 
 
 def _encode_varint(value: int) -> bytes:

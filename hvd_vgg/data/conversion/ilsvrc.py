@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from hvd_vgg import storage
-from hvd_vgg.data import class_folders, tar
-from hvd_vgg.data.layout import shorten
-from hvd_vgg.data.shard_file import IMAGE_SUFFIXES, MAX_RECORD_BYTES, OpenShard, Shard, data_failure, unreadable_file
+from hvd_vgg.data.formats import class_folders, tar
+from hvd_vgg.data.formats.layout import shorten
+from hvd_vgg.data.formats.shard_file import IMAGE_SUFFIXES, MAX_RECORD_BYTES, OpenShard, Shard, data_failure, unreadable_file
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.text import plural
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
-from hvd_vgg.data.shard_file import OpenShard
+from hvd_vgg.data.formats.shard_file import OpenShard
 
 _MAX_BYTES = 2**24  # the most that is read of such a file
 

@@ -1,0 +1,126 @@
+"""The network to export: its weights, what it expects of images, and where it comes from."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from hvd_vgg import storage
+from hvd_vgg.config import DENSE, ModelConfig, TrainConfig, has_batch_norm
+from hvd_vgg.errors import CONFIGURATION, Failure
+from hvd_vgg.flags import parse_flags
+from hvd_vgg.models import batch_norm, vgg
+from hvd_vgg.reporting import receipt
+from hvd_vgg.run_dir import RunDir
+from hvd_vgg.training.checkpoint import META_KEY
+from hvd_vgg.training.weights import read_weights
+from hvd_vgg.weights.source import Source
+
+_NETWORK_FLAGS = ("model", "width", "num_classes", "image_size", "head")
+_MOST_CHARACTERS = 200  # of the name of a class
+
+
+class Network(NamedTuple):
+    """A network to export.
+
+    config: its shapes; tensors: float32, by this package's names, with the moving moments of BatchNorm; normalization: of
+    its pixels, one of NORMALIZATIONS; resize, crop: of the images that it is evaluated on, as in `transforms.eval_image`;
+    class_names: in order of the labels, none where unknown; meta: what a checkpoint of this package says of itself;
+    run_dir: the run that it is of, if any; average: whether it is the average of its weights.
+    """
+
+    source: Source
+    config: ModelConfig
+    tensors: Dict[str, np.ndarray]
+    normalization: str
+    resize: str
+    crop: float
+    class_names: List[str]
+    meta: Dict[str, Any]
+    run_dir: Optional[Path]
+    average: bool
+
+    def evaluation(self) -> Optional[Tuple[int, int, int]]:
+        """Returns top-1 hits, top-5 hits and records of the run's evaluation of these weights, if its receipt has one."""
+        found = receipt.read(RunDir(self.run_dir)) if self.run_dir else None
+        names = [f"eval.{'average_' * self.average}{name}" for name in ("top1_hits", "top5_hits")] + ["eval.records"]
+        for row in reversed((found or {}).get("evaluations", [])):
+            if row.get("eval.state_sha256") == self.meta.get("state_sha256") and None not in map(row.get, names):
+                return row[names[0]], row[names[1]], row[names[2]]
+        return None
+
+    def run_flags(self) -> Optional[TrainConfig]:
+        """Returns the flags of the run that the network is of; None where there is none, or it is of another version."""
+        path = RunDir(self.run_dir).flags if self.run_dir else None
+        if path is None or not path.is_file():
+            return None
+        with contextlib.suppress(Failure):
+            return parse_flags(TrainConfig, [f"--flagfile={path}"])
+        return None
+
+
+def load(path: Path, average: bool) -> Network:
+    """Returns the network in a file of weights, or of the best checkpoint of a run's directory.
+
+    average: the moving average of its weights instead. Raises Failure(CONFIGURATION) where `read_weights` does, and where
+    what is there is no whole network.
+    """
+    source = read_weights(path, average)
+    flags, meta = source.flags, own_meta(source.path)
+    missing = [name for name in _NETWORK_FLAGS if name not in flags]
+    if missing or f"{DENSE[-1]}/kernel" not in source.tensors:
+        raise Failure(CONFIGURATION, f"{source.path} holds no whole network: expected all layers up to {DENSE[-1]}")
+    run_dir = path if path.is_dir() else source.path.parent.parent if source.path.parent.name == "checkpoints" else None
+    normalization = flags.get("pixel_normalization", "auto")
+    crop = float(flags.get("eval_crop", 0.875)) if flags.get("augment", "crop") == "crop" else 0.0
+    config = ModelConfig(**{name: flags[name] for name in _NETWORK_FLAGS})
+    return Network(
+        source,
+        config,
+        source.tensors,
+        "imagenet" if normalization == "auto" else normalization,
+        flags.get("resize", "opencv"),
+        crop,
+        _class_names(run_dir, meta, config.num_classes),
+        meta,
+        run_dir,
+        average,
+    )
+
+
+def own_meta(path: Path) -> Dict[str, Any]:
+    """Returns what a file of this package says of itself; nothing of others."""
+    with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):
+        with safe_open(str(path), framework="numpy") as file:
+            found = json.loads(file.metadata()[META_KEY])
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _class_names(run_dir: Optional[Path], meta: Dict[str, Any], classes: int) -> List[str]:
+    names = meta.get("class_names", [])
+    if run_dir is not None:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            names = storage.read_bytes(RunDir(run_dir).classes).decode("utf-8").split("\n")[:-1]
+    whole = isinstance(names, list) and len(names) == classes
+    return [" ".join(str(name).split())[:_MOST_CHARACTERS] for name in names] if whole else []  # a line each
+
+
+def folded(network: Network) -> Network:
+    """Returns the network without BatchNorm that has the same outputs; a network without it is returned as it is."""
+    if not has_batch_norm(network.config.model):
+        return network
+    tensors = {name: np.asarray(value) for name, value in batch_norm.fold(network.tensors).items()}
+    model = network.config.model[: -len("_bn")]
+    config = ModelConfig(**{name: getattr(network.config, name) for name in _NETWORK_FLAGS if name != "model"}, model=model)
+    return network._replace(config=config, tensors=tensors)
+
+
+def reference_logits(network: Network, pixels: np.ndarray) -> np.ndarray:
+    """Returns the logits, float32 [n, num_classes], that this package computes for uint8 images [n, height, width, 3]."""
+    weights, model = batch_norm.fold(network.tensors), network.config.model
+    rows = [vgg.logits(weights, model, pixels[row : row + 1], "NHWC", network.normalization) for row in range(len(pixels))]
+    return np.concatenate([np.asarray(row) for row in rows])

@@ -1,0 +1,54 @@
+"""Puts what is written in its place: whole or not at all, over nothing that was there."""
+
+import contextlib
+import errno
+import os
+import tempfile
+from pathlib import Path
+from typing import Iterator, List
+
+from hvd_vgg import storage
+from hvd_vgg.errors import NOT_WRITTEN, Failure
+from hvd_vgg.run_dir import write_error
+
+
+def require_new(path: Path, flag: str = "--out") -> None:
+    """Raises Failure(NOT_WRITTEN) unless `path` can be made in a directory that exists; an empty directory is as good."""
+    parent = path.parent
+    if not parent.is_dir():
+        raise Failure(NOT_WRITTEN, f"{flag}={path}: there is no directory {parent}: make it, or name another")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise Failure(NOT_WRITTEN, f"{flag}={path} cannot be written: {os.strerror(errno.EACCES)}")
+    if path.is_dir() and not path.is_symlink():
+        with contextlib.suppress(OSError):
+            if not any(path.iterdir()):
+                return
+    if path.exists() or path.is_symlink():
+        raise Failure(NOT_WRITTEN, f"{flag}={path} exists already, and is not overwritten: remove it, or name another")
+
+
+@contextlib.contextmanager
+def scratch_beside(path: Path) -> Iterator[Path]:
+    """Yields a new directory beside `path`, removed with all that is left in it; an OSError inside is a Failure.
+
+    Raises Failure(NOT_WRITTEN).
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name[:100]}.", dir=str(path.parent)) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise Failure(NOT_WRITTEN, write_error(path, error)) from error
+
+
+def put(made: List[Path], folder: Path) -> None:
+    """Renames files and directories into `folder`, on disk when this returns; raises OSError."""
+    for path in made:
+        for each in [path, *path.rglob("*")] if path.is_dir() else [path]:
+            handle = os.open(each, os.O_RDONLY)
+            try:
+                storage.sync(handle, each)
+            finally:
+                os.close(handle)
+    for path in made:
+        path.replace(folder / path.name)
+    storage.sync_directory(folder)
