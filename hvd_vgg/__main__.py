@@ -51,6 +51,7 @@ USAGE_TEXT = f"""hvd-vgg {__version__}: trains VGG networks on ImageNet-style TF
   hvd-vgg replay RUN_DIR [--step=N] [--flags]         repeat a step of a run that was not finite
   hvd-vgg verify-run RUN_DIR [--data_dir=DIR]         check what a run claims against what it left behind; --same_as=DIR:
                                                       and whether it is the same run as another
+  hvd-vgg report RUN_DIR ... [--out=FILE.html]        draw a page of a run, or of several side by side; --watch: renew it
   hvd-vgg benchmark [--flags]                         measure throughput without input, with it, and on fewer ranks
   hvd-vgg plan --ranks=N --gbit=X [--flags]           predict what exchanging gradients costs on a cluster
   hvd-vgg doctor [--flagfile=FILE] [--flags]          check whether this host, or these ranks, can train, and what to do
@@ -176,6 +177,13 @@ COMMANDS = {
         "hvd_vgg.commands.runs:list_runs",
         "hvd-vgg runs [DIR]: the runs below DIR, a line each, the newest at the end: training, stopped, done, or failed and "
         "why; updates, epochs, best accuracy, images/s, time since the last line. Needs no TensorFlow.",
+    ),
+    "report": Command(
+        configs.ReportConfig,
+        "hvd_vgg.commands.report:report",
+        "hvd-vgg report RUN_DIR [RUN_DIR ...] [--out=report.html] [--watch]: draw one page of a run: result and proof, "
+        "curves, where the time went, restarts and faults; of several runs side by side, with what differs and where they "
+        "part. Damaged and unfinished ones too. Needs matplotlib, and no TensorFlow.",
     ),
     "export": Command(
         configs.ExportConfig,
@@ -305,7 +313,7 @@ def _launch(argv: List[str]) -> int:
     """Runs `hvd-vgg launch`; wrong flags of the command are reported before anything is started."""
     from hvd_vgg.launcher.supervisor import LaunchSpec, launch
 
-    startable = [name for name in COMMANDS if name not in ("plan", "acceptance", "runs", "export")]
+    startable = [name for name in COMMANDS if name not in ("plan", "acceptance", "runs", "export", "report")]
     cut = next((index for index, word in enumerate(argv) if word in (*startable, "--")), len(argv))
     own, inner = argv[:cut], argv[cut:]
     if {"-h", "--help"} & set(own):

@@ -1054,6 +1054,20 @@ class RunsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """Which runs `report` shows, and where it writes the page."""
+
+    run_dirs: Tuple[str, ...] = words("Report", "Directories of runs; several are shown side by side.", "RUN_DIR")
+    out: str = flag("report.html", "Report", "The page: a single file, which loads nothing.", "path")
+    watch: bool = flag(False, "Report", "Renew the page while a run trains; end when none does.")
+    watch_seconds: float = flag(30.0, "Report", "Time between renewals of --watch.", "s", at_least=1)
+
+    def conflicts(self) -> Iterator[str]:
+        if not self.run_dirs:
+            yield "no RUN_DIR: expected hvd-vgg report RUN_DIR [RUN_DIR ...]"
+
+
+@dataclasses.dataclass(frozen=True)
 class DemoConfig:
     """What `make-demo-data` draws."""
 

@@ -34,10 +34,11 @@ class Course(NamedTuple):
         return Course(losses, {step: state for step, state in self.states.items() if step <= end})
 
 
-def compare_runs(run: RunDir, other: RunDir) -> Findings:
+def compare_runs(run: RunDir, other: RunDir, weights: bool = True) -> Findings:
     """Yields how two runs differ and where they part, in one sentence; returns what is equal if they do not.
 
-    A run that has not come as far as the other is the same so far.
+    A run that has not come as far as the other is the same so far. weights: whether to compare those of checkpoints,
+    which are read where they differ.
     """
     histories = [read_history(receipt.read_log(each.log)) for each in (run, other)]
     courses = [_read_course(history) for history in histories]
@@ -46,7 +47,7 @@ def compare_runs(run: RunDir, other: RunDir) -> Findings:
         return UNKNOWN, "one of them has trained nothing yet"
     mine, theirs = (course.until(end) for course in courses)
     states = sorted({*mine.states} & {*theirs.states})
-    saved = sorted(_saved_steps(run, end) & _saved_steps(other, end))
+    saved = sorted(_saved_steps(run, end) & _saved_steps(other, end)) if weights else []
     losses = _differences("losses part at step {} ({} and {})", mine.losses, theirs.losses)
     scored = ({step: course.states[step] for step in states} for course in (mine, theirs))
     faults = [

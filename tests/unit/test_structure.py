@@ -13,7 +13,7 @@ PACKAGE = ROOT / "hvd_vgg"
 LAYERS = [
     {"root"},
     {"data", "models", "parallel", "reporting", "weights"},
-    {"training"},
+    {"training", "pages"},
     {"export"},
     {"launcher"},
     {"doctor"},
@@ -29,6 +29,7 @@ NO_TENSORFLOW = (
     "doctor.runner",
     "commands.plan",
     "commands.runs",
+    "commands.report",
     "commands.verify",
     "commands.history",
     "commands.prepare",

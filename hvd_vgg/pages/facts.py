@@ -1,0 +1,166 @@
+"""What is known of a run: read from its directory, with a sentence about each thing that is missing or damaged."""
+
+import csv
+import dataclasses
+import io
+import json
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+
+from hvd_vgg import storage
+from hvd_vgg.config import TrainConfig
+from hvd_vgg.errors import Failure
+from hvd_vgg.pages.curves import Curve, mapping, read_curves, text_list, whole
+from hvd_vgg.pages.timeline import Event, Span, events, spans
+from hvd_vgg.reporting.goodput import Goodput
+from hvd_vgg.reporting.receipt import LogLine, read_log
+from hvd_vgg.run_dir import RunDir
+
+# What a damaged file may raise where its contents are used.
+DAMAGED = (AttributeError, IndexError, KeyError, OSError, OverflowError, TypeError, ValueError, ZeroDivisionError, Failure)
+_CLASS_COLUMNS = ("class", "name", "records", "top1_hits", "top5_hits")
+
+
+class ClassRow(NamedTuple):
+    """Hits of one class: of the records with this label."""
+
+    label: int
+    name: str
+    records: int
+    top1: int
+    top5: int
+
+
+class Facts(NamedTuple):
+    """A run. letter: of it in a page of several, "" in one of its own; missing: sentences; of state and reason: `runs`."""
+
+    letter: str
+    run: RunDir
+    state: str
+    reason: str
+    lines: List[LogLine]
+    flags: Dict[str, Any]  # of TrainConfig, as the newest start has them
+    software: Dict[str, Any]
+    start: Dict[str, Any]  # the data of the newest start
+    result: Dict[str, Any]
+    throughput: Dict[str, Any]  # the newest
+    evaluations: List[LogLine]
+    curves: Dict[str, Curve]
+    spans: Dict[str, List[Span]]
+    events: List[Event]
+    goodput: Dict[str, Any]
+    classes: List[ClassRow]
+    missing: List[str]
+
+    @property
+    def name(self) -> str:
+        """How the page calls it."""
+        return f"{self.letter}: {self.run.path}" if self.letter else str(self.run.path)
+
+
+def read_facts(run: RunDir, letter: str, state: str, reason: str) -> Facts:
+    """Returns what is known of a run, whatever its files are like; state, reason: of the `runs` command."""
+    missing: List[str] = []
+
+    def attempt(what: str, read: Callable[[], Any], otherwise: Any) -> Any:
+        try:
+            return read()
+        except DAMAGED as error:
+            missing.append(f"{what}: damaged, or not what a run writes ({_reason(error)})")
+            return otherwise
+
+    lines: List[LogLine] = attempt("dllogger.json", lambda: read_log(run.log), [])
+    missing += _missing_lines(run, lines)
+    parameters = next((line.data for line in reversed(lines) if line.kind == "PARAMETER"), {})
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    software = ("hvd_vgg", "python", "tensorflow", "horovod", "controller", "mpi", "numpy", "images", "device")
+    for path, why in (
+        (run.flags, "the flags of the newest start"),
+        (run.receipt, "the digests of all that it consisted of"),
+    ):
+        if not path.is_file():
+            missing.append(f"{path.name} is not there: {why}")
+    result: Dict[str, Any] = {}
+    if run.result.is_file():
+        result = attempt("result.json", lambda: _object(json.loads(storage.read_bytes(run.result))), {})
+    else:
+        missing.append("result.json is not there: it is written with the first evaluation")
+    ends = [line.data for line in lines if line.kind == "throughput"]
+    return Facts(
+        letter,
+        run,
+        state,
+        reason,
+        lines,
+        {name: parameters[name] for name in names if name in parameters},
+        {name: parameters[name] for name in software if name in parameters},
+        next((line.data for line in reversed(lines) if line.kind == "start"), {}),
+        result,
+        next((each for each in reversed(ends) if each.get("by_rank")), {}),
+        [line for line in lines if line.kind == "evaluation"],
+        attempt("curves", lambda: read_curves(lines), {}),
+        attempt("time", lambda: spans(lines), {}),
+        attempt("events", lambda: events(run, lines), []),
+        attempt("goodput", lambda: Goodput(lines).report(), {}),
+        attempt(run.class_hits.name, lambda: _read_classes(run), []) if run.class_hits.is_file() else [],
+        missing,
+    )
+
+
+def _reason(error: Exception) -> str:
+    return error.message if isinstance(error, Failure) else f"{type(error).__name__}: {error}"[:200]
+
+
+def _object(value: Any) -> Dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("expected an object")
+    return value
+
+
+def _missing_lines(run: RunDir, lines: Sequence[LogLine]) -> List[str]:
+    """Returns what a log lacks."""
+    if not run.log.is_file():
+        return ["dllogger.json is not there: nothing is known of what the run did"]
+    torn = [line.number for line in lines if not line.kind]
+    found = []
+    if torn:
+        found.append(f"{len(torn)} of {len(lines)} lines of dllogger.json cannot be read; the first is line {torn[0]}")
+    for kind, text in (
+        ("PARAMETER", "its configuration"),
+        ("start", "a start, with data, hosts and versions"),
+        ("train", "an update"),
+        ("evaluation", "an evaluation"),
+    ):
+        if not any(line.kind == kind for line in lines):
+            found.append(f"the log does not have {text}")
+    return found
+
+
+def _read_classes(run: RunDir) -> List[ClassRow]:
+    """Returns the rows of class_hits.csv; raises ValueError for what is none."""
+    text = storage.read_bytes(run.class_hits).decode("utf-8", "replace")
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    if not set(_CLASS_COLUMNS) <= set(reader.fieldnames or ()):
+        raise ValueError(f"expected the columns {','.join(_CLASS_COLUMNS)}")
+    try:
+        return [
+            ClassRow(int(row["class"]), row["name"] or "", *(int(row[name]) for name in _CLASS_COLUMNS[2:]))
+            for row in reader
+        ]
+    except (csv.Error, TypeError) as error:
+        raise ValueError(str(error)) from error
+
+
+def hosts_of(facts: Facts) -> List[Tuple[str, int]]:
+    """Returns the hosts of the newest start with their ranks."""
+    hosts = text_list(facts.start.get("hosts"))
+    return [(host, hosts.count(host)) for host in dict.fromkeys(hosts)]
+
+
+def ranks_of(facts: Facts) -> int:
+    """Returns the ranks of the newest start; 0 if the log does not say."""
+    return max(0, whole(facts.start.get("ranks"), 0))
+
+
+def records_of(facts: Facts, split: str) -> Dict[str, Any]:
+    """Returns records and sha256 of a split, as the newest start has them."""
+    return mapping(mapping(facts.start.get("data")).get(split))

@@ -1,0 +1,157 @@
+"""The page of `hvd-vgg report`: of one run, or of several side by side."""
+
+import dataclasses
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+
+from hvd_vgg import __version__
+from hvd_vgg.config import TrainConfig
+from hvd_vgg.pages import run_sections as sections
+from hvd_vgg.pages.charts import draw_curves
+from hvd_vgg.pages.curves import mapping, whole
+from hvd_vgg.pages.facts import DAMAGED, Facts, ranks_of, records_of
+from hvd_vgg.pages.figures import both_axes
+from hvd_vgg.pages.markup import Markup, bullets, join, page, paragraph, section, table
+from hvd_vgg.text import plural
+
+# Of these runs differ by nature.
+_OWN = {"run_dir", "console", "metrics_file", "checkpoint_copy_dir"}
+
+
+class Comparison(NamedTuple):
+    """Where a run parts from the first, as `verify-run --same_as` has it.
+
+    letters: of both; faults: [] if they are the same.
+    """
+
+    letters: Tuple[str, str]
+    faults: List[str]
+    conclusion: str
+
+
+def report_page(
+    runs: Sequence[Facts], checks: Sequence[Any], comparisons: Sequence[Comparison], now: float, refresh_seconds: float = 0
+) -> str:
+    """Returns the page; checks: of each run, as `run_sections.result` takes them; now: seconds since 1970."""
+    single = len(runs) == 1
+    title = f"Run {runs[0].run.path.resolve().name}" if single else f"{plural(len(runs), 'run')} side by side"
+    about = join([f"Made by hvd-vgg report {__version__} on {sections.made_at(now)}."])
+    if refresh_seconds:
+        about = join([about, f" The run trains: this page is renewed, and read again, every {refresh_seconds:g} s."])
+    body: List[Any] = []
+    links: List[Tuple[str, str]] = []
+    if not single:
+        links += [("side-by-side", "Side by side"), ("differences", "Differences")]
+        body += [
+            _safely("Side by side", lambda: _side_by_side(runs)),
+            _safely("Differences", lambda: _differences(runs, comparisons)),
+        ]
+    curves = _safely("Curves", lambda: _curves(runs))
+    if not single:
+        body.append(curves)
+        links.append(("curves", "Curves"))
+    for facts, found in zip(runs, checks):
+        inner = _run(facts, found, curves if single else Markup(), 2 if single else 3)
+        anchor = f"run-{facts.letter.lower()}"
+        body.append(inner if single else section(anchor, f"Run {facts.name}", inner))
+        if not single:
+            links.append((anchor, f"Run {facts.letter}"))
+    if single:
+        names = ("result", "Result"), ("curves", "Curves"), ("time", "Time"), ("events", "What happened")
+        links += [*names, ("evaluations", "Evaluations"), ("configuration", "What ran")]
+        links += [("classes", "Worst classes")] if any(row.records > 0 for row in runs[0].classes) else []
+    return page(title, about, links, join(body), refresh_seconds)
+
+
+def _run(facts: Facts, checks: Any, curves: Markup, level: int) -> Markup:
+    """Returns all sections of a run. A damaged part does not take the others with it."""
+    parts: List[Tuple[str, Callable[[], Markup]]] = [
+        ("Overview", lambda: sections.overview(facts)),
+        ("Result", lambda: sections.result(facts, checks, level)),
+        ("Curves", lambda: curves),
+        ("Where the time went", lambda: sections.where_time_went(facts, level)),
+        ("What happened", lambda: sections.what_happened(facts, level)),
+        ("Evaluations", lambda: sections.evaluations(facts, level)),
+        ("What ran", lambda: sections.what_ran(facts, level)),
+        ("Worst classes", lambda: sections.classes(facts, level)),
+    ]
+    return join(_safely(name, make) for name, make in parts)
+
+
+def _safely(name: str, make: Callable[[], Markup]) -> Markup:
+    """Returns a section, or why damaged files do not allow it."""
+    try:
+        return make()
+    except DAMAGED as error:
+        why = "for the run's files are damaged, or not what a run writes"
+        text = f"{name}: cannot be shown, {why} ({type(error).__name__}: {error})"
+        return paragraph(sections.short(text), kind="missing")
+
+
+def _curves(runs: Sequence[Facts]) -> Markup:
+    drawn = both_axes(lambda axis: draw_curves(runs, axis))
+    return section("curves", "Curves", drawn or paragraph("The log has no numbers to draw."))
+
+
+def _side_by_side(runs: Sequence[Facts]) -> Markup:
+    rows = []
+    for facts in runs:
+        found, newest = facts.result, facts.evaluations[-1].data if facts.evaluations else {}
+        step = max((whole(line.step) for line in facts.lines if line.kind in ("train", "evaluation", "start")), default=-1)
+        top1, top5 = (found.get(name, newest.get(f"eval.{name}")) for name in ("acc@1", "acc@5"))
+        cells = [sections.format_number(each, ".4f") for each in (top1, top5)]
+        cells += [str(step) if step >= 0 else "-", sections.format_number(found.get("epochs"), ".2f")]
+        cells += [
+            sections.format_number(found.get("fps"), ".1f"),
+            sections.format_number(facts.goodput.get("goodput"), ".1%"),
+        ]
+        state = f"{facts.state}{': ' if facts.reason else ''}{facts.reason}"
+        rows.append([facts.letter, sections.short(facts.run.path), sections.short(state), *cells, ranks_of(facts) or "-"])
+    headings = ("run", "directory", "state", "acc@1", "acc@5", "updates", "epochs", "images/s", "goodput", "ranks")
+    return section("side-by-side", "Side by side", table(headings, rows, "The runs", numbers=range(3, 10)))
+
+
+def _differences(runs: Sequence[Facts], comparisons: Sequence[Comparison]) -> Markup:
+    """Returns what differs in flags, software and hosts, and where runs part in bits."""
+    parted = []
+    for each in comparisons:
+        who = f"{each.letters[0]} and {each.letters[1]}: "
+        parted.append(sections.short(who + ("; ".join(each.faults) if each.faults else each.conclusion)))
+    headings = ("", *(facts.letter for facts in runs))
+    parts = [
+        (f"--{field.name}", [_flag(facts, field.name) for facts in runs])
+        for field in dataclasses.fields(TrainConfig)
+        if field.name not in _OWN
+    ]
+    flags = [[name, *values] for name, values in parts if len(set(values)) > 1]
+    software = [[name, *values] for name, values in _software(runs) if len(set(values)) > 1]
+    return section(
+        "differences",
+        "Differences",
+        paragraph("As `hvd-vgg verify-run A --same_as=B` compares them:"),
+        bullets(parted),
+        table(headings, flags, "Flags that differ")
+        if flags
+        else paragraph("All flags are the same but for paths and console."),
+        table(headings, software, "Data, hosts and software that differ")
+        if software
+        else paragraph("Data, hosts and software are the same."),
+    )
+
+
+def _flag(facts: Facts, name: str) -> str:
+    return sections.short(sections.flag_text(facts.flags[name])) if name in facts.flags else "unknown"
+
+
+def _software(runs: Sequence[Facts]) -> List[Tuple[str, List[str]]]:
+    """Returns rows of everything else that may decide speed or bits, with each run's value."""
+    columns: List[Dict[str, Any]] = []
+    for facts in runs:
+        start = facts.start
+        column = {f"{split} data SHA-256": records_of(facts, split).get("sha256") for split in ("train", "validation")}
+        column.update(hosts=sections.joined_hosts(facts), ranks=ranks_of(facts) or None)
+        for name in ("code", "packages", "environment", "arithmetic"):
+            column.update({f"{name}: {key}": value for key, value in mapping(start.get(name)).items()})
+        column.update({key: value for key, value in facts.software.items() if key in ("horovod", "controller", "device")})
+        columns.append(column)
+    every = dict.fromkeys(name for column in columns for name in column)
+    return [(name, [sections.short(column.get(name, "-")) for column in columns]) for name in every]

@@ -1,0 +1,366 @@
+"""`hvd-vgg report`: pages of finished, damaged and hostile runs, and of two that differ; what a browser would be given."""
+
+import html.parser
+import json
+import math
+import re
+import shutil
+import time
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import test_verify
+from test_verify import Killed, train
+
+from hvd_vgg.commands import report as command
+from hvd_vgg.commands.report import make_page
+from hvd_vgg.config import ReportConfig
+from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, USAGE, Failure
+from hvd_vgg.flags import parse_flags
+from hvd_vgg.pages.curves import POINTS, made_again, number, read_curves, whole
+from hvd_vgg.pages.markup import Markup, escape, table
+from hvd_vgg.pages.timeline import spans
+from hvd_vgg.reporting.goodput import Goodput
+from hvd_vgg.reporting.log import RunLog
+from hvd_vgg.reporting.receipt import read_log
+from hvd_vgg.run_dir import RunDir, lock_run_dir
+
+VOID = {"meta", "input", "br"}
+
+
+class Page(html.parser.HTMLParser):
+    """A page as a browser reads it: elements, ids, references, text; fails where elements are not nested."""
+
+    def __init__(self, markup):
+        super().__init__()
+        self.open, self.tags, self.ids, self.links, self.words = [], [], [], [], []
+        self.feed(markup)
+        assert self.open == []
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        named = dict(attrs)
+        self.ids += [named["id"]] if "id" in named else []
+        self.links += [named[name] for name in ("href", "src", "xlink:href", "action", "data", "srcset") if name in named]
+        assert not [name for name in named if name.startswith("on")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def page_of(*paths, refresh_seconds=0):
+    """Returns the page of some runs, after checks that hold for any."""
+    markup = make_page([RunDir(path) for path in paths], time.time(), refresh_seconds)
+    markup.encode("utf-8")
+    page = Page(markup)
+    assert len(page.ids) == len(set(page.ids))
+    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    assert not {"script", "img", "iframe", "object", "link", "form"} & set(page.tags) and "://" not in markup
+    assert set(re.findall(r"url\(([^)]*)\)", markup)) <= {f"#{name}" for name in page.ids}
+    assert not re.findall(r"#0102\d\d|#010[2]0[0-9a-f]", markup), "a stand-in for a colour"
+    return page
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "run"
+    train(path)
+    return path
+
+
+@pytest.fixture
+def brief(finished, tmp_path):
+    """That run without a line of numbers, which are what takes time to draw."""
+    (tmp_path / "brief").mkdir()
+    lines = (finished / "dllogger.json").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not ('"train.loss":' in line or ('"eval.loss":' in line and '"step": []' not in line))]
+    (tmp_path / "brief" / "dllogger.json").write_text("".join(kept))
+    return tmp_path / "brief"
+
+
+def test_report_shows_a_result_with_its_proof(finished):
+    result = json.loads((finished / "result.json").read_text())
+    page = page_of(finished)
+    for text in (
+        *("It is done.", f"acc@1 {result['acc@1']:.4f}", f"{result['top1_hits']} of {result['records_evaluated']}"),
+        *(result["state_sha256"], f"hvd-vgg verify-run {finished}", "0 failed, 0 unknown", "vgg11 at width 0.125"),
+        *("--lr_schedule cosine", "All flags", "1 start and 0 faults", "a (2 ranks)"),
+    ):
+        assert text in page.text, text
+    assert "Missing" not in page.text and page.tags.count("svg") > 10
+    assert all(
+        f"{line.step} {line.step * 32 / 75:.2f}" in page.text
+        for line in read_log(finished / "dllogger.json")
+        if line.kind == "evaluation"
+    )
+
+
+def test_report_shows_restarts_faults_and_what_is_gone(tmp_path):
+    """A run that was killed, went on, rewound and stopped, with reports of a rank and of the launcher."""
+    path = tmp_path / "run"
+    with pytest.raises(Killed):
+        train(path, kill_at=20)
+    first = read_log(path / "dllogger.json")[-1].timestamp
+    train(path, poisoned=[9])
+    (path / "faults").mkdir()
+    row = {"time": first + 1, "rank": 3, "host": "b", "error": "a device is gone\nmore", "step": 5}
+    (path / "faults" / "fatal.rank3.jsonl").write_text(json.dumps(row) + "\n")
+    ended = {"event": "end", "time": first + 2, "code": 75, "reason": "rank 3 is gone", "lost_seconds": 4.0}
+    (path / "restarts.jsonl").write_text(json.dumps(ended) + "\n")
+    (path / "flags.txt").unlink()
+    text = page_of(path).text
+    for expected in (
+        *("2 starts and 3 faults", "rank 3 on b: a device is gone", "end with 75: rank 3 is gone; 4 s of work lost"),
+        *("step 9 was not finite: back to step", "start 2: 2 ranks", "recomputed", "flags.txt is not there"),
+    ):
+        assert expected in text, expected
+
+
+def damage_nothing(path):
+    pass
+
+
+def damage_log_is_gone(path):
+    (path / "dllogger.json").unlink()
+
+
+def damage_log_is_noise(path):
+    (path / "dllogger.json").write_bytes(bytes(range(256)) * 40)
+
+
+def damage_log_is_cut(path):
+    whole_log = (path / "dllogger.json").read_bytes()
+    (path / "dllogger.json").write_bytes(whole_log[: len(whole_log) // 2])
+
+
+def damage_all_are_empty(path):
+    for name in ("dllogger.json", "result.json", "receipt.json", "flags.txt"):
+        (path / name).write_bytes(b"")
+
+
+def damage_only_the_result_is_left(path):
+    for name in ("dllogger.json", "receipt.json", "flags.txt"):
+        (path / name).unlink()
+
+
+def damage_result_is_a_list(path):
+    (path / "result.json").write_text("[1, 2]")
+
+
+def damage_result_has_other_types(path):
+    (path / "result.json").write_text(json.dumps({"top1_hits": "<b>", "fps": {}, "seconds": [], "epochs": True}))
+
+
+def test_report_of_damaged_runs_says_what_is_missing(finished, tmp_path):
+    """Of each kind of damage, side by side with a whole run; and of one alone."""
+    damages = [each for name, each in sorted(globals().items()) if name.startswith("damage_")]
+    paths = [shutil.copytree(finished, tmp_path / damage.__name__) for damage in damages]
+    for path, damage in zip(paths, damages):
+        damage(path)
+    parts = page_of(*paths).text.split("Run ")[1:]
+    named = {
+        damage for damage in damages for part in parts if f"/{damage.__name__} " in part and "Missing or damaged" in part
+    }
+    assert named == {*damages} - {damage_nothing, damage_result_has_other_types}
+    assert "Missing or damaged" in page_of(tmp_path / "damage_log_is_cut").text
+
+
+def test_report_of_logs_with_other_types(finished, tmp_path):
+    """Each of these is in the place of every third value of a log; there is a page of all of them, and of one alone."""
+    lines = (finished / "dllogger.json").read_text().splitlines()
+    values = [None, "x", -1, True, [], {}, [None, "x"], {"a": 1}, 10**400, "nan", "\ud800<i>"]
+    for which, value in enumerate(values):
+        changed = []
+        for index, line in enumerate(lines):
+            row = json.loads(line[5:])
+            for place, name in enumerate(sorted(row.get("data", {}))):
+                if name != "event" and (index + place) % 3 == which % 3:
+                    row["data"][name] = value
+            changed.append(f"DLLL {json.dumps(row)}\n")
+        (tmp_path / str(which)).mkdir()
+        (tmp_path / str(which) / "dllogger.json").write_text("".join(changed))
+    page = page_of(*(tmp_path / str(which) for which in range(len(values))))
+    assert page.text.count("Missing or damaged") == len(values)
+    page_of(tmp_path / "1")
+
+
+HOSTILE = "</script><script>alert(1)</script>\"'><img src=http://e.org onerror=x>&amp;$\\frac{1}{0}$\x1b[31m\u202e\ud800"
+
+
+def test_report_escapes_all_that_files_say(finished, tmp_path):
+    """Every text of the log, and names of hosts, flags, packages, classes, directory and events."""
+
+    def poison(value):
+        if isinstance(value, dict):
+            return {
+                f"{name}{HOSTILE}" if name in ("numpy", "device") else name: poison(each) for name, each in value.items()
+            }
+        if isinstance(value, list):
+            return [poison(each) for each in value]
+        return f"{value}{HOSTILE}" if isinstance(value, str) else value
+
+    path = tmp_path / "<script>alert(1)<b>&quot;$x$"
+    path.mkdir()
+    for line in (finished / "dllogger.json").read_text().splitlines():
+        row = json.loads(line[5:])
+        data = {name: value if name == "event" else poison(value) for name, value in row.get("data", {}).items()}
+        with open(path / "dllogger.json", "a") as file:
+            file.write(f"DLLL {json.dumps({**row, 'data': data})}\n")
+            if data.get("event") == "start":
+                for event in ("bad_record", "config_changed", HOSTILE):
+                    file.write(f"DLLL {json.dumps({**row, 'data': {'event': event, 'reason': HOSTILE, 'flag': HOSTILE}})}\n")
+    (path / "class_hits.csv").write_text(
+        f"class,name,records,top1_hits,top5_hits\n0,{HOSTILE[:90]},4,1,2\n", errors="replace"
+    )
+    markup = make_page([RunDir(path), RunDir(path)], time.time())
+    assert "<script" not in markup and "<img" not in markup and "\x1b" not in markup and "\u202e" not in markup
+    text = Page(markup).text
+    assert text.count("</script><script>alert(1)</script>") > 10 and "Worst classes" in text
+
+
+def test_report_of_two_runs_says_where_they_part(finished, tmp_path, monkeypatch):
+    same, other = tmp_path / "same", tmp_path / "other"
+    train(same)
+    monkeypatch.setattr(test_verify.Trainer, "loss", staticmethod(lambda step: 1 / (step + 3) + (step > 6) / 9))
+    monkeypatch.setattr(test_verify, "CONFIG", test_verify.dataclasses.replace(test_verify.CONFIG, momentum=0.8))
+    train(other)
+    text = page_of(finished, same, other).text
+    assert "A and B: losses of" in text and "are equal" in text
+    assert "A and C: --momentum is 0.9 and 0.8" in text and "losses part at step 7" in text
+    assert "--momentum 0.9 0.9 0.8" in text and "Run C:" in text and "3 runs side by side" in text
+
+
+def test_report_draws_the_reference_and_the_average(tmp_path):
+    """Of a run whose flags have a reference curve, with an average of weights and a loss scale."""
+    log = RunLog(tmp_path, False, None)
+    log.log("PARAMETER", {"global_batch": 10, "reference_curve": "1:0.2,3:0.5"})
+    log.event("start", step=0, ranks=1, hosts=["a"], data={"train": {"records": 20}})
+    for step in range(2, 9, 2):
+        log.log((step // 2, step), {"train.loss": 1.0, "train.loss_scale": 2.0**step, "train.gradient_norm": 0.5})
+        log.log(
+            (step // 2, step), {"eval.acc@1": step / 10, "eval.average_acc@1": step / 9, "eval.reference_difference": 0.1}
+        )
+    log.close()
+    text = page_of(tmp_path).text
+    assert all(word in text for word in ("reference curve", "average of weights", "Loss scale", "Gradient norm", "+0.1000"))
+
+
+def test_report_lists_the_worst_classes(brief):
+    (brief / "class_hits.csv").write_text(
+        'class,name,records,top1_hits,top5_hits\n0,"a, b",10,9,10\n1,,10,1,2\n2,none,0,0,0\n', encoding="utf-8"
+    )
+    text = page_of(brief).text
+    assert "1 - 0.1000 1 2 10" in text and text.index("1 - 0.1000") < text.index("0 a, b 0.9000")
+    (brief / "class_hits.csv").write_text("class,name\n0,x\n")
+    assert "class_hits.csv: damaged" in page_of(brief).text
+
+
+# ---- numbers
+
+
+def test_curves_and_spans_know_what_was_made_again(tmp_path):
+    """A start from step 2 after a line of step 4: not in a curve against epochs; the spans are those of goodput."""
+    log, clock = RunLog(tmp_path, False, None), [0.0]
+    opened, _ = log.times()
+    log.times = lambda: (opened + timedelta(seconds=clock[0]), clock[0])
+    for clock[0], step, data in (
+        (10.0, "EVENT", {"event": "start", "step": 0, "process_seconds": 10, "data": {"train": {"records": 20}}}),
+        (20.0, (0, 2), {"train.loss": 1.0, "train.update_seconds": [3, 3]}),
+        (26.0, (0, 4), {"train.loss": 2.0, "train.update_seconds": [3, 3]}),
+        (30.0, "EVENT", {"event": "start", "step": 2, "process_seconds": 2, "data": {"train": {"records": 20}}}),
+        (41.0, (0, 4), {"train.loss": 3.0, "train.update_seconds": [5, 5]}),
+        (43.0, (0, 4), {"eval.loss": 1.0}),
+        (50.0, "EVENT", {"event": "rewind", "to": 3, "update_seconds": [1, 2]}),
+    ):
+        log.log(step, data)
+    lines = read_log(tmp_path / "dllogger.json")
+    curve = read_curves(lines)["train.loss"]
+    assert curve.values.tolist() == [1.0, 2.0, 3.0] and curve.counts.tolist() == [True, False, False]
+    assert made_again(lines[-7:]) == [2, 2, 2, 3, 3, 3, 2**53]
+    seconds = {part: sum(end - begin for begin, end in each) * 3600 for part, each in spans(lines).items() if each}
+    expected = {part: each for part, each in Goodput(lines).report()["goodput_seconds"].items() if each}
+    assert seconds == pytest.approx(expected) and set(seconds) > {"training", "recomputed", "restarting", "rewinding"}
+
+
+def test_curves_of_long_logs_are_thinned(tmp_path):
+    """To points that keep the least and largest single update."""
+    log = RunLog(tmp_path, False, None)
+    log.log("PARAMETER", {"global_batch": 10})
+    log.event("start", step=0, data={"train": {"records": 20}})
+    for step in range(1, 2001):
+        losses = [1.0, 9.0 if step == 777 else 2.0]
+        log.log((step // 2, step), {"train.loss": 1.5, "train.losses": losses, "train.lr": math.nan if step % 2 else 1.0})
+    curves = read_curves(read_log(tmp_path / "dllogger.json"))
+    loss = curves["train.loss"]
+    assert len(loss.values) == POINTS and loss.high.max() == 9.0 and loss.low.min() == 1.0 and np.all(loss.values == 1.5)
+    assert np.all(np.diff(loss.epochs) > 0) and loss.epochs[-1] > 990 and np.all(curves["train.lr"].values == 1.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "count"),
+    [
+        (1, 1.0, 1),
+        (0.5, 0.5, -1),
+        (True, None, -1),
+        ("1", None, -1),
+        (10**400, None, -1),
+        (math.inf, None, -1),
+        ([], None, -1),
+    ],
+    ids=str,
+)
+def test_number_of_a_log_is_one_or_nan(value, expected, count):
+    assert math.isnan(number(value)) if expected is None else number(value) == expected
+    assert whole(value) == count
+
+
+def test_markup_is_escaped_once():
+    assert escape(Markup("<b>")) == "<b>" and escape(escape("<&\"'>")) == "&lt;&amp;&quot;&#x27;&gt;"
+    assert escape("a\x00\u202e\ud800\nb") == "a\\x00\\u202e\\ud800\nb"
+    assert "<td>&lt;i&gt;</td>" in table(["a", "b"], [["x", "<i>"]], "c")
+
+
+# ---- the command
+
+
+def test_report_writes_a_page_and_says_where(brief, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    command.report(parse_flags(ReportConfig, [str(brief), f"--out={out}"]))
+    assert Page(out.read_text()).text and str(out) in capsys.readouterr().out
+    assert "refresh" not in out.read_text()
+
+
+def test_report_watch_renews_until_the_run_ends(brief, tmp_path, monkeypatch):
+    """The page is there while the run trains, asks to be read again, and is final at the end."""
+    out, seen, held = tmp_path / "page.html", [], lock_run_dir(brief)
+
+    def sleep(seconds):
+        seen.append(out.read_text())
+        if len(seen) == 2:
+            held.close()
+
+    monkeypatch.setattr(command.time, "sleep", sleep)
+    command.report(ReportConfig((str(brief),), out=str(out), watch=True, watch_seconds=7))
+    assert len(seen) == 2 and all('http-equiv="refresh" content="7"' in each and "It trains." in each for each in seen)
+    assert "refresh" not in out.read_text() and "It is done." in out.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [([], USAGE), (["{0}/none"], CONFIGURATION), (["{1}", "--out={0}/no/page.html"], NOT_WRITTEN)]
+)
+def test_report_refuses_what_it_cannot_do(arguments, code, brief, tmp_path):
+    with pytest.raises(Failure) as raised:
+        command.report(parse_flags(ReportConfig, [each.format(tmp_path, brief) for each in arguments]))
+    assert raised.value.code == code
