@@ -56,7 +56,7 @@ class Reporter:
         """Logs and prints the updates since the last line."""
         self.row((int(epoch), step), row)
         if self.console.bar:
-            progress.title = f"epoch {epoch:.2f}"
+            progress.title, progress.unit = f"epoch {epoch:.2f}", ""
             progress.update(step, f"loss {row['train.loss']:.4f}  {row['train.fps']:.0f} images/s")
             return
         left = progress.left_seconds(step)

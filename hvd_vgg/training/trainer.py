@@ -88,7 +88,7 @@ class Trainer:
         self.result: Any = None  # the newest Evaluation of this process
         self.cadence = make_cadence(config, records, step)
         self.coverage = Coverage(records, config.global_batch, step, self.progress.coverage)
-        self.bar = self.reporter.console.progress("epoch 0.00", self.total_steps, "", step)
+        self.bar = self.reporter.console.progress("training", self.total_steps, "steps", step)
         self.window: List[PendingUpdate] = []  # since the last log line
         network = (self.state, config, self.device, self.factored)
         self.local_sums = make_local_sums(*network)
