@@ -11,7 +11,7 @@ import numpy as np
 from hvd_vgg import storage
 from hvd_vgg.config import DENSE, TrainConfig, fits_any
 from hvd_vgg.errors import CONFIGURATION, Failure
-from hvd_vgg.models.architecture import Layer, layers_of
+from hvd_vgg.models.architecture import Layer, layers_of, layers_to_train
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import run_on_root
 from hvd_vgg.run_dir import RunDir
@@ -85,11 +85,16 @@ def init_weights(state: State, config: TrainConfig, reporter: Reporter) -> None:
 def choose_layers(source: Source, config: TrainConfig) -> Taken:
     """Returns what of a file begins the network of a configuration; raises Failure(CONFIGURATION) where it does not fit."""
     model = source.flags["model"]
-    if model != config.model:
+    adds_norm = config.model == f"{model}_bn"
+    if model != config.model and not adds_norm:
         raise Failure(CONFIGURATION, f"--init_from={source.path} is of {model}: expected --model={model}")
-    taken, resized, new = {}, "", []
+    frozen = [layer.name for layer in layers_to_train(config) if layer.normalized and not layer.trained]
+    if adds_norm and frozen:
+        text = f"{model}, without BatchNorm, whose moments {frozen[0]} would keep as they begin"
+        raise Failure(CONFIGURATION, f"--init_from={source.path} is of {text}: train it, or expected --model={model}")
+    taken, resized, new = {}, "", ["BatchNorm (the file has none)"] if adds_norm else []
     for layer in layers_of(config):
-        names = [*layer.weights, *layer.moments]
+        names = [*layer.weights, *layer.moments][: 2 if adds_norm else None]  # kernel and bias
         found = {name: source.tensors[name] for name in names if name in source.tensors}
         reason = _why_new(layer, found, config)
         if reason:

@@ -110,6 +110,16 @@ def test_init_refuses_another_network(changes, message):
     assert raised.value.code == CONFIGURATION
 
 
+def test_init_adds_batch_norm():
+    """To convolutions without it; not to frozen ones, whose moments would stay as they begin."""
+    plain = source_of(dataclasses.replace(SMALL, model="vgg11"))
+    taken = choose_layers(plain, SMALL)
+    assert taken.new == ["BatchNorm (the file has none)"] and set(taken.tensors) == set(plain.tensors)
+    choose_layers(plain, dataclasses.replace(SMALL, train_only=("block",)))
+    with pytest.raises(Failure, match="whose moments block1_conv1 would keep as they begin"):
+        choose_layers(plain, dataclasses.replace(SMALL, train_only=("block2", "block3", "block4", "block5", "fc")))
+
+
 def test_init_refuses_half_a_layer():
     source = source_of(SMALL)
     del source.tensors["block2_conv1/moving_mean"]
