@@ -288,7 +288,7 @@ def test_read_file_refuses_headers_that_lie(reference, change, text):
         (b"\x00", "cut short"),
         (b"<!DOCTYPE html>", "of another kind"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-        (b"\x80\x02cos\nsystem\n(S'true'\ntR.", "pickle" if not importlib.util.find_spec("torch") else "torch says"),
+        (b"\x80\x02cos\nsystem\n(S'true'\ntR.", "pickle" if not importlib.util.find_spec("torch") else "torch refuses"),
         (b"PK\x03\x04", "ZIP archive"),
         (b"\x89HDF\r\n\x1a\n", "HDF5 says"),
     ],
