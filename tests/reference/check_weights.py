@@ -143,14 +143,16 @@ def compare(folder, *names):
         source = read_file(path)
         weights = fold({name: tf.constant(tensor) for name, tensor in source.tensors.items()})
         flags = source.flags
-        run = tf.function(lambda x, w=weights, f=flags: vgg.logits(w, f["model"], x, "NHWC", f["pixel_normalization"]))
-        ours = np.concatenate([run(images[first : first + BATCH]).numpy() for first in range(0, len(images), BATCH)])
+        parts = [images[first : first + BATCH] for first in range(0, len(images), BATCH)]
+        ours = np.concatenate(
+            [vgg.logits(weights, flags["model"], part, "NHWC", flags["pixel_normalization"]) for part in parts]
+        )
         theirs = np.load(folder / f"{path.name.split('.')[0]}.npy")
         difference, largest = np.abs(ours - theirs).max(), np.abs(theirs).max()
         same = "the same" if same_again(path, source) else "NOT THE SAME"
         print(f"{path.name}: {source.kind}: {len(images)} images, largest difference {difference / largest:.1e} of ", end="")
         print(f"{largest:.3g}; written back {same}", flush=True)
-        del weights, run, source
+        del weights, source
         gc.collect()
 
 
