@@ -42,6 +42,10 @@ def main() -> None:
         with os.fdopen(0, "rb") as file:
             state = state_of(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises of many kinds for a file that is none
+        if type(error).__name__ == "UnpicklingError":  # whose text advises to load it all the same
+            sys.exit(
+                "torch refuses it as weights alone: it is damaged, or holds more than tensors by name, such as a program"
+            )
         sys.exit(f"torch says: {' '.join(str(error).split())[:200]}")
     tensors, header, offset = [], {}, 0
     for name, tensor in state.items():

@@ -5,9 +5,10 @@
     python tests/reference/check_weights.py keras FOLDER              # where Keras 3 and tf_keras are
     python tests/reference/check_weights.py compare FOLDER            # where this package is
 
-The last prints, by file, the largest difference of a logit, relative to the largest logit of the original, and whether the
-weights are the same in every bit after they were written back. Weights are random; those with BatchNorm are trained for 20
-updates, so that their moments are not those of the first batch. FOLDER takes 4.5 GB.
+Names of networks, or of files for the last, may follow. The last prints, by file, the largest difference of a logit,
+relative to the largest logit of the original, and whether the weights are the same in every bit after they were written
+back. Weights are random; those with BatchNorm are trained for 20 updates, so that their moments are not those of the first
+batch. FOLDER takes 4.5 GB.
 """
 
 import gc
@@ -52,8 +53,8 @@ def train(network, images):
         optimizer.step()
 
 
-def write_torch(folder):
-    """Writes NAME.safetensors and NAME.npy, its logits, of each network."""
+def write_torch(folder, *names):
+    """Writes NAME.safetensors and NAME.npy, its logits, of each network, or of those that are named."""
     import timm
     import torch
     import torchvision
@@ -65,6 +66,8 @@ def write_torch(folder):
     made = {f"torchvision-{name}": getattr(torchvision.models, name) for name in TORCHVISION}
     made.update({f"timm-{name}": lambda name=name: timm.create_model(name) for name in TIMM})
     for number, (name, make) in enumerate(made.items()):
+        if names and name not in names:
+            continue
         torch.manual_seed(number)
         network = make()
         with torch.no_grad():
@@ -80,12 +83,14 @@ def write_torch(folder):
         print(name, flush=True)
 
 
-def write_keras(folder):
-    """Writes the files and NAME.npy, logits, of each network: of VGG16 by Keras 3, of VGG19 by Keras 2."""
+def write_keras(folder, *names):
+    """Writes the files and NAME.npy, logits, of each network, or of those that are named: VGG16 by Keras 3, VGG19 by 2."""
     import keras
     import tf_keras
 
     for library, name, file in ((keras, "VGG16", "keras-VGG16.weights.h5"), (tf_keras, "VGG19", "keras-VGG19.h5")):
+        if names and name not in names:
+            continue
         library.utils.set_random_seed(1)
         network = getattr(library.applications, name)(weights=None, classifier_activation=None)
         random = np.random.default_rng(1)
@@ -123,8 +128,8 @@ def same_again(path, source):
         )
 
 
-def compare(folder):
-    """Prints a line for each file."""
+def compare(folder, *names):
+    """Prints a line for each file, or for those that are named."""
     import tensorflow as tf
 
     from hvd_vgg.models import vgg
@@ -133,17 +138,21 @@ def compare(folder):
 
     images = np.load(folder / "images.npy")
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.h5")]):
+        if names and path.name not in names:
+            continue
         source = read_file(path)
         weights = fold({name: tf.constant(tensor) for name, tensor in source.tensors.items()})
         flags = source.flags
-        run = tf.function(lambda x, w=weights, f=flags: vgg.logits(w, f["model"], x, "NHWC", f["pixel_normalization"]))
-        ours = np.concatenate([run(images[first : first + BATCH]).numpy() for first in range(0, len(images), BATCH)])
+        parts = [images[first : first + BATCH] for first in range(0, len(images), BATCH)]
+        ours = np.concatenate(
+            [vgg.logits(weights, flags["model"], part, "NHWC", flags["pixel_normalization"]) for part in parts]
+        )
         theirs = np.load(folder / f"{path.name.split('.')[0]}.npy")
         difference, largest = np.abs(ours - theirs).max(), np.abs(theirs).max()
         same = "the same" if same_again(path, source) else "NOT THE SAME"
         print(f"{path.name}: {source.kind}: {len(images)} images, largest difference {difference / largest:.1e} of ", end="")
         print(f"{largest:.3g}; written back {same}", flush=True)
-        del weights, run, source
+        del weights, source
         gc.collect()
 
 
