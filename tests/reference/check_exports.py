@@ -1,6 +1,7 @@
 """Exports networks of full width in every form, and runs each by its own library, in environments of their own.
 
     python tests/reference/check_exports.py --data_dir=DIR --torch=PYTHON --keras=PYTHON --onnxruntime=PYTHON [--images=N]
+        [--image_size=32] [--models=vgg16_bn,vgg19]
 
 Each PYTHON is the interpreter of an environment with torch and torchvision, with Keras 3 (and tf_keras, which is Keras 2),
 or with onnxruntime. The networks have random weights of torchvision's shapes and moments, and 1000 classes; the images
@@ -55,6 +56,7 @@ def main():
     for name in ("torch", "keras", "onnxruntime"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--models", default="", help="of the cases, those of these models, separated by commas")
     options = parser.parse_args()
     pythons = {"torch": options.torch, "keras_h5": options.keras, "onnx": options.onnxruntime}
@@ -63,7 +65,7 @@ def main():
         if options.models and flags["model"] not in options.models.split(","):
             continue
         with tempfile.TemporaryDirectory(prefix="check_exports.") as folder:
-            write_run(Path(folder) / "run", flags)
+            write_run(Path(folder) / "run", {**flags, "image_size": options.image_size})
             for form in forms:
                 to, *folded = form.split()
                 out = Path(folder) / f"{form.replace(' ', '_')}{ENDINGS[to]}"
