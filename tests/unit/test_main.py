@@ -29,8 +29,8 @@ def test_help_of_a_command_lists_its_flags(launch, command):
     [
         (
             ["trian"],
-            "expected one of train, evaluate, replay, verify-run, benchmark, plan, doctor, acceptance, make-demo-data, "
-            "prepare",
+            "expected one of train, evaluate, predict, replay, verify-run, benchmark, plan, doctor, acceptance, "
+            "make-demo-data, prepare",
         ),
         (["train", "--lr=-1", "--width=9"], "2 illegal flag(s)"),
         (["make-demo-data", "--lr=1"], "--lr=1: no such flag"),
