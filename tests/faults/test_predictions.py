@@ -109,12 +109,12 @@ def test_run_keeps_predictions_of_its_last_evaluation(launch, tmp_path, data):
 @pytest.mark.parametrize(
     ("arguments", "code", "expected"),
     [
-        (["predict", "--weights=RUN", "none.jpg"], 64, "none.jpg: No such file or directory"),
+        (["predict", "--weights=none", "."], 78, "none cannot be read: No such file or directory"),
         *full(
+            (["predict", "--weights=RUN", "none.jpg"], 64, "none.jpg: No such file or directory"),
             (["predict", "--weights=RUN"], 64, "no image is given"),
             (["predict", "--weights=RUN", "--out=none/a.csv", "."], 74, "--out=none/a.csv cannot be written"),
             (["predict", "--weights=RUN", "--names_file=none", "."], 64, "none cannot be read"),
-            (["predict", "--weights=none", "."], 78, "none cannot be read: No such file or directory"),
             (["predict", "."], 78, "run cannot be read: No such file or directory"),
             (["evaluate", "--weights=RUN", "--model=vgg16", "--data_dir=."], 64, "--model=vgg16: it has vgg11"),
             (["evaluate", "--weights=RUN", "--average", "--data_dir=DATA"], 78, "has no best checkpoint of an average"),
