@@ -111,7 +111,7 @@ def _proof(facts: Facts, checks: Any) -> Markup:
         ],
         "What verify-run finds without the data",
     )
-    failed = bullets(join([each.subject, ": ", short(each.text)]) for each in bad[:10])
+    failed = bullets(join([each.subject, ": ", short(each.text)]) for each in bad[:3])
     return join([pairs([*rows, ("what it says", shown)]), failed, details("All checks", listed)])
 
 
@@ -184,7 +184,7 @@ def where_time_went(facts: Facts, level: int) -> Markup:
         caption = f"Where {what} time went in the steady updates of the newest start"
         headings = ("rank", "host", "images/s", "alone", *TIMES, "")
         shown = (hosts if len(hosts) > 1 else []) + list(ranks)
-        parts += [table(headings, map(_rank_row, shown), caption, numbers=range(2, 8)), keys(list(TIMES))]
+        parts += [table(headings, map(_rank_row, shown), caption, numbers=range(2, 8), kind="tight"), keys(list(TIMES))]
     else:
         parts.append(
             paragraph("The log does not say where each rank's time went: it does with the first result.", kind="note")

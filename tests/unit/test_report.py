@@ -18,10 +18,11 @@ from hvd_vgg.commands.report import make_page
 from hvd_vgg.config import ReportConfig
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, USAGE, Failure
 from hvd_vgg.flags import parse_flags
+from hvd_vgg.pages import figures, style
 from hvd_vgg.pages.curves import POINTS, made_again, number, read_curves, whole
 from hvd_vgg.pages.markup import Markup, escape, table
 from hvd_vgg.pages.timeline import spans
-from hvd_vgg.reporting.goodput import Goodput
+from hvd_vgg.reporting.goodput import PARTS, Goodput
 from hvd_vgg.reporting.log import RunLog
 from hvd_vgg.reporting.receipt import read_log
 from hvd_vgg.run_dir import RunDir, lock_run_dir
@@ -238,7 +239,7 @@ def test_report_of_two_runs_says_where_they_part(finished, tmp_path, monkeypatch
     train(other)
     text = page_of(finished, same, other).text
     assert "A and B: losses of" in text and "are equal" in text
-    assert "A and C: --momentum is 0.9 and 0.8" in text and "losses part at step 7" in text
+    assert "A and C:" in text and "learned 1 differs" in text and "losses part at step 7" in text
     assert "--momentum 0.9 0.9 0.8" in text and "Run C:" in text and "3 runs side by side" in text
 
 
@@ -330,6 +331,23 @@ def test_markup_is_escaped_once():
     assert escape(Markup("<b>")) == "<b>" and escape(escape("<&\"'>")) == "&lt;&amp;&quot;&#x27;&gt;"
     assert escape("a\x00\u202e\ud800\nb") == "a\\x00\\u202e\\ud800\nb"
     assert "<td>&lt;i&gt;</td>" in table(["a", "b"], [["x", "<i>"]], "c")
+
+
+def luminance(colour):
+    """Returns the relative luminance of `#rrggbb`, as WCAG 2 defines it."""
+    parts = [int(colour[index : index + 2], 16) / 255 for index in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("colours", [style._LIGHT, style._DARK, style._PAPER], ids=("light", "dark", "paper"))
+def test_style_has_contrast_for_text_and_curves(colours):
+    """At least 4.5, what WCAG 2 asks of small text, on both grounds."""
+    for name in set(colours) - {"ground", "panel", "line"}:
+        for ground in ("ground", "panel"):
+            low, high = sorted([luminance(colours[name]), luminance(colours[ground])])
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (name, ground)
+    assert all(f"var(--part-{part})" in figures._COLOURS for part in style._PARTS) and set(style._PARTS) == set(PARTS)
 
 
 # ---- the command
