@@ -95,7 +95,7 @@ caption { text-align: left; color: var(--faint); padding-bottom: .25rem; }
 th, td { text-align: left; vertical-align: top; padding: .25rem .6rem; border-bottom: 1px solid var(--line);
   max-width: 34rem; overflow-wrap: break-word; }
 thead th { background: var(--panel); }
-.tight td, .tight th { white-space: nowrap; }
+.loose td { overflow-wrap: anywhere; } .tight td, .tight th { white-space: nowrap; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 dl { display: grid; grid-template-columns: minmax(7rem, 14rem) 1fr; gap: .25rem 1rem; margin: .5rem 0; }
 dt { color: var(--faint); } dd { margin: 0; overflow-wrap: anywhere; }

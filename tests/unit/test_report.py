@@ -1,6 +1,7 @@
 """`hvd-vgg report`: pages of finished, damaged and hostile runs, and of two that differ; what a browser would be given."""
 
 import html.parser
+import itertools
 import json
 import math
 import re
@@ -138,7 +139,16 @@ def damage_log_is_gone(path):
 
 
 def damage_log_is_noise(path):
-    (path / "dllogger.json").write_bytes(bytes(range(256)) * 40)
+    (path / "dllogger.json").write_bytes(bytes(range(256)) * 40 + b"\nDLLL " + b"[" * 100_000 + b"\n")
+
+
+def damage_times_are_none(path):
+    """Of every other line: of two kinds, and far away."""
+    lines = (path / "dllogger.json").read_text().splitlines(keepends=True)
+    times = itertools.cycle(['"nan"', '"inf"', '"1e300"', '"-1e9"'])
+    for index in range(0, len(lines), 2):
+        lines[index] = re.sub('"timestamp": "[^"]*"', f'"timestamp": {next(times)}', lines[index])
+    (path / "dllogger.json").write_text("".join(lines))
 
 
 def damage_log_is_cut(path):
@@ -160,6 +170,10 @@ def damage_result_is_a_list(path):
     (path / "result.json").write_text("[1, 2]")
 
 
+def damage_result_is_deep(path):
+    (path / "result.json").write_text('{"a":' * 100_000)
+
+
 def damage_result_has_other_types(path):
     (path / "result.json").write_text(json.dumps({"top1_hits": "<b>", "fps": {}, "seconds": [], "epochs": True}))
 
@@ -174,7 +188,7 @@ def test_report_of_damaged_runs_says_what_is_missing(finished, tmp_path):
     named = {
         damage for damage in damages for part in parts if f"/{damage.__name__} " in part and "Missing or damaged" in part
     }
-    assert named == {*damages} - {damage_nothing, damage_result_has_other_types}
+    assert named == {*damages} - {damage_nothing, damage_result_has_other_types, damage_times_are_none}
     assert "Missing or damaged" in page_of(tmp_path / "damage_log_is_cut").text
 
 
