@@ -6,13 +6,12 @@ import time
 from pathlib import Path
 from typing import Any, List, Sequence, Tuple
 
-from hvd_vgg.commands.history import DAMAGED
 from hvd_vgg.commands.runs import describe_run
 from hvd_vgg.commands.same_run import compare_runs
 from hvd_vgg.commands.verify import check
 from hvd_vgg.config import ReportConfig
 from hvd_vgg.errors import CONFIGURATION, STOPPED, Failure
-from hvd_vgg.pages.facts import Facts, read_facts
+from hvd_vgg.pages.facts import DAMAGED, Facts, read_facts
 from hvd_vgg.pages.report_page import Comparison, report_page
 from hvd_vgg.run_dir import RunDir, atomic_write_text, writing
 from hvd_vgg.text import plural
@@ -118,6 +117,6 @@ def _compare(first: Facts, other: Facts, again: bool) -> Comparison:
             faults.append(next(findings))
     except StopIteration as done:
         return Comparison(letters, faults, f"{done.value[1]}{'' if weights else ' (checkpoints were not compared)'}")
-    except (*DAMAGED, OSError) as error:
+    except DAMAGED as error:
         text = f"they cannot be compared: one is damaged, or has no start ({type(error).__name__}: {error})"
         return Comparison(letters, [*faults, text], "")

@@ -94,6 +94,12 @@ def began(lines: Sequence[LogLine]) -> float:
     return next(times, math.nan)
 
 
+def hours_since(origin: float, timestamp: float) -> float:
+    """Returns the hours from a time to another, both in seconds since 1970; NaN where one is none."""
+    hours = (timestamp - origin) / 3600
+    return hours if math.isfinite(hours) else math.nan
+
+
 def read_curves(lines: Sequence[LogLine]) -> Dict[str, Curve]:
     """Returns the curves that a log has, by the names of TRAINING and EVALUATION."""
     found: Dict[str, List[Tuple[float, ...]]] = {}
@@ -102,7 +108,7 @@ def read_curves(lines: Sequence[LogLine]) -> Dict[str, Curve]:
         if line.kind not in ("train", "evaluation"):
             continue
         step = whole(line.step)
-        place = step / per_epoch if step >= 0 else math.nan, (line.timestamp - origin) / 3600
+        place = step / per_epoch if step >= 0 else math.nan, hours_since(origin, line.timestamp)
         for name in TRAINING if line.kind == "train" else EVALUATION:
             if name not in line.data:
                 continue

@@ -16,7 +16,7 @@ from hvd_vgg.reporting.receipt import LogLine, read_log
 from hvd_vgg.run_dir import RunDir
 
 # What a damaged file may raise where its contents are used.
-DAMAGED = (AttributeError, IndexError, KeyError, OSError, OverflowError, TypeError, ValueError, ZeroDivisionError, Failure)
+DAMAGED = (AttributeError, LookupError, OSError, ArithmeticError, RecursionError, TypeError, ValueError, Failure)
 _CLASS_COLUMNS = ("class", "name", "records", "top1_hits", "top5_hits")
 
 

@@ -25,14 +25,15 @@ _COLOURS = {variable: colour for colour, variable in _STAND_INS.items()}
 _STYLE = {
     "svg.fonttype": "none",  # text stays text
     "axes.formatter.useoffset": False,
-    "font.size": 11,
+    "font.size": 10.5,
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), _INK),
     **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), _FAINT),
     "grid.color": _LINE,
     **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
     **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
 }
-_BORDERS = {"left": 0.15, "right": 0.97, "top": 0.96, "bottom": 0.16}
+_SIZE = 4.6, 2.8  # small, so that its text can be read on a phone
+_BORDERS = {"left": 0.16, "right": 0.97, "top": 0.96, "bottom": 0.18}
 TIMES = {"input": 2, "compute": 3, "network": 1, "stragglers": 5}  # the colour of each part of a rank's time
 _DASHES = {"solid": "", "dashed": "5 3", "dotted": "1.5 3", "dashdot": "6 3 1.5 3"}
 
@@ -77,7 +78,7 @@ def curves(anchor: str, lines: Sequence[Line], x_label: str, log: bool = False, 
             axes.set_ylim(bottom=least)
         axes.set_xlabel(x_label)
 
-    return _svg(anchor, draw, (5.6, 3.2), _BORDERS)
+    return _svg(anchor, draw, _SIZE, _BORDERS)
 
 
 def _scale_by_decades(axes: Any, least: Sequence[float], most: Sequence[float]) -> None:
@@ -100,7 +101,7 @@ def stack(anchor: str, x: np.ndarray, parts: Dict[str, np.ndarray], x_label: str
         axes.set_xlabel(x_label)
 
     good = len(x) > 1 and bool(np.any(np.isfinite(x)))
-    return _svg(anchor, draw, (5.6, 3.2), _BORDERS) if good else Markup()
+    return _svg(anchor, draw, _SIZE, _BORDERS) if good else Markup()
 
 
 def timeline(anchor: str, spans: Dict[str, List[Span]], events: Sequence[Event], unit: str, factor: float) -> Markup:
@@ -132,7 +133,7 @@ def timeline(anchor: str, spans: Dict[str, List[Span]], events: Sequence[Event],
         axes.set_xlabel(f"{unit} since the first start")
 
     height = 1.0 + 0.3 * (len(lanes) + 1)
-    return _svg(anchor, draw, (6.4, height), {"left": 0.2, "right": 0.97, "top": 0.97, "bottom": 0.55 / height})
+    return _svg(anchor, draw, (4.9, height), {"left": 0.24, "right": 0.97, "top": 0.97, "bottom": 0.55 / height})
 
 
 def _svg(anchor: str, draw: Callable[[Any], None], size: Tuple[float, float], borders: Dict[str, float]) -> Markup:

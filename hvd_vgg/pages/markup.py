@@ -51,24 +51,26 @@ def bullets(rows: Iterable[Any]) -> Markup:
     return tag("ul", items) if items else Markup()
 
 
-def table(headings: Sequence[Any], rows: Iterable[Sequence[Any]], caption: str, numbers: Sequence[int] = ()) -> Markup:
+def table(
+    headings: Sequence[Any], rows: Iterable[Sequence[Any]], caption: str, numbers: Sequence[int] = (), kind: str = ""
+) -> Markup:
     """Returns a table that scrolls by itself where it is wider than the screen; the first cell of a row is its heading.
 
-    numbers: of the columns that are aligned to the right.
+    numbers: of the columns that are aligned to the right; kind: its class, `tight` for cells that stay on one line.
     """
 
     def cells(name: str, row: Sequence[Any]) -> Markup:
         def one(column: int, value: Any) -> Markup:
-            kind = ' class="number"' if column in numbers else ""
+            right = ' class="number"' if column in numbers else ""
             if name == "th":
-                return tag("th", value, f'scope="col"{kind}')
-            return tag("th", value, f'scope="row"{kind}') if not column else tag("td", value, kind.strip())
+                return tag("th", value, f'scope="col"{right}')
+            return tag("th", value, f'scope="row"{right}') if not column else tag("td", value, right.strip())
 
         return tag("tr", join(one(column, value) for column, value in enumerate(row)))
 
     head = tag("thead", cells("th", headings))
     body = tag("tbody", join(cells("td", row) for row in rows))
-    inner = tag("table", join([tag("caption", caption), head, body]))
+    inner = tag("table", join([tag("caption", caption), head, body]), f'class="{kind}"' if kind else "")
     return tag("div", inner, f'class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"')
 
 

@@ -10,7 +10,7 @@ from hvd_vgg.pages.charts import draw_curves
 from hvd_vgg.pages.curves import mapping, whole
 from hvd_vgg.pages.facts import DAMAGED, Facts, ranks_of, records_of
 from hvd_vgg.pages.figures import both_axes
-from hvd_vgg.pages.markup import Markup, bullets, join, page, paragraph, section, table
+from hvd_vgg.pages.markup import Markup, bullets, code, join, page, paragraph, section, table
 from hvd_vgg.text import plural
 
 # Of these runs differ by nature.
@@ -112,10 +112,7 @@ def _side_by_side(runs: Sequence[Facts]) -> Markup:
 
 def _differences(runs: Sequence[Facts], comparisons: Sequence[Comparison]) -> Markup:
     """Returns what differs in flags, software and hosts, and where runs part in bits."""
-    parted = []
-    for each in comparisons:
-        who = f"{each.letters[0]} and {each.letters[1]}: "
-        parted.append(sections.short(who + ("; ".join(each.faults) if each.faults else each.conclusion)))
+    parted = [_where_they_part(each) for each in comparisons]
     headings = ("", *(facts.letter for facts in runs))
     parts = [
         (f"--{field.name}", [_flag(facts, field.name) for facts in runs])
@@ -127,7 +124,7 @@ def _differences(runs: Sequence[Facts], comparisons: Sequence[Comparison]) -> Ma
     return section(
         "differences",
         "Differences",
-        paragraph("As `hvd-vgg verify-run A --same_as=B` compares them:"),
+        paragraph("As ", code("hvd-vgg verify-run A --same_as=B"), " compares them:"),
         bullets(parted),
         table(headings, flags, "Flags that differ")
         if flags
@@ -136,6 +133,17 @@ def _differences(runs: Sequence[Facts], comparisons: Sequence[Comparison]) -> Ma
         if software
         else paragraph("Data, hosts and software are the same."),
     )
+
+
+def _where_they_part(found: Comparison) -> Markup:
+    """Returns what a comparison says; of the flags that it names how many there are, since a table has them."""
+    said = [part for fault in found.faults for part in fault.split("; ")]
+    flags = [part for part in said if part.startswith("--")]
+    rest = [part for part in said if part not in flags]
+    differ = f"{len(flags)} differ{'s' if len(flags) == 1 else ''}"
+    counted = [f"of the flags that decide what is learned {differ} (below)"] if flags else []
+    text = paragraph(f"{found.letters[0]} and {found.letters[1]}: ", *([] if said else [sections.short(found.conclusion)]))
+    return join([text, bullets(map(sections.short, [*rest, *counted]))])
 
 
 def _flag(facts: Facts, name: str) -> str:
@@ -147,11 +155,16 @@ def _software(runs: Sequence[Facts]) -> List[Tuple[str, List[str]]]:
     columns: List[Dict[str, Any]] = []
     for facts in runs:
         start = facts.start
-        column = {f"{split} data SHA-256": records_of(facts, split).get("sha256") for split in ("train", "validation")}
+        column = {f"{split} data, sha256": records_of(facts, split).get("sha256") for split in ("train", "validation")}
         column.update(hosts=sections.joined_hosts(facts), ranks=ranks_of(facts) or None)
         for name in ("code", "packages", "environment", "arithmetic"):
             column.update({f"{name}: {key}": value for key, value in mapping(start.get(name)).items()})
         column.update({key: value for key, value in facts.software.items() if key in ("horovod", "controller", "device")})
         columns.append(column)
     every = dict.fromkeys(name for column in columns for name in column)
-    return [(name, [sections.short(column.get(name, "-")) for column in columns]) for name in every]
+
+    def value(column: Dict[str, Any], name: str) -> str:
+        text = sections.short(column.get(name, "-"))
+        return text[:16] if name.lower().endswith("sha256") else text
+
+    return [(name, [value(column, name) for column in columns]) for name in every]

@@ -111,7 +111,7 @@ def _proof(facts: Facts, checks: Any) -> Markup:
         ],
         "What verify-run finds without the data",
     )
-    failed = bullets(join([each.subject, ": ", short(each.text)]) for each in bad[:10])
+    failed = bullets(join([each.subject, ": ", short(each.text)]) for each in bad[:3])
     return join([pairs([*rows, ("what it says", shown)]), failed, details("All checks", listed)])
 
 
@@ -163,8 +163,8 @@ def short_cell(value: Any) -> Any:
 def flag_text(value: Any) -> str:
     """Returns a flag's value as it is written on a command line."""
     if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        return ",".join(map(str, value)) or "(empty)"
+    return str(value).lower() if isinstance(value, bool) else str(value) or "(empty)"
 
 
 def _changed_flags(flags: Dict[str, Any]) -> List[Tuple[str, str, str]]:
@@ -184,7 +184,7 @@ def where_time_went(facts: Facts, level: int) -> Markup:
         caption = f"Where {what} time went in the steady updates of the newest start"
         headings = ("rank", "host", "images/s", "alone", *TIMES, "")
         shown = (hosts if len(hosts) > 1 else []) + list(ranks)
-        parts += [table(headings, map(_rank_row, shown), caption, numbers=range(2, 8)), keys(list(TIMES))]
+        parts += [table(headings, map(_rank_row, shown), caption, numbers=range(2, 8), kind="tight"), keys(list(TIMES))]
     else:
         parts.append(
             paragraph("The log does not say where each rank's time went: it does with the first result.", kind="note")
@@ -251,7 +251,11 @@ def evaluations(facts: Facts, level: int) -> Markup:
     rows = [row(line.data, whole(line.step)) for line in shown]
     more = f", the last {len(shown)} of {len(found)}" if len(shown) < len(found) else ""
     listed = table(
-        headings, rows, f"Evaluations{more}; of the digests the first 16 digits", numbers=range(len(headings) - 1)
+        headings,
+        rows,
+        f"Evaluations{more}; of the digests the first 16 digits",
+        numbers=range(len(headings) - 1),
+        kind="tight",
     )
     return section(anchor_of(facts, "evaluations"), "Evaluations", listed, level=level)
 
@@ -274,7 +278,11 @@ def what_happened(facts: Facts, level: int) -> Markup:
         for event in shown
     ]
     listed = table(
-        ("time", "step", "kind", "what"), rows, f"Since the first start, hours:minutes:seconds{more}", numbers=(0, 1)
+        ("time", "step", "kind", "what"),
+        rows,
+        f"Since the first start, hours:minutes:seconds{more}",
+        numbers=(0, 1),
+        kind="loose",
     )
     return section(anchor_of(facts, "events"), "What happened", paragraph(text), listed if rows else "", level=level)
 

@@ -83,9 +83,9 @@ nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1rem; padding: 0; margin: .
 nav a { display: inline-block; padding: .25rem 0; }
 .about, .note { color: var(--faint); } .missing { border-left: 4px solid var(--bad); padding-left: .75rem; }
 .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 1rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: .75rem; background: var(--panel); border: 1px solid var(--line); border-radius: 6px; }
-figure.wide { max-width: 46rem; } figure svg { display: block; width: 100%; height: auto; }
+figure.wide { max-width: 40rem; } figure svg { display: block; width: 100%; height: auto; }
 .title { margin: 0 0 .25rem; font-weight: 600; }
 figcaption { font-size: .875rem; color: var(--faint); overflow-wrap: anywhere; }
 .legend { display: flex; flex-wrap: wrap; gap: 0 1rem; margin: .25rem 0; padding: 0; list-style: none; color: var(--ink); }
@@ -95,8 +95,9 @@ caption { text-align: left; color: var(--faint); padding-bottom: .25rem; }
 th, td { text-align: left; vertical-align: top; padding: .25rem .6rem; border-bottom: 1px solid var(--line);
   max-width: 34rem; overflow-wrap: break-word; }
 thead th { background: var(--panel); }
+.loose td { overflow-wrap: anywhere; } .tight td, .tight th { white-space: nowrap; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .25rem 1rem; margin: .5rem 0; }
+dl { display: grid; grid-template-columns: minmax(7rem, 14rem) 1fr; gap: .25rem 1rem; margin: .5rem 0; }
 dt { color: var(--faint); } dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 30rem) { dl { display: block; }
   dd { margin: 0 0 .5rem; } }

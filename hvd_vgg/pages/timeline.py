@@ -3,7 +3,7 @@
 import math
 from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
-from hvd_vgg.pages.curves import began, made_again, number, number_list, text_list, whole
+from hvd_vgg.pages.curves import began, hours_since, made_again, number, number_list, text_list, whole
 from hvd_vgg.reporting.receipt import LogLine, read_json_lines
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.text import format_duration, plural
@@ -97,18 +97,18 @@ def events(run: RunDir, lines: Sequence[LogLine]) -> List[Event]:
         if line.kind == "start":
             starts += 1
         for kind, what in _of_line(line, starts):
-            found.append(Event((line.timestamp - origin) / 3600, whole(line.step), kind, what))
+            found.append(Event(hours_since(origin, line.timestamp), whole(line.step), kind, what))
     for row in read_json_lines(run.restarts):
         if row.get("event") == "end" and row.get("code") != 0:
             lost = number(row.get("lost_seconds"))
             text = f"the launcher saw the processes end with {row.get('code')}: {row.get('reason')}"
             text += "" if math.isnan(lost) else f"; {format_duration(lost)} of work lost"
-            found.append(Event((number(row.get("time")) - origin) / 3600, -1, "fault", text))
+            found.append(Event(hours_since(origin, number(row.get("time"))), -1, "fault", text))
     for path in sorted(run.faults.glob("*.rank*.jsonl")):
         for row in read_json_lines(path):
             what = str(row.get("error") or f"hung in {row.get('phase')}").split("\n")[0]
             text = f"rank {row.get('rank')} on {row.get('host')}: {what}"
-            found.append(Event((number(row.get("time")) - origin) / 3600, whole(row.get("step")), "fault", text))
+            found.append(Event(hours_since(origin, number(row.get("time"))), whole(row.get("step")), "fault", text))
     return sorted(found, key=lambda event: (math.isnan(event.hours), event.hours if not math.isnan(event.hours) else 0.0))
 
 

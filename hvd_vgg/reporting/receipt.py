@@ -45,7 +45,7 @@ def read_log(path: Path) -> List[LogLine]:
         digest = {"bytes": size, "sha256": sha256.hexdigest()}
         try:
             lines.append(_parse_line(number, text, digest))
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError):
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError):
             lines.append(LogLine(number, "", digest, -1, -1, {}, 0.0, 0.0))
     return lines
 

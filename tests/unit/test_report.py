@@ -1,6 +1,7 @@
 """`hvd-vgg report`: pages of finished, damaged and hostile runs, and of two that differ; what a browser would be given."""
 
 import html.parser
+import itertools
 import json
 import math
 import re
@@ -18,10 +19,11 @@ from hvd_vgg.commands.report import make_page
 from hvd_vgg.config import ReportConfig
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, USAGE, Failure
 from hvd_vgg.flags import parse_flags
+from hvd_vgg.pages import figures, style
 from hvd_vgg.pages.curves import POINTS, made_again, number, read_curves, whole
 from hvd_vgg.pages.markup import Markup, escape, table
 from hvd_vgg.pages.timeline import spans
-from hvd_vgg.reporting.goodput import Goodput
+from hvd_vgg.reporting.goodput import PARTS, Goodput
 from hvd_vgg.reporting.log import RunLog
 from hvd_vgg.reporting.receipt import read_log
 from hvd_vgg.run_dir import RunDir, lock_run_dir
@@ -137,7 +139,16 @@ def damage_log_is_gone(path):
 
 
 def damage_log_is_noise(path):
-    (path / "dllogger.json").write_bytes(bytes(range(256)) * 40)
+    (path / "dllogger.json").write_bytes(bytes(range(256)) * 40 + b"\nDLLL " + b"[" * 100_000 + b"\n")
+
+
+def damage_times_are_none(path):
+    """Of every other line: of two kinds, and far away."""
+    lines = (path / "dllogger.json").read_text().splitlines(keepends=True)
+    times = itertools.cycle(['"nan"', '"inf"', '"1e300"', '"-1e9"'])
+    for index in range(0, len(lines), 2):
+        lines[index] = re.sub('"timestamp": "[^"]*"', f'"timestamp": {next(times)}', lines[index])
+    (path / "dllogger.json").write_text("".join(lines))
 
 
 def damage_log_is_cut(path):
@@ -159,6 +170,10 @@ def damage_result_is_a_list(path):
     (path / "result.json").write_text("[1, 2]")
 
 
+def damage_result_is_deep(path):
+    (path / "result.json").write_text('{"a":' * 100_000)
+
+
 def damage_result_has_other_types(path):
     (path / "result.json").write_text(json.dumps({"top1_hits": "<b>", "fps": {}, "seconds": [], "epochs": True}))
 
@@ -173,7 +188,7 @@ def test_report_of_damaged_runs_says_what_is_missing(finished, tmp_path):
     named = {
         damage for damage in damages for part in parts if f"/{damage.__name__} " in part and "Missing or damaged" in part
     }
-    assert named == {*damages} - {damage_nothing, damage_result_has_other_types}
+    assert named == {*damages} - {damage_nothing, damage_result_has_other_types, damage_times_are_none}
     assert "Missing or damaged" in page_of(tmp_path / "damage_log_is_cut").text
 
 
@@ -238,7 +253,7 @@ def test_report_of_two_runs_says_where_they_part(finished, tmp_path, monkeypatch
     train(other)
     text = page_of(finished, same, other).text
     assert "A and B: losses of" in text and "are equal" in text
-    assert "A and C: --momentum is 0.9 and 0.8" in text and "losses part at step 7" in text
+    assert "A and C:" in text and "learned 1 differs" in text and "losses part at step 7" in text
     assert "--momentum 0.9 0.9 0.8" in text and "Run C:" in text and "3 runs side by side" in text
 
 
@@ -330,6 +345,23 @@ def test_markup_is_escaped_once():
     assert escape(Markup("<b>")) == "<b>" and escape(escape("<&\"'>")) == "&lt;&amp;&quot;&#x27;&gt;"
     assert escape("a\x00\u202e\ud800\nb") == "a\\x00\\u202e\\ud800\nb"
     assert "<td>&lt;i&gt;</td>" in table(["a", "b"], [["x", "<i>"]], "c")
+
+
+def luminance(colour):
+    """Returns the relative luminance of `#rrggbb`, as WCAG 2 defines it."""
+    parts = [int(colour[index : index + 2], 16) / 255 for index in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("colours", [style._LIGHT, style._DARK, style._PAPER], ids=("light", "dark", "paper"))
+def test_style_has_contrast_for_text_and_curves(colours):
+    """At least 4.5, what WCAG 2 asks of small text, on both grounds."""
+    for name in set(colours) - {"ground", "panel", "line"}:
+        for ground in ("ground", "panel"):
+            low, high = sorted([luminance(colours[name]), luminance(colours[ground])])
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (name, ground)
+    assert all(f"var(--part-{part})" in figures._COLOURS for part in style._PARTS) and set(style._PARTS) == set(PARTS)
 
 
 # ---- the command
