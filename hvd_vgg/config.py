@@ -9,7 +9,7 @@ import glob
 import math
 import os
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Set, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Sequence, Set, Tuple
 
 from hvd_vgg.flags import flag, format_value, hyperparameter, same_flag, words
 
@@ -1215,7 +1215,7 @@ def fits_any(layer: str, beginnings: Iterable[str]) -> bool:
     return any(layer.startswith(beginning) for beginning in beginnings)
 
 
-def multipliers(pairs: Iterable[str]) -> Dict[str, float]:
+def multipliers(pairs: Sequence[str]) -> Dict[str, float]:
     """Returns the factors of --lr_multipliers by what names of layers begin with; raises ValueError where one is none."""
     factors = {}
     for pair in pairs:
@@ -1226,6 +1226,8 @@ def multipliers(pairs: Iterable[str]) -> Dict[str, float]:
             factors[name] = math.nan
         if not (name and 0 < factors[name] < math.inf):
             raise ValueError(f"expected LAYER:FACTOR, such as block:0.1, with a factor above 0; found {pair}")
+    if len(factors) < len(pairs):
+        raise ValueError("expected each LAYER once")
     return factors
 
 
@@ -1235,7 +1237,7 @@ def _unknown_layers(config: ModelConfig, flag_name: str, beginnings: Tuple[str, 
         if not any(name.startswith(beginning) for name in names):
             known = f"{names[0]} to {names[-len(DENSE) - 1]}, {', '.join(names[-len(DENSE) :])}"
             if config.head == POOLED:
-                known = f"{names[0]} to {names[-2]}, {names[-1]}"
+                known = f"{names[0]} to {names[-2]}, {names[-1]} (--head={POOLED} has no others)"
             yield f"--{flag_name}: no layer of {config.model} begins with {beginning}; expected names of {known}"
 
 
@@ -1367,4 +1369,4 @@ def fingerprint(config: TrainConfig) -> Dict[str, Any]:
     del chosen["exchange"]  # the layers that it chooses are compared instead: `run_fingerprint`
     if config.reproducible != BITS:
         del chosen["device_batch"]
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
+    return {name: sorted(value) if isinstance(value, tuple) else value for name, value in chosen.items()}  # in any order

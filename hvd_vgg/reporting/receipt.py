@@ -139,7 +139,7 @@ def content(run: RunDir, lines: List[LogLine], restarts_bytes: Optional[int] = N
         "configuration": parameters,
         "seed": parameters.get("seed"),
         **{name: starts[-1].data.get(name) if starts else None for name in ("data", "code", "packages", "environment")},
-        "init_from": next((line.data for line in lines if line.kind == "init_from"), None),
+        "init_from": next((line.data for line in reversed(lines) if line.kind == "init_from"), None),
         "epochs": [{"line": line.number, **line.data} for line in lines if line.kind == "coverage"],
         "state_sha256": evaluations[-1]["eval.state_sha256"] if evaluations else None,
         "evaluations": evaluations,

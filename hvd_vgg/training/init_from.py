@@ -1,20 +1,19 @@
 """The first weights of a run: from --init_from, layer by layer, where they fit."""
 
 import dataclasses
-import hashlib
 import math
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Tuple
 
 import numpy as np
 
-from hvd_vgg import storage
-from hvd_vgg.config import DENSE, TrainConfig, fits_any
+from hvd_vgg.config import DENSE, FLATTENED, TrainConfig, fits_any
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.models.architecture import Layer, layers_of, layers_to_train
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import run_on_root
 from hvd_vgg.run_dir import RunDir
+from hvd_vgg.training.checkpoint import AVERAGE_SUFFIX
 from hvd_vgg.training.reporter import Reporter
 from hvd_vgg.training.state import State
 from hvd_vgg.training.weights import file_of, read_flags, read_weights, run_of
@@ -49,31 +48,46 @@ def resolve_source(config: TrainConfig) -> Tuple[TrainConfig, Dict[str, str]]:
 
 
 def _describe(config: TrainConfig) -> Dict[str, str]:
-    path = Path(config.init_from)
-    saved = RunDir(config.run_dir).list_checkpoints()
-    if saved and not path.exists():
-        run = run_of(saved[0])
-        return {name: run[name] for name in (INIT_SHA256, "pixel_normalization") if name in run}
+    path, saved = Path(config.init_from), _saved_runs(config)
+    # A directory's best checkpoint may be another by now.
+    if saved and not path.is_file():
+        return {name: saved[0][name] for name in (INIT_SHA256, "pixel_normalization")}
     flags = read_flags(path)
-    digest = hashlib.sha256(storage.read_bytes(file_of(path))).hexdigest()
+    digest = file_sha256(file_of(path))
     return {INIT_SHA256: digest, "pixel_normalization": flags.get("pixel_normalization", "imagenet")}
 
 
-def init_weights(state: State, config: TrainConfig, reporter: Reporter) -> None:
+def _saved_runs(config: TrainConfig) -> List[Dict[str, Any]]:
+    """Returns what the checkpoints of a run, and their copies, say of it: those that began with given weights, newest first."""
+    folders = [config.run_dir, *filter(None, [config.checkpoint_copy_dir])]
+    paths = [path for folder in folders for path in RunDir(folder).list_checkpoints()]
+    runs = [run_of(path) for path in sorted(paths, key=lambda path: path.name, reverse=True)]
+    return [run for run in runs if INIT_SHA256 in run and "pixel_normalization" in run]
+
+
+def init_weights(state: State, config: TrainConfig, digest: str, reporter: Reporter) -> None:
     """Gives `state` on rank 0 the weights of --init_from, says and logs which; the others get them when it is broadcast.
 
-    Raises Failure(CONFIGURATION) where they do not fit the network.
+    digest: of the file, as `resolve_source` found it. Raises Failure(CONFIGURATION) where it is another by now, or where its
+    weights do not fit the network.
     """
     source = read_weights(Path(config.init_from))
+    if source.sha256 != digest:
+        raise Failure(CONFIGURATION, f"--init_from={source.path} was replaced since this process began: start again")
     taken = choose_layers(source, config)
     for name, variable in state.network().items():
         if name in taken.tensors:
             variable.assign(taken.tensors[name])
+            if state.averages:
+                state.averages[f"{name}{AVERAGE_SUFFIX}"].assign(taken.tensors[name])
     layers = list(dict.fromkeys(name.split("/")[0] for name in taken.tensors))
     reporter.say(f"weights of {len(layers)} layers from {source.path} ({source.kind}), SHA-256 {source.sha256[:16]}")
     for text, names in (("resized", [taken.resized]), ("new", taken.new), ("not used", taken.unused)):
         if any(names):
             reporter.say(f"  {text}: {', '.join(names)}")
+    if DENSE[-1] in layers:
+        others = f"--init_layers={'block,fc' if config.head == FLATTENED else 'block'}"
+        reporter.say(f"  {DENSE[-1]} are taken: where the classes are others, leave them out by {others}")
     for name in ("pixel_normalization", "resize"):
         own, theirs = getattr(config, name), source.flags.get(name, getattr(config, name))
         if own != theirs:

@@ -68,7 +68,7 @@ def _restore_root(
     if found is None:
         _check_none_was_saved(run_dir)
         if config.init_from:
-            init_weights(state, config, reporter)
+            init_weights(state, config, run[INIT_SHA256], reporter)
         return TrainProgress()
     if found.meta.get("format") != CHECKPOINT_FORMAT:
         raise Failure(
