@@ -41,7 +41,8 @@ def anchor_of(facts: Facts, name: str) -> str:
 
 def overview(facts: Facts) -> Markup:
     """Returns what became of a run, and what of it is missing."""
-    state = join([_WORDS.get(facts.state, facts.state), f" {facts.reason}" if facts.reason else ""])
+    words = _WORDS.get(facts.state, facts.state)
+    state = short(f"{words.rstrip('.')}: {facts.reason}" if facts.reason else words)
     kind = {"done": "good", "failed": "bad", "unreadable": "bad"}.get(facts.state, "")
     missing = join([paragraph(tag("strong", "Missing or damaged:")), bullets(map(short, facts.missing))])
     parts = [paragraph(tag("span", state, f'class="{kind}"'))]
