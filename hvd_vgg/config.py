@@ -785,7 +785,13 @@ class PlanConfig(ExchangeConfig):
     ranks: int = flag(8, "Plan", "Ranks of the job.", "ranks", at_least=1)
     ranks_per_host: int = flag(1, "Plan", "Ranks that share a host and its link.", "ranks", at_least=1)
     gbit: float = flag(25.0, "Plan", "Bandwidth of a host's link.", "Gbit/s", above=0.0)
-    fps_per_rank: float = flag(150.0, "Plan", "Throughput of one rank alone, without exchange.", "images/s", above=0.0)
+    fps_per_rank: float = flag(
+        150.0,
+        "Plan",
+        "Throughput of one rank alone, without exchange; with --train_only, of those layers.",
+        "images/s",
+        above=0.0,
+    )
     link_flops_per_byte: float = flag(
         0.0, "Plan", "As for `train`; 0: this cluster's, from --gbit and --fps_per_rank.", "FLOP/byte", at_least=0.0
     )

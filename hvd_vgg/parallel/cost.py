@@ -25,8 +25,6 @@ from hvd_vgg.models.architecture import Layer, layers_to_train, macs_per_image, 
 
 BYTES = {"float32": 4, "float16": 2}
 _MB = 1e6
-# The backward pass takes two thirds of an update: it computes two products for each one of the forward pass.
-_BACKWARD = 2 / 3
 
 
 class Choice(NamedTuple):
@@ -150,8 +148,22 @@ def predict(config: ExchangeConfig, cluster: Cluster) -> Prediction:
     hosts = -(-cluster.ranks // cluster.ranks_per_host)
     sending = sent(choices) * 8 / (cluster.gbit * 1e9) if hosts > 1 else 0.0
     apart = compute + sending
-    overlapped = compute * (1 - _BACKWARD) + max(compute * _BACKWARD, sending)
+    backward = _backward_share(config)
+    overlapped = compute * (1 - backward) + max(compute * backward, sending)
     return Prediction(apart, overlapped, own / apart, own / overlapped)
+
+
+def _backward_share(config: ExchangeConfig) -> float:
+    """Returns the share of an update that is its backward pass: two thirds where all layers are trained.
+
+    It computes a product for the weights of each layer that is trained, and one for its inputs from the first of these on,
+    where the forward pass computes one.
+    """
+    layers = layers_to_train(config)
+    first = next((number for number, layer in enumerate(layers) if layer.trained), len(layers))
+    macs = [macs_per_image(layer, config.image_size) for layer in layers]
+    backward = sum(each * (layer.trained + (n >= first)) for n, (each, layer) in enumerate(zip(macs, layers)))
+    return backward / (backward + sum(macs))
 
 
 def _extra_compute(config: ExchangeConfig, choices: List[Choice]) -> float:

@@ -8,6 +8,7 @@ from typing import Any, Dict, List, NamedTuple, Tuple
 import numpy as np
 
 from hvd_vgg.config import DENSE, FLATTENED, TrainConfig, fits_any
+from hvd_vgg.data.manifest import file_sha256
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.models.architecture import Layer, layers_of, layers_to_train
 from hvd_vgg.parallel import comm

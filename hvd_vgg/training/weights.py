@@ -1,15 +1,16 @@
 """Weights from a file or from a run, for --init_from, evaluation, prediction and export. Needs no TensorFlow."""
 
-import hashlib
 import json
 import struct
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional
 
-from hvd_vgg import storage
-from hvd_vgg.config import FLATTENED, ImageConfig, ModelConfig
+import numpy as np
+
+from hvd_vgg.config import FLATTENED, EvaluationImageConfig, ImageConfig, ModelConfig
+from hvd_vgg.data.manifest import file_sha256
 from hvd_vgg.errors import CONFIGURATION, USAGE, Failure
-from hvd_vgg.flags import format_value
+from hvd_vgg.flags import format_value, validate
 from hvd_vgg.models.pixels import NORMALIZATIONS
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.training import checkpoint
@@ -42,8 +43,11 @@ def read_weights(path: Path, average: bool = False) -> Source:
     except KeyError as error:
         what = "no average of its weights: the run has no --ema_decay" if average else f"no {error.args[0]}"
         raise Failure(CONFIGURATION, f"{path} holds {what}") from error
-    digest = hashlib.sha256(storage.read_bytes(path)).hexdigest()
-    return Source(path, f"checkpoint of step {meta.get('step')}", kept, flags, [], digest)
+    wrong = [name for name, tensor in kept.items() if tensor.dtype != np.float32 or tensor.shape != names[name]]
+    if wrong:
+        found_as = f"{kept[wrong[0]].dtype} {list(kept[wrong[0]].shape)}"
+        raise Failure(CONFIGURATION, f"{path}: {wrong[0]} is {found_as}, expected float32 {list(names[wrong[0]])}")
+    return Source(path, f"checkpoint of step {meta.get('step')}", kept, flags, [], file_sha256(path))
 
 
 def read_flags(path: Path) -> Dict[str, Any]:
@@ -87,11 +91,15 @@ def _own_meta(path: Path) -> Optional[Dict[str, Any]]:
 
 def _flags_of(meta: Dict[str, Any], path: Path) -> Dict[str, Any]:
     run = meta.get("run")
-    try:
-        flags = {name: run[name] for name in (*_NETWORK_FLAGS, *_IMAGE_FLAGS)}  # type: ignore[index]
-    except (KeyError, TypeError) as error:
-        raise Failure(CONFIGURATION, f"{path} is of another version of hvd_vgg: it does not say {error}") from error
-    return {**flags, "eval_crop": meta.get("eval_crop", 0.875)}
+    names = (*_NETWORK_FLAGS, *_IMAGE_FLAGS)
+    missing = [name for name in names if name not in run] if isinstance(run, dict) else ["run"]
+    if missing:
+        raise Failure(CONFIGURATION, f"{path} is of another version of hvd_vgg: it does not say {missing[0]}")
+    flags = {**{name: run[name] for name in names}, "eval_crop": meta.get("eval_crop", 0.875)}  # type: ignore[index]
+    errors = validate(EvaluationImageConfig(**flags))
+    if errors:
+        raise Failure(CONFIGURATION, f"{path} is damaged, or not what this package writes: {errors[0]}")
+    return flags
 
 
 def require_classes(found: Mapping[str, Any], path: Path) -> None:
