@@ -4,8 +4,9 @@
 
 The classes of --data_dir are halved. A network learns the first half for --pretrain updates. On the other half, for
 --updates updates, rows are: `frozen`, with its convolutions, frozen, under new dense layers; `slower`, with its convolutions
-at a tenth of the rate; `scratch`, all of it new. With --weights, a file of VGG-16's convolutions (as `--init_from` takes),
-all classes are learned by VGG-16 at full width for --weights_updates updates: `given`, `given, frozen`, `scratch, VGG-16`.
+at a tenth of the rate; `scratch`, all of it new. With --weights, a file of VGG-16's convolutions for Caffe's pixels (as
+`--init_from` takes), all classes are learned by VGG-16 at full width, with BatchNorm and a pooled head, for --weights_updates
+updates: `given` and `scratch, VGG-16`.
 Rounds differ in their seed and take turns. Every row is `hvd-vgg train` with the flags that are printed.
 """
 
@@ -50,13 +51,14 @@ def main():
     parser.add_argument("--pretrain", type=measure.positive, default=6000, help="updates on the first half")
     parser.add_argument("--updates", type=measure.positive, default=100, help="updates on the other half")
     parser.add_argument("--weights", help="file with VGG-16's convolutions")
-    parser.add_argument("--weights_updates", type=measure.positive, default=150, help="updates of its rows")
+    parser.add_argument("--weights_updates", type=measure.positive, default=100, help="updates of its rows")
     options = parser.parse_args()
     half = options.num_classes // 2
     small = f"{SMALL} --width={options.width} --num_classes={half}"
     ways = {"frozen": FROZEN, "slower": DENSE, "scratch": ""}
-    of_16 = f"--model=vgg16 --num_classes={options.num_classes} --pixel_normalization=caffe --warmup_epochs=0.05"
-    given = {"given": DENSE, "given, frozen": FROZEN, "scratch, VGG-16": ""} if options.weights else {}
+    of_16 = f"--model=vgg16_bn --norm_batch=32 --head=pooled --lr=0.02 --num_classes={options.num_classes}"
+    of_16 += " --pixel_normalization=caffe --warmup_epochs=0.02"
+    given = {"given": "--init_layers=block", "scratch, VGG-16": ""} if options.weights else {}
     found = {name: [] for name in (*ways, *given)}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -71,7 +73,7 @@ def main():
                 run_dir = work / f"{seed} {name}"
                 found[name].append(train(run_dir, work / "other", seed, options.updates, small, source, flags))
             for name, flags in given.items():
-                source = f"--init_from={shlex.quote(options.weights)} --lr=0.01" if flags else "--lr=0.01"
+                source = f"--init_from={shlex.quote(options.weights)}" if flags else ""
                 run_dir = work / f"{seed} {name}"
                 more = of_16, source, flags
                 found[name].append(train(run_dir, options.data_dir, seed, options.weights_updates, *more))

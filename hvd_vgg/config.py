@@ -788,7 +788,7 @@ class PlanConfig(ExchangeConfig):
     fps_per_rank: float = flag(
         150.0,
         "Plan",
-        "Throughput of one rank alone, without exchange; with --train_only, of those layers.",
+        "Throughput of one rank alone, without exchange, with the same --train_only.",
         "images/s",
         above=0.0,
     )

@@ -59,7 +59,7 @@ def _describe(config: TrainConfig) -> Dict[str, str]:
 
 
 def _saved_runs(config: TrainConfig) -> List[Dict[str, Any]]:
-    """Returns what the checkpoints of a run, and their copies, say of it: those that began with given weights, newest first."""
+    """Returns what checkpoints of a run that began with given weights, and their copies, say of it, newest first."""
     folders = [config.run_dir, *filter(None, [config.checkpoint_copy_dir])]
     paths = [path for folder in folders for path in RunDir(folder).list_checkpoints()]
     runs = [run_of(path) for path in sorted(paths, key=lambda path: path.name, reverse=True)]
