@@ -5,8 +5,8 @@
 The classes of --data_dir are halved. A network learns the first half for --pretrain updates. On the other half, for
 --updates updates, rows are: `frozen`, with its convolutions, frozen, under new dense layers; `slower`, with its convolutions
 at a tenth of the rate; `scratch`, all of it new. With --weights, a file of VGG-16's convolutions for Caffe's pixels (as
-`--init_from` takes), all classes are learned by VGG-16 at full width, with BatchNorm and a pooled head, for --weights_updates
-updates: `given` and `scratch, VGG-16`.
+`--init_from` takes), all classes are learned by VGG-16 at full width, with BatchNorm and a pooled head, for
+--weights_updates updates: `given` and `scratch, VGG-16`.
 Rounds differ in their seed and take turns. Every row is `hvd-vgg train` with the flags that are printed.
 """
 
