@@ -12,6 +12,7 @@ from typing import Iterator, Sequence
 from hvd_vgg.config import DoctorConfig
 from hvd_vgg.doctor import driver, mpi, packages, settings, system
 from hvd_vgg.doctor.driver import Accelerators
+from hvd_vgg.doctor.given_weights import check_given_weights
 from hvd_vgg.doctor.network import check_interfaces
 from hvd_vgg.doctor.report import Report
 from hvd_vgg.environment import launched_local_rank, launched_local_size, launched_size
@@ -80,6 +81,8 @@ def _check_system(config: DoctorConfig, root: Path, is_root: bool) -> Iterator[F
     if config.checkpoint_copy_dir and is_root and not config.host_only:  # of the host that will have rank 0 alone
         copies = Path(config.checkpoint_copy_dir)
         yield from system.check_run_dir(copies, checkpoint_bytes, is_root, "checkpoint_copy_dir")
+    if config.init_from and is_root and not config.host_only:
+        yield check_given_weights(config)
     yield from system.check_other_jobs()
 
 

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from hvd_vgg.config import ModelConfig
+from hvd_vgg.config import ModelConfig, TrainConfig
+from hvd_vgg.doctor.given_weights import check_given_weights
 from hvd_vgg.errors import CONFIGURATION, Failure
+from hvd_vgg.reporting.findings import FAILURE, OK
 from hvd_vgg.training import checkpoint
 from hvd_vgg.training.weights import read_flags, read_weights
 from hvd_vgg.weights.source import expected_shapes
@@ -69,3 +71,16 @@ def test_own_weights_that_do_not_fit_are_refused(tmp_path, run, changed, message
     with pytest.raises(Failure, match=message) as raised:
         read_weights(path)
     assert raised.value.code == CONFIGURATION and "\n" not in raised.value.message
+
+
+def test_doctor_compares_given_weights(tmp_path):
+    """With the network to train; BatchNorm may be added, not left out."""
+    path = write(tmp_path / "a.safetensors")
+
+    def verdict(**flags):
+        found = check_given_weights(TrainConfig(**{"init_from": str(path), "width": 0.0625, "model": "vgg11_bn", **flags}))
+        return found.verdict, found.text
+
+    assert verdict() == (OK, f"--init_from={path} is of vgg11_bn at width 0.0625")
+    for flags in ({"model": "vgg11"}, {"width": 0.125}, {"init_from": str(tmp_path / "none")}):
+        assert verdict(**flags)[0] == FAILURE
