@@ -46,6 +46,7 @@ class Attempt:
         self.number, self.start = number, start  # from 1
         self.lines: List[LogLine] = []  # after `start`
         flags = {field.name: parameters[field.name] for field in dataclasses.fields(TrainConfig) if field.name in parameters}
+        self.known = set(flags)  # others are of later versions
         flags.update({name: tuple(value) for name, value in flags.items() if isinstance(value, list)})
         self.config = TrainConfig(**flags)  # with the length of the run in steps
         self.batch, self.ranks = self.config.global_batch, int(start.data["ranks"])
