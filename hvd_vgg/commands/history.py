@@ -22,7 +22,7 @@ from hvd_vgg.reporting.receipt import LogLine
 from hvd_vgg.reporting.throughput import Throughput, per_host
 from hvd_vgg.run_dir import checkpoint_step
 from hvd_vgg.text import plural
-from hvd_vgg.training.schedule import evaluation_steps, learning_rate
+from hvd_vgg.training.schedule import is_evaluation_step, learning_rate
 
 PASS, FAIL, UNKNOWN = "pass", "fail", "unknown"
 _PROGRESS = ("train", "evaluation", "end")
@@ -174,7 +174,7 @@ def _replay_in_attempt(history: History, attempt: Attempt, line: LogLine) -> Ite
     if kind in ("train", "end", "stopped"):
         covered = max(complete, attempt.next_epoch) if kind == "train" else complete
         yield "number of covered epochs", attempt.next_epoch, covered
-    if kind in ("train", "end") and last > attempt.first and last in evaluation_steps(attempt.config, attempt.records):
+    if kind in ("train", "end") and last > attempt.first and is_evaluation_step(last, attempt.config, attempt.records):
         yield "step of the newest evaluation", attempt.evaluated, last
 
     if kind == "train":
