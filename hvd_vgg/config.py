@@ -1201,6 +1201,8 @@ class PrepareConfig:
             yield f"--out={self.out}: expected a directory outside --source"
         if not self.splits:
             yield "--splits is empty: expected train, validation or both"
+        if len(set(self.classes)) == 1:
+            yield f"--classes={self.classes[0]}: expected at least two classes, as training does"
         own = ("auto", "ilsvrc", "parquet")
         yield from self.data("auto" if self.data_format in own else self.data_format).conflicts()
         if self.quality != PrepareConfig.__dataclass_fields__["quality"].default and not self.shorter_side:

@@ -22,7 +22,7 @@ from hvd_vgg.reporting.receipt import LogLine
 from hvd_vgg.reporting.throughput import Throughput, per_host
 from hvd_vgg.run_dir import checkpoint_step
 from hvd_vgg.text import plural
-from hvd_vgg.training.schedule import evaluation_steps, learning_rate
+from hvd_vgg.training.schedule import is_evaluation_step, learning_rate
 
 PASS, FAIL, UNKNOWN = "pass", "fail", "unknown"
 _PROGRESS = ("train", "evaluation", "end")
@@ -46,6 +46,7 @@ class Attempt:
         self.number, self.start = number, start  # from 1
         self.lines: List[LogLine] = []  # after `start`
         flags = {field.name: parameters[field.name] for field in dataclasses.fields(TrainConfig) if field.name in parameters}
+        self.known = set(flags)  # others are of later versions
         flags.update({name: tuple(value) for name, value in flags.items() if isinstance(value, list)})
         self.config = TrainConfig(**flags)  # with the length of the run in steps
         self.batch, self.ranks = self.config.global_batch, int(start.data["ranks"])
@@ -173,7 +174,7 @@ def _replay_in_attempt(history: History, attempt: Attempt, line: LogLine) -> Ite
     if kind in ("train", "end", "stopped"):
         covered = max(complete, attempt.next_epoch) if kind == "train" else complete
         yield "number of covered epochs", attempt.next_epoch, covered
-    if kind in ("train", "end") and last > attempt.first and last in evaluation_steps(attempt.config, attempt.records):
+    if kind in ("train", "end") and last > attempt.first and is_evaluation_step(last, attempt.config, attempt.records):
         yield "step of the newest evaluation", attempt.evaluated, last
 
     if kind == "train":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
 
 from hvd_vgg import storage
+from hvd_vgg.commands.history import DAMAGED
 from hvd_vgg.config import RunsConfig
 from hvd_vgg.errors import CONFIGURATION, DATA, Failure
 from hvd_vgg.reporting.receipt import LogLine, read_json_lines, read_log
@@ -41,16 +42,38 @@ def list_runs(config: RunsConfig) -> None:
     folder = Path(config.dir)
     if not folder.is_dir():
         raise Failure(CONFIGURATION, f"--dir={folder}: expected a directory with runs, or that of one run")
-    found = sorted(find_runs(folder), key=lambda run: run.log.stat().st_mtime)
+    found = sorted(find_runs(folder), key=_written)
     if not found:
         raise Failure(DATA, f"--dir={folder}: no run in it: expected directories that `hvd-vgg train --run_dir=` made")
-    rows = [describe_run(run, folder, time.time()) for run in found]
+    rows = [_describe(run, folder) for run in found]
     table = [Row("run", "state", "step", "epochs", "acc@1", "acc@5", "images/s", "age", ""), *rows]
     widths = [max(map(len, column)) for column in zip(*table)]
     for row in table:
         left = [cell.ljust(width) for cell, width in zip(row[:2], widths)]
         right = [cell.rjust(width) for cell, width in zip(row[2:-1], widths[2:])]
         print("  ".join([*left, *right, row.reason]).rstrip())
+
+
+def _written(run: RunDir) -> float:
+    try:
+        return run.log.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _describe(run: RunDir, folder: Path) -> Row:
+    """Returns the row of a run, whatever is in its log."""
+    try:
+        return describe_run(run, folder, time.time())
+    except DAMAGED as error:
+        what = f"its log is damaged, or not what a run writes ({type(error).__name__}: {error})"
+        return Row(_name(run, folder), "unreadable", "", "", "", "", "", "", what[:_REASON_WIDTH])
+
+
+def _name(run: RunDir, folder: Path) -> str:
+    name = str(run.path.relative_to(folder))
+    name = run.path.resolve().name if name == "." else name
+    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def find_runs(folder: Path) -> Iterator[RunDir]:
@@ -64,10 +87,8 @@ def find_runs(folder: Path) -> Iterator[RunDir]:
 
 
 def describe_run(run: RunDir, folder: Path, now: float) -> Row:
-    """Returns the row of a run; now: seconds since 1970."""
-    name = str(run.path.relative_to(folder))
-    name = run.path.resolve().name if name == "." else name
-    name = name if name.isprintable() else ascii(name)[1:-1]
+    """Returns the row of a run; now: seconds since 1970. Raises as DAMAGED where its log is not what a run writes."""
+    name = _name(run, folder)
     try:
         lines = read_log(run.log)
         age = max(0.0, now - run.log.stat().st_mtime)
@@ -78,7 +99,7 @@ def describe_run(run: RunDir, folder: Path, now: float) -> Row:
     best = max((line.data for line in lines if line.kind == "evaluation"), key=_top1, default={})
     step = max((line.step for line in lines if line.kind in ("train", "evaluation", "start")), default=0)
     trained = [line for line in lines if line.kind == "train"]
-    rates = [line.data["train.fps"] for line in trained[-20:] if "train.fps" in line.data]
+    rates = [line.data["train.fps"] for line in trained[-20:] if isinstance(line.data.get("train.fps"), float)]
     ends = [line.data["fps"] for line in lines if line.kind == "throughput" and line.data.get("fps")]
     fps = ends[-1] if ends and state == "done" else sorted(rates)[len(rates) // 2] if rates else None
     total = next((line.data.get("steps") for line in reversed(lines) if line.kind == "start"), None)
@@ -93,7 +114,7 @@ def describe_run(run: RunDir, folder: Path, now: float) -> Row:
         top5,
         "-" if fps is None else f"{fps:.1f}",
         format_duration(age),
-        reason[:_REASON_WIDTH],
+        reason if len(reason) <= _REASON_WIDTH else f"{reason[: _REASON_WIDTH - 3]}...",
     )
 
 
@@ -109,15 +130,16 @@ def _records(lines: List[LogLine]) -> int:
 def _state(run: RunDir, lines: List[LogLine], age: float) -> Tuple[str, str]:
     """Returns (state, reason) of a run."""
     holder = _holder(run)
-    if _is_locked_here(run):
+    if _is_locked_here(run, holder):
         return "training", ""
     if lines and lines[-1].kind == "end":
         return "done", ""
-    if holder.get("host") not in (None, socket.gethostname()) and age < _OTHER_HOST_SECONDS:
-        return "training", f"on {holder['host']}, by its newest line"
     if lines and lines[-1].kind == "stopped":
         return "stopped", "on request; the same command goes on"
-    return "failed", _why(run, lines) or "it left no reason: killed, or its host is gone"
+    reason = _why(run, lines)
+    if not reason and holder.get("host") not in (None, socket.gethostname()) and age < _OTHER_HOST_SECONDS:
+        return "training", f"on {holder['host']}, by its newest line"
+    return "failed", reason or "it left no reason: killed, or its host is gone"
 
 
 def _why(run: RunDir, lines: List[LogLine]) -> str:
@@ -131,7 +153,7 @@ def _why(run: RunDir, lines: List[LogLine]) -> str:
         first = min(newest, key=lambda row: float(row["time"]))
         what = str(first.get("error") or f"hung in {first.get('phase')}").split("\n")[0]
         return f"rank {first.get('rank')} on {first.get('host')}: {what}"
-    ends = [row for row in read_json_lines(run.restarts) if row.get("reason")]
+    ends = [row for row in read_json_lines(run.restarts) if row.get("reason") and float(row.get("time", 0)) >= began]
     return str(ends[-1]["reason"]) if ends else ""
 
 
@@ -143,11 +165,17 @@ def _holder(run: RunDir) -> Dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _is_locked_here(run: RunDir) -> bool:
-    """Returns whether a process of this host holds the run's lock; taking it to find out could turn a starting job away."""
+def _is_locked_here(run: RunDir, holder: Dict[str, Any]) -> bool:
+    """Returns whether a process of this host holds the run's lock; taking it to find out could turn a starting job away.
+
+    The kernel's list has another device than files have on some file systems: then the process that signed the lock counts.
+    """
     try:
-        inode = run.lock.stat().st_ino
-        locks = Path("/proc/locks").read_text()
+        status, locks = run.lock.stat(), Path("/proc/locks").read_text()
     except OSError:
         return False
-    return any(" FLOCK " in line and f":{inode} " in line and "->" not in line for line in locks.splitlines())
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    rows = [line.split() for line in locks.splitlines() if " FLOCK " in line and "->" not in line]
+    return any(
+        row[5] == device or (row[5].endswith(f":{status.st_ino}") and row[4] == str(holder.get("process"))) for row in rows
+    )

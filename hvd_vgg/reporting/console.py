@@ -33,10 +33,16 @@ class Console:
             self._drawn = False
 
     def redraw(self, text: str) -> None:
-        """Shows `text` in place of the last redrawn line, in bar mode only."""
+        """Shows `text`, as much as fits, in place of the last redrawn line, in bar mode only."""
         if self.speaks and self.bar:
-            write_line(f"{_CLEAR}{text}", sys.stdout, end="")
+            write_line(f"{_CLEAR}{text[:_LINE_WIDTH]}", sys.stdout, end="")
             self._drawn = True
+
+    def clear(self) -> None:
+        """Erases the redrawn line, if any, before something else is printed."""
+        if self._drawn:
+            write_line(_CLEAR, sys.stdout, end="")
+            self._drawn = False
 
     def progress(self, title: str, total: int, unit: str, start: int = 0) -> "Progress":
         """Returns the progress of a task of `total` units, of which `start` are done."""

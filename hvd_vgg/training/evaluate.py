@@ -216,10 +216,9 @@ def report_evaluation(result: Evaluation, step: int, epoch: float, reporter: Rep
     reporter.row((int(epoch), step), result.metrics())
     loss, difference = result.loss_sum / result.records, result.reference_difference()
     reference = "" if difference is None else f"  reference {result.reference:.4f} ({difference:+.4f})"
-    reporter.say(
-        f"step {step}  epoch {epoch:.2f}  evaluation: {result.accuracy()}{reference}  loss {loss:.4f}  of "
-        f"{result.records} records  state {result.state_sha256[:16]}"
-    )
+    text = f"step {step}  epoch {epoch:.2f}  evaluation: {result.accuracy()}{reference}  loss {loss:.4f}"
+    more = "" if reporter.console.bar else f"  of {result.records} records  state {result.state_sha256[:16]}"
+    reporter.say(f"{text}{more}")
     if result.average:
         loss = result.average.loss_sum / result.records
         reporter.say(f"  the average of the weights: {result.average.accuracy()}  loss {loss:.4f}")

@@ -31,6 +31,16 @@ def evaluation_steps(config: TrainConfig, records: int) -> FrozenSet[int]:
     return frozenset({step for step in steps if 0 < step < total} | {total})
 
 
+def is_evaluation_step(step: int, config: TrainConfig, records: int) -> bool:
+    """Returns whether `step` is one of `evaluation_steps`, without making them: a log may claim any number."""
+    total, every = total_steps(config, records), config.eval_every_epochs
+    if step >= total or not every:
+        return step == total
+    nearest = int(step * config.global_batch / (records * every))
+    numbers = (nearest + each for each in (-1, 0, 1) if nearest + each >= 1)
+    return step > 0 and any(epochs_to_steps(number * every, config, records) == step for number in numbers)
+
+
 def rate_factor(config: TrainConfig) -> float:
     """Returns what the rates of the flags are multiplied by: the linear scaling rule, if --lr_base_batch asks for it.
 

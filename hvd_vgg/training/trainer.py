@@ -98,6 +98,7 @@ class Trainer:
         return self
 
     def __exit__(self, kind: Any, error: Optional[BaseException], trace: Any) -> None:
+        self.reporter.console.clear()
         if isinstance(error, Failure) and error.collective:
             # All ranks will leave, and the launcher would kill whoever is still writing.
             self.writer.wait(self.copy_seconds)

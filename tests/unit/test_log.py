@@ -108,6 +108,14 @@ def test_console_draws_a_bar_on_terminals_alone(capsys, monkeypatch):
     drawn = capsys.readouterr().out.split("\x1b[K")[-1]
     assert drawn.startswith("epoch 77.71 [##..] 225180/450360  loss 12.3456") and drawn.endswith("left 8 h 20 min")
     assert len(drawn) <= 80
+    progress.update(225180, long * 3)
+    clock[0] += 1
+    progress.update(225181)
+    assert len(capsys.readouterr().out.split("\x1b[K")[-1]) == 79
+    console = progress.console
+    console.clear()
+    console.clear()
+    assert capsys.readouterr().out == "\r\x1b[K"
     assert out.splitlines()[-1] == "training: 50 of 100 steps  note  left 1 min 00 s"
 
 

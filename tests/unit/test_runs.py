@@ -39,6 +39,10 @@ def test_runs_say_why_one_failed(tmp_path):
     late = {"time": time.time() + 1, "rank": 3, "host": "b", "error": "a device is gone\nmore"}
     (path / "faults" / "fatal.rank3.jsonl").write_text(json.dumps(late) + "\n")
     assert row_of(path).reason == "rank 3 on b: a device is gone"
+    (path / "faults" / "fatal.rank3.jsonl").unlink()
+    for when, reason in ((100.0, "it left no reason"), (time.time() + 1, "rank 1 hung")):
+        (path / "restarts.jsonl").write_text(json.dumps({"event": "end", "time": when, "reason": "rank 1 hung"}) + "\n")
+        assert row_of(path).reason.startswith(reason)
 
 
 def test_runs_that_were_stopped_or_train(tmp_path):
@@ -50,7 +54,11 @@ def test_runs_that_were_stopped_or_train(tmp_path):
         assert row_of(tmp_path / "a")[1] == "training"
     assert row_of(tmp_path / "a")[1] == "stopped"
     (tmp_path / "a" / "lock").write_text(json.dumps({"host": "elsewhere"}))
-    assert [row_of(tmp_path / "a", seconds)[1] for seconds in (10, 3600)] == ["training", "stopped"]
+    assert row_of(tmp_path / "a", 10)[1] == "stopped"
+    with pytest.raises(Killed):
+        train(tmp_path / "b", kill_at=20)
+    (tmp_path / "b" / "lock").write_text(json.dumps({"host": "elsewhere"}))
+    assert [row_of(tmp_path / "b", seconds)[1] for seconds in (10, 3600)] == ["training", "failed"]
 
 
 def test_runs_are_found_below_a_directory(tmp_path, capsys):
@@ -71,6 +79,24 @@ def test_runs_are_found_below_a_directory(tmp_path, capsys):
     assert head.split() == ["run", "state", "step", "epochs", "acc@1", "acc@5", "images/s", "age"]
     assert len(rows) == 3 and [row.split()[0] for row in rows[1:]] == ["old", "deeper/new"]
     assert rows[0].startswith("odd \\n name")
+
+
+@pytest.mark.parametrize("change", [("eval.acc@1", None), ("global_batch", "256")], ids=str)
+def test_runs_lists_others_beside_an_odd_one(tmp_path, capsys, change):
+    """Of another program, whose log has this name too, or without its log."""
+    name, value = change
+    for each in ("good", "odd"):
+        train(tmp_path / each)
+    log = tmp_path / "odd" / "dllogger.json"
+    rows = [json.loads(line[5:]) for line in log.read_text().splitlines()]
+    for row in rows:
+        row.get("data", {}).update({name: value} if name in row.get("data", {}) else {})
+    log.write_text("".join(f"DLLL {json.dumps(row)}\n" for row in rows))
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone" / "dllogger.json").symlink_to("/nowhere")
+    list_runs(RunsConfig(dir=str(tmp_path)))
+    out = capsys.readouterr().out
+    assert "good  done" in out and "gone  unreadable" in out and "odd   unreadable" in out
 
 
 @pytest.mark.parametrize(("name", "code"), [("none", CONFIGURATION), ("", DATA)])

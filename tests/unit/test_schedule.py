@@ -10,6 +10,7 @@ from hvd_vgg.training.schedule import (
     Due,
     epochs_to_steps,
     evaluation_steps,
+    is_evaluation_step,
     learning_rate,
     make_cadence,
     stop_poll_steps,
@@ -77,6 +78,10 @@ def test_evaluation_steps_end_with_the_run():
     config = TrainConfig(epochs=2.5, global_batch=32, eval_every_epochs=1)
     assert evaluation_steps(config, 75) == {3, 5, 6}
     assert evaluation_steps(TrainConfig(steps=9, eval_every_epochs=0), 75) == {9}
+    for every, batch, records in ((1, 32, 75), (0.1, 32, 75), (0.03, 7, 1000), (2.5, 64, 50), (1 / 3, 10, 30)):
+        config = TrainConfig(epochs=7, global_batch=batch, eval_every_epochs=every)
+        found = {step for step in range(-1, 1100) if is_evaluation_step(step, config, records)}
+        assert found == evaluation_steps(config, records)
 
 
 def test_learning_rate_step_divides_at_each_epoch():
