@@ -1,11 +1,13 @@
 """The `report` command: one page, of one run or of several side by side. Needs no TensorFlow; changes nothing in a run."""
 
+import functools
 import importlib.util
 import string
 import time
 from pathlib import Path
-from typing import Any, List, Sequence, Tuple
+from typing import Any, Callable, List, Sequence, Tuple
 
+from hvd_vgg.commands.history import History, read_history
 from hvd_vgg.commands.runs import describe_run
 from hvd_vgg.commands.same_run import compare_runs
 from hvd_vgg.commands.verify import check
@@ -16,6 +18,7 @@ from hvd_vgg.pages.report_page import Comparison, report_page
 from hvd_vgg.run_dir import RunDir, atomic_write_text, writing
 from hvd_vgg.text import plural
 
+_Histories = Callable[[str], History]  # by the letter of a run
 # verify-run reads every checkpoint; beyond this many bytes the page only names the command.
 _CHECKED_BYTES = 300_000_000
 _ENDINGS = 3  # renewals at which no run trains, after which --watch ends: the launcher may be restarting one
@@ -73,8 +76,10 @@ def make_page(runs: Sequence[RunDir], now: float, refresh_seconds: float = 0) ->
     """
     letters = [_letter(number) for number in range(len(runs))] if len(runs) > 1 else [""]
     facts = [read_facts(run, letter, *row_of(run)) for run, letter in zip(runs, letters)]
-    checks = [_checks(each, bool(refresh_seconds)) for each in facts]
-    comparisons = [_compare(facts[0], each, bool(refresh_seconds)) for each in facts[1:]]
+    logs = {each.letter: each.lines for each in facts}
+    histories = functools.lru_cache(maxsize=None)(lambda letter: read_history(logs[letter]))  # each log is replayed once
+    checks = [_checks(each, histories, bool(refresh_seconds)) for each in facts]
+    comparisons = [_compare((facts[0], each), histories, bool(refresh_seconds)) for each in facts[1:]]
     return report_page(facts, checks, comparisons, now, refresh_seconds)
 
 
@@ -84,7 +89,7 @@ def _letter(number: int) -> str:
     return string.ascii_uppercase[index] + (str(again + 1) if again else "")
 
 
-def _checks(facts: Facts, again: bool) -> Any:
+def _checks(facts: Facts, histories: _Histories, again: bool) -> Any:
     """Returns what verify-run finds without the data, or why it was not asked."""
     if again:
         return "asked when the run has ended"
@@ -94,7 +99,7 @@ def _checks(facts: Facts, again: bool) -> Any:
     if size > _CHECKED_BYTES:
         return f"not asked: it reads {size / 1e9:.1f} GB of checkpoints"
     try:
-        return list(check(facts.run.path))
+        return list(check(facts.run.path, histories(facts.letter)))
     except DAMAGED as error:
         return f"it failed: {type(error).__name__}: {error}"
 
@@ -106,13 +111,14 @@ def _checkpoint_bytes(run: RunDir) -> int:
         return 0
 
 
-def _compare(first: Facts, other: Facts, again: bool) -> Comparison:
+def _compare(pair: Tuple[Facts, Facts], histories: _Histories, again: bool) -> Comparison:
     """Returns where two runs part, of their logs alone where their checkpoints are large."""
+    first, other = pair
     letters = (first.letter, other.letter)
     faults: List[str] = []
     weights = not again and _checkpoint_bytes(first.run) + _checkpoint_bytes(other.run) <= _CHECKED_BYTES
-    findings = compare_runs(first.run, other.run, weights)
     try:
+        findings = compare_runs(first.run, other.run, weights, [histories(letter) for letter in letters])
         while True:
             faults.append(next(findings))
     except StopIteration as done:

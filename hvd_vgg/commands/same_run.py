@@ -3,7 +3,7 @@
 What logs and checkpoints say is compared; that B's are as B left them is for `hvd-vgg verify-run B` to say.
 """
 
-from typing import Any, Dict, Iterator, Mapping, NamedTuple, Set
+from typing import Any, Dict, Iterator, Mapping, NamedTuple, Optional, Sequence, Set
 
 from hvd_vgg.commands.history import PASS, UNKNOWN, Attempt, Findings, History, read_history
 from hvd_vgg.config import ModelConfig, fingerprint
@@ -34,17 +34,21 @@ class Course(NamedTuple):
         return Course(losses, {step: state for step, state in self.states.items() if step <= end})
 
 
-def compare_runs(run: RunDir, other: RunDir, weights: bool = True) -> Findings:
+def compare_runs(
+    run: RunDir, other: RunDir, weights: bool = True, histories: Optional[Sequence[History]] = None
+) -> Findings:
     """Yields how two runs differ and where they part, in one sentence; returns what is equal if they do not.
 
     A run that has not come as far as the other is the same so far. weights: whether to compare those of checkpoints,
-    which are read where they differ.
+    which are read where they differ; histories: of the logs, if they have been read.
     """
-    histories = [read_history(receipt.read_log(each.log)) for each in (run, other)]
+    if histories is None:
+        histories = [read_history(receipt.read_log(each.log)) for each in (run, other)]
     courses = [_read_course(history) for history in histories]
     end = min(course.end for course in courses)
     if not end:
-        return UNKNOWN, "one of them has trained nothing yet"
+        pairs = zip((run, other), histories, courses)
+        return UNKNOWN, "; ".join(_why_nothing(each, history) for each, history, course in pairs if not course.end)
     mine, theirs = (course.until(end) for course in courses)
     states = sorted({*mine.states} & {*theirs.states})
     saved = sorted(_saved_steps(run, end) & _saved_steps(other, end)) if weights else []
@@ -65,6 +69,15 @@ def compare_runs(run: RunDir, other: RunDir, weights: bool = True) -> Findings:
     if courses[0].end != courses[1].end:
         text = f"so far: {text}; the run ends at step {courses[0].end}, the other at step {courses[1].end}"
     return PASS if states or saved else UNKNOWN, text
+
+
+def _why_nothing(run: RunDir, history: History) -> str:
+    """Returns why a log has nothing that a run trained."""
+    if not any(line.kind for line in history.lines):
+        return f"{run.path} has no log that can be read"
+    if any(line.kind == "train" for line in history.lines) and not history.select("train"):
+        return f"the log of {run.path} has updates, but not the start, with its configuration, that they belong to"
+    return f"{run.path} has trained nothing yet"
 
 
 def _read_course(history: History) -> Course:

@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import Any, Dict, Iterator
+from typing import Any, Dict, Iterator, Optional
 
 from hvd_vgg.commands.history import (
     DAMAGED,
@@ -71,10 +71,10 @@ def verify_run(config: VerifyConfig) -> None:
     console.say(f"{verdicts.count(PASS)} passed, {verdicts.count(UNKNOWN)} unknown")
 
 
-def check(run_dir: Path) -> Iterator[Check]:
-    """Yields every check that needs no data."""
+def check(run_dir: Path, history: Optional[History] = None) -> Iterator[Check]:
+    """Yields every check that needs no data; history: of the log, if it has been read."""
     run = RunDir(run_dir)
-    history = read_history(receipt.read_log(run.log))
+    history = read_history(receipt.read_log(run.log)) if history is None else history
     yield from _conclude("log", _check_log(history))
     yield from history.checks
     yield from _conclude("restarts.jsonl", _check_restarts(run, history))

@@ -8,7 +8,7 @@ import numpy as np
 from hvd_vgg.config import reference_points
 from hvd_vgg.pages.curves import Curve, updates_per_epoch
 from hvd_vgg.pages.facts import Facts
-from hvd_vgg.pages.figures import Line, curves, framed, keys, legend, stack
+from hvd_vgg.pages.figures import Line, curves, framed, keys, legend, stack, style
 from hvd_vgg.pages.markup import Markup
 
 _LABELS = {"epochs": "epochs", "hours": "hours since the first start"}
@@ -37,18 +37,17 @@ def _reference(runs: Sequence[Facts], axis: str) -> List[Line]:
 def draw_curves(runs: Sequence[Facts], axis: str) -> Iterator[Markup]:
     """Yields the figures that the logs of some runs have; axis: `epochs` or `hours`.
 
-    Of one run each quantity has a colour, of several each run.
+    Of one run each quantity has a colour, of several each run, and runs whose colours are the same have other styles.
     """
     alone = len(runs) == 1
 
     def lines(*wanted: Sequence[str]) -> List[Line]:
-        styles = ("solid", "dashed", "dashdot", "dotted")
         return [
             line
             for number, facts in enumerate(runs, 1)
             for index, (name, label) in enumerate(wanted)
             for line in _line(
-                *(facts, name, axis, label, index + 1 if alone else number, "solid" if alone else styles[index % 4])
+                *(facts, name, axis, label, index + 1 if alone else number, "solid" if alone else style(number, index))
             )
         ]
 

@@ -136,18 +136,23 @@ def _missing_lines(run: RunDir, lines: Sequence[LogLine]) -> List[str]:
 
 
 def _read_classes(run: RunDir) -> List[ClassRow]:
-    """Returns the rows of class_hits.csv; raises ValueError for what is none."""
+    """Returns the rows of class_hits.csv; raises ValueError for what is none, or cannot be."""
     text = storage.read_bytes(run.class_hits).decode("utf-8", "replace")
     reader = csv.DictReader(io.StringIO(text, newline=""))
     if not set(_CLASS_COLUMNS) <= set(reader.fieldnames or ()):
         raise ValueError(f"expected the columns {','.join(_CLASS_COLUMNS)}")
     try:
-        return [
+        rows = [
             ClassRow(int(row["class"]), row["name"] or "", *(int(row[name]) for name in _CLASS_COLUMNS[2:]))
             for row in reader
         ]
     except (csv.Error, TypeError) as error:
         raise ValueError(str(error)) from error
+    for row in rows:
+        if not 0 <= row.top1 <= row.top5 <= row.records:
+            counts = f"{row.top1}, {row.top5} and {row.records}"
+            raise ValueError(f"class {row.label}: expected 0 <= top1_hits <= top5_hits <= records, found {counts}")
+    return rows
 
 
 def hosts_of(facts: Facts) -> List[Tuple[str, int]]:

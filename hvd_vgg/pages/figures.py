@@ -35,7 +35,18 @@ _STYLE = {
 _SIZE = 4.6, 2.8  # small, so that its text can be read on a phone
 _BORDERS = {"left": 0.16, "right": 0.97, "top": 0.96, "bottom": 0.18}
 TIMES = {"input": 2, "compute": 3, "network": 1, "stragglers": 5}  # the colour of each part of a rank's time
-_DASHES = {"solid": "", "dashed": "5 3", "dotted": "1.5 3", "dashdot": "6 3 1.5 3"}
+# Lengths of strokes and gaps. Where a figure has several runs, each of its quantities has a style of a group of three; after
+# SERIES runs another group follows, so that runs of the same colour can be told apart.
+_DASHES = dict(
+    [
+        *(("solid", ""), ("dashed", "5 3"), ("dashdot", "6 3 1.5 3")),
+        *(("long", "11 3"), ("long-dot", "11 3 1.5 3"), ("long-dots", "11 3 1.5 3 1.5 3")),
+        *(("short", "2.5 2.5"), ("short-dots", "4 2 1.5 2 1.5 2"), ("short-long", "3 2 9 2")),
+        ("dotted", "1.5 3"),
+    ]
+)
+_STYLES = [name for name in _DASHES if name != "dotted"]  # which is that of reference curves
+_QUANTITIES = 3
 
 
 class Line(NamedTuple):
@@ -56,6 +67,12 @@ def colour(index: int) -> str:
     return f"var(--c{(index - 1) % SERIES + 1})" if index else "var(--ink)"
 
 
+def style(series: int, quantity: int) -> str:
+    """Returns the style of a quantity (0, 1 or 2) of a run; series: as in `colour`. More than 3 * SERIES runs begin anew."""
+    group = (series - 1) // SERIES
+    return _STYLES[(group * _QUANTITIES + quantity % _QUANTITIES) % len(_STYLES)]
+
+
 def curves(anchor: str, lines: Sequence[Line], x_label: str, log: bool = False, least: Optional[float] = None) -> Markup:
     """Returns the SVG of lines; nothing where no line has a point. anchor: letters, digits and `-`, unique in a page.
 
@@ -71,7 +88,9 @@ def curves(anchor: str, lines: Sequence[Line], x_label: str, log: bool = False, 
             if line.low is not None and line.high is not None and len(line.x) > 1:
                 axes.fill_between(line.x, line.low, line.high, color=drawn, alpha=0.2, linewidth=0)
             few = len(line.x) == 1
-            axes.plot(line.x, line.y, color=drawn, linestyle=line.style, linewidth=1.5, marker="o" if few else line.marker)
+            dashes = tuple(float(each) / 1.5 for each in _DASHES[line.style].split())  # in widths of the line
+            shape: Any = (0, dashes) if dashes else "solid"
+            axes.plot(line.x, line.y, color=drawn, linestyle=shape, linewidth=1.5, marker="o" if few else line.marker)
         if log and all(np.nanmin(line.y) > 0 for line in shown):
             _scale_by_decades(axes, [np.nanmin(line.y) for line in shown], [np.nanmax(line.y) for line in shown])
         elif least is not None:

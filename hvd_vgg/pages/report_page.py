@@ -1,7 +1,7 @@
 """The page of `hvd-vgg report`: of one run, or of several side by side."""
 
 import dataclasses
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 from hvd_vgg import __version__
 from hvd_vgg.config import TrainConfig
@@ -14,7 +14,12 @@ from hvd_vgg.pages.markup import Markup, bullets, code, join, page, paragraph, s
 from hvd_vgg.text import plural
 
 # Of these runs differ by nature.
-_OWN = {"run_dir", "console", "metrics_file", "checkpoint_copy_dir"}
+_OWN = {"run_dir", "console", "verbose", "metrics_file", "predictions_file", "checkpoint_copy_dir"}
+_UNKNOWN = "-"  # in the tables of differences: the log does not say
+_NAMED = 6  # flags or packages that one sentence names
+
+
+_Row = Tuple[str, List[str]]  # a name with the value of each run
 
 
 class Comparison(NamedTuple):
@@ -104,8 +109,8 @@ def _side_by_side(runs: Sequence[Facts]) -> Markup:
             sections.format_number(found.get("fps"), ".1f"),
             sections.format_number(facts.goodput.get("goodput"), ".1%"),
         ]
-        state = f"{facts.state}{': ' if facts.reason else ''}{facts.reason}"
-        rows.append([facts.letter, sections.short(facts.run.path), sections.short(state), *cells, ranks_of(facts) or "-"])
+        state = sections.short(sections.state_text(facts))
+        rows.append([facts.letter, sections.short(facts.run.path), state, *cells, ranks_of(facts) or "-"])
     headings = ("run", "directory", "state", "acc@1", "acc@5", "updates", "epochs", "images/s", "goodput", "ranks")
     return section("side-by-side", "Side by side", table(headings, rows, "The runs", numbers=range(3, 10)))
 
@@ -114,25 +119,39 @@ def _differences(runs: Sequence[Facts], comparisons: Sequence[Comparison]) -> Ma
     """Returns what differs in flags, software and hosts, and where runs part in bits."""
     parted = [_where_they_part(each) for each in comparisons]
     headings = ("", *(facts.letter for facts in runs))
-    parts = [
-        (f"--{field.name}", [_flag(facts, field.name) for facts in runs])
-        for field in dataclasses.fields(TrainConfig)
-        if field.name not in _OWN
-    ]
-    flags = [[name, *values] for name, values in parts if len(set(values)) > 1]
-    software = [[name, *values] for name, values in _software(runs) if len(set(values)) > 1]
+    names = [field.name for field in dataclasses.fields(TrainConfig) if field.name not in _OWN]
+    flags = [(f"--{name}", [_flag(facts, name) for facts in runs]) for name in names]
+    software = _software(runs)
+    silent = [*_silent(runs, flags, "flag"), *_silent(runs, software, "item of data, hosts and software")]
+    known = ", as far as the logs say" if silent else ""
     return section(
         "differences",
         "Differences",
+        join([paragraph("Left out of the comparison:"), bullets(silent)]) if silent else "",
         paragraph("As ", code("hvd-vgg verify-run A --same_as=B"), " compares them:"),
         bullets(parted),
-        table(headings, flags, "Flags that differ")
-        if flags
-        else paragraph("All flags are the same but for paths and console."),
-        table(headings, software, "Data, hosts and software that differ")
-        if software
-        else paragraph("Data, hosts and software are the same."),
+        _table_of(headings, flags, "Flags that differ")
+        or paragraph(f"All flags but those of paths and console are the same{known}."),
+        _table_of(headings, software, "Data, hosts and software that differ")
+        or paragraph(f"Data, hosts and software are the same{known}."),
     )
+
+
+def _table_of(headings: Sequence[str], rows: Sequence[_Row], caption: str) -> Markup:
+    """Returns the table of rows in which known values differ; nothing where there is none."""
+    differing = [[name, *values] for name, values in rows if len({*values} - {_UNKNOWN}) > 1]
+    return table(headings, differing, caption) if differing else Markup()
+
+
+def _silent(runs: Sequence[Facts], rows: Sequence[_Row], noun: str) -> Iterator[str]:
+    """Yields for each run of whose log some of the rows' values are missing a sentence that says which."""
+    for index, facts in enumerate(runs):
+        missing = [name for name, values in rows if values[index] == _UNKNOWN]
+        if len(missing) == len(rows):
+            yield f"The log of {facts.letter} has no {noun}."
+        elif missing:
+            more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+            yield sections.short(f"The log of {facts.letter} does not have {', '.join(missing[:_NAMED])}{more}.")
 
 
 def _where_they_part(found: Comparison) -> Markup:
@@ -147,24 +166,27 @@ def _where_they_part(found: Comparison) -> Markup:
 
 
 def _flag(facts: Facts, name: str) -> str:
-    return sections.short(sections.flag_text(facts.flags[name])) if name in facts.flags else "unknown"
+    return sections.short(sections.flag_text(facts.flags[name])) if name in facts.flags else _UNKNOWN
 
 
-def _software(runs: Sequence[Facts]) -> List[Tuple[str, List[str]]]:
+def _software(runs: Sequence[Facts]) -> List[_Row]:
     """Returns rows of everything else that may decide speed or bits, with each run's value."""
     columns: List[Dict[str, Any]] = []
     for facts in runs:
         start = facts.start
         column = {f"{split} data, sha256": records_of(facts, split).get("sha256") for split in ("train", "validation")}
-        column.update(hosts=sections.joined_hosts(facts), ranks=ranks_of(facts) or None)
+        column.update(hosts=sections.joined_hosts(facts) or None, ranks=ranks_of(facts) or None)
         for name in ("code", "packages", "environment", "arithmetic"):
             column.update({f"{name}: {key}": value for key, value in mapping(start.get(name)).items()})
         column.update({key: value for key, value in facts.software.items() if key in ("horovod", "controller", "device")})
         columns.append(column)
-    every = dict.fromkeys(name for column in columns for name in column)
+    every = dict.fromkeys(name for column in columns for name, value in column.items() if value is not None)
 
-    def value(column: Dict[str, Any], name: str) -> str:
-        text = sections.short(column.get(name, "-"))
+    def value(facts: Facts, column: Dict[str, Any], name: str) -> str:
+        if column.get(name) is None:  # a log has the variables that were set, and so says of the others that they were not
+            unset = name.startswith("environment: ") and isinstance(facts.start.get("environment"), dict)
+            return "not set" if unset else _UNKNOWN
+        text = sections.short(column[name])
         return text[:16] if name.lower().endswith("sha256") else text
 
-    return [(name, [value(column, name) for column in columns]) for name in every]
+    return [(name, [value(facts, column, name) for facts, column in zip(runs, columns)]) for name in every]

@@ -12,6 +12,7 @@ from hvd_vgg.pages.facts import Facts, hosts_of, ranks_of, records_of
 from hvd_vgg.pages.figures import TIMES, colour, framed, keys, timeline
 from hvd_vgg.pages.markup import Markup, bullets, code, details, join, pairs, paragraph, section, table, tag
 from hvd_vgg.reporting.goodput import PARTS
+from hvd_vgg.reporting.table import order_of_class
 from hvd_vgg.reporting.throughput import per_host
 from hvd_vgg.text import format_duration, plural
 
@@ -19,7 +20,8 @@ _EVENTS, _EVALUATIONS, _RANKS, _CLASSES = 100, 200, 32, 20  # rows of tables
 _TEXT = 300  # characters of a text that a file has
 _SHARES = ("input", "compute", "network", "straggler_wait")
 _VERDICTS = {"pass": "good", "fail": "bad", "unknown": "note"}
-_WORDS = {"training": "It trains.", "done": "It is done.", "stopped": "It was stopped.", "failed": "It failed."}
+_WORDS = {"training": "It trains", "done": "It is done", "stopped": "It was stopped", "failed": "It failed"}
+_WORDS["unreadable"] = "It cannot be read"
 
 
 def short(value: Any) -> str:
@@ -34,6 +36,26 @@ def format_number(value: Any, form: str = "", unknown: str = "-") -> str:
     return unknown if math.isnan(found) else format(found, form)
 
 
+def format_count(value: Any) -> str:
+    """Returns a count or step of a log; `-` for what is none."""
+    found = whole(value)
+    return str(found) if found >= 0 else "-"
+
+
+def state_text(facts: Facts) -> str:
+    """Returns state and reason, as `runs` has them, as one sentence."""
+    words, reason = _WORDS.get(facts.state, facts.state.capitalize()), facts.reason.strip()
+    if not reason:
+        return f"{words}."
+    if reason.startswith("on "):  # a host, or request
+        text = f"{words} {reason}"
+    elif reason.startswith("it "):
+        text = f"{words} and {reason[len('it ') :]}"
+    else:
+        text = f"{words}: {reason}"
+    return text if text.endswith((".", "!", "?")) or "hvd-vgg " in reason else f"{text}."
+
+
 def anchor_of(facts: Facts, name: str) -> str:
     """Returns the anchor of a section of a run."""
     return f"{name}-{facts.letter.lower()}" if facts.letter else name
@@ -41,8 +63,7 @@ def anchor_of(facts: Facts, name: str) -> str:
 
 def overview(facts: Facts) -> Markup:
     """Returns what became of a run, and what of it is missing."""
-    words = _WORDS.get(facts.state, facts.state)
-    state = short(f"{words.rstrip('.')}: {facts.reason}" if facts.reason else words)
+    state = short(state_text(facts))
     kind = {"done": "good", "failed": "bad", "unreadable": "bad"}.get(facts.state, "")
     missing = join([paragraph(tag("strong", "Missing or damaged:")), bullets(map(short, facts.missing))])
     parts = [paragraph(tag("span", state, f'class="{kind}"'))]
@@ -64,21 +85,19 @@ def _figure(facts: Facts) -> Markup:
         return paragraph("There is no result yet.")
     rows: List[Tuple[Any, Any]] = [
         ("acc@1", f"{hits} of {records} validation records"),
-        ("acc@5", f"{top5} of {records}: {top5 / records:.4f}"),
+        ("acc@5", f"{top5} of {records}: {top5 / records:.4f}" if top5 >= 0 else "-"),
     ]
     average = whole(found.get("average_top1_hits", newest.get("eval.average_top1_hits")))
     if average >= 0:
         rows.append(("acc@1 of the average of weights", f"{average} of {records}: {average / records:.4f}"))
     best = max(facts.evaluations, key=lambda line: whole(line.data.get("eval.top1_hits")), default=None)
     if best is not None and whole(best.data.get("eval.top1_hits")) > hits:
-        rows.append(("best evaluation", f"{format_number(best.data.get('eval.acc@1'), '.4f')} after step {best.step}"))
-    steps = whole(found.get("steps"), facts.evaluations[-1].step if facts.evaluations else -1)
-    rows.append(
-        (
-            "of",
-            f"{steps} updates, {format_number(found.get('epochs', steps / updates_per_epoch(facts.lines)), '.2f')} epochs",
+        rows.append(
+            ("best evaluation", f"{format_number(best.data.get('eval.acc@1'), '.4f')} after step {format_count(best.step)}")
         )
-    )
+    steps = whole(found.get("steps"), whole(facts.evaluations[-1].step) if facts.evaluations else -1)
+    epochs = found.get("epochs", steps / updates_per_epoch(facts.lines) if steps >= 0 else None)
+    rows.append(("of", f"{format_count(steps)} updates, {format_number(epochs, '.2f')} epochs"))
     if found.get("fps"):
         spread = format_number(found.get("fps_jitter"), ".1f")
         rows.append(
@@ -238,11 +257,12 @@ def evaluations(facts: Facts, level: int) -> Markup:
     per_epoch, shown = updates_per_epoch(facts.lines), found[-_EVALUATIONS:]
 
     def row(data: Dict[str, Any], step: int) -> List[Any]:
-        cells = [step, format_number(step / per_epoch, ".2f"), format_number(data.get("eval.acc@1"), ".4f")]
+        epoch = format_number(step / per_epoch if step >= 0 else None, ".2f")
+        cells = [format_count(step), epoch, format_number(data.get("eval.acc@1"), ".4f")]
         cells += [
             format_number(data.get("eval.acc@5"), ".4f"),
-            whole(data.get("eval.top1_hits")),
-            whole(data.get("eval.records")),
+            format_count(data.get("eval.top1_hits")),
+            format_count(data.get("eval.records")),
         ]
         cells += [format_number(data.get("eval.loss"), ".4f")]
         cells += [format_number(data.get("eval.average_acc@1"), ".4f")] * averages
@@ -299,16 +319,33 @@ def classes(facts: Facts, level: int) -> Markup:
     known = [row for row in facts.classes if row.records > 0]
     if not known:
         return Markup()
-    worst = sorted(known, key=lambda row: (row.top1 / row.records, -row.records, row.label))[:_CLASSES]
+    worst = sorted(known, key=lambda row: order_of_class(row.top1, row.records, row.label))[:_CLASSES]
     rows = [
         (row.label, short(row.name) or "-", f"{row.top1 / row.records:.4f}", row.top1, row.top5, row.records)
         for row in worst
     ]
     headings = ("class", "name", "acc@1", "top-1 hits", "top-5 hits", "records")
     caption = f"The {len(worst)} of {len(known)} classes with the least acc@1"
-    return section(
-        *(anchor_of(facts, "classes"), "Worst classes", table(headings, rows, caption, numbers=(0, 2, 3, 4, 5))), level=level
-    )
+    listed = table(headings, rows, caption, numbers=(0, 2, 3, 4, 5))
+    about = paragraph(_origin_of_classes(facts), kind="note")
+    return section(anchor_of(facts, "classes"), "Worst classes", about, listed, level=level)
+
+
+def _origin_of_classes(facts: Facts) -> str:
+    """Returns of which evaluation class_hits.csv is, by its totals: of the newest that has them."""
+    names = ("top1_hits", "top5_hits", "records")
+    totals = tuple(sum(column) for column in zip(*((row.top1, row.top5, row.records) for row in facts.classes)))
+    found = [line for line in facts.evaluations if tuple(line.data.get(f"eval.{name}") for name in names) == totals]
+    result = tuple(facts.result.get(name) for name in (*names[:2], "records_evaluated"))
+    of = f"class_hits.csv, {totals[0]} top-1 and {totals[1]} top-5 hits of {plural(totals[2], 'record')}"
+    if found and found[-1] is facts.evaluations[-1]:
+        return f"{of}, is of the newest evaluation, after step {format_count(found[-1].step)}."
+    if found:
+        steps = [format_count(line.step) for line in (found[-1], facts.evaluations[-1])]
+        return f"{of}, is of an earlier evaluation, after step {steps[0]}; the newest is after step {steps[1]}."
+    if result == totals and not facts.evaluations:
+        return f"{of}, is of the evaluation that result.json has."
+    return f"{of}, is of no evaluation that the log has."
 
 
 def made_at(now: float) -> str:
@@ -317,5 +354,5 @@ def made_at(now: float) -> str:
 
 
 def joined_hosts(facts: Facts) -> str:
-    """Returns the hosts of a run with their ranks, for a table."""
-    return ", ".join(f"{host} x {ranks}" for host, ranks in hosts_of(facts)[:16]) or "?"
+    """Returns the hosts of a run with their ranks, for a table; "" where the log does not say."""
+    return ", ".join(f"{host} x {ranks}" for host, ranks in hosts_of(facts)[:16])

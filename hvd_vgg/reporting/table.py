@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from typing import Any, Dict, Iterable, Iterator, Optional
+from typing import Any, Dict, Iterable, Iterator, Optional, Tuple
 
 Row = Dict[str, Any]
 
@@ -38,6 +38,11 @@ def _csv_line(values: Iterable[Any]) -> str:
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerow(list(values))
     return file.getvalue()
+
+
+def order_of_class(hits: int, records: int, label: int) -> Tuple[float, int, int]:
+    """Returns the key that sorts classes that have records: smaller shares of hits first, more records, lower numbers."""
+    return hits / records, -records, label
 
 
 def rounded(probability: float) -> Optional[float]:

@@ -15,7 +15,7 @@ from hvd_vgg.data.index import Index
 from hvd_vgg.errors import BUG, Failure
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import run_on_root
-from hvd_vgg.reporting.table import Row, rounded, table_lines
+from hvd_vgg.reporting.table import Row, order_of_class, rounded, table_lines
 from hvd_vgg.run_dir import RunDir, atomic_write_lines, writing
 from hvd_vgg.training.evaluate import TOP, Evaluation, gather_rows
 from hvd_vgg.watchdog import watchdog
@@ -71,7 +71,7 @@ def class_rows(counts: np.ndarray, names: Sequence[str]) -> Iterator[Row]:
 def worst_classes(counts: np.ndarray, names: Sequence[str]) -> str:
     """Returns lines with the classes that have the smallest share of top-1 hits, more records and lower numbers first."""
     rows = [row for row in class_rows(counts, names) if row["records"]]
-    rows.sort(key=lambda row: (row["top1_hits"] / row["records"], -row["records"], row["class"]))
+    rows.sort(key=lambda row: order_of_class(row["top1_hits"], row["records"], row["class"]))
     lines = [
         f"  acc@1 {row['top1_hits'] / row['records']:.4f}  acc@5 {row['top5_hits'] / row['records']:.4f}  of "
         f"{row['records']:5d}  class {row['class']}  {row['name']}".rstrip()

@@ -14,6 +14,7 @@ import pytest
 import test_verify
 from test_verify import Killed, train
 
+from hvd_vgg.commands import history, same_run, verify
 from hvd_vgg.commands import report as command
 from hvd_vgg.commands.report import make_page
 from hvd_vgg.config import ReportConfig
@@ -21,7 +22,9 @@ from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, USAGE, Failure
 from hvd_vgg.flags import parse_flags
 from hvd_vgg.pages import figures, style
 from hvd_vgg.pages.curves import POINTS, made_again, number, read_curves, whole
+from hvd_vgg.pages.facts import read_facts
 from hvd_vgg.pages.markup import Markup, escape, table
+from hvd_vgg.pages.run_sections import state_text
 from hvd_vgg.pages.timeline import spans
 from hvd_vgg.reporting.goodput import PARTS, Goodput
 from hvd_vgg.reporting.log import RunLog
@@ -280,6 +283,113 @@ def test_report_lists_the_worst_classes(brief):
     assert "1 - 0.1000 1 2 10" in text and text.index("1 - 0.1000") < text.index("0 a, b 0.9000")
     (brief / "class_hits.csv").write_text("class,name\n0,x\n")
     assert "class_hits.csv: damaged" in page_of(brief).text
+
+
+def log_of(path, flags=None, start=None, evaluations=(), updates=0):
+    """Writes a log of these rows; returns its directory."""
+    path.mkdir()
+    log = RunLog(path, False, None)
+    if flags is not None:
+        log.log("PARAMETER", flags)
+    if start is not None:
+        log.event("start", **{"step": 0, "ranks": 1, "hosts": ["a"], "data": {"train": {"records": 20}}, **start})
+    if updates:
+        log.log((0, updates), {"train.loss": 1.0, "train.losses": [1.0] * updates})
+    for step, row in enumerate(evaluations, 1):
+        log.log((step, step), {f"eval.{name}": value for name, value in row.items()})
+    log.close()
+    return path
+
+
+def test_report_compares_what_both_logs_say(tmp_path):
+    """A run without a configuration, and one that lacks flags, differ in none of what they do not say."""
+    ones = {"packages": {"numpy": "1"}, "environment": {"A": "1"}}
+    first = log_of(tmp_path / "a", {"seed": 1, "momentum": 0.9, "verbose": True, "predictions_file": "/a.csv"}, ones)
+    older = log_of(tmp_path / "b", {"seed": 2, "verbose": False, "predictions_file": "/b.csv"}, {**ones, "environment": {}})
+    silent = log_of(tmp_path / "c")
+    text = page_of(first, older, silent).text
+    differences = text[text.index("Left out of the comparison:") : text.index("Curves", text.index("Flags that differ"))]
+    assert "The log of C has no flag." in differences and "The log of B does not have --" in differences
+    assert "The log of C has no item of data, hosts and software." in differences
+    assert "--seed 1 2 -" in differences and "environment: A 1 not set -" in differences
+    table = differences[differences.index("Flags that differ") :]
+    assert not any(word in table for word in ("--momentum", "--verbose", "--predictions_file", "numpy"))
+
+
+def test_same_run_says_that_a_log_has_no_start(tmp_path):
+    """A log with updates has not trained nothing; one without any has."""
+    headless = log_of(tmp_path / "a", updates=2)
+    (tmp_path / "b").mkdir()
+    text = page_of(headless, tmp_path / "b").text
+    assert f"the log of {headless} has updates, but not the start" in text and "trained nothing" not in text
+    assert f"{tmp_path / 'b'} has no log that can be read" in text
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "expected"),
+    [
+        ("done", "", "It is done."),
+        ("training", "on other, by its newest line", "It trains on other, by its newest line."),
+        ("stopped", "on request; the same command goes on", "It was stopped on request; the same command goes on."),
+        ("failed", "it left no reason: killed", "It failed and left no reason: killed."),
+        ("failed", "rank 3 on b: it hung", "It failed: rank 3 on b: it hung."),
+        ("failed", "not finite: hvd-vgg replay run", "It failed: not finite: hvd-vgg replay run"),
+        ("unreadable", "there is no log", "It cannot be read: there is no log."),
+        ("waiting", "", "Waiting."),
+    ],
+)
+def test_state_of_a_run_is_one_sentence(state, reason, expected, tmp_path):
+    assert state_text(read_facts(RunDir(tmp_path), "", state, reason)) == expected
+
+
+def test_report_shows_no_count_that_is_none(tmp_path):
+    """A result without top-5 hits, and an evaluation without hits and records."""
+    path = log_of(tmp_path / "a", {"global_batch": 10}, {}, [{"top1_hits": 3, "records": 100}, {"loss": 1.0}])
+    (path / "result.json").write_text(json.dumps({"top1_hits": 3, "records_evaluated": 100}))
+    text = page_of(path).text
+    shown = text[text.index("acc@1 0.0300") : text.index("to verify it")] + text[text.index("Evaluations; of") :]
+    assert "acc@5 - " in shown and "2 1.00 - - - - 1.0000" in shown and "-1" not in shown and "-0.0" not in shown
+
+
+def test_report_says_of_which_evaluation_the_classes_are(tmp_path):
+    rows = [{"top1_hits": 3, "top5_hits": 6, "records": 10}, {"top1_hits": 4, "top5_hits": 6, "records": 10}]
+    path = log_of(tmp_path / "a", {}, {}, rows)
+    for hits, expected in (
+        (4, "is of the newest evaluation, after step 2."),
+        (3, "is of an earlier evaluation, after step 1; the newest is after step 2."),
+        (2, "is of no evaluation that the log has."),
+    ):
+        (path / "class_hits.csv").write_text(f"class,name,records,top1_hits,top5_hits\n0,,10,{hits},6\n")
+        assert f"class_hits.csv, {hits} top-1 and 6 top-5 hits of 10 records, {expected}" in page_of(path).text
+
+
+@pytest.mark.parametrize("row", ["7,,10,11,11", "7,,10,-1,2", "7,,10,1,11", "7,,10,3,2", "7,,-1,0,0"])
+def test_class_hits_that_cannot_be_are_damaged(row, tmp_path):
+    (tmp_path / "class_hits.csv").write_text(f"class,name,records,top1_hits,top5_hits\n{row}\n")
+    facts = read_facts(RunDir(tmp_path), "", "", "")
+    assert not facts.classes and any(
+        "class_hits.csv: damaged" in each and "class 7: expected" in each for each in facts.missing
+    )
+
+
+def test_figures_tell_runs_of_one_colour_apart():
+    """Up to three times SERIES runs, with three quantities each: no two lines of a colour have the same style."""
+    drawn = [
+        (figures.colour(run), figures.style(run, which)) for run in range(1, 3 * style.SERIES + 1) for which in range(3)
+    ]
+    assert len({*drawn}) == len(drawn)
+    few = figures.Line("a", np.arange(3.0), np.arange(3.0), 7, "long-dots")
+    assert "stroke-dasharray: 11," in figures.curves("x", [few], "epochs") and "11 3 1.5 3" in figures.legend([few])
+
+
+def test_report_replays_each_log_once(brief, monkeypatch):
+    """However many runs it is compared with."""
+    read = []
+    monkeypatch.setattr(command, "read_history", lambda lines: read.append(1) or history.read_history(lines))
+    for module in (same_run, verify):
+        monkeypatch.setattr(module, "read_history", None)
+    text = page_of(brief, brief, brief).text
+    assert len(read) == 3 and "it failed: TypeError" not in text
 
 
 # ---- numbers
