@@ -350,7 +350,7 @@ def _parse_command(argv: List[str]) -> Any:
     shared = configs.TrainConfig if issubclass(kind, configs.ModelConfig) else None
     config = parse_flags(kind, given, shared=shared)
     weights = getattr(config, "weights", "") or (name == "predict" and config.run_dir)
-    if weights:
+    if weights and issubclass(kind, configs.ScoringConfig):
         return _parse_with_weights(kind, given, shared, Path(weights))
     if name not in ("evaluate", "replay"):
         return config

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 from support import picture, small_disk_at, write_data
 
+from hvd_vgg import __main__
 from hvd_vgg.commands.export import export, judge
 from hvd_vgg.config import ExportConfig, TrainConfig, fingerprint
 from hvd_vgg.data.transforms import eval_image
@@ -133,6 +134,13 @@ def test_export_safetensors_is_read_again(tmp_path):
         assert all((found.tensors[name] == value).all() for name, value in expected.tensors.items())
         assert not [name for name in checkpoint.load(path).tensors if name not in expected.tensors]
         assert load(path, False).class_names[1] == "ring, or two"
+
+
+def test_export_is_a_command(tmp_path, capsys):
+    run, out = write_run(tmp_path / "run"), tmp_path / "a.safetensors"
+    words = ["export", str(run), "--to=safetensors", f"--out={out}", "--check_images=1"]
+    assert __main__.run(words) == 0 and out.is_file()
+    assert __main__.run(words) == NOT_WRITTEN and "exists already" in capsys.readouterr().err
 
 
 def test_export_of_the_average_folded(tmp_path):
