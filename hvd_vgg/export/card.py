@@ -59,16 +59,20 @@ def pixels_text(network: Network) -> str:
 
 def accuracy_text(network: Network) -> str:
     """Returns the run's evaluation of these weights for people."""
-    found, flags = network.evaluation(), network.run_flags()
+    found = network.evaluation()
     if found is None:
         return "Not known: no receipt of a run beside the weights has an evaluation of them."
-    top1, top5, records = found
-    of = f" of {flags.data_dir}" if flags else ""
-    text = f"acc@1 {top1 / records:.4f}, acc@5 {top5 / records:.4f}: {top1} and {top5} of {records} validation records{of}"
-    if flags and flags.evaluated_size != network.config.image_size:
-        text += f", at {flags.evaluated_size} pixels"
-    if flags and flags.eval_flip:
+    flags, records = found.flags, found.records
+    counts = f"{found.top1} and {found.top5} of {records} validation records"
+    text = f"acc@1 {found.top1 / records:.4f}, acc@5 {found.top5 / records:.4f}: {counts}"
+    if flags.get("data_dir"):
+        text += f" of {flags['data_dir']}"
+    if flags.get("eval_size") not in (None, 0, network.config.image_size):
+        text += f", at {flags['eval_size']} pixels"
+    if flags.get("eval_flip"):
         text += ", with --eval_flip"
+    if flags.get("precision"):
+        text += f", with --precision={flags['precision']}"
     return f"{text}, by the run itself."
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import json
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,15 @@ from hvd_vgg.weights.source import Source
 
 _NETWORK_FLAGS = ("model", "width", "num_classes", "image_size", "head")
 _MOST_CHARACTERS = 200  # of the name of a class
+
+
+class Evaluated(NamedTuple):
+    """A run's evaluation of a network: top-1 hits, top-5 hits, records; flags: of its process, {} where unknown."""
+
+    top1: int
+    top5: int
+    records: int
+    flags: Dict[str, Any]
 
 
 class Network(NamedTuple):
@@ -43,13 +52,15 @@ class Network(NamedTuple):
     run_dir: Optional[Path]
     average: bool
 
-    def evaluation(self) -> Optional[Tuple[int, int, int]]:
-        """Returns top-1 hits, top-5 hits and records of the run's evaluation of these weights, if its receipt has one."""
-        found = receipt.read(RunDir(self.run_dir)) if self.run_dir else None
+    def evaluation(self) -> Optional[Evaluated]:
+        """Returns the run's evaluation of these weights, if its receipt has one."""
+        if self.run_dir is None:
+            return None
+        run = RunDir(self.run_dir)
         names = [f"eval.{'average_' * self.average}{name}" for name in ("top1_hits", "top5_hits")] + ["eval.records"]
-        for row in reversed((found or {}).get("evaluations", [])):
+        for row in reversed((receipt.read(run) or {}).get("evaluations", [])):
             if row.get("eval.state_sha256") == self.meta.get("state_sha256") and None not in map(row.get, names):
-                return row[names[0]], row[names[1]], row[names[2]]
+                return Evaluated(row[names[0]], row[names[1]], row[names[2]], _flags_of_evaluation(run, row))
         return None
 
     def run_flags(self) -> Optional[TrainConfig]:
@@ -60,6 +71,17 @@ class Network(NamedTuple):
         with contextlib.suppress(Failure):
             return parse_flags(TrainConfig, [f"--flagfile={path}"])
         return None
+
+
+def _flags_of_evaluation(run: RunDir, row: Dict[str, Any]) -> Dict[str, Any]:
+    """Returns the flags of the process that made an evaluation of the receipt: flags.txt may be a later one's."""
+    flags: Dict[str, Any] = {}
+    for line in receipt.read_log(run.log):
+        if line.number == row.get("line"):
+            return flags if line.data.get("eval.state_sha256") == row["eval.state_sha256"] else {}
+        if line.kind in ("METADATA", "PARAMETER"):  # the former begin what a process logs
+            flags = line.data if line.kind == "PARAMETER" else {}
+    return {}
 
 
 def load(path: Path, average: bool) -> Network:

@@ -15,12 +15,15 @@ from hvd_vgg.config import ExportConfig, TrainConfig, fingerprint
 from hvd_vgg.data.transforms import eval_image
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, USAGE, Failure
 from hvd_vgg.export import onnx_graph, own_file, saved_model
+from hvd_vgg.export.card import accuracy_text
 from hvd_vgg.export.check import choose_images, relative_difference, run_elsewhere
 from hvd_vgg.export.forms import FORMS, Checks
 from hvd_vgg.export.network import folded, load, reference_logits
 from hvd_vgg.export.placing import put, require_new, scratch_beside
 from hvd_vgg.flags import parse_flags
 from hvd_vgg.models.architecture import layers_of
+from hvd_vgg.reporting import receipt
+from hvd_vgg.reporting.log import RunLog
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.training import checkpoint
 from hvd_vgg.training.weights import read_weights
@@ -141,6 +144,24 @@ def test_export_is_a_command(tmp_path, capsys):
     words = ["export", str(run), "--to=safetensors", f"--out={out}", "--check_images=1"]
     assert __main__.run(words) == 0 and out.is_file()
     assert __main__.run(words) == NOT_WRITTEN and "exists already" in capsys.readouterr().err
+
+
+def test_card_has_the_flags_of_the_evaluation(tmp_path):
+    """Not those of a later start, which flags.txt has; none where the log is not the receipt's."""
+    path = write_run(tmp_path / "run")
+    run, digest = RunDir(path), load(path, False).meta["state_sha256"]
+    counts = {"eval.top1_hits": 3, "eval.top5_hits": 5, "eval.records": 10, "eval.loss": 1.0}
+    for data, flip in (("first", True), ("second", False)):
+        log = RunLog(path, False, None)
+        log.log("PARAMETER", {"data_dir": data, "eval_flip": flip, "eval_size": 96 * flip, "precision": "bfloat16"})
+        log.log((1, 7), {**counts, "eval.state_sha256": digest if flip else "other"})
+        log.close()
+    receipt.write(run)
+    run.flags.write_text("--data_dir=second\n")
+    expected = "3 and 5 of 10 validation records of first, at 96 pixels, with --eval_flip, with --precision=bfloat16, by"
+    assert expected in accuracy_text(load(path, False))
+    run.log.write_text("\n".join(run.log.read_text().splitlines()[1:]))
+    assert "3 and 5 of 10 validation records, by the run itself" in accuracy_text(load(path, False))
 
 
 def test_export_of_the_average_folded(tmp_path):
