@@ -36,7 +36,7 @@ def export(config: ExportConfig) -> None:
         tf.config.set_visible_devices([], "GPU")
     console, out, form = Console("lines", True), Path(config.out), FORMS[config.to]
     directory = config.to == "savedmodel"
-    require_new(out)
+    require_new(out, directory=directory)
     if not directory:
         require_new(_card_of(out), "the model card of --out")
     if config.to == "onnx":

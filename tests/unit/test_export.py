@@ -272,15 +272,38 @@ def test_export_never_overwrites(tmp_path):
         refused(run, to, tmp_path / name, "exists already")
     refused(run, "safetensors", tmp_path / "b.safetensors", "the model card of --out")
     refused(run, "savedmodel", tmp_path / "none" / "out", "there is no directory")
+    empty = tmp_path / "empty.safetensors"
+    empty.mkdir()
+    refused(run, "safetensors", empty, "exists already")
+    empty.rmdir()
     before = sorted(tmp_path.iterdir())
     empty = tmp_path / "empty"
     empty.mkdir()
-    require_new(empty)
+    require_new(empty, directory=True)
     with scratch_beside(empty) as scratch:
         (scratch / "empty").mkdir()
         (scratch / "empty" / "a").touch()
         put([scratch / "empty"], tmp_path)
     assert (empty / "a").exists() and sorted([*before, empty]) == sorted(tmp_path.iterdir())
+
+
+def test_export_overwrites_nothing_made_meanwhile(tmp_path):
+    """Where the card cannot be placed, the file is taken back; a directory takes the place of an empty one alone."""
+    made, folder = tmp_path / "made", tmp_path / "out"
+    (made / "c").mkdir(parents=True)
+    (folder / "c").mkdir(parents=True)
+    for name in ("a", "a.md", "c/d"):
+        (made / name).write_text("new")
+    (folder / "a.md").write_text("theirs")
+    (folder / "c" / "e").touch()
+    for paths in ([made / "a", made / "a.md"], [made / "c"]):
+        with pytest.raises(OSError, match=r"exists|not empty"):
+            put(paths, folder)
+    assert sorted(path.name for path in folder.rglob("*")) == ["a.md", "c", "e"]
+    assert (folder / "a.md").read_text() == "theirs"
+    (folder / "a.md").unlink()
+    put([made / "a", made / "a.md"], folder)
+    assert (folder / "a").read_text() == (folder / "a.md").read_text() == "new" and not (made / "a").exists()
 
 
 def refused(run, to, out, message):
