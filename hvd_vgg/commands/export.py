@@ -34,7 +34,7 @@ def export(config: ExportConfig) -> None:
     # On the processor alone: a GPU may round products to 10 bits (TensorFloat-32), and others may train on it.
     with contextlib.suppress(RuntimeError):  # of a program that has used its devices before
         tf.config.set_visible_devices([], "GPU")
-    console, out, form = Console("lines", True), Path(config.out), FORMS[config.to]
+    console, out, form = Console("lines", True), Path(config.out).absolute(), FORMS[config.to]  # . has a name then
     directory = config.to == "savedmodel"
     require_new(out, directory=directory)
     if not directory:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -287,6 +288,17 @@ def test_export_never_overwrites(tmp_path):
     assert (empty / "a").exists() and sorted([*before, empty]) == sorted(tmp_path.iterdir())
 
 
+def test_export_into_the_current_directory(tmp_path, monkeypatch):
+    """It is filled where it is empty; nothing appears in it otherwise."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run = write_run(tmp_path / "run")
+    export(ExportConfig(weights=str(run), out=".", check_images=0))
+    assert (tmp_path / "here" / "README.md").exists() and not (tmp_path / "here" / "made").exists()
+    monkeypatch.chdir(tmp_path / "here")
+    refused(run, "savedmodel", Path(), "exists already")
+
+
 def test_export_overwrites_nothing_made_meanwhile(tmp_path):
     """Where the card cannot be placed, the file is taken back; a directory takes the place of an empty one alone."""
     made, folder = tmp_path / "made", tmp_path / "out"
@@ -380,6 +392,8 @@ def test_export_of_convolutions_alone_is_refused(tmp_path):
     [
         (["--to=onnx"], "--out=./export: expected a name that ends in .onnx"),
         (["--out="], "--out=: expected a path, found nothing"),
+        (["--out=a/.."], "--out=a/..: expected the name of what is to be written"),
+        (["--out=/"], "--out=/: expected the name of what is to be written"),
         (["--to=onnx", "--out=a.h5"], "expected a name that ends in .onnx"),
         (["--to=torch", "--out=a.onnx"], "ends in .safetensors or .pth or .pt"),
         (["--to=keras_h5", "--out=a.weights.h5"], "another format to Keras 3"),
