@@ -17,7 +17,7 @@ from hvd_vgg.export.check import LIMIT, choose_images
 from hvd_vgg.export.forms import FORMS, Checks, Form, Task
 from hvd_vgg.export.network import Network, folded, load, reference_logits
 from hvd_vgg.export.onnx_graph import require_onnx
-from hvd_vgg.export.placing import put, require_new, scratch_beside
+from hvd_vgg.export.placing import interrupted_when_asked, put, require_new, scratch_beside
 from hvd_vgg.reporting.console import Console
 
 _CARD = "README.md"  # in the directory of a SavedModel; NAME.md beside a file
@@ -34,6 +34,11 @@ def export(config: ExportConfig) -> None:
     # On the processor alone: a GPU may round products to 10 bits (TensorFloat-32), and others may train on it.
     with contextlib.suppress(RuntimeError):  # of a program that has used its devices before
         tf.config.set_visible_devices([], "GPU")
+    with interrupted_when_asked():
+        _export(config)
+
+
+def _export(config: ExportConfig) -> None:
     console, out, form = Console("lines", True), Path(config.out).absolute(), FORMS[config.to]  # . has a name then
     directory = config.to == "savedmodel"
     require_new(out, directory=directory)

@@ -3,7 +3,9 @@
 import contextlib
 import errno
 import os
+import signal
 import tempfile
+import threading
 from pathlib import Path
 from typing import Iterator, List
 
@@ -28,6 +30,19 @@ def require_new(path: Path, flag: str = "--out", directory: bool = False) -> Non
                 return
     if path.exists() or path.is_symlink():
         raise Failure(NOT_WRITTEN, f"{flag}={path} exists already, and is not overwritten: remove it, or name another")
+
+
+@contextlib.contextmanager
+def interrupted_when_asked() -> Iterator[None]:
+    """Within it SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that nothing is left behind; in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier or signal.SIG_DFL)
 
 
 @contextlib.contextmanager

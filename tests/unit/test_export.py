@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from hvd_vgg import __main__
 from hvd_vgg.commands.export import export, judge
 from hvd_vgg.config import ExportConfig, TrainConfig, fingerprint
 from hvd_vgg.data.transforms import eval_image
-from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, USAGE, Failure
+from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, STOPPED, USAGE, Failure
 from hvd_vgg.export import onnx_graph, own_file, saved_model
 from hvd_vgg.export.card import accuracy_text
 from hvd_vgg.export.check import choose_images, relative_difference, run_elsewhere
@@ -316,6 +318,18 @@ def test_export_overwrites_nothing_made_meanwhile(tmp_path):
     (folder / "a.md").unlink()
     put([made / "a", made / "a.md"], folder)
     assert (folder / "a").read_text() == (folder / "a.md").read_text() == "new" and not (made / "a").exists()
+
+
+def test_export_that_is_stopped_leaves_nothing(tmp_path, monkeypatch, capsys):
+    """By SIGTERM while it writes: exit code 80, and no word of checkpoints, of which it has none."""
+    run, folder = write_run(tmp_path / "run"), tmp_path / "out"
+    folder.mkdir()
+    stopped = FORMS["safetensors"]._replace(write=lambda task: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setitem(FORMS, "safetensors", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    words = ["export", str(run), "--to=safetensors", f"--out={folder / 'a.safetensors'}"]
+    assert __main__.run(words) == STOPPED and not list(folder.iterdir())
+    assert capsys.readouterr().err == "hvd-vgg: interrupted\n" and signal.getsignal(signal.SIGTERM) == before
 
 
 def refused(run, to, out, message):
