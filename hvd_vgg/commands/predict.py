@@ -8,7 +8,6 @@ from typing import Dict, Iterator, List, NamedTuple, Sequence
 import numpy as np
 
 from hvd_vgg.config import PredictConfig
-from hvd_vgg.data.classes import known_names
 from hvd_vgg.data.formats.shard_file import shown
 from hvd_vgg.data.image_files import ImageFiles, find_images, index_images
 from hvd_vgg.data.loader import scoring_batches
@@ -22,6 +21,7 @@ from hvd_vgg.reporting.table import Row, rounded, table_lines
 from hvd_vgg.run_dir import atomic_write_lines, writing
 from hvd_vgg.text import plural
 from hvd_vgg.training.evaluate import gather_rows, make_eval_step, ranked_rows, score_batches
+from hvd_vgg.training.names import known_names
 from hvd_vgg.training.network import load_network
 from hvd_vgg.training.startup import join_ranks
 from hvd_vgg.watchdog import watchdog

@@ -19,9 +19,10 @@ def model_card(
     what it was checked by; command: that made it; files: lines with the names and SHA-256 of what was written.
     """
     config = network.config
+    origin = "trained with hvd_vgg" if network.state_sha256 else network.source.kind
     sections = [
         f"# {title}",
-        f"{config.model} of {config.num_classes} classes, {'trained with hvd_vgg' if network.meta else network.source.kind}."
+        f"{config.model} of {config.num_classes} classes, {origin}."
         + (f" It was trained as {trained}; BatchNorm is folded into the convolutions." if trained != config.model else "")
         + (" The weights are the moving average of the run's." if network.average else ""),
         "## To load it\n\n" + use,
@@ -77,11 +78,11 @@ def accuracy_text(network: Network) -> str:
 
 
 def _origin(network: Network, command: str, files: Sequence[str]) -> str:
-    software, meta = describe_process(), network.meta
+    software = describe_process()
     versions = ", ".join(f"{name} {version}" for name, version in software["packages"].items())
     lines = [
         f"Weights: `{network.source.path.resolve()}` ({network.source.kind}), SHA-256 `{network.source.sha256}`",
-        *([f"State of the run: `{meta['state_sha256']}`"] if meta.get("state_sha256") else []),
+        *([f"State of the run: `{network.state_sha256}`"] if network.state_sha256 else []),
         *files,
         f"Command: `{command}`",
         f"Code: hvd_vgg {software['code']['version']}, SHA-256 `{software['code']['sha256']}`",

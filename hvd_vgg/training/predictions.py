@@ -10,7 +10,6 @@ from typing import Iterator, List, Sequence
 import numpy as np
 
 from hvd_vgg.config import EvaluationConfig
-from hvd_vgg.data.classes import known_names
 from hvd_vgg.data.index import Index
 from hvd_vgg.errors import BUG, Failure
 from hvd_vgg.parallel import comm
@@ -18,6 +17,7 @@ from hvd_vgg.parallel.consensus import run_on_root
 from hvd_vgg.reporting.table import Row, rounded, table_lines
 from hvd_vgg.run_dir import RunDir, atomic_write_lines, writing
 from hvd_vgg.training.evaluate import TOP, Evaluation, gather_rows
+from hvd_vgg.training.names import known_names
 from hvd_vgg.watchdog import watchdog
 
 _WORST = 5  # classes that are printed

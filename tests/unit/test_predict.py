@@ -11,13 +11,15 @@ from support import failure_of, picture
 
 from hvd_vgg.commands.predict import _table_rows, _texts
 from hvd_vgg.config import EvaluateConfig, PredictConfig, TrainConfig
-from hvd_vgg.data.classes import imagenet_names, known_names
+from hvd_vgg.data.classes import imagenet_names
 from hvd_vgg.data.image_files import ImageFiles, find_images, index_images
 from hvd_vgg.data.loader import scoring_batches
 from hvd_vgg.errors import BUG, CONFIGURATION, USAGE, Failure
 from hvd_vgg.flags import describe_flags, parse_flags, to_flag_file
 from hvd_vgg.reporting.table import rounded, table_lines
+from hvd_vgg.training import checkpoint
 from hvd_vgg.training.evaluate import Evaluation, _row
+from hvd_vgg.training.names import known_names
 from hvd_vgg.training.predictions import _prediction_rows, _require_totals, worst_classes
 from hvd_vgg.training.weights import read_weights, require_classes, require_own_flags
 
@@ -180,6 +182,25 @@ def test_known_names_come_from_the_run_or_a_file(tmp_path):
     names = tmp_path / "names"
     names.write_bytes("\ufeffTür\r\nlamp\x1b[2J\r\nc".encode())
     assert known_names(path, 3, str(names)) == ["Tür", "lamp [2J", "c"]
+
+
+@pytest.mark.parametrize("data", [b"a\nb\n", b"a\n\xca\xfd\nc\n"], ids=["two lines", "no text"])
+def test_known_names_of_the_run_that_do_not_fit(tmp_path, data):
+    """Nobody asked for them: there are none."""
+    (tmp_path / "classes.txt").write_bytes(data)
+    assert known_names(tmp_path, 3) == known_names(tmp_path, 1000) == []
+
+
+def test_known_names_in_the_weights_themselves(tmp_path):
+    """Which `export` writes; what is no list of as many is passed over."""
+    path = tmp_path / "a.safetensors"
+    for names, found in (
+        (["a", "n01440764", "c\nd"], ["a", "n01440764 tench, Tinca tinca", "c d"]),
+        (["a"], []),
+        ("abc", []),
+    ):
+        checkpoint.write(path, {"fc1/bias": np.zeros(3, np.float32)}, {"class_names": names})
+        assert known_names(path, 3) == found
 
 
 @pytest.mark.parametrize(
