@@ -16,11 +16,12 @@ from hvd_vgg.data.image_files import ImageFiles, find_images, index_images
 from hvd_vgg.data.loader import scoring_batches
 from hvd_vgg.errors import BUG, CONFIGURATION, USAGE, Failure
 from hvd_vgg.flags import describe_flags, parse_flags, to_flag_file
+from hvd_vgg.reporting.console import Console
 from hvd_vgg.reporting.table import rounded, table_lines
 from hvd_vgg.training import checkpoint
 from hvd_vgg.training.evaluate import Evaluation, _row
 from hvd_vgg.training.names import known_names
-from hvd_vgg.training.predictions import _prediction_rows, _require_totals, worst_classes
+from hvd_vgg.training.predictions import _prediction_rows, _require_totals, other_result, worst_classes, write_class_hits
 from hvd_vgg.training.weights import read_weights, require_classes, require_own_flags
 
 ODD = "odd\udcff, b.jpg"  # a byte that is no text, a comma and a space
@@ -277,6 +278,33 @@ def test_worst_classes_are_those_with_records():
     assert [line.split()[-1] for line in lines[1:]] == ["d", "b", "e", "a"]
     assert lines[1] == "  acc@1 0.0000  acc@5 1.0000  of     4  class 3  d"
     assert worst_classes(counts, []).splitlines()[1].endswith("class 3")
+
+
+def test_result_of_an_earlier_process_is_told_apart(tmp_path):
+    """By its counts; one that cannot be read, or is of a version without them, is no reason to keep anything."""
+    path, result = tmp_path / "result.json", Evaluation(3, 5, 9, 1.0, 0)
+    kept = {"top1_hits": 3, "top5_hits": 5, "records_evaluated": 9}
+    assert other_result(path, result) == ""
+    for found in (kept, {"top1_hits": 4}, [], {**kept, "top5_hits": 6}):
+        path.write_text(json.dumps(found))
+        assert ("6 hits of 9 records, and this process has counted 3 and 5" in other_result(path, result)) == (
+            "6" in str(found)
+        )
+
+
+def test_hits_a_class_are_of_the_evaluation_in_the_result(tmp_path, capsys):
+    """What an earlier process kept of it stays where this one, which finds the run complete, counts otherwise."""
+    config, counts = (
+        TrainConfig(num_classes=2, run_dir=str(tmp_path), predictions_file="a.csv"),
+        np.array([[2, 1, 2], [0] * 3]),
+    )
+    for top1 in (0, 1):
+        (tmp_path / "result.json").write_text(json.dumps({"top1_hits": top1, "top5_hits": 2, "records_evaluated": 2}))
+        (tmp_path / "class_hits.csv").write_text("theirs")
+        write_class_hits(config, Evaluation(1, 2, 2, 1.0, 0), counts, Console("lines", True))
+        assert ((tmp_path / "class_hits.csv").read_text() == "theirs") == (top1 == 0)
+        said = capsys.readouterr().out
+        assert ("is left as it is: result.json" in said) == ("a.csv is of this process" in said) == (top1 == 0)
 
 
 def test_totals_that_differ_are_a_bug():
