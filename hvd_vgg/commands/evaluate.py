@@ -8,14 +8,13 @@ from hvd_vgg.data.classes import class_names, imagenet_names, with_words
 from hvd_vgg.data.formats.layout import FOLDERS, IMAGENET, TITLES
 from hvd_vgg.data.formats.shard_file import data_failure
 from hvd_vgg.data.index import Index, check_labels, find_label_base
-from hvd_vgg.doctor.system import check_out
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
 from hvd_vgg.models.vgg import Weights
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import run_on_all_ranks, run_on_root
 from hvd_vgg.parallel.init import Device
 from hvd_vgg.reporting.console import Console
-from hvd_vgg.run_dir import RunDir
+from hvd_vgg.run_dir import RunDir, check_out
 from hvd_vgg.text import plural
 from hvd_vgg.training import checkpoint
 from hvd_vgg.training.dataset import choose_label_base, open_split

@@ -11,14 +11,13 @@ from hvd_vgg.config import PredictConfig
 from hvd_vgg.data.formats.shard_file import shown
 from hvd_vgg.data.image_files import ImageFiles, find_images, index_images
 from hvd_vgg.data.loader import scoring_batches
-from hvd_vgg.doctor.system import check_out
 from hvd_vgg.errors import DATA, NOT_WRITTEN, Failure
 from hvd_vgg.models.vgg import Weights
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import run_on_root
 from hvd_vgg.parallel.init import Device
 from hvd_vgg.reporting.table import Row, rounded, table_lines
-from hvd_vgg.run_dir import atomic_write_lines, writing
+from hvd_vgg.run_dir import atomic_write_lines, check_out, writing
 from hvd_vgg.text import plural
 from hvd_vgg.training.evaluate import gather_rows, make_eval_step, ranked_rows, score_batches
 from hvd_vgg.training.names import known_names

@@ -119,7 +119,8 @@ def test_run_keeps_predictions_of_its_last_evaluation(launch, tmp_path, data):
             (["evaluate", "--weights=RUN", "--model=vgg16", "--data_dir=."], 64, "--model=vgg16: it has vgg11"),
             (["evaluate", "--weights=RUN", "--average", "--data_dir=DATA"], 78, "has no best checkpoint of an average"),
             (["evaluate", "--weights=RUN", "--predictions_file=none/a.csv", "--data_dir=DATA"], 74, "cannot be written"),
-            (["train", "--predictions_file=none/a.csv", "--data_dir=DATA"], 78, "expected a name in a directory"),
+            (["train", "--predictions_file=none/a.csv", "--data_dir=DATA"], 74, "--predictions_file=none/a.csv cannot be"),
+            (["train", "--predictions_file=/proc/a.csv", "--data_dir=DATA"], 74, "--predictions_file=/proc/a.csv cannot be"),
         ),
     ],
 )
