@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support import failure_of, picture
 
-from hvd_vgg.commands.predict import _table_rows, _texts
+from hvd_vgg.commands.predict import _COLUMNS, _escaped, _table_rows, _texts
 from hvd_vgg.config import EvaluateConfig, PredictConfig, TrainConfig
 from hvd_vgg.data.classes import imagenet_names
 from hvd_vgg.data.image_files import ImageFiles, find_images, index_images
@@ -137,6 +137,7 @@ def test_find_images_that_are_missing(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "no image is given" in refusal(lambda: find_images([str(tmp_path / "empty")]))
     assert "no image is given" in refusal(lambda: find_images([]))
+    assert '"": an empty name' in refusal(lambda: find_images([""]))
     (tmp_path / "empty" / "up").symlink_to(tmp_path)
     assert "is a link to a directory that it lies in" in failure_of(lambda: find_images([str(tmp_path)]))
 
@@ -236,6 +237,14 @@ def test_tables_hold_the_same_in_both_formats(tmp_path):
     with open(tmp_path / "a.csv", newline="") as file:
         assert list(csv.reader(file)) == [["a", "b_1", "b_2"], ['x, "y"\n', "0.333333", ""], ["ü", "1e-09", ""]]
     assert [json.loads(line) for line in table_lines(".jsonl", rows)] == rows
+    assert list(table_lines(".csv", [], ["a", "b"])) == ["a,b\n"] and not list(table_lines(".jsonl", [], ["a"]))
+
+
+def test_predicted_path_stands_for_one_file_alone():
+    """Bytes that are no text, control characters and backslashes are escaped; letters stay readable."""
+    names = [b"\xff.jpg", b"\\xff.jpg", "\x9b.jpg".encode(), "ü\n\x1b.jpg".encode(), "日.jpg".encode()]
+    expected = ["\\xff.jpg", "\\\\xff.jpg", "\\u009b.jpg", "ü\\n\\x1b.jpg", "日.jpg"]
+    assert [_escaped(os.fsdecode(name)) for name in names] == expected
 
 
 def test_predictions_of_a_round_are_in_order():
@@ -245,12 +254,13 @@ def test_predictions_of_a_round_are_in_order():
         "a.jpg",
         "  0.7500  class 0  cat",
         "  nan  class 1  dog",
-        "odd\\udcff, b.jpg",
+        "odd\\xff, b.jpg",
         "  passed over: torn",
     ]
     assert texts[5] == "c.jpg"
     table = list(_table_rows(rows_of(2), files, []))
     first = {"path": "c.jpg", "rank": 1, "class": 0, "name": "", "probability": 0.75}
+    assert tuple(first) == _COLUMNS
     assert table == [first, {**first, "rank": 2, "class": 1, "probability": None}]
 
 
