@@ -1262,7 +1262,9 @@ class ExportConfig:
     out: str = flag(
         "./export", "Export", "Directory of --to=savedmodel, or file of the others, to write; it must not exist yet.", "path"
     )
-    average: bool = same_flag(EvaluateConfig, "average")
+    average: bool = flag(
+        False, "Export", "Export the moving average of the weights (--ema_decay), and its own best checkpoint."
+    )
     fold_batch_norm: bool = flag(
         False,
         "Export",

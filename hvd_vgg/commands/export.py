@@ -1,7 +1,6 @@
 """The `export` command: writes a network in the form of another library, runs it by that library, describes it."""
 
 import contextlib
-import hashlib
 import shlex
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import List
 import tensorflow as tf
 
 from hvd_vgg.config import ExportConfig
+from hvd_vgg.data.manifest import file_sha256
 from hvd_vgg.environment import runs_alone
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, USAGE, Failure
 from hvd_vgg.export.card import accuracy_text, model_card
@@ -65,7 +65,8 @@ def _export(config: ExportConfig) -> None:
         task = Task(written, made / out.name, scratch, config.check_python)
         _write(form, task, out)
         lines = _check(form, task, network, config, console)
-        files = [] if directory else [f"`{out.name}`: SHA-256 `{_sha256(task.path)}`"]
+        paths = [path for path in sorted(task.path.rglob("*")) if path.is_file()] if directory else [task.path]
+        files = [f"`{path.relative_to(task.path.parent)}`: SHA-256 `{file_sha256(path)}`" for path in paths]
         command = shlex.join(["hvd-vgg", *sys.argv[1:]])
         card = model_card(written, network.config.model, out.name, form.use(written, out.name), lines, command, files)
         path = task.path / _CARD if directory else made / _card_of(out).name
@@ -110,13 +111,3 @@ def judge(found: Checks, images: str, out: str) -> List[str]:
             )
         lines.append(f"{runtime}: largest relative difference of logits {difference:.1e}, on {images}")
     return lines + found.notes
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while True:
-            block = file.read(2**24)
-            if not block:
-                return digest.hexdigest()
-            digest.update(block)

@@ -1,6 +1,7 @@
 """Exports: what each form holds, that it computes the same, what is refused, that nothing half written is left."""
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
@@ -92,6 +93,8 @@ def test_saved_model_computes_the_same(tmp_path, capsys, flags):
         "logits": (3, CLASSES),
         "probabilities": (3, CLASSES),
     }
+    digest = hashlib.sha256((out / "saved_model.pb").read_bytes()).hexdigest()
+    assert f"- `out/saved_model.pb`: SHA-256 `{digest}`\n" in card and "`out/variables/variables.index`" in card
     assert (out / "assets" / saved_model.CLASS_NAMES).read_text() == "disc\nring, or two\n*square*\nété\n_\n"
     assert "1. ring, or two\n2. \\*square\\*\n" in card and checkpoint_digests(run) <= set(card.replace("`", " ").split())
 
