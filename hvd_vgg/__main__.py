@@ -211,6 +211,7 @@ an external reason is restarted; RUN_DIR/restarts.jsonl records every start and 
 _NO_THREAD = re.compile(r"can't start new thread|unable to start watchdog thread")
 # In an error of Horovod's: a fault of the program or of the machine, rather than a rank that is gone.
 _NOT_A_LOST_RANK = re.compile(r"Mismatched|OOM|out of memory|ResourceExhausted")
+_CONTINUES = "; the same command continues from the newest checkpoint"  # of `train` alone
 
 
 def main() -> None:
@@ -275,7 +276,7 @@ def run_command(name: str, config: Any, **arguments: Any) -> Optional[Failure]:
     except Failure as failure:
         return _end(failure)
     except KeyboardInterrupt:
-        return _end(Failure(STOPPED, "interrupted; the same command continues from the newest checkpoint"))
+        return _end(Failure(STOPPED, f"interrupted{_CONTINUES if name == 'train' else ''}"))
     except SystemExit as error:
         return _end(
             Failure(BUG, f"the program exited early, with {error.code!r}: please report it with the run's flags.txt")
@@ -296,7 +297,7 @@ def run_command(name: str, config: Any, **arguments: Any) -> Optional[Failure]:
         from_operation = raised_by.startswith(("tensorflow", "horovod")) and "horovod" in text.lower()
         if from_operation and not _NOT_A_LOST_RANK.search(text):
             reason = str(error).strip().split("\n")[0][:200]
-            message = f"another rank is gone ({reason}); the same command continues from the newest checkpoint"
+            message = f"another rank is gone ({reason}){_CONTINUES if name == 'train' else ''}"
             return _end(Failure(LOST_RANK, message), blamed=False)
         write_line(traceback.format_exc(), sys.stderr, end="")
         return _end(Failure(BUG, "an error of the program, above: please report it with the run's flags.txt"))
@@ -350,7 +351,7 @@ def _parse_command(argv: List[str]) -> Any:
     shared = configs.TrainConfig if issubclass(kind, configs.ModelConfig) else None
     config = parse_flags(kind, given, shared=shared)
     weights = getattr(config, "weights", "") or (name == "predict" and config.run_dir)
-    if weights:
+    if weights and issubclass(kind, configs.ScoringConfig):
         return _parse_with_weights(kind, given, shared, Path(weights))
     if name not in ("evaluate", "replay"):
         return config

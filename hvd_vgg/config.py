@@ -1272,7 +1272,9 @@ class ExportConfig:
     out: str = flag(
         "./export", "Export", "Directory of --to=savedmodel, or file of the others, to write; it must not exist yet.", "path"
     )
-    average: bool = same_flag(EvaluateConfig, "average")
+    average: bool = flag(
+        False, "Export", "Export the moving average of the weights (--ema_decay), and its own best checkpoint."
+    )
     fold_batch_norm: bool = flag(
         False,
         "Export",
@@ -1302,7 +1304,9 @@ class ExportConfig:
         endings = {"keras_h5": (".h5",), "onnx": (".onnx",), "torch": (".safetensors", ".pth", ".pt")}
         endings["safetensors"] = (".safetensors",)
         ending = Path(self.out).suffix
-        if ending not in endings.get(self.to, (ending,)):
+        if Path(self.out).absolute().name in ("", ".."):
+            yield f"--out={self.out}: expected the name of what is to be written"
+        elif ending not in endings.get(self.to, (ending,)):
             yield f"--out={self.out}: expected a name that ends in {' or '.join(endings[self.to])}, for --to={self.to}"
         elif self.to == "keras_h5" and self.out.endswith(".weights.h5"):
             yield f"--out={self.out}: names that end in .weights.h5 are another format to Keras 3: expected another .h5"

@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import IO, Iterable, Iterator, List, Optional, Union
@@ -186,3 +187,19 @@ def write_error(path: Path, error: OSError) -> str:
         return text
     folder = next(parent for parent in path.resolve().parents if parent.exists())
     return f"{text} ({shutil.disk_usage(folder).free / 1e6:.1f} MB are free in {folder}): make room, then start again"
+
+
+def probe_file(directory: Path) -> IO[bytes]:
+    """Returns a new file in `directory` that is deleted when it is closed; raises OSError."""
+    return tempfile.NamedTemporaryFile(dir=directory, prefix=".hvd_vgg_doctor_")
+
+
+def check_out(out: str, code: int, flag: str = "--out") -> None:
+    """Raises Failure(code) if the file `out`, of a flag, cannot be written: hours of work should not end in a wrong path."""
+    path = Path(out).absolute()
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        probe_file(path.parent).close()
+    except OSError as error:
+        raise Failure(code, f"{flag}={out} cannot be written: {error.strerror}") from error

@@ -22,14 +22,13 @@ from hvd_vgg.data.sampler import part_bounds
 from hvd_vgg.data.transforms import image_library
 from hvd_vgg.doctor.driver import find_accelerators
 from hvd_vgg.doctor.packages import this_host
-from hvd_vgg.doctor.system import check_out
 from hvd_vgg.errors import CONFIGURATION, NOT_FINITE, USAGE, Failure
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.parallel.consensus import keep_alive, run_in_subgroup, run_on_root
 from hvd_vgg.parallel.init import Device, describe_software
 from hvd_vgg.provenance import processor_name
 from hvd_vgg.reporting.throughput import Throughput
-from hvd_vgg.run_dir import atomic_write_text, writing
+from hvd_vgg.run_dir import atomic_write_text, check_out, writing
 from hvd_vgg.text import plural
 from hvd_vgg.training.dataset import Splits, open_data
 from hvd_vgg.training.metrics import measure_run

@@ -4,22 +4,22 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Sequence, Tuple
 
 from hvd_vgg.config import EvaluateConfig, EvaluationConfig
-from hvd_vgg.data.classes import class_names, imagenet_names, known_names, with_words
+from hvd_vgg.data.classes import class_names, imagenet_names, with_words
 from hvd_vgg.data.formats.layout import FOLDERS, IMAGENET, TITLES
 from hvd_vgg.data.formats.shard_file import data_failure
 from hvd_vgg.data.index import Index, check_labels, find_label_base
-from hvd_vgg.doctor.system import check_out
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
 from hvd_vgg.models.vgg import Weights
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import run_on_all_ranks, run_on_root
 from hvd_vgg.parallel.init import Device
 from hvd_vgg.reporting.console import Console
-from hvd_vgg.run_dir import RunDir
+from hvd_vgg.run_dir import RunDir, check_out
 from hvd_vgg.text import plural
 from hvd_vgg.training import checkpoint
 from hvd_vgg.training.dataset import choose_label_base, open_split
 from hvd_vgg.training.evaluate import Evaluation, evaluate, make_eval_step
+from hvd_vgg.training.names import known_names
 from hvd_vgg.training.network import load_network, make_network
 from hvd_vgg.training.predictions import count_classes, worst_classes, write_predictions
 from hvd_vgg.training.reporter import Reporter
@@ -37,6 +37,15 @@ class Subject(NamedTuple):
     def of(self) -> str:
         """What a line about the average begins with."""
         return "average of weights, " if self.average else ""
+
+
+class Opened(NamedTuple):
+    """A checkpoint to evaluate: its network, what it is called, its step, and the label of its first class."""
+
+    network: Weights
+    text: str
+    step: int
+    label_base: int
 
 
 class Score(NamedTuple):
@@ -58,12 +67,13 @@ def evaluate_run(config: EvaluateConfig) -> None:
         console.say(source.text)
         label_base = choose_label_base(config, find_label_base(index.labels, config.num_classes), index)
         console.say(f"labels from {label_base} (--label_base overrides)")
-        result = _evaluate(config, network, label_base, index, device, console, source.kind)
+        text = source.kind
     else:
-        (score,) = _scores(config, [Subject(config.checkpoint, config.average)], index, device, console)
-        result, label_base = score.result, score.label_base
+        network, text, _, label_base = _open_subject(config, Subject(config.checkpoint, config.average), index)
+    names = run_on_root(lambda: _names(config, index, label_base)) or []
+    result = _evaluate(config, network, label_base, index, device, console, text)
     counts = count_classes(result, index, label_base, config.num_classes)
-    run_on_root(lambda: console.say(worst_classes(counts, _names(config, index, label_base))))
+    console.say(worst_classes(counts, names))
     write_predictions(config, result, index, label_base)
     comm.shutdown()
 
@@ -88,25 +98,23 @@ def score(config: EvaluationConfig, subjects: Sequence[Subject]) -> List[Score]:
     Raises a collective Failure(CONFIGURATION) where there is none, or it does not fit.
     """
     device, console, index = _open(config)
-    scores = _scores(config, subjects, index, device, console)
+    scores = []
+    for subject in subjects:
+        network, text, step, label_base = _open_subject(config, subject, index)
+        result = _evaluate(config, network, label_base, index, device, console, text)
+        scores.append(Score(step, result, data_digest(index), label_base))
     comm.shutdown()
     return scores
 
 
-def _scores(
-    config: EvaluationConfig, subjects: Sequence[Subject], index: Index, device: Device, console: Console
-) -> List[Score]:
-    return [_score(config, subject, index, device, console) for subject in subjects]
-
-
-def _score(config: EvaluationConfig, subject: Subject, index: Index, device: Device, console: Console) -> Score:
+def _open_subject(config: EvaluationConfig, subject: Subject, index: Index) -> Opened:
+    """Reads a checkpoint of the run on rank 0. Collective; raises Failure as `score` and `_require_same_classes` do."""
     found = run_on_root(lambda: _load(subject, RunDir(config.run_dir)))
     meta = comm.broadcast_json(found.meta if found else None)
     run_on_all_ranks(lambda: _require_same_classes(config, meta, index))
     label_base = choose_label_base(config, meta["run"]["label_base"], index)
     network = make_network(config, lambda names: _average(found, names) if subject.average else found)
-    result = _evaluate(config, network, label_base, index, device, console, f"{subject.of}step {meta['step']}")
-    return Score(meta["step"], result, data_digest(index), label_base)
+    return Opened(network, f"{subject.of}step {meta['step']}", meta["step"], label_base)
 
 
 def _evaluate(

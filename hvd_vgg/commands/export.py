@@ -1,7 +1,6 @@
 """The `export` command: writes a network in the form of another library, runs it by that library, describes it."""
 
 import contextlib
-import hashlib
 import shlex
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import List
 import tensorflow as tf
 
 from hvd_vgg.config import ExportConfig
+from hvd_vgg.data.manifest import file_sha256
 from hvd_vgg.environment import runs_alone
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, USAGE, Failure
 from hvd_vgg.export.card import accuracy_text, model_card
@@ -17,7 +17,7 @@ from hvd_vgg.export.check import LIMIT, choose_images
 from hvd_vgg.export.forms import FORMS, Checks, Form, Task
 from hvd_vgg.export.network import Network, folded, load, reference_logits
 from hvd_vgg.export.onnx_graph import require_onnx
-from hvd_vgg.export.placing import put, require_new, scratch_beside
+from hvd_vgg.export.placing import interrupted_when_asked, put, require_new, scratch_beside
 from hvd_vgg.reporting.console import Console
 
 _CARD = "README.md"  # in the directory of a SavedModel; NAME.md beside a file
@@ -34,9 +34,14 @@ def export(config: ExportConfig) -> None:
     # On the processor alone: a GPU may round products to 10 bits (TensorFloat-32), and others may train on it.
     with contextlib.suppress(RuntimeError):  # of a program that has used its devices before
         tf.config.set_visible_devices([], "GPU")
-    console, out, form = Console("lines", True), Path(config.out), FORMS[config.to]
+    with interrupted_when_asked():
+        _export(config)
+
+
+def _export(config: ExportConfig) -> None:
+    console, out, form = Console("lines", True), Path(config.out).absolute(), FORMS[config.to]  # . has a name then
     directory = config.to == "savedmodel"
-    require_new(out)
+    require_new(out, directory=directory)
     if not directory:
         require_new(_card_of(out), "the model card of --out")
     if config.to == "onnx":
@@ -60,7 +65,8 @@ def export(config: ExportConfig) -> None:
         task = Task(written, made / out.name, scratch, config.check_python)
         _write(form, task, out)
         lines = _check(form, task, network, config, console)
-        files = [] if directory else [f"`{out.name}`: SHA-256 `{_sha256(task.path)}`"]
+        paths = [path for path in sorted(task.path.rglob("*")) if path.is_file()] if directory else [task.path]
+        files = [f"`{path.relative_to(task.path.parent)}`: SHA-256 `{file_sha256(path)}`" for path in paths]
         command = shlex.join(["hvd-vgg", *sys.argv[1:]])
         card = model_card(written, network.config.model, out.name, form.use(written, out.name), lines, command, files)
         path = task.path / _CARD if directory else made / _card_of(out).name
@@ -105,13 +111,3 @@ def judge(found: Checks, images: str, out: str) -> List[str]:
             )
         lines.append(f"{runtime}: largest relative difference of logits {difference:.1e}, on {images}")
     return lines + found.notes
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while True:
-            block = file.read(2**24)
-            if not block:
-                return digest.hexdigest()
-            digest.update(block)

@@ -20,13 +20,12 @@ from hvd_vgg.data.sheet import draw_sheet, sheet_rows
 from hvd_vgg.data.summary import MOST_NAMED, summarize
 from hvd_vgg.data.survey import ROW, Survey, require_pillow, survey_block
 from hvd_vgg.data.transforms import image_library
-from hvd_vgg.doctor.system import check_out
 from hvd_vgg.errors import DATA, NOT_WRITTEN, Failure
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import require_equal, run_on_all_ranks, run_on_root
 from hvd_vgg.parallel.init import describe_software, start_without_device
 from hvd_vgg.reporting.console import Console
-from hvd_vgg.run_dir import atomic_write_text, writing
+from hvd_vgg.run_dir import atomic_write_text, check_out, writing
 from hvd_vgg.text import plural
 from hvd_vgg.training.dataset import choose_label_base, open_split, require_one_layout
 from hvd_vgg.training.startup import OWN_FLAGS

@@ -8,25 +8,24 @@ from typing import Dict, Iterator, List, NamedTuple, Sequence
 import numpy as np
 
 from hvd_vgg.config import PredictConfig
-from hvd_vgg.data.classes import known_names
-from hvd_vgg.data.formats.shard_file import shown
 from hvd_vgg.data.image_files import ImageFiles, find_images, index_images
 from hvd_vgg.data.loader import scoring_batches
-from hvd_vgg.doctor.system import check_out
 from hvd_vgg.errors import DATA, NOT_WRITTEN, Failure
 from hvd_vgg.models.vgg import Weights
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import run_on_root
 from hvd_vgg.parallel.init import Device
 from hvd_vgg.reporting.table import Row, rounded, table_lines
-from hvd_vgg.run_dir import atomic_write_lines, writing
+from hvd_vgg.run_dir import atomic_write_lines, check_out, writing
 from hvd_vgg.text import plural
 from hvd_vgg.training.evaluate import gather_rows, make_eval_step, ranked_rows, score_batches
+from hvd_vgg.training.names import known_names
 from hvd_vgg.training.network import load_network
 from hvd_vgg.training.startup import join_ranks
 from hvd_vgg.watchdog import watchdog
 
 _ROUND = 8  # batches of each rank after which what all have is gathered, and printed
+_COLUMNS = ("path", "rank", "class", "name", "probability")  # of --out
 
 
 class Round(NamedTuple):
@@ -60,7 +59,7 @@ def predict(config: PredictConfig) -> None:
         if config.out:
             kept.append(rows)
             progress.update(min(count, passed_over - len(files.passed_over) + sum(map(len, kept))))
-            texts = [f"passed over: {shown(Path(files.paths[image]))}: {bad[image]}" for image in sorted(bad)]
+            texts = [f"passed over: {_escaped(files.paths[image])}: {bad[image]}" for image in sorted(bad)]
         else:
             texts = list(_texts(rows, bad, files, names))
         for text in texts:
@@ -69,7 +68,8 @@ def predict(config: PredictConfig) -> None:
     def write() -> None:
         path = Path(config.out)
         with writing(path):
-            lines = table_lines(path.suffix, (row for rows in kept for row in _table_rows(rows, files, names)))
+            table = (row for rows in kept for row in _table_rows(rows, files, names))
+            lines = table_lines(path.suffix, table, _COLUMNS)
             atomic_write_lines(path, lines)
 
     if config.out:
@@ -105,7 +105,7 @@ def _texts(rows: np.ndarray, bad: Dict[int, str], files: ImageFiles, names: Sequ
     """Yields lines for people about each image of a round, in order."""
     row_of = {int(row["record"]): row for row in rows}
     for image in sorted([*row_of, *bad]):
-        yield shown(Path(files.paths[image]))
+        yield _escaped(files.paths[image])
         if image in bad:
             yield f"  passed over: {bad[image]}"
             continue
@@ -116,8 +116,22 @@ def _texts(rows: np.ndarray, bad: Dict[int, str], files: ImageFiles, names: Sequ
 def _table_rows(rows: np.ndarray, files: ImageFiles, names: Sequence[str]) -> Iterator[Row]:
     """Yields the rows of --out of a round: path, rank from 1, class, its name, "" if unknown, probability."""
     for row in rows:
-        path = shown(Path(files.paths[int(row["record"])]))
+        path = _escaped(files.paths[int(row["record"])])
         best = zip(row["classes"].tolist(), row["probabilities"].tolist())
         for rank, (number, probability) in enumerate(best, start=1):
             name = names[number] if names else ""
             yield {"path": path, "rank": rank, "class": number, "name": name, "probability": rounded(probability)}
+
+
+def _escaped(path: str) -> str:
+    """Returns a path as text that stands for it alone: what is not printable, bytes that are no text, and \\ as escapes."""
+    return "".join(each if each.isprintable() and each != "\\" else _escape(each) for each in path)
+
+
+def _escape(character: str) -> str:
+    number = ord(character)
+    if 0xDC80 <= number <= 0xDCFF:  # as Python has a byte that is no text
+        return f"\\x{number - 0xDC00:02x}"
+    if 0x80 <= number <= 0xFF:  # \x would be a byte
+        return f"\\u{number:04x}"
+    return character.encode("unicode_escape").decode()

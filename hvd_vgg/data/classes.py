@@ -12,7 +12,6 @@ from hvd_vgg.data.formats.layout import FOLDERS, WEBDATASET
 from hvd_vgg.data.index import Index
 from hvd_vgg.data.reader import BadRecord, read_record
 from hvd_vgg.errors import USAGE, Failure
-from hvd_vgg.run_dir import RunDir
 from hvd_vgg.watchdog import watchdog
 
 _FEATURES = (b"image/class/text", b"image/class/synset")  # of ImageNet's layout, the better one first
@@ -30,7 +29,7 @@ def class_names(index: Index, label_base: int, num_classes: int) -> List[str]:
     names = list(index.layout.classes)
     if not names and index.layout.kind not in (FOLDERS, WEBDATASET):
         names = _names_in_records(index, label_base, num_classes)
-    names = [_printable(name) for name in names[:num_classes]]
+    names = [printable(name) for name in names[:num_classes]]
     return names + [""] * (num_classes - len(names)) if any(names) else []
 
 
@@ -57,7 +56,7 @@ def _name_in_record(index: Index, record: int) -> Optional[str]:
     return next(filter(None, texts), b"")[: 4 * _MAX_CHARACTERS].decode("utf-8", "replace")
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """Returns a name as one line."""
     return re.sub(r"\s+", " ", "".join(each if each.isprintable() else " " for each in name)).strip()[:_MAX_CHARACTERS]
 
@@ -67,33 +66,14 @@ def imagenet_names() -> List[str]:
     return _IMAGENET.read_text(encoding="utf-8").splitlines()
 
 
-def known_names(weights: Path, num_classes: int, names_file: str = "") -> List[str]:
-    """Returns the name of each class that a network scores, in order, "" where unknown; [] where all are.
-
-    weights: the directory of a run, or a file, which may be a checkpoint of a run. The names are those in `names_file`, else
-    in that run's classes.txt, else ImageNet's if there are 1000. Raises Failure(USAGE) for a file that has not as many.
-    """
-    runs = [weights, weights.parent.parent] if weights.parent.name == "checkpoints" else [weights]
-    found = [Path(names_file)] if names_file else [path for path in (RunDir(run).classes for run in runs) if path.is_file()]
-    imagenet = imagenet_names()
-    if not found:
-        return imagenet if num_classes == len(imagenet) else []
-    names = _read_names(found[0])
-    if len(names) != num_classes:
-        text = (
-            f"{found[0]} has {len(names)} lines; the network has {num_classes} classes. Expected a name on a line for each"
-        )
-        raise Failure(USAGE, f"{text}: name such a file by --names_file")
-    return with_words(names, imagenet)
-
-
 def with_words(names: Sequence[str], imagenet: Sequence[str]) -> List[str]:
     """Returns `names` with WordNet's words behind those that are WNIDs of ImageNet; imagenet: of `imagenet_names`."""
     words = {line.split(" ", 1)[0]: line for line in imagenet}
     return [words.get(name, name) for name in names]
 
 
-def _read_names(path: Path) -> List[str]:
+def read_names(path: Path) -> List[str]:
+    """Returns the names in a file, one a line; raises Failure(USAGE) where it cannot be read."""
     try:
         lines = storage.read_bytes(path).decode("utf-8-sig").split("\n")
     except OSError as error:
@@ -102,4 +82,4 @@ def _read_names(path: Path) -> List[str]:
         ) from error
     except UnicodeDecodeError as error:
         raise Failure(USAGE, f"{path}, byte {error.start}: expected text in UTF-8") from error
-    return [_printable(line) for line in (lines if lines[-1] else lines[:-1])]
+    return [printable(line) for line in (lines if lines[-1] else lines[:-1])]

@@ -35,6 +35,9 @@ def find_images(given: Sequence[str]) -> ImageFiles:
     missing: List[str] = []
     for word in given:
         path = Path(word)
+        if not word:  # which would be the current directory
+            missing.append('"": an empty name')
+            continue
         try:
             if storage.retrying(path, path.stat) and path.is_dir():
                 paths += _images_below(path)

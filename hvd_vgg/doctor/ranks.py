@@ -16,11 +16,12 @@ from hvd_vgg.doctor.mpi import check_mpi, query_mpi4py
 from hvd_vgg.doctor.packages import HostView, is_installed
 from hvd_vgg.doctor.report import Report
 from hvd_vgg.doctor.settings import LINKS, link_variables
-from hvd_vgg.doctor.system import nearest_existing, probe_file
+from hvd_vgg.doctor.system import nearest_existing
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.init import compared_environment, describe_software
 from hvd_vgg.parallel.mpi import loaded_mpi_libraries
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
+from hvd_vgg.run_dir import probe_file
 from hvd_vgg.text import plural
 from hvd_vgg.training.startup import OWN_FLAGS
 

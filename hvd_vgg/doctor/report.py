@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Dict, Iterator, List, Sequence
 
 from hvd_vgg.config import DoctorConfig
-from hvd_vgg.doctor.system import check_out
 from hvd_vgg.environment import launched_local_rank, launched_rank
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
 from hvd_vgg.parallel import network
 from hvd_vgg.reporting.findings import FAILURE, Finding, as_json, counts, failure, format_findings, merge
+from hvd_vgg.run_dir import check_out
 from hvd_vgg.streams import write_line
 from hvd_vgg.text import plural
 

@@ -1,22 +1,20 @@
 """What this host gives its ranks: memory, shared memory, limits, disk space; and what other jobs left running on it."""
 
 import contextlib
-import errno
 import os
 import re
 import resource
 import shutil
 import socket
 import subprocess
-import tempfile
 from pathlib import Path
-from typing import IO, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import psutil
 
-from hvd_vgg.errors import Failure
 from hvd_vgg.parallel.cores import control_groups, read_int, threads_refusal
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
+from hvd_vgg.run_dir import probe_file
 
 _GB = 1e9
 # Open files: the input pipeline keeps shards open, Open MPI a socket per rank, TensorFlow its own.
@@ -111,22 +109,6 @@ def nearest_existing(path: Path) -> Path:
     """Returns the absolute path, or the nearest directory above it that exists."""
     place = path.absolute()
     return next(each for each in (place, *place.parents) if os.path.exists(each))  # noqa: PTH110 (Path.exists raises)
-
-
-def probe_file(directory: Path) -> IO[bytes]:
-    """Returns a new file in `directory` that is deleted when it is closed; raises OSError."""
-    return tempfile.NamedTemporaryFile(dir=directory, prefix=".hvd_vgg_doctor_")
-
-
-def check_out(out: str, code: int, flag: str = "--out") -> None:
-    """Raises Failure(code) if the file `out`, of a flag, cannot be written: hours of work should not end in a wrong path."""
-    path = Path(out).absolute()
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        probe_file(path.parent).close()
-    except OSError as error:
-        raise Failure(code, f"{flag}={out} cannot be written: {error.strerror}") from error
 
 
 def check_other_jobs() -> List[Finding]:

@@ -19,9 +19,10 @@ def model_card(
     what it was checked by; command: that made it; files: lines with the names and SHA-256 of what was written.
     """
     config = network.config
+    origin = "trained with hvd_vgg" if network.state_sha256 else network.source.kind
     sections = [
         f"# {title}",
-        f"{config.model} of {config.num_classes} classes, {'trained with hvd_vgg' if network.meta else network.source.kind}."
+        f"{config.model} of {config.num_classes} classes, {origin}."
         + (f" It was trained as {trained}; BatchNorm is folded into the convolutions." if trained != config.model else "")
         + (" The weights are the moving average of the run's." if network.average else ""),
         "## To load it\n\n" + use,
@@ -59,25 +60,29 @@ def pixels_text(network: Network) -> str:
 
 def accuracy_text(network: Network) -> str:
     """Returns the run's evaluation of these weights for people."""
-    found, flags = network.evaluation(), network.run_flags()
+    found = network.evaluation()
     if found is None:
         return "Not known: no receipt of a run beside the weights has an evaluation of them."
-    top1, top5, records = found
-    of = f" of {flags.data_dir}" if flags else ""
-    text = f"acc@1 {top1 / records:.4f}, acc@5 {top5 / records:.4f}: {top1} and {top5} of {records} validation records{of}"
-    if flags and flags.evaluated_size != network.config.image_size:
-        text += f", at {flags.evaluated_size} pixels"
-    if flags and flags.eval_flip:
+    flags, records = found.flags, found.records
+    counts = f"{found.top1} and {found.top5} of {records} validation records"
+    text = f"acc@1 {found.top1 / records:.4f}, acc@5 {found.top5 / records:.4f}: {counts}"
+    if flags.get("data_dir"):
+        text += f" of {flags['data_dir']}"
+    if flags.get("eval_size") not in (None, 0, network.config.image_size):
+        text += f", at {flags['eval_size']} pixels"
+    if flags.get("eval_flip"):
         text += ", with --eval_flip"
+    if flags.get("precision"):
+        text += f", with --precision={flags['precision']}"
     return f"{text}, by the run itself."
 
 
 def _origin(network: Network, command: str, files: Sequence[str]) -> str:
-    software, meta = describe_process(), network.meta
+    software = describe_process()
     versions = ", ".join(f"{name} {version}" for name, version in software["packages"].items())
     lines = [
         f"Weights: `{network.source.path.resolve()}` ({network.source.kind}), SHA-256 `{network.source.sha256}`",
-        *([f"State of the run: `{meta['state_sha256']}`"] if meta.get("state_sha256") else []),
+        *([f"State of the run: `{network.state_sha256}`"] if network.state_sha256 else []),
         *files,
         f"Command: `{command}`",
         f"Code: hvd_vgg {software['code']['version']}, SHA-256 `{software['code']['sha256']}`",

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -139,8 +139,3 @@ def run_elsewhere(
     for label, file in found["done"].items():
         logits[label] = np.load(file, allow_pickle=False) if pixels is not None else np.zeros(0)
     return Ran(logits, found["missing"])
-
-
-def differences(ran: Dict[str, np.ndarray], expected: np.ndarray) -> List[Tuple[str, float]]:
-    """Returns the difference of the logits of each library from those expected."""
-    return [(label, relative_difference(found, expected)) for label, found in ran.items()]

@@ -1,26 +1,29 @@
 """The network to export: its weights, what it expects of images, and where it comes from."""
 
 import contextlib
-import json
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from hvd_vgg import storage
 from hvd_vgg.config import DENSE, ModelConfig, TrainConfig, has_batch_norm
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.flags import parse_flags
 from hvd_vgg.models import batch_norm, vgg
 from hvd_vgg.reporting import receipt
 from hvd_vgg.run_dir import RunDir
-from hvd_vgg.training.checkpoint import META_KEY
-from hvd_vgg.training.weights import read_weights
+from hvd_vgg.training.names import known_names
+from hvd_vgg.training.weights import NETWORK_FLAGS, exported_of, own_meta, read_weights
 from hvd_vgg.weights.source import Source
 
-_NETWORK_FLAGS = ("model", "width", "num_classes", "image_size", "head")
-_MOST_CHARACTERS = 200  # of the name of a class
+
+class Evaluated(NamedTuple):
+    """A run's evaluation of a network: top-1 hits, top-5 hits, records; flags: of its process, {} where unknown."""
+
+    top1: int
+    top5: int
+    records: int
+    flags: Dict[str, Any]
 
 
 class Network(NamedTuple):
@@ -43,13 +46,22 @@ class Network(NamedTuple):
     run_dir: Optional[Path]
     average: bool
 
-    def evaluation(self) -> Optional[Tuple[int, int, int]]:
-        """Returns top-1 hits, top-5 hits and records of the run's evaluation of these weights, if its receipt has one."""
-        found = receipt.read(RunDir(self.run_dir)) if self.run_dir else None
+    @property
+    def state_sha256(self) -> Optional[str]:
+        """The digest of the state of the run that trained it; of an export, that of the run that was exported, if any."""
+        exported = exported_of(self.meta)
+        found = exported.get("from_state_sha256") if exported else self.meta.get("state_sha256")
+        return found if isinstance(found, str) else None
+
+    def evaluation(self) -> Optional[Evaluated]:
+        """Returns the run's evaluation of these weights, if its receipt has one."""
+        if self.run_dir is None or self.state_sha256 is None:
+            return None
+        run = RunDir(self.run_dir)
         names = [f"eval.{'average_' * self.average}{name}" for name in ("top1_hits", "top5_hits")] + ["eval.records"]
-        for row in reversed((found or {}).get("evaluations", [])):
-            if row.get("eval.state_sha256") == self.meta.get("state_sha256") and None not in map(row.get, names):
-                return row[names[0]], row[names[1]], row[names[2]]
+        for row in reversed((receipt.read(run) or {}).get("evaluations", [])):
+            if row.get("eval.state_sha256") == self.state_sha256 and None not in map(row.get, names):
+                return Evaluated(row[names[0]], row[names[1]], row[names[2]], _flags_of_evaluation(run, row))
         return None
 
     def run_flags(self) -> Optional[TrainConfig]:
@@ -62,6 +74,17 @@ class Network(NamedTuple):
         return None
 
 
+def _flags_of_evaluation(run: RunDir, row: Dict[str, Any]) -> Dict[str, Any]:
+    """Returns the flags of the process that made an evaluation of the receipt: flags.txt may be a later one's."""
+    flags: Dict[str, Any] = {}
+    for line in receipt.read_log(run.log):
+        if line.number == row.get("line"):
+            return flags if line.data.get("eval.state_sha256") == row["eval.state_sha256"] else {}
+        if line.kind in ("METADATA", "PARAMETER"):  # the former begin what a process logs
+            flags = line.data if line.kind == "PARAMETER" else {}
+    return {}
+
+
 def load(path: Path, average: bool) -> Network:
     """Returns the network in a file of weights, or of the best checkpoint of a run's directory.
 
@@ -69,14 +92,14 @@ def load(path: Path, average: bool) -> Network:
     what is there is no whole network.
     """
     source = read_weights(path, average)
-    flags, meta = source.flags, own_meta(source.path)
-    missing = [name for name in _NETWORK_FLAGS if name not in flags]
+    flags, meta = source.flags, own_meta(source.path) or {}
+    missing = [name for name in NETWORK_FLAGS if name not in flags]
     if missing or f"{DENSE[-1]}/kernel" not in source.tensors:
         raise Failure(CONFIGURATION, f"{source.path} holds no whole network: expected all layers up to {DENSE[-1]}")
     run_dir = path if path.is_dir() else source.path.parent.parent if source.path.parent.name == "checkpoints" else None
     normalization = flags.get("pixel_normalization", "auto")
     crop = float(flags.get("eval_crop", 0.875)) if flags.get("augment", "crop") == "crop" else 0.0
-    config = ModelConfig(**{name: flags[name] for name in _NETWORK_FLAGS})
+    config = ModelConfig(**{name: flags[name] for name in NETWORK_FLAGS})
     return Network(
         source,
         config,
@@ -84,29 +107,11 @@ def load(path: Path, average: bool) -> Network:
         "imagenet" if normalization == "auto" else normalization,
         flags.get("resize", "opencv"),
         crop,
-        _class_names(run_dir, meta, config.num_classes),
+        known_names(path, config.num_classes),
         meta,
         run_dir,
-        average,
+        average or exported_of(meta).get("average") is True,
     )
-
-
-def own_meta(path: Path) -> Dict[str, Any]:
-    """Returns what a file of this package says of itself; nothing of others."""
-    with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):
-        with safe_open(str(path), framework="numpy") as file:
-            found = json.loads(file.metadata()[META_KEY])
-        return found if isinstance(found, dict) else {}
-    return {}
-
-
-def _class_names(run_dir: Optional[Path], meta: Dict[str, Any], classes: int) -> List[str]:
-    names = meta.get("class_names", [])
-    if run_dir is not None:
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            names = storage.read_bytes(RunDir(run_dir).classes).decode("utf-8").split("\n")[:-1]
-    whole = isinstance(names, list) and len(names) == classes
-    return [" ".join(str(name).split())[:_MOST_CHARACTERS] for name in names] if whole else []  # a line each
 
 
 def folded(network: Network) -> Network:
@@ -115,7 +120,7 @@ def folded(network: Network) -> Network:
         return network
     tensors = {name: np.asarray(value) for name, value in batch_norm.fold(network.tensors).items()}
     model = network.config.model[: -len("_bn")]
-    config = ModelConfig(**{name: getattr(network.config, name) for name in _NETWORK_FLAGS if name != "model"}, model=model)
+    config = ModelConfig(**{name: getattr(network.config, name) for name in NETWORK_FLAGS if name != "model"}, model=model)
     return network._replace(config=config, tensors=tensors)
 
 

@@ -9,7 +9,7 @@ from hvd_vgg import __version__
 from hvd_vgg.errors import NOT_WRITTEN, Failure
 from hvd_vgg.export.network import Network
 from hvd_vgg.training import checkpoint
-from hvd_vgg.training.weights import read_weights
+from hvd_vgg.training.weights import exported_of, read_weights
 
 
 def write(network: Network, path: Path) -> None:
@@ -23,7 +23,8 @@ def write(network: Network, path: Path) -> None:
     kept["exported"] = {
         "by": f"hvd_vgg {__version__}",
         "from_sha256": source.sha256,
-        "from_state_sha256": meta.get("state_sha256"),
+        "from_state_sha256": network.state_sha256,
+        "of": exported_of(meta).get("of", source.kind),
         "average": network.average,
     }
     if network.class_names:

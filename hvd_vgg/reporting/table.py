@@ -4,16 +4,16 @@ import csv
 import io
 import json
 import math
-from typing import Any, Dict, Iterable, Iterator, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, Optional, Sequence, Tuple
 
 Row = Dict[str, Any]
 
 
-def table_lines(suffix: str, rows: Iterable[Row]) -> Iterator[str]:
+def table_lines(suffix: str, rows: Iterable[Row], names: Sequence[str] = ()) -> Iterator[str]:
     """Yields the lines of a file of rows, which all have the same names in the same order.
 
     suffix: .csv, which begins with the names, and has a column NAME_1, NAME_2, ... for each part of a list; or .jsonl. None
-    is an empty cell, or null.
+    is an empty cell, or null. names: those of the columns, for a table of no rows.
     """
     first = True
     for row in rows:
@@ -24,6 +24,8 @@ def table_lines(suffix: str, rows: Iterable[Row]) -> Iterator[str]:
             yield _csv_line(name for name, _ in _cells(row))
         yield _csv_line(value for _, value in _cells(row))
         first = False
+    if first and names and suffix != ".jsonl":
+        yield _csv_line(names)
 
 
 def _cells(row: Row) -> Iterator[Any]:

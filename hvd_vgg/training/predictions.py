@@ -4,20 +4,22 @@ Every rank keeps the rows that it computed, some 60 bytes a record, in every eva
 may depend on its result. They are summed, gathered and written for the last alone, when the run ends.
 """
 
+import json
 from pathlib import Path
 from typing import Iterator, List, Sequence
 
 import numpy as np
 
 from hvd_vgg.config import EvaluationConfig
-from hvd_vgg.data.classes import known_names
 from hvd_vgg.data.index import Index
 from hvd_vgg.errors import BUG, Failure
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import run_on_root
+from hvd_vgg.reporting.console import Console
 from hvd_vgg.reporting.table import Row, order_of_class, rounded, table_lines
 from hvd_vgg.run_dir import RunDir, atomic_write_lines, writing
 from hvd_vgg.training.evaluate import TOP, Evaluation, gather_rows
+from hvd_vgg.training.names import known_names
 from hvd_vgg.watchdog import watchdog
 
 _WORST = 5  # classes that are printed
@@ -43,22 +45,46 @@ def _require_totals(found: Sequence[int], result: Evaluation) -> None:
         raise Failure(BUG, f"{what} of all classes add up to {found}, the evaluation counted {expected}", collective=True)
 
 
-def write_details(config: EvaluationConfig, result: Evaluation, index: Index, label_base: int) -> None:
+def write_details(config: EvaluationConfig, result: Evaluation, index: Index, label_base: int, console: Console) -> None:
     """Writes class_hits.csv of a run that has ended, and --predictions_file, on rank 0. Collective.
 
     Raises a collective Failure(NOT_WRITTEN).
     """
     counts = count_classes(result, index, label_base, config.num_classes)
-    run_dir = RunDir(config.run_dir)
-
-    def write() -> None:
-        names = known_names(run_dir.path, config.num_classes)
-        with writing(run_dir.class_hits):
-            atomic_write_lines(run_dir.class_hits, table_lines(".csv", class_rows(counts, names)))
-
     with watchdog.phase("saving"):
-        run_on_root(write)
+        run_on_root(lambda: write_class_hits(config, result, counts, console))
         write_predictions(config, result, index, label_base)
+
+
+def write_class_hits(config: EvaluationConfig, result: Evaluation, counts: np.ndarray, console: Console) -> None:
+    """Writes class_hits.csv, but beside a result.json of another evaluation says so; counts: of `count_classes`."""
+    run_dir = RunDir(config.run_dir)
+    refusal = other_result(run_dir.result, result)
+    if refusal:
+        console.say(f"{run_dir.class_hits} is left as it is: {refusal}")
+        if config.predictions_file:
+            console.say(f"{config.predictions_file} is of this process's evaluation")
+        return
+    names = known_names(run_dir.path, config.num_classes)
+    with writing(run_dir.class_hits):
+        atomic_write_lines(run_dir.class_hits, table_lines(".csv", class_rows(counts, names)))
+
+
+def other_result(path: Path, result: Evaluation) -> str:
+    """Returns in what result.json, kept from an earlier process, is of another evaluation than `result`; "" where it is not.
+
+    A process that finds its run complete evaluates it again, and may have been told to do so otherwise, or on other data.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        kept = [found[name] for name in ("top1_hits", "top5_hits", "records_evaluated")]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    own = [result.top1, result.top5, result.records]
+    if kept == own:
+        return ""
+    texts = [f"{top1} and {top5} hits of {records} records" for top1, top5, records in (kept, own)]
+    return f"{path.name} has an earlier evaluation, {texts[0]}, and this process has counted {texts[1]}"
 
 
 def class_rows(counts: np.ndarray, names: Sequence[str]) -> Iterator[Row]:

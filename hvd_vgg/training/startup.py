@@ -7,12 +7,12 @@ from typing import IO, Dict, NamedTuple, Optional, Sequence
 from hvd_vgg.config import ComputeConfig, TrainConfig
 from hvd_vgg.data.sampler import too_many_ranks
 from hvd_vgg.data.transforms import image_library
-from hvd_vgg.errors import CONFIGURATION, USAGE, Failure
+from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, USAGE, Failure
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import require_equal, run_on_all_ranks
 from hvd_vgg.parallel.init import Device, compared_environment, describe_software, join, take_device
 from hvd_vgg.reporting.console import Console
-from hvd_vgg.run_dir import lock_run_dir
+from hvd_vgg.run_dir import check_out, lock_run_dir
 
 # Flags that may differ between ranks: a host may keep its files elsewhere, and rank 0 alone prints.
 OWN_FLAGS = (
@@ -54,11 +54,11 @@ def claim_run_dir(config: TrainConfig) -> Optional[IO[str]]:
         raise Failure(USAGE, f"--profile_ranks: expected numbers below {comm.size()}, the number of ranks")
     if not comm.is_root():
         return None
-    run_dir, kept = Path(config.run_dir), config.predictions_file
-    if kept and not Path(kept).absolute().parent.is_dir():  # it is written when the run ends
-        raise Failure(CONFIGURATION, f"--predictions_file={kept}: expected a name in a directory that exists")
+    run_dir = Path(config.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Failure(CONFIGURATION, f"--run_dir={run_dir} cannot be created or written: {error.strerror}") from error
+    if config.predictions_file:  # it is written when the run ends
+        check_out(config.predictions_file, NOT_WRITTEN, "--predictions_file")
     return lock_run_dir(run_dir)

@@ -271,6 +271,6 @@ class Trainer:
         with watchdog.phase("saving"):
             self.writer.finish(self.copy_seconds)
         measured = self.write_result(required=True)
-        write_details(self.config, self.result, self.data.validation, self.data.label_base)
+        write_details(self.config, self.result, self.data.validation, self.data.label_base, self.reporter.console)
         finish_log(self.config, self.result, measured, self.progress, self.writer, self.reporter)
         comm.shutdown()

@@ -17,7 +17,7 @@ from hvd_vgg.training import checkpoint
 from hvd_vgg.weights.files import read_file, read_file_flags
 from hvd_vgg.weights.source import Source, expected_shapes
 
-_NETWORK_FLAGS = ("model", "width", "num_classes", "image_size", "head")
+NETWORK_FLAGS = ("model", "width", "num_classes", "image_size", "head")
 _IMAGE_FLAGS = ("pixel_normalization", "resize", "augment")
 
 
@@ -28,13 +28,13 @@ def read_weights(path: Path, average: bool = False) -> Source:
     wrong.
     """
     path = file_of(path, average)
-    meta = _own_meta(path)
+    meta = own_meta(path)
     if meta is None and average:
         raise Failure(CONFIGURATION, f"{path} is no checkpoint of a run with --ema_decay: it holds no average of weights")
     if meta is None:
         return read_file(path)
     flags = _flags_of(meta, path)
-    names = expected_shapes(ModelConfig(**{name: flags[name] for name in _NETWORK_FLAGS}))
+    names = expected_shapes(ModelConfig(**{name: flags[name] for name in NETWORK_FLAGS}))
     try:
         found = checkpoint.load(path)
         kept = checkpoint.averaged(found.tensors, names) if average else {name: found.tensors[name] for name in names}
@@ -47,13 +47,28 @@ def read_weights(path: Path, average: bool = False) -> Source:
     if wrong:
         found_as = f"{kept[wrong[0]].dtype} {list(kept[wrong[0]].shape)}"
         raise Failure(CONFIGURATION, f"{path}: {wrong[0]} is {found_as}, expected float32 {list(names[wrong[0]])}")
-    return Source(path, f"checkpoint of step {meta.get('step')}", kept, flags, [], file_sha256(path))
+    return Source(path, _kind_of(meta), kept, flags, [], file_sha256(path))
+
+
+def _kind_of(meta: Mapping[str, Any]) -> str:
+    exported = exported_of(meta)
+    if not exported:
+        return f"checkpoint of step {meta.get('step')}"
+    of = exported.get("of")
+    average = ", the average of its weights" if exported.get("average") is True else ""
+    return f"export of {' '.join(of.split())[:200]}{average}" if isinstance(of, str) else f"export{average}"
+
+
+def exported_of(meta: Mapping[str, Any]) -> Dict[str, Any]:
+    """Returns what a file that `hvd-vgg export` wrote says of where it is from; {} of other files."""
+    found = meta.get("exported")
+    return found if isinstance(found, dict) else {}
 
 
 def read_flags(path: Path) -> Dict[str, Any]:
     """Returns `Source.flags` of what `read_weights` reads, from names and shapes alone. Raises Failure(CONFIGURATION)."""
     path = file_of(path)
-    meta = _own_meta(path)
+    meta = own_meta(path)
     return read_file_flags(path) if meta is None else _flags_of(meta, path)
 
 
@@ -70,11 +85,11 @@ def file_of(path: Path, average: bool = False) -> Path:
 
 def run_of(path: Path) -> Dict[str, Any]:
     """Returns `run` of a checkpoint's metadata; {} where the file is no checkpoint of this package."""
-    run = (_own_meta(path) or {}).get("run")
+    run = (own_meta(path) or {}).get("run")
     return run if isinstance(run, dict) else {}
 
 
-def _own_meta(path: Path) -> Optional[Dict[str, Any]]:
+def own_meta(path: Path) -> Optional[Dict[str, Any]]:
     """Returns what a file of this package says of itself; None of others. Raises Failure(CONFIGURATION)."""
     try:
         with open(path, "rb") as file:
@@ -91,7 +106,7 @@ def _own_meta(path: Path) -> Optional[Dict[str, Any]]:
 
 def _flags_of(meta: Dict[str, Any], path: Path) -> Dict[str, Any]:
     run = meta.get("run")
-    names = (*_NETWORK_FLAGS, *_IMAGE_FLAGS)
+    names = (*NETWORK_FLAGS, *_IMAGE_FLAGS)
     missing = [name for name in names if name not in run] if isinstance(run, dict) else ["run"]
     if missing:
         raise Failure(CONFIGURATION, f"{path} is of another version of hvd_vgg: it does not say {missing[0]}")
@@ -117,7 +132,7 @@ def require_own_flags(config: ImageConfig, found: Mapping[str, Any], path: Path)
 
     found: of `read_flags`. What resizes and crops an image may be another.
     """
-    names = [name for name in _NETWORK_FLAGS if name in found and (name != "image_size" or found.get("head") == FLATTENED)]
+    names = [name for name in NETWORK_FLAGS if name in found and (name != "image_size" or found.get("head") == FLATTENED)]
     wrong = [name for name in names if getattr(config, name) != found[name]]
     own = found.get("pixel_normalization", config.pixel_normalization)
     if NORMALIZATIONS.get(str(own)) != NORMALIZATIONS[config.pixel_normalization]:

@@ -67,7 +67,7 @@ def test_predict_writes_in_order_and_passes_over(launch, tmp_path, undisturbed, 
     paths = [row["path"] for row in rows[::3]]
     names = sorted(path.name for path in images.iterdir() if path.suffix == ".jpeg")
     assert paths[: len(names)] == [f"{images}/{name}" for name in names]
-    assert paths[len(names) :] == [f"{images}/sub, 2/{number}\\udcff.jpg" for number in (10, 1, 2, 4, 5, 7, 8)]
+    assert paths[len(names) :] == [f"{images}/sub, 2/{number}\\xff.jpg" for number in (10, 1, 2, 4, 5, 7, 8)]
     if ranks:
         launch(0, *predict, "--out=b.csv", code=65)
         assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
@@ -119,7 +119,8 @@ def test_run_keeps_predictions_of_its_last_evaluation(launch, tmp_path, data):
             (["evaluate", "--weights=RUN", "--model=vgg16", "--data_dir=."], 64, "--model=vgg16: it has vgg11"),
             (["evaluate", "--weights=RUN", "--average", "--data_dir=DATA"], 78, "has no best checkpoint of an average"),
             (["evaluate", "--weights=RUN", "--predictions_file=none/a.csv", "--data_dir=DATA"], 74, "cannot be written"),
-            (["train", "--predictions_file=none/a.csv", "--data_dir=DATA"], 78, "expected a name in a directory"),
+            (["train", "--predictions_file=none/a.csv", "--data_dir=DATA"], 74, "--predictions_file=none/a.csv cannot be"),
+            (["train", "--predictions_file=/proc/a.csv", "--data_dir=DATA"], 74, "--predictions_file=/proc/a.csv cannot be"),
         ),
     ],
 )

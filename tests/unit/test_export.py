@@ -1,25 +1,33 @@
 """Exports: what each form holds, that it computes the same, what is refused, that nothing half written is left."""
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
+import os
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from support import picture, small_disk_at, write_data
 
+from hvd_vgg import __main__
 from hvd_vgg.commands.export import export, judge
 from hvd_vgg.config import ExportConfig, TrainConfig, fingerprint
 from hvd_vgg.data.transforms import eval_image
-from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, USAGE, Failure
+from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, STOPPED, USAGE, Failure
 from hvd_vgg.export import onnx_graph, own_file, saved_model
+from hvd_vgg.export.card import accuracy_text
 from hvd_vgg.export.check import choose_images, relative_difference, run_elsewhere
 from hvd_vgg.export.forms import FORMS, Checks
 from hvd_vgg.export.network import folded, load, reference_logits
 from hvd_vgg.export.placing import put, require_new, scratch_beside
 from hvd_vgg.flags import parse_flags
 from hvd_vgg.models.architecture import layers_of
+from hvd_vgg.reporting import receipt
+from hvd_vgg.reporting.log import RunLog
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.training import checkpoint
 from hvd_vgg.training.weights import read_weights
@@ -53,7 +61,7 @@ def write_run(folder, names=NAMES, **flags):
 
 def export_of(run, to, out, **more):
     """Exports and returns the card."""
-    export(ExportConfig(weights=str(run), to=to, out=str(out), check_images=2, **more))
+    export(ExportConfig(**{"weights": str(run), "to": to, "out": str(out), "check_images": 2, **more}))
     card = out / "README.md" if to == "savedmodel" else out.with_name(f"{out.name}.md")
     return card.read_text()
 
@@ -85,6 +93,8 @@ def test_saved_model_computes_the_same(tmp_path, capsys, flags):
         "logits": (3, CLASSES),
         "probabilities": (3, CLASSES),
     }
+    digest = hashlib.sha256((out / "saved_model.pb").read_bytes()).hexdigest()
+    assert f"- `out/saved_model.pb`: SHA-256 `{digest}`\n" in card and "`out/variables/variables.index`" in card
     assert (out / "assets" / saved_model.CLASS_NAMES).read_text() == "disc\nring, or two\n*square*\nété\n_\n"
     assert "1. ring, or two\n2. \\*square\\*\n" in card and checkpoint_digests(run) <= set(card.replace("`", " ").split())
 
@@ -133,6 +143,46 @@ def test_export_safetensors_is_read_again(tmp_path):
         assert all((found.tensors[name] == value).all() for name, value in expected.tensors.items())
         assert not [name for name in checkpoint.load(path).tensors if name not in expected.tensors]
         assert load(path, False).class_names[1] == "ring, or two"
+
+
+def test_card_of_an_export_says_whose_it_is(tmp_path):
+    """The run's state, and that it is an average; of weights that nobody trained here, neither state nor training."""
+    run, first, second = (write_run(tmp_path / "run"), tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    export_of(run, "safetensors", first, average=True, check_images=0)
+    card = export_of(first, "safetensors", second, check_images=0)
+    assert f"State of the run: `{load(run, True).meta['state_sha256']}`" in card and "moving average" in card
+    assert "(export of checkpoint of step 7, the average of its weights)" in card
+    assert read_weights(second).kind == read_weights(first).kind
+    torch, other = tmp_path / "t.safetensors", tmp_path / "o.safetensors"
+    export_of(write_run(tmp_path / "wide", image_size=64, model="vgg16"), "torch", torch, check_images=0)
+    export_of(torch, "safetensors", other, check_images=0)
+    card = export_of(other, "safetensors", tmp_path / "p.safetensors", check_images=0)
+    assert "export of torchvision's vgg16" in card and "trained with" not in card and "State of the run" not in card
+
+
+def test_export_is_a_command(tmp_path, capsys):
+    run, out = write_run(tmp_path / "run"), tmp_path / "a.safetensors"
+    words = ["export", str(run), "--to=safetensors", f"--out={out}", "--check_images=1"]
+    assert __main__.run(words) == 0 and out.is_file()
+    assert __main__.run(words) == NOT_WRITTEN and "exists already" in capsys.readouterr().err
+
+
+def test_card_has_the_flags_of_the_evaluation(tmp_path):
+    """Not those of a later start, which flags.txt has; none where the log is not the receipt's."""
+    path = write_run(tmp_path / "run")
+    run, digest = RunDir(path), load(path, False).meta["state_sha256"]
+    counts = {"eval.top1_hits": 3, "eval.top5_hits": 5, "eval.records": 10, "eval.loss": 1.0}
+    for data, flip in (("first", True), ("second", False)):
+        log = RunLog(path, False, None)
+        log.log("PARAMETER", {"data_dir": data, "eval_flip": flip, "eval_size": 96 * flip, "precision": "bfloat16"})
+        log.log((1, 7), {**counts, "eval.state_sha256": digest if flip else "other"})
+        log.close()
+    receipt.write(run)
+    run.flags.write_text("--data_dir=second\n")
+    expected = "3 and 5 of 10 validation records of first, at 96 pixels, with --eval_flip, with --precision=bfloat16, by"
+    assert expected in accuracy_text(load(path, False))
+    run.log.write_text("\n".join(run.log.read_text().splitlines()[1:]))
+    assert "3 and 5 of 10 validation records, by the run itself" in accuracy_text(load(path, False))
 
 
 def test_export_of_the_average_folded(tmp_path):
@@ -243,15 +293,61 @@ def test_export_never_overwrites(tmp_path):
         refused(run, to, tmp_path / name, "exists already")
     refused(run, "safetensors", tmp_path / "b.safetensors", "the model card of --out")
     refused(run, "savedmodel", tmp_path / "none" / "out", "there is no directory")
+    empty = tmp_path / "empty.safetensors"
+    empty.mkdir()
+    refused(run, "safetensors", empty, "exists already")
+    empty.rmdir()
     before = sorted(tmp_path.iterdir())
     empty = tmp_path / "empty"
     empty.mkdir()
-    require_new(empty)
+    require_new(empty, directory=True)
     with scratch_beside(empty) as scratch:
         (scratch / "empty").mkdir()
         (scratch / "empty" / "a").touch()
         put([scratch / "empty"], tmp_path)
     assert (empty / "a").exists() and sorted([*before, empty]) == sorted(tmp_path.iterdir())
+
+
+def test_export_into_the_current_directory(tmp_path, monkeypatch):
+    """It is filled where it is empty; nothing appears in it otherwise."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run = write_run(tmp_path / "run")
+    export(ExportConfig(weights=str(run), out=".", check_images=0))
+    assert (tmp_path / "here" / "README.md").exists() and not (tmp_path / "here" / "made").exists()
+    monkeypatch.chdir(tmp_path / "here")
+    refused(run, "savedmodel", Path(), "exists already")
+
+
+def test_export_overwrites_nothing_made_meanwhile(tmp_path):
+    """Where the card cannot be placed, the file is taken back; a directory takes the place of an empty one alone."""
+    made, folder = tmp_path / "made", tmp_path / "out"
+    (made / "c").mkdir(parents=True)
+    (folder / "c").mkdir(parents=True)
+    for name in ("a", "a.md", "c/d"):
+        (made / name).write_text("new")
+    (folder / "a.md").write_text("theirs")
+    (folder / "c" / "e").touch()
+    for paths in ([made / "a", made / "a.md"], [made / "c"]):
+        with pytest.raises(OSError, match=r"exists|not empty"):
+            put(paths, folder)
+    assert sorted(path.name for path in folder.rglob("*")) == ["a.md", "c", "e"]
+    assert (folder / "a.md").read_text() == "theirs"
+    (folder / "a.md").unlink()
+    put([made / "a", made / "a.md"], folder)
+    assert (folder / "a").read_text() == (folder / "a.md").read_text() == "new" and not (made / "a").exists()
+
+
+def test_export_that_is_stopped_leaves_nothing(tmp_path, monkeypatch, capsys):
+    """By SIGTERM while it writes: exit code 80, and no word of checkpoints, of which it has none."""
+    run, folder = write_run(tmp_path / "run"), tmp_path / "out"
+    folder.mkdir()
+    stopped = FORMS["safetensors"]._replace(write=lambda task: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setitem(FORMS, "safetensors", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    words = ["export", str(run), "--to=safetensors", f"--out={folder / 'a.safetensors'}"]
+    assert __main__.run(words) == STOPPED and not list(folder.iterdir())
+    assert capsys.readouterr().err == "hvd-vgg: interrupted\n" and signal.getsignal(signal.SIGTERM) == before
 
 
 def refused(run, to, out, message):
@@ -328,6 +424,8 @@ def test_export_of_convolutions_alone_is_refused(tmp_path):
     [
         (["--to=onnx"], "--out=./export: expected a name that ends in .onnx"),
         (["--out="], "--out=: expected a path, found nothing"),
+        (["--out=a/.."], "--out=a/..: expected the name of what is to be written"),
+        (["--out=/"], "--out=/: expected the name of what is to be written"),
         (["--to=onnx", "--out=a.h5"], "expected a name that ends in .onnx"),
         (["--to=torch", "--out=a.onnx"], "ends in .safetensors or .pth or .pt"),
         (["--to=keras_h5", "--out=a.weights.h5"], "another format to Keras 3"),

@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 from support import failure_of, picture
 
-from hvd_vgg.commands.predict import _table_rows, _texts
+from hvd_vgg.commands.predict import _COLUMNS, _escaped, _table_rows, _texts
 from hvd_vgg.config import EvaluateConfig, PredictConfig, TrainConfig
-from hvd_vgg.data.classes import imagenet_names, known_names
+from hvd_vgg.data.classes import imagenet_names
 from hvd_vgg.data.image_files import ImageFiles, find_images, index_images
 from hvd_vgg.data.loader import scoring_batches
 from hvd_vgg.errors import BUG, CONFIGURATION, USAGE, Failure
 from hvd_vgg.flags import describe_flags, parse_flags, to_flag_file
+from hvd_vgg.reporting.console import Console
 from hvd_vgg.reporting.table import rounded, table_lines
+from hvd_vgg.training import checkpoint
 from hvd_vgg.training.evaluate import Evaluation, _row
-from hvd_vgg.training.predictions import _prediction_rows, _require_totals, worst_classes
+from hvd_vgg.training.names import known_names
+from hvd_vgg.training.predictions import _prediction_rows, _require_totals, other_result, worst_classes, write_class_hits
 from hvd_vgg.training.weights import read_weights, require_classes, require_own_flags
 
 ODD = "odd\udcff, b.jpg"  # a byte that is no text, a comma and a space
@@ -134,6 +137,7 @@ def test_find_images_that_are_missing(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "no image is given" in refusal(lambda: find_images([str(tmp_path / "empty")]))
     assert "no image is given" in refusal(lambda: find_images([]))
+    assert '"": an empty name' in refusal(lambda: find_images([""]))
     (tmp_path / "empty" / "up").symlink_to(tmp_path)
     assert "is a link to a directory that it lies in" in failure_of(lambda: find_images([str(tmp_path)]))
 
@@ -182,6 +186,25 @@ def test_known_names_come_from_the_run_or_a_file(tmp_path):
     assert known_names(path, 3, str(names)) == ["Tür", "lamp [2J", "c"]
 
 
+@pytest.mark.parametrize("data", [b"a\nb\n", b"a\n\xca\xfd\nc\n"], ids=["two lines", "no text"])
+def test_known_names_of_the_run_that_do_not_fit(tmp_path, data):
+    """Nobody asked for them: there are none."""
+    (tmp_path / "classes.txt").write_bytes(data)
+    assert known_names(tmp_path, 3) == known_names(tmp_path, 1000) == []
+
+
+def test_known_names_in_the_weights_themselves(tmp_path):
+    """Which `export` writes; what is no list of as many is passed over."""
+    path = tmp_path / "a.safetensors"
+    for names, found in (
+        (["a", "n01440764", "c\nd"], ["a", "n01440764 tench, Tinca tinca", "c d"]),
+        (["a"], []),
+        ("abc", []),
+    ):
+        checkpoint.write(path, {"fc1/bias": np.zeros(3, np.float32)}, {"class_names": names})
+        assert known_names(path, 3) == found
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
@@ -214,6 +237,14 @@ def test_tables_hold_the_same_in_both_formats(tmp_path):
     with open(tmp_path / "a.csv", newline="") as file:
         assert list(csv.reader(file)) == [["a", "b_1", "b_2"], ['x, "y"\n', "0.333333", ""], ["ü", "1e-09", ""]]
     assert [json.loads(line) for line in table_lines(".jsonl", rows)] == rows
+    assert list(table_lines(".csv", [], ["a", "b"])) == ["a,b\n"] and not list(table_lines(".jsonl", [], ["a"]))
+
+
+def test_predicted_path_stands_for_one_file_alone():
+    """Bytes that are no text, control characters and backslashes are escaped; letters stay readable."""
+    names = [b"\xff.jpg", b"\\xff.jpg", "\x9b.jpg".encode(), "ü\n\x1b.jpg".encode(), "日.jpg".encode()]
+    expected = ["\\xff.jpg", "\\\\xff.jpg", "\\u009b.jpg", "ü\\n\\x1b.jpg", "日.jpg"]
+    assert [_escaped(os.fsdecode(name)) for name in names] == expected
 
 
 def test_predictions_of_a_round_are_in_order():
@@ -223,12 +254,13 @@ def test_predictions_of_a_round_are_in_order():
         "a.jpg",
         "  0.7500  class 0  cat",
         "  nan  class 1  dog",
-        "odd\\udcff, b.jpg",
+        "odd\\xff, b.jpg",
         "  passed over: torn",
     ]
     assert texts[5] == "c.jpg"
     table = list(_table_rows(rows_of(2), files, []))
     first = {"path": "c.jpg", "rank": 1, "class": 0, "name": "", "probability": 0.75}
+    assert tuple(first) == _COLUMNS
     assert table == [first, {**first, "rank": 2, "class": 1, "probability": None}]
 
 
@@ -256,6 +288,33 @@ def test_worst_classes_are_those_with_records():
     assert [line.split()[-1] for line in lines[1:]] == ["d", "b", "e", "a"]
     assert lines[1] == "  acc@1 0.0000  acc@5 1.0000  of     4  class 3  d"
     assert worst_classes(counts, []).splitlines()[1].endswith("class 3")
+
+
+def test_result_of_an_earlier_process_is_told_apart(tmp_path):
+    """By its counts; one that cannot be read, or is of a version without them, is no reason to keep anything."""
+    path, result = tmp_path / "result.json", Evaluation(3, 5, 9, 1.0, 0)
+    kept = {"top1_hits": 3, "top5_hits": 5, "records_evaluated": 9}
+    assert other_result(path, result) == ""
+    for found in (kept, {"top1_hits": 4}, [], {**kept, "top5_hits": 6}):
+        path.write_text(json.dumps(found))
+        assert ("6 hits of 9 records, and this process has counted 3 and 5" in other_result(path, result)) == (
+            "6" in str(found)
+        )
+
+
+def test_hits_a_class_are_of_the_evaluation_in_the_result(tmp_path, capsys):
+    """What an earlier process kept of it stays where this one, which finds the run complete, counts otherwise."""
+    config, counts = (
+        TrainConfig(num_classes=2, run_dir=str(tmp_path), predictions_file="a.csv"),
+        np.array([[2, 1, 2], [0] * 3]),
+    )
+    for top1 in (0, 1):
+        (tmp_path / "result.json").write_text(json.dumps({"top1_hits": top1, "top5_hits": 2, "records_evaluated": 2}))
+        (tmp_path / "class_hits.csv").write_text("theirs")
+        write_class_hits(config, Evaluation(1, 2, 2, 1.0, 0), counts, Console("lines", True))
+        assert ((tmp_path / "class_hits.csv").read_text() == "theirs") == (top1 == 0)
+        said = capsys.readouterr().out
+        assert ("is left as it is: result.json" in said) == ("a.csv is of this process" in said) == (top1 == 0)
 
 
 def test_totals_that_differ_are_a_bug():
