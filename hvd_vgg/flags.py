@@ -196,7 +196,8 @@ def _expand_flag_files(argv: Sequence[str], unused: Set[str]) -> List[str]:
 
 def _unknown_flag(word: str, names: Sequence[str]) -> str:
     close = difflib.get_close_matches(word.lstrip("-").split("=")[0], names, n=1)
-    hint = f"did you mean --{close[0]}?" if close else "--help lists the flags"
+    bare = "where a command takes a word that is no flag, it comes first, before all flags"
+    hint = f"did you mean --{close[0]}?" if close else "--help lists the flags" if word.startswith("-") else bare
     return f"{word}: no such flag of this command; {hint}"
 
 

@@ -51,15 +51,16 @@ def relative_difference(found: np.ndarray, expected: np.ndarray) -> float:
 def choose_images(network: Network, data_dir: str, count: int) -> Images:
     """Returns `count` images: validation records of `data_dir`, or of the network's run, as they are evaluated.
 
-    Where the run's cannot be read, or there are none, drawn ones. Raises Failure(DATA) where those of `data_dir` cannot be
-    read.
+    Those of `data_dir` are read by the run's other flags of data, if any. Where the run's cannot be read, or there are none,
+    drawn ones. Raises Failure(DATA) where those of `data_dir` cannot be read.
     """
     flags = network.run_flags()
+    fields = [field.name for field in dataclasses.fields(DataConfig)] if flags else []
+    own = DataConfig(**{name: getattr(flags, name) for name in fields})
     if data_dir:
-        return _records(network, DataConfig(data_dir=data_dir), count)
+        return _records(network, dataclasses.replace(own, data_dir=data_dir), count)
     why = "there is no run whose --data_dir is known"
     if flags is not None:
-        own = DataConfig(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(DataConfig)})
         try:
             return _records(network, own, count)
         except Failure as failure:

@@ -398,6 +398,11 @@ def test_export_is_checked_on_records_where_there_are_any(tmp_path):
     assert (found.pixels[3] == expected).all()
     RunDir(run).flags.write_text(f"--data_dir={data}\n")
     assert choose_images(network, "", 9).of == f"6 validation records of {data}"
+    (tmp_path / "data").rename(tmp_path / "moved")
+    for path in sorted((tmp_path / "moved").glob("validation-*")):
+        path.rename(path.with_name(path.name.replace("validation", "val")))
+    RunDir(run).flags.write_text("--data_dir=gone\n--train_pattern=train-*\n--validation_pattern=val-*\n")
+    assert choose_images(network, str(tmp_path / "moved"), 4).of == f"4 validation records of {tmp_path / 'moved'}"
     RunDir(run).flags.write_text(f"--data_dir={tmp_path / 'gone'}\n")
     assert "2 drawn pictures (data: " in choose_images(network, "", 2).of
     with pytest.raises(Failure):

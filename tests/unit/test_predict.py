@@ -10,7 +10,7 @@ import pytest
 from support import failure_of, picture
 
 from hvd_vgg.commands.predict import _COLUMNS, _escaped, _table_rows, _texts
-from hvd_vgg.config import EvaluateConfig, PredictConfig, TrainConfig
+from hvd_vgg.config import EvaluateConfig, ExportConfig, PredictConfig, TrainConfig
 from hvd_vgg.data.classes import imagenet_names
 from hvd_vgg.data.image_files import ImageFiles, find_images, index_images
 from hvd_vgg.data.loader import scoring_batches
@@ -50,6 +50,7 @@ def test_words_hide_no_unknown_flag():
     assert "--tops=3: no such flag of this command; did you mean --top?" in text and "--images=b.jpg: no such flag" in text
     assert "b.jpg: no such" not in text.replace("--images=b.jpg", "")
     assert "stray: no such flag" in refusal(lambda: parse_flags(TrainConfig, ["stray"]))
+    assert "it comes first, before all flags" in refusal(lambda: parse_flags(ExportConfig, ["--to=savedmodel", "my/run"]))
 
 
 def test_words_are_in_help_and_in_no_flag_file():
