@@ -69,7 +69,21 @@ SMOKE = {
     ),
 }
 NEED_HOSTS = ("doctor", "exchange")
-SLOW = ("chaos", "checkouts", "compute", "finetune", "ingredients")  # what they start has tests of its own
+# What they start has tests of its own.
+SLOW = (
+    "augment",
+    "chaos",
+    "checkouts",
+    "compute",
+    "cores",
+    "exchange",
+    "finetune",
+    "ingredients",
+    "input",
+    "prepare",
+    "saving",
+)
+SLOW += ("wire_dtype",)
 
 
 def command(name, options, data):

@@ -123,7 +123,7 @@ def test_every_bit_is_the_same_under_any_launcher(launch, tmp_path, data, long_r
     assert_same_run(tmp_path, long_run("--exchange=allreduce"))
 
 
-@pytest.mark.parametrize(("fault", "step"), [("twice@1:7", 7), ("drop_by_rank@1:5", 5), ("sum_in_floats", 1)])
+@pytest.mark.parametrize(("fault", "step"), [*full(("twice@1:7", 7), ("drop_by_rank@1:5", 5)), ("sum_in_floats", 1)])
 def test_a_defect_of_a_bit_is_seen(tmp_path, data, long_run, fault, step):
     """One sample twice, dropout by rank, sums whose result depends on order: the loss of the same or of the next step."""
     flags = ["--exchange=allreduce", "--drift_every_steps=0"]
@@ -352,7 +352,7 @@ def test_one_inter_op_thread_does_not_hang_a_run(tmp_path, data, undisturbed):
     assert_same_run(tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize("model", [["--device_batch=5"], *full(["--model=vgg11_bn", "--norm_batch=4"])], ids=" ".join)
+@pytest.mark.parametrize("model", full(["--device_batch=5"], ["--model=vgg11_bn", "--norm_batch=4"]), ids=" ".join)
 def test_evaluation_gives_the_same_integers_on_ranks(launch, tmp_path, data, model):
     """On 2 after training in batches of 5, on 3 by the command."""
     flags = [f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY, "--steps=20", *model]

@@ -221,6 +221,7 @@ def test_vanished_reader_does_not_end_job(tmp_path):
     assert "Traceback" not in ended.err and "hvd-vgg launch: exit code 7" in ended.err
 
 
+@pytest.mark.fault(tier=3)
 def test_unread_stdout_does_not_delay_time_limit(tmp_path):
     """As below a pager: what mpirun prints waits, the time limit does not."""
     limits = ["--time_limit_seconds=3", "--grace_seconds=2"]

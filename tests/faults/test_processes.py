@@ -122,7 +122,7 @@ def test_hung_rank_ends_all_with_hang_reports(tmp_path, data, undisturbed, fault
         assert "hold_gil" in (tmp_path / "run" / "faults" / "stacks.rank1.txt").read_text()
 
 
-@pytest.mark.fault("F10")
+@pytest.mark.fault("F10", tier=3)
 def test_single_rank_that_holds_the_gil_is_ended(tmp_path, data):
     """F10 with nobody else to notice: SIGALRM needs no GIL."""
     run(tmp_path, data, 0, "hold_gil@0:3:600", "--hang_seconds=2", code=-signal.SIGALRM)
@@ -224,7 +224,7 @@ def suspend(started, seconds):
     return stopped
 
 
-@pytest.mark.fault("F38")
+@pytest.mark.fault("F38", tier=3)
 def test_job_that_was_suspended_goes_on(tmp_path, data, undisturbed):
     """F38 for longer than --hang_seconds, and than the alarm behind it takes; no update has that time."""
     started = start(tmp_path, data, 2, "slow_read@1:0:0.05", "--hang_seconds=6")

@@ -184,7 +184,7 @@ def test_demo_data_are_the_same_on_ranks_and_never_overwritten(launch, tmp_path)
     assert ended.err.count("never overwritten") == 1
 
 
-@pytest.mark.parametrize(("script", "ranks"), [("multigpu_imagenet", 2), *full(("imagenet", 1))])
+@pytest.mark.parametrize(("script", "ranks"), full(("multigpu_imagenet", 2), ("imagenet", 1)))
 def test_scripts_of_the_published_recipe_train(launch, tmp_path, data, script, ranks):
     """At a small width, by flags passed on."""
     flags = [*(flag for flag in TINY if "device_batch" not in flag), "--model=vgg16", "--steps=2"]
