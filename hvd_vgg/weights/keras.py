@@ -50,6 +50,9 @@ def plan(shapes: Mapping[str, Shape], layers: Sequence[Tuple[str, Sequence[str]]
             pieces[f"{layer}/{part}"] = same(name, shapes[name], f"{layer}/{part}" == "block1_conv1/kernel")
     used = {piece.name for piece in pieces.values()}
     unused = [name for name in shapes if name not in used]
+    left = [name for name in unused for part in name.split("/") if part in DENSE]
+    if len({part for name in left for part in name.split("/") if part in DENSE}) == len(DENSE):
+        raise ValueError(f"{left[0]} and the other dense layers have shapes that they have in no VGG network: it is damaged")
     return Plan("Keras' network", pieces, KERAS_IMAGES, unused)
 
 
