@@ -98,13 +98,18 @@ def macs_per_image(layer: Layer, image_size: int) -> int:
     return math.prod(layer.kernel) * side * side
 
 
+def first_trained(layers: List[Layer]) -> int:
+    """Returns the number of the first layer that is trained, behind which gradients by inputs are needed."""
+    return next((number for number, layer in enumerate(layers) if layer.trained), len(layers))
+
+
 def training_flops(layers: List[Layer], image_size: int) -> int:
     """Returns the floating-point operations of training on one image: 92.65e9 for VGG16 at 224 pixels.
 
     Two for each multiply-accumulate, of the forward pass and of the gradients by a layer's weights, if it is trained, and by
     its inputs, if a layer before it is. Everything else is small beside these and not counted.
     """
-    first = next((number for number, layer in enumerate(layers) if layer.trained), len(layers))
+    first = first_trained(layers)
     macs = [macs_per_image(layer, image_size) for layer in layers]
     passes = [1 + layer.trained + (number > first) for number, layer in enumerate(layers)]
     return 2 * sum(each * count for each, count in zip(macs, passes))

@@ -21,7 +21,7 @@ import math
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
 from hvd_vgg.config import DENSE, ExchangeConfig
-from hvd_vgg.models.architecture import Layer, layers_to_train, macs_per_image, training_flops
+from hvd_vgg.models.architecture import Layer, first_trained, layers_to_train, macs_per_image, training_flops
 
 BYTES = {"float32": 4, "float16": 2}
 _MB = 1e6
@@ -160,7 +160,7 @@ def _backward_share(config: ExchangeConfig) -> float:
     where the forward pass computes one.
     """
     layers = layers_to_train(config)
-    first = next((number for number, layer in enumerate(layers) if layer.trained), len(layers))
+    first = first_trained(layers)
     macs = [macs_per_image(layer, config.image_size) for layer in layers]
     backward = sum(each * (layer.trained + (n >= first)) for n, (each, layer) in enumerate(zip(macs, layers)))
     return backward / (backward + sum(macs))

@@ -18,7 +18,7 @@ from hvd_vgg.training.checkpoint import AVERAGE_SUFFIX
 from hvd_vgg.training.reporter import Reporter
 from hvd_vgg.training.state import State
 from hvd_vgg.training.weights import file_of, read_flags, read_weights, run_of
-from hvd_vgg.weights.source import Source
+from hvd_vgg.weights.source import Source, layers_in
 
 INIT_SHA256 = "init_sha256"  # what a run's fingerprint calls the digest of the file
 
@@ -81,7 +81,7 @@ def init_weights(state: State, config: TrainConfig, digest: str, reporter: Repor
             variable.assign(taken.tensors[name])
             if state.averages:
                 state.averages[f"{name}{AVERAGE_SUFFIX}"].assign(taken.tensors[name])
-    layers = list(dict.fromkeys(name.split("/")[0] for name in taken.tensors))
+    layers = layers_in(taken.tensors)
     reporter.say(f"weights of {len(layers)} layers from {source.path} ({source.kind}), SHA-256 {source.sha256[:16]}")
     for text, names in (("resized", [taken.resized]), ("new", taken.new), ("not used", taken.unused)):
         if any(names):
@@ -127,7 +127,7 @@ def choose_layers(source: Source, config: TrainConfig) -> Taken:
         taken.update(found)
     if not taken:
         raise Failure(CONFIGURATION, f"--init_from={source.path}: nothing of it is taken: {', '.join(new)}")
-    left = dict.fromkeys(name.split("/")[0] for name in source.tensors if name not in taken)
+    left = layers_in(name for name in source.tensors if name not in taken)
     return Taken(taken, resized, new, [*left, *source.unused])
 
 

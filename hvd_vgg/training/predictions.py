@@ -1,6 +1,6 @@
 """What an evaluation made of each class and of each record: tables of hits and predictions, and the classes it does worst.
 
-Every rank keeps the rows that it computed, some 60 bytes a record, in every evaluation, for whether one is the last of a run
+Every rank keeps the rows that it computed, 50 bytes a record, in every evaluation, for whether one is the last of a run
 may depend on its result. They are summed, gathered and written for the last alone, when the run ends.
 """
 

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
@@ -72,6 +72,6 @@ def expected_shapes(config: ModelConfig) -> Dict[str, Tuple[int, ...]]:
     }
 
 
-def layers_in(names: Sequence[str]) -> List[str]:
+def layers_in(names: Iterable[str]) -> List[str]:
     """Returns the layers of variables of these names, each once, in their order."""
     return list(dict.fromkeys(name.split("/")[0] for name in names))
