@@ -1,4 +1,4 @@
-"""Reads mutated files of weights: mutate_weights.py FILE COUNT SEED.
+"""Reads mutated files of weights: mutate_weights.py FILE COUNT SEED; of a .pth file by a Python that has torch.
 
 Of each mutation, in which bytes of FILE are changed in one of several ways, prints a line: refused, with the message; same;
 data, where the bytes of tensors were changed, and no others are read otherwise; or other, where a tensor is read otherwise
@@ -13,11 +13,19 @@ from pathlib import Path
 
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.weights import files, hdf5
+from hvd_vgg.weights.contents import read_tensor
 
 
 def places(path):
     """Returns where in a file the bytes of each tensor are, by the names of this package: (first, end)."""
     contents, plan, _ = files._examine(path)
+    if path.suffix == ".pth":  # torch hands the tensors over by themselves
+        data, found = path.read_bytes(), {}
+        for name, piece in plan.pieces.items():
+            tensor = read_tensor(contents, piece.name).tobytes()
+            assert data.count(tensor) == 1, f"{piece.name}: expected random numbers"
+            found[name] = (data.index(tensor), data.index(tensor) + len(tensor))
+        return found
     begin = hdf5.member_bounds(path)[0] if path.suffix == ".keras" else 0
     entries = {name: contents.entries[piece.name] for name, piece in plan.pieces.items()}
     return {name: (begin + entry.begin, begin + entry.end) for name, entry in entries.items()}
