@@ -13,7 +13,7 @@ JOB_PARAMETER = "hvd_vgg_job"
 PROGRAM = [sys.executable, str(Path(__file__).absolute().with_name("__main__.py"))]
 # Variables with such names are neither passed to other hosts nor printed.
 SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASS|CRED", re.I)
-# Set for each process by mpirun, horovodrun --gloo, and srun with either form of PMI.
+# Set for each process by mpirun, horovodrun --gloo, and srun with either form of PMI; PMI_RANK by MPICH's mpiexec too.
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RANK")
 # What each of them cannot do without: the way to the launcher.
 _BESIDE = {
@@ -24,10 +24,15 @@ _BESIDE = {
 }
 # PMIx has no size variable of its own under srun.
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-_LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "HOROVOD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
-_LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "HOROVOD_LOCAL_RANK", "SLURM_LOCALID")
-# All that horovodrun and srun set for a rank: a shell that one of them started has it too, and so has what starts there.
-_OF_A_RANK = re.compile(r"PMI_\w+|PMIX_(?!MCA_)\w+|HOROVOD_(RANK|SIZE|LOCAL_\w+|CROSS_\w+|HOSTNAME|GLOO_\w+|RENDEZVOUS_\w+)")
+# MPI_LOCAL...: MPICH's and Intel MPI's, whose mpiexec sets PMI_RANK and PMI_SIZE too.
+_LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "HOROVOD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE")
+_LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "HOROVOD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+# All that horovodrun, srun and MPICH's mpiexec set for a rank: a shell that one of them started has it too, and so has what
+# starts there.
+_OF_A_RANK = re.compile(
+    r"PMI_\w+|MPI_LOCAL\w+|PMIX_(?!MCA_)\w+"
+    r"|HOROVOD_(RANK|SIZE|LOCAL_\w+|CROSS_\w+|HOSTNAME|GLOO_\w+|RENDEZVOUS_\w+)"
+)
 
 
 def launched_rank() -> Optional[int]:

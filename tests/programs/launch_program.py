@@ -8,7 +8,7 @@ import sys
 from patching import replace
 
 from hvd_vgg import __main__
-from hvd_vgg.launcher import mpirun
+from hvd_vgg.launcher import command_line
 
 cut = sys.argv.index("--")
 starts = []
@@ -26,5 +26,5 @@ def with_faults_once(compose_mpirun):
 
 
 __main__.PROGRAM = sys.argv[1:cut]
-replace(mpirun, "compose_mpirun", with_faults_once)
+replace(command_line, "compose_mpirun", with_faults_once)
 sys.exit(__main__.run(["launch", *sys.argv[cut + 1 :]]))

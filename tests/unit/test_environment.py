@@ -33,6 +33,8 @@ def _no_launcher(monkeypatch):
         ({"PMI_RANK": "0", "PMI_SIZE": "2", "PMI_FD": "9"}, False, "", "PMI_RANK=0"),
         ({"PMI_RANK": "0", "PMI_SIZE": "2"}, False, "PMI_FD", "PMI_RANK=0"),
         ({"PMI_RANK": "0"}, False, "PMI_FD", "PMI_RANK=0"),
+        # mpiexec of MPICH and Intel MPI
+        ({"PMI_RANK": "1", "PMI_SIZE": "2", "PMI_FD": "11", "MPI_LOCALRANKID": "1"}, False, "", "PMI_RANK=1"),
         ({"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "2", "PMIX_NAMESPACE": "1"}, False, "", "PMIX_RANK=0"),
         ({"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "2"}, False, "PMIX_NAMESPACE", "PMIX_RANK=0"),
         # mpirun, and what is left of it
@@ -61,6 +63,15 @@ def test_rank_variables(monkeypatch, variables, alone, leftover, nested):
     assert environment.runs_alone() == alone
     for found, expected in ((environment.leftover_error, leftover), (environment.nested_refusal, nested)):
         assert (expected in found(os.environ)) if expected else found(os.environ) == ""
+
+
+def test_rank_variables_of_mpich(monkeypatch):
+    """As `mpiexec -n 4 -ppn 2` of MPICH 5 sets them on the second host."""
+    for name, value in {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert (environment.launched_rank(), environment.launched_size()) == (3, 4)
+    assert (environment.launched_local_rank(), environment.launched_local_size()) == (1, 2)
+    assert environment.environment_of_job(os.environ).keys() & {"PMI_RANK", "MPI_LOCALRANKID"} == set()
 
 
 def test_environment_of_job_loses_ranks_and_empty_path_entries():

@@ -6,9 +6,9 @@ import socket
 import pytest
 
 from hvd_vgg.errors import LOST_RANK
+from hvd_vgg.launcher.exit_status import ExitStatus
 from hvd_vgg.launcher.host_faults import HostFaults, check_hosts, find_faulty_host, hosts_in_use
 from hvd_vgg.launcher.hostfile import Host
-from hvd_vgg.launcher.mpirun import ExitStatus
 
 HOSTS = [Host("node1", 2), Host("node2.site", 2)]
 

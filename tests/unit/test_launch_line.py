@@ -20,9 +20,11 @@ from hvd_vgg.environment import JOB_PARAMETER
 from hvd_vgg.errors import Failure
 from hvd_vgg.flags import parse_flags
 from hvd_vgg.launcher import supervisor
+from hvd_vgg.launcher.command_line import compose_mpirun, nccl_interfaces
+from hvd_vgg.launcher.exit_status import explain
 from hvd_vgg.launcher.hostfile import Host, read_hostfile
 from hvd_vgg.launcher.jobs import launcher_is_alive, local_processes, own_token, search_command
-from hvd_vgg.launcher.mpirun import StopRequests, compose_mpirun, explain, nccl_interfaces
+from hvd_vgg.launcher.mpirun import StopRequests
 from hvd_vgg.launcher.ssh import ask_hosts
 from hvd_vgg.parallel import network
 from hvd_vgg.reporting.findings import OK
@@ -107,6 +109,45 @@ def test_compose_mpirun_keeps_settings_of_the_user(monkeypatch):
     monkeypatch.setenv("OMPI_MCA_ras", "simulator")
     told = settings(compose_mpirun(LaunchConfig(), 2, [], "token", PROGRAM))
     assert told == {JOB_PARAMETER: "token", "orte_default_hostfile": "none"}
+
+
+def mpirun_that_prints(folder, text):
+    """Makes a program that prints `text`, the name and version of an MPI, to be found first on PATH."""
+    folder.mkdir()
+    (folder / "mpirun").write_text(f"#!/bin/sh\necho '{text}'\n")
+    (folder / "mpirun").chmod(0o755)
+    return str(folder)
+
+
+@pytest.mark.parametrize("text", ["mpirun (Open MPI) 5.0.11", "mpirun (Open MPI) 6.1.0rc2", "mpirun (Open MPI) v5.0.x"])
+def test_compose_mpirun_speaks_to_open_mpi_5(tmp_path, monkeypatch, text):
+    """Its runtime has other names, and marks its daemons by an option of its own."""
+    monkeypatch.setenv("PATH", mpirun_that_prints(tmp_path / "5", text), prepend=os.pathsep)
+    command = compose_mpirun(LaunchConfig(), 2, [Host("a", 1), Host("b", 1)], "token", PROGRAM)
+    told = settings(command)
+    assert (
+        told["plm"] == "ssh" and told["plm_ssh_agent"] == LaunchConfig().rsh_agent and told["plm_ssh_no_tree_spawn"] == "1"
+    )
+    assert told["prte_default_hostfile"] == "none" and told[JOB_PARAMETER] == "token" and "orte_default_hostfile" not in told
+    at = command.index("--prtemca")
+    assert command[at + 1 : at + 3] == [JOB_PARAMETER, "token"] and command[at + 3 :] == PROGRAM
+    assert settings(compose_mpirun(LaunchConfig(), 2, [], "token", PROGRAM))["plm"] == "ssh"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("HYDRA build details:\n    Version:                                 5.0.2", "MPICH"),
+        ("Intel(R) MPI Library for Linux* OS, Version 2021.16 Build 20250613", "Intel MPI"),
+    ],
+)
+def test_compose_mpirun_refuses_other_mpi(tmp_path, monkeypatch, text, name):
+    """Whose options are others: it says so, and what works."""
+    monkeypatch.setenv("PATH", mpirun_that_prints(tmp_path / "other", text), prepend=os.pathsep)
+    with pytest.raises(Failure) as raised:
+        compose_mpirun(LaunchConfig(), 2, [], "token", PROGRAM)
+    assert raised.value.code == 78 and f"is {name}, whose options are others" in raised.value.message
+    assert "mpiexec -n 8 hvd-vgg train" in raised.value.message
 
 
 def test_compose_mpirun_path_with_space_refused(tmp_path, monkeypatch):
@@ -287,11 +328,50 @@ LOST = """ORTE has lost communication with a remote daemon.
   Remote daemon: [[27509,0],1] on node 10.213.99.2
 """
 
+LOST_5 = """PRTE has lost communication with a remote daemon.
+
+  HNP daemon   : [prterun-host1-13062@0,0] on node host1
+  Remote daemon: [prterun-host1-13062@0,1] on node host2
+"""
+ABORTED_5 = """-----
+An MPI communication peer process has unexpectedly disconnected.  This
+usually indicates a failure in the peer process.
+
+  Local host: host1
+  Local PID:  18440
+  Peer host:  host2
+-----
+prterun has exited due to process rank 0 with PID 0 on node host1 calling
+"abort".
+"""
+UNREACHED_5 = """a line
+-----
+A daemon failed to report back after being spawned. This could
+be due to several factors, including inability to find the
+daemon executable
+
+  Local host:    host1
+  Remote host:   10.213.77.2
+  Daemon exit status: 127
+-----
+"""
+
 
 @pytest.mark.parametrize(
     ("status", "told", "code", "reason"),
     [
         (0, "", 0, "done"),
+        (0, LOST_5, 75, "host host2 is gone: mpirun lost its daemon there"),
+        (14, ABORTED_5, 75, "a rank on host2 is gone: another lost its connection"),
+        (70, ABORTED_5, 70, "exit code 70"),
+        (213, "-----\nNo network interfaces were found\n-----", 75, "mpirun could not reach all of its hosts: see above"),
+        (255, "", 255, "exit code 255"),
+        (
+            3,
+            "-----\n Process name: [prterun-a.b-9188@1,11]\n  Exit code:    3\n-----",
+            3,
+            "exit code 3; rank 11 exited first",
+        ),
         (137, noticed(9), 137, "rank 1 killed by signal 9 (out of memory?), on vm"),
         (139, noticed(11), 139, "rank 1 killed by signal 11 (segmentation fault), on vm"),
         (135, noticed(7), 135, "rank 1 killed by signal 7 (bus error: is /dev/shm full?), on vm"),
@@ -315,6 +395,14 @@ LOST = """ORTE has lost communication with a remote daemon.
 def test_explain_exit_status(status, told, code, reason):
     """What mpirun's exit status and last messages mean."""
     assert explain(status, told, {})[:2] == (code, reason)
+
+
+@pytest.mark.parametrize("status", [127, 255])
+def test_explain_daemon_that_did_not_start(status):
+    """Open MPI 5 says so on stdout; a program's own exit with the same code is its own."""
+    found = explain(status, "", {}, UNREACHED_5)
+    assert found == (75, "mpirun could not start its daemon on 10.213.77.2: see above", -1, "10.213.77.2")
+    assert explain(status, "", {})[:2] == (status, f"exit code {status}")
 
 
 def test_explain_oom_counter_for_sigkill_only():
