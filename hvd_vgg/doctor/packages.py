@@ -17,7 +17,7 @@ from typing import Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tupl
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
 
 # Supported versions: both ends were tried, or are what a vendor ships.
-_PYTHON, _TENSORFLOW, _HOROVOD = ((3, 8), (3, 12)), ((2, 6), (2, 18)), ((0, 27), (0, 28))
+_PYTHON, _TENSORFLOW, _HOROVOD = ((3, 8), (3, 13)), ((2, 6), (2, 21)), ((0, 27), (0, 28))
 # The distributions that provide a module, where it is not the one of the same name.
 _DISTRIBUTIONS = {
     "absl": ("absl-py",),
@@ -102,7 +102,7 @@ def check_packages(host: HostView) -> Iterator[Finding]:
     if _PYTHON[0] <= sys.version_info[:2] <= _PYTHON[1]:
         yield ok("python", python)
     else:
-        yield warning("python", f"{python} is not known to work", "use Python 3.8 to 3.12")
+        yield warning("python", f"{python} is not known to work", "use Python 3.8 to 3.13")
     for module in (each for each in (*_REQUIRED, *_LOSS) if not is_installed(host, each)):
         name = _names(module)[0]
         fix = _FIXES.get(module, f"pip install --no-deps {name}")
