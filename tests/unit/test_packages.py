@@ -43,8 +43,8 @@ def test_packages_missing(tmp_path):
             ],
         ),
         (
-            {"tensorflow": "2.19.0+corex.4.3.0", "horovod": "0.26.1+corex.4.3.0", "built_for": "2.19.0"},
-            ["2.19.0+corex.4.3.0 is not known to work", "0.26.1+corex.4.3.0 is not known to work"],
+            {"tensorflow": "2.22.0+corex.4.3.0", "horovod": "0.26.1+corex.4.3.0", "built_for": "2.22.0"},
+            ["2.22.0+corex.4.3.0 is not known to work", "0.26.1+corex.4.3.0 is not known to work"],
         ),
         (
             {"sdk": "4.3.0", "driver": "4.4.0", "tensorflow": "2.16.2+corex.4.4.0", "LD_LIBRARY_PATH": ""},
