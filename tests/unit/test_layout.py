@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
+import sys
 from errno import EIO
 from pathlib import Path
 
@@ -184,8 +186,9 @@ def test_patterns_name_shards(layouts, tmp_path):
     assert read(open_split(folder, "validation", train_pattern="*"), 1) == expected(layouts, "validation")
     message = refusal(folder, train_pattern="images-*")
     assert f"{folder} has nothing that matches --train_pattern=images-*. Correct it" in message
-    with pytest.raises(Failure, match=r"--train_pattern=a\*\*: Invalid pattern") as raised:
-        open_split(folder, train_pattern="a**")
+    wrong = "/a*" if sys.version_info >= (3, 13) else "a**"  # from 3.13 on Python takes ** for * there
+    with pytest.raises(Failure, match=rf"--train_pattern={re.escape(wrong)}: ") as raised:
+        open_split(folder, train_pattern=wrong)
     assert raised.value.code == USAGE
 
 
