@@ -1,10 +1,14 @@
 """What tests share: small real TFRecords, and starting real ranks under a hard time limit that leave nothing behind."""
 
 import contextlib
+import fcntl
 import os
+import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import textwrap
 import time
 import uuid
@@ -106,6 +110,23 @@ class Started:
         assert not left, f"processes left: {left}\n{ended.out}\n{ended.err}"
         assert code in (None, ended.code), f"exit code {ended.code}, expected {code}\n{ended.out}\n{ended.err}"
         return ended
+
+
+def on_a_terminal(arguments: Sequence[str], columns: int = 80, **environment: str) -> str:
+    """Returns what Python with some arguments prints to a pseudo-terminal, stdout and stderr together, with its codes."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "TERM")}
+    everything = {**kept, "TERM": "xterm", **environment}
+    command = [sys.executable, *arguments]
+    with subprocess.Popen(command, stdin=its, stdout=its, stderr=its, cwd=ROOT, env=everything):
+        os.close(its)
+        read = b""
+        with contextlib.suppress(OSError):  # EIO: no process has it open any more
+            while part := os.read(ours, 65536):
+                read += part
+    os.close(ours)
+    return read.decode()
 
 
 def wait_for(condition: Callable[[], bool], limit_seconds: float = 90) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optio
 import numpy as np
 import tensorflow as tf
 
+from hvd_vgg.colours import BOLD
 from hvd_vgg.config import EvaluationConfig, ScoringConfig
 from hvd_vgg.data.index import Index
 from hvd_vgg.data.loader import PADDING, BadRow, Batch, eval_batches
@@ -216,9 +217,10 @@ def report_evaluation(result: Evaluation, step: int, epoch: float, reporter: Rep
     reporter.row((int(epoch), step), result.metrics())
     loss, difference = result.loss_sum / result.records, result.reference_difference()
     reference = "" if difference is None else f"  reference {result.reference:.4f} ({difference:+.4f})"
-    text = f"step {step}  epoch {epoch:.2f}  evaluation: {result.accuracy()}{reference}  loss {loss:.4f}"
+    paint = reporter.console.paint
+    text = f"step {step}  epoch {epoch:.2f}  evaluation: {paint(result.accuracy(), BOLD)}{reference}  loss {loss:.4f}"
     more = "" if reporter.console.bar else f"  of {result.records} records  state {result.state_sha256[:16]}"
     reporter.say(f"{text}{more}")
     if result.average:
         loss = result.average.loss_sum / result.records
-        reporter.say(f"  the average of the weights: {result.average.accuracy()}  loss {loss:.4f}")
+        reporter.say(f"  the average of the weights: {paint(result.average.accuracy(), BOLD)}  loss {loss:.4f}")
