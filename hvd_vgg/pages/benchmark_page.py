@@ -7,7 +7,7 @@ import numpy as np
 
 from hvd_vgg import __version__
 from hvd_vgg.config import BenchmarkConfig
-from hvd_vgg.pages.figures import Bars, Line, bars, curves, framed, legend, squares
+from hvd_vgg.pages.figures import TIMES, Bars, Line, bars, curves, framed, keys, legend, squares
 from hvd_vgg.pages.markup import Markup, bullets, join, page, pairs, section, table, tag
 from hvd_vgg.pages.run_sections import flag_tables, format_number, rank_table, short
 from hvd_vgg.text import plural
@@ -110,11 +110,11 @@ def _sentences(rows: Sequence[_Row]) -> Iterator[str]:
 
 def _time(rows: Sequence[_Row]) -> Markup:
     tables = [
-        rank_table(row["by_rank"], f"on {plural(row['ranks'], 'rank')}, input {_NAMES[row['input']]}")
+        rank_table(row["by_rank"], f"on {plural(row['ranks'], 'rank')}, {_NAMES[row['input']]}")
         for row in rows
         if row.get("by_rank")
     ]
-    return section("time", "Where the time went", *tables)
+    return section("time", "Where the time went", *tables, keys(list(TIMES)))
 
 
 def _conditions(record: Dict[str, Any]) -> Markup:

@@ -40,7 +40,7 @@ def _asked(found: Plan) -> Markup:
         ("a rank alone", f"{config.fps_per_rank:g} images/s"),
         ("images per update", f"{config.global_batch}: {found.images_per_rank:g} per rank"),
         ("exchange", f"{config.exchange}, {config.wire_dtype} on the wire"),
-        ("computed per byte of link", f"{format_value(float(f'{config.link_flops_per_byte:.4g}'))} FLOP"),
+        ("computed per byte of link", f"{format_value(float(f'{found.link_flops_per_byte:.4g}'))} FLOP"),
     ]
     return section("asked", "What was asked", pairs(rows), flag_tables(dataclasses.asdict(config), type(config)))
 

@@ -199,7 +199,7 @@ def where_time_went(facts: Facts, level: int) -> Markup:
     parts = [_goodput(facts)]
     rows = [mapping(row) for row in facts.throughput.get("by_rank") or [] if isinstance(row, dict)]
     if rows:
-        parts.append(rank_table(rows, "in the steady updates of the newest start"))
+        parts += [rank_table(rows, "in the steady updates of the newest start"), keys(list(TIMES))]
     else:
         parts.append(
             paragraph("The log does not say where each rank's time went: it does with the first result.", kind="note")
@@ -208,14 +208,17 @@ def where_time_went(facts: Facts, level: int) -> Markup:
 
 
 def rank_table(rows: Sequence[Dict[str, Any]], when: str) -> Markup:
-    """Returns the table of where each rank's time went, for rows of `throughput.per_rank`; when: for its caption."""
+    """Returns the table of where each rank's time went, for rows of `throughput.per_rank`; when: for its caption.
+
+    Its bars have the colours of `keys(list(TIMES))`.
+    """
     hosts = [{**row, "rank": f"all {row['ranks']}"} for row in per_host(rows)]
     ranks = rows if len(rows) <= _RANKS else sorted(rows, key=lambda row: number(row.get("fps_alone")))[:_RANKS]
     what = "each rank's" if len(ranks) == len(rows) else f"of the {_RANKS} slowest of {len(rows)} ranks the"
     caption = f"Where {what} time went {when}"
     headings = ("rank", "host", "images/s", "alone", *TIMES, "")
     shown = (hosts if len(hosts) > 1 else []) + list(ranks)
-    return join([table(headings, map(_rank_row, shown), caption, numbers=range(2, 8), kind="tight"), keys(list(TIMES))])
+    return table(headings, map(_rank_row, shown), caption, numbers=range(2, 8), kind="tight")
 
 
 def _rank_row(row: Dict[str, Any]) -> List[Any]:

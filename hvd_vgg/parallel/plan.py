@@ -29,12 +29,13 @@ class Forecast(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What was asked and what follows. config: with the --link_flops_per_byte that was planned with.
+    """What was asked and what follows. link_flops_per_byte: that was planned with, given or this cluster's.
 
     choices: of this exchange, by layer; sweep: the predictions of each method, by its name, on each of `sweep_ranks`.
     """
 
     config: PlanConfig
+    link_flops_per_byte: float
     choices: List[cost.Choice]
     forecasts: List[Forecast]
     advice: List[str]
@@ -56,14 +57,15 @@ def make_plan(config: PlanConfig, sweep_ranks: Tuple[int, ...]) -> Plan:
     """Returns the predictions for --ranks, and for each number of `sweep_ranks` at the same images per rank."""
     flops_per_byte = cost.link_flops_per_byte(config, _cluster(config))
     advice = [_exchange_advice(config, flops_per_byte), _saving_advice(config.save_seconds, config.failure_hours)]
-    config = dataclasses.replace(config, link_flops_per_byte=config.link_flops_per_byte or flops_per_byte)
+    used = config.link_flops_per_byte or flops_per_byte
+    asked, config = config, dataclasses.replace(config, link_flops_per_byte=used)
     sweep: Dict[str, List[cost.Prediction]] = {name: [] for name in _methods(config)} if sweep_ranks else {}
     for ranks in sweep_ranks:
         batch = max(ranks, round(config.global_batch / config.ranks * ranks))
         for name, method in _methods(dataclasses.replace(config, ranks=ranks, global_batch=batch)).items():
             sweep[name].append(cost.predict(method, _cluster(method)))
     choices = cost.choose(config, config.ranks)
-    return Plan(config, choices, list(_forecasts(config)), list(filter(None, advice)), sweep_ranks, sweep)
+    return Plan(asked, used, choices, list(_forecasts(config)), list(filter(None, advice)), sweep_ranks, sweep)
 
 
 def powers_of_two(ranks: int) -> Tuple[int, ...]:

@@ -270,8 +270,14 @@ def test_benchmark_measures_each_input_on_chosen_ranks(tiny, tmp_path):
     assert printed == [f"{row['share_of_peak']:.1%}" for row in rows]
     assert "10 images per rank and update" in ended.out and "6 updates per row, 60 images per rank" in ended.out
     none = f"--data_dir={tmp_path / 'none'}"
-    ended = tiny(0, "benchmark", "--steps=4", none)
+    ended = tiny(0, "benchmark", "--steps=4", none, f"--out={tmp_path / 'out.html'}")
     assert f"no real data: {none} does not exist" in ended.out
+    page = (tmp_path / "out.html").read_text()
+    printed = re.findall(r"^ +1  (?:device|host) +(\d+\.\d) +(\d+\.\d)", ended.out, re.M)
+    assert len(printed) == 2 and all(f">{number}</td>" in page for row in printed for number in row)
+    hide = {"PYTHONPATH": f"{ROOT / 'tests' / 'programs' / 'hide_packages'}:{ROOT}", "HIDDEN_PACKAGES": "matplotlib"}
+    ended = tiny(2, "benchmark", "--steps=4", f"--out={tmp_path / 'no.html'}", code=78, **hide)
+    assert (ended.out, ended.err.count("matplotlib, which draws the figures, is not installed")) == ("", 1)
     ended = tiny(2, "benchmark", "--steps=2", none, "--ranks=4", code=64)
     assert "--ranks=4: expected at most the 2 ranks started: hvd-vgg launch --ranks=4 benchmark --ranks=4 ..." in ended.err
 
@@ -294,9 +300,9 @@ def test_benchmark_ranks_that_wait_are_not_taken_for_lost(tiny):
 
 
 def test_benchmark_of_updates_not_applied_ends_with_81(tiny, tmp_path):
-    (tmp_path / "o").write_text("of another day")
-    ended = tiny(0, "benchmark", "--lr=1e9", f"--out={tmp_path / 'o'}", code=81)
+    (tmp_path / "o.json").write_text("of another day")
+    ended = tiny(0, "benchmark", "--lr=1e9", f"--out={tmp_path / 'o.json'}", code=81)
     (message,) = [line for line in ended.err.splitlines() if line.startswith("hvd-vgg: ")]
     assert "on 1 rank, input device: the loss or gradient is not finite" in message
     assert "--lr=1e+09" in message and "Traceback" not in ended.err
-    assert (tmp_path / "o").read_text() == "of another day"
+    assert (tmp_path / "o.json").read_text() == "of another day"
