@@ -138,8 +138,8 @@ COMMANDS = {
     "plan": Command(
         configs.PlanConfig,
         "hvd_vgg.commands.plan:plan",
-        "hvd-vgg plan --ranks=N --ranks_per_host=N --gbit=X --fps_per_rank=X [--out=FILE] [--flagfile=FILE] [--flags]: bytes, "
-        "seconds and scaling efficiency of each way to exchange gradients. Needs no TensorFlow.",
+        "hvd-vgg plan --ranks=N --ranks_per_host=N --gbit=X --fps_per_rank=X [--out=FILE] [--flagfile=FILE] [--flags]: "
+        "bytes, seconds and scaling efficiency of each way to exchange gradients. Needs no TensorFlow.",
     ),
     "doctor": Command(
         configs.DoctorConfig,

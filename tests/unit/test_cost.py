@@ -3,11 +3,12 @@ import json
 import re
 
 import pytest
-from support import ROOT, failure_of
+from support import ROOT
 from test_report import checked
 
 from hvd_vgg.commands.plan import plan
 from hvd_vgg.config import BenchmarkConfig, PlanConfig, TrainConfig
+from hvd_vgg.errors import NOT_WRITTEN, Failure
 from hvd_vgg.flags import validate
 from hvd_vgg.models.architecture import vgg_layers
 from hvd_vgg.pages.benchmark_page import benchmark_page
@@ -202,7 +203,9 @@ def test_plan_refuses_what_it_cannot_draw(launch, tmp_path):
     hide = {"PYTHONPATH": f"{ROOT / 'tests' / 'programs' / 'hide_packages'}:{ROOT}", "HIDDEN_PACKAGES": "matplotlib"}
     ended = launch(0, "plan", "--out=plan.html", code=78, **hide)
     assert (ended.out, ended.err.count("matplotlib, which draws the figures, is not installed")) == ("", 1)
-    assert "plan.html cannot be written" in failure_of(lambda: plan(PlanConfig(out=str(tmp_path / "none" / "plan.html"))))
+    with pytest.raises(Failure, match=r"plan\.html cannot be written") as raised:
+        plan(PlanConfig(out=str(tmp_path / "none" / "plan.html")))
+    assert raised.value.code == NOT_WRITTEN
 
 
 @pytest.fixture
