@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from hvd_vgg.config import PlanConfig
-from hvd_vgg.pages.figures import require_matplotlib
-from hvd_vgg.pages.plan_page import plan_page
 from hvd_vgg.parallel import cost
 from hvd_vgg.parallel.plan import ASSUMPTIONS, Plan, efficiency_range, make_plan, powers_of_two
 from hvd_vgg.run_dir import atomic_write_text, writing
@@ -20,15 +18,14 @@ def plan(config: PlanConfig) -> None:
     """
     out = Path(config.out)
     if config.out:
+        from hvd_vgg.pages.figures import require_matplotlib  # here: NumPy takes longer to load than all else
+
         require_matplotlib()
     found = make_plan(config, config.sweep_ranks or (powers_of_two(config.ranks) if out.suffix == ".html" else ()))
     _print(found)
     if config.out:
         with writing(out):
-            if out.suffix == ".html":
-                atomic_write_text(out, plan_page(found, time.time()))
-            else:
-                _draw(found, out)
+            _draw(found, out)
         print(f"\ndrawn: {config.out}")
 
 
@@ -59,7 +56,12 @@ def _print(found: Plan) -> None:
 
 
 def _draw(found: Plan, out: Path) -> None:
-    """Draws efficiency against ranks into a picture."""
+    """Draws the page, or efficiency against ranks into a picture."""
+    if out.suffix == ".html":
+        from hvd_vgg.pages.plan_page import plan_page
+
+        atomic_write_text(out, plan_page(found, time.time()))
+        return
     from matplotlib.figure import Figure
 
     config = found.config
