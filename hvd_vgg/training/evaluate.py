@@ -175,9 +175,11 @@ def evaluate(
     counts, losses = np.zeros(3, np.int64), []
     rows = [np.zeros(0, _row(min(TOP, config.num_classes)))]
     bad: List[Tuple[int, BadRow]] = []
-    progress = reporter.console.progress("evaluating", -(-index.records // comm.size()), "records on rank 0")
-    common = -(-index.records // config.device_batch) // comm.size()  # batches of every rank; some have one more
-    batches = eval_batches(index, config, label_base, comm.rank(), comm.size(), device.input_threads)
+    size, rows_per_batch = comm.size(), config.device_batch
+    common = -(-index.records // rows_per_batch) // size  # batches of every rank; some have one more
+    own = sum(min(rows_per_batch, index.records - first) for first in range(0, index.records, size * rows_per_batch))
+    progress = reporter.console.progress("evaluating", own, "records on rank 0")
+    batches = eval_batches(index, config, label_base, comm.rank(), size, device.input_threads)
     for number, (batch, scored) in enumerate(score_batches(eval_step, batches, device.micro_batches)):
         counts += [int(each) for each in (scored.top1, scored.top5, scored.records)]
         counts[2] += len(batch.bad)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from support import ROOT, on_a_terminal
+from support import ROOT, on_a_terminal, screen
 
 from hvd_vgg.errors import NOT_WRITTEN, Failure
 from hvd_vgg.reporting import log
@@ -118,12 +118,6 @@ def test_console_draws_a_bar_on_terminals_alone(capsys, monkeypatch):
     console.clear()
     assert capsys.readouterr().out == "\r\x1b[K"
     assert out.splitlines()[-1] == "training: 50 of 100 steps  note  left 1 min 00 s"
-
-
-def screen(printed):
-    """Returns the lines that a terminal shows in the end of what was printed, without colours."""
-    printed = re.sub("\x1b\\[[0-9]*m", "", printed.replace("\r\n", "\n"))
-    return [re.split("\r\x1b\\[K", line)[-1] for line in printed.split("\n")]
 
 
 # A bar of a long run, as `Reporter.training` draws it; an evaluation and a warning; and how any command fails.
