@@ -19,6 +19,7 @@ import dataclasses
 import importlib
 import logging
 import re
+import shutil
 import time
 import traceback
 import types
@@ -27,10 +28,11 @@ from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Tuple
 
 from hvd_vgg import __version__
+from hvd_vgg.colours import RED, is_terminal, prefix
 from hvd_vgg.environment import PROGRAM, launched_rank, library_path_hint
 from hvd_vgg.errors import BUG, CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure
 from hvd_vgg.run_dir import RunDir
-from hvd_vgg.streams import ensure_std_streams, write_line
+from hvd_vgg.streams import clear_bar, ensure_std_streams, write_line
 from hvd_vgg.watchdog import watchdog
 
 try:
@@ -136,8 +138,8 @@ COMMANDS = {
     "plan": Command(
         configs.PlanConfig,
         "hvd_vgg.commands.plan:plan",
-        "hvd-vgg plan --ranks=N --ranks_per_host=N --gbit=X --fps_per_rank=X [--flagfile=FILE] [--flags]: bytes, seconds "
-        "and scaling efficiency of each way to exchange gradients. Needs no TensorFlow.",
+        "hvd-vgg plan --ranks=N --ranks_per_host=N --gbit=X --fps_per_rank=X [--out=FILE] [--flagfile=FILE] [--flags]: "
+        "bytes, seconds and scaling efficiency of each way to exchange gradients. Needs no TensorFlow.",
     ),
     "doctor": Command(
         configs.DoctorConfig,
@@ -301,6 +303,8 @@ def run_command(name: str, config: Any, **arguments: Any) -> Optional[Failure]:
             return _end(Failure(LOST_RANK, message), blamed=False)
         write_line(traceback.format_exc(), sys.stderr, end="")
         return _end(Failure(BUG, "an error of the program, above: please report it with the run's flags.txt"))
+    finally:
+        clear_bar()
 
 
 def _missing(error: ImportError) -> Failure:
@@ -328,8 +332,11 @@ def _launch(argv: List[str]) -> int:
     if {"-h", "--help"} & set(inner):
         return run(inner)
     started = _parse_command(inner)
-    # Under mpirun a process cannot tell a terminal from a file; here one can.
-    console = ["--console=bar" if sys.stdout.isatty() else "--console=lines"] * (getattr(started, "console", "") == "auto")
+    # Under mpirun a process cannot tell a terminal from a file, nor how wide it is; here one can.
+    terminal = is_terminal(sys.stdout)
+    console = ["--console=bar" if terminal else "--console=lines"] * (getattr(started, "console", "") == "auto")
+    if terminal:
+        os.environ.setdefault("COLUMNS", str(shutil.get_terminal_size().columns))
     end = inner.index("--") if "--" in inner else len(inner)  # behind it are no flags
     program = [*PROGRAM, *inner[:end], *console, *inner[end:]]
     run_dir = Path(started.run_dir) if inner[0] == "train" else None
@@ -376,15 +383,20 @@ def _parse_with_weights(kind: Any, given: List[str], shared: Any, path: Path) ->
     return config
 
 
+def _say(message: str) -> None:
+    """Prints why this rank ends."""
+    write_line(f"{prefix('hvd-vgg:', RED, sys.stderr)} {message}", sys.stderr)
+
+
 def _refuse(failure: Failure) -> int:
     """Ends a rank that has not joined the others: all find the same, so rank 0 reports it."""
     if not launched_rank():
-        write_line(f"hvd-vgg: {failure.message}", sys.stderr)
+        _say(failure.message)
     else:
         # The launcher kills all ranks when the first one exits, which must not be before rank 0 has reported. Where rank 0
         # found nothing wrong (another host, another file), this one reports after all.
         time.sleep(3)
-        write_line(f"hvd-vgg: rank {launched_rank()}: {failure.message}", sys.stderr)
+        _say(f"rank {launched_rank()}: {failure.message}")
     return failure.code
 
 
@@ -401,13 +413,13 @@ def _end(failure: Failure, blamed: bool = True) -> Failure:
         return failure
     if failure.collective:
         if comm.is_root():
-            write_line(f"hvd-vgg: {failure.message}", sys.stderr)
+            _say(failure.message)
         watchdog.heartbeat(phase="saving")  # rank 0 may still be writing a checkpoint
         comm.barrier()  # nobody leaves before rank 0 has reported
         comm.shutdown()
         return failure
     where = f"rank {rank}: " if comm.size() > 1 else ""
-    write_line(f"hvd-vgg: {where}{failure.message}", sys.stderr)
+    _say(f"{where}{failure.message}")
     comm.abort(failure.code)
     return failure
 

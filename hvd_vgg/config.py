@@ -809,20 +809,26 @@ class PlanConfig(ExchangeConfig):
     failure_hours: float = flag(
         0.0, "Plan", "Mean time between failures of the whole job; 0: unknown.", "hours", at_least=0.0
     )
-    out: str = flag("", "Plan", "Plot the sweep into this file (.png, .svg, .pdf; needs matplotlib).", "path")
+    out: str = flag(
+        "",
+        "Plan",
+        "Draw the sweep into this picture (.png, .svg, .pdf), or all that is printed into this page (.html), which without "
+        "--sweep_ranks has that of 1, 2, 4, ... ranks. Needs matplotlib.",
+        "path",
+    )
 
     def conflicts(self) -> Iterator[str]:
         """Yields the combinations that cannot run."""
         if self.global_batch < self.ranks:
             yield f"--global_batch={self.global_batch}: expected at least one image for each of --ranks={self.ranks}"
-        if self.out and Path(self.out).suffix not in (".png", ".svg", ".pdf"):
-            yield f"--out={self.out}: expected a name that ends in .png, .svg or .pdf"
+        if self.out and Path(self.out).suffix not in (".png", ".svg", ".pdf", ".html"):
+            yield f"--out={self.out}: expected a name that ends in .png, .svg, .pdf or .html"
         if (self.save_seconds > 0) != (self.failure_hours > 0):
             yield "--save_seconds and --failure_hours need each other"
         if self.save_seconds >= 3600 * self.failure_hours > 0:
             yield f"--save_seconds={format_value(self.save_seconds)}: expected less than --failure_hours"
-        if self.out and not self.sweep_ranks:
-            yield "--out needs --sweep_ranks"
+        if self.out and Path(self.out).suffix != ".html" and not self.sweep_ranks:
+            yield "--out of a picture needs --sweep_ranks"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -835,7 +841,9 @@ class BenchmarkConfig(BatchConfig):
     ranks: Tuple[int, ...] = flag(
         (), "Benchmark", "Measure on these numbers of the ranks started; empty: on all.", "ranks", at_least=1
     )
-    out: str = flag("", "Benchmark", "Write the measurements into this file, as JSON.", "path")
+    out: str = flag(
+        "", "Benchmark", "Write the measurements into this file: .json, or .html, a page with figures by matplotlib.", "path"
+    )
 
     def conflicts(self) -> Iterator[str]:
         """Yields the combinations that cannot run."""
@@ -843,6 +851,8 @@ class BenchmarkConfig(BatchConfig):
             yield "--steps=1: expected at least 2 updates to measure, or 0 for the usual number"
         if self.console == "dllogger":
             yield "--console=dllogger is for train; --out writes the measurements"
+        if self.out and Path(self.out).suffix not in (".json", ".html"):
+            yield f"--out={self.out}: expected a name that ends in .json or .html"
 
 
 # Unknown host keys are refused, never added automatically: a host's key has to come from its administrator.
@@ -924,8 +934,9 @@ class LaunchConfig:
         "",
         "Ranks",
         "Names of more environment variables for ranks on other hosts, separated by commas. They always get PATH, "
-        "LD_LIBRARY_PATH, LD_PRELOAD, PYTHON*, TMPDIR, TZ, LANG, LC_*, OMP_*, KMP_*, XLA_FLAGS, HOROVOD_*, TF_*, NCCL_*, "
-        "CUDA_*, UCX_*, GLOO_* and Iluvatar's UMD_*, CRT_* and DRT_*, but nothing named token, key, secret, pass or cred.",
+        "LD_LIBRARY_PATH, LD_PRELOAD, PYTHON*, TMPDIR, TZ, LANG, LC_*, TERM, COLUMNS, NO_COLOR, OMP_*, KMP_*, XLA_FLAGS, "
+        "HOROVOD_*, TF_*, NCCL_*, CUDA_*, UCX_*, GLOO_* and Iluvatar's UMD_*, CRT_* and DRT_*, but nothing named token, "
+        "key, secret, pass or cred.",
     )
     max_restarts: int = flag(
         3,

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import IO, Callable, Dict, Optional, Set, Tuple, TypeVar
 
+from hvd_vgg.colours import YELLOW, prefix
 from hvd_vgg.errors import LOST_RANK, Failure
 from hvd_vgg.streams import write_line
 
@@ -56,7 +57,7 @@ def warn_once(about: str, text: str) -> None:
         known = about in _told
         _told.add(about)
     if not known:
-        write_line(f"hvd-vgg: warning on {socket.gethostname()}: {text}", sys.stderr)
+        write_line(f"hvd-vgg: {prefix('warning', YELLOW, sys.stderr)} on {socket.gethostname()}: {text}", sys.stderr)
 
 
 def retrying(path: Path, read: Callable[[], T], reopen: Callable[[], object] = lambda: None) -> T:

@@ -1,10 +1,22 @@
-"""Printing to stdout and stderr. Either may be closed or full, which is no reason to end a run."""
+"""Printing to stdout and stderr. Either may be closed or full, which is no reason to end a run.
+
+The last line of stdout may be a bar that is redrawn in place, without an end: whatever is printed next erases it first, to
+whichever stream it goes, for both may be the same terminal.
+"""
 
 import contextlib
 import io
 import os
 import sys
-from typing import Iterator, TextIO
+from typing import Iterator, Optional, TextIO
+
+_CLEAR = "\r\x1b[K"  # erases the line that the cursor is in
+
+
+class _Bar:
+    """stream: stdout, while its last line is a bar."""
+
+    stream: Optional[TextIO] = None
 
 
 def ensure_std_streams() -> None:
@@ -24,7 +36,34 @@ def ensure_std_streams() -> None:
 
 
 def write_line(text: str, stream: TextIO, end: str = "\n") -> None:
-    """Prints `text` and flushes; drops it if `stream` cannot take it."""
+    """Prints `text`, below what was printed before, and flushes; drops it if `stream` cannot take it."""
+    clear_bar()
+    _print(text, stream, end)
+
+
+def redraw_bar(text: str) -> None:
+    """Prints `text`, which is at most a line, to stdout in the place of the last bar."""
+    _print(f"{_CLEAR}{text}", sys.stdout, "")
+    _Bar.stream = sys.stdout
+
+
+def clear_bar() -> None:
+    """Erases the bar that is the last line of stdout, if one is."""
+    stream, _Bar.stream = _Bar.stream, None
+    if stream is not None and stream is sys.stdout:  # else it has been replaced since
+        _print(_CLEAR, stream, "")
+
+
+def note_copied(data: bytes) -> None:
+    """Notes whether what another process printed, and this one has copied to stdout, ends in a bar of that process."""
+    line = data[data.rfind(b"\n") + 1 :]
+    if _CLEAR.encode() in line:
+        _Bar.stream = sys.stdout if line.split(_CLEAR.encode())[-1] else None
+    elif b"\n" in data:
+        _Bar.stream = None
+
+
+def _print(text: str, stream: TextIO, end: str) -> None:
     with ignore_broken_pipe(stream):
         print(text, file=stream, end=end)
 

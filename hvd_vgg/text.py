@@ -20,13 +20,14 @@ def format_bytes(number: int) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Returns a duration for people: `42 s`, `3 min 05 s`, `2 h 07 min`."""
+    """Returns a duration for people: `42 s`, `3 min 05 s`, `2 h 07 min`, `8 d 09 h`; hours up to 100."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    hours = whole // 3600
+    return f"{hours} h {whole % 3600 // 60:02d} min" if hours < 100 else f"{hours // 24} d {hours % 24:02d} h"
 
 
 def difference_table(expected: Mapping[str, object], found: Mapping[str, object], titles: Tuple[str, str]) -> str:

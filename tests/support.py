@@ -1,10 +1,15 @@
 """What tests share: small real TFRecords, and starting real ranks under a hard time limit that leave nothing behind."""
 
 import contextlib
+import fcntl
 import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import textwrap
 import time
 import uuid
@@ -49,22 +54,28 @@ class Ended(NamedTuple):
 STARTED: List["Started"] = []  # in this test
 
 
+def environment_of_tests() -> Dict[str, str]:
+    """Returns the environment for what a test starts: launchers are found first where the interpreter is.
+
+    Open MPI's consent to root is for containers and CI.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX_"))}
+    consent = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.getuid() == 0 else {}
+    return {**inherited, **consent, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+
+
 class Started:
     """A command and all it starts, recognisable by a token in their environment."""
 
     def __init__(self, command: Sequence[str], cwd: Path, **environment: str) -> None:
         self.token = f"HVD_VGG_TEST_{uuid.uuid4().hex}"
         STARTED.append(self)
-        # Launchers are found first where the interpreter is; Open MPI's consent to root is for containers and CI.
-        path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-        consent = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.getuid() == 0 else {}
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX_"))}
         self.out, self.err = cwd / f"{self.token}.out", cwd / f"{self.token}.err"
         with open(self.out, "w") as out, open(self.err, "w") as err:
             self.process = subprocess.Popen(
                 command,
                 cwd=cwd,
-                env={**inherited, **consent, "PATH": path, self.token: "1", **environment},
+                env={**environment_of_tests(), self.token: "1", **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -106,6 +117,29 @@ class Started:
         assert not left, f"processes left: {left}\n{ended.out}\n{ended.err}"
         assert code in (None, ended.code), f"exit code {ended.code}, expected {code}\n{ended.out}\n{ended.err}"
         return ended
+
+
+def on_a_terminal(arguments: Sequence[str], columns: int = 80, **environment: str) -> str:
+    """Returns what Python with some arguments prints to a pseudo-terminal, stdout and stderr together, with its codes."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    kept = {name: value for name, value in environment_of_tests().items() if name not in ("NO_COLOR", "COLUMNS")}
+    everything = {**kept, "TERM": "xterm", **environment}
+    command = [sys.executable, *arguments]
+    with subprocess.Popen(command, stdin=its, stdout=its, stderr=its, cwd=ROOT, env=everything):
+        os.close(its)
+        read = b""
+        with contextlib.suppress(OSError):  # EIO: no process has it open any more
+            while part := os.read(ours, 65536):
+                read += part
+    os.close(ours)
+    return read.decode()
+
+
+def screen(printed: str) -> List[str]:
+    """Returns the lines that a terminal shows in the end of what was printed, without colours."""
+    printed = re.sub("\x1b\\[[0-9]*m", "", printed.replace("\r\n", "\n"))
+    return [re.split("\r\x1b\\[K", line)[-1] for line in printed.split("\n")]
 
 
 def wait_for(condition: Callable[[], bool], limit_seconds: float = 90) -> None:

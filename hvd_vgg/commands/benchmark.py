@@ -23,6 +23,8 @@ from hvd_vgg.data.transforms import image_library
 from hvd_vgg.doctor.driver import find_accelerators
 from hvd_vgg.doctor.packages import this_host
 from hvd_vgg.errors import CONFIGURATION, NOT_FINITE, USAGE, Failure
+from hvd_vgg.pages.benchmark_page import benchmark_page
+from hvd_vgg.pages.figures import require_matplotlib
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.parallel.consensus import keep_alive, run_in_subgroup, run_on_root
 from hvd_vgg.parallel.init import Device, describe_software
@@ -44,7 +46,11 @@ _KEEP_ALIVE_SECONDS = 2.0
 
 
 def benchmark(config: BenchmarkConfig) -> None:
-    """Measures each kind of input on each number of --ranks, prints a table and writes --out. Collective."""
+    """Measures each kind of input on each number of --ranks, prints a table and writes --out. Collective.
+
+    Raises collective Failures before anything is measured: USAGE for more --ranks than were started, CONFIGURATION where
+    --out cannot be written, or its page not be drawn. NOT_FINITE for updates that are not finite.
+    """
     wanted = sorted(set(config.ranks))
     here = _hardware()
     session = join_ranks(config, group_sizes=wanted)
@@ -54,7 +60,7 @@ def benchmark(config: BenchmarkConfig) -> None:
         text = f"--ranks={wanted[-1]}: expected at most the {plural(started, 'rank')} started: {fix}"
         raise Failure(USAGE, text, collective=True)
     if config.out:
-        run_on_root(lambda: check_out(config.out, CONFIGURATION))
+        run_on_root(lambda: _check_out(config.out))
     group = config.group_batch
     per_rank = group * max(1, config.global_batch // (started * group))
     if config.reproducible == BITS:  # each rank has whole micro-batches, as large as can be
@@ -83,7 +89,16 @@ def benchmark(config: BenchmarkConfig) -> None:
     for number in wanted or [started]:
         ranks, own = session.groups.get(number, comm.WORLD), dataclasses.replace(config, global_batch=per_rank * number)
         run_in_subgroup(ranks, functools.partial(_measure, own, session, data, ranks, rows))
-    run_on_root(lambda: _write(config, session.device, hosts, rows))
+    record = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "flags": dataclasses.asdict(config),
+        "software": describe_software(image_library(config.resize)),
+        "machine": {**session.device._asdict(), "hosts": hosts},
+        "images_per_rank": per_rank,
+        "updates": updates,
+        "rows": rows,
+    }
+    run_on_root(lambda: _write(config.out, record))
     comm.shutdown()
 
 
@@ -197,16 +212,17 @@ def _all_hardware(here: Dict[str, Any], device: Device) -> List[Dict[str, Any]]:
     return list(hosts.values())
 
 
-def _write(config: BenchmarkConfig, device: Device, hosts: List[Dict[str, Any]], rows: List[Dict[str, Any]]) -> None:
-    """Writes --out, if it is given. Raises Failure(NOT_WRITTEN)."""
-    if not config.out:
+def _check_out(out: str) -> None:
+    """Raises Failure(CONFIGURATION) where --out cannot be written, or needs what is not installed."""
+    check_out(out, CONFIGURATION)
+    if Path(out).suffix == ".html":
+        require_matplotlib()
+
+
+def _write(out: str, record: Dict[str, Any]) -> None:
+    """Writes --out, if it is given: the record as JSON, or its page. Raises Failure(NOT_WRITTEN)."""
+    if not out:
         return
-    content = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "flags": dataclasses.asdict(config),
-        "software": describe_software(image_library(config.resize)),
-        "machine": {**device._asdict(), "hosts": hosts},
-        "rows": rows,
-    }
-    with writing(Path(config.out)):
-        atomic_write_text(Path(config.out).absolute(), json.dumps(content, indent=2) + "\n")
+    text = benchmark_page(record) if Path(out).suffix == ".html" else json.dumps(record, indent=2) + "\n"
+    with writing(Path(out)):
+        atomic_write_text(Path(out).absolute(), text)

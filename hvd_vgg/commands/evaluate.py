@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Sequence, Tuple
 
+from hvd_vgg.colours import BOLD
 from hvd_vgg.config import EvaluateConfig, EvaluationConfig
 from hvd_vgg.data.classes import class_names, imagenet_names, with_words
 from hvd_vgg.data.formats.layout import FOLDERS, IMAGENET, TITLES
@@ -131,7 +132,7 @@ def _evaluate(
     eval_step = make_eval_step(network, config, device.data_format)
     result = evaluate(eval_step, index, config, label_base, device, Reporter(None, console))
     console.say(
-        f"{subject}: {result.accuracy()}  "
+        f"{subject}: {console.paint(result.accuracy(), BOLD)}  "
         f"({result.top1} and {result.top5} of {result.records} records, each once, on {plural(comm.size(), 'rank')})"
     )
     return result

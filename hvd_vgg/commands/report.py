@@ -1,7 +1,6 @@
 """The `report` command: one page, of one run or of several side by side. Needs no TensorFlow; changes nothing in a run."""
 
 import functools
-import importlib.util
 import string
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from hvd_vgg.commands.verify import check
 from hvd_vgg.config import ReportConfig
 from hvd_vgg.errors import CONFIGURATION, STOPPED, Failure
 from hvd_vgg.pages.facts import DAMAGED, Facts, read_facts
+from hvd_vgg.pages.figures import require_matplotlib
 from hvd_vgg.pages.report_page import Comparison, report_page
 from hvd_vgg.run_dir import RunDir, atomic_write_text, writing
 from hvd_vgg.text import plural
@@ -35,8 +35,7 @@ def report(config: ReportConfig) -> None:
             raise Failure(
                 CONFIGURATION, f"{run.path} is not a run: expected a directory that `hvd-vgg train --run_dir=` made"
             )
-    if importlib.util.find_spec("matplotlib") is None:
-        raise Failure(CONFIGURATION, "matplotlib, which draws the figures, is not installed: pip install matplotlib")
+    require_matplotlib()
     quiet = 0
     try:
         while config.watch and quiet < _ENDINGS:

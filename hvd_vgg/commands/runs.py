@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
 
 from hvd_vgg import storage
+from hvd_vgg.colours import CYAN, GREEN, RED, YELLOW
 from hvd_vgg.commands.history import DAMAGED
 from hvd_vgg.config import RunsConfig
 from hvd_vgg.errors import CONFIGURATION, DATA, Failure
+from hvd_vgg.reporting.console import Console
 from hvd_vgg.reporting.receipt import LogLine, read_json_lines, read_log
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.text import format_duration
@@ -18,6 +20,7 @@ from hvd_vgg.text import format_duration
 _MOST_DEPTH = 6  # of directories that are looked into
 _OTHER_HOST_SECONDS = 600.0  # since its newest line, until which a run that another host holds is taken to train
 _REASON_WIDTH = 100
+_COLOURS = {"training": CYAN, "stopped": YELLOW, "done": GREEN, "failed": RED, "unreadable": RED}
 
 
 class Row(NamedTuple):
@@ -48,8 +51,10 @@ def list_runs(config: RunsConfig) -> None:
     rows = [_describe(run, folder) for run in found]
     table = [Row("run", "state", "step", "epochs", "acc@1", "acc@5", "images/s", "age", ""), *rows]
     widths = [max(map(len, column)) for column in zip(*table)]
+    console = Console("auto", True)
     for row in table:
         left = [cell.ljust(width) for cell, width in zip(row[:2], widths)]
+        left[1] = console.paint(left[1], _COLOURS[row.state]) if row.state in _COLOURS else left[1]
         right = [cell.rjust(width) for cell, width in zip(row[2:-1], widths[2:])]
         print("  ".join([*left, *right, row.reason]).rstrip())
 

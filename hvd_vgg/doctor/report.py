@@ -15,6 +15,7 @@ from hvd_vgg.config import DoctorConfig
 from hvd_vgg.environment import launched_local_rank, launched_rank
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
 from hvd_vgg.parallel import network
+from hvd_vgg.reporting.console import Console
 from hvd_vgg.reporting.findings import FAILURE, Finding, as_json, counts, failure, format_findings, merge
 from hvd_vgg.run_dir import check_out
 from hvd_vgg.streams import write_line
@@ -44,6 +45,7 @@ class Report:
         self.findings: List[Finding] = []
         self.rank, self.host = launched_rank() or 0, socket.gethostname()  # Horovod is not there yet
         self._out = config.out if self.rank == 0 else ""
+        self._console = Console(config.console, self.rank == 0)
         self._started = time.monotonic()
         if self._out:
             check_out(self._out, NOT_WRITTEN)  # now, not after minutes
@@ -122,7 +124,7 @@ class Report:
         number = counts(merged)
         summary = f"{plural(len(hosts), 'rank')}, {plural(len(set(hosts)), 'host')}: {number['ok']} ok, "
         summary += f"{plural(number['warning'], 'warning')}, {plural(number['failure'], 'failure')}, {seconds} s"
-        write_line("\n".join([*format_findings(merged, hosts), summary]), sys.stdout)
+        write_line("\n".join([*format_findings(merged, hosts, self._console.paint), summary]), sys.stdout)
         self._write(json.dumps(as_json(merged, hosts, seconds=seconds, time=time.time()), indent=1) + "\n")
 
     def _write(self, text: str) -> None:

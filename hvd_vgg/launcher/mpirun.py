@@ -20,7 +20,7 @@ from hvd_vgg.launcher.deadline import Deadline
 from hvd_vgg.launcher.exit_status import ExitStatus, explain, oom_kills
 from hvd_vgg.launcher.parent_death import dies_with
 from hvd_vgg.parallel.cores import thread_limit
-from hvd_vgg.streams import write_line
+from hvd_vgg.streams import clear_bar, note_copied, write_line
 
 # Between SIGTERM and SIGKILL to mpirun, which needs two seconds to end ranks that do not exit by themselves.
 _TERMINATE_SECONDS = 5.0
@@ -32,6 +32,7 @@ _START_SECONDS = 120.0
 _COPY_SECONDS = 1.0
 _POLL_SECONDS = 0.1
 _TAIL_BYTES = 20_000
+_STDOUT, _STDERR = 1, 2  # descriptors
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _STOP_REQUESTED, _TIME_LIMIT = "stopped on request", "--time_limit_seconds has passed"
 _NOT_STARTED = f"mpirun started no rank within {_START_SECONDS:g} s and was terminated"
@@ -99,7 +100,7 @@ def run(command: Sequence[str], requests: StopRequests, ranks_here: bool = True)
         limit = thread_limit(Path("/"))[1] or "look for free memory and processes (ulimit -a)"
         raise Failure(CONFIGURATION, f"mpirun cannot be started: {error.strerror} ({limit})") from error
     out_tail, tail, ended = bytearray(), bytearray(), threading.Event()
-    streams = ((process.stdout, 1, out_tail, ended), (process.stderr, 2, tail, ended))
+    streams = ((process.stdout, _STDOUT, out_tail, ended), (process.stderr, _STDERR, tail, ended))
     pumps = [threading.Thread(target=_copy_output, args=stream, daemon=True) for stream in streams]
     for pump in pumps:
         pump.start()
@@ -118,6 +119,8 @@ def run(command: Sequence[str], requests: StopRequests, ranks_here: bool = True)
 def _copy_output(source: IO[bytes], target: int, tail: bytearray, ended: threading.Event) -> None:
     """Copies an output of mpirun to the descriptor `target` and keeps its last bytes in `tail`. Runs in a thread.
 
+    A bar that a rank draws on stdout is erased before what any rank says on stderr, which would be glued to it.
+
     Where our reader is slow, as a pager is, mpirun waits for it, while the main thread goes on handling requests. Returns at
     the end of `source`; or, for a process that mpirun left behind may keep it open, when `ended` is set and all is copied.
     """
@@ -128,7 +131,11 @@ def _copy_output(source: IO[bytes], target: int, tail: bytearray, ended: threadi
                 data = os.read(source.fileno(), 65536)
                 tail += data
                 del tail[:-_TAIL_BYTES]
+                if target == _STDERR:
+                    clear_bar()
                 _write(target, data)
+                if target == _STDOUT:
+                    note_copied(data)
                 last = not data
             if last:
                 return

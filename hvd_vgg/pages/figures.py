@@ -4,6 +4,7 @@ Colours are drawn as stand-ins and replaced by variables of CSS afterwards, so t
 No text from files gets into an SVG: legends and captions are HTML, where all of it is escaped.
 """
 
+import importlib.util
 import io
 import math
 import re
@@ -11,6 +12,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 import numpy as np
 
+from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.pages.markup import Markup, escape, join, paragraph, tag
 from hvd_vgg.pages.style import SERIES
 from hvd_vgg.pages.timeline import Event, Span
@@ -62,6 +64,15 @@ class Line(NamedTuple):
     high: Optional[np.ndarray] = None
 
 
+class Bars(NamedTuple):
+    """Bars of one colour in a figure, float64 [groups]: NaN where a group has none. colour: as of `Line`."""
+
+    label: Any
+    values: np.ndarray
+    deviations: np.ndarray
+    colour: int
+
+
 def colour(index: int) -> str:
     """Returns the CSS colour of a series; more of them than SERIES begin anew."""
     return f"var(--c{(index - 1) % SERIES + 1})" if index else "var(--ink)"
@@ -73,10 +84,24 @@ def style(series: int, quantity: int) -> str:
     return _STYLES[(group * _QUANTITIES + quantity % _QUANTITIES) % len(_STYLES)]
 
 
-def curves(anchor: str, lines: Sequence[Line], x_label: str, log: bool = False, least: Optional[float] = None) -> Markup:
+def require_matplotlib() -> None:
+    """Raises Failure(CONFIGURATION) where matplotlib is not installed: before hours of work."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise Failure(CONFIGURATION, "matplotlib, which draws the figures, is not installed: pip install matplotlib")
+
+
+def curves(
+    anchor: str,
+    lines: Sequence[Line],
+    x_label: str,
+    log: bool = False,
+    least: Optional[float] = None,
+    ticks: Sequence[int] = (),
+) -> Markup:
     """Returns the SVG of lines; nothing where no line has a point. anchor: letters, digits and `-`, unique in a page.
 
-    log: a logarithmic scale of values, where all are above 0; least: of the scale.
+    log: a logarithmic scale of values, where all are above 0; least: of the scale; ticks: at which the other axis, which is
+    logarithmic then, has numbers, such as those of ranks.
     """
     shown = [line for line in lines if np.any(np.isfinite(line.x) & np.isfinite(line.y))]
     if not shown:
@@ -95,6 +120,45 @@ def curves(anchor: str, lines: Sequence[Line], x_label: str, log: bool = False, 
             _scale_by_decades(axes, [np.nanmin(line.y) for line in shown], [np.nanmax(line.y) for line in shown])
         elif least is not None:
             axes.set_ylim(bottom=least)
+        if ticks:
+            _scale_by_factors(axes, ticks)
+        axes.set_xlabel(x_label)
+
+    return _svg(anchor, draw, _SIZE, _BORDERS)
+
+
+def _scale_by_factors(axes: Any, ticks: Sequence[int]) -> None:
+    """Makes the horizontal scale logarithmic, with at most 11 of the numbers at it, the last among them."""
+    from matplotlib.ticker import NullLocator
+
+    shown = sorted(set(ticks))[:: -max(1, -(-len(set(ticks)) // 11))]
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(shown)
+    axes.set_xticklabels([str(each) for each in shown])
+
+
+def bars(anchor: str, groups: Sequence[str], series: Sequence[Bars], x_label: str) -> Markup:
+    """Returns the SVG of bars side by side in groups, with a line for each deviation; nothing where there is none.
+
+    groups: their names, of this program and not of a file.
+    """
+    if not groups or not any(np.any(np.isfinite(each.values)) for each in series):
+        return Markup()
+
+    def draw(axes: Any) -> None:
+        width, places = 0.8 / len(series), np.arange(len(groups))
+        for number, each in enumerate(series):
+            known = np.isfinite(each.values)
+            at, errors = places + (number - (len(series) - 1) / 2) * width, np.nan_to_num(each.deviations)
+            drawn = _COLOURS[colour(each.colour)]
+            axes.bar(at[known], each.values[known], width * 0.9, color=drawn, linewidth=0)
+            some = known & (errors > 0)
+            axes.errorbar(at[some], each.values[some], errors[some], fmt="none", ecolor=_INK, elinewidth=1, capsize=2)
+        axes.set_ylim(bottom=0)
+        axes.set_xticks(places)
+        axes.set_xticklabels(groups)
+        axes.grid(axis="x", visible=False)
         axes.set_xlabel(x_label)
 
     return _svg(anchor, draw, _SIZE, _BORDERS)
@@ -202,8 +266,13 @@ def legend(lines: Sequence[Line]) -> Markup:
 
 def keys(parts: Sequence[str]) -> Markup:
     """Returns the legend of `stack` and of bars in its colours."""
-    squares = (Markup(f'<span class="key" style="background: {colour(TIMES[part])}"></span>') for part in parts)
-    return tag("ul", join(tag("li", join([square, part])) for square, part in zip(squares, parts)), 'class="legend"')
+    return squares({part: TIMES[part] for part in parts})
+
+
+def squares(colours: Dict[str, int]) -> Markup:
+    """Returns the legend of areas: names with their colours."""
+    items = (Markup(f'<span class="key" style="background: {colour(index)}"></span>') for index in colours.values())
+    return tag("ul", join(tag("li", join([square, name])) for square, name in zip(items, colours)), 'class="legend"')
 
 
 def framed(title: Any, svg: Markup, legend_: Markup, caption: Any = "", kind: str = "") -> Markup:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import shlex
 import time
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 from hvd_vgg.config import TrainConfig
 from hvd_vgg.pages.curves import mapping, number, updates_per_epoch, whole
@@ -158,21 +158,22 @@ def what_ran(facts: Facts, level: int) -> Markup:
         ("code", join([f"hvd_vgg {source.get('version', '?')}, SHA-256 ", code(short(source.get("sha256", "unknown")))]))
     )
     rows.append(("packages", ", ".join(f"{name} {version}" for name, version in packages.items()) or "unknown"))
-    changed = _changed_flags(flags)
+    listed = flag_tables(flags) if flags else paragraph("The log has no configuration.")
+    return section(
+        anchor_of(facts, "configuration"), "What ran", pairs([(a, short_cell(b)) for a, b in rows]), listed, level=level
+    )
+
+
+def flag_tables(flags: Dict[str, Any], kind: Any = TrainConfig) -> Markup:
+    """Returns the flags that are not the defaults of a configuration of `kind`, and all of them when asked for."""
+    changed = _changed_flags(flags, kind)
     own = (
         table(("flag", "value", "default"), changed, "Flags that are not the defaults")
         if changed
         else paragraph("All flags are the defaults.")
     )
-    every = table(
-        ("flag", "value"),
-        [(f"--{name}", short(flag_text(value))) for name, value in sorted(flags.items())],
-        "All flags of the run",
-    )
-    listed = [own, details("All flags", every)] if flags else [paragraph("The log has no configuration.")]
-    return section(
-        anchor_of(facts, "configuration"), "What ran", pairs([(a, short_cell(b)) for a, b in rows]), *listed, level=level
-    )
+    rows = [(f"--{name}", short(flag_text(value))) for name, value in sorted(flags.items())]
+    return join([own, details("All flags", table(("flag", "value"), rows, "All flags of the run"))])
 
 
 def short_cell(value: Any) -> Any:
@@ -187,8 +188,8 @@ def flag_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value) or "(empty)"
 
 
-def _changed_flags(flags: Dict[str, Any]) -> List[Tuple[str, str, str]]:
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+def _changed_flags(flags: Dict[str, Any], kind: Any) -> List[Tuple[str, str, str]]:
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
     pairs_ = ((name, flag_text(value), flag_text(defaults.get(name, ""))) for name, value in sorted(flags.items()))
     return [(f"--{name}", short(value), default) for name, value, default in pairs_ if value != default]
 
@@ -198,18 +199,26 @@ def where_time_went(facts: Facts, level: int) -> Markup:
     parts = [_goodput(facts)]
     rows = [mapping(row) for row in facts.throughput.get("by_rank") or [] if isinstance(row, dict)]
     if rows:
-        hosts = [{**row, "rank": f"all {row['ranks']}"} for row in per_host(rows)]
-        ranks = rows if len(rows) <= _RANKS else sorted(rows, key=lambda row: number(row.get("fps_alone")))[:_RANKS]
-        what = "each rank's" if len(ranks) == len(rows) else f"of the {_RANKS} slowest of {len(rows)} ranks the"
-        caption = f"Where {what} time went in the steady updates of the newest start"
-        headings = ("rank", "host", "images/s", "alone", *TIMES, "")
-        shown = (hosts if len(hosts) > 1 else []) + list(ranks)
-        parts += [table(headings, map(_rank_row, shown), caption, numbers=range(2, 8), kind="tight"), keys(list(TIMES))]
+        parts += [rank_table(rows, "in the steady updates of the newest start"), keys(list(TIMES))]
     else:
         parts.append(
             paragraph("The log does not say where each rank's time went: it does with the first result.", kind="note")
         )
     return section(anchor_of(facts, "time"), "Where the time went", *parts, level=level)
+
+
+def rank_table(rows: Sequence[Dict[str, Any]], when: str) -> Markup:
+    """Returns the table of where each rank's time went, for rows of `throughput.per_rank`; when: for its caption.
+
+    Its bars have the colours of `keys(list(TIMES))`.
+    """
+    hosts = [{**row, "rank": f"all {row['ranks']}"} for row in per_host(rows)]
+    ranks = rows if len(rows) <= _RANKS else sorted(rows, key=lambda row: number(row.get("fps_alone")))[:_RANKS]
+    what = "each rank's" if len(ranks) == len(rows) else f"of the {_RANKS} slowest of {len(rows)} ranks the"
+    caption = f"Where {what} time went {when}"
+    headings = ("rank", "host", "images/s", "alone", *TIMES, "")
+    shown = (hosts if len(hosts) > 1 else []) + list(ranks)
+    return table(headings, map(_rank_row, shown), caption, numbers=range(2, 8), kind="tight")
 
 
 def _rank_row(row: Dict[str, Any]) -> List[Any]:

@@ -1,9 +1,12 @@
 """Findings of checks: a verdict, what was found and how to fix it; those of all ranks are merged into one report."""
 
-from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Sequence
+
+from hvd_vgg.colours import GREEN, RED, YELLOW
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 _SEVERITY = (OK, WARNING, FAILURE)
+_COLOURS = {OK: GREEN, WARNING: YELLOW, FAILURE: RED}
 
 
 class Finding(NamedTuple):
@@ -61,12 +64,20 @@ def format_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(groups)}"
 
 
-def format_findings(merged: Mapping[Finding, Sequence[int]], hosts: Sequence[str]) -> List[str]:
-    """Returns the lines of the report for people; merged: as from `merge`; hosts: the host name of each rank."""
+def format_findings(
+    merged: Mapping[Finding, Sequence[int]],
+    hosts: Sequence[str],
+    paint: Callable[[str, str], str] = lambda text, colour: text,
+) -> List[str]:
+    """Returns the lines of the report for people; merged: as from `merge`; hosts: the host name of each rank.
+
+    paint: as `Console.paint`, for the verdicts.
+    """
     lines = []
     for finding, ranks in merged.items():
         prefix = format_ranks(ranks, hosts)
-        lines.append(f"{finding.verdict:8s} {finding.about:12s} {prefix}{': ' if prefix else ''}{finding.text}")
+        verdict = paint(f"{finding.verdict:8s}", _COLOURS[finding.verdict])
+        lines.append(f"{verdict} {finding.about:12s} {prefix}{': ' if prefix else ''}{finding.text}")
         lines += [f"{'':21s} fix: {finding.fix}"] if finding.fix else []
     return lines
 

@@ -9,6 +9,7 @@ from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optio
 import numpy as np
 import tensorflow as tf
 
+from hvd_vgg.colours import BOLD
 from hvd_vgg.config import EvaluationConfig, ScoringConfig
 from hvd_vgg.data.index import Index
 from hvd_vgg.data.loader import PADDING, BadRow, Batch, eval_batches
@@ -174,9 +175,11 @@ def evaluate(
     counts, losses = np.zeros(3, np.int64), []
     rows = [np.zeros(0, _row(min(TOP, config.num_classes)))]
     bad: List[Tuple[int, BadRow]] = []
-    progress = reporter.console.progress("evaluating", -(-index.records // comm.size()), "records on rank 0")
-    common = -(-index.records // config.device_batch) // comm.size()  # batches of every rank; some have one more
-    batches = eval_batches(index, config, label_base, comm.rank(), comm.size(), device.input_threads)
+    size, rows_per_batch = comm.size(), config.device_batch
+    common = -(-index.records // rows_per_batch) // size  # batches of every rank; some have one more
+    own = sum(min(rows_per_batch, index.records - first) for first in range(0, index.records, size * rows_per_batch))
+    progress = reporter.console.progress("evaluating", own, "records on rank 0")
+    batches = eval_batches(index, config, label_base, comm.rank(), size, device.input_threads)
     for number, (batch, scored) in enumerate(score_batches(eval_step, batches, device.micro_batches)):
         counts += [int(each) for each in (scored.top1, scored.top5, scored.records)]
         counts[2] += len(batch.bad)
@@ -216,9 +219,10 @@ def report_evaluation(result: Evaluation, step: int, epoch: float, reporter: Rep
     reporter.row((int(epoch), step), result.metrics())
     loss, difference = result.loss_sum / result.records, result.reference_difference()
     reference = "" if difference is None else f"  reference {result.reference:.4f} ({difference:+.4f})"
-    text = f"step {step}  epoch {epoch:.2f}  evaluation: {result.accuracy()}{reference}  loss {loss:.4f}"
+    paint = reporter.console.paint
+    text = f"step {step}  epoch {epoch:.2f}  evaluation: {paint(result.accuracy(), BOLD)}{reference}  loss {loss:.4f}"
     more = "" if reporter.console.bar else f"  of {result.records} records  state {result.state_sha256[:16]}"
     reporter.say(f"{text}{more}")
     if result.average:
         loss = result.average.loss_sum / result.records
-        reporter.say(f"  the average of the weights: {result.average.accuracy()}  loss {loss:.4f}")
+        reporter.say(f"  the average of the weights: {paint(result.average.accuracy(), BOLD)}  loss {loss:.4f}")

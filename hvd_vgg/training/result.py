@@ -1,10 +1,12 @@
 """What a run leaves beside its log: flags, receipt and result; and the summary printed at its end."""
 
+import functools
 import json
 import shlex
 from pathlib import Path
 from typing import Any, Dict, Optional
 
+from hvd_vgg.colours import BOLD
 from hvd_vgg.config import TrainConfig
 from hvd_vgg.data.classes import class_names
 from hvd_vgg.data.index import Index
@@ -143,10 +145,11 @@ def finish_log(
     scalars = {name: value for name, value in measured.items() if not name.startswith("by_")}
     reporter.row((), {**evaluation.metrics(), **scalars})
     reporter.say(f"finished in {format_duration(progress.seconds)} on {plural(comm.size(), 'rank')}")
-    reporter.say(f"  acc@1              {evaluation.top1 / evaluation.records:.4f}")
-    reporter.say(f"  acc@5              {evaluation.top5 / evaluation.records:.4f}")
+    bold = functools.partial(reporter.console.paint, colour=BOLD)
+    reporter.say(f"  acc@1              {bold(f'{evaluation.top1 / evaluation.records:.4f}')}")
+    reporter.say(f"  acc@5              {bold(f'{evaluation.top5 / evaluation.records:.4f}')}")
     if evaluation.average:
-        reporter.say(f"  of the average     {evaluation.average.accuracy()}")
+        reporter.say(f"  of the average     {bold(evaluation.average.accuracy())}")
     if measured["fps"]:
         reporter.say(f"  fps                {measured['fps']:.1f} images/s; limited by: {_limit(measured)}")
     if measured.get("goodput"):

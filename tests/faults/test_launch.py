@@ -18,7 +18,7 @@ from pathlib import Path
 import namespaces
 import pytest
 from oracles import FLAGS, INJECT, STEPS, assert_exact, assert_same_state, measured_goodput, newest
-from support import BIN, ROOT, TINY, Started, full, wait_for
+from support import BIN, ROOT, TINY, Started, full, on_a_terminal, screen, wait_for
 
 from hvd_vgg.environment import JOB_PARAMETER
 from hvd_vgg.launcher import mpirun
@@ -588,6 +588,33 @@ def test_host_with_link_down_at_first_start_is_named(tmp_path, data, emulated_ho
     emulated_hosts.cut(2)
     ended = start_run(tmp_path / "out", data, *emulated_hosts.flags, ACROSS, prefix=emulated_hosts.on(1, [])).wait(code=78)
     assert f"cannot use {emulated_hosts.addresses[1]} (" in ended.err and "ssh: connect to host" in ended.err
+
+
+@pytest.mark.fault(tier=3)
+def test_launch_keeps_messages_off_the_bar(tmp_path):
+    """On a terminal: what another rank prints to stderr, mpirun's words at the end and the launcher's have own lines."""
+    program = f"""
+import os, pathlib, sys, time
+from hvd_vgg.environment import launched_rank
+from hvd_vgg.reporting.console import Console
+drawn = pathlib.Path({str(tmp_path / "drawn")!r})
+console = Console("bar", launched_rank() == 0)
+if launched_rank() == 1:
+    while not drawn.exists():
+        time.sleep(0.1)
+    time.sleep(0.5)
+    print("rank 1 is ill", file=sys.stderr, flush=True)
+    time.sleep(0.5)
+    os._exit(3)
+console.redraw("a bar")
+drawn.touch()
+time.sleep(600)
+"""
+    printed = on_a_terminal(["-m", "hvd_vgg", "launch", "--ranks=2", "--", sys.executable, "-c", program])
+    lines = screen(printed)
+    assert "\r\x1b[Ka bar\r\x1b[K" in printed and "rank 1 is ill" in lines
+    assert not [line for line in lines if line.startswith("a bar")]
+    assert lines[-2].startswith("hvd-vgg launch: ")
 
 
 # ---- Open MPI 5, whose messages, exit codes and daemons are others

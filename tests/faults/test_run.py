@@ -276,6 +276,24 @@ def test_benchmark_measures_each_input_on_chosen_ranks(tiny, tmp_path):
     assert "--ranks=4: expected at most the 2 ranks started: hvd-vgg launch --ranks=4 benchmark --ranks=4 ..." in ended.err
 
 
+@pytest.mark.fault(tier=3)
+def test_benchmark_draws_a_page(launch, tmp_path):
+    """With the numbers that are printed; one rank has bars, and no curve of efficiency."""
+    flags = [*TINY[:7], f"--data_dir={tmp_path / 'none'}", "--steps=4", f"--out={tmp_path / 'out.html'}"]
+    ended = launch(0, "benchmark", *flags, code=0)
+    page = (tmp_path / "out.html").read_text()
+    printed = re.findall(r"^ +1  (?:device|host) +(\d+\.\d) +(\d+\.\d)", ended.out, re.M)
+    assert len(printed) == 2 and all(f">{number}</td>" in page for row in printed for number in row)
+    assert page.count("<figure") == 1 and socket.gethostname() in page
+
+
+@pytest.mark.fault(tier=3)
+def test_benchmark_without_matplotlib_measures_nothing(tiny, tmp_path):
+    """Where a page is asked for; `inject.py` hides it."""
+    ended = tiny(0, "benchmark", "--steps=4", f"--out={tmp_path / 'out.html'}", code=78)
+    assert (ended.out, ended.err.count("matplotlib, which draws the figures, is not installed")) == ("", 1)
+
+
 def test_benchmark_that_cannot_write_measures_nothing(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "out.json"
@@ -294,9 +312,9 @@ def test_benchmark_ranks_that_wait_are_not_taken_for_lost(tiny):
 
 
 def test_benchmark_of_updates_not_applied_ends_with_81(tiny, tmp_path):
-    (tmp_path / "o").write_text("of another day")
-    ended = tiny(0, "benchmark", "--lr=1e9", f"--out={tmp_path / 'o'}", code=81)
+    (tmp_path / "o.json").write_text("of another day")
+    ended = tiny(0, "benchmark", "--lr=1e9", f"--out={tmp_path / 'o.json'}", code=81)
     (message,) = [line for line in ended.err.splitlines() if line.startswith("hvd-vgg: ")]
     assert "on 1 rank, input device: the loss or gradient is not finite" in message
     assert "--lr=1e+09" in message and "Traceback" not in ended.err
-    assert (tmp_path / "o").read_text() == "of another day"
+    assert (tmp_path / "o.json").read_text() == "of another day"

@@ -388,7 +388,7 @@ def test_path_flags_are_marked_as_such():
 def test_path_flags_take_home(kind, name, tmp_path, monkeypatch):
     """The shell leaves ~ in --flag=~/x as it is; on the command line and in a flag file it is the home directory."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    ending = "csv" if name == "predictions_file" else "prom"
+    ending = {"predictions_file": "csv", "out": "json"}.get(name, "prom")
     (tmp_path / "own.flags").write_text(f"--{name}=~/a b.{ending}\n")
     for argument in (f"--{name}=~/a b.{ending}", "--flagfile=~/own.flags"):
         assert getattr(parse_flags(kind, [argument]), name) == f"{tmp_path}/a b.{ending}"

@@ -1,11 +1,21 @@
 import dataclasses
+import json
+import re
 
 import pytest
 from support import ROOT
+from test_report import checked
 
-from hvd_vgg.config import TrainConfig
+from hvd_vgg.commands.plan import plan
+from hvd_vgg.config import BenchmarkConfig, PlanConfig, TrainConfig
+from hvd_vgg.errors import NOT_WRITTEN, Failure
+from hvd_vgg.flags import validate
 from hvd_vgg.models.architecture import vgg_layers
+from hvd_vgg.pages.benchmark_page import benchmark_page
+from hvd_vgg.pages.plan_page import plan_page
+from hvd_vgg.pages.run_sections import flag_text
 from hvd_vgg.parallel import cost
+from hvd_vgg.parallel.plan import make_plan, powers_of_two
 
 VGG16 = TrainConfig()
 
@@ -164,6 +174,71 @@ def test_plan_needs_no_tensorflow_and_draws(launch, tmp_path):
     ended = launch(0, "plan", "--ranks=4", "--global_batch=3", "--out=x.png")
     assert ended.code == 64
     assert "2 illegal flag(s)" in ended.err
+
+
+def test_plan_page_has_what_is_printed(launch, tmp_path):
+    """Every number, with the sweep of 1, 2, 4, ... ranks where none is asked for; a band for each method; no outside."""
+    flags = ["--ranks=6", "--ranks_per_host=2", "--global_batch=600", "--save_seconds=6", "--failure_hours=24"]
+    ended = launch(0, "plan", *flags, "--out=plan.html", code=0)
+    page = checked((tmp_path / "plan.html").read_text())
+    assert [line.split()[0] for line in ended.out.split("ranks   ")[1].splitlines()[1:5]] == ["1", "2", "4", "6"]
+    for number in re.findall(r"\d+\.\d%? \.\. \d+\.\d%?|\d+\.\d{3} \.\. \d+\.\d{3}", ended.out):
+        assert number in page.text
+    assert "Save with --save_every_minutes=17" in page.text and "--ranks_per_host 2 1" in page.text
+    assert "6 ranks on 3 hosts, 2 on each" in page.text and "the processor time of sending, stragglers." in page.text
+    assert page.tags.count("figure") == 1 and "fc1" in page.text and ended.out.endswith("drawn: plan.html\n")
+    one = make_plan(PlanConfig(ranks=1), powers_of_two(1))
+    assert "Plan: vgg16 on 1 rank" in checked(plan_page(one, 0.0)).text
+    assert powers_of_two(8) == (1, 2, 4, 8) and powers_of_two(9) == (1, 2, 4, 8, 9)
+    assert checked(plan_page(make_plan(PlanConfig(ranks=8), ()), 0.0)).tags.count("figure") == 0
+
+
+def test_plan_refuses_what_it_cannot_draw(launch, tmp_path):
+    """Before it prints anything: another ending, a picture without a sweep, no matplotlib, a place that is none."""
+    (message,) = validate(PlanConfig(out="plan.txt", sweep_ranks=(2,)))
+    assert message == "--out=plan.txt: expected a name that ends in .png, .svg, .pdf or .html"
+    assert validate(PlanConfig(out="plan.svg")) == ["--out of a picture needs --sweep_ranks"]
+    (message,) = validate(BenchmarkConfig(out="b.txt"))
+    assert message == "--out=b.txt: expected a name that ends in .json or .html"
+    hide = {"PYTHONPATH": f"{ROOT / 'tests' / 'programs' / 'hide_packages'}:{ROOT}", "HIDDEN_PACKAGES": "matplotlib"}
+    ended = launch(0, "plan", "--out=plan.html", code=78, **hide)
+    assert (ended.out, ended.err.count("matplotlib, which draws the figures, is not installed")) == ("", 1)
+    with pytest.raises(Failure, match=r"plan\.html cannot be written") as raised:
+        plan(PlanConfig(out=str(tmp_path / "none" / "plan.html")))
+    assert raised.value.code == NOT_WRITTEN
+
+
+@pytest.fixture
+def record():
+    """What a benchmark on one and two ranks has measured, as its JSON has it."""
+    found = json.loads((ROOT / "docs" / "acceptance-sample" / "benchmark.float32.json").read_text())
+    return {"images_per_rank": 16, "updates": 200, **found}
+
+
+def test_benchmark_page_has_what_its_json_has(record):
+    page = checked(benchmark_page(record))
+    assert page.tags.count("figure") == 2
+    for row in record["rows"]:
+        assert f"{row['fps']:.1f}" in page.text and f"{row['efficiency']:.1%}" in page.text
+        for each in row.get("by_rank", []):
+            assert all(f"{each[name]:.1f}" in page.text for name in ("fps", "fps_alone")) and each["host"] in page.text
+            assert f"{each['compute']:.1%}" in page.text
+    for value in (*record["software"].values(), record["date"], record["machine"]["hosts"][0]["cpu"]):
+        assert value in page.text
+    for name, value in record["flags"].items():
+        assert f"--{name} {flag_text(value)}" in page.text
+    shares = [{**row, "share_of_peak": 0.123} for row in record["rows"] if row["ranks"] == 1 and "by_rank" in row]
+    alone = checked(benchmark_page({**record, "rows": shares}))
+    assert alone.tags.count("figure") == 1 and "12.3%" in alone.text and "of peak" in alone.text
+
+
+def test_benchmark_page_takes_names_for_text(record):
+    hostile = "<b onclick='x'>&amp;\x1b[2J"
+    record["machine"]["hosts"][0].update(host=hostile, cpu=hostile)
+    record["rows"][0]["by_rank"][0]["host"] = hostile
+    record["flags"]["data_dir"] = hostile
+    page = checked(benchmark_page(record))
+    assert "b" not in page.tags and page.text.count("<b onclick='x'>&amp;\\x1b[2J") >= 4
 
 
 def test_plan_advises_how_often_to_save(launch):

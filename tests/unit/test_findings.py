@@ -16,6 +16,8 @@ def test_findings_of_all_ranks_are_merged():
         "warning  shm          ranks 2, 3 (host b): small",
         "                      fix: more",
     ]
+    painted = format_findings(merged, HOSTS, lambda text, colour: f"<{colour}>{text}<>")
+    assert [line[:14] for line in painted if "<" in line] == ["<32>ok      <>", "<31>failure <>", "<33>warning <>"]
     data = as_json(merged, HOSTS, seconds=1.5)
     assert (data["verdict"], data["seconds"]) == ("failure", 1.5)
     assert data["counts"] == {"ok": 1, "warning": 1, "failure": 1}

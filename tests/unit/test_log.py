@@ -1,17 +1,18 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 
 import pytest
-from support import ROOT
+from support import ROOT, on_a_terminal, screen
 
 from hvd_vgg.errors import NOT_WRITTEN, Failure
 from hvd_vgg.reporting import log
 from hvd_vgg.reporting.console import Console, watchdog
 from hvd_vgg.reporting.log import METRICS, RunLog
-from hvd_vgg.streams import write_line
+from hvd_vgg.streams import note_copied, write_line
 from hvd_vgg.text import format_bytes, format_duration, plural
 
 
@@ -119,6 +120,89 @@ def test_console_draws_a_bar_on_terminals_alone(capsys, monkeypatch):
     assert out.splitlines()[-1] == "training: 50 of 100 steps  note  left 1 min 00 s"
 
 
+# A bar of a long run, as `Reporter.training` draws it; an evaluation and a warning; and how any command fails.
+BAR = """
+import sys
+from hvd_vgg.__main__ import _end
+from hvd_vgg.colours import BOLD
+from hvd_vgg.errors import DATA, Failure
+from hvd_vgg.reporting import console
+from hvd_vgg.storage import warn_once
+from hvd_vgg.watchdog import watchdog
+
+clock = [0.0]
+watchdog.active_seconds = lambda: clock[0]
+shown = console.Console("auto", True)
+progress = shown.progress("epoch 89.71", 450360, "")
+progress.restart(440000)
+def draw():
+    clock[0] += 80000
+    progress.update(449180 - 1, "loss 12.3456  12345 images/s")
+draw()
+shown.say(f"step 449180  evaluation: {shown.paint('acc@1 0.7123', BOLD)}")
+draw()
+shown.say("warning: a host is slow")
+draw()
+warn_once("storage", "a file was read twice")
+draw()
+_end(Failure(DATA, "record 7 is damaged"))
+"""
+
+
+def test_console_keeps_the_bar_below_all_else():
+    """On a terminal: within its width, evaluations and warnings above it, a failure in a line of its own; with colours."""
+    printed = on_a_terminal(["-c", BAR])
+    bars = re.findall("\r\x1b\\[K(epoch[^\r\x1b]*)", printed)
+    text = "epoch 89.71 [...] 449179/450360  loss 12.3456  12345 images/s  left 2 h 51 min"
+    assert len(bars) == 4 and all(len(bar) <= 79 for bar in bars) and bars[0].split(" [")[0] == text.split(" [")[0]
+    assert bars[0].endswith(text.split("] ")[1])
+    assert screen(printed) == [
+        "step 449180  evaluation: acc@1 0.7123",
+        "warning: a host is slow",
+        f"hvd-vgg: warning on {socket.gethostname()}: a file was read twice",
+        "hvd-vgg: record 7 is damaged",
+        "",
+    ]
+    for painted in ("\x1b[1macc@1 0.7123", "\x1b[33mwarning:\x1b[0m", "\x1b[33mwarning\x1b[0m", "\x1b[31mhvd-vgg:\x1b[0m"):
+        assert painted in printed
+
+
+@pytest.mark.parametrize(
+    ("columns", "environment", "shown"), [(50, {}, 49), (80, {"COLUMNS": "40"}, 39), (200, {}, 79)], ids=str
+)
+def test_console_bar_keeps_to_a_narrow_terminal(columns, environment, shown):
+    """And to 80 columns of a wide one."""
+    program = "from hvd_vgg.reporting.console import Console\nConsole('auto', True).redraw('x' * 200)"
+    printed = on_a_terminal(["-c", program], columns, **environment)
+    assert printed.count("x") == shown
+
+
+def test_console_has_no_colours_where_none_are_wanted():
+    """NO_COLOR leaves the bar; a dumb terminal has neither; a pipe no escape at all, whatever --console says."""
+    printed = on_a_terminal(["-c", BAR], NO_COLOR="1")
+    assert "\r\x1b[K" in printed and not re.search("\x1b\\[[0-9]*m", printed)
+    assert "\x1b[1m" in on_a_terminal(["-c", BAR], NO_COLOR="")
+    printed = on_a_terminal(["-c", BAR], TERM="dumb")
+    assert "\x1b" not in printed and "epoch 89.71: 449179 of 450360" in printed
+    piped = subprocess.run([sys.executable, "-c", BAR], capture_output=True, text=True, cwd=ROOT)
+    assert "\x1b" not in piped.stdout + piped.stderr
+    asked = subprocess.run([sys.executable, "-c", BAR.replace("auto", "bar")], capture_output=True, text=True, cwd=ROOT)
+    assert not re.search("\x1b\\[[0-9]*m", asked.stdout + asked.stderr)
+
+
+def test_bar_of_another_process_is_erased(capfd):
+    """As `launch` knows of from what it copies: before its own messages, and only while the bar is the last line."""
+    for copied, erased in (
+        (b"line\r\n\r\x1b[Kepoch 1 [##]", True),
+        (b"\r\x1b[Kepoch 1 [##]\r\x1b[K", False),
+        (b"\r\x1b[Kepoch 1\r\x1b[Kline\n", False),
+        (b"half a line", False),
+    ):
+        note_copied(copied)
+        write_line("ended", sys.stderr)
+        assert capfd.readouterr() == ("\r\x1b[K" if erased else "", "ended\n")
+
+
 def test_console_is_silent_on_other_ranks(capsys):
     """And where DLLogger's lines are asked for."""
     Console("lines", False).say("x")
@@ -135,6 +219,7 @@ def test_text_of_numbers():
 
 def test_format_duration_rounds_to_two_units():
     durations = {0.4: "0 s", 59: "59 s", 60: "1 min 00 s", 185: "3 min 05 s", 7620: "2 h 07 min"}
+    durations.update({359_999: "99 h 59 min", 360_000: "4 d 04 h", 724_000: "8 d 09 h"})
     assert {seconds: format_duration(seconds) for seconds in durations} == durations
 
 

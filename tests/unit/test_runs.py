@@ -2,9 +2,13 @@
 
 import json
 import os
+import re
+import subprocess
+import sys
 import time
 
 import pytest
+from support import ROOT, on_a_terminal
 from test_verify import STEPS, Killed, train
 
 from hvd_vgg.commands.runs import describe_run, find_runs, list_runs
@@ -79,6 +83,22 @@ def test_runs_are_found_below_a_directory(tmp_path, capsys):
     assert head.split() == ["run", "state", "step", "epochs", "acc@1", "acc@5", "images/s", "age"]
     assert len(rows) == 3 and [row.split()[0] for row in rows[1:]] == ["old", "deeper/new"]
     assert rows[0].startswith("odd \\n name")
+
+
+def test_runs_are_in_colours_on_a_terminal(tmp_path):
+    """Their states alone; columns are as wide as without; a pipe has no escape."""
+    train(tmp_path / "a")
+    with pytest.raises(Killed):
+        train(tmp_path / "long name", kill_at=20)
+    for name in ("a", "long name"):  # 8 d 08 h and some minutes ago
+        os.utime(tmp_path / name / "dllogger.json", (time.time() - 200.5 * 3600,) * 2)
+    command = ["-m", "hvd_vgg", "runs", str(tmp_path)]
+    printed = on_a_terminal(command, 200).replace("\r\n", "\n")
+    assert set(re.findall(r"\x1b\[(3\d)m(\w+) *\x1b\[0m", printed)) == {("32", "done"), ("31", "failed")}
+    piped = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, check=True)
+    without = [re.sub(r"\x1b\[\d+m", "", text) for text in (printed, piped.stdout)]
+    assert "\x1b" not in piped.stdout and without[0] == without[1]
+    assert "\x1b" not in on_a_terminal(command, NO_COLOR="1")
 
 
 @pytest.mark.parametrize("change", [("eval.acc@1", None), ("global_batch", "256")], ids=str)
