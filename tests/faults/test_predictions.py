@@ -3,10 +3,16 @@
 import csv
 import json
 import shutil
+from collections import Counter
 
 import pytest
 from oracles import result
 from support import TINY, full, picture
+
+
+def table_of(run_dir, name):
+    with open(run_dir / name, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def class_rows(run_dir):
@@ -41,7 +47,8 @@ def test_hits_a_class_are_those_of_any_ranks(launch, tmp_path, data, undisturbed
         flags = [f"--weights={run_dir}", f"--data_dir={data}", f"--predictions_file={ranks}.jsonl"]
         ended = launch(ranks, "evaluate", *flags, code=0)
         assert f"({found['top1_hits']} and {found['top5_hits']} of 37 records" in ended.out
-        assert "the worst of 10 classes:" in ended.out
+        assert "the worst of 10 classes:" in ended.out and "the most confused of " in ended.out
+        assert not list(tmp_path.rglob("confusions.csv"))
     kept = predictions(tmp_path / "0.jsonl")
     assert (tmp_path / "0.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
     assert [row["record"] for row in kept] == list(range(37))
@@ -49,6 +56,17 @@ def test_hits_a_class_are_those_of_any_ranks(launch, tmp_path, data, undisturbed
         own = [each for each in kept if each["label"] == row["class"]]
         counted = [len(own), sum(each["top1_hit"] for each in own), sum(each["top5_hit"] for each in own)]
         assert counted == [row["records"], row["top1_hits"], row["top5_hits"]]
+    errors = [row for row in kept if row["class"][0] != row["label"]]
+    pairs = Counter((row["label"], row["class"][0]) for row in errors)
+    confusions = table_of(run_dir, "confusions.csv")
+    expected = sorted(((*pair, records) for pair, records in pairs.items()), key=lambda each: (-each[2], *each))
+    assert [tuple(int(row[name]) for name in ("label", "predicted", "records")) for row in confusions] == expected
+    confident = [(-row["probability"][0], row["record"], row["where"], row["label"], row["class"][0]) for row in errors]
+    found = [
+        (-float(row["probability"]), int(row["record"]), row["where"], int(row["label"]), int(row["predicted"]))
+        for row in table_of(run_dir, "confident_errors.csv")
+    ]
+    assert found == sorted(confident) and 0 < len(found) <= 48
     for row in kept:
         assert row["top1_hit"] == (row["class"][0] == row["label"]) and row["top5_hit"] == (row["label"] in row["class"])
         assert sorted(row["probability"], reverse=True) == row["probability"]
