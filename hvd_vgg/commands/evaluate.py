@@ -7,7 +7,7 @@ from hvd_vgg.config import EvaluateConfig, EvaluationConfig
 from hvd_vgg.data.classes import class_names, imagenet_names, with_words
 from hvd_vgg.data.formats.layout import FOLDERS, IMAGENET, TITLES
 from hvd_vgg.data.formats.shard_file import data_failure
-from hvd_vgg.data.index import Index, check_labels, find_label_base
+from hvd_vgg.data.index import Index, check_labels, data_digest, find_label_base
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
 from hvd_vgg.models.vgg import Weights
 from hvd_vgg.parallel import comm
@@ -25,7 +25,6 @@ from hvd_vgg.training.network import load_network, make_network
 from hvd_vgg.training.predictions import gather_outcome, worst_classes, write_predictions
 from hvd_vgg.training.reporter import Reporter
 from hvd_vgg.training.startup import join_ranks
-from hvd_vgg.training.state import data_digest
 
 
 class Subject(NamedTuple):

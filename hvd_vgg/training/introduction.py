@@ -7,6 +7,7 @@ from typing import Any, Dict, List
 
 from hvd_vgg.config import TrainConfig, profiled_steps
 from hvd_vgg.data.formats.layout import TITLES
+from hvd_vgg.data.index import data_digest
 from hvd_vgg.data.sampler import part_bounds
 from hvd_vgg.data.transforms import image_library
 from hvd_vgg.models.architecture import count_parameters, layers_to_train
@@ -23,7 +24,7 @@ from hvd_vgg.training.precision import measure_precision
 from hvd_vgg.training.reporter import Reporter
 from hvd_vgg.training.result import write_class_names, write_run_files
 from hvd_vgg.training.schedule import rate_factor
-from hvd_vgg.training.state import TrainProgress, data_digest
+from hvd_vgg.training.state import TrainProgress
 
 
 def introduce(
