@@ -78,7 +78,7 @@ def confused(facts: Facts, level: int) -> Markup:
     caption = f"The {len(rows)} of {plural(len(found), 'pair')} of classes with most records"
     listed = table(headings, rows, caption, numbers=(0, 2, 4, 5))
     records = sum(row.records for row in found)
-    text = f"{plural(records, 'record')} had another likeliest class than the own one, as confusions.csv has it."
+    text = f"{plural(records, 'record')} of the last evaluation had another likeliest class, as confusions.csv has it."
     about = paragraph(text, kind="note")
     return section(anchor_of(facts, "confusions"), "Most confused classes", about, listed, level=level)
 
@@ -114,5 +114,5 @@ def _class(number: int, name: str) -> str:
 def _picture(row: ErrorRow, picture: Thumbnail) -> Markup:
     label, predicted = _class(row.label, row.label_name), _class(row.predicted, row.predicted_name)
     alt = f"Record {row.record}: label {label}, taken for {predicted}, probability {row.probability:.4f}"
-    caption = join([label, Markup("<br>taken for "), predicted, Markup("<br>"), f"{row.probability:.4f}"])
+    caption = join([f"label {label}", f"taken for {predicted}", f"probability {row.probability:.4f}"], "<br>")
     return tag("figure", join([image(*picture, alt), tag("figcaption", caption)]))

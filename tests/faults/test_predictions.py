@@ -112,6 +112,27 @@ def test_bad_record_has_no_prediction(launch, tmp_path, data, undisturbed):
 
 
 @pytest.mark.fault(tier=3)
+def test_tables_of_a_run_are_the_same_on_any_ranks(launch, tmp_path, data):
+    """To the byte; a bad record is a miss, and neither a confusion nor an error."""
+    broken = tmp_path / "broken"
+    shutil.copytree(data, broken)
+    shard = sorted(broken.glob("validation-*"))[0]
+    content = bytearray(shard.read_bytes())
+    content[40] ^= 1
+    shard.write_bytes(bytes(content))
+    names = ["class_hits.csv", "confusions.csv", "confident_errors.csv"]
+    kept = []
+    for ranks in (0, 2, 3):
+        flags = [*TINY, "--steps=3", f"--data_dir={broken}", f"--run_dir={ranks}", "--bad_records_allowed=1"]
+        launch(ranks, "train", *flags, code=0)
+        kept.append([(tmp_path / str(ranks) / name).read_bytes() for name in names])
+    assert kept[0] == kept[1] == kept[2]
+    confused = sum(int(row["records"]) for row in table_of(tmp_path / "0", names[1]))
+    assert confused == 37 - 1 - result(tmp_path / "0")["top1_hits"]
+    assert "0" not in {row["record"] for row in table_of(tmp_path / "0", names[2])}
+
+
+@pytest.mark.fault(tier=3)
 def test_run_keeps_predictions_of_its_last_evaluation(launch, tmp_path, data):
     """Which `evaluate` makes again to the byte; --stop_at_top1 ends a run at one that might not have been."""
     flags = [*TINY, "--steps=6", "--eval_every_epochs=1", "--stop_at_top1=0.01", f"--data_dir={data}", "--run_dir=run"]

@@ -400,7 +400,10 @@ def pictures(tmp_path_factory):
 def test_report_shows_confusions_and_errors(pictures, tmp_path, augment, side):
     """The pictures are the records', cut as they are evaluated, the surest error first; without its data tables alone."""
     page = page_of(mistaken(tmp_path / "run", pictures, augment))
-    assert "0 cat, tabby 1 - 6 60.0%" in page.text and "6 records had another likeliest class" in page.text
+    assert (
+        "0 cat, tabby 1 - 6 60.0%" in page.text
+        and "6 records of the last evaluation had another likeliest class" in page.text
+    )
     assert page.text.index("5 x, record 5 0 cat 1 <i> 0.999") < page.text.index("3 x, record 3 0 cat 1 <i> 0.75")
     assert "1 picture could not be read; the first: ValueError: record 900 is none of the 37" in page.text
     alts = [alt for alt, _ in page.pictures]
@@ -452,29 +455,25 @@ def test_report_says_why_there_are_no_pictures(pictures, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("confusions.csv", "label,predicted\n0,1\n"),
-        ("confusions.csv", f"{CONFUSIONS}0,,0,,1\n"),
-        ("confusions.csv", f"{CONFUSIONS}0,,2,,1\n"),
-        ("confusions.csv", f"{CONFUSIONS}0,,1,,7\n"),
-        ("confusions.csv", f"{CONFUSIONS}0,,1,,0\n"),
-        ("confusions.csv", f"{CONFUSIONS}0,,1\n"),
-        ("confusions.csv", f"{CONFUSIONS}-1,,1,,1\n"),
-        ("confident_errors.csv", f"{ERRORS}3,,0,,1,,1.5\n"),
-        ("confident_errors.csv", f"{ERRORS}3,,0,,1,,nan\n"),
-        ("confident_errors.csv", f"{ERRORS}-3,,0,,1,,0.5\n"),
-        ("confident_errors.csv", f"{ERRORS}3,,0,,0,,0.5\n"),
-        ("confident_errors.csv", f"{ERRORS}../../x,,0,,1,,0.5\n"),
-        ("confident_errors.csv", "\0" * 99),
-    ],
+    "row", ["0,,0,,1", "0,,2,,1", "0,,1,,7", "0,,1,,0", "0,,1", "-1,,1,,1", "0,,../../x,,1", "\0"], ids=ascii
 )
-def test_tables_of_mistakes_that_cannot_be_are_damaged(tmp_path, name, text):
+def test_confusions_that_cannot_be_are_damaged(row, tmp_path):
+    """One class, one of none, more records than are missed, no record, a cell that is missing or no number."""
     (tmp_path / "class_hits.csv").write_text("class,name,records,top1_hits,top5_hits\n0,,10,4,10\n1,,2,2,2\n")
-    (tmp_path / name).write_text(text)
+    (tmp_path / "confusions.csv").write_text(f"{CONFUSIONS}{row}\n")
     facts = read_facts(RunDir(tmp_path), "", "", "")
-    assert facts.classes and not facts.confusions and not facts.errors
-    assert any(each.startswith(f"{name}: damaged") for each in facts.missing)
+    assert facts.classes and not facts.confusions
+    assert any(each.startswith("confusions.csv: damaged") for each in facts.missing)
+
+
+@pytest.mark.parametrize(
+    "row", ["3,,0,,1,,1.5", "3,,0,,1,,nan", "-3,,0,,1,,0.5", "3,,0,,0,,0.5", "../x,,0,,1,,0.5", ""], ids=ascii
+)
+def test_errors_that_cannot_be_are_damaged(row, tmp_path):
+    """No probability, no record, one class, a path; and a table of other columns."""
+    (tmp_path / "confident_errors.csv").write_text(f"{ERRORS if row else CONFUSIONS}{row}\n")
+    facts = read_facts(RunDir(tmp_path), "", "", "")
+    assert not facts.errors and any(each.startswith("confident_errors.csv: damaged") for each in facts.missing)
 
 
 @pytest.mark.parametrize("row", ["7,,10,11,11", "7,,10,-1,2", "7,,10,1,11", "7,,10,3,2", "7,,-1,0,0"])
