@@ -92,7 +92,8 @@ def decode_alone(options, split):
     from hvd_vgg.config import ImageConfig
     from hvd_vgg.data.reader import read_image
     from hvd_vgg.data.sampler import positions, sample_seeds
-    from hvd_vgg.data.transforms import augmentation_params, central_window, image_shape, random_window
+    from hvd_vgg.data.transforms import augmentation_params, image_shape, random_window
+    from hvd_vgg.data.windows import central_window
 
     index, work = load(options), []
     drawn = positions(0, options.images, index.records, SEED)

@@ -31,7 +31,9 @@ class RunDir:
         self.log = self.path / "dllogger.json"
         self.receipt = self.path / "receipt.json"
         self.result = self.path / "result.json"
-        self.class_hits = self.path / "class_hits.csv"  # of the last evaluation
+        self.class_hits = self.path / "class_hits.csv"  # of the last evaluation, as the next two
+        self.confusions = self.path / "confusions.csv"
+        self.confident_errors = self.path / "confident_errors.csv"
         self.restarts = self.path / "restarts.jsonl"  # the launcher's, a line for each start and each end
         self.lock = self.path / "lock"
         self.checkpoints = self.path / "checkpoints"

@@ -8,7 +8,7 @@ from hvd_vgg.config import EvaluateConfig, EvaluationConfig
 from hvd_vgg.data.classes import class_names, imagenet_names, with_words
 from hvd_vgg.data.formats.layout import FOLDERS, IMAGENET, TITLES
 from hvd_vgg.data.formats.shard_file import data_failure
-from hvd_vgg.data.index import Index, check_labels, find_label_base
+from hvd_vgg.data.index import Index, check_labels, data_digest, find_label_base
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, Failure
 from hvd_vgg.models.vgg import Weights
 from hvd_vgg.parallel import comm
@@ -18,14 +18,14 @@ from hvd_vgg.reporting.console import Console
 from hvd_vgg.run_dir import RunDir, check_out
 from hvd_vgg.text import plural
 from hvd_vgg.training import checkpoint
+from hvd_vgg.training.confusions import confused_pairs, most_confused
 from hvd_vgg.training.dataset import choose_label_base, open_split
 from hvd_vgg.training.evaluate import Evaluation, evaluate, make_eval_step
 from hvd_vgg.training.names import known_names
 from hvd_vgg.training.network import load_network, make_network
-from hvd_vgg.training.predictions import count_classes, worst_classes, write_predictions
+from hvd_vgg.training.predictions import gather_outcome, worst_classes, write_predictions
 from hvd_vgg.training.reporter import Reporter
 from hvd_vgg.training.startup import join_ranks
-from hvd_vgg.training.state import data_digest
 
 
 class Subject(NamedTuple):
@@ -73,9 +73,12 @@ def evaluate_run(config: EvaluateConfig) -> None:
         network, text, _, label_base = _open_subject(config, Subject(config.checkpoint, config.average), index)
     names = run_on_root(lambda: _names(config, index, label_base)) or []
     result = _evaluate(config, network, label_base, index, device, console, text)
-    counts = count_classes(result, index, label_base, config.num_classes)
-    console.say(worst_classes(counts, names))
-    write_predictions(config, result, index, label_base)
+    outcome = gather_outcome(result, index, label_base, config.num_classes)
+    console.say(worst_classes(outcome.counts, names))
+    confused = most_confused(confused_pairs(outcome.pairs), outcome.counts, names)
+    if confused:
+        console.say(confused)
+    run_on_root(lambda: write_predictions(config, outcome, index))
     comm.shutdown()
 
 

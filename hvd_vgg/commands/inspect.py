@@ -5,7 +5,7 @@ import functools
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Sequence
 
 import numpy as np
 
@@ -14,9 +14,8 @@ from hvd_vgg.config import InspectConfig
 from hvd_vgg.data.classes import class_names
 from hvd_vgg.data.formats.shard_file import data_failure
 from hvd_vgg.data.index import Index, find_label_base
-from hvd_vgg.data.loader import Dataset
 from hvd_vgg.data.sampler import slice_bounds
-from hvd_vgg.data.sheet import draw_sheet, sheet_rows
+from hvd_vgg.data.sheet import draw_sheet, sheet_datasets, sheet_rows
 from hvd_vgg.data.summary import MOST_NAMED, summarize
 from hvd_vgg.data.survey import ROW, Survey, require_pillow, survey_block
 from hvd_vgg.data.transforms import image_library
@@ -128,15 +127,9 @@ def _write(config: InspectConfig, summary: Dict[str, Any], train: Index, label_b
         with writing(path):
             atomic_write_text(path, json.dumps({"data_dir": config.data_dir, **summary}, indent=1) + "\n")
     if config.out:
-        training, evaluation = datasets(config, train, label_base)
-        rows = sheet_rows(training, evaluation, config.sheet_records, config.sheet_epochs, names)
+        datasets = sheet_datasets(config, train, label_base, config.seed)
+        rows = sheet_rows(*datasets, config.sheet_records, config.sheet_epochs, names)
         if not rows:
             raise data_failure(f"{config.data_dir}: train has no sound record, and --out={config.out} would be empty")
         with writing(Path(config.out)):
             Path(config.out).write_bytes(draw_sheet(rows))
-
-
-def datasets(config: InspectConfig, train: Index, label_base: int) -> Tuple[Dataset, Dataset]:
-    """Returns the train split as training and as evaluation see it with these flags."""
-    training = Dataset(train, label_base, config.image_size, config, True, seed=config.seed)
-    return training, Dataset(train, label_base, config.evaluated_size, config, False, config.evaluated_crop)

@@ -14,6 +14,7 @@ from hvd_vgg.config import ReportConfig
 from hvd_vgg.errors import CONFIGURATION, STOPPED, Failure
 from hvd_vgg.pages.facts import DAMAGED, Facts, read_facts
 from hvd_vgg.pages.figures import require_matplotlib
+from hvd_vgg.pages.mistakes import Sheet, read_sheet
 from hvd_vgg.pages.report_page import Comparison, report_page
 from hvd_vgg.run_dir import RunDir, atomic_write_text, writing
 from hvd_vgg.text import plural
@@ -21,6 +22,7 @@ from hvd_vgg.text import plural
 _Histories = Callable[[str], History]  # by the letter of a run
 # verify-run reads every checkpoint; beyond this many bytes the page only names the command.
 _CHECKED_BYTES = 300_000_000
+_PICTURES, _LEAST_PICTURES = 24, 4  # of errors: of all runs, and of each
 _ENDINGS = 3  # renewals at which no run trains, after which --watch ends: the launcher may be restarting one
 
 
@@ -71,7 +73,7 @@ def _write(runs: Sequence[RunDir], out: Path, refresh_seconds: float = 0) -> Non
 def make_page(runs: Sequence[RunDir], now: float, refresh_seconds: float = 0) -> str:
     """Returns the page of some runs, whatever their files are like. refresh_seconds: of a page that will be made again.
 
-    Such a page is made without the checks of verify-run, and without a comparison of weights.
+    Such a page is made without the checks of verify-run, without a comparison of weights, and without pictures.
     """
     letters = [_letter(number) for number in range(len(runs))] if len(runs) > 1 else [""]
     facts = [read_facts(run, letter, *row_of(run)) for run, letter in zip(runs, letters)]
@@ -79,7 +81,7 @@ def make_page(runs: Sequence[RunDir], now: float, refresh_seconds: float = 0) ->
     histories = functools.lru_cache(maxsize=None)(lambda letter: read_history(logs[letter]))  # each log is replayed once
     checks = [_checks(each, histories, bool(refresh_seconds)) for each in facts]
     comparisons = [_compare((facts[0], each), histories, bool(refresh_seconds)) for each in facts[1:]]
-    return report_page(facts, checks, comparisons, now, refresh_seconds)
+    return report_page(facts, checks, _sheets(facts, bool(refresh_seconds)), comparisons, now, refresh_seconds)
 
 
 def _letter(number: int) -> str:
@@ -101,6 +103,13 @@ def _checks(facts: Facts, histories: _Histories, again: bool) -> Any:
         return list(check(facts.run.path, histories(facts.letter)))
     except DAMAGED as error:
         return f"it failed: {type(error).__name__}: {error}"
+
+
+def _sheets(runs: Sequence[Facts], again: bool) -> List[Sheet]:
+    """Returns the pictures of each run's errors, of several runs fewer each; none, and no data read, for a page to come."""
+    if again:
+        return [Sheet({}, "Pictures are drawn when the run has ended.")] * len(runs)
+    return [read_sheet(each, max(_LEAST_PICTURES, _PICTURES // len(runs))) for each in runs]
 
 
 def _checkpoint_bytes(run: RunDir) -> int:

@@ -1,10 +1,13 @@
 """A sheet of images for people: records as they are, as training sees them epoch by epoch, and as they are evaluated."""
 
 import io
-from typing import Any, List, NamedTuple, Sequence
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
+import cv2
 import numpy as np
 
+from hvd_vgg.config import EvaluationImageConfig
+from hvd_vgg.data.index import Index
 from hvd_vgg.data.loader import Dataset, Sample
 from hvd_vgg.data.reader import BadRecord
 from hvd_vgg.data.sampler import Positions, permutation, sample_seeds
@@ -39,14 +42,27 @@ def training_images(dataset: Dataset, sample: Sample, epochs: int) -> np.ndarray
     return images
 
 
-def sheet_rows(training: Dataset, evaluation: Dataset, count: int, epochs: int, names: Sequence[str] = ()) -> List[SheetRow]:
+def sheet_datasets(config: EvaluationImageConfig, train: Index, label_base: int, seed: int) -> Tuple[Dataset, Dataset]:
+    """Returns the train split as training and as evaluation see it."""
+    training = Dataset(train, label_base, config.image_size, config, True, seed=seed)
+    return training, Dataset(train, label_base, config.evaluated_size, config, False, config.evaluated_crop)
+
+
+def sheet_rows(
+    training: Dataset,
+    evaluation: Dataset,
+    count: int,
+    epochs: int,
+    names: Sequence[str] = (),
+    tried: Optional[int] = None,
+) -> List[SheetRow]:
     """Returns the first `count` records that training takes, bad ones left out; fewer where there are no more.
 
-    The two datasets hold the same records; names: of the classes, where they are known. Raises Failure(DATA) where a shard
-    cannot be read at all.
+    The two datasets hold the same records; names: of the classes, where they are known; tried: records that are looked at,
+    at most. Raises Failure(DATA) where a shard cannot be read at all.
     """
     index, rows = training.index, []
-    for record in permutation(index.records, training.seed, 0).tolist():
+    for record in permutation(index.records, training.seed, 0)[:tried].tolist():
         try:
             sample = training.read(record)
             if isinstance(sample, BadRecord):
@@ -97,6 +113,12 @@ def draw_sheet(rows: Sequence[SheetRow]) -> bytes:
     file = io.BytesIO()
     sheet.save(file, "PNG")
     return file.getvalue()
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """Returns a picture, uint8 [height, width, 3], as a PNG; without Pillow."""
+    _, encoded = cv2.imencode(".png", image[:, :, ::-1])  # OpenCV has blue first
+    return bytes(encoded)
 
 
 def _fit(image: np.ndarray, side: int) -> Any:

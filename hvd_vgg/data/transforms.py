@@ -17,6 +17,7 @@ import tensorflow as tf
 from hvd_vgg.config import ImageConfig
 from hvd_vgg.data.augment import DRAWS, augment_image, is_augmented
 from hvd_vgg.data.image_header import JPEG, PNG, require_size
+from hvd_vgg.data.windows import Crop, central_window
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.seeds import uniform_draws
 
@@ -31,7 +32,6 @@ _FIRST_DRAWS = 3 + 3 * _TRIES  # of a sample: one for the flip, 2 for the shift,
 _FRAMES = frozenset((0xC0, 0xC1, 0xC2))
 _SEGMENTS = frozenset((0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)))
 cv2.setNumThreads(0)  # the loader has threads of its own
-Crop = Tuple[int, int, int, int]  # top, left, height, width
 
 
 def image_library(resize: str) -> str:
@@ -118,12 +118,6 @@ def random_window(height: int, width: int, params: Sequence[float]) -> Crop:
             return int(down * (height - box_height + 1)), int(across * (width - box_width + 1)), box_height, box_width
     box_height, box_width = min(height, round(width / _RATIO[0])), min(width, round(height * _RATIO[1]))
     return (height - box_height + 1) // 2, (width - box_width + 1) // 2, box_height, box_width
-
-
-def central_window(height: int, width: int, crop: float) -> Crop:
-    """Returns the central square, `crop` times the shorter side: top, left, height and width in pixels."""
-    side = round(crop * min(height, width))
-    return (height - side) // 2, (width - side) // 2, side, side
 
 
 def image_shape(encoded: bytes) -> Tuple[int, int]:

@@ -91,7 +91,7 @@ def _decode_window(encoded: Any, window: Any, method: str) -> Any:
 
 
 def _central_window(shape: Any, crop: float) -> Any:
-    """Returns what `transforms.central_window` does, or the whole image for a crop of 0."""
+    """Returns what `windows.central_window` does, or the whole image for a crop of 0."""
     if not crop:
         return tf.stack([0, 0, shape[0], shape[1]])
     side = tf.cast(tf.round(crop * tf.cast(tf.reduce_min(shape), tf.float64)), tf.int32)

@@ -1,14 +1,14 @@
 """What is known of a run: read from its directory, with a sentence about each thing that is missing or damaged."""
 
-import csv
 import dataclasses
-import io
 import json
+from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 from hvd_vgg import storage
 from hvd_vgg.config import TrainConfig
 from hvd_vgg.errors import Failure
+from hvd_vgg.pages.class_tables import ClassRow, ConfusionRow, ErrorRow, read_classes, read_confusions, read_errors
 from hvd_vgg.pages.curves import Curve, mapping, read_curves, text_list, whole
 from hvd_vgg.pages.timeline import Event, Span, events, spans
 from hvd_vgg.reporting.goodput import Goodput
@@ -17,17 +17,6 @@ from hvd_vgg.run_dir import RunDir
 
 # What a damaged file may raise where its contents are used.
 DAMAGED = (AttributeError, LookupError, OSError, ArithmeticError, RecursionError, TypeError, ValueError, Failure)
-_CLASS_COLUMNS = ("class", "name", "records", "top1_hits", "top5_hits")
-
-
-class ClassRow(NamedTuple):
-    """Hits of one class: of the records with this label."""
-
-    label: int
-    name: str
-    records: int
-    top1: int
-    top5: int
 
 
 class Facts(NamedTuple):
@@ -48,7 +37,9 @@ class Facts(NamedTuple):
     spans: Dict[str, List[Span]]
     events: List[Event]
     goodput: Dict[str, Any]
-    classes: List[ClassRow]
+    classes: List[ClassRow]  # of the last evaluation, as the next two
+    confusions: List[ConfusionRow]
+    errors: List[ErrorRow]
     missing: List[str]
 
     @property
@@ -65,7 +56,7 @@ def read_facts(run: RunDir, letter: str, state: str, reason: str) -> Facts:
         try:
             return read()
         except DAMAGED as error:
-            missing.append(f"{what}: damaged, or not what a run writes ({_reason(error)})")
+            missing.append(f"{what}: damaged, or not what a run writes ({reason_of(error)})")
             return otherwise
 
     lines: List[LogLine] = attempt("dllogger.json", lambda: read_log(run.log), [])
@@ -85,6 +76,11 @@ def read_facts(run: RunDir, letter: str, state: str, reason: str) -> Facts:
     else:
         missing.append("result.json is not there: it is written with the first evaluation")
     ends = [line.data for line in lines if line.kind == "throughput"]
+
+    def table(path: Path, read: Callable[[], Any]) -> Any:
+        return attempt(path.name, read, []) if path.is_file() else []
+
+    classes = table(run.class_hits, lambda: read_classes(run.class_hits))
     return Facts(
         letter,
         run,
@@ -101,12 +97,15 @@ def read_facts(run: RunDir, letter: str, state: str, reason: str) -> Facts:
         attempt("time", lambda: spans(lines), {}),
         attempt("events", lambda: events(run, lines), []),
         attempt("goodput", lambda: Goodput(lines).report(), {}),
-        attempt(run.class_hits.name, lambda: _read_classes(run), []) if run.class_hits.is_file() else [],
+        classes,
+        table(run.confusions, lambda: read_confusions(run.confusions, classes)),
+        table(run.confident_errors, lambda: read_errors(run.confident_errors, classes)),
         missing,
     )
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Returns why something could not be read, in one sentence."""
     return error.message if isinstance(error, Failure) else f"{type(error).__name__}: {error}"[:200]
 
 
@@ -133,26 +132,6 @@ def _missing_lines(run: RunDir, lines: Sequence[LogLine]) -> List[str]:
         if not any(line.kind == kind for line in lines):
             found.append(f"the log does not have {text}")
     return found
-
-
-def _read_classes(run: RunDir) -> List[ClassRow]:
-    """Returns the rows of class_hits.csv; raises ValueError for what is none, or cannot be."""
-    text = storage.read_bytes(run.class_hits).decode("utf-8", "replace")
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    if not set(_CLASS_COLUMNS) <= set(reader.fieldnames or ()):
-        raise ValueError(f"expected the columns {','.join(_CLASS_COLUMNS)}")
-    try:
-        rows = [
-            ClassRow(int(row["class"]), row["name"] or "", *(int(row[name]) for name in _CLASS_COLUMNS[2:]))
-            for row in reader
-        ]
-    except (csv.Error, TypeError) as error:
-        raise ValueError(str(error)) from error
-    for row in rows:
-        if not 0 <= row.top1 <= row.top5 <= row.records:
-            counts = f"{row.top1}, {row.top5} and {row.records}"
-            raise ValueError(f"class {row.label}: expected 0 <= top1_hits <= top5_hits <= records, found {counts}")
-    return rows
 
 
 def hosts_of(facts: Facts) -> List[Tuple[str, int]]:

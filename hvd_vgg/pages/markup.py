@@ -3,6 +3,7 @@
 What is markup has the type Markup; whatever else is put into a page becomes text, of whatever type and bytes it is.
 """
 
+import base64
 import html
 from typing import Any, Iterable, Sequence, Tuple
 
@@ -77,6 +78,12 @@ def table(
 def pairs(rows: Iterable[Tuple[Any, Any]]) -> Markup:
     """Returns names with their values."""
     return tag("dl", join(join([tag("dt", name), tag("dd", value)]) for name, value in rows))
+
+
+def image(media: str, data: bytes, alt: Any) -> Markup:
+    """Returns an encoded picture, inside the page; media: its type, a PNG is shown pixel by pixel; alt: what it shows."""
+    source, kind = base64.b64encode(data).decode(), ' class="pixels"' if media == "image/png" else ""
+    return Markup(f'<img src="data:{media};base64,{source}" alt="{escape(alt)}"{kind}>')
 
 
 def details(summary: Any, content: Any) -> Markup:

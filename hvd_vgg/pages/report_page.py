@@ -5,6 +5,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tu
 
 from hvd_vgg import __version__
 from hvd_vgg.config import TrainConfig
+from hvd_vgg.pages import mistakes
 from hvd_vgg.pages import run_sections as sections
 from hvd_vgg.pages.charts import draw_curves
 from hvd_vgg.pages.curves import mapping, whole
@@ -34,7 +35,12 @@ class Comparison(NamedTuple):
 
 
 def report_page(
-    runs: Sequence[Facts], checks: Sequence[Any], comparisons: Sequence[Comparison], now: float, refresh_seconds: float = 0
+    runs: Sequence[Facts],
+    checks: Sequence[Any],
+    sheets: Sequence[mistakes.Sheet],
+    comparisons: Sequence[Comparison],
+    now: float,
+    refresh_seconds: float = 0,
 ) -> str:
     """Returns the page; checks: of each run, as `run_sections.result` takes them; now: seconds since 1970."""
     single = len(runs) == 1
@@ -54,8 +60,8 @@ def report_page(
     if not single:
         body.append(curves)
         links.append(("curves", "Curves"))
-    for facts, found in zip(runs, checks):
-        inner = _run(facts, found, curves if single else Markup(), 2 if single else 3)
+    for facts, found, sheet in zip(runs, checks, sheets):
+        inner = _run(facts, found, sheet, curves if single else Markup(), 2 if single else 3)
         anchor = f"run-{facts.letter.lower()}"
         body.append(inner if single else section(anchor, f"Run {facts.name}", inner))
         if not single:
@@ -64,10 +70,12 @@ def report_page(
         names = ("result", "Result"), ("curves", "Curves"), ("time", "Time"), ("events", "What happened")
         links += [*names, ("evaluations", "Evaluations"), ("configuration", "What ran")]
         links += [("classes", "Worst classes")] if any(row.records > 0 for row in runs[0].classes) else []
+        links += [("confusions", "Confused classes")] if runs[0].confusions else []
+        links += [("errors", "Confident errors")] if runs[0].errors else []
     return page(title, about, links, join(body), refresh_seconds)
 
 
-def _run(facts: Facts, checks: Any, curves: Markup, level: int) -> Markup:
+def _run(facts: Facts, checks: Any, sheet: mistakes.Sheet, curves: Markup, level: int) -> Markup:
     """Returns all sections of a run. A damaged part does not take the others with it."""
     parts: List[Tuple[str, Callable[[], Markup]]] = [
         ("Overview", lambda: sections.overview(facts)),
@@ -78,6 +86,8 @@ def _run(facts: Facts, checks: Any, curves: Markup, level: int) -> Markup:
         ("Evaluations", lambda: sections.evaluations(facts, level)),
         ("What ran", lambda: sections.what_ran(facts, level)),
         ("Worst classes", lambda: sections.classes(facts, level)),
+        ("Most confused classes", lambda: mistakes.confused(facts, level)),
+        ("Most confident errors", lambda: mistakes.errors(facts, sheet, level)),
     ]
     return join(_safely(name, make) for name, make in parts)
 

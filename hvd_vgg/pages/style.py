@@ -86,6 +86,8 @@ nav a { display: inline-block; padding: .25rem 0; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: .75rem; background: var(--panel); border: 1px solid var(--line); border-radius: 6px; }
 figure.wide { max-width: 34rem; } figure svg { display: block; width: 100%; height: auto; }
+.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .75rem; margin: .75rem 0; }
+.sheet img { display: block; width: 7rem; height: 7rem; } .pixels { image-rendering: pixelated; }
 .title { margin: 0 0 .25rem; font-weight: 600; }
 figcaption { font-size: .875rem; color: var(--faint); overflow-wrap: anywhere; }
 .legend { display: flex; flex-wrap: wrap; gap: 0 1rem; margin: .25rem 0; padding: 0; list-style: none; color: var(--ink); }

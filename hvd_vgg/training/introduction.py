@@ -7,6 +7,7 @@ from typing import Any, Dict, List
 
 from hvd_vgg.config import TrainConfig, profiled_steps
 from hvd_vgg.data.formats.layout import TITLES
+from hvd_vgg.data.index import data_digest
 from hvd_vgg.data.sampler import part_bounds
 from hvd_vgg.data.transforms import image_library
 from hvd_vgg.models.architecture import count_parameters, layers_to_train
@@ -18,11 +19,12 @@ from hvd_vgg.reporting import receipt
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.text import difference_table, plural
 from hvd_vgg.training.dataset import Splits
+from hvd_vgg.training.pictures import show_start
 from hvd_vgg.training.precision import measure_precision
 from hvd_vgg.training.reporter import Reporter
 from hvd_vgg.training.result import write_class_names, write_run_files
 from hvd_vgg.training.schedule import rate_factor
-from hvd_vgg.training.state import TrainProgress, data_digest
+from hvd_vgg.training.state import TrainProgress
 
 
 def introduce(
@@ -72,6 +74,7 @@ def introduce(
     reporter.event("start", **process, **start, arithmetic=arithmetic, hosts=hosts, checkpoint=row, data=digests)
     run_on_root(lambda: write_run_files(config, reporter.console))
     run_on_root(lambda: write_class_names(config, data.train, data.label_base, first))
+    run_on_root(lambda: show_start(config, data, first, reporter))
 
 
 def _print_run(
@@ -109,7 +112,7 @@ def _print_run(
 def _warn_of_missing_packages(reporter: Reporter) -> None:
     optional = {
         "dllogger": "dllogger.json and DLLogger's lines are written without it, in its formats",
-        "tensorboard": "tensorboard/ is written without it, and can be viewed where it is installed",
+        "tensorboard": "tensorboard/ is written without it, numbers alone, and can be viewed where it is installed",
     }
     if comm.size() > 1 and mpi_version():
         optional["mpi4py"] = "a rank that fails exits, and mpirun is left to notice it and end the others"

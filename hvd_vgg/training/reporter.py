@@ -3,7 +3,7 @@
 import contextlib
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from hvd_vgg.config import TrainConfig
 from hvd_vgg.data.coverage import EpochCoverage, to_hex
@@ -15,7 +15,7 @@ from hvd_vgg.reporting.goodput import Goodput
 from hvd_vgg.reporting.log import RunLog, Step
 from hvd_vgg.reporting.prometheus import MetricsFile
 from hvd_vgg.reporting.receipt import LogLine, kind_of, read_log
-from hvd_vgg.reporting.tensorboard import open_scalars
+from hvd_vgg.reporting.tensorboard import Events, open_events
 from hvd_vgg.reporting.throughput import Bottleneck
 from hvd_vgg.run_dir import RunDir, checkpoint_step, writing
 from hvd_vgg.text import format_duration
@@ -27,11 +27,18 @@ OnLog = Callable[[Dict[str, Any]], None]
 class Reporter:
     """Rank 0's log and console. On other ranks `log` is None and the console is silent, so that every call is a no-op.
 
-    followers: called with each line of the log, of updates, evaluations, events and the end.
+    followers: called with each line of the log, of updates, evaluations, events and the end; events: TensorBoard's, whose
+    scalars the log writes.
     """
 
-    def __init__(self, log: Optional[RunLog], console: Console, followers: Sequence[Callable[[LogLine], None]] = ()) -> None:
-        self.log, self.console, self.followers = log, console, followers
+    def __init__(
+        self,
+        log: Optional[RunLog],
+        console: Console,
+        followers: Sequence[Callable[[LogLine], None]] = (),
+        events: Optional[Events] = None,
+    ) -> None:
+        self.log, self.console, self.followers, self.events = log, console, followers, events
 
     def event(self, name: str, **data: Any) -> None:
         """Logs that something happened."""
@@ -99,12 +106,13 @@ def open_reporter(config: TrainConfig, console: Console, on_log: Optional[OnLog]
     if on_log:
         followers.append(calling(on_log, console.say))
 
-    def open_log() -> RunLog:
+    def open_log() -> Tuple[RunLog, Optional[Events]]:
         with writing(run_dir.log):
-            scalars = open_scalars(run_dir.tensorboard, console)
-            return RunLog(Path(config.run_dir), config.console == "dllogger", scalars)
+            events = open_events(run_dir.tensorboard, console)
+            return RunLog(Path(config.run_dir), config.console == "dllogger", events.scalar if events else None), events
 
-    return Reporter(run_on_root(open_log), console, followers)
+    log, events = run_on_root(open_log) or (None, None)
+    return Reporter(log, console, followers, events)
 
 
 def _open_metrics(path: Path, run_dir: RunDir, console: Console) -> MetricsFile:

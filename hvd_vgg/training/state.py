@@ -1,14 +1,13 @@
 """The state of a run: weights, moving moments, momentum, average, and its progress. It is equal on all ranks."""
 
 import dataclasses
-import hashlib
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import tensorflow as tf
 
 from hvd_vgg.config import ModelConfig, StepConfig, TrainConfig, fingerprint
-from hvd_vgg.data.index import Index
+from hvd_vgg.data.index import Index, data_digest
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.models import vgg
 from hvd_vgg.models.architecture import layers_of, layers_to_train
@@ -139,11 +138,6 @@ def state_sha256(state: State, progress: TrainProgress) -> str:
     """Returns `checkpoint.state_sha256` of a run as it is; takes seconds for a gigabyte."""
     tensors = ((name, np.asarray(variable)) for name, variable in state.variables().items())
     return checkpoint.state_sha256(checkpoint.tensors_sha256(tensors), dataclasses.asdict(progress))
-
-
-def data_digest(index: Index) -> str:
-    """Returns a SHA-256 over the lengths and labels of a split's records; contents are checked whenever they are read."""
-    return hashlib.sha256(index.lengths.tobytes() + index.labels.tobytes()).hexdigest()
 
 
 def run_fingerprint(config: TrainConfig, train_index: Index, label_base: int) -> Dict[str, Any]:

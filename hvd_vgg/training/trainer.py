@@ -22,6 +22,7 @@ from hvd_vgg.training.evaluate import evaluate, make_eval_step, report_evaluatio
 from hvd_vgg.training.init_from import resolve_source
 from hvd_vgg.training.introduction import introduce
 from hvd_vgg.training.metrics import PendingUpdate, measure_window, reduce_metrics
+from hvd_vgg.training.pictures import show_end
 from hvd_vgg.training.predictions import write_details
 from hvd_vgg.training.profile import profiled
 from hvd_vgg.training.reference_curve import warn_if_far_below, with_reference
@@ -271,6 +272,7 @@ class Trainer:
         with watchdog.phase("saving"):
             self.writer.finish(self.copy_seconds)
         measured = self.write_result(required=True)
-        write_details(self.config, self.result, self.data.validation, self.data.label_base, self.reporter.console)
+        found = write_details(self.config, self.result, self.data.validation, self.data.label_base, self.reporter.console)
+        run_on_root(lambda: show_end(found.pairs, found.counts[:, 0], self.progress.step, self.reporter))
         finish_log(self.config, self.result, measured, self.progress, self.writer, self.reporter)
         comm.shutdown()

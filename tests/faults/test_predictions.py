@@ -3,10 +3,16 @@
 import csv
 import json
 import shutil
+from collections import Counter
 
 import pytest
 from oracles import result
 from support import TINY, full, picture
+
+
+def table_of(run_dir, name):
+    with open(run_dir / name, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def class_rows(run_dir):
@@ -41,7 +47,8 @@ def test_hits_a_class_are_those_of_any_ranks(launch, tmp_path, data, undisturbed
         flags = [f"--weights={run_dir}", f"--data_dir={data}", f"--predictions_file={ranks}.jsonl"]
         ended = launch(ranks, "evaluate", *flags, code=0)
         assert f"({found['top1_hits']} and {found['top5_hits']} of 37 records" in ended.out
-        assert "the worst of 10 classes:" in ended.out
+        assert "the worst of 10 classes:" in ended.out and "the most confused of " in ended.out
+        assert not list(tmp_path.rglob("confusions.csv"))
     kept = predictions(tmp_path / "0.jsonl")
     assert (tmp_path / "0.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
     assert [row["record"] for row in kept] == list(range(37))
@@ -49,6 +56,17 @@ def test_hits_a_class_are_those_of_any_ranks(launch, tmp_path, data, undisturbed
         own = [each for each in kept if each["label"] == row["class"]]
         counted = [len(own), sum(each["top1_hit"] for each in own), sum(each["top5_hit"] for each in own)]
         assert counted == [row["records"], row["top1_hits"], row["top5_hits"]]
+    errors = [row for row in kept if row["class"][0] != row["label"]]
+    pairs = Counter((row["label"], row["class"][0]) for row in errors)
+    confusions = table_of(run_dir, "confusions.csv")
+    expected = sorted(((*pair, records) for pair, records in pairs.items()), key=lambda each: (-each[2], *each))
+    assert [tuple(int(row[name]) for name in ("label", "predicted", "records")) for row in confusions] == expected
+    confident = [(-row["probability"][0], row["record"], row["where"], row["label"], row["class"][0]) for row in errors]
+    found = [
+        (-float(row["probability"]), int(row["record"]), row["where"], int(row["label"]), int(row["predicted"]))
+        for row in table_of(run_dir, "confident_errors.csv")
+    ]
+    assert found == sorted(confident) and 0 < len(found) <= 48
     for row in kept:
         assert row["top1_hit"] == (row["class"][0] == row["label"]) and row["top5_hit"] == (row["label"] in row["class"])
         assert sorted(row["probability"], reverse=True) == row["probability"]
@@ -91,6 +109,27 @@ def test_bad_record_has_no_prediction(launch, tmp_path, data, undisturbed):
     kept = predictions(tmp_path / "0.jsonl")
     assert kept == predictions(tmp_path / "2.jsonl") and len(kept) == 37
     assert [row["record"] for row in kept if row["top1_hit"] is None] == [0] and kept[0]["class"] == [None] * 5
+
+
+@pytest.mark.fault(tier=3)
+def test_tables_of_a_run_are_the_same_on_any_ranks(launch, tmp_path, data):
+    """To the byte; a bad record is a miss, and neither a confusion nor an error."""
+    broken = tmp_path / "broken"
+    shutil.copytree(data, broken)
+    shard = sorted(broken.glob("validation-*"))[0]
+    content = bytearray(shard.read_bytes())
+    content[40] ^= 1
+    shard.write_bytes(bytes(content))
+    names = ["class_hits.csv", "confusions.csv", "confident_errors.csv"]
+    kept = []
+    for ranks in (0, 2, 3):
+        flags = [*TINY, "--steps=3", f"--data_dir={broken}", f"--run_dir={ranks}", "--bad_records_allowed=1"]
+        launch(ranks, "train", *flags, code=0)
+        kept.append([(tmp_path / str(ranks) / name).read_bytes() for name in names])
+    assert kept[0] == kept[1] == kept[2]
+    confused = sum(int(row["records"]) for row in table_of(tmp_path / "0", names[1]))
+    assert confused == 37 - 1 - result(tmp_path / "0")["top1_hits"]
+    assert "0" not in {row["record"] for row in table_of(tmp_path / "0", names[2])}
 
 
 @pytest.mark.fault(tier=3)

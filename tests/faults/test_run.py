@@ -11,6 +11,11 @@ import pytest
 import tensorflow as tf
 from oracles import INJECT, log_rows, result
 from support import ROOT, TINY, Started, command_line, full
+from tensorboard.backend.event_processing import data_provider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 
 from hvd_vgg.provenance import processor_name
 from hvd_vgg.reporting.log import METRICS
@@ -116,11 +121,40 @@ def test_tensorboard_has_the_same_numbers(finished):
     for record in tf.data.TFRecordDataset(str(path)):
         event = tf.compat.v1.Event.FromString(record.numpy())
         for value in event.summary.value:
-            seen[value.tag, event.step] = float(tf.make_ndarray(value.tensor))
+            if value.metadata.plugin_data.plugin_name == "scalars":
+                seen[value.tag, event.step] = float(tf.make_ndarray(value.tensor))
     for row in log_rows(finished[0]):
         if "train.loss" in row["data"]:
             assert seen["train/loss", row["step"][1]] == pytest.approx(row["data"]["train.loss"], rel=1e-6)
     assert ("eval/acc@1", 5) in seen
+
+
+def test_tensorboard_has_flags_result_and_pictures(finished):
+    """As TensorBoard's own readers find them: HParams with the final accuracies, the confusion matrix and the sheet."""
+    folder = str(finished[0] / "tensorboard")
+    runs = EventMultiplexer().AddRunsFromDirectory(folder).Reload()
+    provider = data_provider.MultiplexerDataProvider(runs, folder)
+    plugin = backend_context.Context(TBContext(logdir=folder, multiplexer=runs, data_provider=provider))
+    request = api_pb2.ListSessionGroupsRequest(slice_size=9, allowed_statuses=[api_pb2.STATUS_SUCCESS])
+    (group,) = list_session_groups.Handler(RequestContext(), plugin, "", request).run().session_groups
+    values = {each.name.tag: (each.value, each.training_step) for each in group.metric_values}
+    expected = {f"eval/{name}": (pytest.approx(result(finished[0])[name]), 5) for name in ("acc@1", "acc@5")}
+    assert values == expected
+    flags = {name: getattr(value, value.WhichOneof("kind")) for name, value in group.hparams.items()}
+    assert (flags["lr"], flags["model"], flags["augment"], flags["global_batch"]) == (0.05, "vgg11", "crop", 32)
+    assert "mix_batch" not in flags and "run_dir" not in flags
+    (session,) = group.sessions
+    assert session.status == api_pb2.STATUS_SUCCESS and session.end_time_secs > session.start_time_secs
+    images = runs.PluginRunToTagToContent("images")["."]
+    assert set(images) == {"training samples", "confusion matrix"}
+    for name, step, shape in (
+        ("confusion matrix", 5, (668, 682, 3)),
+        ("training samples", 0, (18 + 4 * 154, 8 + 6 * 136, 3)),
+    ):
+        (event,) = runs.Tensors(".", name)
+        width, height, png = tf.make_ndarray(event.tensor_proto).tolist()
+        assert (event.step, (int(height), int(width), 3)) == (step, shape)
+        assert tf.io.decode_png(png).shape == shape
 
 
 @pytest.mark.parametrize("lost", [True, *full(False)])

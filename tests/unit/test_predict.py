@@ -19,9 +19,26 @@ from hvd_vgg.flags import describe_flags, parse_flags, to_flag_file
 from hvd_vgg.reporting.console import Console
 from hvd_vgg.reporting.table import rounded, table_lines
 from hvd_vgg.training import checkpoint
+from hvd_vgg.training.confusions import (
+    CONFUSIONS,
+    ERRORS,
+    confused_pairs,
+    confusion_rows,
+    error_rows,
+    most_confused,
+    predicted_pairs,
+)
 from hvd_vgg.training.evaluate import Evaluation, _row
 from hvd_vgg.training.names import known_names
-from hvd_vgg.training.predictions import _prediction_rows, _require_totals, other_result, worst_classes, write_class_hits
+from hvd_vgg.training.predictions import (
+    Outcome,
+    _prediction_rows,
+    _require_pairs,
+    _require_totals,
+    other_result,
+    worst_classes,
+    write_tables,
+)
 from hvd_vgg.training.weights import read_weights, require_classes, require_own_flags
 
 ODD = "odd\udcff, b.jpg"  # a byte that is no text, a comma and a space
@@ -269,7 +286,8 @@ def test_predictions_of_records_have_a_row_for_each(tmp_path):
     """In order; those that could not be read have a label, and nothing else."""
     names = [write(tmp_path / name) for name in ("a.jpg", "b.jpg", "c.jpg")]
     index = index_images(find_images(names))._replace(labels=np.array([1, 2, 2], np.int32))
-    first, bad, last = _prediction_rows(rows_of(0, 2), index, 1, 2)
+    outcome = Outcome(rows_of(0, 2), index.labels - 1, np.zeros([3, 3], np.int64), np.zeros([0, 3], np.int64))
+    first, bad, last = _prediction_rows(outcome, index, 2)
     assert first == {
         "record": 0,
         "where": names[0],
@@ -303,19 +321,66 @@ def test_result_of_an_earlier_process_is_told_apart(tmp_path):
         )
 
 
-def test_hits_a_class_are_of_the_evaluation_in_the_result(tmp_path, capsys):
+def scored(*rows):
+    """Returns rows of (record, hit, class, its probability)."""
+    found = np.zeros(len(rows), _row(2))
+    for row, (record, hit, number, probability) in zip(found, rows):
+        row["record"], row["hits"], row["classes"], row["probabilities"] = record, [hit, hit], [number, 0], [probability, 0]
+    return found
+
+
+def test_tables_are_of_the_evaluation_in_the_result(tmp_path, capsys):
     """What an earlier process kept of it stays where this one, which finds the run complete, counts otherwise."""
-    config, counts = (
-        TrainConfig(num_classes=2, run_dir=str(tmp_path), predictions_file="a.csv"),
-        np.array([[2, 1, 2], [0] * 3]),
-    )
+    config = TrainConfig(num_classes=2, run_dir=str(tmp_path), predictions_file="a.csv")
+    index = index_images(find_images([write(tmp_path / name) for name in ("a.jpg", "b.jpg")]))
+    rows, counts, pairs = scored((0, True, 0, 0.5), (1, False, 1, 0.5)), [[2, 1, 2], [0] * 3], [[0, 0, 1], [0, 1, 1]]
+    outcome = Outcome(rows, index.labels.astype(np.int64), np.array(counts), np.array(pairs))
+    names = ["class_hits.csv", "confusions.csv", "confident_errors.csv"]
     for top1 in (0, 1):
         (tmp_path / "result.json").write_text(json.dumps({"top1_hits": top1, "top5_hits": 2, "records_evaluated": 2}))
-        (tmp_path / "class_hits.csv").write_text("theirs")
-        write_class_hits(config, Evaluation(1, 2, 2, 1.0, 0), counts, Console("lines", True))
-        assert ((tmp_path / "class_hits.csv").read_text() == "theirs") == (top1 == 0)
+        for name in names:
+            (tmp_path / name).write_text("theirs")
+        write_tables(config, Evaluation(1, 2, 2, 1.0, 0), outcome, index, Console("lines", True))
+        assert {(tmp_path / name).read_text() == "theirs" for name in names} == {top1 == 0}
         said = capsys.readouterr().out
-        assert ("is left as it is: result.json" in said) == ("a.csv is of this process" in said) == (top1 == 0)
+        assert ("are left as they are: result.json" in said) == ("a.csv is of this process" in said) == (top1 == 0)
+    assert (tmp_path / names[0]).read_text().splitlines()[1:] == ["0,,2,1,2", "1,,0,0,0"]
+    assert (tmp_path / names[1]).read_text().splitlines() == [",".join(CONFUSIONS), "0,,1,,1"]
+    with open(tmp_path / names[2], newline="") as file:
+        (error,) = csv.DictReader(file)
+    assert (error["record"], error["where"], error["probability"]) == ("1", str(tmp_path / "b.jpg"), "0.5")
+
+
+def test_confused_pairs_have_most_records_first():
+    """Equal classes, ties at the label and outputs that are not finite are no pairs; classes need no name."""
+    labels = np.array([0, 0, 0, 1, 2, 2, 1, 2])
+    answers = [0, 1, 1, 0, 2, 0, 2, 0]
+    rows = scored(*((record, record == 0, answer, 0.9 if record != 7 else np.nan) for record, answer in enumerate(answers)))
+    pairs = predicted_pairs(rows, labels, 3)
+    assert pairs.tolist() == [[0, 0, 1], [0, 1, 2], [1, 0, 1], [1, 2, 1], [2, 0, 1], [2, 2, 1]]  # record 4 is a tie
+    confused = confused_pairs(pairs)
+    assert confused.tolist() == [[0, 1, 2], [1, 0, 1], [1, 2, 1], [2, 0, 1]]
+    assert next(confusion_rows(confused, ["a, b", "c", "d"])) == dict(zip(CONFUSIONS, (0, "a, b", 1, "c", 2)))
+    _require_pairs(rows, pairs, labels, Evaluation(1, 1, 9, 1.0, 1))
+    for wrong in (Evaluation(2, 2, 9, 1.0, 1), Evaluation(1, 1, 8, 1.0, 1)):
+        assert "add up to" in refusal(lambda wrong=wrong: _require_pairs(rows, pairs, labels, wrong), BUG)
+    counts = np.array([[3, 1, 1], [2, 0, 0], [3, 0, 0]])
+    lines = most_confused(confused, counts, ["a, b", "c", "d"]).splitlines()
+    assert lines[:2] == ["the most confused of 4 pairs of classes:", "      2 of     3  class 0 a  taken for  1 c"]
+    assert most_confused(confused[:1], counts, []).endswith("class 0  taken for  1") and not most_confused(
+        pairs[:0], counts, []
+    )
+
+
+def test_confident_errors_are_the_surest_first(tmp_path):
+    """By six digits and then by record, 48 of them; a tie with the label is none, nor is what is not finite."""
+    index = index_images(find_images([write(tmp_path / f"{number:02}.jpg") for number in range(60)]))
+    labels = np.zeros(60, np.int64)
+    probabilities = [0.5, 0.25, 0.50000001, np.nan, 1.0, *[0.125] * 55]
+    rows = scored(*((record, False, int(record != 4), each) for record, each in enumerate(probabilities)))
+    found = list(error_rows(rows, labels, index, []))
+    assert [row["record"] for row in found] == [0, 2, 1, *range(5, 50)] and tuple(found[0]) == ERRORS
+    assert found[0]["where"] == str(tmp_path / "00.jpg") and found[2]["probability"] == 0.25
 
 
 def test_totals_that_differ_are_a_bug():

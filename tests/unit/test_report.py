@@ -1,5 +1,6 @@
 """`hvd-vgg report`: pages of finished, damaged and hostile runs, and of two that differ; what a browser would be given."""
 
+import base64
 import html.parser
 import itertools
 import json
@@ -9,15 +10,19 @@ import shutil
 import time
 from datetime import timedelta
 
+import cv2
 import numpy as np
 import pytest
 import test_verify
+from support import picture, write_data
 from test_verify import Killed, train
 
 from hvd_vgg.commands import history, same_run, verify
 from hvd_vgg.commands import report as command
 from hvd_vgg.commands.report import make_page
-from hvd_vgg.config import ReportConfig
+from hvd_vgg.config import EvaluationConfig, ReportConfig
+from hvd_vgg.data.index import data_digest
+from hvd_vgg.data.thumbnails import open_alone
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, USAGE, Failure
 from hvd_vgg.flags import parse_flags
 from hvd_vgg.pages import figures, style
@@ -31,7 +36,7 @@ from hvd_vgg.reporting.log import RunLog
 from hvd_vgg.reporting.receipt import read_log
 from hvd_vgg.run_dir import RunDir, lock_run_dir
 
-VOID = {"meta", "input", "br"}
+VOID = {"meta", "input", "br", "img"}
 
 
 class Page(html.parser.HTMLParser):
@@ -39,7 +44,7 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, markup):
         super().__init__()
-        self.open, self.tags, self.ids, self.links, self.words = [], [], [], [], []
+        self.open, self.tags, self.ids, self.links, self.words, self.pictures = [], [], [], [], [], []
         self.feed(markup)
         assert self.open == []
         self.text = " ".join(" ".join(self.words).split())
@@ -47,6 +52,8 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         named = dict(attrs)
+        if tag == "img":
+            self.pictures.append((named["alt"], named.pop("src")))
         self.ids += [named["id"]] if "id" in named else []
         self.links += [named[name] for name in ("href", "src", "xlink:href", "action", "data", "srcset") if name in named]
         assert not [name for name in named if name.startswith("on")]
@@ -76,7 +83,8 @@ def checked(markup):
     page = Page(markup)
     assert len(page.ids) == len(set(page.ids))
     assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
-    assert not {"script", "img", "iframe", "object", "link", "form"} & set(page.tags) and "://" not in markup
+    assert not {"script", "iframe", "object", "link", "form"} & set(page.tags) and "://" not in markup
+    assert all(alt and re.match("data:image/(jpeg|png);base64,[A-Za-z0-9+/=]+$", source) for alt, source in page.pictures)
     assert set(re.findall(r"url\(([^)]*)\)", markup)) <= {f"#{name}" for name in page.ids}
     assert not re.findall(r"#0102\d\d|#010[2]0[0-9a-f]", markup), "a stand-in for a colour"
     return page
@@ -244,8 +252,10 @@ def test_report_escapes_all_that_files_say(finished, tmp_path):
                 for event in ("bad_record", "config_changed", HOSTILE):
                     file.write(f"DLLL {json.dumps({**row, 'data': {'event': event, 'reason': HOSTILE, 'flag': HOSTILE}})}\n")
     (path / "class_hits.csv").write_text(
-        f"class,name,records,top1_hits,top5_hits\n0,{HOSTILE[:90]},4,1,2\n", errors="replace"
+        f"class,name,records,top1_hits,top5_hits\n0,{HOSTILE[:90]},4,1,2\n1,,4,0,1\n", errors="replace"
     )
+    (path / "confusions.csv").write_text(f"{CONFUSIONS}0,{HOSTILE[:90]},1,{HOSTILE[:90]},2\n", errors="replace")
+    (path / "confident_errors.csv").write_text(f"{ERRORS}0,{HOSTILE[:90]},0,{HOSTILE[:90]},1,,0.5\n", errors="replace")
     markup = make_page([RunDir(path), RunDir(path)], time.time())
     assert "<script" not in markup and "<img" not in markup and "\x1b" not in markup and "\u202e" not in markup
     text = Page(markup).text
@@ -365,6 +375,109 @@ def test_report_says_of_which_evaluation_the_classes_are(tmp_path):
     ):
         (path / "class_hits.csv").write_text(f"class,name,records,top1_hits,top5_hits\n0,,10,{hits},6\n")
         assert f"class_hits.csv, {hits} top-1 and 6 top-5 hits of 10 records, {expected}" in page_of(path).text
+
+
+CONFUSIONS = "label,label_name,predicted,predicted_name,records\n"
+ERRORS = "record,where,label,label_name,predicted,predicted_name,probability\n"
+
+
+def mistaken(path, data, augment="crop", sha256=""):
+    """Writes a run whose last evaluation of `data` has mistakes: records 3, 5 and 900, a cat among dogs; returns it."""
+    config = EvaluationConfig(data_dir=str(data))
+    digest = sha256 or data_digest(open_alone(config, "validation", path, 60.0))
+    start = {"data": {"train": {"records": 20}, "validation": {"records": 37, "sha256": digest}}}
+    run = log_of(path, {"data_dir": str(data), "augment": augment, "eval_crop": 0.5 if augment == "crop" else 0.875}, start)
+    (run / "class_hits.csv").write_text("class,name,records,top1_hits,top5_hits\n0,cat,10,4,10\n1,dog,27,27,27\n")
+    (run / "confusions.csv").write_text(f'{CONFUSIONS}0,"cat, tabby",1,,6\n')
+    rows = [(number, f"x, record {number}", probability) for number, probability in ((3, 0.75), (5, 0.999), (900, 0.5))]
+    text = "".join(f'{number},"{where}",0,"cat, tabby",1,<i>,{probability}\n' for number, where, probability in rows)
+    (run / "confident_errors.csv").write_text(f"{ERRORS}{text}")
+    return run
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.mark.parametrize(("augment", "side"), [("crop", 20), ("flip", 48)])
+def test_report_shows_confusions_and_errors(pictures, tmp_path, augment, side):
+    """The pictures are the records', cut as they are evaluated, the surest error first; without its data tables alone."""
+    page = page_of(mistaken(tmp_path / "run", pictures, augment))
+    assert (
+        "0 cat, tabby 1 - 6 60.0%" in page.text
+        and "6 records of the last evaluation had another likeliest class" in page.text
+    )
+    assert page.text.index("5 x, record 5 0 cat 1 <i> 0.999") < page.text.index("3 x, record 3 0 cat 1 <i> 0.75")
+    assert "1 picture could not be read; the first: ValueError: record 900 is none of the 37" in page.text
+    alts = [alt for alt, _ in page.pictures]
+    assert alts == [
+        f"Record {number}: label 0 cat, taken for 1 <i>, probability {probability}"
+        for number, probability in ((5, "0.9990"), (3, "0.7500"))
+    ]
+    for record, (_, source) in zip((5, 3), page.pictures):
+        shown = cv2.imdecode(np.frombuffer(base64.b64decode(source.split(",")[1]), np.uint8), cv2.IMREAD_COLOR)
+        whole = cv2.imdecode(np.frombuffer(picture(record, record % 10 + 1), np.uint8), cv2.IMREAD_COLOR)
+        expected = whole[10:30, 14:34] if augment == "crop" else cv2.resize(whole, (48, 48), interpolation=cv2.INTER_LINEAR)
+        assert shown.shape == (side, side, 3) and np.abs(shown.astype(int) - expected).mean() < 2
+
+
+def test_report_says_why_there_are_no_pictures(pictures, tmp_path):
+    """Other data, none, a shard that is cut, a run that trains, a log without flags; the table is there all the same."""
+    renewed = page_of(mistaken(tmp_path / "renewed", pictures), refresh_seconds=9)
+    other = page_of(mistaken(tmp_path / "other", pictures, sha256="0" * 64))
+    data = shutil.copytree(pictures, tmp_path / "data")
+    cut = mistaken(tmp_path / "cut", data)
+    shard = min(data.glob("validation-*"))
+    shard.write_bytes(shard.read_bytes()[:-5])
+    texts = [renewed.text, other.text, page_of(cut).text]
+    shutil.rmtree(data)
+    texts.append(page_of(cut).text)
+    silent = mistaken(tmp_path / "silent", pictures)
+    (silent / "dllogger.json").unlink()
+    texts.append(page_of(silent).text)
+    for text, expected in zip(
+        texts,
+        [
+            "Pictures are drawn when the run has ended.",
+            f"There are no pictures: ValueError: {pictures} has other validation data than those that the log names",
+            f"There are no pictures: data: {shard}, record ",
+            f"There are no pictures: data: {data} is not a directory",
+            "There are no pictures: ValueError: the log does not say where the data were",
+        ],
+    ):
+        assert expected in text and "5 x, record 5 0 cat 1 <i> 0.999" in text
+    bad = shutil.copytree(pictures, tmp_path / "bad")
+    run = mistaken(tmp_path / "run", bad)
+    index = open_alone(EvaluationConfig(data_dir=str(bad)), "validation", run, 60.0)
+    shard, content = index.path_of(3), bytearray(index.path_of(3).read_bytes())
+    content[int(index.offsets[3]) + 90] ^= 1
+    shard.write_bytes(content)
+    page = page_of(run)
+    assert "2 pictures could not be read; the first: data: " in page.text and len(page.pictures) == 1
+    assert not list(bad.glob(".hvd_vgg_index*"))
+
+
+@pytest.mark.parametrize(
+    "row", ["0,,0,,1", "0,,2,,1", "0,,1,,7", "0,,1,,0", "0,,1", "-1,,1,,1", "0,,../../x,,1", "\0"], ids=ascii
+)
+def test_confusions_that_cannot_be_are_damaged(row, tmp_path):
+    """One class, one of none, more records than are missed, no record, a cell that is missing or no number."""
+    (tmp_path / "class_hits.csv").write_text("class,name,records,top1_hits,top5_hits\n0,,10,4,10\n1,,2,2,2\n")
+    (tmp_path / "confusions.csv").write_text(f"{CONFUSIONS}{row}\n")
+    facts = read_facts(RunDir(tmp_path), "", "", "")
+    assert facts.classes and not facts.confusions
+    assert any(each.startswith("confusions.csv: damaged") for each in facts.missing)
+
+
+@pytest.mark.parametrize(
+    "row", ["3,,0,,1,,1.5", "3,,0,,1,,nan", "-3,,0,,1,,0.5", "3,,0,,0,,0.5", "../x,,0,,1,,0.5", ""], ids=ascii
+)
+def test_errors_that_cannot_be_are_damaged(row, tmp_path):
+    """No probability, no record, one class, a path; and a table of other columns."""
+    (tmp_path / "confident_errors.csv").write_text(f"{ERRORS if row else CONFUSIONS}{row}\n")
+    facts = read_facts(RunDir(tmp_path), "", "", "")
+    assert not facts.errors and any(each.startswith("confident_errors.csv: damaged") for each in facts.missing)
 
 
 @pytest.mark.parametrize("row", ["7,,10,11,11", "7,,10,-1,2", "7,,10,1,11", "7,,10,3,2", "7,,-1,0,0"])
