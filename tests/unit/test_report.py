@@ -143,7 +143,8 @@ def test_report_shows_restarts_faults_and_what_is_gone(tmp_path):
     text = page_of(path).text
     for expected in (
         *("2 starts and 3 faults: what happened", "fault rank 3 on b: a device is gone", "2 starts and 3 faults."),
-        "change the processes ended with exit code 75: rank 3 is gone; the launcher started them again, the next update came 4",
+        "change the processes ended with exit code 75: rank 3 is gone; the launcher started them again, the next update",
+        "the next update came 4 s later",
         "end the processes ended with exit code 80: on request; another launch went on later",
         "fault the processes ended with exit code 137: rank 0 killed by signal 9",
         *("step 9 was not finite: back to step", "start 2: 2 ranks", "recomputed", "flags.txt is not there"),
