@@ -107,7 +107,9 @@ def read_facts(run: RunDir, letter: str, state: str, reason: str) -> Facts:
 
 
 def _reason(error: Exception) -> str:
-    return error.message if isinstance(error, Failure) else f"{type(error).__name__}: {error}"[:200]
+    if isinstance(error, Failure):
+        return error.message
+    return (str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}")[:200]
 
 
 def _object(value: Any) -> Dict[str, Any]:
@@ -141,17 +143,19 @@ def _read_classes(run: RunDir) -> List[ClassRow]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
     if not set(_CLASS_COLUMNS) <= set(reader.fieldnames or ()):
         raise ValueError(f"expected the columns {','.join(_CLASS_COLUMNS)}")
+    rows: List[ClassRow] = []
     try:
-        rows = [
-            ClassRow(int(row["class"]), row["name"] or "", *(int(row[name]) for name in _CLASS_COLUMNS[2:]))
-            for row in reader
-        ]
-    except (csv.Error, TypeError) as error:
+        for cells in reader:
+            counts = [int(cells[name]) for name in _CLASS_COLUMNS[2:]]
+            rows.append(ClassRow(int(cells["class"]), cells["name"] or "", *counts))
+    except csv.Error as error:
         raise ValueError(str(error)) from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"row {len(rows) + 1}: expected whole numbers for class, records and hits") from error
     for row in rows:
         if not 0 <= row.top1 <= row.top5 <= row.records:
-            counts = f"{row.top1}, {row.top5} and {row.records}"
-            raise ValueError(f"class {row.label}: expected 0 <= top1_hits <= top5_hits <= records, found {counts}")
+            shown = f"{row.top1}, {row.top5} and {row.records}"
+            raise ValueError(f"class {row.label}: expected 0 <= top1_hits <= top5_hits <= records, found {shown}")
     return rows
 
 

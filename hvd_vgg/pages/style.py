@@ -68,7 +68,8 @@ CSS = (
   nav, .skip, .axis, input, details:not([open]) { display: none !important; } figure, tr { break-inside: avoid; }
   .scroll { overflow: visible !important; } h2, h3, summary { break-after: avoid; }
   table { font-size: .75rem !important; } .parts { min-width: 5rem !important; }
-  th, td { white-space: normal !important; overflow-wrap: anywhere !important; padding: .2rem .4rem !important; }
+  th, td { padding: .2rem .4rem !important; } table:not(.loose) :is(th, td) { white-space: normal !important; }
+  table:not(.loose) td { overflow-wrap: anywhere !important; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 72rem; padding: 1rem; background: var(--ground); color: var(--ink);
@@ -102,7 +103,8 @@ th, td { text-align: left; vertical-align: top; padding: .25rem .6rem; border-bo
   max-width: 34rem; overflow-wrap: break-word; }
 thead th { background: var(--panel); } tbody th { white-space: nowrap; }
 @media (max-width: 30rem) { th, td { padding: .25rem .35rem; } }
-.loose td { overflow-wrap: anywhere; } .tight td, .tight th { white-space: nowrap; }
+.loose td { white-space: nowrap; } .loose td:last-child { white-space: normal; overflow-wrap: anywhere; }
+.tight td, .tight th { white-space: nowrap; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 dl { display: grid; grid-template-columns: minmax(7rem, 14rem) 1fr; gap: .25rem 1rem; margin: .5rem 0; }
 dt { color: var(--faint); } dd { margin: 0; overflow-wrap: anywhere; }

@@ -322,6 +322,8 @@ def test_report_lists_the_worst_classes(brief):
     assert "1 - 0.1000 1 2 10" in text and text.index("1 - 0.1000") < text.index("0 a, b 0.9000")
     (brief / "class_hits.csv").write_text("class,name\n0,x\n")
     assert "class_hits.csv: damaged" in page_of(brief).text
+    (brief / "class_hits.csv").write_text("class,name,records,top1_hits,top5_hits\n0,x,4,1,2\n1,y,\\x81,1,2\n")
+    assert "row 2: expected whole numbers for class, records and hits" in page_of(brief).text
 
 
 def log_of(path, flags=None, start=None, evaluations=(), updates=0):
