@@ -11,7 +11,7 @@ from hvd_vgg import storage
 from hvd_vgg.colours import CYAN, GREEN, RED, YELLOW
 from hvd_vgg.commands.history import DAMAGED
 from hvd_vgg.config import RunsConfig
-from hvd_vgg.errors import CONFIGURATION, DATA, Failure
+from hvd_vgg.errors import CONFIGURATION, DATA, DONE, Failure
 from hvd_vgg.reporting.console import Console
 from hvd_vgg.reporting.receipt import LogLine, read_json_lines, read_log
 from hvd_vgg.run_dir import RunDir
@@ -159,6 +159,8 @@ def _why(run: RunDir, lines: List[LogLine]) -> str:
         what = str(first.get("error") or f"hung in {first.get('phase')}").split("\n")[0]
         return f"rank {first.get('rank')} on {first.get('host')}: {what}"
     ends = [row for row in read_json_lines(run.restarts) if row.get("reason") and float(row.get("time", 0)) >= began]
+    if ends and ends[-1].get("code") == DONE:
+        return "the log has no end, though the launcher saw the run done"
     return str(ends[-1]["reason"]) if ends else ""
 
 

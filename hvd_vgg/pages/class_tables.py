@@ -3,7 +3,7 @@
 import csv
 import io
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Sequence
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence
 
 from hvd_vgg import storage
 
@@ -42,10 +42,8 @@ class ErrorRow(NamedTuple):
 
 def read_classes(path: Path) -> List[ClassRow]:
     """Returns the rows of class_hits.csv; raises ValueError for what is none, or cannot be."""
-    rows = [
-        ClassRow(int(row["class"]), row["name"], int(row["records"]), int(row["top1_hits"]), int(row["top5_hits"]))
-        for row in _rows(path, ("class", "name", "records", "top1_hits", "top5_hits"))
-    ]
+    found = _rows(path, ("name",), ("class", "records", "top1_hits", "top5_hits"))
+    rows = [ClassRow(row["class"], row["name"], row["records"], row["top1_hits"], row["top5_hits"]) for row in found]
     for row in rows:
         if not 0 <= row.top1 <= row.top5 <= row.records:
             counts = f"{row.top1}, {row.top5} and {row.records}"
@@ -58,11 +56,8 @@ def read_confusions(path: Path, classes: Sequence[ClassRow]) -> List[ConfusionRo
 
     classes: of the same evaluation, [] where they are unknown.
     """
-    names = ("label", "label_name", "predicted", "predicted_name", "records")
-    found = [
-        ConfusionRow(int(row["label"]), row["label_name"], int(row["predicted"]), row["predicted_name"], int(row["records"]))
-        for row in _rows(path, names)
-    ]
+    rows = _rows(path, ("label_name", "predicted_name"), ("label", "predicted", "records"))
+    found = [ConfusionRow(**row) for row in rows]
     misses = {row.label: row.records - row.top1 for row in classes}
     counted = dict.fromkeys(misses, 0)
     for each in found:
@@ -76,16 +71,15 @@ def read_confusions(path: Path, classes: Sequence[ClassRow]) -> List[ConfusionRo
 
 def read_errors(path: Path, classes: Sequence[ClassRow]) -> List[ErrorRow]:
     """Returns the rows of confident_errors.csv, the surest first; as `read_confusions`."""
-    names = ("record", "where", "label", "label_name", "predicted", "predicted_name", "probability")
     found = []
-    for row in _rows(path, names):
-        label, predicted, probability = int(row["label"]), int(row["predicted"]), float(row["probability"])
-        _require_classes(label, predicted, classes)
-        record = int(row["record"])
-        if not (0 <= record < 2**53 and 0 <= probability <= 1):
-            raise ValueError(f"record {record}: expected a number from 0 and a probability, found {row['probability']}")
-        names_of = row["label_name"], row["predicted_name"]
-        found.append(ErrorRow(record, row["where"], label, names_of[0], predicted, names_of[1], probability))
+    texts = ("where", "label_name", "predicted_name", "probability")
+    for row in _rows(path, texts, ("record", "label", "predicted")):
+        each = ErrorRow(**{**row, "probability": float(row["probability"])})
+        _require_classes(each.label, each.predicted, classes)
+        if not (0 <= each.record < 2**53 and 0 <= each.probability <= 1):
+            text = f"record {each.record}: expected a number from 0 and a probability"
+            raise ValueError(f"{text}, found {row['probability']}")
+        found.append(each)
     return sorted(found, key=lambda each: (-each.probability, each.record))
 
 
@@ -95,13 +89,21 @@ def _require_classes(label: int, predicted: int, classes: Sequence[ClassRow]) ->
         raise ValueError(f"expected two classes of {len(known)}, from 0, found {label} and {predicted}")
 
 
-def _rows(path: Path, columns: Sequence[str]) -> List[Dict[str, str]]:
-    """Returns the cells of these columns, row by row; a missing one is "". Raises ValueError for what is no such table."""
-    text = storage.read_bytes(path).decode("utf-8", "replace")
+def _rows(path: Path, texts: Sequence[str], numbers: Sequence[str]) -> Iterator[Dict[str, Any]]:
+    """Yields the cells of these columns, row by row: texts, where a missing one is "", and whole numbers.
+
+    Raises ValueError for what is no such table.
+    """
+    content = storage.read_bytes(path).decode("utf-8", "replace")
+    reader = csv.DictReader(io.StringIO(content, newline=""))
     try:
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        if not set(columns) <= set(reader.fieldnames or ()):
-            raise ValueError(f"expected the columns {','.join(columns)}")
-        return [{name: row[name] or "" for name in columns} for row in reader]
+        if not {*texts, *numbers} <= set(reader.fieldnames or ()):
+            raise ValueError(f"expected the columns {','.join((*texts, *numbers))}")
+        for number, row in enumerate(reader, start=1):
+            try:
+                counts = {name: int(row[name]) for name in numbers}
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"row {number}: expected whole numbers for {', '.join(numbers)}") from error
+            yield {**{name: row[name] or "" for name in texts}, **counts}
     except csv.Error as error:
         raise ValueError(str(error)) from error

@@ -106,7 +106,9 @@ def read_facts(run: RunDir, letter: str, state: str, reason: str) -> Facts:
 
 def reason_of(error: Exception) -> str:
     """Returns why something could not be read, in one sentence."""
-    return error.message if isinstance(error, Failure) else f"{type(error).__name__}: {error}"[:200]
+    if isinstance(error, Failure):
+        return error.message
+    return (str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}")[:200]
 
 
 def _object(value: Any) -> Dict[str, Any]:

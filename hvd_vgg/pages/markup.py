@@ -71,7 +71,7 @@ def table(
 
     head = tag("thead", cells("th", headings))
     body = tag("tbody", join(cells("td", row) for row in rows))
-    inner = tag("table", join([tag("caption", caption), head, body]), f'class="{kind}"' if kind else "")
+    inner = tag("table", join([tag("caption", tag("span", caption)), head, body]), f'class="{kind}"' if kind else "")
     return tag("div", inner, f'class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"')
 
 

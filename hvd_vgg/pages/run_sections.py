@@ -66,7 +66,10 @@ def overview(facts: Facts) -> Markup:
     state = short(state_text(facts))
     kind = {"done": "good", "failed": "bad", "unreadable": "bad"}.get(facts.state, "")
     missing = join([paragraph(tag("strong", "Missing or damaged:")), bullets(map(short, facts.missing))])
-    parts = [paragraph(tag("span", state, f'class="{kind}"'))]
+    starts, faults = _count_events(facts)
+    told = f"{plural(starts, 'start')} and {plural(faults, 'fault')}: " if starts > 1 or faults else ""
+    link = tag("a", "what happened", f'href="#{anchor_of(facts, "events")}"')
+    parts = [paragraph(tag("span", state, f'class="{kind}"')), paragraph(told, link, ".") if told else ""]
     return join([*parts, *([tag("div", missing, 'class="missing"')] if facts.missing else [])])
 
 
@@ -97,7 +100,7 @@ def _figure(facts: Facts) -> Markup:
         )
     steps = whole(found.get("steps"), whole(facts.evaluations[-1].step) if facts.evaluations else -1)
     epochs = found.get("epochs", steps / updates_per_epoch(facts.lines) if steps >= 0 else None)
-    rows.append(("of", f"{format_count(steps)} updates, {format_number(epochs, '.2f')} epochs"))
+    rows.append(("after", f"{format_count(steps)} updates, {format_number(epochs, '.2f')} epochs"))
     if found.get("fps"):
         spread = format_number(found.get("fps_jitter"), ".1f")
         rows.append(
@@ -293,8 +296,7 @@ def evaluations(facts: Facts, level: int) -> Markup:
 def what_happened(facts: Facts, level: int) -> Markup:
     """Returns the section of starts, restarts, faults and what else happened."""
     found = facts.events
-    faults = sum(event.kind == "fault" for event in found)
-    starts = sum(line.kind == "start" for line in facts.lines)
+    starts, faults = _count_events(facts)
     text = f"{plural(starts, 'start')} and {plural(faults, 'fault')}." if found else "Nothing is known."
     shown = found if len(found) <= 2 * _EVENTS else [*found[:_EVENTS], *found[-_EVENTS:]]
     more = f", {len(found) - len(shown)} in the middle left out" if len(shown) < len(found) else ""
@@ -315,6 +317,11 @@ def what_happened(facts: Facts, level: int) -> Markup:
         kind="loose",
     )
     return section(anchor_of(facts, "events"), "What happened", paragraph(text), listed if rows else "", level=level)
+
+
+def _count_events(facts: Facts) -> Tuple[int, int]:
+    """Returns the starts and faults of a run."""
+    return sum(line.kind == "start" for line in facts.lines), sum(event.kind == "fault" for event in facts.events)
 
 
 def clock(hours: float) -> str:

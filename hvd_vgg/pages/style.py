@@ -65,8 +65,11 @@ CSS = (
 """
     + """
 @media print {
-  nav, .skip, .axis, input { display: none !important; } figure, tr { break-inside: avoid; }
-  .scroll { overflow: visible !important; } h2, h3 { break-after: avoid; }
+  nav, .skip, .axis, input, details:not([open]) { display: none !important; } figure, tr { break-inside: avoid; }
+  .scroll { overflow: visible !important; } h2, h3, summary { break-after: avoid; }
+  table { font-size: .75rem !important; } .parts { min-width: 5rem !important; }
+  th, td { padding: .2rem .4rem !important; } table:not(.loose) :is(th, td) { white-space: normal !important; }
+  table:not(.loose) td { overflow-wrap: anywhere !important; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 72rem; padding: 1rem; background: var(--ground); color: var(--ink);
@@ -93,11 +96,17 @@ figcaption { font-size: .875rem; color: var(--faint); overflow-wrap: anywhere; }
 .legend { display: flex; flex-wrap: wrap; gap: 0 1rem; margin: .25rem 0; padding: 0; list-style: none; color: var(--ink); }
 .legend svg { display: inline-block; width: 1.75rem; height: .7rem; vertical-align: middle; margin-right: .35rem; }
 .scroll { overflow-x: auto; margin: .75rem 0; } table { border-collapse: collapse; font-size: .875rem; }
+/* Where scroll bars are hidden until used, nothing else says that a table goes on. */
+.scroll::-webkit-scrollbar { height: .5rem; }
+.scroll::-webkit-scrollbar-thumb { background: var(--line); border-radius: 4px; }
 caption { text-align: left; color: var(--faint); padding-bottom: .25rem; }
+caption span { display: inline-block; position: sticky; left: 0; max-width: calc(100vw - 2rem); }
 th, td { text-align: left; vertical-align: top; padding: .25rem .6rem; border-bottom: 1px solid var(--line);
   max-width: 34rem; overflow-wrap: break-word; }
-thead th { background: var(--panel); }
-.loose td { overflow-wrap: anywhere; } .tight td, .tight th { white-space: nowrap; }
+thead th { background: var(--panel); } tbody th { white-space: nowrap; }
+@media (max-width: 30rem) { th, td { padding: .25rem .35rem; } }
+.loose td { white-space: nowrap; } .loose td:last-child { white-space: normal; overflow-wrap: anywhere; }
+.tight td, .tight th { white-space: nowrap; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 dl { display: grid; grid-template-columns: minmax(7rem, 14rem) 1fr; gap: .25rem 1rem; margin: .5rem 0; }
 dt { color: var(--faint); } dd { margin: 0; overflow-wrap: anywhere; }

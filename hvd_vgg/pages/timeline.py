@@ -3,11 +3,14 @@
 import math
 from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
+from hvd_vgg.errors import DONE, STOPPED
 from hvd_vgg.pages.curves import began, hours_since, made_again, number, number_list, text_list, whole
 from hvd_vgg.reporting.receipt import LogLine, read_json_lines
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.text import format_duration, plural
 
+_NAMED, _RANKS = 8, 4096  # ranks that one text names, and among which those without a report are looked for
+_NEWLINE = "\n"
 Span = Tuple[float, float]  # begin and end, in hours since the first start
 
 
@@ -91,36 +94,110 @@ def _joined(found: Dict[str, List[Span]]) -> Dict[str, List[Span]]:
 
 
 def events(run: RunDir, lines: Sequence[LogLine]) -> List[Event]:
-    """Returns what happened in a run, in order of time, from its log, its launcher and the reports of its ranks."""
-    origin, found, starts = began(lines), [], 0
+    """Returns what happened in a run, in order of time, from its log, its launcher and the reports of its ranks.
+
+    What several of them say of one fault is one event of the kind `fault`.
+    """
+    origin, found = began(lines), _of_log(lines)
+    reports = [row for path in sorted(run.faults.glob("*.rank*.jsonl")) for row in read_json_lines(path)]
+    found += [*_of_reports(reports), *_of_hangs(reports, lines)]
+    found += _of_launcher(read_json_lines(run.restarts), [number(row.get("time")) for row in reports])
+    timed = [event._replace(hours=hours_since(origin, event.hours)) for event in found]
+    return sorted(timed, key=lambda event: (math.isnan(event.hours), event.hours if not math.isnan(event.hours) else 0.0))
+
+
+# Below, `hours` of an event is seconds since 1970, as files have them.
+
+
+def _of_log(lines: Sequence[LogLine]) -> List[Event]:
+    found, starts, ranks = [], 0, 0
     for line in lines:
         if line.kind == "start":
             starts += 1
-        for kind, what in _of_line(line, starts):
-            found.append(Event(hours_since(origin, line.timestamp), whole(line.step), kind, what))
-    for row in read_json_lines(run.restarts):
-        if row.get("event") == "end" and row.get("code") != 0:
-            lost = number(row.get("lost_seconds"))
-            text = f"the launcher saw the processes end with {row.get('code')}: {row.get('reason')}"
-            text += "" if math.isnan(lost) else f"; {format_duration(lost)} of work lost"
-            found.append(Event(hours_since(origin, number(row.get("time"))), -1, "fault", text))
-    for path in sorted(run.faults.glob("*.rank*.jsonl")):
-        for row in read_json_lines(path):
-            what = str(row.get("error") or f"hung in {row.get('phase')}").split("\n")[0]
-            text = f"rank {row.get('rank')} on {row.get('host')}: {what}"
-            found.append(Event(hours_since(origin, number(row.get("time"))), whole(row.get("step")), "fault", text))
-    return sorted(found, key=lambda event: (math.isnan(event.hours), event.hours if not math.isnan(event.hours) else 0.0))
+            yielded = [("start", _describe_start(line, starts, ranks))]
+            ranks = whole(line.data.get("ranks"), 0)
+        else:
+            yielded = list(_of_line(line))
+        found += [Event(line.timestamp, whole(line.step), kind, what) for kind, what in yielded]
+    return found
 
 
-def _of_line(line: LogLine, starts: int) -> Iterator[Tuple[str, str]]:
-    """Yields (kind, what) for a line that says that something happened."""
+def _describe_start(line: LogLine, starts: int, before: int) -> str:
+    """Returns the text of a start, the `starts`-th, after one of `before` ranks."""
+    ranks, hosts = whole(line.data.get("ranks"), 0), text_list(line.data.get("hosts"))
+    where = f" on {', '.join(dict.fromkeys(hosts))}" if hosts else ""
+    other = f" instead of {before}" if before > 0 and before != ranks else ""
+    name = "start" if starts == 1 else f"start {starts}"
+    return f"{name}: {plural(ranks, 'rank')}{where}{other}, from step {line.data.get('step')}"
+
+
+def _of_reports(rows: Sequence[Dict[str, Any]]) -> Iterator[Event]:
+    """Yields the faults that ranks reported, but for hangs."""
+    for row in rows:
+        if "error" in row:
+            what = f"rank {row.get('rank')} on {row.get('host')}: {str(row['error']).split(_NEWLINE)[0]}"
+            yield Event(number(row.get("time")), whole(row.get("step")), "fault", what)
+
+
+def _of_hangs(rows: Sequence[Dict[str, Any]], lines: Sequence[LogLine]) -> Iterator[Event]:
+    """Yields a fault for each start that hung: who noticed it, and who said nothing. The culprit may be either."""
+    starts = [(line.timestamp, whole(line.data.get("ranks"), 0)) for line in lines if line.kind == "start"]
+    by_start: Dict[int, List[Dict[str, Any]]] = {}
+    for row in rows:
+        if "error" not in row:
+            by_start.setdefault(sum(begin <= number(row.get("time")) for begin, _ in starts), []).append(row)
+    for start, reports in by_start.items():
+        alike: Dict[Tuple[str, str], List[Dict[str, Any]]] = {}
+        for row in reports:
+            alike.setdefault((str(row.get("phase")), str(row.get("last_collective") or "")), []).append(row)
+        texts = [_describe_hang(*where, each) for where, each in alike.items()]
+        what = "; ".join([*texts[:_NAMED], *(["and more of such"] if len(texts) > _NAMED else [])])
+        reported = {whole(row.get("rank")) for row in reports}
+        silent = [str(rank) for rank in range(min(starts[start - 1][1], _RANKS) if start else 0) if rank not in reported]
+        what += f". Rank {_some(silent)} left no report: the others may have waited for it" if silent else ""
+        yield Event(number(reports[0].get("time")), whole(reports[0].get("step")), "fault", what)
+
+
+def _describe_hang(phase: str, collective: str, reports: Sequence[Dict[str, Any]]) -> str:
+    """Returns the text of reports of ranks that hung at the same place."""
+    ranks = _some([f"{row.get('rank')} on {row.get('host')}" for row in reports])
+    seconds = max((each for row in reports for each in number_list([row.get("silent_seconds")])), default=math.nan)
+    silent = "" if math.isnan(seconds) else f", without progress for {format_duration(seconds)}"
+    return f"rank {ranks}: hung in {phase}{silent}" + (f", last collective {collective}" if collective else "")
+
+
+def _of_launcher(rows: Sequence[Dict[str, Any]], reported: Sequence[float]) -> Iterator[Event]:
+    """Yields how starts ended that did not reach the end of the run; reported: when ranks reported faults."""
+    ends = [row for row in rows if row.get("event") == "end"]
+    begin = -math.inf
+    for index, row in enumerate(rows):
+        if row.get("event") == "start":
+            begin = number(row.get("time"))
+        if row.get("event") != "end" or row.get("code") == DONE:
+            continue
+        time, following = number(row.get("time")), rows[index + 1] if index + 1 < len(rows) else {}
+        what = f"the processes ended with exit code {row.get('code')}: {row.get('reason')}"
+        if following.get("event") == "start":
+            again = whole(following.get("attempt"), 0) > 0
+            what += f"; {'the launcher started them again' if again else 'another launch went on later'}"
+            ended_next = next((each for each in ends if each.get("job") == following.get("job")), {})
+            idle = number(ended_next.get("lost_seconds")) if again else math.nan
+            what += "" if math.isnan(idle) else f", the next update came {format_duration(idle)} later"
+        told = any(begin <= each <= time for each in reported)
+        kind = "end" if row.get("code") == STOPPED else "change" if told else "fault"
+        yield Event(time, -1, kind, what)
+
+
+def _some(names: Sequence[str]) -> str:
+    """Returns names as a list, of many the first."""
+    shown = ", ".join(names[:_NAMED])
+    return f"{shown} and {len(names) - _NAMED} more" if len(names) > _NAMED else shown
+
+
+def _of_line(line: LogLine) -> Iterator[Tuple[str, str]]:
+    """Yields (kind, what) for a line, but for a start, that says that something happened."""
     data, kind = line.data, line.kind
-    if kind == "start":
-        hosts = text_list(data.get("hosts"))
-        where = f" on {', '.join(dict.fromkeys(hosts))}" if hosts else ""
-        name = "start" if starts == 1 else f"start {starts}"
-        yield "start", f"{name}: {plural(whole(data.get('ranks'), 0), 'rank')}{where}, from step {data.get('step')}"
-    elif kind == "coverage":
+    if kind == "coverage":
         replaced, skipped = data.get("replaced") or [], data.get("skipped") or 0
         if not data.get("known", True):
             yield "change", f"epoch {data.get('epoch')}: which records it was trained on is not proved"
@@ -146,7 +223,7 @@ _TEXTS = {
     "init_from": ("start", "weights from {file}"),
     "rewind": ("fault", "step {from} was not finite: back to step {to}, its records are skipped"),
     "nonfinite": ("fault", "step {step} was not finite; the run stopped"),
-    "bad_record": ("fault", "record {record} cannot be used ({reason}); replaced by {replaced_by}"),
+    "bad_record": ("fault", "record {record} cannot be used ({reason}); record {replaced_by} takes its place"),
     "checkpoint_damaged": ("fault", "checkpoint {file} is damaged: {reason}"),
     "checkpoint_copy_used": ("change", "continues from the copy {file}"),
     "save_failed": ("fault", "a file could not be written: {error}"),

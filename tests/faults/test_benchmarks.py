@@ -58,6 +58,7 @@ SMOKE = {
         "--data_dir=DATA --images=24 --shorter_side=24 --rounds=1",
         ["cp", "cat", "pass", "libjpeg_turbo", "pillow", "encode", "train", "train_small"],
     ),
+    "pages": ("--epochs=1 --ranks=2 --rounds=1", ["5,005"]),
     "doctor": ("--cases=unreachable --hosts=2 --rounds=1", ["unreachable"]),
     "exchange": (
         "--size=32 --width=0.05 --mbit=1000 --steps=1 --rounds=1 --ways=horovod,factored16",
@@ -83,7 +84,7 @@ SLOW = (
     "prepare",
     "saving",
 )
-SLOW += ("wire_dtype",)
+SLOW += ("pages", "wire_dtype")
 
 
 def command(name, options, data):

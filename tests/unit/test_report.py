@@ -134,15 +134,54 @@ def test_report_shows_restarts_faults_and_what_is_gone(tmp_path):
     (path / "faults").mkdir()
     row = {"time": first + 1, "rank": 3, "host": "b", "error": "a device is gone\nmore", "step": 5}
     (path / "faults" / "fatal.rank3.jsonl").write_text(json.dumps(row) + "\n")
-    ended = {"event": "end", "time": first + 2, "code": 75, "reason": "rank 3 is gone", "lost_seconds": 4.0}
-    (path / "restarts.jsonl").write_text(json.dumps(ended) + "\n")
+    rows = [
+        {"event": "start", "time": first - 9, "attempt": 0, "job": "a"},
+        {"event": "end", "time": first + 2, "attempt": 0, "job": "a", "code": 75, "reason": "rank 3 is gone"},
+        {"event": "start", "time": first + 3, "attempt": 1, "job": "b"},
+        {
+            "event": "end",
+            "time": first + 9,
+            "attempt": 1,
+            "job": "b",
+            "code": 80,
+            "reason": "on request",
+            "lost_seconds": 4.0,
+        },
+        {"event": "start", "time": first + 10, "attempt": 0, "job": "c"},
+        {"event": "end", "time": first + 11, "attempt": 0, "job": "c", "code": 137, "reason": "rank 0 killed by signal 9"},
+    ]
+    (path / "restarts.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in rows))
     (path / "flags.txt").unlink()
     text = page_of(path).text
     for expected in (
-        *("2 starts and 3 faults", "rank 3 on b: a device is gone", "end with 75: rank 3 is gone; 4 s of work lost"),
+        *("2 starts and 3 faults: what happened", "fault rank 3 on b: a device is gone", "2 starts and 3 faults."),
+        "change the processes ended with exit code 75: rank 3 is gone; the launcher started them again, the next update",
+        "the next update came 4 s later",
+        "end the processes ended with exit code 80: on request; another launch went on later",
+        "fault the processes ended with exit code 137: rank 0 killed by signal 9",
         *("step 9 was not finite: back to step", "start 2: 2 ranks", "recomputed", "flags.txt is not there"),
     ):
         assert expected in text, expected
+
+
+def test_report_says_which_ranks_left_no_report(tmp_path):
+    """A hang is one fault for all ranks that noticed it, and those that did not are named, by the start that it was in."""
+    path = log_of(tmp_path / "run", start={"ranks": 4, "hosts": ["a", "a", "b", "b"]})
+    (path / "faults").mkdir()
+    now = read_log(path / "dllogger.json")[-1].timestamp
+    for rank, host in ((0, "a"), (2, "b")):
+        row = {"event": "hang", "time": now + 60 + rank, "rank": rank, "host": host, "step": 7, "phase": "update"}
+        row.update(silent_seconds=30.0 + rank, last_collective="gather")
+        (path / "faults" / f"hang.rank{rank}.jsonl").write_text(json.dumps(row) + "\n")
+    text = page_of(path).text
+    assert "1 start and 1 fault." in text and "start: 4 ranks on a, b, from step 0" in text
+    assert (
+        "rank 0 on a, 2 on b: hung in update, without progress for 32 s, last collective gather. Rank 1, 3 left no" in text
+    )
+    log = RunLog(path, False, None)
+    log.event("start", step=0, ranks=1, hosts=["b"])
+    log.close()
+    assert "start 2: 1 rank on b instead of 4, from step 0" in page_of(path).text
 
 
 def damage_nothing(path):
@@ -297,6 +336,8 @@ def test_report_lists_the_worst_classes(brief):
     assert "1 - 0.1000 1 2 10" in text and text.index("1 - 0.1000") < text.index("0 a, b 0.9000")
     (brief / "class_hits.csv").write_text("class,name\n0,x\n")
     assert "class_hits.csv: damaged" in page_of(brief).text
+    (brief / "class_hits.csv").write_text("class,name,records,top1_hits,top5_hits\n0,x,4,1,2\n1,y,\\x81,1,2\n")
+    assert "row 2: expected whole numbers for class, records, top1_hits, top5_hits" in page_of(brief).text
 
 
 def log_of(path, flags=None, start=None, evaluations=(), updates=0):
@@ -409,7 +450,7 @@ def test_report_shows_confusions_and_errors(pictures, tmp_path, augment, side):
         and "6 records of the last evaluation had another likeliest class" in page.text
     )
     assert page.text.index("5 x, record 5 0 cat 1 <i> 0.999") < page.text.index("3 x, record 3 0 cat 1 <i> 0.75")
-    assert "1 picture could not be read; the first: ValueError: record 900 is none of the 37" in page.text
+    assert "1 picture could not be read; the first: record 900 is none of the 37" in page.text
     alts = [alt for alt, _ in page.pictures]
     assert alts == [
         f"Record {number}: label 0 cat, taken for 1 <i>, probability {probability}"
@@ -440,10 +481,10 @@ def test_report_says_why_there_are_no_pictures(pictures, tmp_path):
         texts,
         [
             "Pictures are drawn when the run has ended.",
-            f"There are no pictures: ValueError: {pictures} has other validation data than those that the log names",
+            f"There are no pictures: {pictures} has other validation data than those that the log names",
             f"There are no pictures: data: {shard}, record ",
             f"There are no pictures: data: {data} is not a directory",
-            "There are no pictures: ValueError: the log does not say where the data were",
+            "There are no pictures: the log does not say where the data were",
         ],
     ):
         assert expected in text and "5 x, record 5 0 cat 1 <i> 0.999" in text

@@ -47,6 +47,9 @@ def test_runs_say_why_one_failed(tmp_path):
     for when, reason in ((100.0, "it left no reason"), (time.time() + 1, "rank 1 hung")):
         (path / "restarts.jsonl").write_text(json.dumps({"event": "end", "time": when, "reason": "rank 1 hung"}) + "\n")
         assert row_of(path).reason.startswith(reason)
+    done = {"event": "end", "time": time.time() + 2, "code": 0, "reason": "done"}  # what follows in the log was lost
+    (path / "restarts.jsonl").write_text(json.dumps(done) + "\n")
+    assert row_of(path)[1] == "failed" and row_of(path).reason.startswith("the log has no end, though")
 
 
 def test_runs_that_were_stopped_or_train(tmp_path):
