@@ -613,6 +613,14 @@ class TrainConfig(RecipeConfig, BatchConfig, EvaluationConfig):
         "minutes",
         at_least=0.0,
     )
+    expect_hosts: int = flag(
+        0,
+        "Run",
+        "Hosts that the ranks must be on; on fewer or more the run is refused, but for a restart by `launch` on those that "
+        "still answer. For jobs whose ranks a host file is to place, such as Kubernetes'. 0: any number.",
+        "hosts",
+        at_least=0,
+    )
     keep_checkpoints: int = flag(
         3, "Run", "Newest checkpoints to keep; the best is kept as well, and that of the average.", at_least=1
     )

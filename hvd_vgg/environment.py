@@ -55,6 +55,11 @@ def launched_local_rank() -> int:
     return 0 if launched_rank() is None else _first_number(_LOCAL_RANK_VARIABLES) or 0
 
 
+def is_restarted() -> bool:
+    """Returns whether this process is of a job that `hvd-vgg launch` has started again, on the hosts that still answer."""
+    return bool(re.search(r"\.[1-9]\d*$", os.environ.get(f"OMPI_MCA_{JOB_PARAMETER}", "")))
+
+
 def runs_alone() -> bool:
     """Returns whether there are no other ranks: no launcher started this process, or a scheduler did, as the only task.
 
