@@ -933,7 +933,8 @@ class LaunchConfig:
         "Ranks",
         "Names of more environment variables for ranks on other hosts, separated by commas. They always get PATH, "
         "LD_LIBRARY_PATH, LD_PRELOAD, PYTHON*, TMPDIR, TZ, LANG, LC_*, OMP_*, KMP_*, XLA_FLAGS, HOROVOD_*, TF_*, NCCL_*, "
-        "CUDA_*, UCX_*, GLOO_* and Iluvatar's UMD_*, CRT_* and DRT_*, but nothing named token, key, secret, pass or cred.",
+        "CUDA_*, UCX_*, GLOO_* and Iluvatar's UMD_*, CRT_*, DRT_* and COREX_VISIBLE_DEVICES, but nothing named token, key, "
+        "secret, pass or cred.",
     )
     max_restarts: int = flag(
         3,

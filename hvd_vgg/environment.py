@@ -13,6 +13,9 @@ JOB_PARAMETER = "hvd_vgg_job"
 PROGRAM = [sys.executable, str(Path(__file__).absolute().with_name("__main__.py"))]
 # Variables with such names are neither passed to other hosts nor printed.
 SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASS|CRED", re.I)
+# Which of a host's devices a process may see. The second is Iluvatar's, in containers of SDK 4.5.0: no page of the vendor's
+# has it, and a user calls it the counterpart of the first.
+DEVICE_MASKS = ("CUDA_VISIBLE_DEVICES", "COREX_VISIBLE_DEVICES")
 # Set for each process by mpirun, horovodrun --gloo, and srun with either form of PMI; PMI_RANK by MPICH's mpiexec too.
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RANK")
 # What each of them cannot do without: the way to the launcher.
@@ -33,6 +36,11 @@ _OF_A_RANK = re.compile(
     r"PMI_\w+|MPI_LOCAL\w+|PMIX_(?!MCA_)\w+"
     r"|HOROVOD_(RANK|SIZE|LOCAL_\w+|CROSS_\w+|HOSTNAME|GLOO_\w+|RENDEZVOUS_\w+)"
 )
+
+
+def device_masks(environ: Mapping[str, str]) -> str:
+    """Returns the variables that decide which devices are seen, as `NAME=VALUE, NAME=VALUE`; "" if none is set."""
+    return ", ".join(f"{name}={environ[name]}" for name in DEVICE_MASKS if name in environ)
 
 
 def launched_rank() -> Optional[int]:
