@@ -44,7 +44,8 @@ if [ -n "${COREX_WHEELS:-}" ]; then
     esac
   done
   say "installing ${wheels[*]}"
-  python3 -m pip install --disable-pip-version-check --no-cache-dir --constraint <(printf '%s\n' "$before") "${wheels[@]}"
+  python3 -m pip install --disable-pip-version-check --no-cache-dir --constraint <(printf '%s\n' "$before") "${wheels[@]}" ||
+    fail "COREX_WHEELS: these wheels do not go with this image's Python or packages, as pip says above: ask for those of its SDK"
 fi
 for needed in tensorflow horovod numpy; do
   has "$needed" || fail "python3 has no $needed: ask the vendor for the wheel of this image's SDK and Python, and give it by COREX_WHEELS (docs/iluvatar.md); without such a vendor, launch/environment.sh installs all"

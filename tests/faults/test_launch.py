@@ -663,7 +663,6 @@ def test_launch_places_ranks_itself_in_an_operators_pod(tmp_path, emulated_hosts
     assert ranks == ["rank 0 on host1", "rank 1 on host2"]
 
 
-@pytest.mark.fault("F03")
 def test_open_mpi_5_ranks_that_all_landed_here_are_refused(tmp_path, data, emulated_hosts, open_mpi_5):
     """As in a launcher's pod of Kubernetes, whose operator names the host file by Open MPI 4's variable alone."""
     told = {name: value.format(hostfile=tmp_path / "hosts") for name, value in OPERATORS.items()}
