@@ -3,8 +3,9 @@
 #   docker build -t hvd_vgg:cpu .
 #   docker build -t hvd_vgg:nvidia --target=nvidia .
 #   docker build -t hvd_vgg:corex --target=corex --build-arg=COREX_IMAGE=corex:4.3.0 .
+#   ... --build-arg=COREX_WHEELS=launch/wheels   where that image lacks TensorFlow or Horovod
 #
-# corex is the vendor's own image (TensorFlow, Horovod and Open MPI are in it), which his docker-installer makes.
+# corex is the vendor's own image, which his docker-installer makes; Open MPI is in it, TensorFlow and Horovod not always.
 #
 # Never built by docker yet: launch/check_dockerfile.sh carries out the instructions of `cpu`, and those of `corex` on a stand-in
 # for the vendor's image. Those of `nvidia` were not tried at all.
@@ -14,7 +15,7 @@ ARG PYTHON_IMAGE=python:3.11.13-slim-bookworm
 # TensorFlow 2.16 wants CUDA 12 and cuDNN 8.
 ARG CUDA_BUILD_IMAGE=nvidia/cuda:12.2.2-cudnn8-devel-ubuntu22.04
 ARG CUDA_IMAGE=nvidia/cuda:12.2.2-cudnn8-runtime-ubuntu22.04
-# No registry has it; under .invalid (RFC 2606) nothing can be found, and the name is in docker's message.
+# No registry is known to have it with TensorFlow; under .invalid (RFC 2606) nothing can be found, and the name is in docker's message.
 ARG COREX_IMAGE=build-arg-corex-image-is-missing.invalid/corex:none
 
 
@@ -24,6 +25,8 @@ USER 0:0
 COPY launch/container /opt/hvd_vgg/launch/container
 RUN bash /opt/hvd_vgg/launch/container/setup.sh
 COPY . /opt/hvd_vgg
+# The vendor's wheels: a directory or files of this clone, or addresses that pip can read, separated by spaces.
+ARG COREX_WHEELS=
 # PATH, PYTHONPATH and LD_LIBRARY_PATH stay the vendor's.
 RUN chmod -R a+rX /opt/hvd_vgg && bash /opt/hvd_vgg/launch/container/beside_vendor.sh
 

@@ -613,6 +613,14 @@ class TrainConfig(RecipeConfig, BatchConfig, EvaluationConfig):
         "minutes",
         at_least=0.0,
     )
+    expect_hosts: int = flag(
+        0,
+        "Run",
+        "Hosts that the ranks must be on; on fewer or more the run is refused, but for a restart by `launch` on those that "
+        "still answer. For jobs whose ranks a host file is to place, such as Kubernetes'. 0: any number.",
+        "hosts",
+        at_least=0,
+    )
     keep_checkpoints: int = flag(
         3, "Run", "Newest checkpoints to keep; the best is kept as well, and that of the average.", at_least=1
     )
@@ -935,8 +943,8 @@ class LaunchConfig:
         "Ranks",
         "Names of more environment variables for ranks on other hosts, separated by commas. They always get PATH, "
         "LD_LIBRARY_PATH, LD_PRELOAD, PYTHON*, TMPDIR, TZ, LANG, LC_*, TERM, COLUMNS, NO_COLOR, OMP_*, KMP_*, XLA_FLAGS, "
-        "HOROVOD_*, TF_*, NCCL_*, CUDA_*, UCX_*, GLOO_* and Iluvatar's UMD_*, CRT_* and DRT_*, but nothing named token, "
-        "key, secret, pass or cred.",
+        "HOROVOD_*, TF_*, NCCL_*, CUDA_*, UCX_*, GLOO_* and Iluvatar's UMD_*, CRT_*, DRT_* and COREX_VISIBLE_DEVICES, but "
+        "nothing named token, key, secret, pass or cred.",
     )
     max_restarts: int = flag(
         3,

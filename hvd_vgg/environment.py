@@ -13,6 +13,9 @@ JOB_PARAMETER = "hvd_vgg_job"
 PROGRAM = [sys.executable, str(Path(__file__).absolute().with_name("__main__.py"))]
 # Variables with such names are neither passed to other hosts nor printed.
 SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASS|CRED", re.I)
+# Which of a host's devices a process may see. The second is Iluvatar's, in containers of SDK 4.5.0: no page of the vendor's
+# has it, and a user calls it the counterpart of the first.
+DEVICE_MASKS = ("CUDA_VISIBLE_DEVICES", "COREX_VISIBLE_DEVICES")
 # Set for each process by mpirun, horovodrun --gloo, and srun with either form of PMI; PMI_RANK by MPICH's mpiexec too.
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RANK")
 # What each of them cannot do without: the way to the launcher.
@@ -35,6 +38,11 @@ _OF_A_RANK = re.compile(
 )
 
 
+def device_masks(environ: Mapping[str, str]) -> str:
+    """Returns the variables that decide which devices are seen, as `NAME=VALUE, NAME=VALUE`; "" if none is set."""
+    return ", ".join(f"{name}={environ[name]}" for name in DEVICE_MASKS if name in environ)
+
+
 def launched_rank() -> Optional[int]:
     """Returns this process's rank according to its launcher, before Horovod is initialised; None without a launcher."""
     return _first_number(_RANK_VARIABLES)
@@ -53,6 +61,11 @@ def launched_local_size() -> Optional[int]:
 def launched_local_rank() -> int:
     """Returns this process's rank on its host, from 0; 0 too if no launcher says."""
     return 0 if launched_rank() is None else _first_number(_LOCAL_RANK_VARIABLES) or 0
+
+
+def is_restarted() -> bool:
+    """Returns whether this process is of a job that `hvd-vgg launch` has started again, on the hosts that still answer."""
+    return bool(re.search(r"\.[1-9]\d*$", os.environ.get(f"OMPI_MCA_{JOB_PARAMETER}", "")))
 
 
 def runs_alone() -> bool:

@@ -15,6 +15,7 @@ from hvd_vgg.environment import JOB_PARAMETER
 
 # The only variables that are recorded: numbers and device names that affect speed or rounding.
 _ENVIRONMENT = (
+    "COREX_VISIBLE_DEVICES",
     "CUDA_VISIBLE_DEVICES",
     "HOROVOD_CYCLE_TIME",
     "HOROVOD_FUSION_THRESHOLD",

@@ -60,14 +60,16 @@ def iluvatar(
     horovod="0.27.0+corex.4.3.0",
     built_for="2.16.2",
     missing=(),
+    libraries=("libnccl.so.2",),
     **environ,
 ):
-    """Returns a simulated Iluvatar host; nodes: device nodes, as many as names by default."""
+    """Returns a simulated Iluvatar host; nodes: device nodes, as many as names by default; libraries: more of the SDK's."""
     prefix = root / "usr/local" / f"corex-{sdk}"
     versions = {"tensorflow": tensorflow, "horovod": horovod}
     packages = write_packages(prefix / "lib64/python3/dist-packages", versions, missing, built_for)
     (prefix.parent / "corex").symlink_to(prefix.name)
-    (prefix / "lib64/libcudart.so.10.2").touch()
+    for name in ("libcudart.so.10.2", *libraries):
+        (prefix / "lib64" / name).touch()
     (root / "dev").mkdir()
     for number in range(len(names) if nodes is None else nodes):
         (root / f"dev/iluvatar{number}").touch()

@@ -16,7 +16,7 @@ from hvd_vgg.doctor.driver import Accelerators, check_driver
 from hvd_vgg.doctor.packages import device_nodes
 from hvd_vgg.doctor.report import EXCLUDE_DEVICE, PHASE_SECONDS, Report
 from hvd_vgg.doctor.settings import check_flags, check_rank_count, check_visible_devices
-from hvd_vgg.environment import launched_rank
+from hvd_vgg.environment import DEVICE_MASKS, launched_rank
 from hvd_vgg.errors import Failure
 from hvd_vgg.models.architecture import count_parameters, layers_of
 from hvd_vgg.parallel import comm
@@ -42,7 +42,7 @@ def check_devices(report: Report, config: DoctorConfig, accelerators: Accelerato
 
     Returns the name of the device to exchange from, and the number of threads that may decode images.
     """
-    alone, mask = launched_rank() is None, accelerators.host.environ.get("CUDA_VISIBLE_DEVICES")
+    alone, masks = launched_rank() is None, [accelerators.host.environ.get(name) for name in DEVICE_MASKS]
     cuda = str(tf.sysconfig.get_build_info().get("cuda_version", ""))
     nodes = device_nodes(accelerators.host, accelerators.vendor)
     with report.time_limit("devices", "the devices did not answer", PHASE_SECONDS * len(nodes) if alone else 0.0):
@@ -60,8 +60,8 @@ def check_devices(report: Report, config: DoctorConfig, accelerators: Accelerato
     report.findings += [
         *tried,
         *check_driver(accelerators, cuda, computed),
-        *check_visible_devices(len(nodes), len(gpus), mask),
-        *check_rank_count(len(gpus), comm.local_size(), alone, mask),
+        *check_visible_devices(len(nodes), len(gpus), *masks),
+        *check_rank_count(len(gpus), comm.local_size(), alone, *masks),
         *check_flags(config, comm.size(), len(gpus)),
     ]
     return str(devices[0].name), threads

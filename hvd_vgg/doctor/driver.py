@@ -12,6 +12,7 @@ from typing import Iterator, List, NamedTuple, Optional, Tuple
 
 from hvd_vgg.doctor.packages import TOOLS, HostView, device_nodes, find_tool, find_vendor, parse_version, sdk_version
 from hvd_vgg.doctor.system import run_tool
+from hvd_vgg.environment import DEVICE_MASKS
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
 from hvd_vgg.text import plural
 
@@ -92,7 +93,8 @@ def check_device_nodes(accelerators: Accelerators) -> Iterator[Finding]:
         return
     if vendor == "Iluvatar" and parse_version(listing.driver) >= (4, 4) and not (host.root / "dev/itrctl").exists():
         yield warning("devices", "/dev/itrctl is missing, which drivers since 4.4.0 have", "docker run --device /dev/itrctl")
-    busy = _busy_devices(listing, host.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    mask = next((host.environ[name] for name in DEVICE_MASKS if host.environ.get(name)), "")
+    busy = _busy_devices(listing, mask)
     if busy:
         fix = "end the other job there, or exclude the device by CUDA_VISIBLE_DEVICES"
         yield warning("devices", f"memory is in use: {', '.join(busy)}", fix)
@@ -100,7 +102,7 @@ def check_device_nodes(accelerators: Accelerators) -> Iterator[Finding]:
 
 
 def _busy_devices(listing: Listing, mask: str) -> List[str]:
-    """Returns the devices with memory in use, among those that `mask` (CUDA_VISIBLE_DEVICES) lets this job use."""
+    """Returns the devices with memory in use, among those that `mask` (of environment.DEVICE_MASKS) lets this job use."""
     allowed = mask.split(",") if re.fullmatch(r"\d+(,\d+)*", mask) else None
     return [
         f"device {number}: {used} of {total} MiB"

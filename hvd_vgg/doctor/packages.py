@@ -41,6 +41,8 @@ _FIXES = {
 }
 # What each vendor's tool is called.
 TOOLS = {"Iluvatar": "ixsmi", "NVIDIA": "nvidia-smi"}
+# What Iluvatar's collective library is called: the first in most reports on its images, the second in two.
+_COLLECTIVES = ("libnccl.so.2", "libixccl.so")
 _COREX = re.compile(r"\+corex\.(\d+(?:\.\d+)*)")
 
 
@@ -114,16 +116,21 @@ def check_packages(host: HostView) -> Iterator[Finding]:
 
 def check_tensorflow(host: HostView, vendor: str) -> Iterator[Finding]:
     """Checks that TensorFlow and Horovod are installed, of supported versions, the vendor's own, and built to match."""
-    fix = "launch/environment.sh installs both (docs/compatibility.md)"
+    fix, lacking = "launch/environment.sh installs both (docs/compatibility.md)", ""
     rebuild = "rebuild it against this TensorFlow: pip install --force-reinstall --no-deps --no-cache-dir "
     rebuild += "--no-build-isolation horovod"
     if vendor == "Iluvatar":
         fix = rebuild = "use the vendor's image with its own TensorFlow and Horovod; pip must install neither"
+        # By its own pages an image may lack them: of SDK 4.3.0 and 4.4.0 users are told to ask for TensorFlow's wheel.
+        python, sdk = "cp{}{}".format(*sys.version_info), sdk_version(host) or "VERSION of /usr/local/corex"
+        lacking = f"an image without it: ask the vendor for the wheel NAME-...+corex.{sdk}-{python} and build with "
+        lacking += "--build-arg=COREX_WHEELS (docs/iluvatar.md); from an index pip must install neither"
     tensorflow, horovod = installed_version(host, "tensorflow"), installed_version(host, "horovod")
     built_for = _built_for(host)
     for name, version, (low, high) in (("tensorflow", tensorflow, _TENSORFLOW), ("horovod", horovod, _HOROVOD)):
         if not version:
-            yield failure(name, "not installed, or not on this Python's search path", fix)
+            text = "not installed, or not on this Python's search path"
+            yield failure(name, text, lacking.replace("NAME", name) if lacking else fix)
         elif low <= parse_version(version)[:2] <= high:
             built = f", built for TensorFlow {built_for or 'of unknown version'}" if name == "horovod" else ""
             yield ok(name, f"{version}{built}, in {_folders(host, name)[0]}")
@@ -163,12 +170,25 @@ def _check_corex(host: HostView, tensorflow: str, horovod: str, fix: str) -> Ite
     if not prefix.is_dir() or not sorted(prefix.glob("lib64/libcudart.so*")):
         text = "no SDK: /usr/local/corex is missing, a dangling link, or has no lib64/libcudart.so"
         yield failure("vendor", text, "take the SDK from the image (corex:<version>), not from the host's directory")
-    elif "corex" not in host.environ.get("LD_LIBRARY_PATH", ""):
-        text = "LD_LIBRARY_PATH does not contain /usr/local/corex/lib64"
-        yield warning("vendor", text, "export it, and forward it to all ranks: mpirun -x LD_LIBRARY_PATH")
+    else:
+        if "corex" not in host.environ.get("LD_LIBRARY_PATH", ""):
+            text = "LD_LIBRARY_PATH does not contain /usr/local/corex/lib64"
+            yield warning("vendor", text, "export it, and forward it to all ranks: mpirun -x LD_LIBRARY_PATH")
+        yield _find_collectives(prefix)
+    if "COREX_VISIBLE_DEVICES" in host.environ:
+        yield ok("vendor", f"COREX_VISIBLE_DEVICES={host.environ['COREX_VISIBLE_DEVICES']}")
     if wheel and around and parse_version(wheel[1])[:2] != parse_version(around)[:2]:
         text = f"TensorFlow was built for SDK {wheel[1]}, but /usr/local/corex is SDK {around}"
         yield warning("vendor", text, "take both from one image")
+
+
+def _find_collectives(prefix: Path) -> Finding:
+    """Looks for the vendor's collective library, without which a Horovod with NCCL cannot be loaded."""
+    found = sorted({path.name for name in _COLLECTIVES for path in prefix.glob(f"lib64/{name}*")})
+    if found:
+        return ok("vendor", f"collective library: {', '.join(found)}")
+    text = f"no collective library: /usr/local/corex/lib64 has neither {' nor '.join(_COLLECTIVES)}"
+    return warning("vendor", text, "take the SDK from the vendor's image; without it devices exchange through the host")
 
 
 def sdk_version(host: HostView) -> str:

@@ -17,13 +17,14 @@ from hvd_vgg.doctor.packages import HostView, is_installed
 from hvd_vgg.doctor.report import Report
 from hvd_vgg.doctor.settings import LINKS, link_variables
 from hvd_vgg.doctor.system import nearest_existing
+from hvd_vgg.environment import launched_rank
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.init import compared_environment, describe_software
 from hvd_vgg.parallel.mpi import loaded_mpi_libraries
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
 from hvd_vgg.run_dir import probe_file
 from hvd_vgg.text import plural
-from hvd_vgg.training.startup import OWN_FLAGS
+from hvd_vgg.training.startup import OWN_FLAGS, placement_error
 
 # Largest clock difference between hosts: beyond it, times in logs and checkpoints are misleading.
 _MAX_CLOCK_SKEW_SECONDS = 1.0
@@ -40,11 +41,20 @@ def check_ranks(report: Report, config: DoctorConfig, host: HostView) -> List[st
     with report.time_limit("ranks", "the ranks did not compare settings and clocks"):
         # One by one: if a check hangs, what was found before it is reported.
         report.findings.append(ok("ranks", f"{plural(len(hosts), 'rank')} on {per_host}"))
+        report.findings += check_placement(config)
         report.findings.append(check_mpi(loaded_mpi_libraries(), mpi4py, software))
         report.findings += compare_with_root(config, software)
         report.findings += check_shared_run_dir(Path(config.run_dir))
         report.findings += check_clocks()
     return hosts
+
+
+def check_placement(config: DoctorConfig) -> List[Finding]:
+    """Checks that the ranks are on --expect_hosts; not without a launcher, nor of the one host of --host_only."""
+    if config.host_only or launched_rank() is None:
+        return []
+    error, fix = placement_error(config.expect_hosts)
+    return [failure("ranks", error, fix)] if error else []
 
 
 def compare_with_root(config: DoctorConfig, software: Mapping[str, str]) -> List[Finding]:

@@ -8,7 +8,7 @@ from typing import Dict, Iterator, List, Mapping, Optional, Tuple
 
 from hvd_vgg.config import BITS, TrainConfig, reference_points, unused_hyperparameters
 from hvd_vgg.data.sampler import most_ranks, too_many_ranks
-from hvd_vgg.environment import SECRET_NAME, launched_rank, leftover_error
+from hvd_vgg.environment import DEVICE_MASKS, SECRET_NAME, device_masks, launched_rank, leftover_error
 from hvd_vgg.parallel.cores import share_of_cores
 from hvd_vgg.parallel.mpi import UNSET_GLOO, gloo_under_mpi_error
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
@@ -60,14 +60,21 @@ def link_variables(environ: Mapping[str, str]) -> Dict[str, str]:
     return {name: value for name, value in environ.items() if name.startswith(LINKS) and not SECRET_NAME.search(name)}
 
 
-def check_rank_count(devices: int, ranks: int, alone: bool, mask: Optional[str]) -> List[Finding]:
+def _masks(mask: Optional[str], corex: Optional[str]) -> Dict[str, str]:
+    return {name: value for name, value in zip(DEVICE_MASKS, (mask, corex)) if value is not None}
+
+
+def check_rank_count(
+    devices: int, ranks: int, alone: bool, mask: Optional[str], corex: Optional[str] = None
+) -> List[Finding]:
     """Compares the devices that TensorFlow sees on this host with its ranks.
 
-    alone: without a launcher; mask: CUDA_VISIBLE_DEVICES, if set.
+    alone: without a launcher; mask: CUDA_VISIBLE_DEVICES, if set; corex: COREX_VISIBLE_DEVICES.
     """
     if not devices:
         return []
-    text = f"TensorFlow sees {plural(devices, 'device')}" + (f" (CUDA_VISIBLE_DEVICES={mask})" if mask else "")
+    masks = device_masks(_masks(mask or None, corex))
+    text = f"TensorFlow sees {plural(devices, 'device')}" + (f" ({masks})" if masks else "")
     if alone:
         start = f"mpirun -np {devices} hvd-vgg doctor"
         return [ok("ranks", f"{text}: to use all, start {plural(devices, 'rank')}; try first: {start}")]
@@ -80,17 +87,23 @@ def check_rank_count(devices: int, ranks: int, alone: bool, mask: Optional[str])
     return [warning("ranks", text, f"start {devices} ranks on this host (-np, slots=)")]
 
 
-def check_visible_devices(nodes: int, visible: int, mask: Optional[str]) -> List[Finding]:
-    """Compares the host's device nodes with the devices that TensorFlow sees; mask: CUDA_VISIBLE_DEVICES, if set."""
+def check_visible_devices(nodes: int, visible: int, mask: Optional[str], corex: Optional[str] = None) -> List[Finding]:
+    """Compares the host's device nodes with the devices that TensorFlow sees.
+
+    mask: CUDA_VISIBLE_DEVICES, if set; corex: COREX_VISIBLE_DEVICES.
+    """
     if not nodes or visible == nodes:
         return []
-    variable = "CUDA_VISIBLE_DEVICES is not set" if mask is None else f"CUDA_VISIBLE_DEVICES={mask}"
+    masks = _masks(mask, corex)
+    variable = device_masks(masks) or "CUDA_VISIBLE_DEVICES is not set"
     text = f"TensorFlow sees {visible or 'none'} of {plural(nodes, 'device')} on this host ({variable})"
     if visible:
-        fix = "unset CUDA_VISIBLE_DEVICES to use all, unless a scheduler set it"
-        return [warning("ranks", text, fix if mask else "compare with the vendor's tool; see driver")]
-    if mask in ("", "-1"):
-        return [warning("ranks", text, "unset CUDA_VISIBLE_DEVICES, unless you want to train on the CPU")]
+        some = " and ".join(name for name, value in masks.items() if value not in ("", "all"))
+        fix = f"unset {some} to use all, unless a scheduler set it"
+        return [warning("ranks", text, fix if some else "compare with the vendor's tool; see driver")]
+    empty = " and ".join(name for name, value in masks.items() if value in ("", "-1"))
+    if empty:
+        return [warning("ranks", text, f"unset {empty}, unless you want to train on the CPU")]
     return [failure("ranks", text, "see vendor and driver; a TensorFlow without GPU support sees none either")]
 
 

@@ -17,7 +17,7 @@ from hvd_vgg.parallel import network
 _EXPORTED = re.compile(
     r"PATH|LD_LIBRARY_PATH|LD_PRELOAD|PYTHON\w+|(OMP|KMP)_\w+|TMPDIR|TZ|LANG|LC_\w+|XLA_FLAGS"
     r"|NO_COLOR|TERM|COLUMNS"  # how rank 0 prints
-    r"|(HOROVOD|TF|NCCL|CUDA|UCX|GLOO|UMD|CRT|DRT)_\w+"  # the last three: Iluvatar's driver
+    r"|(HOROVOD|TF|NCCL|CUDA|UCX|GLOO|UMD|CRT|DRT)_\w+|COREX_VISIBLE_DEVICES"  # the last four: Iluvatar's
 )
 # Open MPI takes hosts from its command line alone: neither from a scheduler's allocation, which may be one that is over, nor
 # from the installation's host file. By its major version.

@@ -52,6 +52,11 @@ def local_size() -> int:
     return int(hvd.local_size())
 
 
+def local_rank() -> int:
+    """Returns this process's rank among those on this host, from 0."""
+    return int(hvd.local_rank())
+
+
 def is_root(group: Group = WORLD) -> bool:
     """Returns whether this is rank 0, which writes checkpoints and logs, and prints."""
     return rank(group) == 0

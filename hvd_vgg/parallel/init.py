@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from hvd_vgg import __version__
 from hvd_vgg.config import BITS, ComputeConfig
-from hvd_vgg.environment import launched_rank, launched_size, leftover_error, runs_alone
+from hvd_vgg.environment import device_masks, launched_rank, launched_size, leftover_error, runs_alone
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.parallel import comm, network
 from hvd_vgg.parallel.consensus import run_on_all_ranks
@@ -153,7 +153,7 @@ def take_device(config: Optional[ComputeConfig] = None) -> Device:
         raise Failure(
             CONFIGURATION,
             f"{hvd.local_size()} ranks on this host, but TensorFlow sees {len(devices)} devices "
-            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}): start one rank per device",
+            f"({device_masks(os.environ) or 'CUDA_VISIBLE_DEVICES=unset'}): start one rank per device",
         )
     mine = devices[hvd.local_rank()]
     tf.config.set_visible_devices(mine, "GPU")

@@ -1,18 +1,21 @@
 """Joining the ranks of a command: Horovod, this rank's device, and that all ranks run the same thing."""
 
 import dataclasses
+import socket
 from pathlib import Path
-from typing import IO, Dict, NamedTuple, Optional, Sequence
+from typing import IO, Dict, NamedTuple, Optional, Sequence, Tuple
 
 from hvd_vgg.config import ComputeConfig, TrainConfig
 from hvd_vgg.data.sampler import too_many_ranks
 from hvd_vgg.data.transforms import image_library
+from hvd_vgg.environment import is_restarted
 from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, USAGE, Failure
 from hvd_vgg.parallel import comm
 from hvd_vgg.parallel.consensus import require_equal, run_on_all_ranks
 from hvd_vgg.parallel.init import Device, compared_environment, describe_software, join, take_device
 from hvd_vgg.reporting.console import Console
 from hvd_vgg.run_dir import check_out, lock_run_dir
+from hvd_vgg.text import plural
 
 # Flags that may differ between ranks: a host may keep its files elsewhere, and rank 0 alone prints.
 OWN_FLAGS = (
@@ -43,6 +46,30 @@ def join_ranks(config: ComputeConfig, timeline: bool = False, group_sizes: Seque
     require_equal("the software", describe_software(image_library(config.resize)))
     require_equal("the environment", compared_environment())
     return Session(device, Console(config.console, comm.is_root()), groups)
+
+
+def require_hosts(expected: int) -> None:
+    """Raises a collective Failure(CONFIGURATION) unless the ranks are on `expected` hosts; 0: on any number. Collective."""
+    error, fix = placement_error(expected)
+    if error:
+        raise Failure(CONFIGURATION, f"{error}: {fix}", collective=True)
+
+
+def placement_error(expected: int) -> Tuple[str, str]:
+    """Returns what is wrong if the ranks are not on `expected` hosts, and a fix; "" and "" otherwise. Collective.
+
+    A host is what the launcher takes for one: a pod is. Ranks that `hvd-vgg launch` has started again are where they can be.
+    """
+    if not expected or is_restarted():
+        return "", ""
+    first = comm.gather_json(socket.gethostname() if comm.local_rank() == 0 else "")
+    hosts = list(filter(None, first))
+    if len(hosts) == expected:
+        return "", ""
+    names = ", ".join(hosts[:8]) + (", ..." if len(hosts) > 8 else "")
+    text = f"--expect_hosts={expected}, but found {plural(len(first), 'rank')} on {plural(len(hosts), 'host')} ({names})"
+    fix = "`hvd-vgg launch --hostfile=FILE` places ranks itself; a plain mpirun of Open MPI 5 passes over the host file that"
+    return text, f"{fix} Kubernetes' operators name for Open MPI 4 (docs/kubernetes.md)"
 
 
 def claim_run_dir(config: TrainConfig) -> Optional[IO[str]]:

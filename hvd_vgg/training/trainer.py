@@ -31,7 +31,7 @@ from hvd_vgg.training.reproducibility import check_bits, describe_arithmetic
 from hvd_vgg.training.result import finish_log, write_result, write_run_files
 from hvd_vgg.training.resume import require_checkpoints, restore_state
 from hvd_vgg.training.schedule import learning_rate, make_cadence, stop_poll_steps, total_steps
-from hvd_vgg.training.startup import claim_run_dir, join_ranks
+from hvd_vgg.training.startup import claim_run_dir, join_ranks, require_hosts
 from hvd_vgg.training.state import initial_state, make_checksums, run_fingerprint, save_state, state_sha256
 from hvd_vgg.training.train_step import StepMetrics, make_local_sums, make_train_step, step_inputs
 from hvd_vgg.watchdog import MIN_HANG_SECONDS, SLOW_PHASE_FACTOR, StopRequested, watchdog
@@ -47,6 +47,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, on_log: Optional[OnLog] = None) -> None:
         """Joins the ranks, opens the data, restores the newest checkpoint. Collective; raises collective Failures."""
         self.device, console, _ = join_ranks(config, timeline=bool(config.profile_steps))
+        require_hosts(config.expect_hosts)
         watchdog.save_when_asked()  # now: joining may have set other handlers
         self.lock = run_on_all_ranks(lambda: claim_run_dir(config))
         config, source = resolve_source(config)

@@ -3,8 +3,11 @@
 # only what cannot be imported is installed, and nothing that is there is replaced, or this fails.
 #
 #   bash launch/container/beside_vendor.sh
+#   COREX_WHEELS=launch/wheels bash launch/container/beside_vendor.sh
 #
-# MPICC  the compiler of the MPI that Horovod was built with, for mpi4py (default: /usr/local/openmpi/bin/mpicc, else mpicc)
+# COREX_WHEELS  the vendor's wheels of TensorFlow and Horovod, where python3 lacks them: a directory or files of the clone, or
+#               addresses that pip can read. With what they require, of which nothing may change a package that is there
+# MPICC         the compiler of the MPI that Horovod was built with, for mpi4py (default: /usr/local/openmpi/bin/mpicc, else mpicc)
 set -euo pipefail
 
 # This script is copied into images alone, without common.sh.
@@ -24,10 +27,30 @@ fail() {
 packages() { python3 -m pip list --format=freeze --disable-pip-version-check | sort; }
 has() { python3 -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
 
+before=""
+if [ -n "${COREX_WHEELS:-}" ]; then
+  before="$(packages)"
+  wheels=()
+  read -ra words <<<"$COREX_WHEELS"
+  for word in "${words[@]}"; do
+    case "$word" in
+      *://*) wheels+=("$word") ;;
+      *)
+        if [ -d "$clone/$word" ]; then word="${word%/}/*.whl"; fi
+        mapfile -t files < <(compgen -G "$clone/$word")
+        [ "${#files[@]}" -gt 0 ] || fail "COREX_WHEELS: $clone/$word: no such file; docker takes what is in the clone's launch/"
+        wheels+=("${files[@]}")
+        ;;
+    esac
+  done
+  say "installing ${wheels[*]}"
+  python3 -m pip install --disable-pip-version-check --no-cache-dir --constraint <(printf '%s\n' "$before") "${wheels[@]}" ||
+    fail "COREX_WHEELS: these wheels do not go with this image's Python or packages, as pip says above: ask for those of its SDK"
+fi
 for needed in tensorflow horovod numpy; do
-  has "$needed" || fail "python3 has no $needed: this is for an image that brings them (launch/environment.sh installs them)"
+  has "$needed" || fail "python3 has no $needed: ask the vendor for the wheel of this image's SDK and Python, and give it by COREX_WHEELS (docs/iluvatar.md); without such a vendor, launch/environment.sh installs all"
 done
-before="$(packages)"
+before="${before:-$(packages)}"
 
 # The pins of launch/requirements.txt are for Python 3.9 and later; SDK 3.1.0 has 3.8.
 constraints=()

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Prints the manifest of a training job as one of doctor, under a name of its own: the same workers, ranks and flags, once.
+# Prints the manifest of a training job, an MPIJob or a TrainJob, as one of doctor, under a name of its own: the same workers,
+# ranks and flags, once.
 #
 #   bash launch/kubernetes/doctor.sh launch/kubernetes/mpijob-bi-v150.yaml [--FLAG=VALUE ...] | kubectl create -f -
-#   kubectl logs -f job/vgg16-bi-v150-doctor-launcher
+#   kubectl logs -f job/vgg16-bi-v150-doctor-launcher     # of a TrainJob: -launcher-0
 #
 # Flags are those of `hvd-vgg doctor --help`, such as --collectives, and of `hvd-vgg launch --help`, such as --network=eth0.
 set -euo pipefail
@@ -15,7 +16,10 @@ shift
 [ -f "$manifest" ] || fail "$manifest: no such file"
 split_flags "$@"
 [ "$what" != acceptance ] || fail "acceptance starts the ranks itself: only doctor here"
-for line in '^  name: ' '^    Launcher:$' '^      restartPolicy: ' '^    backoffLimit: ' '^ *- train$' '^ *- --run_dir='; do
+expected=('^  name: ' '^    Launcher:$' '^      restartPolicy: ' '^    backoffLimit: ')
+# What a pod does again is in its runtime, where doctor's exit code, 78, ends the job.
+if grep -q '^kind: TrainJob$' "$manifest"; then expected=('^  name: ' '^    numNodes: '); fi
+for line in "${expected[@]}" '^ *- train$' '^ *- --run_dir='; do
   grep -q -- "$line" "$manifest" || fail "$manifest: no line like \`$line\`, as the manifests of launch/kubernetes have it"
 done
 

@@ -659,6 +659,61 @@ def test_open_mpi_5_lost_host_is_left_out(tmp_path, data, undisturbed, emulated_
     assert_same_state(newest(out), newest(undisturbed))
 
 
+# What Kubernetes' operators set in the pod of a launcher, for Open MPI 4 and for its successor's runtime.
+OPERATORS = {
+    "OMPI_MCA_orte_default_hostfile": "{hostfile}",
+    "OMPI_MCA_orte_keep_fqdn_hostnames": "true",
+    "OMPI_MCA_orte_set_default_slots": "7",
+    "OMPI_MCA_plm_rsh_args": "-o ConnectionAttempts=10",
+}
+OPERATORS_5 = {
+    "PRTE_MCA_prte_default_hostfile": "{hostfile}",
+    "PRTE_MCA_prte_keep_fqdn_hostnames": "false",
+    "PRTE_MCA_prte_set_default_slots": "7",
+    "PRTE_MCA_plm_ssh_args": "-o ConnectionAttempts=10",
+}
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_launch_places_ranks_itself_in_an_operators_pod(tmp_path, emulated_hosts, open_mpi_5, version):
+    """Whatever the operator tells mpirun: here, of hosts that are none, and options for ssh before the host's name."""
+    (tmp_path / "operator").write_text("none-0-0.none slots=1\nnone-0-1.none slots=1\n")
+    agent = tmp_path / "remote.sh"  # like ssh, it takes options before the host
+    agent.write_text(f'#!/bin/bash\nwhile [ "$1" = -o ]; do shift 2; done\nexec {emulated_hosts.agent} "$@"\n')
+    agent.chmod(0o755)
+    told = {name: value.format(hostfile=tmp_path / "operator") for name, value in {**OPERATORS, **OPERATORS_5}.items()}
+    environment = {**told, **(open_mpi_5 if version == 5 else {"PYTHONPATH": str(ROOT)})}
+    rank = ["bash", "-c", "echo rank $OMPI_COMM_WORLD_RANK on $(hostname)"]
+    words = [*LAUNCH, emulated_hosts.flags[0], f"--rsh_agent={agent}", ACROSS, "--", *rank]
+    ended = Started(emulated_hosts.on(1, words), tmp_path, **environment).wait(code=0)
+    ranks = sorted(line for line in ended.out.splitlines() if line.startswith("rank "))
+    assert ranks == ["rank 0 on host1", "rank 1 on host2"]
+
+
+def test_open_mpi_5_ranks_that_all_landed_here_are_refused(tmp_path, data, emulated_hosts, open_mpi_5):
+    """As in a launcher's pod of Kubernetes, whose operator names the host file by Open MPI 4's variable alone."""
+    told = {name: value.format(hostfile=tmp_path / "hosts") for name, value in OPERATORS.items()}
+    train = ["train", f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *TINY, "--steps=3", "--expect_hosts=2"]
+    words = ["mpirun", "-np", "2", "--oversubscribe", "--bind-to", "none", sys.executable, "-m", "hvd_vgg", *train]
+    ended = Started(emulated_hosts.on(1, words), tmp_path, **told, **open_mpi_5).wait(code=78)
+    assert ended.err.count("--expect_hosts=2, but found 2 ranks on 1 host (host1): `hvd-vgg launch --hostfile=FILE`") == 1
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.fault("F33", tier=3)
+def test_launch_on_as_many_hosts_as_expected_trains(tmp_path, data, emulated_hosts):
+    """And a restart without one of them, which has left its link, is not refused."""
+    flags = [*emulated_hosts.flags, ACROSS]
+    train = ["train", f"--data_dir={data}", f"--run_dir={tmp_path / 'run'}", *FLAGS, "--expect_hosts=2"]
+    words = [*LAUNCH_PROGRAM, *INJECT, str(tmp_path), "sleep@0:6:5", "--", *flags, *train]
+    started = Started(emulated_hosts.on(1, words), tmp_path, PYTHONPATH=str(ROOT))
+    at_step(started, 5)
+    emulated_hosts.cut(2)
+    started.wait(code=0)
+    assert [line["ranks"] for line in restarts(tmp_path)] == [2, 2, 1, 1]
+    assert newest(tmp_path).meta["step"] == STEPS
+
+
 @pytest.mark.fault("F12")
 def test_open_mpi_5_job_marks_its_daemons_and_stops(tmp_path, emulated_hosts, open_mpi_5):
     """On the other host they are recognised by their command line, as after a crash of the launcher; a request ends all."""

@@ -1,12 +1,15 @@
 """What ranks that have joined refuse before they train."""
 
+import socket
+
 import pytest
 
 from hvd_vgg.config import TrainConfig
+from hvd_vgg.environment import JOB_PARAMETER
 from hvd_vgg.errors import CONFIGURATION, USAGE, Failure
 from hvd_vgg.parallel import comm, init
 from hvd_vgg.parallel.consensus import run_on_all_ranks
-from hvd_vgg.training.startup import claim_run_dir
+from hvd_vgg.training.startup import claim_run_dir, require_hosts
 
 
 def test_startup_refuses_a_precision_that_cpus_lack(monkeypatch):
@@ -34,3 +37,21 @@ def test_startup_refuses_more_ranks_than_micro_batches():
     enough = 64 // comm.size()
     assert f"fewer than the {comm.size()} ranks" in raised.value.message
     assert raised.value.message.endswith(f"start at most 1, or begin a new run with --device_batch={enough}")
+
+
+def test_startup_refuses_ranks_on_another_number_of_hosts(monkeypatch):
+    """These ranks are all on this host; those that `launch` has started again may be on fewer than asked for."""
+    monkeypatch.delenv(f"OMPI_MCA_{JOB_PARAMETER}", raising=False)
+    require_hosts(0)
+    require_hosts(1)
+    with pytest.raises(Failure) as raised:
+        require_hosts(2)
+    assert (raised.value.code, raised.value.collective) == (CONFIGURATION, True)
+    found = f"found {comm.size()} ranks on 1 host ({socket.gethostname()}): "
+    assert raised.value.message.startswith(f"--expect_hosts=2, but {found}")
+    assert "`hvd-vgg launch --hostfile=FILE` places ranks itself" in raised.value.message
+    monkeypatch.setenv(f"OMPI_MCA_{JOB_PARAMETER}", "0123456789abcdef.4711.0")
+    with pytest.raises(Failure):
+        require_hosts(2)
+    monkeypatch.setenv(f"OMPI_MCA_{JOB_PARAMETER}", "0123456789abcdef.4711.10")
+    require_hosts(2)

@@ -148,6 +148,9 @@ def carry_out(container: Container, stage: Stage, files: Path, made: Dict[str, C
             target = container.root / (Path(container.cwd) / words[-1]).relative_to("/")  # an absolute one replaces it
             for source in words[:-1]:
                 copy(start / source.lstrip("/"), target, words[-1].endswith("/"))
+        elif instruction == "ARG":  # of a stage: a variable of what it runs from here on, unless the build gave another
+            name, _, value = rest.partition("=")
+            container.environment.setdefault(name, value)
         elif instruction == "ENV":
             for word in shlex.split(rest):
                 name, _, value = word.partition("=")

@@ -126,6 +126,24 @@ def test_devices_whose_memory_is_in_use(tmp_path):
     assert worst(findings(masked, cuda="12.3")[1]) == OK
 
 
+@pytest.mark.parametrize(
+    ("masks", "devices"),
+    [
+        ({"COREX_VISIBLE_DEVICES": "3"}, []),
+        ({"COREX_VISIBLE_DEVICES": "all"}, [0, 1]),
+        ({"COREX_VISIBLE_DEVICES": "1,2"}, [1]),
+        ({"CUDA_VISIBLE_DEVICES": "0", "COREX_VISIBLE_DEVICES": "all"}, [0]),
+    ],
+)
+def test_devices_in_use_that_a_mask_of_iluvatar_hides(tmp_path, masks, devices):
+    host = simulated.iluvatar(tmp_path, **masks)
+    tool = tmp_path / "usr/local/corex/bin/ixsmi"
+    tool.write_text(tool.read_text().replace(" 64MiB / 32768MiB", " 9000MiB / 32768MiB", 2))
+    texts = [finding.text for finding in findings(host)[1] if finding.verdict == WARNING]
+    busy = ", ".join(f"device {number}: 9000 of 32768 MiB" for number in devices)
+    assert texts == ([f"memory is in use: {busy}"] if busy else [])
+
+
 def test_devices_of_a_login_node(tmp_path):
     """Without devices it can still train on its CPU."""
     host = simulated.nvidia(tmp_path)

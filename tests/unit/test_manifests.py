@@ -1,4 +1,4 @@
-"""The Kubernetes manifests: against the published schema of the MPI operator, and what no schema knows."""
+"""The Kubernetes manifests: against the published schemas of the MPI operator and of Trainer, and what no schema knows."""
 
 import json
 import subprocess
@@ -10,11 +10,18 @@ import yaml
 from support import ROOT
 
 from hvd_vgg.config import DoctorConfig, LaunchConfig, TrainConfig
+from hvd_vgg.errors import CONFIGURATION, DATA, USAGE
 from hvd_vgg.flags import parse_flags
 from hvd_vgg.launcher.hostfile import Host, read_hostfile
 
+TRAINER_KINDS = ("ClusterTrainingRuntime", "TrainJob")
+HERE = Path(__file__).parent
 FOLDER = ROOT / "launch" / "kubernetes"
-SCHEMA = json.loads((Path(__file__).parent / "mpijob_v2beta1.schema.json").read_text())
+SCHEMA = json.loads((HERE / "mpijob_v2beta1.schema.json").read_text())
+# Of Kubeflow Trainer v2: what a cluster has, and a run in it.
+TRAINER = {kind: json.loads((HERE / f"{kind.lower()}_v1alpha1.schema.json").read_text()) for kind in TRAINER_KINDS}
+RUNTIMES = {path.stem[8:]: yaml.safe_load(path.read_text()) for path in sorted(FOLDER.glob("runtime-*.yaml"))}
+TRAINJOBS = {path.stem[9:]: yaml.safe_load(path.read_text()) for path in sorted(FOLDER.glob("trainjob-*.yaml"))}
 JOBS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(FOLDER.glob("mpijob-*.yaml"))}
 
 
@@ -37,13 +44,105 @@ def container_of(job, role):
     return container, pod
 
 
+def replicated(runtime, name):
+    """Returns one of a runtime's replicated jobs, its only container, and the pod's spec."""
+    (job,) = [each for each in runtime["spec"]["template"]["spec"]["replicatedJobs"] if each["name"] == name]
+    pod = job["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    return job, container, pod
+
+
 def test_manifests_are_there_for_both_vendors():
     assert set(JOBS) == {"mpijob-bi-v150", "mpijob-nvidia"}
+    assert set(RUNTIMES) == set(TRAINJOBS) == {"bi-v150", "nvidia"}
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_manifest_fits_the_operators_schema(name):
     jsonschema.validate(JOBS[name], strict(SCHEMA))
+
+
+@pytest.mark.parametrize("name", TRAINJOBS)
+def test_manifests_fit_the_schema_of_trainer(name):
+    for document in (RUNTIMES[name], TRAINJOBS[name]):
+        assert document["apiVersion"] == "trainer.kubeflow.org/v1alpha1"
+        jsonschema.validate(document, strict(TRAINER[document["kind"]]))
+
+
+@pytest.mark.parametrize("kind", TRAINER_KINDS)
+def test_schema_of_trainer_finds_what_is_wrong(kind):
+    """A misspelt word, and a number that is a text."""
+    document = (RUNTIMES if kind == "ClusterTrainingRuntime" else TRAINJOBS)["nvidia"]
+    for part, field, value in {
+        "ClusterTrainingRuntime": [("mlPolicy", "mpii", {}), ("mlPolicy", "numNodes", "1")],
+        "TrainJob": [("trainer", "nodes", 2), ("trainer", "numNodes", "2")],
+    }[kind]:
+        wrong = json.loads(json.dumps(document))
+        wrong["spec"][part][field] = value
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, strict(TRAINER[kind]))
+
+
+@pytest.mark.parametrize("name", TRAINJOBS)
+def test_trainer_finds_what_it_looks_for_in_the_runtime(name):
+    """By its source at the schema's commit: names of jobs and containers, and one launcher; numNodes are the workers."""
+    runtime, job = RUNTIMES[name], TRAINJOBS[name]
+    assert job["spec"]["runtimeRef"] == {
+        "apiGroup": "trainer.kubeflow.org",
+        "kind": runtime["kind"],
+        "name": runtime["metadata"]["name"],
+    }
+    policy = runtime["spec"]["mlPolicy"]
+    assert policy["numNodes"] == 1 and policy["mpi"]["runLauncherAsNode"] is False
+    launcher, container, _ = replicated(runtime, "launcher")
+    assert launcher["template"]["metadata"]["labels"] == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+    assert launcher["dependsOn"] == [{"name": "node", "status": "Ready"}]
+    node, worker, _ = replicated(runtime, "node")
+    assert "metadata" not in node["template"]
+    assert container["name"] == worker["name"] == "node" and container["image"] == worker["image"]
+    assert runtime["spec"]["template"]["spec"]["successPolicy"]["targetReplicatedJobs"] == ["launcher"]
+    # These reach the launcher alone.
+    assert set(job["spec"]["trainer"]) == {"numNodes", "command", "args"}
+
+
+@pytest.mark.parametrize("name", TRAINJOBS)
+def test_pods_of_trainer_are_those_of_the_mpijob(name):
+    """The same images, commands, limits, volumes and rights."""
+    mpi = JOBS[f"mpijob-{name}"]
+    for role, other in (("launcher", "Launcher"), ("node", "Worker")):
+        _, container, pod = replicated(RUNTIMES[name], role)
+        wanted, around = container_of(mpi, other)
+        policy = {"restartPolicy": "Never" if role == "launcher" else mpi["spec"]["mpiReplicaSpecs"][other]["restartPolicy"]}
+        assert {**pod, "containers": 1} == {**around, **policy, "containers": 1}
+        training = {"command": container["command"]} if role == "launcher" else {}
+        assert {**container, "name": "", "args": []} == {**wanted, **training, "name": "", "args": []}
+    policy = RUNTIMES[name]["spec"]["mlPolicy"]["mpi"]
+    assert policy["sshAuthMountPath"] == mpi["spec"]["sshAuthMountPath"]
+    assert policy["numProcPerNode"] == mpi["spec"]["slotsPerWorker"]
+    arguments = TRAINJOBS[name]["spec"]["trainer"]["args"]
+    assert arguments == container_of(mpi, "Launcher")[0]["args"]
+
+
+@pytest.mark.parametrize("name", TRAINJOBS)
+def test_launcher_of_trainer_starts_a_rank_in_every_slot(name, tmp_path):
+    """By the host file that Trainer writes: of JOB-node-0-INDEX.JOB for each worker."""
+    job, runtime = TRAINJOBS[name], RUNTIMES[name]
+    count, slots = job["spec"]["trainer"]["numNodes"], runtime["spec"]["mlPolicy"]["mpi"]["numProcPerNode"]
+    own = job["metadata"]["name"]
+    names = [f"{own}-node-0-{index}.{own}" for index in range(count)]
+    path = tmp_path / "hostfile"
+    path.write_text("".join(f"{each} slots={slots}\n" for each in names))
+    assert read_hostfile(str(path)) == [Host(each, slots) for each in names]
+
+
+def test_trainer_ends_jobs_that_would_fail_again():
+    """Their launcher's pod is not started again, which Kubernetes wants for such rules."""
+    for runtime in RUNTIMES.values():
+        job, container, pod = replicated(runtime, "launcher")
+        rules = job["template"]["spec"]["podFailurePolicy"]["rules"]
+        assert pod["restartPolicy"] == "Never"
+        codes = {"containerName": container["name"], "operator": "In", "values": [USAGE, DATA, CONFIGURATION]}
+        assert rules[0] == {"action": "FailJob", "onExitCodes": codes}
 
 
 @pytest.mark.parametrize(
@@ -122,6 +221,7 @@ def test_launcher_starts_a_rank_in_every_slot(name, tmp_path):
     flags = [each.replace("/opt/hvd_vgg", str(ROOT)) for each in container["args"][at + 1 :]]
     training = parse_flags(TrainConfig, flags)
     assert (training.data_dir, training.run_dir) == ("/data", "/runs/vgg16_imagenet")
+    assert training.expect_hosts == spec["mpiReplicaSpecs"]["Worker"]["replicas"]
     # What the operator writes for these workers.
     names = [f"{name}-worker-{number}.{name}.default.svc" for number in range(spec["mpiReplicaSpecs"]["Worker"]["replicas"])]
     path = tmp_path / "hostfile"
@@ -174,6 +274,23 @@ def test_doctor_runs_in_the_pods_that_would_train(name):
     made["spec"]["runPolicy"]["backoffLimit"] = JOBS[name]["spec"]["runPolicy"]["backoffLimit"]
     made["spec"]["mpiReplicaSpecs"]["Launcher"]["restartPolicy"] = "OnFailure"
     assert made == JOBS[name]
+
+
+@pytest.mark.parametrize("name", TRAINJOBS)
+def test_doctor_runs_in_the_pods_of_a_trainjob(name):
+    ended = doctor(FOLDER / f"trainjob-{name}.yaml", "--network=eth0", "--collectives")
+    assert ended.returncode == 0, ended.stderr
+    made = yaml.safe_load(ended.stdout)
+    jsonschema.validate(made, strict(TRAINER["TrainJob"]))
+    arguments = made["spec"]["trainer"]["args"]
+    at = arguments.index("doctor")
+    launching = parse_flags(LaunchConfig, arguments[1:at])
+    assert (launching.hostfile, launching.network) == ("/etc/mpi/hostfile", "eth0")
+    looking = parse_flags(DoctorConfig, [each.replace("/opt/hvd_vgg", str(ROOT)) for each in arguments[at + 1 :]])
+    assert (looking.data_dir, looking.collectives, looking.expect_hosts) == ("/data", True, 2)
+    made["spec"]["trainer"]["args"] = TRAINJOBS[name]["spec"]["trainer"]["args"]
+    made["metadata"]["name"] = made["metadata"]["name"][: -len("-doctor")]
+    assert made == TRAINJOBS[name]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """What doctor concludes from the packages of SIMULATED hosts (tests/simulated.py): no vendor's software is on them."""
 
+import sys
+
 import pytest
 from simulated import findings, iluvatar, only, write_packages
 
@@ -28,7 +30,9 @@ def test_packages_missing(tmp_path):
     _, found = findings(iluvatar(tmp_path, missing=("cloudpickle", "mpi4py", "dllogger", "tensorflow")))
     bad = {finding.text: finding for finding in found if finding.verdict == FAILURE}
     assert "pip install --no-deps cloudpickle" in bad["cloudpickle is not installed"].fix
-    assert "pip must install neither" in bad["not installed, or not on this Python's search path"].fix
+    fix = bad["not installed, or not on this Python's search path"].fix
+    assert "pip must install neither" in fix and "--build-arg=COREX_WHEELS" in fix
+    assert "ask the vendor for the wheel tensorflow-...+corex.4.3.0-cp{}{} ".format(*sys.version_info) in fix
     assert {finding.text for finding in found if finding.verdict == WARNING} == {"mpi4py is not installed"}
 
 
@@ -79,3 +83,26 @@ def test_packages_tensorflow_of_user_before_the_vendors(tmp_path):
     assert f"2.18.0, in {own}" in texts
     assert f"{own} is where it is imported from; {host.path[0]} has one too" in texts
     assert not [text for text in (finding.text for finding in findings(host)[1]) if "has one too" in text]
+
+
+@pytest.mark.parametrize("libraries", [("libnccl.so.2",), ("libixccl.so",), ("libixccl.so.1", "libnccl.so.2.24.3")])
+def test_packages_collective_library_by_either_name(tmp_path, libraries):
+    found = findings(iluvatar(tmp_path, libraries=libraries))[1]
+    assert worst(found) == OK
+    assert f"collective library: {', '.join(sorted(libraries))}" in [finding.text for finding in found]
+
+
+def test_packages_without_collective_library(tmp_path):
+    bad = only(findings(iluvatar(tmp_path, libraries=()))[1], WARNING)
+    assert bad.text == "no collective library: /usr/local/corex/lib64 has neither libnccl.so.2 nor libixccl.so"
+
+
+@pytest.mark.parametrize("sdk", ["4.4.0", "4.5.0", "4.5.0.20260419", "4.5.0rc11"])
+def test_packages_of_newer_sdks(tmp_path, sdk):
+    """Of dated builds and candidates too, with the variable that their containers have."""
+    versions = {"tensorflow": f"2.16.2+corex.{sdk}", "horovod": f"0.27.0+corex.{sdk}"}
+    host = iluvatar(tmp_path, sdk=sdk[:5], driver=sdk[:5], COREX_VISIBLE_DEVICES="all", **versions)
+    (tmp_path / "dev/itrctl").touch()
+    found = findings(host)[1]
+    assert worst(found) == OK
+    assert "COREX_VISIBLE_DEVICES=all" in [finding.text for finding in found]

@@ -623,6 +623,86 @@ def test_dockerfile_images_run_as_nobody_without_compiler():
         assert not any("g++" in line for line in made[name])
     # The vendor's packages are not among what the target for his image installs.
     assert not any("environment.sh" in line or "requirements" in line for line in made["corex"])
+    # What a build gives reaches the script that installs them.
+    given = made["corex"].index("ARG COREX_WHEELS=")
+    assert "beside_vendor.sh" in next(line for line in made["corex"][given:] if line.startswith("RUN "))
+
+
+# Stands for the python3 of a vendor's image: a file in ./modules for each that can be imported, `name==version` within.
+VENDORS_PYTHON = """
+case "$*" in
+  *'pip list'*) cat modules/* ;;
+  *'pip install'*)
+    printf '%s\\n' "$@" >>installed
+    for word; do case "$word" in
+      /dev/fd/*) sed 's/^/constraint /' "$word" >>installed ;;
+      *.whl) name="${word##*/}" && echo "${name%%-*}==0" >"modules/${name%%-*}" ;;
+    esac; done ;;
+  *find_spec*) name="${2##*find_spec(\\'}" && [ -e "modules/${name%%\\'*}" ] ;;
+esac
+"""
+
+
+@pytest.fixture
+def vendors(here):
+    """A clone beside a vendor's packages, all that are needed but TensorFlow and Horovod; returns PATH."""
+    (here / "modules").mkdir()
+    for name in (
+        "numpy",
+        "absl",
+        "crc32c",
+        "cv2",
+        "PIL",
+        "psutil",
+        "safetensors",
+        "cloudpickle",
+        "packaging",
+        "yaml",
+        "mpi4py",
+    ):
+        (here / "modules" / name).write_text(f"{name}==1.0\n")
+    (here / "clone/launch/container").mkdir(parents=True)
+    (here / "clone/launch/wheels").mkdir()
+    shutil.copy(LAUNCH / "container/beside_vendor.sh", here / "clone/launch/container")
+    for name in (
+        "tensorflow-2.16.2+corex.4.4.0-cp312-cp312-linux_x86_64",
+        "horovod-0.27.0+corex.4.4.0-cp312-cp312-linux_x86_64",
+    ):
+        (here / f"clone/launch/wheels/{name}.whl").touch()
+    return stubs(here, python3=VENDORS_PYTHON, **{"hvd-vgg": "true"})
+
+
+@pytest.mark.parametrize(
+    "wheels",
+    [
+        "launch/wheels",
+        "launch/wheels/tensorflow-2.16.2*.whl https://wheels.example.com/horovod-0.27.0%2Bcorex.4.4.0-py3-none-any.whl",
+    ],
+)
+def test_vendors_wheels_are_installed_where_its_image_has_none(here, vendors, wheels):
+    """Before all else, and so that no package of the image is replaced by what they require."""
+    script = here / "clone/launch/container/beside_vendor.sh"
+    ended = call(script, cwd=here, PATH=vendors, COREX_WHEELS=wheels)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    lines = (here / "installed").read_text().splitlines()
+    assert len([line for line in lines if line.endswith(".whl")]) == 2
+    assert "--no-deps" not in lines[: lines.index("constraint numpy==1.0")]
+    assert lines[-1] == str(here / "clone")
+
+
+@pytest.mark.parametrize(
+    ("wheels", "message"),
+    [
+        ({}, "python3 has no tensorflow: ask the vendor for the wheel of this image's SDK and Python"),
+        ({"COREX_WHEELS": "wheels/*.whl"}, "COREX_WHEELS: {clone}/wheels/*.whl: no such file"),
+    ],
+)
+def test_vendors_image_without_tensorflow_is_refused(here, vendors, wheels, message):
+    script = here / "clone/launch/container/beside_vendor.sh"
+    ended = call(script, cwd=here, PATH=vendors, **wheels)
+    assert ended.returncode == 78
+    assert ended.stderr.startswith(f"beside_vendor: {message.format(clone=here / 'clone')}")
+    assert not (here / "installed").exists()
 
 
 def test_dockerfile_context_has_what_is_copied_and_no_more():

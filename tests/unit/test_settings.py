@@ -32,6 +32,19 @@ def test_visible_devices_are_fewer_than_nodes():
     assert check_visible_devices(8, 8, "") == check_visible_devices(0, 0, "") == []
 
 
+def test_visible_devices_by_the_variable_of_iluvatar():
+    (masked,) = check_visible_devices(16, 4, None, "0,1,2,3")
+    assert "(COREX_VISIBLE_DEVICES=0,1,2,3)" in masked.text
+    assert masked.fix == "unset COREX_VISIBLE_DEVICES to use all, unless a scheduler set it"
+    (both,) = check_visible_devices(16, 2, "0,1", "all")
+    assert "(CUDA_VISIBLE_DEVICES=0,1, COREX_VISIBLE_DEVICES=all)" in both.text
+    assert both.fix.startswith("unset CUDA_VISIBLE_DEVICES to use all")
+    assert "compare with the vendor's tool" in check_visible_devices(16, 8, None, "all")[0].fix
+    assert check_visible_devices(16, 0, None, "")[0].verdict == WARNING
+    assert check_visible_devices(16, 0, None, "all")[0].verdict == FAILURE
+    assert "(COREX_VISIBLE_DEVICES=all)" in check_rank_count(16, 8, False, None, "all")[0].text
+
+
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
