@@ -11,8 +11,7 @@
 # for the vendor's image. Those of `nvidia` were not tried at all.
 # hadolint global ignore=DL3008
 # (apt versions are not pinned: distributions remove old ones; the base images' tags are.)
-ARG PYTHON_IMAGE=python:3.11.13-slim-bookworm
-# TensorFlow 2.16 wants CUDA 12 and cuDNN 8.
+# TensorFlow 2.16 wants CUDA 12 and cuDNN 8: not what .github/dependabot.yml raises, which finds images behind FROM alone.
 ARG CUDA_BUILD_IMAGE=nvidia/cuda:12.2.2-cudnn8-devel-ubuntu22.04
 ARG CUDA_IMAGE=nvidia/cuda:12.2.2-cudnn8-runtime-ubuntu22.04
 # No registry is known to have it with TensorFlow; under .invalid (RFC 2606) nothing can be found, and the name is in docker's message.
@@ -77,7 +76,10 @@ ENTRYPOINT ["hvd-vgg"]
 CMD ["--help"]
 
 
-FROM ${PYTHON_IMAGE} AS cpu-build
+FROM python:3.11.13-slim-bookworm AS base
+
+
+FROM base AS cpu-build
 RUN apt-get update && apt-get install -y --no-install-recommends g++ make && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/hvd_vgg
 # Only what decides the environment: it is not made again when the code changes.
@@ -88,7 +90,7 @@ ENV HVD_VGG_VENV=/opt/venv PYTHON=python3.11
 RUN bash launch/environment.sh
 
 
-FROM ${PYTHON_IMAGE} AS cpu
+FROM base AS cpu
 COPY launch/container /opt/hvd_vgg/launch/container
 RUN bash /opt/hvd_vgg/launch/container/setup.sh
 COPY --from=cpu-build /opt/venv /opt/venv

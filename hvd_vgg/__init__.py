@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Optional
 if TYPE_CHECKING:
     from hvd_vgg.config import TrainConfig
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 
 def train(config: "TrainConfig", on_log: Optional[Callable[[Dict[str, Any]], None]] = None) -> None:

@@ -90,6 +90,8 @@ class Container:
         for name in ("passwd", "group"):
             lines = (self.root / "etc" / name).read_text().splitlines(keepends=True)
             (self.root / "etc" / name).write_text("".join(line for line in lines if ":1000:" not in line))
+        # Nor anything half installed, as this machine may have: apt-get would refuse to go on.
+        self.run("env", "DEBIAN_FRONTEND=noninteractive", "dpkg", "--configure", "-a")
         # Everybody may use an image's Python.
         for each in PYTHON.resolve().parents:
             inside = self.root / str(each).lstrip("/")
