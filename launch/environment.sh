@@ -94,6 +94,14 @@ find_moved_headers() {
   if [ -f "$include/$old" ] || ! [ -f "$include/$new" ]; then return; fi
   mkdir -p "$folder/${old%/*}"
   printf '%s\n' "#include \"$new\"" '#include "absl/status/statusor.h"' 'namespace xla { using absl::StatusOr; }' >"$folder/$old"
+  # 2.19 includes two headers of LLVM that its wheel lacks, for a class of GPU code that Horovod does not use.
+  if grep -qs llvm/ADT "$include/xla/stream_executor/gpu/tma_metadata.h" && ! [ -d "$include/llvm/ADT" ]; then
+    mkdir -p "$folder/llvm/ADT"
+    printf '%s\n' '#pragma once' '#include <vector>' \
+      'namespace llvm { template <class T> struct ArrayRef { template <class C> ArrayRef(const C&) {} }; }' \
+      'namespace llvm { template <class T, unsigned N = 0> using SmallVector = std::vector<T>; }' >"$folder/llvm/ADT/ArrayRef.h"
+    printf '#include "ArrayRef.h"\n' >"$folder/llvm/ADT/SmallVector.h"
+  fi
   printf ' -I%s' "$folder"
   for each in external/highwayhash external/farmhash_archive/src; do
     if [ -d "$include/$each" ]; then printf ' -I%s' "$include/$each"; fi

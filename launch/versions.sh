@@ -89,6 +89,10 @@ row() {
   use_environment
   for step in unit parallel train; do
     code=0
+    if [[ "$step/$mpi" == unit/mpich* ]]; then # they start ranks by Open MPI
+      results+=("-")
+      continue
+    fi
     case "$step" in
       unit) timeout 900 python -m pytest -q tests/unit ;;
       parallel) on_two_ranks 900 python -m pytest -q --color=no tests/parallel ;;

@@ -45,16 +45,16 @@ def check_root(environ: Mapping[str, str]) -> List[Finding]:
 def check_mpirun(path: Optional[str]) -> Finding:
     """Checks the version of the mpirun on `path` (PATH) that `hvd-vgg launch` would use; it has 5 s to answer."""
     mpirun = shutil.which("mpirun", path=path)
-    fix = "install Open MPI 4, or add its bin to PATH; horovodrun --gloo needs none"
+    fix = "install Open MPI 4 or 5, or add its bin to PATH; horovodrun --gloo needs none"
     if mpirun is None:
         return warning("mpi", "mpirun is not on PATH: `hvd-vgg launch` cannot start ranks", fix)
     done = run_tool([mpirun, "--version"], os.environ, 5)
     answer = (done.stdout.strip() or done.stderr.strip()).partition("\n")[0] if done else "no answer"
     version = re.match(r"mpirun \((Open MPI)\) (\S+)", answer)
     text = f"mpirun is {mpirun}: {' '.join(version.groups()) if version else answer}"
-    if version and version[2].startswith("4."):
+    if version and version[2].startswith(("4.", "5.")):
         return ok("mpi", text)
-    return warning("mpi", text, f"`hvd-vgg launch` needs Open MPI 4: {fix}")
+    return warning("mpi", text, f"`hvd-vgg launch` needs Open MPI 4 or 5: {fix}")
 
 
 def check_mpi(libraries: List[str], mpi4py: Dict[str, Any], software: Mapping[str, str]) -> Finding:

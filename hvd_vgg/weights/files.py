@@ -108,6 +108,7 @@ def _contents(path: Path) -> Contents:
 
 def _archive(path: Path) -> Contents:
     if any(info.filename.endswith("data.pkl") for info in hdf5.archive_members(path)):
+        torch_file.require_checksums(path)
         return torch_file.read_contents(path)
     return hdf5.read_contents(path, *hdf5.member_bounds(path))
 

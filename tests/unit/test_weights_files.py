@@ -149,6 +149,20 @@ def test_read_file_reads_pickles_by_torch_alone(reference, name):
         assert torch_file.CONVERT in refusal(reference / name)
 
 
+def test_read_file_refuses_archives_of_torch_by_checksums(reference, tmp_path):
+    """Before torch sees them: it compares no checksum, and a bit of the pickle makes a tensor another part of the file."""
+    data, path = (reference / "torchvision-vgg11.pth").read_bytes(), tmp_path / "changed.pth"
+    with zipfile.ZipFile(reference / "torchvision-vgg11.pth") as archive:
+        (name,) = [each for each in archive.namelist() if each.endswith("data.pkl")]
+        pickled = archive.read(name)
+    at = data.index(pickled) + len(pickled) // 2
+    path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    assert f"the checksum of its member '{name}' does not match: the file is damaged" in refusal(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("data.pkl", bytes(10**6))
+    assert "its members are compressed, or overlap" in refusal(path)
+
+
 def test_read_file_takes_a_network_within_another(reference, sources, tmp_path):
     """As `module.` of DistributedDataParallel; what stands beside it is unused."""
     tensors = load_file(reference / "torchvision-vgg11.safetensors")
