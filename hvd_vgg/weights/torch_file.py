@@ -33,7 +33,7 @@ def require_checksums(path: Path) -> None:
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, struct.error) as error:
         raise ValueError(f"it begins as a ZIP archive and is none ({error}): it is cut short or damaged") from error
     if damaged is not None:
-        raise ValueError(f"the checksum of its member {ascii(damaged)} does not match: the file is damaged")
+        raise ValueError(f"the checksum of its member {damaged!a} does not match: the file is damaged")
 
 
 def read_contents(path: Path, python: str = sys.executable) -> Contents:
