@@ -38,26 +38,30 @@ outcome() {
   if [ -n "$last" ]; then echo "$last"; elif [ "$code" = 0 ]; then echo passed; else echo "exit code $code"; fi
 }
 
-# Starts a command on two ranks: by the launcher, or by the MPI itself where the launcher refuses it.
+# Starts a command of hvd-vgg, or behind -- a program, on two ranks: by the launcher, or by the MPI itself where the launcher
+# refuses it.
 on_two_ranks() {
   local limit="$1"
   shift
   case "$mpi" in
-    mpich*) timeout "$limit" mpiexec -n 2 "$@" ;;
-    *) hvd-vgg launch --ranks=2 --time_limit_seconds="$limit" -- "$@" ;;
+    mpich*)
+      if [ "$1" = -- ]; then shift; else set -- hvd-vgg "$@"; fi
+      timeout "$limit" mpiexec -n 2 "$@"
+      ;;
+    *) hvd-vgg launch --ranks=2 --time_limit_seconds="$limit" "$@" ;;
   esac
 }
 
 # 5 updates on drawn data, then 5 more from the checkpoint; what the run claims is checked against data and weights.
 train_twice() {
   local run="$1"
-  on_two_ranks 300 hvd-vgg make-demo-data --data_dir="$run/data" --train_images=200 --validation_images=50 &&
+  on_two_ranks 300 make-demo-data --data_dir="$run/data" --train_images=200 --validation_images=50 &&
     train_to 5 "$run" && train_to 10 "$run" | tee "$run/continued" && grep -q '^steps 5 to 10,' "$run/continued" &&
     hvd-vgg verify-run "$run/run" --data_dir="$run/data"
 }
 
 train_to() {
-  on_two_ranks 300 hvd-vgg train --flagfile="$clone/configs/smoke.flags" --data_dir="$2/data" --run_dir="$2/run" --steps="$1"
+  on_two_ranks 300 train --flagfile="$clone/configs/smoke.flags" --data_dir="$2/data" --run_dir="$2/run" --steps="$1"
 }
 
 # What is installed there, as cells of the table.
@@ -95,7 +99,7 @@ row() {
     fi
     case "$step" in
       unit) timeout 900 python -m pytest -q tests/unit ;;
-      parallel) on_two_ranks 900 python -m pytest -q --color=no tests/parallel ;;
+      parallel) on_two_ranks 900 -- python -m pytest -q --color=no tests/parallel ;;
       train) train_twice "$(mktemp -d "$place/train.XXXXXX")" ;;
     esac >"$place/$step.log" 2>&1 || code=$?
     [ "$code" = 0 ] || bad=1
