@@ -26,6 +26,7 @@ _NO_SCHEDULER = {4: "^alps,gridengine,loadleveler,lsf,slurm,tm", 5: "^flux,gride
 _REMOTE, _LOCAL = {4: "rsh", 5: "ssh"}, {4: "isolated", 5: "ssh"}
 # Open MPI's own settings notice a lost host after eight minutes or more; these after 20 seconds.
 _KEEPALIVE = {"oob_tcp_keepalive_time": 10, "oob_tcp_keepalive_intvl": 3, "oob_tcp_keepalive_probes": 3}
+_VERSION_SECONDS = 20.0  # in which mpirun has to say its version
 # What another MPI's mpirun says of itself at --version.
 _OTHERS = {"HYDRA": "MPICH", "Intel(R) MPI": "Intel MPI"}
 
@@ -74,12 +75,18 @@ def open_mpi_version(mpirun: str) -> int:
 
     Raises Failure(CONFIGURATION) for another MPI's.
     """
-    ended = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False)  # noqa: S603
-    other = next((name for word, name in _OTHERS.items() if word in ended.stdout), "")
+    try:
+        printed = subprocess.run(  # noqa: S603
+            [mpirun, "--version"], capture_output=True, text=True, check=False, timeout=_VERSION_SECONDS
+        ).stdout
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        why = f"{mpirun} --version: {getattr(error, 'strerror', None) or error}"
+        raise Failure(CONFIGURATION, f"mpirun cannot be started: {why}") from error
+    other = next((name for word, name in _OTHERS.items() if word in printed), "")
     if other:
         text = f"{mpirun} is {other}, whose options are others: `hvd-vgg launch` needs Open MPI 4 or 5 on PATH"
         raise Failure(CONFIGURATION, f"{text}; or start the ranks by {other} itself: mpiexec -n 8 hvd-vgg train ...")
-    found = re.search(r"Open MPI\) v?(\d+)", ended.stdout)
+    found = re.search(r"Open MPI\) v?(\d+)", printed)
     return 5 if found and int(found[1]) >= 5 else 4
 
 

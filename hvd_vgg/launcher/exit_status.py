@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Dict, Mapping, NamedTuple
 
-from hvd_vgg.errors import DONE, LOST_RANK, STOPPED
+from hvd_vgg.errors import CONFIGURATION, DONE, LOST_RANK, STOPPED
 from hvd_vgg.parallel.cores import control_groups
 
 _HINTS: Dict[int, str] = {
@@ -47,20 +47,22 @@ def explain(status: int, stderr: str, oom_kills: Mapping[str, int], stdout: str 
     if lost := re.search(r"lost communication with a remote daemon.*?Remote daemon:.*? on node (\S+)", stderr, re.S):
         return ExitStatus(LOST_RANK, f"host {lost[1]} is gone: mpirun lost its daemon there", host=lost[1])
     # With exit code 0, but without MPI_Finalize: a library may do so.
-    if silent := re.search(r"process rank (\d+) with PID \d+ on\s+node (\S+) exiting improperly", stderr):
+    if silent := re.search(r"process rank (\d+) with PID \d+ on\s+node (\S+) exiting\s+improperly", stderr):
         return ExitStatus(LOST_RANK, f"rank {silent[1]} exited without leaving MPI, on {silent[2]}", int(silent[1]))
     # Open MPI 5 says so on stdout, and ends with the code of what was to start the daemon; 4 ends with 1, and 5 with 213
     # where a host has no interface of the network.
     if silent_host := re.search(r"-----\nA daemon failed to report back.*?Remote host:\s+(\S+)", stdout, re.S):
         text = f"mpirun could not start its daemon on {silent_host[1]}: see above"
         return ExitStatus(LOST_RANK, text, host=silent_host[1])
-    if (status == 1 and "ORTE" in stderr) or (status == 213 and "No network interfaces" in stderr):
+    if status == 1 and "ORTE" in stderr and "Process name:" not in stderr:
         return ExitStatus(LOST_RANK, "mpirun could not reach all of its hosts: see above")
+    if status == 213 and "No network interfaces" in stderr:  # it would be the same at the next start
+        return ExitStatus(CONFIGURATION, "Open MPI 5 found no interface of --network on a host, or only loopback: see above")
     if status == 1 and "-----" not in stderr:  # the frame of all its messages about ranks; a SIGTERM is no such message
         return ExitStatus(LOST_RANK, "mpirun was terminated from outside")
     # With Open MPI 5 another rank may notice a loss before mpirun does, and abort with a code of MPI's.
     peer = re.search(r"communication peer process has unexpectedly disconnected.*?Peer host:\s+(\S+)", stderr, re.S)
-    if peer and not 64 <= status < 128:
+    if peer and status not in (DONE, *range(64, 128)) and "Process name:" not in stderr:
         return ExitStatus(LOST_RANK, f"a rank on {peer[1]} is gone: another lost its connection", host=peer[1])
     first = re.search(r"Process name: \[(?:\[\d+,\d+\]|\S+@\d+),(\d+)\]\s+Exit code:\s+(\d+)", stderr)
     known = {

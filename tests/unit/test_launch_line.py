@@ -364,7 +364,24 @@ daemon executable
         (0, LOST_5, 75, "host host2 is gone: mpirun lost its daemon there"),
         (14, ABORTED_5, 75, "a rank on host2 is gone: another lost its connection"),
         (70, ABORTED_5, 70, "exit code 70"),
-        (213, "-----\nNo network interfaces were found\n-----", 75, "mpirun could not reach all of its hosts: see above"),
+        (
+            213,
+            "-----\nNo network interfaces were found\n-----",
+            78,
+            "Open MPI 5 found no interface of --network on a host, or only loopback: see above",
+        ),
+        (
+            1,
+            "-----\nprocess rank 1 with PID 7 on\nnode vm exiting\nimproperly. There",
+            75,
+            "rank 1 exited without leaving MPI, on vm",
+        ),
+        (
+            1,
+            "user ORTE text\n-----\nProcess name: [[1,1],0]\n  Exit code:    1\n-----",
+            1,
+            "exit code 1; rank 0 exited first",
+        ),
         (255, "", 255, "exit code 255"),
         (
             3,
