@@ -1090,6 +1090,8 @@ class ReportConfig:
     def conflicts(self) -> Iterator[str]:
         if not self.run_dirs:
             yield "no RUN_DIR: expected hvd-vgg report RUN_DIR [RUN_DIR ...]"
+        if Path(self.out).suffix != ".html":  # no file of a run has such a name, so that none can be overwritten
+            yield f"--out={self.out}: expected a name that ends in .html"
 
 
 @dataclasses.dataclass(frozen=True)

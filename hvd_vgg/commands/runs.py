@@ -48,7 +48,7 @@ def list_runs(config: RunsConfig) -> None:
     found = sorted(find_runs(folder), key=_written)
     if not found:
         raise Failure(DATA, f"--dir={folder}: no run in it: expected directories that `hvd-vgg train --run_dir=` made")
-    rows = [_describe(run, folder) for run in found]
+    rows = [Row(*map(_printable, _describe(run, folder))) for run in found]
     table = [Row("run", "state", "step", "epochs", "acc@1", "acc@5", "images/s", "age", ""), *rows]
     widths = [max(map(len, column)) for column in zip(*table)]
     console = Console("auto", True)
@@ -77,8 +77,12 @@ def _describe(run: RunDir, folder: Path) -> Row:
 
 def _name(run: RunDir, folder: Path) -> str:
     name = str(run.path.relative_to(folder))
-    name = run.path.resolve().name if name == "." else name
-    return name if name.isprintable() else ascii(name)[1:-1]
+    return run.path.resolve().name if name == "." else name
+
+
+def _printable(cell: str) -> str:
+    """Returns a cell without what a terminal would obey: reasons are from files that others may have written."""
+    return cell if cell.isprintable() else ascii(cell)[1:-1]
 
 
 def find_runs(folder: Path) -> Iterator[RunDir]:

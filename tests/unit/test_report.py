@@ -664,3 +664,10 @@ def test_report_refuses_what_it_cannot_do(arguments, code, brief, tmp_path):
     with pytest.raises(Failure) as raised:
         command.report(parse_flags(ReportConfig, [each.format(tmp_path, brief) for each in arguments]))
     assert raised.value.code == code
+
+
+@pytest.mark.parametrize("name", ["dllogger.json", "report", "report.htm"])
+def test_report_overwrites_no_file_of_a_run(tmp_path, name):
+    """Pages alone have its ending, and so no --out can be a log."""
+    assert any("expected a name that ends in .html" in each for each in ReportConfig((str(tmp_path),), name).conflicts())
+    assert not list(ReportConfig((str(tmp_path),), "report.html").conflicts())

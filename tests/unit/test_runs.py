@@ -52,6 +52,19 @@ def test_runs_say_why_one_failed(tmp_path):
     assert row_of(path)[1] == "failed" and row_of(path).reason.startswith("the log has no end, though")
 
 
+def test_runs_print_nothing_that_a_terminal_obeys(tmp_path, capsys):
+    """A reason is from a file that others may have written."""
+    path = tmp_path / "a"
+    with pytest.raises(Killed):
+        train(path, kill_at=20)
+    (path / "faults").mkdir()
+    report = {"time": time.time() + 1, "rank": 0, "host": "h\x1b[31m", "error": "bad \x1b]0;owned\x07 thing"}
+    (path / "faults" / "fatal.rank0.jsonl").write_text(json.dumps(report) + "\n")
+    list_runs(RunsConfig(dir=str(tmp_path)))
+    out = capsys.readouterr().out
+    assert r"rank 0 on h\x1b[31m: bad \x1b]0;owned\x07 thing" in out and out.replace("\n", "").isprintable()
+
+
 def test_runs_that_were_stopped_or_train(tmp_path):
     """A lock that a process of this host holds decides; it is not taken to find out."""
     with pytest.raises(Failure):
