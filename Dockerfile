@@ -5,7 +5,7 @@
 #   docker build -t hvd_vgg:corex --target=corex --build-arg=COREX_IMAGE=corex:4.3.0 .
 #   ... --build-arg=COREX_WHEELS=launch/wheels   where that image lacks TensorFlow or Horovod
 #
-# corex is the vendor's own image, which his docker-installer makes; Open MPI is in it, TensorFlow and Horovod not always.
+# corex is the vendor's own image, which its docker-installer makes; Open MPI is in it, TensorFlow and Horovod not always.
 #
 # Never built by docker yet: launch/check_dockerfile.sh carries out the instructions of `cpu`, and those of `corex` on a stand-in
 # for the vendor's image. Those of `nvidia` were not tried at all.

@@ -13,11 +13,11 @@ from hvd_vgg.data.reader import BadRecord
 from hvd_vgg.data.sampler import Positions, permutation, sample_seeds
 from hvd_vgg.data.summary import label_text
 from hvd_vgg.data.transforms import augmentation_params, decode_image
+from hvd_vgg.data.windows import BILINEAR
 
 _LEAST_TILE = 128  # pixels: smaller images are shown with each pixel as a square of several
 _GAP, _LINE = 8, 18  # pixels between tiles; of a line of text
 _PAPER, _INK, _FRAME = (255, 255, 255), (0, 0, 0), (228, 228, 228)
-_BILINEAR = 2  # PIL.Image.BILINEAR, which some versions of Pillow expose under another name only
 
 
 class SheetRow(NamedTuple):
@@ -129,7 +129,7 @@ def _fit(image: np.ndarray, side: int) -> Any:
     if height == width and side % width == 0:
         return Image.fromarray(image.repeat(side // width, axis=0).repeat(side // width, axis=1))
     longer = max(height, width)
-    shown = Image.fromarray(image).resize([max(1, round(each * side / longer)) for each in (width, height)], _BILINEAR)
+    shown = Image.fromarray(image).resize([max(1, round(each * side / longer)) for each in (width, height)], BILINEAR)
     tile = Image.new("RGB", (side, side), _FRAME)
     tile.paste(shown, ((side - shown.width) // 2, (side - shown.height) // 2))
     return tile

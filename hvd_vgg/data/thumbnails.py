@@ -9,11 +9,10 @@ from hvd_vgg.data.formats.layout import find_split, shard_bytes
 from hvd_vgg.data.formats.shard_file import data_failure
 from hvd_vgg.data.image_header import require_size
 from hvd_vgg.data.index import Index, cache_places, cached_shards, join, scan_for, scan_shard
-from hvd_vgg.data.windows import central_window
+from hvd_vgg.data.windows import BILINEAR, central_window
 
 SIDE = 112  # pixels at most
 _LOSSLESS = 64  # pixels: smaller ones are shown enlarged, and would show what JPEG makes of edges
-_BILINEAR = 2  # PIL.Image.BILINEAR, which some versions of Pillow expose under another name only
 
 
 class Thumbnail(NamedTuple):
@@ -58,7 +57,7 @@ def thumbnail(encoded: bytes, crop: float) -> Thumbnail:
             require_size(encoded, height, width)
             top, left, high, wide = central_window(height, width, crop) if crop else (0, 0, height, width)
             side, box = min(SIDE, max(high, wide)), (left, top, left + wide, top + high)
-            shown = image.convert("RGB").resize((side, side), _BILINEAR, box)
+            shown = image.convert("RGB").resize((side, side), BILINEAR, box)
         file, lossless = io.BytesIO(), side <= _LOSSLESS
         shown.save(file, "PNG" if lossless else "JPEG", quality=80)
     except Exception as error:  # damaged bytes make decoders raise a dozen kinds

@@ -17,13 +17,12 @@ import tensorflow as tf
 from hvd_vgg.config import ImageConfig
 from hvd_vgg.data.augment import DRAWS, augment_image, is_augmented
 from hvd_vgg.data.image_header import JPEG, PNG, require_size
-from hvd_vgg.data.windows import Crop, central_window
+from hvd_vgg.data.windows import BILINEAR, Crop, central_window
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.seeds import uniform_draws
 
 # The random-resized crop of torchvision's recipe for VGG16 (torchvision.transforms.RandomResizedCrop).
 _AREA, _RATIO, _TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
-_BILINEAR = 2  # PIL.Image.BILINEAR, which some versions of Pillow expose under another name only
 # What Pillow decodes with. TensorFlow's own choice, INTEGER_FAST, is darker by 0.3 to 0.9 units of 255.
 PILLOW_METHOD = "INTEGER_ACCURATE"
 _FIRST_DRAWS = 3 + 3 * _TRIES  # of a sample: one for the flip, 2 for the shift, 30 for the crop
@@ -214,7 +213,7 @@ def _pillow_resize(image: np.ndarray, size: int, box: Tuple[float, float, float,
     """Returns a part (left, top, right, bottom) of an image, resized by Pillow's antialiased bilinear filter."""
     from PIL import Image  # only for those who ask for it: it takes a while to load
 
-    return np.asarray(Image.fromarray(image).resize((size, size), _BILINEAR, box))
+    return np.asarray(Image.fromarray(image).resize((size, size), BILINEAR, box))
 
 
 def _decode_error(error: Any) -> ValueError:

@@ -1,7 +1,8 @@
-"""Which part of an image is shown, from its height and width alone."""
+"""Which part of an image is shown, and the filter of Pillow that it is resized by; without TensorFlow."""
 
 from typing import Tuple
 
+BILINEAR = 2  # PIL.Image.BILINEAR, which some versions of Pillow expose under another name only
 Crop = Tuple[int, int, int, int]  # top, left, height, width
 
 

@@ -71,7 +71,7 @@ def compose_mpirun(config: LaunchConfig, ranks: int, hosts: Sequence[Host], toke
 
 @functools.lru_cache(maxsize=None)
 def open_mpi_version(mpirun: str) -> int:
-    """Returns what the mpirun of a path is called like: 4, Open MPI up to 4, or 5, from 5 on.
+    """Returns whose options an mpirun takes: 4, those of Open MPI up to 4, or 5, those of 5 and later.
 
     Raises Failure(CONFIGURATION) for another MPI's.
     """

@@ -21,8 +21,8 @@ def draw_confusions(pairs: np.ndarray, records: np.ndarray) -> np.ndarray:
     pairs: label, class and records of each pair that occurs, int64 [n, 3]; records: of each label, int64 [classes], at least
     two. A cell has the colour of its share of the row's records, from white for none to dark blue for all, by the root of
     the share, and small cells with any at least a third of that, so that rare confusions can be seen; the row of a class
-    without records is grey. The numbers at the left and
-    above are those of classes. Beyond 1000 classes each row and column stands for several.
+    without records is grey. The numbers at the left and above are those of classes. Beyond 1000 classes each row and column
+    stands for several.
     """
     classes = len(records)
     block = -(-classes // _PIXELS)

@@ -18,6 +18,11 @@ _ERRORS = 48  # wrong answers that are kept
 _PRINTED = 5  # pairs of classes that are printed
 
 
+def name_of(number: int, names: Sequence[str]) -> str:
+    """Returns the name of a class for a table; "" where names are unknown."""
+    return names[number] if names else ""
+
+
 def with_a_class(rows: np.ndarray) -> np.ndarray:
     """Returns those of `rows` that have a likeliest class."""
     return rows[np.isfinite(rows["probabilities"][:, 0])]
@@ -39,8 +44,7 @@ def confused_pairs(pairs: np.ndarray) -> np.ndarray:
 def confusion_rows(pairs: np.ndarray, names: Sequence[str]) -> Iterator[Row]:
     """Yields CONFUSIONS of each pair of `confused_pairs`; names: of the classes, [] where unknown."""
     for label, predicted, records in pairs.tolist():
-        texts = [names[number] if names else "" for number in (label, predicted)]
-        yield dict(zip(CONFUSIONS, (label, texts[0], predicted, texts[1], records)))
+        yield dict(zip(CONFUSIONS, (label, name_of(label, names), predicted, name_of(predicted, names), records)))
 
 
 def error_rows(rows: np.ndarray, labels: np.ndarray, index: Index, names: Sequence[str]) -> Iterator[Row]:
@@ -54,8 +58,8 @@ def error_rows(rows: np.ndarray, labels: np.ndarray, index: Index, names: Sequen
     found.sort(key=lambda each: (-each[0], each[1]))
     for probability, record, predicted in found[:_ERRORS]:
         label = int(labels[record])
-        texts = [names[number] if names else "" for number in (label, predicted)]
-        yield dict(zip(ERRORS, (record, index.where(record), label, texts[0], predicted, texts[1], probability)))
+        both = label, name_of(label, names), predicted, name_of(predicted, names)
+        yield dict(zip(ERRORS, (record, index.where(record), *both, probability)))
 
 
 def most_confused(pairs: np.ndarray, counts: np.ndarray, names: Sequence[str]) -> str:

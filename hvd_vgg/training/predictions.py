@@ -23,6 +23,7 @@ from hvd_vgg.training.confusions import (
     confused_pairs,
     confusion_rows,
     error_rows,
+    name_of,
     predicted_pairs,
     with_a_class,
 )
@@ -132,8 +133,7 @@ def other_result(path: Path, result: Evaluation) -> str:
 def class_rows(counts: np.ndarray, names: Sequence[str]) -> Iterator[Row]:
     """Yields class, name, records, top1_hits, top5_hits of each class; names: of `known_names`."""
     for number, (records, top1, top5) in enumerate(counts.tolist()):
-        name = names[number] if names else ""
-        yield {"class": number, "name": name, "records": records, "top1_hits": top1, "top5_hits": top5}
+        yield {"class": number, "name": name_of(number, names), "records": records, "top1_hits": top1, "top5_hits": top5}
 
 
 def worst_classes(counts: np.ndarray, names: Sequence[str]) -> str:

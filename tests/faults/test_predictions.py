@@ -94,15 +94,20 @@ def test_predict_writes_in_order_and_passes_over(launch, tmp_path, undisturbed, 
         assert found == [[f"{float(row['probability']):.4f}", row["class"]] for row in rows]
 
 
-@pytest.mark.fault("F30", tier=3)
-def test_bad_record_has_no_prediction(launch, tmp_path, data, undisturbed):
-    """It is a row with its label, and a miss of its class."""
-    broken = tmp_path / "broken"
+def copy_with_bad_record(data, broken):
+    """Copies a data set and changes a bit of its first validation record; returns the copy's directory."""
     shutil.copytree(data, broken)
     shard = sorted(broken.glob("validation-*"))[0]
     content = bytearray(shard.read_bytes())
     content[40] ^= 1
     shard.write_bytes(bytes(content))
+    return broken
+
+
+@pytest.mark.fault("F30", tier=3)
+def test_bad_record_has_no_prediction(launch, tmp_path, data, undisturbed):
+    """It is a row with its label, and a miss of its class."""
+    broken = copy_with_bad_record(data, tmp_path / "broken")
     flags = [f"--weights={undisturbed / 'run'}", f"--data_dir={broken}", "--bad_records_allowed=1"]
     for ranks in (0, 2):
         launch(ranks, "evaluate", *flags, f"--predictions_file={ranks}.jsonl", code=0)
@@ -114,12 +119,7 @@ def test_bad_record_has_no_prediction(launch, tmp_path, data, undisturbed):
 @pytest.mark.fault(tier=3)
 def test_tables_of_a_run_are_the_same_on_any_ranks(launch, tmp_path, data):
     """To the byte; a bad record is a miss, and neither a confusion nor an error."""
-    broken = tmp_path / "broken"
-    shutil.copytree(data, broken)
-    shard = sorted(broken.glob("validation-*"))[0]
-    content = bytearray(shard.read_bytes())
-    content[40] ^= 1
-    shard.write_bytes(bytes(content))
+    broken = copy_with_bad_record(data, tmp_path / "broken")
     names = ["class_hits.csv", "confusions.csv", "confident_errors.csv"]
     kept = []
     for ranks in (0, 2, 3):
