@@ -7,6 +7,7 @@ import pytest
 from hvd_vgg.config import TrainConfig
 from hvd_vgg.environment import JOB_PARAMETER
 from hvd_vgg.errors import CONFIGURATION, USAGE, Failure
+from hvd_vgg.launcher.jobs import own_token
 from hvd_vgg.parallel import comm, init
 from hvd_vgg.parallel.consensus import run_on_all_ranks
 from hvd_vgg.training.startup import claim_run_dir, require_hosts
@@ -50,8 +51,10 @@ def test_startup_refuses_ranks_on_another_number_of_hosts(monkeypatch):
     found = f"found {comm.size()} ranks on 1 host ({socket.gethostname()}): "
     assert raised.value.message.startswith(f"--expect_hosts=2, but {found}")
     assert "`hvd-vgg launch --hostfile=FILE` places ranks itself" in raised.value.message
-    monkeypatch.setenv(f"OMPI_MCA_{JOB_PARAMETER}", "0123456789abcdef.4711.0")
-    with pytest.raises(Failure):
-        require_hosts(2)
-    monkeypatch.setenv(f"OMPI_MCA_{JOB_PARAMETER}", "0123456789abcdef.4711.10")
+    token = own_token("0123456789abcdef")
+    for name in (token, f"{token}.0"):  # of a dry run, whose token ends in a clock's ticks; of a first start
+        monkeypatch.setenv(f"OMPI_MCA_{JOB_PARAMETER}", name)
+        with pytest.raises(Failure):
+            require_hosts(2)
+    monkeypatch.setenv(f"OMPI_MCA_{JOB_PARAMETER}", f"{token}.10")
     require_hosts(2)
