@@ -95,7 +95,7 @@ def errors(facts: Facts, sheet: Sheet, level: int) -> Markup:
     ]
     headings = ("record", "where", "label", "taken for", "probability")
     caption = f"The {plural(len(rows), 'error')} with the highest probability, as confident_errors.csv has them"
-    listed = table(headings, rows, caption, numbers=(0, 4), kind="loose")
+    listed = table(headings, rows, caption, numbers=(0, 4))
     shown = join(_picture(row, sheet.pictures[row.record]) for row in found if row.record in sheet.pictures)
     parts: List[Any] = [paragraph(short(sheet.why), kind="note")] if sheet.why else []
     if shown:
