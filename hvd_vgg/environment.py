@@ -9,6 +9,8 @@ from typing import Dict, List, Mapping, Optional, Sequence
 # A parameter that Open MPI itself does not know: mpirun passes it on the command lines of its daemons and in the environment
 # of all ranks, so the processes of a job can be recognised on every host.
 JOB_PARAMETER = "hvd_vgg_job"
+# What the name of a job begins with where its launcher knows of no run: it then writes no restarts.jsonl.
+NO_RUN = "no-run-"
 # What starts a command of this package: the same files, and nothing of the current directory.
 PROGRAM = [sys.executable, str(Path(__file__).absolute().with_name("__main__.py"))]
 # Variables with such names are neither passed to other hosts nor printed.

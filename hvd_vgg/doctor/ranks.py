@@ -37,12 +37,13 @@ def check_ranks(report: Report, config: DoctorConfig, host: HostView) -> List[st
         hosts = comm.gather_json(report.host)
     per_host = ", ".join(f"{name} ({hosts.count(name)})" for name in dict.fromkeys(hosts))
     software = describe_software(image_library(config.resize))
-    mpi4py = query_mpi4py(host.environ) if is_installed(host, "mpi4py") else {}
+    libraries = loaded_mpi_libraries()
+    mpi4py = query_mpi4py(host.environ, libraries) if is_installed(host, "mpi4py") else {}
     with report.time_limit("ranks", "the ranks did not compare settings and clocks"):
         # One by one: if a check hangs, what was found before it is reported.
         report.findings.append(ok("ranks", f"{plural(len(hosts), 'rank')} on {per_host}"))
         report.findings += check_placement(config)
-        report.findings.append(check_mpi(loaded_mpi_libraries(), mpi4py, software))
+        report.findings.append(check_mpi(libraries, mpi4py, software))
         report.findings += compare_with_root(config, software)
         report.findings += check_shared_run_dir(Path(config.run_dir))
         report.findings += check_clocks()

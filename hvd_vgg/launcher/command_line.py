@@ -12,6 +12,7 @@ from hvd_vgg.environment import JOB_PARAMETER, SECRET_NAME
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.launcher.hostfile import Host
 from hvd_vgg.parallel import network
+from hvd_vgg.parallel.mpi import OTHER_MPIS, parse_mpirun_version
 
 # The variables that ranks on other hosts get, besides --export_env; ranks on this host inherit all.
 _EXPORTED = re.compile(
@@ -27,8 +28,6 @@ _REMOTE, _LOCAL = {4: "rsh", 5: "ssh"}, {4: "isolated", 5: "ssh"}
 # Open MPI's own settings notice a lost host after eight minutes or more; these after 20 seconds.
 _KEEPALIVE = {"oob_tcp_keepalive_time": 10, "oob_tcp_keepalive_intvl": 3, "oob_tcp_keepalive_probes": 3}
 _VERSION_SECONDS = 20.0  # in which mpirun has to say its version
-# What another MPI's mpirun says of itself at --version.
-_OTHERS = {"HYDRA": "MPICH", "Intel(R) MPI": "Intel MPI"}
 
 
 def compose_mpirun(config: LaunchConfig, ranks: int, hosts: Sequence[Host], token: str, program: Sequence[str]) -> List[str]:
@@ -82,12 +81,11 @@ def open_mpi_version(mpirun: str) -> int:
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         why = f"{mpirun} --version: {getattr(error, 'strerror', None) or error}"
         raise Failure(CONFIGURATION, f"mpirun cannot be started: {why}") from error
-    other = next((name for word, name in _OTHERS.items() if word in printed), "")
-    if other:
-        text = f"{mpirun} is {other}, whose options are others: `hvd-vgg launch` needs Open MPI 4 or 5 on PATH"
-        raise Failure(CONFIGURATION, f"{text}; or start the ranks by {other} itself: mpiexec -n 8 hvd-vgg train ...")
-    found = re.search(r"Open MPI\) v?(\d+)", printed)
-    return 5 if found and int(found[1]) >= 5 else 4
+    name, version = parse_mpirun_version(printed)
+    if name in OTHER_MPIS:
+        text = f"{mpirun} is {name}, which has other options: `hvd-vgg launch` needs Open MPI 4 or 5 on PATH"
+        raise Failure(CONFIGURATION, f"{text}; or start the ranks by {name} itself: mpiexec -n 8 hvd-vgg train ...")
+    return 5 if version >= 5 else 4
 
 
 def nccl_interfaces(network: str) -> str:

@@ -22,12 +22,16 @@ _HINTS: Dict[int, str] = {
 
 
 class ExitStatus(NamedTuple):
-    """How a start ended: the exit code, the reason in a sentence, and the rank or host that mpirun blames, if any."""
+    """How a start ended: the exit code, the reason in a sentence, and the rank or host that mpirun blames, if any.
+
+    said: whether the ranks have said why themselves, since they exited with a code of this package.
+    """
 
     code: int
     reason: str
     rank: int = -1
     host: str = ""
+    said: bool = False
 
 
 def explain(status: int, stderr: str, oom_kills: Mapping[str, int], stdout: str = "") -> ExitStatus:
@@ -71,8 +75,9 @@ def explain(status: int, stderr: str, oom_kills: Mapping[str, int], stdout: str 
         LOST_RANK: "a rank hung, was lost, or could not read its files",
     }
     # Ranks that exit with a code of this package have said who found what; which of them mpirun noticed first means nothing.
-    rank = f"; rank {first[1]} exited first" if first and not 64 <= status < 128 else ""
-    return ExitStatus(status, known.get(status, f"exit code {status}") + rank)
+    said = status in (DONE, *range(64, 128))
+    rank = f"; rank {first[1]} exited first" if first and not said else ""
+    return ExitStatus(status, known.get(status, f"exit code {status}") + rank, said=said)
 
 
 def oom_kills() -> "Counter[str]":

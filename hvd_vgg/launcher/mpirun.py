@@ -10,7 +10,7 @@ import threading
 import time
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
-from typing import IO, Any, Sequence, Set
+from typing import IO, Any, Dict, Sequence, Set
 
 import psutil
 
@@ -60,10 +60,11 @@ class StopRequests(contextlib.ExitStack):
 
     def __enter__(self) -> "StopRequests":
         # A parent may have left SIGCHLD ignored; then the kernel keeps no exit codes.
-        self.callback(signal.signal, signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                self.callback(signal.signal, number, signal.signal(number, self._handle))
+        handlers: Dict[signal.Signals, Any] = {signal.SIGCHLD: signal.SIG_DFL}
+        handlers.update({each: self._handle for each in STOP_SIGNALS if signal.getsignal(each) != signal.SIG_IGN})  # nohup
+        for number, handler in handlers.items():
+            # None: what handled it before is not of Python, and cannot be set from here.
+            self.callback(signal.signal, number, signal.signal(number, handler) or signal.SIG_DFL)
         return self
 
     def _handle(self, number: int, frame: Any) -> None:

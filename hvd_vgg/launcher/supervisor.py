@@ -23,7 +23,7 @@ import psutil
 
 from hvd_vgg.config import LaunchConfig, StepConfig
 from hvd_vgg.data.sampler import most_ranks, too_many_ranks
-from hvd_vgg.environment import environment_of_job, nested_refusal, python_program
+from hvd_vgg.environment import NO_RUN, environment_of_job, nested_refusal, python_program
 from hvd_vgg.errors import CONFIGURATION, DONE, LOST_RANK, STOPPED, USAGE, Failure
 from hvd_vgg.launcher.command_line import compose_mpirun
 from hvd_vgg.launcher.deadline import Deadline
@@ -65,8 +65,8 @@ def launch(config: LaunchConfig, spec: LaunchSpec) -> int:
     """Runs a command on many ranks, over restarts, and returns its exit code. Raises Failure(USAGE or CONFIGURATION)."""
     hosts = read_hostfile(config.hostfile) if config.hostfile else []
     ranks = rank_count(config, spec, hosts)
-    run_path = str((spec.run_dir or Path(f"/{os.getpid()}")).resolve())
-    token = own_token(hashlib.sha256(os.fsencode(run_path)).hexdigest()[:16])
+    run_path = os.fsencode((spec.run_dir or Path()).resolve())
+    token = own_token(hashlib.sha256(run_path).hexdigest()[:16] if spec.run_dir else f"{NO_RUN}{os.getpid()}")
     if config.dry_run:
         print("+", shlex.join(compose_mpirun(config, ranks, hosts, token, spec.program)))
         return DONE
@@ -157,8 +157,7 @@ def _supervise(
         ended = {"code": status.code, "reason": status.reason, "seconds": seconds, "lost_seconds": lost_seconds}
         log.append("end", **facts, **ended, goodput=goodput)
         if run_dir is None or requests.reason() or not _may_pass(status):
-            # Otherwise the ranks have said it.
-            if status.host or status.code not in (DONE, *range(64, 128)) or requests.reason():
+            if not status.said or requests.reason():
                 log_line(status.reason)
             return status.code
         faulty = find_faulty_host(status, used) if status.code != STOPPED else ""

@@ -3,10 +3,13 @@
 import os
 import re
 from pathlib import Path
-from typing import List, Mapping
+from typing import List, Mapping, Tuple
 
 UNSET_GLOO = "unset HOROVOD_CPU_OPERATIONS and HOROVOD_CONTROLLER; horovodrun --gloo sets what it needs"
 _CONSENT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
+# What another MPI's mpirun says of itself at --version.
+_SAY_AT_VERSION = {"HYDRA": "MPICH", "Intel(R) MPI": "Intel MPI"}
+OTHER_MPIS = tuple(_SAY_AT_VERSION.values())
 # In a line of /proc/PID/maps the path starts at the first slash.
 _LIBRARY = re.compile(r"^[^/\n]*(/.*/libmpi(?:ch)?\.so\S*)", re.MULTILINE)
 
@@ -28,6 +31,17 @@ def root_refusal(environ: Mapping[str, str]) -> str:
     if os.getuid() != 0 or all(environ.get(name) == "1" for name in _CONSENT):
         return ""
     return f"Open MPI does not run as root unless asked twice: in a container, export {'=1 '.join(_CONSENT)}=1"
+
+
+def parse_mpirun_version(printed: str) -> Tuple[str, int]:
+    """Returns what an mpirun is, such as `Open MPI 5.0.11` or `MPICH`, and its major version; 0 if it is not Open MPI's.
+
+    printed: what it prints for --version. Of one that is not known the first line stands for its name.
+    """
+    if found := re.search(r"mpirun \((Open MPI)\) v?((\d+)\S*)", printed):
+        return f"{found[1]} {found[2]}", int(found[3])
+    other = next((name for word, name in _SAY_AT_VERSION.items() if word in printed), "")
+    return other or printed.strip().partition("\n")[0], 0
 
 
 def loaded_mpi_libraries() -> List[str]:

@@ -5,8 +5,9 @@
 #   bash launch/container/beside_vendor.sh
 #   COREX_WHEELS=launch/wheels bash launch/container/beside_vendor.sh
 #
-# COREX_WHEELS  the vendor's wheels of TensorFlow and Horovod, where python3 lacks them: a directory or files of the clone, or
-#               addresses that pip can read. With what they require, of which nothing may change a package that is there
+# COREX_WHEELS  the vendor's wheels of TensorFlow and Horovod, where python3 lacks them: directories or files, from the clone if
+#               the path is relative, or addresses that pip can read. With what they require, of which nothing may change a
+#               package that is there
 # MPICC         the compiler of the MPI that Horovod was built with, for mpi4py (default: /usr/local/openmpi/bin/mpicc, else mpicc)
 set -euo pipefail
 
@@ -32,18 +33,20 @@ if [ -n "${COREX_WHEELS:-}" ]; then
   before="$(packages)"
   wheels=()
   read -ra words <<<"$COREX_WHEELS"
+  [ "${#words[@]}" -gt 0 ] || fail "COREX_WHEELS is blank: expected a directory, files or addresses of wheels, or nothing"
   for word in "${words[@]}"; do
     case "$word" in
       *://*) wheels+=("$word") ;;
       *)
-        if [ -d "$clone/$word" ]; then word="${word%/}/*.whl"; fi
-        mapfile -t files < <(compgen -G "$clone/$word")
-        [ "${#files[@]}" -gt 0 ] || fail "COREX_WHEELS: $clone/$word: no such file; docker takes what is in the clone's launch/"
+        case "$word" in /*) ;; *) word="$clone/$word" ;; esac
+        if [ -d "$word" ]; then word="${word%/}/*.whl"; fi
+        mapfile -t files < <(compgen -G "$word")
+        [ "${#files[@]}" -gt 0 ] || fail "COREX_WHEELS: $word: no such file; docker takes what is in the clone's launch/"
         wheels+=("${files[@]}")
         ;;
     esac
   done
-  say "installing ${wheels[*]}"
+  say "installing $(sed -E 's#//[^/@ ]+@#//...@#g' <<<"${wheels[*]}")" # without names and passwords of addresses
   python3 -m pip install --disable-pip-version-check --no-cache-dir --constraint <(printf '%s\n' "$before") "${wheels[@]}" ||
     fail "COREX_WHEELS: these wheels do not go with this image's Python or packages, as pip says above: ask for those of its SDK"
 fi

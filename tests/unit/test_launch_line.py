@@ -146,7 +146,7 @@ def test_compose_mpirun_refuses_other_mpi(tmp_path, monkeypatch, text, name):
     monkeypatch.setenv("PATH", mpirun_that_prints(tmp_path / "other", text), prepend=os.pathsep)
     with pytest.raises(Failure) as raised:
         compose_mpirun(LaunchConfig(), 2, [], "token", PROGRAM)
-    assert raised.value.code == 78 and f"is {name}, whose options are others" in raised.value.message
+    assert raised.value.code == 78 and f"is {name}, which has other options" in raised.value.message
     assert "mpiexec -n 8 hvd-vgg train" in raised.value.message
 
 
@@ -410,15 +410,17 @@ daemon executable
     ],
 )
 def test_explain_exit_status(status, told, code, reason):
-    """What mpirun's exit status and last messages mean."""
-    assert explain(status, told, {})[:2] == (code, reason)
+    """What mpirun's exit status and last messages mean; the launcher prints a reason that no rank has said."""
+    found = explain(status, told, {})
+    assert found[:2] == (code, reason)
+    assert found.said == (status == code and (code == 0 or 64 <= code < 128))
 
 
 @pytest.mark.parametrize("status", [127, 255])
 def test_explain_daemon_that_did_not_start(status):
     """Open MPI 5 says so on stdout; a program's own exit with the same code is its own."""
     found = explain(status, "", {}, UNREACHED_5)
-    assert found == (75, "mpirun could not start its daemon on 10.213.77.2: see above", -1, "10.213.77.2")
+    assert found == (75, "mpirun could not start its daemon on 10.213.77.2: see above", -1, "10.213.77.2", False)
     assert explain(status, "", {})[:2] == (status, f"exit code {status}")
 
 

@@ -1,7 +1,11 @@
 import os
 import subprocess
 
+import pytest
+
 from hvd_vgg import provenance
+from hvd_vgg.environment import JOB_PARAMETER, NO_RUN
+from hvd_vgg.launcher.jobs import own_token
 
 
 def test_code_fingerprint_commit_of_a_clone(tmp_path):
@@ -22,6 +26,14 @@ def test_code_fingerprint_commit_of_a_clone(tmp_path):
     assert provenance._git_commit(tmp_path / ".git") == git("rev-parse", "HEAD")
     git("checkout", "--detach", "HEAD@{1}")
     assert provenance._git_commit(tmp_path / ".git") == git("rev-parse", "HEAD")
+
+
+@pytest.mark.parametrize(("token", "launched"), [(own_token("0123456789abcdef"), True), (own_token(f"{NO_RUN}12"), False)])
+def test_describe_process_job_is_one_that_restarts_are_noted_of(monkeypatch, token, launched):
+    """Not where `launch -- PROGRAM` started what trains: its launcher writes no restarts.jsonl."""
+    monkeypatch.setenv(f"OMPI_MCA_{JOB_PARAMETER}", f"{token}.0")
+    found = provenance.describe_process()
+    assert (found["launched"], found["job"]) == (launched, f"{token}.0" if launched else None)
 
 
 def test_describe_process_lists_allowed_variables_only(monkeypatch):

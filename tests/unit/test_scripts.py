@@ -676,7 +676,7 @@ def vendors(here):
     "wheels",
     [
         "launch/wheels",
-        "launch/wheels/tensorflow-2.16.2*.whl https://wheels.example.com/horovod-0.27.0%2Bcorex.4.4.0-py3-none-any.whl",
+        "launch/wheels/tensorflow-2.16.2*.whl https://me:secret@wheels.example.com/horovod-0.27.0%2Bcorex.4.4.0-py3-none-any.whl",
     ],
 )
 def test_vendors_wheels_are_installed_where_its_image_has_none(here, vendors, wheels):
@@ -684,6 +684,7 @@ def test_vendors_wheels_are_installed_where_its_image_has_none(here, vendors, wh
     script = here / "clone/launch/container/beside_vendor.sh"
     ended = call(script, cwd=here, PATH=vendors, COREX_WHEELS=wheels)
     assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "secret" not in ended.stdout + ended.stderr
     lines = (here / "installed").read_text().splitlines()
     assert len([line for line in lines if line.endswith(".whl")]) == 2
     assert "--no-deps" not in lines[: lines.index("constraint numpy==1.0")]
@@ -694,6 +695,8 @@ def test_vendors_wheels_are_installed_where_its_image_has_none(here, vendors, wh
     ("wheels", "message"),
     [
         ({}, "python3 has no tensorflow: ask the vendor for the wheel of this image's SDK and Python"),
+        ({"COREX_WHEELS": " "}, "COREX_WHEELS is blank"),
+        ({"COREX_WHEELS": "/none/*.whl"}, "COREX_WHEELS: /none/*.whl: no such file"),
         ({"COREX_WHEELS": "wheels/*.whl"}, "COREX_WHEELS: {clone}/wheels/*.whl: no such file"),
     ],
 )
@@ -759,6 +762,18 @@ def test_environment_is_not_begun_where_horovod_cannot_build(here, venv):
     message = f"environment: {venv}: Horovod cannot be built in a path with a space in it; set HVD_VGG_VENV"
     refused(ended, 78, message)
     assert not (here / "called").exists()
+
+
+@pytest.mark.parametrize(("wanted", "made"), [({}, "2.21"), ({"HVD_VGG_TENSORFLOW": "2.18"}, "mpich-5"), ({}, "")])
+def test_environment_of_other_versions_is_left_alone(tmp_path, wanted, made):
+    """What it was made from lies in it. One without any is made: here, as far as the interpreter goes."""
+    venv = tmp_path / "venv"
+    venv.mkdir()
+    if made:
+        (venv / f"hvd_vgg-{made}.txt").write_text("tensorflow-cpu==2.21.0\n")
+    ended = call("environment.sh", cwd=tmp_path, HVD_VGG_VENV=venv, PYTHON=str(tmp_path / "none"), **wanted)
+    message = f"{venv} was made of other versions ({made}): remove it" if made else "no Python 3.9 to 3.12 with venv found"
+    refused(ended, 78, f"environment: {message}")
 
 
 def test_environment_beside_a_vendors_needs_tensorflow(here):
