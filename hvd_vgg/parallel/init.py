@@ -18,7 +18,7 @@ from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.parallel import comm, network
 from hvd_vgg.parallel.consensus import run_on_all_ranks
 from hvd_vgg.parallel.cores import share_of_cores
-from hvd_vgg.parallel.mpi import UNSET_GLOO, gloo_under_mpi_error
+from hvd_vgg.parallel.mpi import UNSET_GLOO, foreign_mpiexec_error, gloo_under_mpi_error, loaded_mpi_libraries
 from hvd_vgg.provenance import code_fingerprint
 from hvd_vgg.watchdog import MIN_HANG_SECONDS, SLOW_PHASE_FACTOR, watchdog
 
@@ -83,6 +83,9 @@ def join(timeline: bool = False, hang_seconds: float = 0.0, group_sizes: Sequenc
     """
     if leftover_error(os.environ):
         raise Failure(CONFIGURATION, f"{leftover_error(os.environ)}: unset it, or start ranks by a launcher")
+    foreign = foreign_mpiexec_error(os.environ, loaded_mpi_libraries())
+    if foreign:
+        raise Failure(CONFIGURATION, f"{foreign}: start the ranks by `hvd-vgg launch`, or by Open MPI's mpirun")
     if runs_alone() and hvd.gloo_built():
         # Without a launcher there is nothing for MPI to find, and Open MPI may fail to start a world of one.
         os.environ.update(HOROVOD_CONTROLLER="gloo", HOROVOD_CPU_OPERATIONS="gloo")

@@ -3,7 +3,7 @@
 import os
 import re
 from pathlib import Path
-from typing import List, Mapping, Tuple
+from typing import List, Mapping, Sequence, Tuple
 
 UNSET_GLOO = "unset HOROVOD_CPU_OPERATIONS and HOROVOD_CONTROLLER; horovodrun --gloo sets what it needs"
 _CONSENT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
@@ -24,6 +24,17 @@ def gloo_under_mpi_error(environ: Mapping[str, str]) -> str:
     if operations != "gloo" or controller == "gloo":
         return ""
     return "HOROVOD_CPU_OPERATIONS=gloo ends all ranks of mpirun with signal 11 in their first collective (Horovod 0.28.1)"
+
+
+def foreign_mpiexec_error(environ: Mapping[str, str], libraries: Sequence[str]) -> str:
+    """Returns what happens if mpiexec of MPICH or Intel MPI started this rank and Horovod loaded Open MPI; "" if not.
+
+    libraries: paths, as from `loaded_mpi_libraries`. Open MPI's is libmpi.so.40, theirs is libmpi.so.12 or libmpich.so.12.
+    """
+    ours = [path for path in libraries if re.search(r"/libmpi\.so\.40\b", path)]
+    if not ours or not {"PMI_RANK", "MPI_LOCALRANKID"} <= set(environ) or "HOROVOD_RANK" in environ:
+        return ""
+    return f"mpiexec of MPICH or Intel MPI started this rank, but Horovod is built with Open MPI ({ours[0]})"
 
 
 def root_refusal(environ: Mapping[str, str]) -> str:

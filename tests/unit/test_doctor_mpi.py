@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hvd_vgg.doctor.mpi import check_mpi, check_mpirun, check_root, query_mpi4py
-from hvd_vgg.parallel.mpi import mpi_libraries_in
+from hvd_vgg.parallel.mpi import foreign_mpiexec_error, mpi_libraries_in
 from hvd_vgg.reporting.findings import FAILURE, OK, WARNING
 
 
@@ -76,6 +76,15 @@ def test_mpi4py_uses_the_library_that_is_loaded_before():
     reply = query_mpi4py({**os.environ, "LD_LIBRARY_PATH": str(place.parent)}, [os.path.realpath(place)])
     assert reply["libraries"] == [os.path.realpath(place)]
     assert reply["mpi"].startswith("Open MPI v5")
+
+
+def test_mpiexec_of_another_mpi_is_noticed():
+    started = {"PMI_RANK": "0", "PMI_FD": "9", "MPI_LOCALRANKID": "0"}
+    text = "mpiexec of MPICH or Intel MPI started this rank, but Horovod is built with Open MPI (/a/libmpi.so.40.30.8)"
+    assert foreign_mpiexec_error(started, ["/a/libmpi.so.40.30.8"]).startswith(text)
+    assert foreign_mpiexec_error(started, ["/a/libmpi.so.12.1.8"]) == foreign_mpiexec_error(started, []) == ""
+    assert foreign_mpiexec_error({"PMI_RANK": "0", "PMI_FD": "9"}, ["/a/libmpi.so.40.30.8"]) == ""  # srun's PMI-2
+    assert foreign_mpiexec_error({**started, "HOROVOD_RANK": "0"}, ["/a/libmpi.so.40.30.8"]) == ""  # horovodrun inside
 
 
 @pytest.mark.parametrize("path", ["/opt/x/libmpi.so.40.30.8", "/opt/x/libmpich.so.12", "/home/my env/lib/libmpi.so.40.30.7"])
