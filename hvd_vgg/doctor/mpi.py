@@ -49,12 +49,12 @@ def check_root(environ: Mapping[str, str]) -> List[Finding]:
 
 
 def check_mpirun(path: Optional[str]) -> Finding:
-    """Checks the version of the mpirun on `path` (PATH) that `hvd-vgg launch` would use; it has 5 s to answer."""
+    """Checks the version of the mpirun on `path` (PATH) that `hvd-vgg launch` would use; it has 20 s to answer."""
     mpirun = shutil.which("mpirun", path=path)
     fix = "install Open MPI 4 or 5, or add its bin to PATH; horovodrun --gloo needs none"
     if mpirun is None:
         return warning("mpi", "mpirun is not on PATH: `hvd-vgg launch` cannot start ranks", fix)
-    done = run_tool([mpirun, "--version"], os.environ, 5)
+    done = run_tool([mpirun, "--version"], os.environ, 20)
     name, version = parse_mpirun_version((done.stdout.strip() or done.stderr.strip()) if done else "no answer")
     text = f"mpirun is {mpirun}: {name}"
     if version in (4, 5):

@@ -20,6 +20,7 @@ import pytest
 from oracles import FLAGS, INJECT, STEPS, assert_exact, assert_same_state, measured_goodput, newest
 from support import BIN, ROOT, TINY, Started, full, on_a_terminal, screen, wait_for
 
+from hvd_vgg.doctor.mpi import query_mpi4py
 from hvd_vgg.environment import JOB_PARAMETER
 from hvd_vgg.launcher import mpirun
 from hvd_vgg.launcher.mpirun import StopRequests
@@ -657,6 +658,13 @@ def test_open_mpi_5_lost_host_is_left_out(tmp_path, data, undisturbed, emulated_
     assert f"continuing without {emulated_hosts.addresses[1]}" in ended.err
     assert [line["ranks"] for line in restarts(out)] == [2, 2, 1, 1]
     assert_same_state(newest(out), newest(undisturbed))
+
+
+def test_open_mpi_5_is_what_mpi4py_uses_too(open_mpi_5):
+    """As in training: Horovod has loaded the library of 5, and that of 4, which this mpi4py has beside it, has its name."""
+    loaded = os.path.realpath(Path(open_mpi_5["LD_LIBRARY_PATH"]) / "libmpi.so.40")
+    reply = query_mpi4py({**os.environ, **open_mpi_5}, [loaded])
+    assert (reply["libraries"], reply["mpi"][:11]) == ([loaded], "Open MPI v5")
 
 
 # What Kubernetes' operators set in the pod of a launcher, for Open MPI 4 and for its successor's runtime.

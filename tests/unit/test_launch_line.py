@@ -44,10 +44,25 @@ def settings(command):
     return {name: value for at, name, value in zip(command, command[1:], command[2:]) if at == "--mca"}
 
 
+def mpirun_that_prints(folder, text):
+    """Makes a program that prints `text`, the name and version of an MPI, to be found first on PATH."""
+    folder.mkdir()
+    (folder / "mpirun").write_text(f"#!/bin/sh\necho '{text}'\n")
+    (folder / "mpirun").chmod(0o755)
+    return str(folder)
+
+
+@pytest.fixture
+def open_mpi_4(tmp_path, monkeypatch):
+    """Whichever MPI this environment has, the mpirun that is found says that it is Open MPI 4."""
+    monkeypatch.setenv("PATH", mpirun_that_prints(tmp_path / "4", "mpirun (Open MPI) 4.1.8"), prepend=os.pathsep)
+
+
 # Neither a scheduler nor the installation's host file names hosts, and no daemon is started.
 HERE_ALONE = {"ras": "^alps,gridengine,loadleveler,lsf,slurm,tm", "orte_default_hostfile": "none", "plm": "isolated"}
 
 
+@pytest.mark.usefixtures("open_mpi_4")
 @pytest.mark.parametrize("ranks", [1, 8, 16, 32])
 def test_compose_mpirun_one_host(ranks):
     """On one host nothing is exported and no host is named."""
@@ -59,6 +74,7 @@ def test_compose_mpirun_one_host(ranks):
     assert shlex.split(shlex.join(command)) == command
 
 
+@pytest.mark.usefixtures("open_mpi_4")
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_compose_mpirun_several_hosts(count):
     """On several hosts mpirun is called by its path, with the agent and the network asked for."""
@@ -96,6 +112,7 @@ def test_nccl_interfaces_empty_for_networks(network):
     assert nccl_interfaces(network) == ""
 
 
+@pytest.mark.usefixtures("open_mpi_4")
 def test_compose_mpirun_host_list_of_this_host_starts_no_daemon():
     """So that it needs no ssh; elsewhere daemons are started by the agent, whatever the scheduler would use."""
     assert settings(compose_mpirun(LaunchConfig(), 2, [Host("localhost", 2)], "token", PROGRAM)).items() > HERE_ALONE.items()
@@ -103,20 +120,13 @@ def test_compose_mpirun_host_list_of_this_host_starts_no_daemon():
     assert several.items() > {**HERE_ALONE, "plm": "rsh"}.items()
 
 
+@pytest.mark.usefixtures("open_mpi_4")
 def test_compose_mpirun_keeps_settings_of_the_user(monkeypatch):
     """What the environment has for Open MPI is not overridden."""
     monkeypatch.setenv("OMPI_MCA_plm", "slurm")
     monkeypatch.setenv("OMPI_MCA_ras", "simulator")
     told = settings(compose_mpirun(LaunchConfig(), 2, [], "token", PROGRAM))
     assert told == {JOB_PARAMETER: "token", "orte_default_hostfile": "none"}
-
-
-def mpirun_that_prints(folder, text):
-    """Makes a program that prints `text`, the name and version of an MPI, to be found first on PATH."""
-    folder.mkdir()
-    (folder / "mpirun").write_text(f"#!/bin/sh\necho '{text}'\n")
-    (folder / "mpirun").chmod(0o755)
-    return str(folder)
 
 
 @pytest.mark.parametrize("text", ["mpirun (Open MPI) 5.0.11", "mpirun (Open MPI) 6.1.0rc2", "mpirun (Open MPI) v5.0.x"])
