@@ -4,6 +4,7 @@
 #   bash launch/versions.sh [TENSORFLOW:PYTHON:HOROVOD[:MPI] ...]
 #
 # TENSORFLOW and MPI (openmpi-4, the default, openmpi-5, mpich-5) are names in launch/versions, PYTHON is an interpreter.
+# The last step trains by the package's wheel, built here and installed beside that TensorFlow as pip would by itself.
 # Without arguments the rows of docs/compatibility.md (launch/test.sh tests 2.16 with all there is).
 # The exit code is 0 if all ran and passed. About 4 to 10 minutes and 1.7 GB each, on 2 cores.
 #
@@ -18,6 +19,10 @@ if [ $# -eq 0 ]; then
   set -- 2.6:python3.8:0.27.0 2.12:python3.8:0.28.1 2.15:python3.9:0.28.1 2.16:python3.10:0.28.1 2.18:python3.12:0.28.1 \
     2.19:python3.12:0.28.1 2.20:python3.13:0.28.1 2.21:python3.13:0.28.1 2.21:python3.13:0.28.1:openmpi-5 2.21:python3.13:0.28.1:mpich-5
 fi
+for each in "$@"; do
+  [[ "$each" =~ ^[0-9.]+:[^:]+:[0-9.]+(:[a-z]+-[0-9]+)?$ ]] ||
+    fail "$each: expected TENSORFLOW:PYTHON:HOROVOD or TENSORFLOW:PYTHON:HOROVOD:MPI, such as 2.21:python3.13:0.28.1:openmpi-5"
+done
 folder="${VERSIONS_DIR:-$clone/.venvs}"
 mkdir -p "$folder"
 folder="$(cd "$folder" && pwd)"
@@ -52,10 +57,21 @@ on_two_ranks() {
   esac
 }
 
+# Replaces the link to the clone by a wheel of what the clone has, tracked or new. launch/environment.sh makes the link again.
+install_wheel() {
+  local place="$1"
+  mkdir "$place/source" &&
+    git ls-files -z --cached --others --exclude-standard | tar --create --null --files-from=- | tar --extract --directory="$place/source" &&
+    python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir="$place/wheels" "$place/source" &&
+    python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps --no-index --find-links="$place/wheels" hvd_vgg &&
+    python -I -c 'import os, sys, hvd_vgg; sys.exit(not hvd_vgg.__file__.startswith(sys.prefix + os.sep))'
+}
+
 # 5 updates on drawn data, then 5 more from the checkpoint; what the run claims is checked against data and weights.
 train_twice() {
   local run="$1"
-  on_two_ranks 300 make-demo-data --data_dir="$run/data" --train_images=200 --validation_images=50 &&
+  install_wheel "$run" &&
+    on_two_ranks 300 make-demo-data --data_dir="$run/data" --train_images=200 --validation_images=50 &&
     train_to 5 "$run" && train_to 10 "$run" | tee "$run/continued" && grep -q '^steps 5 to 10,' "$run/continued" &&
     hvd-vgg verify-run "$run/run" --data_dir="$run/data"
 }
