@@ -777,7 +777,8 @@ NEW = "exit 0"  # of an interpreter for which every condition of the script's ho
     ],
 )
 def test_environment_of_other_versions_is_left_alone(tmp_path, wanted, python, made):
-    """What it was made from lies in it. One without any is made: here, as far as the interpreter goes. Python 3.13 has others."""
+    """What it was made from lies in it, and Python 3.13 has other versions than the default. One without any is made: here,
+    as far as the interpreter goes."""
     path = stubs(tmp_path, **{"python3.13": python})
     venv = tmp_path / "venv"
     venv.mkdir()
@@ -790,11 +791,8 @@ def test_environment_of_other_versions_is_left_alone(tmp_path, wanted, python, m
 
 def test_environment_of_tests_is_not_made_by_a_newer_python(tmp_path):
     environment = {"PATH": stubs(tmp_path, **{"python3.13": NEW}), "PYTHON": "python3.13", "HVD_VGG_VENV": tmp_path / "venv"}
-    refused(
-        call("environment.sh", "--test", cwd=tmp_path, **environment),
-        78,
-        "--test: expected Python 3.9 to 3.12, but python3.13",
-    )
+    ended = call("environment.sh", "--test", cwd=tmp_path, **environment)
+    refused(ended, 78, "environment: --test: expected Python 3.9 to 3.12, but python3.13 is newer")
 
 
 def test_environment_beside_a_vendors_needs_tensorflow(here):
