@@ -178,7 +178,8 @@ COMMANDS = {
         configs.RunsConfig,
         "hvd_vgg.commands.runs:list_runs",
         "hvd-vgg runs [DIR]: the runs below DIR, a line each, the newest at the end: training, stopped, done, or failed and "
-        "why; updates, epochs, best accuracy, images/s, time since the last line. Needs no TensorFlow.",
+        "why; updates, epochs, accuracy of the best evaluation (result.json has that of the last), images/s, time since the "
+        "last line. Needs no TensorFlow.",
     ),
     "report": Command(
         configs.ReportConfig,

@@ -831,12 +831,12 @@ class PlanConfig(ExchangeConfig):
             yield f"--global_batch={self.global_batch}: expected at least one image for each of --ranks={self.ranks}"
         if self.out and Path(self.out).suffix not in (".png", ".svg", ".pdf", ".html"):
             yield f"--out={self.out}: expected a name that ends in .png, .svg, .pdf or .html"
+        elif self.out and Path(self.out).suffix != ".html" and not self.sweep_ranks:
+            yield "--out of a picture needs --sweep_ranks"
         if (self.save_seconds > 0) != (self.failure_hours > 0):
             yield "--save_seconds and --failure_hours need each other"
         if self.save_seconds >= 3600 * self.failure_hours > 0:
             yield f"--save_seconds={format_value(self.save_seconds)}: expected less than --failure_hours"
-        if self.out and Path(self.out).suffix != ".html" and not self.sweep_ranks:
-            yield "--out of a picture needs --sweep_ranks"
 
 
 @dataclasses.dataclass(frozen=True)

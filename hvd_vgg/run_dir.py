@@ -137,18 +137,22 @@ def lock_run_dir(run_dir: Path, flag: str = "--run_dir", value: Optional[Path] =
 
 # The file system is full, or this user's quota of it is: the quota's free bytes are not the file system's.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_OF_GROUP = 0o640  # the mode of files that the group, and nobody else, may read
 
 
-def atomic_write_text(path: Path, text: str) -> None:
+def atomic_write_text(path: Path, text: str, mode: int = _OF_GROUP) -> None:
     """Writes `text` to a file as `atomic_write_lines` does. Raises OSError."""
-    atomic_write_lines(path, [text])
+    atomic_write_lines(path, [text], mode)
 
 
-def atomic_write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Writes to a temporary file, syncs it to disk, renames it to `path`; readable by the group. Raises OSError."""
+def atomic_write_lines(path: Path, lines: Iterable[str], mode: int = _OF_GROUP) -> None:
+    """Writes to a temporary file, syncs it to disk, renames it to `path`. Raises OSError.
+
+    mode: who may read and write it, as far as the umask lets them.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640), "w", encoding="utf-8") as file:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
             file.writelines(lines)
             file.flush()
             storage.sync(file.fileno(), path)

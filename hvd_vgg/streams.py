@@ -14,9 +14,10 @@ _CLEAR = "\r\x1b[K"  # erases the line that the cursor is in
 
 
 class _Bar:
-    """stream: stdout, while its last line is a bar."""
+    """stream: stdout, while its last line is a bar; copied: the end of what was copied to that line."""
 
     stream: Optional[TextIO] = None
+    copied = b""
 
 
 def ensure_std_streams() -> None:
@@ -55,12 +56,16 @@ def clear_bar() -> None:
 
 
 def note_copied(data: bytes) -> None:
-    """Notes whether what another process printed, and this one has copied to stdout, ends in a bar of that process."""
-    line = data[data.rfind(b"\n") + 1 :]
-    if _CLEAR.encode() in line:
-        _Bar.stream = sys.stdout if line.split(_CLEAR.encode())[-1] else None
+    """Notes whether what another process printed, and this one has copied to stdout, ends in a bar of that process.
+
+    data: the next of it; a read may end anywhere in a bar, and so between the bytes that begin one.
+    """
+    line, clear = (_Bar.copied + data).rpartition(b"\n")[2], _CLEAR.encode()
+    if clear in line:
+        _Bar.stream = sys.stdout if line.split(clear)[-1] else None
     elif b"\n" in data:
         _Bar.stream = None
+    _Bar.copied = line[-len(clear) :]
 
 
 def _print(text: str, stream: TextIO, end: str) -> None:

@@ -25,6 +25,7 @@ from hvd_vgg.doctor.packages import this_host
 from hvd_vgg.errors import CONFIGURATION, NOT_FINITE, USAGE, Failure
 from hvd_vgg.pages.benchmark_page import benchmark_page
 from hvd_vgg.pages.figures import require_matplotlib
+from hvd_vgg.pages.markup import write_page
 from hvd_vgg.parallel import comm, cost
 from hvd_vgg.parallel.consensus import keep_alive, run_in_subgroup, run_on_root
 from hvd_vgg.parallel.init import Device, describe_software
@@ -223,6 +224,9 @@ def _write(out: str, record: Dict[str, Any]) -> None:
     """Writes --out, if it is given: the record as JSON, or its page. Raises Failure(NOT_WRITTEN)."""
     if not out:
         return
-    text = benchmark_page(record) if Path(out).suffix == ".html" else json.dumps(record, indent=2) + "\n"
-    with writing(Path(out)):
-        atomic_write_text(Path(out).absolute(), text)
+    path = Path(out).absolute()
+    if path.suffix == ".html":
+        write_page(path, benchmark_page(record))
+        return
+    with writing(path):
+        atomic_write_text(path, json.dumps(record, indent=2) + "\n")

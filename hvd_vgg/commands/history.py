@@ -26,6 +26,7 @@ from hvd_vgg.training.schedule import is_evaluation_step, learning_rate
 
 PASS, FAIL, UNKNOWN = "pass", "fail", "unknown"
 _PROGRESS = ("train", "evaluation", "end")
+_MOST_PARTS = 5  # of objects that differ, which one sentence names
 DAMAGED = (AttributeError, Failure, IndexError, KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError)
 _Row = Tuple[str, Any, Any]  # name, found, expected
 Findings = Generator[str, None, Tuple[str, str]]  # yields what is wrong; returns verdict and text if nothing is
@@ -124,7 +125,35 @@ def mismatches(rows: Iterable[_Row]) -> Iterator[str]:
     """Yields a sentence for each (name, found, expected) that differ, of long values the beginning."""
     for name, found, expected in rows:
         if not equal(found, expected):
-            yield f"{name} is {found!r:.100}, expected {expected!r:.100}"
+            yield f"{name}{_mismatch(found, expected)}"
+
+
+def _mismatch(found: Any, expected: Any) -> str:
+    """Returns how two values differ; of objects, and of as many objects in a list, each part that does."""
+    verb = ""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        verb = " differs"
+        parts: List[_Row] = [(str(key), found.get(key, ...), expected.get(key, ...)) for key in {**found, **expected}]
+    elif _are_objects(found) and _are_objects(expected) and len(found) == len(expected):
+        parts = [(f"entry {number}", a, b) for number, (a, b) in enumerate(zip(found, expected), 1)]
+    else:
+        return f" is {_brief(found)}, expected {_brief(expected)}"
+    differing = [f"{name}{_mismatch(a, b)}" for name, a, b in parts if not equal(a, b)]
+    more = [f"and {len(differing) - _MOST_PARTS} more"] if len(differing) > _MOST_PARTS else []
+    return f"{verb}: {'; '.join([*differing[:_MOST_PARTS], *more])}"
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
+
+
+def _brief(value: Any) -> str:
+    """Returns a value of JSON, or the beginning of a long one; an object without what is only Python's; ...: none."""
+    if value is ...:
+        return "absent"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {each!r}" for name, each in value.items())[:100] or "empty"
+    return f"a list of {len(value)}" if _are_objects(value) else f"{value!r:.100}"
 
 
 def _replay(history: History, line: LogLine, following: Optional[LogLine]) -> Iterator[str]:

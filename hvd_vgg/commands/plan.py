@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from hvd_vgg.config import PlanConfig
+from hvd_vgg.errors import NOT_WRITTEN
 from hvd_vgg.parallel import cost
 from hvd_vgg.parallel.plan import ASSUMPTIONS, Plan, efficiency_range, make_plan, powers_of_two
-from hvd_vgg.run_dir import atomic_write_text, writing
+from hvd_vgg.run_dir import check_out, writing
 from hvd_vgg.text import plural
 
 
@@ -21,6 +22,7 @@ def plan(config: PlanConfig) -> None:
         from hvd_vgg.pages.figures import require_matplotlib  # here: NumPy takes longer to load than all else
 
         require_matplotlib()
+        check_out(config.out, NOT_WRITTEN)
     found = make_plan(config, config.sweep_ranks or (powers_of_two(config.ranks) if out.suffix == ".html" else ()))
     _print(found)
     if config.out:
@@ -32,9 +34,9 @@ def plan(config: PlanConfig) -> None:
 def _print(found: Plan) -> None:
     config = found.config
     print(
-        f"{config.model}, {config.global_batch} images per update on {config.ranks} ranks ({found.images_per_rank:g} each), "
-        f"{found.hosts} hosts of {config.ranks_per_host}, {config.gbit:g} Gbit/s per host, "
-        f"{config.fps_per_rank:g} images/s per rank alone\n"
+        f"{config.model}, {config.global_batch} images per update on {plural(config.ranks, 'rank')} "
+        f"({found.images_per_rank:g} each), {plural(found.hosts, 'host')} of {config.ranks_per_host}, "
+        f"{config.gbit:g} Gbit/s per host, {config.fps_per_rank:g} images/s per rank alone\n"
     )
     print(f"Sent by each rank in an update, {config.wire_dtype} on the wire:")
     print(cost.table(found.choices), "\n")
@@ -58,9 +60,10 @@ def _print(found: Plan) -> None:
 def _draw(found: Plan, out: Path) -> None:
     """Draws the page, or efficiency against ranks into a picture."""
     if out.suffix == ".html":
+        from hvd_vgg.pages.markup import write_page
         from hvd_vgg.pages.plan_page import plan_page
 
-        atomic_write_text(out, plan_page(found, time.time()))
+        write_page(out, plan_page(found, time.time()))
         return
     from matplotlib.figure import Figure
 

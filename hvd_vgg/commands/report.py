@@ -11,12 +11,13 @@ from hvd_vgg.commands.runs import describe_run
 from hvd_vgg.commands.same_run import compare_runs
 from hvd_vgg.commands.verify import check
 from hvd_vgg.config import ReportConfig
-from hvd_vgg.errors import CONFIGURATION, STOPPED, Failure
+from hvd_vgg.errors import CONFIGURATION, NOT_WRITTEN, STOPPED, Failure
 from hvd_vgg.pages.facts import DAMAGED, Facts, read_facts
 from hvd_vgg.pages.figures import require_matplotlib
+from hvd_vgg.pages.markup import write_page
 from hvd_vgg.pages.mistakes import Sheet, read_sheet
 from hvd_vgg.pages.report_page import Comparison, report_page
-from hvd_vgg.run_dir import RunDir, atomic_write_text, writing
+from hvd_vgg.run_dir import RunDir, check_out
 from hvd_vgg.text import plural
 
 _Histories = Callable[[str], History]  # by the letter of a run
@@ -38,6 +39,7 @@ def report(config: ReportConfig) -> None:
                 CONFIGURATION, f"{run.path} is not a run: expected a directory that `hvd-vgg train --run_dir=` made"
             )
     require_matplotlib()
+    check_out(config.out, NOT_WRITTEN)  # now, not after the logs are read
     quiet = 0
     try:
         while config.watch and quiet < _ENDINGS:
@@ -65,9 +67,7 @@ def row_of(run: RunDir) -> Tuple[str, str]:
 
 
 def _write(runs: Sequence[RunDir], out: Path, refresh_seconds: float = 0) -> None:
-    text = make_page(runs, time.time(), refresh_seconds)
-    with writing(out):
-        atomic_write_text(out, text)
+    write_page(out, make_page(runs, time.time(), refresh_seconds))
 
 
 def make_page(runs: Sequence[RunDir], now: float, refresh_seconds: float = 0) -> str:

@@ -2,7 +2,10 @@
 
 import json
 import os
+import shlex
+import shutil
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
@@ -19,12 +22,15 @@ from hvd_vgg.text import format_duration
 
 _MOST_DEPTH = 6  # of directories that are looked into
 _OTHER_HOST_SECONDS = 600.0  # since its newest line, until which a run that another host holds is taken to train
-_REASON_WIDTH = 100
+_LEAST_REASON = 40  # columns that a reason has on a terminal, however narrow that is
 _COLOURS = {"training": CYAN, "stopped": YELLOW, "done": GREEN, "failed": RED, "unreadable": RED}
 
 
 class Row(NamedTuple):
-    """A run for people. state: training, stopped, done, failed or unreadable; reason: why, or ""."""
+    """A run for people. state: training, stopped, done, failed or unreadable; reason: why, or "".
+
+    top1, top5: of the evaluation with the best acc@1, which need not be the last.
+    """
 
     name: str
     state: str
@@ -38,7 +44,7 @@ class Row(NamedTuple):
 
 
 def list_runs(config: RunsConfig) -> None:
-    """Prints a line for each run below --dir, the newest at the end.
+    """Prints a line for each run below --dir, the newest at the end; on a terminal as much of it as fits.
 
     Raises Failure(DATA) where there is none, Failure(CONFIGURATION) where there is no directory.
     """
@@ -49,14 +55,17 @@ def list_runs(config: RunsConfig) -> None:
     if not found:
         raise Failure(DATA, f"--dir={folder}: no run in it: expected directories that `hvd-vgg train --run_dir=` made")
     rows = [Row(*map(_printable, _describe(run, folder))) for run in found]
-    table = [Row("run", "state", "step", "epochs", "acc@1", "acc@5", "images/s", "age", ""), *rows]
+    table = [Row("run", "state", "step", "epochs", "best acc@1", "its acc@5", "images/s", "age", ""), *rows]
     widths = [max(map(len, column)) for column in zip(*table)]
-    console = Console("auto", True)
+    console, room = Console("auto", True), sys.maxsize  # columns for reasons
+    if sys.stdout.isatty():
+        room = max(_LEAST_REASON, shutil.get_terminal_size().columns - sum(width + 2 for width in widths[:-1]))
     for row in table:
         left = [cell.ljust(width) for cell, width in zip(row[:2], widths)]
         left[1] = console.paint(left[1], _COLOURS[row.state]) if row.state in _COLOURS else left[1]
         right = [cell.rjust(width) for cell, width in zip(row[2:-1], widths[2:])]
-        print("  ".join([*left, *right, row.reason]).rstrip())
+        reason = row.reason if len(row.reason) <= room else f"{row.reason[: room - 3]}..."
+        print("  ".join([*left, *right, reason]).rstrip())
 
 
 def _written(run: RunDir) -> float:
@@ -72,7 +81,7 @@ def _describe(run: RunDir, folder: Path) -> Row:
         return describe_run(run, folder, time.time())
     except DAMAGED as error:
         what = f"its log is damaged, or not what a run writes ({type(error).__name__}: {error})"
-        return Row(_name(run, folder), "unreadable", "", "", "", "", "", "", what[:_REASON_WIDTH])
+        return Row(_name(run, folder), "unreadable", "", "", "", "", "", "", what)
 
 
 def _name(run: RunDir, folder: Path) -> str:
@@ -123,7 +132,7 @@ def describe_run(run: RunDir, folder: Path, now: float) -> Row:
         top5,
         "-" if fps is None else f"{fps:.1f}",
         format_duration(age),
-        reason if len(reason) <= _REASON_WIDTH else f"{reason[: _REASON_WIDTH - 3]}...",
+        reason,
     )
 
 
@@ -154,7 +163,7 @@ def _state(run: RunDir, lines: List[LogLine], age: float) -> Tuple[str, str]:
 def _why(run: RunDir, lines: List[LogLine]) -> str:
     """Returns why the newest start of a run failed, as its files have it; "" where they say nothing."""
     if lines and lines[-1].kind == "nonfinite":
-        return f"not finite at step {lines[-1].data.get('step')}: hvd-vgg replay {run.path}"
+        return f"not finite at step {lines[-1].data.get('step')}: hvd-vgg replay {shlex.quote(str(run.path))}"
     began = next((line.timestamp for line in reversed(lines) if line.kind == "start"), 0.0)
     reports = [row for path in sorted(run.faults.glob("*.rank*.jsonl")) for row in read_json_lines(path)]
     newest = [row for row in reports if isinstance(row.get("time"), float) and row["time"] >= began]

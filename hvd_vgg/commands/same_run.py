@@ -7,6 +7,7 @@ from typing import Any, Dict, Iterator, Mapping, NamedTuple, Optional, Sequence,
 
 from hvd_vgg.commands.history import PASS, UNKNOWN, Attempt, Findings, History, read_history
 from hvd_vgg.config import ModelConfig, fingerprint
+from hvd_vgg.flags import format_value
 from hvd_vgg.models.architecture import layers_of
 from hvd_vgg.reporting import receipt
 from hvd_vgg.run_dir import RunDir, checkpoint_step
@@ -96,7 +97,7 @@ def _read_course(history: History) -> Course:
 
 def _settings(attempt: Attempt) -> Dict[str, Any]:
     """Returns the flags and data that decide a run; of its length, however it was given, the log has the steps."""
-    flags = {f"--{name}": value for name, value in fingerprint(attempt.config).items() if name != "epochs"}
+    flags = {f"--{name}": format_value(value) for name, value in fingerprint(attempt.config).items() if name != "epochs"}
     return {**flags, **{f"{split} data": row["sha256"] for split, row in attempt.start.data["data"].items()}}
 
 

@@ -219,16 +219,18 @@ def _check_receipt(run: RunDir, history: History) -> Findings:
         return UNKNOWN, "there is none yet"
     files, restarts = found["files"], found["files"]["restarts.jsonl"]
     covered = sum(line.digest["bytes"] <= files["dllogger.json"]["bytes"] for line in lines)
-    expected = receipt.content(run, lines[:covered], restarts["bytes"] if restarts else 0)
+    now = receipt.content(run, lines[:covered], restarts["bytes"] if restarts else 0)
     if any(line.kind == "evaluation" for line in lines[covered:]):  # a kill may have come before the newer result's receipt
-        expected["files"]["result.json"] = files["result.json"]
+        now["files"]["result.json"] = files["result.json"]
     if not restarts:
+        now["files"]["restarts.jsonl"] = None
         # The launcher notes a start before its ranks begin, and so before any receipt of theirs.
-        launched = any(line.kind == "start" and line.data["launched"] for line in lines[:covered])
-        expected["files"]["restarts.jsonl"] = "those of `hvd-vgg launch`" if launched else None
-    yield from _checkpoint_faults(run, history, covered, found["checkpoints"], expected.pop("checkpoints"))
-    yield from mismatches((f"digest of {name}", files.get(name), row) for name, row in expected.pop("files").items())
-    yield from mismatches((name, found.get(name), value) for name, value in expected.items() if name != "written")
+        if any(line.kind == "start" and line.data["launched"] for line in lines[:covered]):
+            yield "digest of restarts.jsonl is missing, though `hvd-vgg launch` made a start"
+    yield from _checkpoint_faults(run, history, covered, found["checkpoints"], now.pop("checkpoints"))
+    # What the directory has now is found; what it had, as the receipt knows, is expected.
+    yield from mismatches((f"digest of {name}", row, files.get(name)) for name, row in now.pop("files").items())
+    yield from mismatches((name, value, found.get(name)) for name, value in now.items() if name != "written")
     newer = f"; {len(lines) - covered} lines are newer, as in a run that goes on or was killed" if lines[covered:] else ""
     return PASS, f"log, restarts, result and checkpoints are as they were{newer}"
 

@@ -55,11 +55,13 @@ def sheet_rows(
     epochs: int,
     names: Sequence[str] = (),
     tried: Optional[int] = None,
+    stored: bool = True,
 ) -> List[SheetRow]:
     """Returns the first `count` records that training takes, bad ones left out; fewer where there are no more.
 
     The two datasets hold the same records; names: of the classes, where they are known; tried: records that are looked at,
-    at most. Raises Failure(DATA) where a shard cannot be read at all.
+    at most; stored: whether captions have labels as they are stored, or else classes, from 0. Raises Failure(DATA) where a
+    shard cannot be read at all.
     """
     index, rows = training.index, []
     for record in permutation(index.records, training.seed, 0)[:tried].tolist():
@@ -73,8 +75,9 @@ def sheet_rows(
         except BadRecord:
             continue
         original = decode_image(sample.encoded)
-        label = label_text(int(index.labels[record]), training.label_base, names)
-        caption = f"label {label}, {original.shape[1]} x {original.shape[0]} pixels: {index.where(record)}"
+        label, base = int(index.labels[record]), training.label_base
+        of = f"label {label_text(label, base, names)}" if stored else f"class {label_text(label - base, 0, names)}"
+        caption = f"{of}, {original.shape[1]} x {original.shape[0]} pixels: {index.where(record)}"
         rows.append(SheetRow(caption, original, images, evaluated))
         if len(rows) == count:
             break

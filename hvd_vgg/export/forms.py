@@ -1,5 +1,6 @@
 """The forms of export: what each cannot hold, how it is written, run again, and loaded by its users."""
 
+import shlex
 from pathlib import Path
 from typing import Callable, List, NamedTuple, Tuple
 
@@ -99,7 +100,8 @@ def _use_saved_model(network: Network, name: str) -> str:
 
 
 def _use_own_file(_: Network, name: str) -> str:
-    return f"`hvd-vgg evaluate --weights={name}`, `hvd-vgg train --init_from={name}`; or any reader of safetensors."
+    file = shlex.quote(name)
+    return f"`hvd-vgg evaluate --weights={file}`, `hvd-vgg train --init_from={file}`; or any reader of safetensors."
 
 
 FORMS = {

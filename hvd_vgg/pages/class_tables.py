@@ -48,6 +48,9 @@ def read_classes(path: Path) -> List[ClassRow]:
         if not 0 <= row.top1 <= row.top5 <= row.records:
             counts = f"{row.top1}, {row.top5} and {row.records}"
             raise ValueError(f"class {row.label}: expected 0 <= top1_hits <= top5_hits <= records, found {counts}")
+    for due, label in enumerate(sorted(row.label for row in rows)):
+        if label != due:
+            raise ValueError(f"expected each class from 0 to {len(rows) - 1} once, found {label} where {due} is due")
     return rows
 
 

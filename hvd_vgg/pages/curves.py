@@ -60,6 +60,15 @@ def mapping(value: Any) -> Dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def flag_text(value: Any) -> str:
+    """Returns a flag's value as it is written on a command line; of an object in a log the names too."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {flag_text(each)}" for name, each in value.items()) or "(empty)"
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(flag_text, value)) or "(empty)"
+    return str(value).lower() if isinstance(value, bool) else str(value) or "(empty)"
+
+
 def made_again(lines: Sequence[LogLine]) -> List[int]:
     """Returns for each line after how many updates later starts and rewinds went on: those beyond are made again.
 

@@ -5,9 +5,11 @@ What is markup has the type Markup; whatever else is put into a page becomes tex
 
 import base64
 import html
+from pathlib import Path
 from typing import Any, Iterable, Sequence, Tuple
 
 from hvd_vgg.pages.style import CSS
+from hvd_vgg.run_dir import atomic_write_text, writing
 
 # Nothing from any host, no script, no form: whatever a file may have smuggled in, a browser does not act on it.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -116,3 +118,12 @@ def page(title: str, about: Any, links: Sequence[Tuple[str, str]], content: Any,
         f'<a class="skip" href="#content">To the content</a>\n{header}\n{main}\n'
         "</body>\n</html>\n"
     )
+
+
+def write_page(path: Path, text: str) -> None:
+    """Writes a page, whole or not at all, with the mode of any file of the user's: it is made to be shown to others.
+
+    Raises Failure(NOT_WRITTEN).
+    """
+    with writing(path):
+        atomic_write_text(path, text, 0o666)

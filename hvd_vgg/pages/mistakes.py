@@ -25,7 +25,11 @@ class Sheet(NamedTuple):
 
 
 def read_sheet(facts: Facts, count: int) -> Sheet:
-    """Returns the pictures of a run's first errors, at most `count`, where its validation data are at hand; reads them."""
+    """Returns the pictures of a run's first errors, at most `count`, where its validation data are at hand; reads them.
+
+    Whoever wrote the log names the directory. It has the same data, by their digest, or no picture of it is shown; regular
+    files alone are read, as records and images; and the page is its reader's own, and sends nothing.
+    """
     errors = facts.errors[:count]
     if not errors:
         return Sheet({}, "")

@@ -69,8 +69,8 @@ def _sweep(found: Plan) -> Markup:
     upper, lower = list(_lines(found, True)), list(_lines(found, False))
     svg = curves("efficiency", [*upper, *lower], "ranks", least=0.0, ticks=found.sweep_ranks)
     text = (
-        f"With {found.images_per_rank:g} images per rank and {found.config.ranks_per_host} ranks per host. A band reaches "
-        "from no overlap (dotted) to full overlap of the exchange with the backward pass."
+        f"With {found.images_per_rank:g} images per rank and {plural(found.config.ranks_per_host, 'rank')} per host. A band "
+        "reaches from no overlap (dotted) to full overlap of the exchange with the backward pass."
     )
     drawn = framed("Scaling efficiency against ranks", svg, legend(upper), text, kind="wide")
     rows = [(ranks, *map(efficiency_range, points)) for ranks, points in zip(found.sweep_ranks, zip(*found.sweep.values()))]

@@ -8,7 +8,7 @@ from hvd_vgg.config import TrainConfig
 from hvd_vgg.pages import mistakes
 from hvd_vgg.pages import run_sections as sections
 from hvd_vgg.pages.charts import draw_curves
-from hvd_vgg.pages.curves import mapping, whole
+from hvd_vgg.pages.curves import flag_text, mapping, whole
 from hvd_vgg.pages.facts import DAMAGED, Facts, ranks_of, records_of
 from hvd_vgg.pages.figures import both_axes
 from hvd_vgg.pages.markup import Markup, bullets, code, join, page, paragraph, section, table
@@ -176,7 +176,7 @@ def _where_they_part(found: Comparison) -> Markup:
 
 
 def _flag(facts: Facts, name: str) -> str:
-    return sections.short(sections.flag_text(facts.flags[name])) if name in facts.flags else _UNKNOWN
+    return sections.short(flag_text(facts.flags[name])) if name in facts.flags else _UNKNOWN
 
 
 def _software(runs: Sequence[Facts]) -> List[_Row]:

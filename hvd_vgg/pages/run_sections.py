@@ -7,7 +7,7 @@ import time
 from typing import Any, Dict, List, Sequence, Tuple
 
 from hvd_vgg.config import TrainConfig
-from hvd_vgg.pages.curves import mapping, number, updates_per_epoch, whole
+from hvd_vgg.pages.curves import flag_text, mapping, number, updates_per_epoch, whole
 from hvd_vgg.pages.facts import Facts, hosts_of, ranks_of, records_of
 from hvd_vgg.pages.figures import TIMES, colour, framed, keys, timeline
 from hvd_vgg.pages.markup import Markup, bullets, code, details, join, pairs, paragraph, section, table, tag
@@ -182,13 +182,6 @@ def flag_tables(flags: Dict[str, Any], kind: Any = TrainConfig) -> Markup:
 def short_cell(value: Any) -> Any:
     """Returns `short` of what is not markup."""
     return value if isinstance(value, Markup) else short(value)
-
-
-def flag_text(value: Any) -> str:
-    """Returns a flag's value as it is written on a command line."""
-    if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value)) or "(empty)"
-    return str(value).lower() if isinstance(value, bool) else str(value) or "(empty)"
 
 
 def _changed_flags(flags: Dict[str, Any], kind: Any) -> List[Tuple[str, str, str]]:

@@ -4,7 +4,7 @@ import math
 from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 from hvd_vgg.errors import DONE, STOPPED
-from hvd_vgg.pages.curves import began, hours_since, made_again, number, number_list, text_list, whole
+from hvd_vgg.pages.curves import began, flag_text, hours_since, made_again, number, number_list, text_list, whole
 from hvd_vgg.reporting.receipt import LogLine, read_json_lines
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.text import format_duration, plural
@@ -203,12 +203,14 @@ def _of_line(line: LogLine) -> Iterator[Tuple[str, str]]:
             yield "change", f"epoch {data.get('epoch')}: which records it was trained on is not proved"
         elif replaced or skipped:
             count = len(replaced) if isinstance(replaced, list) else replaced
-            yield "change", f"epoch {data.get('epoch')}: {skipped} records skipped, {count} replaced"
+            yield "change", f"epoch {data.get('epoch')}: {plural(whole(skipped, 0), 'record')} skipped, {count} replaced"
     elif kind == "throughput" and whole(data.get("slow_rank")) >= 0:
         yield "change", f"rank {data.get('slow_rank')} holds the others up ({data.get('bottleneck')})"
     elif kind in _TEXTS:
         sort, text = _TEXTS[kind]
-        yield sort, text.format_map(_Known(data))
+        known = _Known((name, flag_text(value)) for name, value in data.items())
+        seconds = number(data.get("seconds"))
+        yield sort, text.format_map(known if math.isnan(seconds) else _Known(known, duration=format_duration(seconds)))
 
 
 class _Known(Dict[str, Any]):
@@ -228,7 +230,7 @@ _TEXTS = {
     "checkpoint_copy_used": ("change", "continues from the copy {file}"),
     "save_failed": ("fault", "a file could not be written: {error}"),
     "copy_failed": ("fault", "a checkpoint could not be copied: {error}"),
-    "suspended": ("change", "the processes were suspended for {seconds} s"),
+    "suspended": ("change", "the processes were suspended for {duration}"),
     "config_changed": ("change", "--{flag} changed from {before} to {after}"),
     "arithmetic_changed": ("change", "computes on another processor or with other settings: {after}"),
     "below_reference": ("change", "acc@1 is far below the reference curve"),

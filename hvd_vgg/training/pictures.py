@@ -29,9 +29,12 @@ def show_start(config: TrainConfig, data: Splits, first_step: int, reporter: Rep
     def sheet(events: Events) -> None:
         datasets = sheet_datasets(config, data.train, data.label_base, config.seed)
         names = known_names(Path(config.run_dir), config.num_classes)
-        rows = sheet_rows(*datasets, _RECORDS, _EPOCHS, names, _TRIED)
+        rows = sheet_rows(*datasets, _RECORDS, _EPOCHS, names, _TRIED, False)  # classes, as the confusion matrix has
         if rows:
-            text = "Records of the training data, what training makes of them in its first epochs, and what evaluation does."
+            text = (
+                "Records of the training data, with their classes by numbers from 0, what training makes of them in its "
+                "first epochs, and what evaluation does."
+            )
             events.image("training samples", draw_sheet(rows), 0, text)
 
     actions: List[Callable[[Events], None]] = [lambda events: events.hyperparameters(chosen)]

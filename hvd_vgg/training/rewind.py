@@ -1,5 +1,6 @@
 """What happens after a step that is not finite: it is diagnosed and kept, and the run ends or continues without it."""
 
+import shlex
 from typing import Any, Dict
 
 import numpy as np
@@ -46,7 +47,7 @@ def _diagnose_and_keep(trainer: Trainer, error: NonFiniteStep) -> Dict[str, Any]
     report = make_report(error, diagnosis, ids, data, config, lr)
     folder = RunDir(config.run_dir).nonfinite_step(error.step)
     problem = comm.broadcast_json(save_step(folder, report, state, data, ids, config) if comm.is_root() else "")
-    kept = problem or f"Repeat it on any number of ranks: hvd-vgg replay {config.run_dir} --step={error.step}"
+    kept = problem or f"Repeat it on any number of ranks: hvd-vgg replay {shlex.quote(config.run_dir)} --step={error.step}"
     trainer.reporter.event("nonfinite", **{name: value for name, value in report.items() if name not in ("batch", "ranks")})
     return {**report, "kept": kept}
 

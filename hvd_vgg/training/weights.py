@@ -1,6 +1,7 @@
 """Weights from a file or from a run, for --init_from, evaluation, prediction and export. Needs no TensorFlow."""
 
 import json
+import shlex
 import struct
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional
@@ -122,8 +123,8 @@ def require_classes(found: Mapping[str, Any], path: Path) -> None:
     if "num_classes" not in found:
         raise Failure(
             CONFIGURATION,
-            f"{path} holds no layer that scores classes: begin a run with its weights by hvd-vgg train --init_from={path}, "
-            f"and evaluate that",
+            f"{path} holds no layer that scores classes: begin a run with its weights by hvd-vgg train "
+            f"--init_from={shlex.quote(str(path))}, and evaluate that",
         )
 
 

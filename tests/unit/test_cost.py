@@ -12,8 +12,8 @@ from hvd_vgg.errors import NOT_WRITTEN, Failure
 from hvd_vgg.flags import validate
 from hvd_vgg.models.architecture import vgg_layers
 from hvd_vgg.pages.benchmark_page import benchmark_page
+from hvd_vgg.pages.curves import flag_text
 from hvd_vgg.pages.plan_page import plan_page
-from hvd_vgg.pages.run_sections import flag_text
 from hvd_vgg.parallel import cost
 from hvd_vgg.parallel.plan import make_plan, powers_of_two
 
@@ -187,17 +187,18 @@ def test_plan_page_has_what_is_printed(launch, tmp_path):
     assert "Save with --save_every_minutes=17" in page.text and "--ranks_per_host 2 1" in page.text
     assert "6 ranks on 3 hosts, 2 on each" in page.text and "the processor time of sending, stragglers." in page.text
     assert page.tags.count("figure") == 1 and "fc1" in page.text and ended.out.endswith("drawn: plan.html\n")
-    one = make_plan(PlanConfig(ranks=1), powers_of_two(1))
-    assert "Plan: vgg16 on 1 rank" in checked(plan_page(one, 0.0)).text
+    one = checked(plan_page(make_plan(PlanConfig(ranks=1), powers_of_two(1)), 0.0)).text
+    assert "Plan: vgg16 on 1 rank" in one and "images per rank and 1 rank per host." in one
     assert powers_of_two(8) == (1, 2, 4, 8) and powers_of_two(9) == (1, 2, 4, 8, 9)
     assert checked(plan_page(make_plan(PlanConfig(ranks=8), ()), 0.0)).tags.count("figure") == 0
 
 
-def test_plan_refuses_what_it_cannot_draw(launch, tmp_path):
+def test_plan_refuses_what_it_cannot_draw(launch, tmp_path, capsys):
     """Before it prints anything: another ending, a picture without a sweep, no matplotlib, a place that is none."""
     (message,) = validate(PlanConfig(out="plan.txt", sweep_ranks=(2,)))
     assert message == "--out=plan.txt: expected a name that ends in .png, .svg, .pdf or .html"
     assert validate(PlanConfig(out="plan.svg")) == ["--out of a picture needs --sweep_ranks"]
+    assert len(validate(PlanConfig(out="plan.HTML"))) == 1
     (message,) = validate(BenchmarkConfig(out="b.txt"))
     assert message == "--out=b.txt: expected a name that ends in .json or .html"
     hide = {"PYTHONPATH": f"{ROOT / 'tests' / 'programs' / 'hide_packages'}:{ROOT}", "HIDDEN_PACKAGES": "matplotlib"}
@@ -205,7 +206,7 @@ def test_plan_refuses_what_it_cannot_draw(launch, tmp_path):
     assert (ended.out, ended.err.count("matplotlib, which draws the figures, is not installed")) == ("", 1)
     with pytest.raises(Failure, match=r"plan\.html cannot be written") as raised:
         plan(PlanConfig(out=str(tmp_path / "none" / "plan.html")))
-    assert raised.value.code == NOT_WRITTEN
+    assert raised.value.code == NOT_WRITTEN and capsys.readouterr().out == ""
 
 
 @pytest.fixture

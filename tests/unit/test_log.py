@@ -191,16 +191,21 @@ def test_console_has_no_colours_where_none_are_wanted():
 
 
 def test_bar_of_another_process_is_erased(capfd):
-    """As `launch` knows of from what it copies: before its own messages, and only while the bar is the last line."""
+    """As `launch` knows of from what it copies: before its own messages, and only while the bar is the last line.
+
+    However a pipe hands it over, a byte at a time too.
+    """
     for copied, erased in (
         (b"line\r\n\r\x1b[Kepoch 1 [##]", True),
         (b"\r\x1b[Kepoch 1 [##]\r\x1b[K", False),
         (b"\r\x1b[Kepoch 1\r\x1b[Kline\n", False),
         (b"half a line", False),
     ):
-        note_copied(copied)
-        write_line("ended", sys.stderr)
-        assert capfd.readouterr() == ("\r\x1b[K" if erased else "", "ended\n")
+        for size in (len(copied), 3, 1):
+            for begin in range(0, len(copied), size):
+                note_copied(copied[begin : begin + size])
+            write_line("ended", sys.stderr)
+            assert capfd.readouterr() == ("\r\x1b[K" if erased else "", "ended\n")
 
 
 def test_console_is_silent_on_other_ranks(capsys):

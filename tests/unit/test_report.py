@@ -180,8 +180,17 @@ def test_report_says_which_ranks_left_no_report(tmp_path):
     )
     log = RunLog(path, False, None)
     log.event("start", step=0, ranks=1, hosts=["b"])
+    log.event("suspended", step=0, seconds=83.145)
+    log.event("config_changed", flag="no_decay", before=[], after=["bias", "norm"])
+    log.event("arithmetic_changed", before={"threads": "1", "numpy": "1"}, after={"threads": "2", "numpy": None})
+    log.event("coverage", epoch=0, known=True, replaced=[], skipped=1)
     log.close()
-    assert "start 2: 1 rank on b instead of 4, from step 0" in page_of(path).text
+    text = page_of(path).text
+    for expected in (
+        *("start 2: 1 rank on b instead of 4, from step 0", "suspended for 1 min 23 s", "1 record skipped, 0 replaced"),
+        *("--no_decay changed from (empty) to bias,norm", "or with other settings: threads 2, numpy None"),
+    ):
+        assert expected in text, expected
 
 
 def damage_nothing(path):
@@ -336,6 +345,8 @@ def test_report_lists_the_worst_classes(brief):
     assert "1 - 0.1000 1 2 10" in text and text.index("1 - 0.1000") < text.index("0 a, b 0.9000")
     (brief / "class_hits.csv").write_text("class,name\n0,x\n")
     assert "class_hits.csv: damaged" in page_of(brief).text
+    (brief / "class_hits.csv").write_text("class,name,records,top1_hits,top5_hits\n0,x,4,1,2\n2,z,4,1,2\n")
+    assert "expected each class from 0 to 1 once, found 2 where 1 is due" in page_of(brief).text
     (brief / "class_hits.csv").write_text("class,name,records,top1_hits,top5_hits\n0,x,4,1,2\n1,y,\\x81,1,2\n")
     assert "row 2: expected whole numbers for class, records, top1_hits, top5_hits" in page_of(brief).text
 
@@ -639,6 +650,8 @@ def test_report_writes_a_page_and_says_where(brief, tmp_path, capsys):
     out = tmp_path / "page.html"
     command.report(parse_flags(ReportConfig, [str(brief), f"--out={out}"]))
     assert Page(out.read_text()).text and str(out) in capsys.readouterr().out
+    (tmp_path / "other").write_text("")
+    assert out.stat().st_mode == (tmp_path / "other").stat().st_mode  # as the umask has it
     assert "refresh" not in out.read_text()
 
 
@@ -660,7 +673,9 @@ def test_report_watch_renews_until_the_run_ends(brief, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "code"), [([], USAGE), (["{0}/none"], CONFIGURATION), (["{1}", "--out={0}/no/page.html"], NOT_WRITTEN)]
 )
-def test_report_refuses_what_it_cannot_do(arguments, code, brief, tmp_path):
+def test_report_refuses_what_it_cannot_do(arguments, code, brief, tmp_path, monkeypatch):
+    """Before it reads the logs, which may take minutes."""
+    monkeypatch.setattr(command, "make_page", None)
     with pytest.raises(Failure) as raised:
         command.report(parse_flags(ReportConfig, [each.format(tmp_path, brief) for each in arguments]))
     assert raised.value.code == code

@@ -14,6 +14,7 @@ from test_verify import STEPS, Killed, train
 from hvd_vgg.commands.runs import describe_run, find_runs, list_runs
 from hvd_vgg.config import RunsConfig
 from hvd_vgg.errors import CONFIGURATION, DATA, Failure
+from hvd_vgg.reporting.log import RunLog
 from hvd_vgg.run_dir import RunDir, lock_run_dir
 
 
@@ -50,19 +51,31 @@ def test_runs_say_why_one_failed(tmp_path):
     done = {"event": "end", "time": time.time() + 2, "code": 0, "reason": "done"}  # what follows in the log was lost
     (path / "restarts.jsonl").write_text(json.dumps(done) + "\n")
     assert row_of(path)[1] == "failed" and row_of(path).reason.startswith("the log has no end, though")
+    odd = tmp_path / "a b"
+    odd.mkdir()
+    log = RunLog(odd, False, None)
+    log.event("nonfinite", step=7)
+    log.close()
+    assert row_of(odd).reason == f"not finite at step 7: hvd-vgg replay '{odd}'"
 
 
-def test_runs_print_nothing_that_a_terminal_obeys(tmp_path, capsys):
-    """A reason is from a file that others may have written."""
+def test_runs_print_nothing_that_a_terminal_obeys(tmp_path, capsys, monkeypatch):
+    """A reason is from a file that others may have written; on a terminal it ends where that does, in a pipe it is whole."""
     path = tmp_path / "a"
     with pytest.raises(Killed):
         train(path, kill_at=20)
     (path / "faults").mkdir()
-    report = {"time": time.time() + 1, "rank": 0, "host": "h\x1b[31m", "error": "bad \x1b]0;owned\x07 thing"}
+    report = {"time": time.time() + 1, "rank": 0, "host": "h\x1b[31m", "error": f"bad \x1b]0;owned\x07 thing {'x' * 200}"}
     (path / "faults" / "fatal.rank0.jsonl").write_text(json.dumps(report) + "\n")
     list_runs(RunsConfig(dir=str(tmp_path)))
     out = capsys.readouterr().out
-    assert r"rank 0 on h\x1b[31m: bad \x1b]0;owned\x07 thing" in out and out.replace("\n", "").isprintable()
+    assert rf"rank 0 on h\x1b[31m: bad \x1b]0;owned\x07 thing {'x' * 200}" in out and out.replace("\n", "").isprintable()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for columns, width in ((150, 150), (60, len(out.splitlines()[0]) + 2 + 40)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        list_runs(RunsConfig(dir=str(tmp_path)))
+        line = capsys.readouterr().out.splitlines()[1]
+        assert len(line) == width and line.endswith("...")
 
 
 def test_runs_that_were_stopped_or_train(tmp_path):
@@ -96,7 +109,7 @@ def test_runs_are_found_below_a_directory(tmp_path, capsys):
     assert len(list(find_runs(tmp_path))) == 3
     list_runs(RunsConfig(dir=str(tmp_path)))
     head, *rows = capsys.readouterr().out.splitlines()
-    assert head.split() == ["run", "state", "step", "epochs", "acc@1", "acc@5", "images/s", "age"]
+    assert re.split("  +", head) == ["run", "state", "step", "epochs", "best acc@1", "its acc@5", "images/s", "age"]
     assert len(rows) == 3 and [row.split()[0] for row in rows[1:]] == ["old", "deeper/new"]
     assert rows[0].startswith("odd \\n name")
 

@@ -301,6 +301,8 @@ def test_sheet_shows_the_first_records_of_training(train):
         assert f", record {taken[number]}, offset " in row.caption
         assert (tiles[3] == evaluated[taken[number]]).all()
     assert rows[0].original.shape == (40, 48, 3)
+    (row,) = sheet_rows(training, evaluation, 1, 2, stored=False)  # as TensorBoard has it, beside the confusion matrix
+    assert row.caption == rows[0].caption.replace(f"label {taken[0] % 4 + 1},", f"class {taken[0] % 4},")
 
 
 @pytest.mark.parametrize("size", [224, 96])

@@ -362,7 +362,7 @@ TAMPERINGS = {
     "an evaluation of the receipt": (change_receipt(evaluations=[]), "receipt.json: evaluations is "),
     "the receipt's digest of the result": (
         change_receipt(files={"result.json": None}),
-        "receipt.json: digest of result.json is None",
+        "receipt.json: digest of result.json is bytes ",
     ),
     "an empty result": (write("result.json", b"{}"), "result.json: "),
     "a list for a result": (write("result.json", b"[]"), "result.json: "),
@@ -370,7 +370,11 @@ TAMPERINGS = {
     "an empty receipt": (write("receipt.json", b""), "receipt.json: "),
     "a receipt of other content": (write("receipt.json", b'{"starts": [1], "files": {}}'), "receipt.json: "),
     "flags that are none": (write("flags.txt", b"--lr=x\n"), "flags.txt: "),
-    "an empty log": (write("dllogger.json", b""), "receipt.json: digest of dllogger.json "),
+    "an empty log": (write("dllogger.json", b""), "receipt.json: digest of dllogger.json is None, expected bytes "),
+    "flags of the receipt": (
+        lambda run: change_receipt(configuration={**receipt.read(run)["configuration"], "lr": 9, "odd": 1})(run),
+        "receipt.json: configuration differs: lr is 0.01, expected 9; odd is absent, expected 1",
+    ),
     "a row of restarts cut": (write("restarts.jsonl", b'{"event": "start"}\n'), "restarts.jsonl: "),
     "an empty checkpoint": (write(CHECKPOINT, b""), "step-00000012.safetensors: "),
     "a checkpoint of other bytes": (write(CHECKPOINT, b"\xff" * 100), "step-00000012.safetensors: "),
@@ -446,7 +450,7 @@ def change_line(run, kind, of_step=None, **changes):
 def test_verify_finds_a_change_under_a_new_receipt(run, kind, changes, fault):
     """What is computed again from other lines needs no receipt. An epoch that is not known is unknown, and no failure."""
     change_line(run, kind, **changes)
-    assert any(text.startswith("receipt.json: digest of dllogger.json is ") for text in verdicts(run.path))
+    assert any(text.startswith("receipt.json: digest of dllogger.json differs: ") for text in verdicts(run.path))
     seal(run)
     assert any(fault in text for text in verdicts(run.path)) if fault else len(verdicts(run.path, UNKNOWN)) == 1
 
