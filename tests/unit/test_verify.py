@@ -699,7 +699,7 @@ def test_receipt_keeps_what_it_said_of_earlier_starts(run):
     run.log.write_text(run.log.read_text().replace("nats", "bits"))
     train(run.path)
     assert receipt.read(run)["starts"][:1] == first
-    assert any(fault.startswith("receipt.json: starts is ") for fault in verdicts(run.path))
+    assert any(fault.startswith("receipt.json: starts: entry 1 differs: ") for fault in verdicts(run.path))
 
 
 def test_receipt_is_written_whole_and_for_few_to_read(run):
