@@ -93,12 +93,12 @@ def _letter(number: int) -> str:
 def _checks(facts: Facts, histories: _Histories, again: bool) -> Any:
     """Returns what verify-run finds without the data, or why it was not asked."""
     if again:
-        return "asked when the run has ended"
+        return "runs when the training has ended"
     if not facts.lines:
-        return "not asked: there is no log"
+        return "not run: there is no log"
     size = _checkpoint_bytes(facts.run)
     if size > _CHECKED_BYTES:
-        return f"not asked: it reads {size / 1e9:.1f} GB of checkpoints"
+        return f"not run: it reads {size / 1e9:.1f} GB of checkpoints"
     try:
         return list(check(facts.run.path, histories(facts.letter)))
     except DAMAGED as error:

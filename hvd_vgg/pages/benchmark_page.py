@@ -58,7 +58,7 @@ def _rates(rows: Sequence[_Row]) -> Markup:
     if len(ranks) > 1:
         x = np.array(ranks, np.float64)
         lines = [
-            Line(_NAMES[kind], x, column(kind, lambda row: row["efficiency"]), _COLOURS[kind], _STYLES[kind], "o")
+            Line(_NAMES[kind], x, column(kind, lambda row: row["efficiency"]), _COLOURS[kind], _STYLES[kind], True)
             for kind in inputs
         ]
         text = f"Images/s of a rank, in shares of those on {plural(ranks[0], 'rank')}."

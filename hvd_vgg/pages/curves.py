@@ -1,4 +1,4 @@
-"""The numbers of a log as curves, against epochs and against hours; long ones thinned.
+"""The numbers of a log as curves, against epochs and against time; long ones thinned.
 
 A log may be damaged: whatever is no number where one is expected is NaN, which no figure shows.
 """
@@ -97,16 +97,26 @@ def began(lines: Sequence[LogLine]) -> float:
     """Returns when the first process of a run began, in seconds since 1970; NaN if the log does not say."""
     for line in lines:
         if line.kind == "start" and math.isfinite(line.timestamp):
-            seconds = number(line.data.get("process_seconds"))
-            return line.timestamp - (0.0 if math.isnan(seconds) else seconds)
+            return process_began(line)
     times = (line.timestamp for line in lines if line.kind and math.isfinite(line.timestamp))
     return next(times, math.nan)
+
+
+def process_began(start: LogLine) -> float:
+    """Returns when the process of a start began, in seconds since 1970: before its line by imports and joining."""
+    seconds = number(start.data.get("process_seconds"))
+    return start.timestamp - (0.0 if math.isnan(seconds) else seconds)
 
 
 def hours_since(origin: float, timestamp: float) -> float:
     """Returns the hours from a time to another, both in seconds since 1970; NaN where one is none."""
     hours = (timestamp - origin) / 3600
     return hours if math.isfinite(hours) else math.nan
+
+
+def unit_of(hours: float) -> Tuple[str, float]:
+    """Returns the unit in which an axis of a number of hours has few digits, and how many of it an hour has."""
+    return ("hours", 1.0) if hours >= 1.5 else ("minutes", 60.0) if hours >= 1 / 40 else ("seconds", 3600.0)
 
 
 def read_curves(lines: Sequence[LogLine]) -> Dict[str, Curve]:

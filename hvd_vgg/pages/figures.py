@@ -59,7 +59,7 @@ class Line(NamedTuple):
     y: np.ndarray
     colour: int = 1
     style: str = "solid"
-    marker: str = ""
+    marker: bool = False  # at every point
     low: Optional[np.ndarray] = None
     high: Optional[np.ndarray] = None
 
@@ -100,7 +100,7 @@ def curves(
 ) -> Markup:
     """Returns the SVG of lines; nothing where no line has a point. anchor: letters, digits and `-`, unique in a page.
 
-    log: a logarithmic scale of values, where all are above 0; least: of the scale; ticks: at which the other axis, which is
+    log: a logarithmic scale of values, all above 0; least: of the scale; ticks: at which the other axis, which is
     logarithmic then, has numbers, such as those of ranks.
     """
     shown = [line for line in lines if np.any(np.isfinite(line.x) & np.isfinite(line.y))]
@@ -112,11 +112,13 @@ def curves(
             drawn = _COLOURS[colour(line.colour)]
             if line.low is not None and line.high is not None and len(line.x) > 1:
                 axes.fill_between(line.x, line.low, line.high, color=drawn, alpha=0.2, linewidth=0)
-            few = len(line.x) == 1
+            known = np.concatenate([[False], np.isfinite(line.x) & np.isfinite(line.y), [False]])
+            lone = known[1:-1] & ~known[:-2] & ~known[2:]  # which no line reaches
             dashes = tuple(float(each) / 1.5 for each in _DASHES[line.style].split())  # in widths of the line
             shape: Any = (0, dashes) if dashes else "solid"
-            axes.plot(line.x, line.y, color=drawn, linestyle=shape, linewidth=1.5, marker="o" if few else line.marker)
-        if log and all(np.nanmin(line.y) > 0 for line in shown):
+            marked = None if line.marker else lone
+            axes.plot(line.x, line.y, color=drawn, linestyle=shape, linewidth=1.5, marker="o", markevery=marked)
+        if log:
             _scale_by_decades(axes, [np.nanmin(line.y) for line in shown], [np.nanmax(line.y) for line in shown])
         elif least is not None:
             axes.set_ylim(bottom=least)
@@ -193,8 +195,9 @@ def timeline(anchor: str, spans: Dict[str, List[Span]], events: Sequence[Event],
     factor: units of the axis an hour. Nothing where there is no time.
     """
     lanes = [part for part in PARTS if spans.get(part)]
-    end = max((end for each in spans.values() for _, end in each), default=0.0)
-    begin = min((begin for each in spans.values() for begin, _ in each), default=0.0)
+    times = [hours for each in spans.values() for span in each for hours in span]
+    times += [event.hours for event in events if math.isfinite(event.hours)]
+    begin, end = min(times, default=0.0), max(times, default=0.0)
     if not lanes or not math.isfinite(end - begin) or end <= begin:
         return Markup()
     marks = {"start": ("^", "var(--ink)"), "fault": ("x", "var(--part-recomputed)"), "change": ("d", "var(--c4)")}
@@ -285,14 +288,14 @@ def framed(title: Any, svg: Markup, legend_: Markup, caption: Any = "", kind: st
 
 
 def both_axes(draw: Callable[[str], Iterator[Markup]]) -> Markup:
-    """Returns figures against epochs and against hours, of which the reader chooses.
+    """Returns figures against epochs and against time, of which the reader chooses.
 
-    draw: yields those for `epochs` or `hours`.
+    draw: yields those for `epochs` or `time`.
     """
     choice = Markup(
         '<input type="radio" name="axis" id="by-epochs" checked><label class="axis" for="by-epochs">against epochs</label>'
-        '<input type="radio" name="axis" id="by-hours"><label class="axis" for="by-hours">against hours</label>'
+        '<input type="radio" name="axis" id="by-time"><label class="axis" for="by-time">against time</label>'
     )
-    drawn = (tag("div", figure, f'class="{axis}"') for axis in ("epochs", "hours") for figure in draw(axis) if figure)
+    drawn = (tag("div", figure, f'class="{axis}"') for axis in ("epochs", "time") for figure in draw(axis) if figure)
     figures = join(drawn)
     return join([choice, tag("div", figures, 'class="figures"')]) if figures else Markup()

@@ -10,7 +10,7 @@ from hvd_vgg.data.thumbnails import Thumbnail, open_alone, thumbnail
 from hvd_vgg.pages.class_tables import ErrorRow
 from hvd_vgg.pages.facts import DAMAGED, Facts, reason_of, records_of
 from hvd_vgg.pages.markup import Markup, details, image, join, paragraph, section, table, tag
-from hvd_vgg.pages.run_sections import anchor_of, short
+from hvd_vgg.pages.run_sections import anchor_of, class_text, short
 from hvd_vgg.text import plural
 
 _PAIRS, _ERRORS = 20, 48  # rows of tables
@@ -73,16 +73,17 @@ def confused(facts: Facts, level: int) -> Markup:
     of = {row.label: row.records for row in facts.classes}
     rows = [
         (
-            *(row.label, short(row.label_name) or "-", row.predicted, short(row.predicted_name) or "-", row.records),
+            *(class_text(row.label, row.label_name), class_text(row.predicted, row.predicted_name), row.records),
             f"{row.records / of[row.label]:.1%}" if of.get(row.label) else "-",
         )
         for row in found[:_PAIRS]
     ]
-    headings = ("class", "name", "taken for", "name", "records", "of the class's records")
-    caption = f"The {len(rows)} of {plural(len(found), 'pair')} of classes with most records"
-    listed = table(headings, rows, caption, numbers=(0, 2, 4, 5))
+    headings = ("class", "taken for", "records", "of the class's records")
+    which = f"The {len(rows)}" if len(rows) < len(found) else "All"
+    caption = f"{which} of {plural(len(found), 'pair')} of classes, most records first"
+    listed = table(headings, rows, caption, numbers=(2, 3))
     records = sum(row.records for row in found)
-    text = f"{plural(records, 'record')} of the last evaluation had another likeliest class, as confusions.csv has it."
+    text = f"{plural(records, 'record')} misclassified in the last evaluation, by confusions.csv."
     about = paragraph(text, kind="note")
     return section(anchor_of(facts, "confusions"), "Most confused classes", about, listed, level=level)
 
@@ -93,30 +94,27 @@ def errors(facts: Facts, sheet: Sheet, level: int) -> Markup:
     if not found:
         return Markup()
     rows = [
-        (row.record, short(row.where), _class(row.label, row.label_name), _class(row.predicted, row.predicted_name))
+        (row.record, short(row.where), class_text(row.label, row.label_name), class_text(row.predicted, row.predicted_name))
         + (f"{row.probability:.6g}",)
         for row in found
     ]
     headings = ("record", "where", "label", "taken for", "probability")
-    caption = f"The {plural(len(rows), 'error')} with the highest probability, as confident_errors.csv has them"
+    total = sum(row.records for row in facts.confusions)
+    of = f" of {plural(total, 'error')}" if total > len(rows) else ""
+    caption = f"The {len(rows)} most confident{of}, from confident_errors.csv"
     listed = table(headings, rows, caption, numbers=(0, 4))
     shown = join(_picture(row, sheet.pictures[row.record]) for row in found if row.record in sheet.pictures)
     parts: List[Any] = [paragraph(short(sheet.why), kind="note")] if sheet.why else []
     if shown:
-        text = "Each as it is evaluated, drawn smaller or pixel by pixel; the surest first."
-        parts += [paragraph(text, kind="note"), tag("div", shown, 'class="sheet"'), details("All of these errors", listed)]
+        text = "The part of each image that is evaluated, resized; most confident first."
+        parts += [paragraph(text, kind="note"), tag("div", shown, 'class="sheet"'), details(caption, listed)]
     else:
         parts.append(listed)
     return section(anchor_of(facts, "errors"), "Most confident errors", *parts, level=level)
 
 
-def _class(number: int, name: str) -> str:
-    """Returns a class with the first of its names."""
-    return short(f"{number} {name.partition(',')[0]}".rstrip())
-
-
 def _picture(row: ErrorRow, picture: Thumbnail) -> Markup:
-    label, predicted = _class(row.label, row.label_name), _class(row.predicted, row.predicted_name)
+    label, predicted = class_text(row.label, row.label_name), class_text(row.predicted, row.predicted_name)
     alt = f"Record {row.record}: label {label}, taken for {predicted}, probability {row.probability:.4f}"
     caption = join([f"label {label}", f"taken for {predicted}", f"probability {row.probability:.4f}"], "<br>")
     return tag("figure", join([image(*picture, alt), tag("figcaption", caption)]))

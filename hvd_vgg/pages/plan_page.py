@@ -84,7 +84,7 @@ def _lines(found: Plan, overlapped: bool) -> Iterator[Line]:
     for number, (name, points) in enumerate(found.sweep.items(), 1):
         low, high = (np.array([point[index] for point in points]) for index in (2, 3))
         if overlapped:
-            yield Line(name, x, high, number, _STYLES[(number - 1) % len(_STYLES)], "", low, high)
+            yield Line(name, x, high, number, _STYLES[(number - 1) % len(_STYLES)], False, low, high)
         else:
             yield Line(name, x, low, number, "dotted")
 

@@ -11,7 +11,7 @@ from hvd_vgg.pages.charts import draw_curves
 from hvd_vgg.pages.curves import flag_text, mapping, whole
 from hvd_vgg.pages.facts import DAMAGED, Facts, ranks_of, records_of
 from hvd_vgg.pages.figures import both_axes
-from hvd_vgg.pages.markup import Markup, bullets, code, join, page, paragraph, section, table
+from hvd_vgg.pages.markup import Markup, bullets, code, join, page, paragraph, section, table, tag
 from hvd_vgg.text import plural
 
 # Of these runs differ by nature.
@@ -78,18 +78,21 @@ def report_page(
 def _run(facts: Facts, checks: Any, sheet: mistakes.Sheet, curves: Markup, level: int) -> Markup:
     """Returns all sections of a run. A damaged part does not take the others with it."""
     parts: List[Tuple[str, Callable[[], Markup]]] = [
-        ("Overview", lambda: sections.overview(facts)),
+        ("Overview", lambda: sections.overview(facts, checks)),
         ("Result", lambda: sections.result(facts, checks, level)),
         ("Curves", lambda: curves),
         ("Where the time went", lambda: sections.where_time_went(facts, level)),
         ("What happened", lambda: sections.what_happened(facts, level)),
         ("Evaluations", lambda: sections.evaluations(facts, level)),
         ("What ran", lambda: sections.what_ran(facts, level)),
-        ("Worst classes", lambda: sections.classes(facts, level)),
-        ("Most confused classes", lambda: mistakes.confused(facts, level)),
-        ("Most confident errors", lambda: mistakes.errors(facts, sheet, level)),
     ]
-    return join(_safely(name, make) for name, make in parts)
+    by_class = [
+        _safely("Worst classes", lambda: sections.classes(facts, level)),
+        _safely("Most confused classes", lambda: mistakes.confused(facts, level)),
+    ]
+    errors = _safely("Most confident errors", lambda: mistakes.errors(facts, sheet, level))
+    shown = (_safely(name, make) for name, make in parts)
+    return join([*shown, tag("div", join(by_class), 'class="beside"'), errors])
 
 
 def _safely(name: str, make: Callable[[], Markup]) -> Markup:

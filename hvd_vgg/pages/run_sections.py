@@ -7,7 +7,7 @@ import time
 from typing import Any, Dict, List, Sequence, Tuple
 
 from hvd_vgg.config import TrainConfig
-from hvd_vgg.pages.curves import flag_text, mapping, number, updates_per_epoch, whole
+from hvd_vgg.pages.curves import began, flag_text, mapping, number, unit_of, updates_per_epoch, whole
 from hvd_vgg.pages.facts import Facts, hosts_of, ranks_of, records_of
 from hvd_vgg.pages.figures import TIMES, colour, framed, keys, timeline
 from hvd_vgg.pages.markup import Markup, bullets, code, details, join, pairs, paragraph, section, table, tag
@@ -18,6 +18,7 @@ from hvd_vgg.text import format_duration, plural
 
 _EVENTS, _EVALUATIONS, _RANKS, _CLASSES = 100, 200, 32, 20  # rows of tables
 _TEXT = 300  # characters of a text that a file has
+_RECIPE = ("optimizer", "lr", "lr_schedule", "momentum", "weight_decay", "global_batch")  # flags in the result
 _SHARES = ("input", "compute", "network", "straggler_wait")
 _VERDICTS = {"pass": "good", "fail": "bad", "unknown": "note"}
 _WORDS = {"training": "It trains", "done": "It is done", "stopped": "It was stopped", "failed": "It failed"}
@@ -61,15 +62,21 @@ def anchor_of(facts: Facts, name: str) -> str:
     return f"{name}-{facts.letter.lower()}" if facts.letter else name
 
 
-def overview(facts: Facts) -> Markup:
-    """Returns what became of a run, and what of it is missing."""
-    state = short(state_text(facts))
-    kind = {"done": "good", "failed": "bad", "unreadable": "bad"}.get(facts.state, "")
+def overview(facts: Facts, checks: Any) -> Markup:
+    """Returns what became of a run, and what of it is missing or wrong; checks: as of `result`."""
+    failed = [] if isinstance(checks, str) else [check for check in checks if check.verdict == "fail"]
+    kind = {"done": "" if failed else "good", "failed": "bad", "unreadable": "bad"}.get(facts.state, "")
+    parts = [paragraph(tag("span", short(state_text(facts)), f'class="{kind}"'))]
+    if failed:
+        text = f"{len(failed)} of {plural(len(checks), 'check')} of verify-run failed"
+        link = tag("a", "details", f'href="#{anchor_of(facts, "result")}"')
+        parts.append(paragraph(tag("span", text, 'class="bad"'), " (", link, ")."))
+    times = [line.timestamp for line in facts.lines if line.kind and math.isfinite(line.timestamp)]
+    if times:
+        parts.append(paragraph(f"Started on {made_at(began(facts.lines))}; newest log line on {made_at(max(times))}."))
     missing = join([paragraph(tag("strong", "Missing or damaged:")), bullets(map(short, facts.missing))])
-    starts, faults = _count_events(facts)
-    told = f"{plural(starts, 'start')} and {plural(faults, 'fault')}: " if starts > 1 or faults else ""
     link = tag("a", "what happened", f'href="#{anchor_of(facts, "events")}"')
-    parts = [paragraph(tag("span", state, f'class="{kind}"')), paragraph(told, link, ".") if told else ""]
+    parts += [paragraph(_count_events(facts), ": ", link, ".")] if facts.events else []
     return join([*parts, *([tag("div", missing, 'class="missing"')] if facts.missing else [])])
 
 
@@ -90,6 +97,11 @@ def _figure(facts: Facts) -> Markup:
         ("acc@1", f"{hits} of {records} validation records"),
         ("acc@5", f"{top5} of {records}: {top5 / records:.4f}" if top5 >= 0 else "-"),
     ]
+    trained = next((line.data for line in reversed(facts.lines) if line.kind == "train"), {})
+    evaluated = newest.get("eval.loss") if whole(newest.get("eval.top1_hits")) == hits else None
+    losses = [format_number(loss, ".4f") for loss in (evaluated, trained.get("train.loss"))]
+    if any(each != "-" for each in losses):
+        rows.append(("loss", f"{losses[0]} of the validation data; {losses[1]} of the last logged updates in training"))
     average = whole(found.get("average_top1_hits", newest.get("eval.average_top1_hits")))
     if average >= 0:
         rows.append(("acc@1 of the average of weights", f"{average} of {records}: {average / records:.4f}"))
@@ -101,16 +113,19 @@ def _figure(facts: Facts) -> Markup:
     steps = whole(found.get("steps"), whole(facts.evaluations[-1].step) if facts.evaluations else -1)
     epochs = found.get("epochs", steps / updates_per_epoch(facts.lines) if steps >= 0 else None)
     rows.append(("after", f"{format_count(steps)} updates, {format_number(epochs, '.2f')} epochs"))
+    recipe = {name: facts.flags[name] for name in _RECIPE if name in facts.flags}
+    rows += [("recipe", short(flag_text(recipe)))] if recipe else []
     if found.get("fps"):
-        spread = format_number(found.get("fps_jitter"), ".1f")
-        rows.append(
-            (
-                "images/s",
-                f"{format_number(found.get('fps'), '.1f')} (jitter {spread}); limited by: {found.get('bottleneck')}",
-            )
+        rate, spread = (format_number(found.get(name), ".1f") for name in ("fps", "fps_jitter"))
+        text = (
+            f"{rate} images/s in the steady updates of the newest start; limited by: {found.get('bottleneck')}. Spread of "
         )
+        text += f"single updates: {spread} images/s (1.4826 times the median absolute deviation)"
+        rows.append(("throughput", text))
     if not math.isnan(number(found.get("seconds"))):
-        rows.append(("time", format_duration(number(found["seconds"]))))
+        wall, least = sum(_seconds_of_parts(facts).values()), format_duration(number(found["seconds"]))
+        text = f"{least} without process start-up, downtime and updates made again"
+        rows.append(("time", f"{format_duration(wall)} since the first start; {text}" if wall else text))
     return join([paragraph(f"acc@1 {hits / records:.4f}", kind="figure-of"), pairs(rows)])
 
 
@@ -121,7 +136,7 @@ def _proof(facts: Facts, checks: Any) -> Markup:
     command = f"hvd-vgg verify-run {shlex.quote(str(facts.run.path.resolve()))}"
     rows = [("state SHA-256", code(short(digest or "unknown"))), ("to verify it", code(command))]
     if isinstance(checks, str):
-        return join([pairs([*rows, ("what it says", checks)])])
+        return join([pairs([*rows, ("verification", checks)])])
     words = [check.verdict for check in checks]
     bad = [check for check in checks if check.verdict == "fail"]
     verdict = f"{words.count('pass')} passed, {words.count('fail')} failed, {words.count('unknown')} unknown"
@@ -135,19 +150,20 @@ def _proof(facts: Facts, checks: Any) -> Markup:
         "What verify-run finds without the data",
     )
     failed = bullets(join([each.subject, ": ", short(each.text)]) for each in bad[:3])
-    return join([pairs([*rows, ("what it says", shown)]), failed, details("All checks", listed)])
+    return join([pairs([*rows, ("verification", shown)]), failed, details("All checks", listed)])
 
 
 def what_ran(facts: Facts, level: int) -> Markup:
     """Returns the section of configuration, data, hosts and versions."""
     start, flags = facts.start, facts.flags
-    hosts = [f"{host} ({plural(ranks, 'rank')})" for host, ranks in hosts_of(facts)]
-    shown = ", ".join(hosts[:16]) + (f" and {len(hosts) - 16} more" if len(hosts) > 16 else "")
+    hosts = [f"{ranks} on {host}" for host, ranks in hosts_of(facts)]
+    shown = ", ".join(hosts[:16]) + (f" and {len(hosts) - 16} hosts more" if len(hosts) > 16 else "")
+    total = "" if len(hosts) == 1 else f"{ranks_of(facts) or '?'}: "
     arithmetic, packages = mapping(start.get("arithmetic")), mapping(start.get("packages"))
     source = mapping(start.get("code"))
     rows: List[Tuple[Any, Any]] = [
         ("network", f"{flags.get('model', '?')} at width {flags.get('width', '?')}, {flags.get('image_size', '?')} pixels"),
-        ("ranks", f"{ranks_of(facts) or '?'} on {shown or 'unknown hosts'}"),
+        ("ranks", f"{total}{shown or 'unknown hosts'}"),
         (
             "device",
             ", ".join(str(arithmetic[name]) for name in ("device", "processor") if arithmetic.get(name)) or "unknown",
@@ -211,7 +227,7 @@ def rank_table(rows: Sequence[Dict[str, Any]], when: str) -> Markup:
     hosts = [{**row, "rank": f"all {row['ranks']}"} for row in per_host(rows)]
     ranks = rows if len(rows) <= _RANKS else sorted(rows, key=lambda row: number(row.get("fps_alone")))[:_RANKS]
     what = "each rank's" if len(ranks) == len(rows) else f"of the {_RANKS} slowest of {len(rows)} ranks the"
-    caption = f"Where {what} time went {when}"
+    caption = f"Where {what} time went {when}; images/s alone: without its waits for input, network and other ranks"
     headings = ("rank", "host", "images/s", "alone", *TIMES, "")
     shown = (hosts if len(hosts) > 1 else []) + list(ranks)
     return table(headings, map(_rank_row, shown), caption, numbers=range(2, 8), kind="tight")
@@ -233,21 +249,25 @@ def _rank_row(row: Dict[str, Any]) -> List[Any]:
     ]
 
 
+def _seconds_of_parts(facts: Facts) -> Dict[str, float]:
+    """Returns the seconds of each part of goodput that the log has."""
+    found = mapping(facts.goodput.get("goodput_seconds"))
+    return {part: number(found[part]) for part in PARTS if not math.isnan(number(found.get(part)))}
+
+
 def _goodput(facts: Facts) -> Markup:
-    seconds = {part: number(mapping(facts.goodput.get("goodput_seconds")).get(part)) for part in PARTS}
-    wall = sum(value for value in seconds.values() if not math.isnan(value))
+    seconds = _seconds_of_parts(facts)
+    wall = sum(seconds.values())
     if not wall:
         return paragraph("The log has no time that could be divided.", kind="note")
-    unit, factor = ("hours", 1.0) if wall >= 5400 else ("minutes", 60.0) if wall >= 90 else ("seconds", 3600.0)
-    svg = timeline(f"timeline{facts.letter.lower()}", facts.spans, facts.events, unit, factor)
+    svg = timeline(f"timeline{facts.letter.lower()}", facts.spans, facts.events, *unit_of(wall / 3600))
     text = "Events: a triangle is a start, a cross a fault, a diamond a change, a square an end; they are listed below."
-    drawn = framed("The run on the time axis", svg, Markup(), text, kind="wide")
+    drawn = framed("The run on the time axis", svg, Markup(), text)
     share = format_number(facts.goodput.get("goodput"), ".1%")
     rows = [(part, format_duration(value), f"{value / wall:.1%}") for part, value in seconds.items() if value >= 0.05]
     listed = table(("part", "time", "share"), rows, f"All {format_duration(wall)} since the first start", numbers=(1, 2))
-    return join(
-        [paragraph("Goodput: ", tag("strong", share), " of the wall time went into updates that count."), drawn, listed]
-    )
+    text = paragraph("Goodput: ", tag("strong", share), " of the wall time went into updates that count.")
+    return join([text, tag("div", join([drawn, listed]), 'class="beside"')])
 
 
 def evaluations(facts: Facts, level: int) -> Markup:
@@ -258,7 +278,8 @@ def evaluations(facts: Facts, level: int) -> Markup:
     averages = any("eval.average_top1_hits" in line.data for line in found)
     references = any("eval.reference_difference" in line.data for line in found)
     headings = ["step", "epoch", "acc@1", "acc@5", "hits", "records", "loss"]
-    headings += ["acc@1 of the average"] * averages + ["beside the reference"] * references + ["state SHA-256"]
+    headings += ["acc@1 of the average"] * averages + ["beside the reference"] * references
+    headings.append("state SHA-256, first 16 digits")
     per_epoch, shown = updates_per_epoch(facts.lines), found[-_EVALUATIONS:]
 
     def row(data: Dict[str, Any], step: int) -> List[Any]:
@@ -276,21 +297,14 @@ def evaluations(facts: Facts, level: int) -> Markup:
 
     rows = [row(line.data, whole(line.step)) for line in shown]
     more = f", the last {len(shown)} of {len(found)}" if len(shown) < len(found) else ""
-    listed = table(
-        headings,
-        rows,
-        f"Evaluations{more}; of the digests the first 16 digits",
-        numbers=range(len(headings) - 1),
-        kind="tight",
-    )
+    listed = table(headings, rows, f"Evaluations{more}", numbers=range(len(headings) - 1), kind="tight")
     return section(anchor_of(facts, "evaluations"), "Evaluations", listed, level=level)
 
 
 def what_happened(facts: Facts, level: int) -> Markup:
     """Returns the section of starts, restarts, faults and what else happened."""
     found = facts.events
-    starts, faults = _count_events(facts)
-    text = f"{plural(starts, 'start')} and {plural(faults, 'fault')}." if found else "Nothing is known."
+    text = f"{_count_events(facts)}." if found else "Nothing is known."
     shown = found if len(found) <= 2 * _EVENTS else [*found[:_EVENTS], *found[-_EVENTS:]]
     more = f", {len(found) - len(shown)} in the middle left out" if len(shown) < len(found) else ""
     rows = [
@@ -305,16 +319,19 @@ def what_happened(facts: Facts, level: int) -> Markup:
     listed = table(
         ("time", "step", "kind", "what"),
         rows,
-        f"Since the first start, hours:minutes:seconds{more}",
+        f"Hours:minutes:seconds since the first start, {made_at(began(facts.lines))}{more}",
         numbers=(0, 1),
         kind="loose",
     )
     return section(anchor_of(facts, "events"), "What happened", paragraph(text), listed if rows else "", level=level)
 
 
-def _count_events(facts: Facts) -> Tuple[int, int]:
-    """Returns the starts and faults of a run."""
-    return sum(line.kind == "start" for line in facts.lines), sum(event.kind == "fault" for event in facts.events)
+def _count_events(facts: Facts) -> str:
+    """Returns how many starts, faults and stops a run had."""
+    kinds = [line.kind for line in facts.lines]
+    starts, stops = plural(kinds.count("start"), "start"), plural(kinds.count("stopped"), "stop")
+    faults = plural(sum(event.kind == "fault" for event in facts.events), "fault")
+    return f"{starts}, {faults} and {stops} on request" if "stopped" in kinds else f"{starts} and {faults}"
 
 
 def clock(hours: float) -> str:
@@ -330,12 +347,12 @@ def classes(facts: Facts, level: int) -> Markup:
         return Markup()
     worst = sorted(known, key=lambda row: order_of_class(row.top1, row.records, row.label))[:_CLASSES]
     rows = [
-        (row.label, short(row.name) or "-", f"{row.top1 / row.records:.4f}", row.top1, row.top5, row.records)
-        for row in worst
+        (class_text(row.label, row.name), f"{row.top1 / row.records:.4f}", row.top1, row.top5, row.records) for row in worst
     ]
-    headings = ("class", "name", "acc@1", "top-1 hits", "top-5 hits", "records")
-    caption = f"The {len(worst)} of {len(known)} classes with the least acc@1"
-    listed = table(headings, rows, caption, numbers=(0, 2, 3, 4, 5))
+    headings = ("class", "acc@1", "top-1 hits", "top-5 hits", "records")
+    which = f"The {len(worst)}" if len(worst) < len(known) else "All"
+    caption = f"{which} of {plural(len(known), 'class')}, lowest acc@1 first"
+    listed = table(headings, rows, caption, numbers=(1, 2, 3, 4))
     about = paragraph(_origin_of_classes(facts), kind="note")
     return section(anchor_of(facts, "classes"), "Worst classes", about, listed, level=level)
 
@@ -346,20 +363,28 @@ def _origin_of_classes(facts: Facts) -> str:
     totals = tuple(sum(column) for column in zip(*((row.top1, row.top5, row.records) for row in facts.classes)))
     found = [line for line in facts.evaluations if tuple(line.data.get(f"eval.{name}") for name in names) == totals]
     result = tuple(facts.result.get(name) for name in (*names[:2], "records_evaluated"))
-    of = f"class_hits.csv, {totals[0]} top-1 and {totals[1]} top-5 hits of {plural(totals[2], 'record')}"
+    of = f"class_hits.csv ({totals[0]} top-1 and {totals[1]} top-5 hits of {plural(totals[2], 'record')}) matches"
     if found and found[-1] is facts.evaluations[-1]:
-        return f"{of}, is of the newest evaluation, after step {format_count(found[-1].step)}."
+        return f"{of} the newest evaluation, after step {format_count(found[-1].step)}."
     if found:
         steps = [format_count(line.step) for line in (found[-1], facts.evaluations[-1])]
-        return f"{of}, is of an earlier evaluation, after step {steps[0]}; the newest is after step {steps[1]}."
+        return f"{of} an earlier evaluation, after step {steps[0]}; the newest is after step {steps[1]}."
     if result == totals and not facts.evaluations:
-        return f"{of}, is of the evaluation that result.json has."
-    return f"{of}, is of no evaluation that the log has."
+        return f"{of} the evaluation in result.json."
+    return f"{of} no evaluation in the log."
+
+
+def class_text(number: int, name: str) -> str:
+    """Returns a class with the first of its names."""
+    return short(f"{number} {name.partition(',')[0]}".rstrip())
 
 
 def made_at(now: float) -> str:
-    """Returns when a page was made, for its head."""
-    return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(now))
+    """Returns a time, in seconds since 1970, for people."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(now))
+    except (OverflowError, OSError, ValueError):  # a damaged log has any number
+        return "an unknown day"
 
 
 def joined_hosts(facts: Facts) -> str:

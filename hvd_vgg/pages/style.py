@@ -66,7 +66,7 @@ CSS = (
     + """
 @media print {
   nav, .skip, .axis, input, details:not([open]) { display: none !important; } figure, tr { break-inside: avoid; }
-  .scroll { overflow: visible !important; } h2, h3, summary { break-after: avoid; }
+  .scroll { overflow: visible !important; background: none !important; } h2, h3, summary { break-after: avoid; }
   table { font-size: .75rem !important; } .parts { min-width: 5rem !important; }
   th, td { padding: .2rem .4rem !important; } table:not(.loose) :is(th, td) { white-space: normal !important; }
   table:not(.loose) td { overflow-wrap: anywhere !important; }
@@ -88,25 +88,34 @@ nav a { display: inline-block; padding: .25rem 0; }
 .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: .75rem; background: var(--panel); border: 1px solid var(--line); border-radius: 6px; }
-figure.wide { max-width: 34rem; } figure svg { display: block; width: 100%; height: auto; }
+.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); gap: 0 2rem; }
+figure svg { display: block; width: 100%; height: auto; }
 .sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .75rem; margin: .75rem 0; }
 .sheet img { display: block; width: 7rem; height: 7rem; } .pixels { image-rendering: pixelated; }
 .title { margin: 0 0 .25rem; font-weight: 600; }
 figcaption { font-size: .875rem; color: var(--faint); overflow-wrap: anywhere; }
 .legend { display: flex; flex-wrap: wrap; gap: 0 1rem; margin: .25rem 0; padding: 0; list-style: none; color: var(--ink); }
 .legend svg { display: inline-block; width: 1.75rem; height: .7rem; vertical-align: middle; margin-right: .35rem; }
-.scroll { overflow-x: auto; margin: .75rem 0; } table { border-collapse: collapse; font-size: .875rem; }
-/* Where scroll bars are hidden until used, nothing else says that a table goes on. */
+/* Where scroll bars are hidden until used, a shade at its edge says that a table goes on. */
+.scroll { overflow-x: auto; margin: .75rem 0;
+  background: no-repeat local 0 0 / 2rem 100% linear-gradient(to right, var(--ground) 50%, transparent),
+    no-repeat local 100% 0 / 2rem 100% linear-gradient(to left, var(--ground) 50%, transparent),
+    no-repeat 0 0 / 1rem 100% linear-gradient(to right, var(--faint), transparent),
+    no-repeat 100% 0 / 1rem 100% linear-gradient(to left, var(--faint), transparent); }
+table { border-collapse: collapse; font-size: .875rem; }
 .scroll::-webkit-scrollbar { height: .5rem; }
 .scroll::-webkit-scrollbar-thumb { background: var(--line); border-radius: 4px; }
 caption { text-align: left; color: var(--faint); padding-bottom: .25rem; }
 caption span { display: inline-block; position: sticky; left: 0; max-width: calc(100vw - 2rem); }
 th, td { text-align: left; vertical-align: top; padding: .25rem .6rem; border-bottom: 1px solid var(--line);
   max-width: 34rem; overflow-wrap: break-word; }
-thead th { background: var(--panel); } tbody th { white-space: nowrap; }
-@media (max-width: 30rem) { th, td { padding: .25rem .35rem; } }
-.loose td { white-space: nowrap; } .loose td:last-child { white-space: normal; overflow-wrap: anywhere; }
+thead th { border-color: var(--faint); } tbody th { white-space: nowrap; }
+.loose td { white-space: nowrap; } .loose td:last-child { white-space: normal; overflow-wrap: anywhere; max-width: 60rem; }
 .tight td, .tight th { white-space: nowrap; }
+@media (max-width: 30rem) { th, td { padding: .25rem .35rem; }
+  thead th { white-space: normal !important; }
+  table:not(.tight, .loose) :is(td, tbody th):not(.number) { white-space: normal; overflow-wrap: anywhere;
+    min-width: 5rem; } }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 dl { display: grid; grid-template-columns: minmax(7rem, 14rem) 1fr; gap: .25rem 1rem; margin: .5rem 0; }
 dt { color: var(--faint); } dd { margin: 0; overflow-wrap: anywhere; }
@@ -115,8 +124,8 @@ dt { color: var(--faint); } dd { margin: 0; overflow-wrap: anywhere; }
 code { font: .9em ui-monospace, "Liberation Mono", monospace; overflow-wrap: anywhere; }
 .figure-of { font-size: 2rem; font-weight: 650; line-height: 1.2; margin: .25rem 0; }
 details { margin: .75rem 0; } summary { cursor: pointer; padding: .25rem 0; }
-.axis { margin-right: 1rem; padding: .35rem .25rem; display: inline-block; } .hours { display: none; }
-#by-hours:checked ~ .figures .hours { display: block; } #by-hours:checked ~ .figures .epochs { display: none; }
+.axis { margin-right: 1rem; padding: .35rem .25rem; display: inline-block; } .time { display: none; }
+#by-time:checked ~ .figures .time { display: block; } #by-time:checked ~ .figures .epochs { display: none; }
 .parts { display: flex; min-width: 9rem; height: .9rem; border: 1px solid var(--line); } .parts span { display: block; }
 .parts, .key { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 .key { display: inline-block; width: .8rem; height: .8rem; margin-right: .35rem; vertical-align: -.1rem; }

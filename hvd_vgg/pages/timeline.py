@@ -1,10 +1,20 @@
 """Where the wall time of a run went, by the hour, and what happened when: from its log and the reports beside it."""
 
 import math
-from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Set, Tuple
 
 from hvd_vgg.errors import DONE, STOPPED
-from hvd_vgg.pages.curves import began, flag_text, hours_since, made_again, number, number_list, text_list, whole
+from hvd_vgg.pages.curves import (
+    began,
+    flag_text,
+    hours_since,
+    made_again,
+    number,
+    number_list,
+    process_began,
+    text_list,
+    whole,
+)
 from hvd_vgg.reporting.receipt import LogLine, read_json_lines
 from hvd_vgg.run_dir import RunDir
 from hvd_vgg.text import format_duration, plural
@@ -18,7 +28,7 @@ class Event(NamedTuple):
     """Something that happened. hours: since the first start; kind: start, fault, change or end; what: of any text."""
 
     hours: float
-    step: int  # -1 where unknown
+    step: int  # updates made by then as far as the log says; -1 where unknown
     kind: str
     what: str
 
@@ -40,7 +50,7 @@ def spans(lines: Sequence[LogLine]) -> Dict[str, List[Span]]:
         if not math.isfinite(now):
             continue
         if line.kind == "start":
-            process = now - (number(data.get("process_seconds")) if "process_seconds" in data else 0.0)
+            process = process_began(line)
             if not math.isnan(mark):
                 add("stopped" if gap == "stopped" else "restarting", mark, process)
             add("starting", process, now)
@@ -96,12 +106,12 @@ def _joined(found: Dict[str, List[Span]]) -> Dict[str, List[Span]]:
 def events(run: RunDir, lines: Sequence[LogLine]) -> List[Event]:
     """Returns what happened in a run, in order of time, from its log, its launcher and the reports of its ranks.
 
-    What several of them say of one fault is one event of the kind `fault`.
+    What several of them say of one fault, start or stop is one event.
     """
     origin, found = began(lines), _of_log(lines)
     reports = [row for path in sorted(run.faults.glob("*.rank*.jsonl")) for row in read_json_lines(path)]
     found += [*_of_reports(reports), *_of_hangs(reports, lines)]
-    found += _of_launcher(read_json_lines(run.restarts), [number(row.get("time")) for row in reports])
+    found += _of_launcher(read_json_lines(run.restarts), [number(row.get("time")) for row in reports], lines)
     timed = [event._replace(hours=hours_since(origin, event.hours)) for event in found]
     return sorted(timed, key=lambda event: (math.isnan(event.hours), event.hours if not math.isnan(event.hours) else 0.0))
 
@@ -110,16 +120,34 @@ def events(run: RunDir, lines: Sequence[LogLine]) -> List[Event]:
 
 
 def _of_log(lines: Sequence[LogLine]) -> List[Event]:
-    found, starts, ranks = [], 0, 0
+    found: List[Event] = []
+    loaded: List[Event] = []  # what a start has loaded, which the log has before the start
+    known: Set[str] = set()  # records that were replaced
+    starts, ranks, reached = 0, 0, -1
     for line in lines:
         if line.kind == "start":
             starts += 1
-            yielded = [("start", _describe_start(line, starts, ranks))]
-            ranks = whole(line.data.get("ranks"), 0)
-        else:
-            yielded = list(_of_line(line))
-        found += [Event(line.timestamp, whole(line.step), kind, what) for kind, what in yielded]
-    return found
+            texts = [_describe_start(line, starts, ranks), *(event.what for event in loaded)]
+            again = reached - whole(line.step, reached)
+            if again > 0:
+                texts.append(f"made again: {plural(again, 'update')} up to step {reached}, the last in the log")
+            found.append(Event(process_began(line), whole(line.step), "start", "; ".join(texts)))
+            ranks, reached, loaded = whole(line.data.get("ranks"), 0), whole(line.step), []
+            continue
+        if line.kind in ("train", "evaluation"):
+            reached = whole(line.step, reached)
+        elif line.kind == "rewind":
+            reached = whole(line.data.get("to"), reached)
+        elif line.kind == "coverage" and isinstance(line.data.get("replaced"), list):
+            new = [each for each in map(str, line.data["replaced"]) if each not in known]
+            known.update(new)
+            line = line._replace(data={**line.data, "replaced": new})
+        elif line.kind == "bad_record":
+            known.add(str(line.data.get("record")))
+        step = whole(line.step) if whole(line.step) >= 0 else reached
+        told = [Event(line.timestamp, step, kind, what) for kind, what in _of_line(line)]
+        (loaded if line.kind in _LOADED else found).extend(told)
+    return [*found, *loaded]
 
 
 def _describe_start(line: LogLine, starts: int, before: int) -> str:
@@ -166,9 +194,13 @@ def _describe_hang(phase: str, collective: str, reports: Sequence[Dict[str, Any]
     return f"rank {ranks}: hung in {phase}{silent}" + (f", last collective {collective}" if collective else "")
 
 
-def _of_launcher(rows: Sequence[Dict[str, Any]], reported: Sequence[float]) -> Iterator[Event]:
-    """Yields how starts ended that did not reach the end of the run; reported: when ranks reported faults."""
+def _of_launcher(rows: Sequence[Dict[str, Any]], reported: Sequence[float], lines: Sequence[LogLine]) -> Iterator[Event]:
+    """Yields how starts ended that did not reach the end of the run; reported: when ranks reported faults.
+
+    A stop that the log has is left out.
+    """
     ends = [row for row in rows if row.get("event") == "end"]
+    stops = [line.timestamp for line in lines if line.kind == "stopped"]
     begin = -math.inf
     for index, row in enumerate(rows):
         if row.get("event") == "start":
@@ -176,16 +208,20 @@ def _of_launcher(rows: Sequence[Dict[str, Any]], reported: Sequence[float]) -> I
         if row.get("event") != "end" or row.get("code") == DONE:
             continue
         time, following = number(row.get("time")), rows[index + 1] if index + 1 < len(rows) else {}
+        if row.get("code") == STOPPED and any(begin <= each <= time for each in stops):
+            continue
         what = f"the processes ended with exit code {row.get('code')}: {row.get('reason')}"
         if following.get("event") == "start":
             again = whole(following.get("attempt"), 0) > 0
             what += f"; {'the launcher started them again' if again else 'another launch went on later'}"
             ended_next = next((each for each in ends if each.get("job") == following.get("job")), {})
             idle = number(ended_next.get("lost_seconds")) if again else math.nan
-            what += "" if math.isnan(idle) else f", the next update came {format_duration(idle)} later"
+            what += "" if math.isnan(idle) else f", and their first update was complete {format_duration(idle)} later"
+        what += " (before the log begins)" if time < began(lines) else ""
         told = any(begin <= each <= time for each in reported)
         kind = "end" if row.get("code") == STOPPED else "change" if told else "fault"
-        yield Event(time, -1, kind, what)
+        trained = [line for line in lines if line.kind in ("start", "train") and begin <= line.timestamp <= time]
+        yield Event(time, whole(trained[-1].step) if trained else -1, kind, what)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -204,6 +240,11 @@ def _of_line(line: LogLine) -> Iterator[Tuple[str, str]]:
         elif replaced or skipped:
             count = len(replaced) if isinstance(replaced, list) else replaced
             yield "change", f"epoch {data.get('epoch')}: {plural(whole(skipped, 0), 'record')} skipped, {count} replaced"
+    elif kind == "bad_record":
+        by, where = data.get("replaced_by", "?"), data.get("where") or f"record {data.get('record')}"
+        outcome = "it counts as a miss" if by is None else f"record {by} of the split takes its place"
+        split = "validation" if by is None else "training"
+        yield "fault", f"bad record in the {split} data: {where}: {data.get('reason')}; {outcome}"
     elif kind == "throughput" and whole(data.get("slow_rank")) >= 0:
         yield "change", f"rank {data.get('slow_rank')} holds the others up ({data.get('bottleneck')})"
     elif kind in _TEXTS:
@@ -220,12 +261,12 @@ class _Known(Dict[str, Any]):
         return "?"
 
 
+_LOADED = ("resume", "init_from")  # the log has these before the start that they belong to
 _TEXTS = {
     "resume": ("start", "continues from {checkpoint}"),
     "init_from": ("start", "weights from {file}"),
     "rewind": ("fault", "step {from} was not finite: back to step {to}, its records are skipped"),
     "nonfinite": ("fault", "step {step} was not finite; the run stopped"),
-    "bad_record": ("fault", "record {record} cannot be used ({reason}); record {replaced_by} takes its place"),
     "checkpoint_damaged": ("fault", "checkpoint {file} is damaged: {reason}"),
     "checkpoint_copy_used": ("change", "continues from the copy {file}"),
     "save_failed": ("fault", "a file could not be written: {error}"),

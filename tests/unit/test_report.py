@@ -113,7 +113,7 @@ def test_report_shows_a_result_with_its_proof(finished):
     for text in (
         *("It is done.", f"acc@1 {result['acc@1']:.4f}", f"{result['top1_hits']} of {result['records_evaluated']}"),
         *(result["state_sha256"], f"hvd-vgg verify-run {finished}", "0 failed, 0 unknown", "vgg11 at width 0.125"),
-        *("--lr_schedule cosine", "All flags", "1 start and 0 faults", "a (2 ranks)"),
+        *("--lr_schedule cosine", "All flags", "1 start and 0 faults.", "2 on a", "recipe optimizer momentum, lr 0."),
     ):
         assert text in page.text, text
     assert "Missing" not in page.text and page.tags.count("svg") > 10
@@ -155,11 +155,12 @@ def test_report_shows_restarts_faults_and_what_is_gone(tmp_path):
     text = page_of(path).text
     for expected in (
         *("2 starts and 3 faults: what happened", "fault rank 3 on b: a device is gone", "2 starts and 3 faults."),
-        "change the processes ended with exit code 75: rank 3 is gone; the launcher started them again, the next update",
-        "the next update came 4 s later",
+        "change the processes ended with exit code 75: rank 3 is gone; the launcher started them again, and their first",
+        "their first update was complete 4 s later",
         "end the processes ended with exit code 80: on request; another launch went on later",
         "fault the processes ended with exit code 137: rank 0 killed by signal 9",
         *("step 9 was not finite: back to step", "start 2: 2 ranks", "recomputed", "flags.txt is not there"),
+        *("checks of verify-run failed ( details )", "Started on 20", "seconds since the first start"),
     ):
         assert expected in text, expected
 
@@ -179,15 +180,33 @@ def test_report_says_which_ranks_left_no_report(tmp_path):
         "rank 0 on a, 2 on b: hung in update, without progress for 32 s, last collective gather. Rank 1, 3 left no" in text
     )
     log = RunLog(path, False, None)
+    log.log((0, 3), {"train.loss": 1.0})
+    log.event("resume", checkpoint="step-00000000.safetensors")
     log.event("start", step=0, ranks=1, hosts=["b"])
+    bad = {"record": 5, "where": "d/train-0, record 5, offset 70", "replaced_by": 9, "reason": "torn", "step": 0}
+    log.event("bad_record", **bad)
+    log.event("bad_record", **{**bad, "record": 1, "where": "d/validation-0, record 1, offset 0", "replaced_by": None})
     log.event("suspended", step=0, seconds=83.145)
     log.event("config_changed", flag="no_decay", before=[], after=["bias", "norm"])
     log.event("arithmetic_changed", before={"threads": "1", "numpy": "1"}, after={"threads": "2", "numpy": None})
     log.event("coverage", epoch=0, known=True, replaced=[], skipped=1)
+    log.event("coverage", epoch=1, known=True, replaced=[5], skipped=0)
+    log.event("coverage", epoch=2, known=True, replaced=[5], skipped=2)
+    log.event("stopped", step=3)
     log.close()
+    now = read_log(path / "dllogger.json")[-1].timestamp
+    rows = [{"event": "start", "time": now - 1}, {"event": "end", "time": now + 1, "code": 80, "reason": "on request"}]
+    rows.insert(0, {"event": "end", "time": now - 900, "code": 75, "reason": "gone"})
+    (path / "restarts.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in rows))
     text = page_of(path).text
+    assert "epoch 1" not in text and "exit code 80" not in text and "gone; another launch went on later (before the" in text
     for expected in (
         *("start 2: 1 rank on b instead of 4, from step 0", "suspended for 1 min 23 s", "1 record skipped, 0 replaced"),
+        "fault bad record in the training data: d/train-0, record 5, offset 70: torn; record 9 of the split takes its place",
+        "fault bad record in the validation data: d/validation-0, record 1, offset 0: torn; it counts as a miss",
+        *("2 starts, 4 faults and 1 stop on request.", "2 records skipped, 0 replaced", "end stopped on request"),
+        "start 2: 1 rank on b instead of 4, from step 0; continues from step-00000000.safetensors; made again: 3 updates",
+        "up to step 3, the last in the log",
         *("--no_decay changed from (empty) to bias,norm", "or with other settings: threads 2, numpy None"),
     ):
         assert expected in text, expected
@@ -342,7 +361,7 @@ def test_report_lists_the_worst_classes(brief):
         'class,name,records,top1_hits,top5_hits\n0,"a, b",10,9,10\n1,,10,1,2\n2,none,0,0,0\n', encoding="utf-8"
     )
     text = page_of(brief).text
-    assert "1 - 0.1000 1 2 10" in text and text.index("1 - 0.1000") < text.index("0 a, b 0.9000")
+    assert "1 0.1000 1 2 10" in text and text.index("1 0.1000") < text.index("0 a 0.9000")
     (brief / "class_hits.csv").write_text("class,name\n0,x\n")
     assert "class_hits.csv: damaged" in page_of(brief).text
     (brief / "class_hits.csv").write_text("class,name,records,top1_hits,top5_hits\n0,x,4,1,2\n2,z,4,1,2\n")
@@ -413,7 +432,7 @@ def test_report_shows_no_count_that_is_none(tmp_path):
     path = log_of(tmp_path / "a", {"global_batch": 10}, {}, [{"top1_hits": 3, "records": 100}, {"loss": 1.0}])
     (path / "result.json").write_text(json.dumps({"top1_hits": 3, "records_evaluated": 100}))
     text = page_of(path).text
-    shown = text[text.index("acc@1 0.0300") : text.index("to verify it")] + text[text.index("Evaluations; of") :]
+    shown = text[text.index("acc@1 0.0300") : text.index("to verify it")] + text[text.index("first 16 digits") :]
     assert "acc@5 - " in shown and "2 1.00 - - - - 1.0000" in shown and "-1" not in shown and "-0.0" not in shown
 
 
@@ -421,12 +440,12 @@ def test_report_says_of_which_evaluation_the_classes_are(tmp_path):
     rows = [{"top1_hits": 3, "top5_hits": 6, "records": 10}, {"top1_hits": 4, "top5_hits": 6, "records": 10}]
     path = log_of(tmp_path / "a", {}, {}, rows)
     for hits, expected in (
-        (4, "is of the newest evaluation, after step 2."),
-        (3, "is of an earlier evaluation, after step 1; the newest is after step 2."),
-        (2, "is of no evaluation that the log has."),
+        (4, "the newest evaluation, after step 2."),
+        (3, "an earlier evaluation, after step 1; the newest is after step 2."),
+        (2, "no evaluation in the log."),
     ):
         (path / "class_hits.csv").write_text(f"class,name,records,top1_hits,top5_hits\n0,,10,{hits},6\n")
-        assert f"class_hits.csv, {hits} top-1 and 6 top-5 hits of 10 records, {expected}" in page_of(path).text
+        assert f"class_hits.csv ({hits} top-1 and 6 top-5 hits of 10 records) matches {expected}" in page_of(path).text
 
 
 CONFUSIONS = "label,label_name,predicted,predicted_name,records\n"
@@ -456,10 +475,7 @@ def pictures(tmp_path_factory):
 def test_report_shows_confusions_and_errors(pictures, tmp_path, augment, side):
     """The pictures are the records', cut as they are evaluated, the surest error first; without its data tables alone."""
     page = page_of(mistaken(tmp_path / "run", pictures, augment))
-    assert (
-        "0 cat, tabby 1 - 6 60.0%" in page.text
-        and "6 records of the last evaluation had another likeliest class" in page.text
-    )
+    assert "0 cat 1 6 60.0%" in page.text and "6 records misclassified in the last evaluation" in page.text
     assert page.text.index("5 x, record 5 0 cat 1 <i> 0.999") < page.text.index("3 x, record 3 0 cat 1 <i> 0.75")
     assert "1 picture could not be read; the first: record 900 is none of the 37" in page.text
     alts = [alt for alt, _ in page.pictures]
