@@ -31,7 +31,7 @@ from pathlib import Path
 from PIL import Image
 
 DOCS = Path(__file__).resolve().parent.parent
-SCREEN = (1200, 1064)  # pixels; it ends below the first row of figures
+SCREEN = (1200, 1228)  # pixels; it ends below the first row of figures
 TAPE, ALLREDUCE, FACTORED, HALF = range(4)
 WAYS = (  # what the tables call a way, how the picture does, its colour and marker
     ("Horovod", "Horovod's DistributedGradientTape", "#a83a08", "s"),
