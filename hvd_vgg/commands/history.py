@@ -21,13 +21,13 @@ from hvd_vgg.models.architecture import layers_to_train, training_flops
 from hvd_vgg.reporting.receipt import LogLine
 from hvd_vgg.reporting.throughput import Throughput, per_host
 from hvd_vgg.run_dir import checkpoint_step
-from hvd_vgg.text import plural
+from hvd_vgg.text import plural, printable
 from hvd_vgg.training.schedule import is_evaluation_step, learning_rate
 
 PASS, FAIL, UNKNOWN = "pass", "fail", "unknown"
 _PROGRESS = ("train", "evaluation", "end")
 _MOST_PARTS = 5  # of objects that differ, which one sentence names
-DAMAGED = (AttributeError, Failure, IndexError, KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError)
+DAMAGED = (ArithmeticError, AttributeError, Failure, LookupError, RecursionError, TypeError, ValueError)
 _Row = Tuple[str, Any, Any]  # name, found, expected
 Findings = Generator[str, None, Tuple[str, str]]  # yields what is wrong; returns verdict and text if nothing is
 
@@ -125,7 +125,7 @@ def mismatches(rows: Iterable[_Row]) -> Iterator[str]:
     """Yields a sentence for each (name, found, expected) that differ, of long values the beginning."""
     for name, found, expected in rows:
         if not equal(found, expected):
-            yield f"{name}{_mismatch(found, expected)}"
+            yield printable(f"{name}{_mismatch(found, expected)}")
 
 
 def _mismatch(found: Any, expected: Any) -> str:
@@ -133,11 +133,13 @@ def _mismatch(found: Any, expected: Any) -> str:
     verb = ""
     if isinstance(found, dict) and isinstance(expected, dict):
         verb = " differs"
-        parts: List[_Row] = [(str(key), found.get(key, ...), expected.get(key, ...)) for key in {**found, **expected}]
+        keys = {**found, **expected}
+        parts: List[_Row] = [(printable(str(key), 100), found.get(key, ...), expected.get(key, ...)) for key in keys]
     elif _are_objects(found) and _are_objects(expected) and len(found) == len(expected):
         parts = [(f"entry {number}", a, b) for number, (a, b) in enumerate(zip(found, expected), 1)]
     else:
-        return f" is {_brief(found)}, expected {_brief(expected)}"
+        texts = _brief(found), _brief(expected)
+        return f" is {texts[0]}, expected {texts[1] if texts[0] != texts[1] else 'others behind that'}"
     differing = [f"{name}{_mismatch(a, b)}" for name, a, b in parts if not equal(a, b)]
     more = [f"and {len(differing) - _MOST_PARTS} more"] if len(differing) > _MOST_PARTS else []
     return f"{verb}: {'; '.join([*differing[:_MOST_PARTS], *more])}"
@@ -152,8 +154,8 @@ def _brief(value: Any) -> str:
     if value is ...:
         return "absent"
     if isinstance(value, dict):
-        return ", ".join(f"{name} {each!r}" for name, each in value.items())[:100] or "empty"
-    return f"a list of {len(value)}" if _are_objects(value) else f"{value!r:.100}"
+        return printable(", ".join(f"{name} {each!r}" for name, each in value.items()), 100) or "empty"
+    return f"a list of {len(value)}" if _are_objects(value) else printable(repr(value), 100)
 
 
 def _replay(history: History, line: LogLine, following: Optional[LogLine]) -> Iterator[str]:

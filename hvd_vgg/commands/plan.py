@@ -26,8 +26,7 @@ def plan(config: PlanConfig) -> None:
     found = make_plan(config, config.sweep_ranks or (powers_of_two(config.ranks) if out.suffix == ".html" else ()))
     _print(found)
     if config.out:
-        with writing(out):
-            _draw(found, out)
+        _draw(found, out)
         print(f"\ndrawn: {config.out}")
 
 
@@ -84,4 +83,5 @@ def _draw(found: Plan, out: Path) -> None:
         "dotted: nothing overlaps; line: all overlaps with the backward pass"
     )
     axes.legend(loc="lower left")
-    figure.savefig(out, dpi=120)
+    with writing(out):
+        figure.savefig(out, dpi=120)

@@ -18,7 +18,7 @@ from hvd_vgg.errors import CONFIGURATION, DATA, DONE, Failure
 from hvd_vgg.reporting.console import Console
 from hvd_vgg.reporting.receipt import LogLine, read_json_lines, read_log
 from hvd_vgg.run_dir import RunDir
-from hvd_vgg.text import format_duration
+from hvd_vgg.text import format_duration, printable
 
 _MOST_DEPTH = 6  # of directories that are looked into
 _OTHER_HOST_SECONDS = 600.0  # since its newest line, until which a run that another host holds is taken to train
@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
 
 def list_runs(config: RunsConfig) -> None:
-    """Prints a line for each run below --dir, the newest at the end; on a terminal as much of it as fits.
+    """Prints a line for each run below --dir, the newest at the end; on a terminal as much of reasons as fits.
 
     Raises Failure(DATA) where there is none, Failure(CONFIGURATION) where there is no directory.
     """
@@ -54,7 +54,7 @@ def list_runs(config: RunsConfig) -> None:
     found = sorted(find_runs(folder), key=_written)
     if not found:
         raise Failure(DATA, f"--dir={folder}: no run in it: expected directories that `hvd-vgg train --run_dir=` made")
-    rows = [Row(*map(_printable, _describe(run, folder))) for run in found]
+    rows = [Row(*map(printable, _describe(run, folder))) for run in found]
     table = [Row("run", "state", "step", "epochs", "best acc@1", "its acc@5", "images/s", "age", ""), *rows]
     widths = [max(map(len, column)) for column in zip(*table)]
     console, room = Console("auto", True), sys.maxsize  # columns for reasons
@@ -87,11 +87,6 @@ def _describe(run: RunDir, folder: Path) -> Row:
 def _name(run: RunDir, folder: Path) -> str:
     name = str(run.path.relative_to(folder))
     return run.path.resolve().name if name == "." else name
-
-
-def _printable(cell: str) -> str:
-    """Returns a cell without what a terminal would obey: reasons are from files that others may have written."""
-    return cell if cell.isprintable() else ascii(cell)[1:-1]
 
 
 def find_runs(folder: Path) -> Iterator[RunDir]:

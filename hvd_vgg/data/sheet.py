@@ -55,6 +55,7 @@ def sheet_rows(
     epochs: int,
     names: Sequence[str] = (),
     tried: Optional[int] = None,
+    *,
     stored: bool = True,
 ) -> List[SheetRow]:
     """Returns the first `count` records that training takes, bad ones left out; fewer where there are no more.

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shlex
 import signal
 import subprocess
@@ -66,7 +67,7 @@ def launch(config: LaunchConfig, spec: LaunchSpec) -> int:
     hosts = read_hostfile(config.hostfile) if config.hostfile else []
     ranks = rank_count(config, spec, hosts)
     run_path = os.fsencode((spec.run_dir or Path()).resolve())
-    token = own_token(hashlib.sha256(run_path).hexdigest()[:16] if spec.run_dir else f"{NO_RUN}{os.getpid()}")
+    token = own_token(hashlib.sha256(run_path).hexdigest()[:16] if spec.run_dir else f"{NO_RUN}{secrets.token_hex(4)}")
     if config.dry_run:
         print("+", shlex.join(compose_mpirun(config, ranks, hosts, token, spec.program)))
         return DONE

@@ -5,6 +5,7 @@ What is markup has the type Markup; whatever else is put into a page becomes tex
 
 import base64
 import html
+import stat
 from pathlib import Path
 from typing import Any, Iterable, Sequence, Tuple
 
@@ -121,9 +122,9 @@ def page(title: str, about: Any, links: Sequence[Tuple[str, str]], content: Any,
 
 
 def write_page(path: Path, text: str) -> None:
-    """Writes a page, whole or not at all, with the mode of any file of the user's: it is made to be shown to others.
+    """Writes a page, whole or not at all, with the mode of any file of the user's, or its own where it was there before.
 
     Raises Failure(NOT_WRITTEN).
     """
     with writing(path):
-        atomic_write_text(path, text, 0o666)
+        atomic_write_text(path, text, stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666)

@@ -83,9 +83,6 @@ def join(timeline: bool = False, hang_seconds: float = 0.0, group_sizes: Sequenc
     """
     if leftover_error(os.environ):
         raise Failure(CONFIGURATION, f"{leftover_error(os.environ)}: unset it, or start ranks by a launcher")
-    foreign = foreign_mpiexec_error(os.environ, loaded_mpi_libraries())
-    if foreign:
-        raise Failure(CONFIGURATION, f"{foreign}: start the ranks by `hvd-vgg launch`, or by Open MPI's mpirun")
     if runs_alone() and hvd.gloo_built():
         # Without a launcher there is nothing for MPI to find, and Open MPI may fail to start a world of one.
         os.environ.update(HOROVOD_CONTROLLER="gloo", HOROVOD_CPU_OPERATIONS="gloo")
@@ -97,6 +94,9 @@ def join(timeline: bool = False, hang_seconds: float = 0.0, group_sizes: Sequenc
             )
     elif launched_rank() is not None and gloo_under_mpi_error(os.environ):
         raise Failure(CONFIGURATION, f"{gloo_under_mpi_error(os.environ)}: {UNSET_GLOO}")
+    elif foreign_mpiexec_error(os.environ, loaded_mpi_libraries()):
+        foreign = foreign_mpiexec_error(os.environ, loaded_mpi_libraries())
+        raise Failure(CONFIGURATION, f"{foreign}: start the ranks by `hvd-vgg launch`, or by Open MPI's mpirun")
     if timeline:
         os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")
     # By default Horovod waits for ever. Its stall inspector names the tensor and the missing ranks. It counts the time in

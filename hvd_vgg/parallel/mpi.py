@@ -30,9 +30,11 @@ def foreign_mpiexec_error(environ: Mapping[str, str], libraries: Sequence[str]) 
     """Returns what happens if mpiexec of MPICH or Intel MPI started this rank and Horovod loaded Open MPI; "" if not.
 
     libraries: paths, as from `loaded_mpi_libraries`. Open MPI's is libmpi.so.40, theirs is libmpi.so.12 or libmpich.so.12.
+    In a shell that such an mpiexec started, mpirun and horovodrun may start ranks all the same.
     """
+    inside = any(name in environ for name in ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK"))
     ours = [path for path in libraries if re.search(r"/libmpi\.so\.40\b", path)]
-    if not ours or not {"PMI_RANK", "MPI_LOCALRANKID"} <= set(environ) or "HOROVOD_RANK" in environ:
+    if inside or not ours or not {"PMI_RANK", "MPI_LOCALRANKID"} <= set(environ):
         return ""
     return f"mpiexec of MPICH or Intel MPI started this rank, but Horovod is built with Open MPI ({ours[0]})"
 

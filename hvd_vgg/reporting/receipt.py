@@ -84,7 +84,7 @@ def read(run: RunDir) -> Optional[Dict[str, Any]]:
     """Returns the receipt of a run; None if there is none that can be read."""
     try:
         found = json.loads(run.receipt.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, RecursionError, ValueError):  # RecursionError: nested as none of ours is
         return None
     return found if isinstance(found, dict) and isinstance(found.get("starts"), list) else None
 

@@ -29,7 +29,7 @@ def show_start(config: TrainConfig, data: Splits, first_step: int, reporter: Rep
     def sheet(events: Events) -> None:
         datasets = sheet_datasets(config, data.train, data.label_base, config.seed)
         names = known_names(Path(config.run_dir), config.num_classes)
-        rows = sheet_rows(*datasets, _RECORDS, _EPOCHS, names, _TRIED, False)  # classes, as the confusion matrix has
+        rows = sheet_rows(*datasets, _RECORDS, _EPOCHS, names, _TRIED, stored=False)
         if rows:
             text = (
                 "Records of the training data, with their classes by numbers from 0, what training makes of them in its "

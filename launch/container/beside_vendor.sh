@@ -46,7 +46,7 @@ if [ -n "${COREX_WHEELS:-}" ]; then
         ;;
     esac
   done
-  say "installing $(sed -E 's#//[^/@ ]+@#//...@#g' <<<"${wheels[*]}")" # without names and passwords of addresses
+  say "installing $(sed -E 's#//[^/ ]+@#//...@#g; s#\?[^ ]*#?...#g' <<<"${wheels[*]}")" # without names and passwords of addresses
   python3 -m pip install --disable-pip-version-check --no-cache-dir --constraint <(printf '%s\n' "$before") "${wheels[@]}" ||
     fail "COREX_WHEELS: these wheels do not go with this image's Python or packages, as pip says above: ask for those of its SDK"
 fi

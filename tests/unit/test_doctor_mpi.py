@@ -75,7 +75,8 @@ def test_mpiexec_of_another_mpi_is_noticed():
     assert foreign_mpiexec_error(started, ["/a/libmpi.so.40.30.8"]).startswith(text)
     assert foreign_mpiexec_error(started, ["/a/libmpi.so.12.1.8"]) == foreign_mpiexec_error(started, []) == ""
     assert foreign_mpiexec_error({"PMI_RANK": "0", "PMI_FD": "9"}, ["/a/libmpi.so.40.30.8"]) == ""  # srun's PMI-2
-    assert foreign_mpiexec_error({**started, "HOROVOD_RANK": "0"}, ["/a/libmpi.so.40.30.8"]) == ""  # horovodrun inside
+    for inside in ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK"):  # horovodrun or mpirun, in a shell that mpiexec started
+        assert foreign_mpiexec_error({**started, inside: "0"}, ["/a/libmpi.so.40.30.8"]) == ""
 
 
 @pytest.mark.parametrize("path", ["/opt/x/libmpi.so.40.30.8", "/opt/x/libmpich.so.12", "/home/my env/lib/libmpi.so.40.30.7"])

@@ -730,7 +730,7 @@ def quickstart(tmp_path, *flags):
     trained = (
         'for word; do case "$word" in --run_dir=*) at="${word#*=}" ;; esac; done; mkdir -p "$at"; touch "$at/flags.txt"'
     )
-    python = f'case "$*" in *version_info*) exit 1 ;; esac; echo "{clone}"'  # not of Python 3.13
+    python = f'case "$*" in *version_info*) echo 3.11 ;; *) echo "{clone}" ;; esac'
     stubs(venv, python=python, **{"hvd-vgg": trained})
     return call(clone / "launch" / "quickstart.sh", *flags, cwd=clone, HVD_VGG_VENV=str(venv))
 
@@ -765,13 +765,16 @@ def test_environment_is_not_begun_where_horovod_cannot_build(here, venv):
     assert not (here / "called").exists()
 
 
-NEW = "exit 0"  # of an interpreter for which every condition of the script's holds: it is of Python 3.13
+# Interpreters as the script asks them: whether they can be used, and which they are.
+OLD, NEW = (
+    f"""case "$*" in *ensurepip*) echo True ;; *'sep="."'*) echo {name} ;; *) exit 1 ;; esac""" for name in ("3.11", "3.13")
+)
 
 
 @pytest.mark.parametrize(
     ("wanted", "python", "made"),
     [
-        ({}, "exit 1", "2.21"),
+        ({}, OLD, "2.21"),
         ({"HVD_VGG_TENSORFLOW": "2.18"}, NEW, "mpich-5"),
         ({}, NEW, "requirements"),
         ({}, "exit 1", ""),
@@ -788,6 +791,15 @@ def test_environment_of_other_versions_is_left_alone(tmp_path, wanted, python, m
     ended = call("environment.sh", cwd=tmp_path, HVD_VGG_VENV=venv, PATH=path, PYTHON="python3.13", **wanted)
     message = f"{venv} was made of other versions ({made}): remove it" if made else "no Python 3.9 to 3.13 with venv found"
     refused(ended, 78, f"environment: {message}")
+
+
+def test_environment_of_another_python_than_asked_for_is_left_alone(tmp_path):
+    """Also one whose making was interrupted."""
+    (tmp_path / "venv").mkdir()
+    stubs(tmp_path / "venv", python=NEW.replace("exit 1", "exit 0"))
+    environment = {"PATH": stubs(tmp_path, **{"python3.11": OLD}), "HVD_VGG_VENV": tmp_path / "venv", "PYTHON": "python3.11"}
+    message = f"environment: {tmp_path / 'venv'} is of Python 3.13, and PYTHON=python3.11 is another: remove it"
+    refused(call("environment.sh", cwd=tmp_path, **environment), 78, message)
 
 
 def test_environment_of_tests_is_not_made_by_a_newer_python(tmp_path):

@@ -693,6 +693,19 @@ def test_same_as_needs_another_run(run, tmp_path):
 # ---- receipt
 
 
+@pytest.mark.parametrize("depth", [1, 4, 2000])
+def test_verify_prints_nothing_of_a_receipt_that_a_terminal_obeys(run, depth):
+    """Of long names and deep objects the beginning."""
+    found = json.loads(run.receipt.read_text())
+    inner: object = {"x\x1b[2K\rpass": 1, **{f"{number}" * 10_000: "y" * 200 for number in range(9)}}
+    text = json.dumps(inner)
+    for _ in range(depth):
+        text = f'{{"k": {text}}}'
+    run.receipt.write_text(json.dumps({**found, "configuration": "HERE"}).replace('"HERE"', text))
+    (fault,) = verdicts(run.path)
+    assert fault.startswith("receipt.json: ") and fault.isprintable() and len(fault) < 1100
+
+
 def test_receipt_keeps_what_it_said_of_earlier_starts(run):
     """A log changed between two starts is not sealed by the second."""
     first = receipt.read(run)["starts"]
