@@ -89,9 +89,9 @@ def _write_torch(task: Task) -> None:
 def _use_saved_model(network: Network, name: str) -> str:
     return (
         "```python\n"
-        f'signatures = tf.saved_model.load("{name}").signatures\n'
-        'signatures["encoded"](encoded=tf.constant([jpeg_bytes]))["probabilities"]\n'
-        'signatures["pixels"](pixels=uint8_images)["logits"]  # [n, '
+        f'model = tf.saved_model.load("{name}")\n'
+        'model.signatures["encoded"](encoded=tf.constant([jpeg_bytes]))["probabilities"]\n'
+        'model.signatures["pixels"](pixels=uint8_images)["logits"]  # [n, '
         f"{network.config.image_size}, {network.config.image_size}, 3], RGB\n"
         "```\n\n"
         "`encoded`, which is `serving_default`, decodes JPEG and PNG, crops and resizes as below, by TensorFlow's own "

@@ -57,9 +57,9 @@ def write(network: Network, path: Path, scratch: Path) -> None:
 
 def run(path: Path, pixels: np.ndarray, encoded: Any) -> Tuple[np.ndarray, np.ndarray]:
     """Returns the logits that a SavedModel has for uint8 images [n, size, size, 3], and for `encoded` ones, bytes."""
-    signatures = tf.saved_model.load(str(path)).signatures
-    of_pixels = signatures["pixels"](pixels=tf.constant(pixels))["logits"]
-    return np.asarray(of_pixels), np.asarray(signatures["encoded"](encoded=tf.constant(encoded))["logits"])
+    model = tf.saved_model.load(str(path))  # kept: in TensorFlow 2.6 signatures alone let their variables go
+    of_pixels = model.signatures["pixels"](pixels=tf.constant(pixels))["logits"]
+    return np.asarray(of_pixels), np.asarray(model.signatures["encoded"](encoded=tf.constant(encoded))["logits"])
 
 
 def decode(encoded: Any, size: int, crop: float, resize: str) -> Any:

@@ -85,7 +85,8 @@ def logits(
     if precision != "float32":
         weights = {name: tf.cast(value, precision) for name, value in weights.items()}
     channels_first = data_format == "NCHW"
-    x = normalized(images, normalization, precision) if images.dtype == tf.uint8 else tf.cast(images, precision)
+    # An array of NumPy 1.19 has a dtype that cannot be compared with one of TensorFlow.
+    x = normalized(images, normalization, precision) if tf.as_dtype(images.dtype) == tf.uint8 else tf.cast(images, precision)
     if channels_first:
         x = tf.transpose(x, [0, 3, 1, 2])
     window = [1, 1, 2, 2] if channels_first else [1, 2, 2, 1]

@@ -84,12 +84,12 @@ def test_saved_model_computes_the_same(tmp_path, capsys, flags):
     card = export_of(run, "savedmodel", out)
     assert "signature pixels: largest relative difference of logits" in capsys.readouterr().out
     size = flags.get("image_size", 32)
-    signatures, pixels = tf.saved_model.load(str(out)).signatures, pixels_of(size)
-    found = signatures["pixels"](pixels=tf.constant(pixels))
+    model, pixels = tf.saved_model.load(str(out)), pixels_of(size)
+    found = model.signatures["pixels"](pixels=tf.constant(pixels))
     assert closeness(found["logits"], run, pixels) < 1e-5
     np.testing.assert_allclose(found["probabilities"].numpy().sum(axis=1), 1, rtol=1e-5)
     encoded = tf.constant([picture(seed, seed) for seed in range(3)])
-    assert {name: value.shape for name, value in signatures["serving_default"](encoded=encoded).items()} == {
+    assert {name: value.shape for name, value in model.signatures["serving_default"](encoded=encoded).items()} == {
         "logits": (3, CLASSES),
         "probabilities": (3, CLASSES),
     }
