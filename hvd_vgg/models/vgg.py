@@ -85,8 +85,9 @@ def logits(
     if precision != "float32":
         weights = {name: tf.cast(value, precision) for name, value in weights.items()}
     channels_first = data_format == "NCHW"
-    # An array of NumPy 1.19 has a dtype that cannot be compared with one of TensorFlow.
-    x = normalized(images, normalization, precision) if tf.as_dtype(images.dtype) == tf.uint8 else tf.cast(images, precision)
+    # An array's dtype need not be comparable with TensorFlow's, as that of NumPy 1.19 is not.
+    images = tf.convert_to_tensor(images)
+    x = normalized(images, normalization, precision) if images.dtype == tf.uint8 else tf.cast(images, precision)
     if channels_first:
         x = tf.transpose(x, [0, 3, 1, 2])
     window = [1, 1, 2, 2] if channels_first else [1, 2, 2, 1]
