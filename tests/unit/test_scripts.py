@@ -793,7 +793,7 @@ def test_environment_of_other_versions_is_left_alone(tmp_path, wanted, python, m
     refused(ended, 78, f"environment: {message}")
 
 
-def test_environment_of_another_python_than_asked_for_is_left_alone(tmp_path):
+def test_environment_of_another_python_is_left_alone(tmp_path):
     """Also one whose making was interrupted."""
     (tmp_path / "venv").mkdir()
     stubs(tmp_path / "venv", python=NEW.replace("exit 1", "exit 0"))

@@ -694,7 +694,7 @@ def test_same_as_needs_another_run(run, tmp_path):
 
 
 @pytest.mark.parametrize("depth", [1, 4, 2000])
-def test_verify_prints_nothing_of_a_receipt_that_a_terminal_obeys(run, depth):
+def test_verify_prints_no_control_sequence_of_a_receipt(run, depth):
     """Of long names and deep objects the beginning."""
     found = json.loads(run.receipt.read_text())
     inner: object = {"x\x1b[2K\rpass": 1, **{f"{number}" * 10_000: "y" * 200 for number in range(9)}}
