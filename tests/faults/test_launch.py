@@ -732,7 +732,7 @@ def test_open_mpi_5_job_marks_its_daemons_and_stops(tmp_path, emulated_hosts, op
     daemons = [words for words in lines if words[0].endswith(b"prted")]
     assert daemons
     for words in daemons:
-        assert re.fullmatch(rb"[0-9a-f]{16}\.host1\.\d+\.\d+\.0", words[words.index(JOB_PARAMETER.encode()) + 1])
+        assert re.fullmatch(rb"no-run-[0-9a-f]{8}\.host1\.\d+\.\d+\.0", words[words.index(JOB_PARAMETER.encode()) + 1])
     os.kill(started.process.pid, signal.SIGTERM)  # `ip`, the shell and Python took each other's place in one process
     assert "all ranks stopped in order" in started.wait(code=80).err
 

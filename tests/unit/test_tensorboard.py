@@ -95,7 +95,7 @@ def test_tensorboard_ends_no_run(tmp_path, monkeypatch, code):
     """But where storage is gone; a bad shard is named by training, and anything else is said."""
     guest, config = Guest(tmp_path / "events"), TrainConfig(num_classes=10, image_size=32)
 
-    def fail(*_):
+    def fail(*_, **__):
         raise Failure(code, "a shard")
 
     monkeypatch.setattr(pictures, "sheet_rows", fail)
