@@ -315,7 +315,9 @@ def test_verify_compares_all_ranks_with_the_log(copy, name):
     change_result(copy, **{name: {"bottleneck": "none", "fps_wall": 1.0}.get(name, value)})
     seal(copy)
     (fault,) = faults(copy)
-    assert fault.startswith(f"result.json: {name}: entry 1 differs: fps is " if name.startswith("by_") else f"result.json: {name} is ")
+    assert fault.startswith(
+        f"result.json: {name}: entry 1 differs: fps is " if name.startswith("by_") else f"result.json: {name} is "
+    )
 
 
 def test_verify_finds_flags_edited(copy):

@@ -106,7 +106,7 @@ def test_tensorboard_ends_no_run(tmp_path, monkeypatch, code):
         return
     show_start(config, data, 0, guest)
     assert guest.said == []
-    monkeypatch.setattr(pictures, "sheet_rows", lambda *_: 1 / 0)
+    monkeypatch.setattr(pictures, "sheet_rows", lambda *_, **__: 1 / 0)
     show_start(config, data, 0, guest)
     assert guest.said == ["tensorboard/ lacks something: ZeroDivisionError: division by zero"]
 
