@@ -157,7 +157,7 @@ def what_ran(facts: Facts, level: int) -> Markup:
     """Returns the section of configuration, data, hosts and versions."""
     start, flags = facts.start, facts.flags
     hosts = [f"{ranks} on {host}" for host, ranks in hosts_of(facts)]
-    shown = ", ".join(hosts[:16]) + (f" and {len(hosts) - 16} hosts more" if len(hosts) > 16 else "")
+    shown = ", ".join(hosts[:16]) + (f" and {len(hosts) - 16} more hosts" if len(hosts) > 16 else "")
     total = "" if len(hosts) == 1 else f"{ranks_of(facts) or '?'}: "
     arithmetic, packages = mapping(start.get("arithmetic")), mapping(start.get("packages"))
     source = mapping(start.get("code"))
