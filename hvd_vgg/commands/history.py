@@ -139,7 +139,9 @@ def _mismatch(found: Any, expected: Any) -> str:
         parts = [(f"entry {number}", a, b) for number, (a, b) in enumerate(zip(found, expected), 1)]
     else:
         texts = _brief(found), _brief(expected)
-        return f" is {texts[0]}, expected {texts[1] if texts[0] != texts[1] else 'others behind that'}"
+        if texts[0] == texts[1]:
+            return f" begins as expected, {texts[0]}, but differs further on"
+        return f" is {texts[0]}, expected {texts[1]}"
     differing = [f"{name}{_mismatch(a, b)}" for name, a, b in parts if not equal(a, b)]
     more = [f"and {len(differing) - _MOST_PARTS} more"] if len(differing) > _MOST_PARTS else []
     return f"{verb}: {'; '.join([*differing[:_MOST_PARTS], *more])}"

@@ -64,8 +64,7 @@ def list_runs(config: RunsConfig) -> None:
         left = [cell.ljust(width) for cell, width in zip(row[:2], widths)]
         left[1] = console.paint(left[1], _COLOURS[row.state]) if row.state in _COLOURS else left[1]
         right = [cell.rjust(width) for cell, width in zip(row[2:-1], widths[2:])]
-        reason = row.reason if len(row.reason) <= room else f"{row.reason[: room - 3]}..."
-        print("  ".join([*left, *right, reason]).rstrip())
+        print("  ".join([*left, *right, printable(row.reason, room)]).rstrip())
 
 
 def _written(run: RunDir) -> float:

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from hvd_vgg.doctor.system import run_tool
 from hvd_vgg.environment import environment_of_job, launched_rank, python_program
-from hvd_vgg.parallel.mpi import mpi_libraries_in, parse_mpirun_version, root_refusal
+from hvd_vgg.parallel.mpi import VERSION_SECONDS, mpi_libraries_in, parse_mpirun_version, root_refusal
 from hvd_vgg.reporting.findings import Finding, failure, ok, warning
 
 _REBUILD = "MPICC=/path/of/this/mpi/bin/mpicc pip install --no-cache-dir --no-deps --no-binary mpi4py mpi4py"
@@ -49,12 +49,12 @@ def check_root(environ: Mapping[str, str]) -> List[Finding]:
 
 
 def check_mpirun(path: Optional[str]) -> Finding:
-    """Checks the version of the mpirun on `path` (PATH) that `hvd-vgg launch` would use; it has 20 s to answer."""
+    """Checks the version of the mpirun on `path` (PATH) that `hvd-vgg launch` would use, in VERSION_SECONDS."""
     mpirun = shutil.which("mpirun", path=path)
     fix = "install Open MPI 4 or 5, or add its bin to PATH; horovodrun --gloo needs none"
     if mpirun is None:
         return warning("mpi", "mpirun is not on PATH: `hvd-vgg launch` cannot start ranks", fix)
-    done = run_tool([mpirun, "--version"], os.environ, 20)
+    done = run_tool([mpirun, "--version"], os.environ, VERSION_SECONDS)
     name, version = parse_mpirun_version((done.stdout.strip() or done.stderr.strip()) if done else "no answer")
     text = f"mpirun is {mpirun}: {name}"
     if version in (4, 5):

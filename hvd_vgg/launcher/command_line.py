@@ -12,7 +12,7 @@ from hvd_vgg.environment import JOB_PARAMETER, SECRET_NAME
 from hvd_vgg.errors import CONFIGURATION, Failure
 from hvd_vgg.launcher.hostfile import Host
 from hvd_vgg.parallel import network
-from hvd_vgg.parallel.mpi import OTHER_MPIS, parse_mpirun_version
+from hvd_vgg.parallel.mpi import OTHER_MPIS, VERSION_SECONDS, parse_mpirun_version
 
 # The variables that ranks on other hosts get, besides --export_env; ranks on this host inherit all.
 _EXPORTED = re.compile(
@@ -27,7 +27,6 @@ _NO_SCHEDULER = {4: "^alps,gridengine,loadleveler,lsf,slurm,tm", 5: "^flux,gride
 _REMOTE, _LOCAL = {4: "rsh", 5: "ssh"}, {4: "isolated", 5: "ssh"}
 # Open MPI's own settings notice a lost host after eight minutes or more; these after 20 seconds.
 _KEEPALIVE = {"oob_tcp_keepalive_time": 10, "oob_tcp_keepalive_intvl": 3, "oob_tcp_keepalive_probes": 3}
-_VERSION_SECONDS = 20.0  # in which mpirun has to say its version
 
 
 def compose_mpirun(config: LaunchConfig, ranks: int, hosts: Sequence[Host], token: str, program: Sequence[str]) -> List[str]:
@@ -76,7 +75,7 @@ def open_mpi_version(mpirun: str) -> int:
     """
     try:
         printed = subprocess.run(  # noqa: S603
-            [mpirun, "--version"], capture_output=True, text=True, check=False, timeout=_VERSION_SECONDS
+            [mpirun, "--version"], capture_output=True, text=True, check=False, timeout=VERSION_SECONDS
         ).stdout
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         why = f"{mpirun} --version: {getattr(error, 'strerror', None) or error}"

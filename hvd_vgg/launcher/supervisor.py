@@ -66,8 +66,10 @@ def launch(config: LaunchConfig, spec: LaunchSpec) -> int:
     """Runs a command on many ranks, over restarts, and returns its exit code. Raises Failure(USAGE or CONFIGURATION)."""
     hosts = read_hostfile(config.hostfile) if config.hostfile else []
     ranks = rank_count(config, spec, hosts)
-    run_path = os.fsencode((spec.run_dir or Path()).resolve())
-    token = own_token(hashlib.sha256(run_path).hexdigest()[:16] if spec.run_dir else f"{NO_RUN}{secrets.token_hex(4)}")
+    run = f"{NO_RUN}{secrets.token_hex(4)}"
+    if spec.run_dir:
+        run = hashlib.sha256(os.fsencode(spec.run_dir.resolve())).hexdigest()[:16]
+    token = own_token(run)
     if config.dry_run:
         print("+", shlex.join(compose_mpirun(config, ranks, hosts, token, spec.program)))
         return DONE

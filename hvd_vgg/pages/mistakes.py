@@ -83,7 +83,7 @@ def confused(facts: Facts, level: int) -> Markup:
     caption = f"{which} of {plural(len(found), 'pair')} of classes, most records first"
     listed = table(headings, rows, caption, numbers=(2, 3))
     records = sum(row.records for row in found)
-    text = f"{plural(records, 'record')} misclassified in the last evaluation, by confusions.csv."
+    text = f"{plural(records, 'record')} misclassified in the last evaluation, according to confusions.csv."
     about = paragraph(text, kind="note")
     return section(anchor_of(facts, "confusions"), "Most confused classes", about, listed, level=level)
 

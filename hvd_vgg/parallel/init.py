@@ -92,11 +92,12 @@ def join(timeline: bool = False, hang_seconds: float = 0.0, group_sizes: Sequenc
                 f"this host's name, {socket.gethostname()}, does not resolve to an address of it: add the line "
                 f"`127.0.1.1 {socket.gethostname()}` to /etc/hosts",
             )
-    elif launched_rank() is not None and gloo_under_mpi_error(os.environ):
-        raise Failure(CONFIGURATION, f"{gloo_under_mpi_error(os.environ)}: {UNSET_GLOO}")
-    elif foreign_mpiexec_error(os.environ, loaded_mpi_libraries()):
+    elif launched_rank() is not None:
         foreign = foreign_mpiexec_error(os.environ, loaded_mpi_libraries())
-        raise Failure(CONFIGURATION, f"{foreign}: start the ranks by `hvd-vgg launch`, or by Open MPI's mpirun")
+        if gloo_under_mpi_error(os.environ):
+            raise Failure(CONFIGURATION, f"{gloo_under_mpi_error(os.environ)}: {UNSET_GLOO}")
+        if foreign:
+            raise Failure(CONFIGURATION, f"{foreign}: start the ranks by `hvd-vgg launch`, or by Open MPI's mpirun")
     if timeline:
         os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")
     # By default Horovod waits for ever. Its stall inspector names the tensor and the missing ranks. It counts the time in

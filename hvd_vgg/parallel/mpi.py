@@ -7,6 +7,7 @@ from typing import List, Mapping, Sequence, Tuple
 
 UNSET_GLOO = "unset HOROVOD_CPU_OPERATIONS and HOROVOD_CONTROLLER; horovodrun --gloo sets what it needs"
 _CONSENT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
+VERSION_SECONDS = 20.0  # in which mpirun has to say its version
 # What another MPI's mpirun says of itself at --version.
 _SAY_AT_VERSION = {"HYDRA": "MPICH", "Intel(R) MPI": "Intel MPI"}
 OTHER_MPIS = tuple(_SAY_AT_VERSION.values())

@@ -69,7 +69,7 @@ def placement_error(expected: int) -> Tuple[str, str]:
     names = ", ".join(hosts[:8]) + (", ..." if len(hosts) > 8 else "")
     text = f"--expect_hosts={expected}, but found {plural(len(first), 'rank')} on {plural(len(hosts), 'host')} ({names})"
     if len(hosts) > expected:
-        return text, "correct the flag, or name fewer hosts to the launcher"
+        return text, "correct the flag, or give the launcher fewer hosts"
     fix = "`hvd-vgg launch --hostfile=FILE` places ranks itself; a plain mpirun of Open MPI 5 passes over the host file that"
     return text, f"{fix} Kubernetes' operators name for Open MPI 4 (docs/kubernetes.md)"
 

@@ -789,7 +789,7 @@ def test_environment_of_other_versions_is_left_alone(tmp_path, wanted, python, m
     if made:
         (venv / f"hvd_vgg-{made}.txt").write_text("tensorflow-cpu==2.21.0\n")
     ended = call("environment.sh", cwd=tmp_path, HVD_VGG_VENV=venv, PATH=path, PYTHON="python3.13", **wanted)
-    message = f"{venv} was made of other versions ({made}): remove it" if made else "no Python 3.9 to 3.13 with venv found"
+    message = f"{venv} was made from other versions ({made}): remove it" if made else "no Python 3.9 to 3.13 with venv found"
     refused(ended, 78, f"environment: {message}")
 
 
@@ -798,7 +798,7 @@ def test_environment_of_another_python_is_left_alone(tmp_path):
     (tmp_path / "venv").mkdir()
     stubs(tmp_path / "venv", python=NEW.replace("exit 1", "exit 0"))
     environment = {"PATH": stubs(tmp_path, **{"python3.11": OLD}), "HVD_VGG_VENV": tmp_path / "venv", "PYTHON": "python3.11"}
-    message = f"environment: {tmp_path / 'venv'} is of Python 3.13, and PYTHON=python3.11 is another: remove it"
+    message = f"environment: {tmp_path / 'venv'} has Python 3.13, but PYTHON=python3.11 is another version: remove it"
     refused(call("environment.sh", cwd=tmp_path, **environment), 78, message)
 
 
