@@ -45,7 +45,8 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ make python
 # Horovod links to the driver's library, of which this image has a stand-in only.
 RUN ldconfig /usr/local/cuda/lib64/stubs
 WORKDIR /opt/hvd_vgg
-COPY launch/environment.sh launch/requirements.txt launch/
+COPY launch/environment.sh launch/
+COPY launch/requirements-2.16.txt launch/requirements.txt
 COPY setup.cfg pyproject.toml ./
 COPY hvd_vgg/__init__.py hvd_vgg/
 ENV HVD_VGG_VENV=/opt/venv PYTHON=python3.10 \

@@ -5,10 +5,10 @@
 #   HVD_VGG_VENV=venv-2.21 HVD_VGG_TENSORFLOW=2.21 HVD_VGG_MPI=openmpi-5 bash launch/environment.sh
 #
 # HVD_VGG_VENV  where it is (default: .venv in the clone). An environment is of one set of versions: another set needs another
-# PYTHON        the interpreter to make it with (default: the first of python3.11, python3.10, python3.12, python3.9,
-#               python3.13, python3); HVD_VGG_TENSORFLOW may need another, such as python3.8 for 2.6
+# PYTHON        the interpreter to make it with (default: the first of python3.11, python3.10, python3.12, python3.13,
+#               python3.9, python3); HVD_VGG_TENSORFLOW may need another, such as python3.8 for 2.6
 # HVD_VGG_TENSORFLOW  another TensorFlow, with what fits it and what tests need: a name in launch/versions, such as 2.12
-#                     (default: 2.16.2 with all that launch/requirements.txt pins; 2.21 with Python 3.13, which 2.16 lacks)
+#                     (default: 2.21.0 with all that launch/requirements.txt pins; Python 3.9: requirements-2.16.txt)
 # HVD_VGG_HOROVOD     another Horovod than 0.28.1
 # HVD_VGG_MPI         with HVD_VGG_TENSORFLOW, another MPI than openmpi-4: a name in launch/versions, openmpi-5 or mpich-5
 set -euo pipefail
@@ -42,7 +42,7 @@ has_pip() { "$venv/bin/python" -m pip --version >/dev/null 2>&1; }
 
 find_python() {
   local candidate
-  for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.10 python3.12 python3.9 python3.13 python3; do
+  for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.10 python3.12 python3.13 python3.9 python3; do
     if [ "$("$candidate" -c "import sys, venv, ensurepip; print((3, $oldest) <= sys.version_info[:2] <= (3, $newest))" 2>/dev/null)" = True ]; then
       echo "$candidate"
       return
@@ -64,13 +64,12 @@ if has_pip; then
 else
   python="$(find_python)"
 fi
-if [ -z "${HVD_VGG_TENSORFLOW:-}${HVD_VGG_MPI:-}" ] && [ -n "$python" ] && [ "$(version "$python")" = 3.13 ]; then
-  [ $# -eq 0 ] || fail "--test: expected Python 3.9 to 3.12, but $python is newer: set PYTHON, and HVD_VGG_VENV if $venv was made with it"
-  HVD_VGG_TENSORFLOW=2.21
-fi
-
-requirements=("$launch/requirements.txt")
 against=("$launch/requirements.txt") # decides what Horovod is built against
+if [ -z "${HVD_VGG_TENSORFLOW:-}" ] && [ -n "$python" ] && [ "$(version "$python")" = 3.9 ]; then
+  [ $# -eq 0 ] || fail "--test: expected Python 3.10 to 3.13, but $python is older: set PYTHON, and HVD_VGG_VENV if $venv was made with it"
+  against=("$launch/requirements-2.16.txt")
+fi
+requirements=("${against[@]}")
 beside=() # what is installed in $venv/openmpi-5, beside the environment's own Open MPI
 case "${HVD_VGG_TENSORFLOW:+$HVD_VGG_TENSORFLOW/}${HVD_VGG_MPI:-openmpi-4}" in
   openmpi-4 | [0-9]*/openmpi-* | [0-9]*/mpich-*) ;;

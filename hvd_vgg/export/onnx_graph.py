@@ -5,6 +5,7 @@ Input `images`, uint8 [n, height, width, 3] in RGB as decoders return them: the 
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
@@ -35,8 +36,10 @@ def require_onnx() -> Any:
     except ImportError as error:
         from google.protobuf import __version__ as protobuf
 
-        # 1.12 is the newest for the protobuf of old TensorFlow, 1.17 for that of TensorFlow up to 2.18.
-        version = "1.12.0" if [int(part) for part in protobuf.split(".")[:3]] < [3, 20, 2] else "1.17.0"
+        # The newest of which neither protobuf, nor Python (3.8 ends with 1.17), nor ml_dtypes (1.19 requires it) differs from what is here.
+        found = [int(part) for part in protobuf.split(".")[:3]]
+        newest = "1.18.0" if found >= [4, 25, 1] and sys.version_info >= (3, 9) else "1.17.0"
+        version = newest if found >= [3, 20, 2] else "1.12.0"
         text = f"--to=onnx writes by the onnx package ({error}): pip install --no-deps onnx=={version}"
         raise Failure(CONFIGURATION, f"{text}, the version that fits this environment's protobuf {protobuf}") from error
     return onnx
