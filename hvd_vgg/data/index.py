@@ -294,7 +294,7 @@ def unpack_shards(data: bytes) -> Dict[int, Shard]:
         return dict(zip(arrays["numbers"].tolist(), _load_shards(arrays)))
 
 
-def _arrays(index: Index) -> Dict[str, np.ndarray]:
+def _arrays(index: Index) -> Dict[str, Any]:
     return {name: getattr(index, name) for name in _ARRAYS}
 
 

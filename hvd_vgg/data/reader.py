@@ -7,7 +7,7 @@ import resource
 import threading
 import time
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 
@@ -50,7 +50,7 @@ def read_ahead(index: Index, ids: np.ndarray) -> None:
     A hint: where it fails, or the file is gone, reading the record reports it.
     """
     ids = np.sort(ids)
-    shards = np.searchsorted(index.starts, ids, side="right") - 1
+    shards: Any = np.searchsorted(index.starts, ids, side="right") - 1
     if index.layout.kind == FOLDERS:  # opening them is what takes long
         for record in ids.tolist():
             with contextlib.suppress(OSError, AttributeError, Failure):

@@ -58,7 +58,7 @@ def _labels(labels: np.ndarray, label_base: int, names: Sequence[str]) -> Dict[s
 
 def class_counts(index: Index, num_classes: int, label_base: int, names: Sequence[str]) -> Dict[str, Any]:
     """Returns the records of each class, in order of labels, and which have least, most and none, and labels outside."""
-    labels = index.labels.astype(np.int64) - label_base
+    labels: np.ndarray = index.labels.astype(np.int64) - label_base
     inside = (labels >= 0) & (labels < num_classes)
     counts = np.bincount(labels[inside], minlength=num_classes)
     outside = np.unique(index.labels[~inside])

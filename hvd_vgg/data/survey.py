@@ -23,7 +23,7 @@ from hvd_vgg.errors import CONFIGURATION, DATA, Failure
 
 # What is known of a record. A record that could not be read has 0 bytes; an image whose header is no image's has no height
 # and width; format: JPEG, PNG or nothing; mode: Pillow's name of its colours, such as RGB, L or CMYK.
-ROW = np.dtype(
+ROW: np.dtype = np.dtype(
     [
         ("digest", "<u8", 2),
         ("bytes", "<u4"),

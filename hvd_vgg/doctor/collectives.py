@@ -183,7 +183,9 @@ def _measure_sums(
 ) -> Tuple[float, List[str]]:
     """Returns what `_measure` does of sums of float32 or int32 of these shapes; names are `NAME_OF_MESSAGE/NAME`."""
     with tf.device(device):
-        numbers = {name: pattern(math.prod(shape), comm.rank()).astype(dtype) for name, shape in shapes.items()}
+        numbers: Dict[str, np.ndarray] = {
+            name: pattern(math.prod(shape), comm.rank()).astype(dtype) for name, shape in shapes.items()
+        }
         mine = {name: tf.constant(numbers[name], shape=shape) for name, shape in shapes.items()}
 
     def expected(name: str) -> np.ndarray:

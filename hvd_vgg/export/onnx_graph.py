@@ -36,7 +36,7 @@ def require_onnx() -> Any:
     except ImportError as error:
         from google.protobuf import __version__ as protobuf
 
-        # The newest of which neither protobuf, nor Python (3.8 ends with 1.17), nor ml_dtypes (1.19 requires it) differs from what is here.
+        # The newest that this protobuf and this Python allow; 1.19 would bring an ml_dtypes beside TensorFlow's.
         found = [int(part) for part in protobuf.split(".")[:3]]
         newest = "1.18.0" if found >= [4, 25, 1] and sys.version_info >= (3, 9) else "1.17.0"
         version = newest if found >= [3, 20, 2] else "1.12.0"

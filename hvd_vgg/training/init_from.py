@@ -165,6 +165,6 @@ def resize_grid(kernel: np.ndarray, before: int, after: int) -> np.ndarray:
     low = np.maximum(edges[0][:-1, None], edges[1][None, :-1])
     high = np.minimum(edges[0][1:, None], edges[1][None, 1:])
     share = np.maximum(high - low, 0) * before  # of old cell j that is in new cell i
-    grid = kernel.astype(np.float64).reshape(before, before, -1, kernel.shape[1])
+    grid: np.ndarray = kernel.astype(np.float64).reshape(before, before, -1, kernel.shape[1])
     resized = np.einsum("ih,jw,hwcn->ijcn", share, share, grid, optimize=True)
     return resized.reshape(-1, kernel.shape[1]).astype(np.float32)

@@ -53,7 +53,7 @@ def gather_outcome(result: Evaluation, index: Index, label_base: int, num_classe
     Raises a collective Failure(BUG) where they do not add up to the evaluation's own counts.
     """
     rows = gather_rows([result.rows], min(TOP, num_classes))
-    labels = index.labels.astype(np.int64) - label_base
+    labels: np.ndarray = index.labels.astype(np.int64) - label_base
     of_hits = [labels[rows["record"][rows["hits"][:, column]]] for column in (0, 1)]
     counts = np.stack([np.bincount(each, minlength=num_classes) for each in (labels, *of_hits)], axis=1)
     pairs = predicted_pairs(rows, labels, num_classes)

@@ -767,28 +767,29 @@ def test_environment_is_not_begun_where_horovod_cannot_build(here, venv):
 
 # Interpreters as the script asks them: whether they can be used, and which they are.
 OLD, NEW = (
-    f"""case "$*" in *ensurepip*) echo True ;; *'sep="."'*) echo {name} ;; *) exit 1 ;; esac""" for name in ("3.11", "3.13")
+    f"""case "$*" in *ensurepip*) echo True ;; *'sep="."'*) echo {name} ;; *) exit 1 ;; esac""" for name in ("3.9", "3.11")
 )
 
 
 @pytest.mark.parametrize(
     ("wanted", "python", "made"),
     [
-        ({}, OLD, "2.21"),
-        ({"HVD_VGG_TENSORFLOW": "2.18"}, NEW, "mpich-5"),
-        ({}, NEW, "requirements"),
+        ({}, NEW, "2.21"),
+        ({"HVD_VGG_TENSORFLOW": "2.18"}, OLD, "mpich-5"),
+        ({}, OLD, "requirements"),
+        ({}, NEW, "requirements-2.16"),
         ({}, "exit 1", ""),
     ],
 )
 def test_environment_of_other_versions_is_left_alone(tmp_path, wanted, python, made):
-    """What it was made from lies in it, and Python 3.13 has other versions than the default. One without any is made: here,
+    """What it was made from lies in it, and Python 3.9 has other versions than the default. One without any is made: here,
     as far as the interpreter goes."""
-    path = stubs(tmp_path, **{"python3.13": python})
+    path = stubs(tmp_path, **{"python3.9": python})
     venv = tmp_path / "venv"
     venv.mkdir()
     if made:
         (venv / f"hvd_vgg-{made}.txt").write_text("tensorflow-cpu==2.21.0\n")
-    ended = call("environment.sh", cwd=tmp_path, HVD_VGG_VENV=venv, PATH=path, PYTHON="python3.13", **wanted)
+    ended = call("environment.sh", cwd=tmp_path, HVD_VGG_VENV=venv, PATH=path, PYTHON="python3.9", **wanted)
     message = f"{venv} was made from other versions ({made}): remove it" if made else "no Python 3.9 to 3.13 with venv found"
     refused(ended, 78, f"environment: {message}")
 
@@ -796,16 +797,16 @@ def test_environment_of_other_versions_is_left_alone(tmp_path, wanted, python, m
 def test_environment_of_another_python_is_left_alone(tmp_path):
     """Also one whose making was interrupted."""
     (tmp_path / "venv").mkdir()
-    stubs(tmp_path / "venv", python=NEW.replace("exit 1", "exit 0"))
-    environment = {"PATH": stubs(tmp_path, **{"python3.11": OLD}), "HVD_VGG_VENV": tmp_path / "venv", "PYTHON": "python3.11"}
-    message = f"environment: {tmp_path / 'venv'} has Python 3.13, but PYTHON=python3.11 is another version: remove it"
+    stubs(tmp_path / "venv", python=OLD.replace("exit 1", "exit 0"))
+    environment = {"PATH": stubs(tmp_path, **{"python3.11": NEW}), "HVD_VGG_VENV": tmp_path / "venv", "PYTHON": "python3.11"}
+    message = f"environment: {tmp_path / 'venv'} has Python 3.9, but PYTHON=python3.11 is another version: remove it"
     refused(call("environment.sh", cwd=tmp_path, **environment), 78, message)
 
 
-def test_environment_of_tests_is_not_made_by_a_newer_python(tmp_path):
-    environment = {"PATH": stubs(tmp_path, **{"python3.13": NEW}), "PYTHON": "python3.13", "HVD_VGG_VENV": tmp_path / "venv"}
+def test_environment_of_tests_is_not_made_by_an_old_python(tmp_path):
+    environment = {"PATH": stubs(tmp_path, **{"python3.9": OLD}), "PYTHON": "python3.9", "HVD_VGG_VENV": tmp_path / "venv"}
     ended = call("environment.sh", "--test", cwd=tmp_path, **environment)
-    refused(ended, 78, "environment: --test: expected Python 3.9 to 3.12, but python3.13 is newer")
+    refused(ended, 78, "environment: --test: expected Python 3.10 to 3.13, but python3.9 is older")
 
 
 def test_environment_beside_a_vendors_needs_tensorflow(here):

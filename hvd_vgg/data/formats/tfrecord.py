@@ -134,5 +134,5 @@ def _find_label(head: bytes, file: OpenShard, offset: int, length: int, entry: P
 
 def could_be_index(shard: Shard, size: int) -> bool:
     """Returns whether `scan` could have made `shard` of a file of `size` bytes."""
-    starts, ends = shard.offsets - HEADER_BYTES, shard.offsets + shard.lengths + FOOTER_BYTES
-    return bool(starts[0] == 0 and (starts[1:] == ends[:-1]).all() and ends[-1] == size)
+    first, ends = shard.offsets[0], shard.offsets + shard.lengths + FOOTER_BYTES
+    return bool(first == HEADER_BYTES and (shard.offsets[1:] == ends[:-1] + HEADER_BYTES).all() and ends[-1] == size)
