@@ -1,10 +1,11 @@
 """The environment of a process: what its launcher says of ranks there, which variables are secret, what children get."""
 
+import contextlib
 import os
 import re
 import sys
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Sequence
+from typing import Dict, Iterator, List, Mapping, Optional, Sequence
 
 # A parameter that Open MPI itself does not know: mpirun passes it on the command lines of its daemons and in the environment
 # of all ranks, so the processes of a job can be recognised on every host.
@@ -119,6 +120,19 @@ def leave_out_current_directory() -> None:
     here = os.path.realpath(os.curdir)
     if "" in entries[len(entries) == 1 :] and not any(entry and os.path.realpath(entry) == here for entry in entries):
         sys.path[:] = [each for each in sys.path if os.path.realpath(each) != here]
+
+
+@contextlib.contextmanager
+def not_importable(*names: str) -> Iterator[None]:
+    """Within it the import of these modules fails as if they were not installed, unless they are loaded already."""
+    missing = [name for name in names if name not in sys.modules]
+    for name in missing:
+        sys.modules[name] = None  # type: ignore[assignment] # with which Python's import raises ModuleNotFoundError
+    try:
+        yield
+    finally:
+        for name in missing:
+            del sys.modules[name]
 
 
 def python_program(text: str) -> List[str]:

@@ -177,6 +177,36 @@ def test_python_without_docstrings_is_refused(command):
     assert "PYTHONOPTIMIZE=2 or python -OO leaves out" in found.stderr
 
 
+def test_not_importable_holds_within():
+    """What is loaded stays, and what could be imported before it can be after it."""
+    text = """
+import sys
+import decimal
+from hvd_vgg.environment import not_importable
+try:
+    with not_importable("decimal", "fractions"):
+        import decimal
+        import fractions
+except ModuleNotFoundError as error:
+    import fractions
+    print(error.name)
+"""
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.check_output([sys.executable, "-c", text], text=True, env=environ) == "fractions\n"
+
+
+def test_training_starts_without_loading_what_draws():
+    """Keras loads Matplotlib and SciPy where they are installed, as they are here, and nothing of it is used."""
+    text = """
+import sys
+from hvd_vgg.__main__ import _load
+_load("train")
+print(*{"keras", "matplotlib", "scipy"} & set(sys.modules))
+"""
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.check_output([sys.executable, "-c", text], text=True, env=environ) == "keras\n"
+
+
 def test_python_program_imports_nothing_of_the_current_directory(tmp_path):
     """What doctor and the launcher ask other processes."""
     shadowed(tmp_path)
