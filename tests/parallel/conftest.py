@@ -1,6 +1,7 @@
 """The whole folder runs under mpirun: every rank runs every test in the same order (launch/test.sh does so on 2 and 3)."""
 
 import faulthandler
+import os
 
 import pytest
 
@@ -11,11 +12,12 @@ from hvd_vgg.parallel.init import join, take_device
 
 FAILED = pytest.StashKey[int]()
 
-# A rank that waits for another that failed a test would wait for ever: the time limit ends it, and mpirun all.
-faulthandler.dump_traceback_later(240, exit=True)
 
-
-def pytest_sessionstart():
+def pytest_sessionstart(session):
+    # A rank that waits for another that failed a test would wait for ever: the time limit ends it, and mpirun all.
+    with session.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        stderr = os.fdopen(os.dup(2), "w")  # the one that is not captured
+    faulthandler.dump_traceback_later(600, exit=True, file=stderr)
     join()
     # Else TensorFlow would compute deterministically in all tests, which XLA cannot.
     run_on_all_ranks(lambda: take_device(ComputeConfig(reproducible=ROUNDING)))
