@@ -46,7 +46,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ make python
 RUN ldconfig /usr/local/cuda/lib64/stubs
 WORKDIR /opt/hvd_vgg
 COPY launch/environment.sh launch/
-COPY launch/requirements-2.16.txt launch/requirements.txt
+COPY launch/versions/requirements-2.16.txt launch/requirements.txt
 COPY setup.cfg pyproject.toml ./
 COPY hvd_vgg/__init__.py hvd_vgg/
 ENV HVD_VGG_VENV=/opt/venv PYTHON=python3.10 \

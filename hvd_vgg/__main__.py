@@ -25,7 +25,7 @@ import traceback
 import types
 import warnings
 from pathlib import Path
-from typing import Any, Callable, List, NamedTuple, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 from hvd_vgg import __version__
 from hvd_vgg.colours import RED, is_terminal, prefix
@@ -224,7 +224,9 @@ def main() -> None:
     if any(option.startswith("error") for option in sys.warnoptions):  # PYTHONWARNINGS=error; TensorFlow warns when imported
         warnings.simplefilter("default")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.pop("TF_USE_LEGACY_KERAS", None)  # nothing here uses Keras, but Horovod imports it, and would want tf_keras
+    # Nothing here uses Keras, but Horovod imports it, and would want tf_keras, or what that backend runs on.
+    for name in ("TF_USE_LEGACY_KERAS", "KERAS_BACKEND"):
+        os.environ.pop(name, None)
     # Where TensorBoard is not installed, TensorFlow before 2.16 warns of it on every rank; a run reports it once itself.
     logging.getLogger().addFilter(lambda record: "missing TensorBoard" not in record.getMessage())
     sys.exit(run(sys.argv[1:]))
@@ -254,20 +256,15 @@ def run(argv: List[str]) -> int:
         return _refuse(_missing(error))
     except KeyboardInterrupt:
         return STOPPED
-    ended = run_command(argv[0], config)
+    # A fifth of the time that importing TensorFlow and Horovod takes. Another program's process might want them.
+    ended = run_command(argv[0], config, unused=("matplotlib", "scipy"))
     return ended.code if ended else DONE
 
 
-def _load(name: str) -> Callable[..., None]:
-    module, function = COMMANDS[name].target.split(":")
-    # Keras, which Horovod imports, would load them where they are: a fifth of the time in which a rank starts.
-    with not_importable("matplotlib", "scipy"):
-        return getattr(importlib.import_module(module), function)
-
-
-def run_command(name: str, config: Any, **arguments: Any) -> Optional[Failure]:
+def run_command(name: str, config: Any, unused: Sequence[str] = (), **arguments: Any) -> Optional[Failure]:
     """Runs a command with its configuration on this rank; returns how it failed, which has been reported, or None.
 
+    unused: packages that are not loaded with the command's modules, though TensorFlow or Keras would.
     arguments: more of them, which only a program can give.
     """
     try:
@@ -280,7 +277,10 @@ def run_command(name: str, config: Any, **arguments: Any) -> Optional[Failure]:
             if refusal:
                 raise Failure(CONFIGURATION, refusal)
             watchdog.start(Path(config.run_dir) if name == "train" else None, launched_rank() or 0, config.hang_seconds)
-        _load(name)(config, **arguments)
+        module, function = COMMANDS[name].target.split(":")
+        with not_importable(*unused):
+            command = getattr(importlib.import_module(module), function)
+        command(config, **arguments)
         return None
     except Failure as failure:
         return _end(failure)

@@ -132,7 +132,7 @@ def not_importable(*names: str) -> Iterator[None]:
         yield
     finally:
         for name in missing:
-            del sys.modules[name]
+            sys.modules.pop(name, None)
 
 
 def python_program(text: str) -> List[str]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Carries out the Dockerfile's targets cpu and corex without docker, on copies of this machine that are gone in the end, and
 # trains in what comes of them: on one rank, on two, and on two hosts through the image's own ssh. For corex, what the target cpu has
-# made stands for the vendor's image. Six minutes on 2 cores, and 6 GB of memory.
+# made, with its TensorFlow 2.20, stands for the vendor's image. Six minutes on 2 cores, and 6 GB of memory.
 #
 #   sudo bash launch/check_dockerfile.sh
 #

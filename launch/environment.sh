@@ -8,7 +8,7 @@
 # PYTHON        the interpreter to make it with (default: the first of python3.11, python3.10, python3.12, python3.13,
 #               python3.9, python3); HVD_VGG_TENSORFLOW may need another, such as python3.8 for 2.6
 # HVD_VGG_TENSORFLOW  another TensorFlow, with what fits it and what tests need: a name in launch/versions, such as 2.12
-#                     (default: 2.21.0 with all that launch/requirements.txt pins; Python 3.9: requirements-2.16.txt)
+#                     (default: 2.20.0 with all that launch/requirements.txt pins; with Python 3.9 2.16.2)
 # HVD_VGG_HOROVOD     another Horovod than 0.28.1
 # HVD_VGG_MPI         with HVD_VGG_TENSORFLOW, another MPI than openmpi-4: a name in launch/versions, openmpi-5 or mpich-5
 set -euo pipefail
@@ -67,7 +67,7 @@ fi
 against=("$launch/requirements.txt") # decides what Horovod is built against
 if [ -z "${HVD_VGG_TENSORFLOW:-}" ] && [ -n "$python" ] && [ "$(version "$python")" = 3.9 ]; then
   [ $# -eq 0 ] || fail "--test: expected Python 3.10 to 3.13, but $python is older: set PYTHON, and HVD_VGG_VENV if $venv was made with it"
-  against=("$launch/requirements-2.16.txt")
+  against=("$launch/versions/requirements-2.16.txt")
 fi
 requirements=("${against[@]}")
 beside=() # what is installed in $venv/openmpi-5, beside the environment's own Open MPI

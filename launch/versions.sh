@@ -5,7 +5,7 @@
 #
 # TENSORFLOW and MPI (openmpi-4, the default, openmpi-5, mpich-5) are names in launch/versions, PYTHON is an interpreter.
 # The last step trains by the package's wheel, built here and installed beside that TensorFlow as pip would by itself.
-# Without arguments the rows of docs/compatibility.md (launch/test.sh tests 2.21 on Python 3.11 with all there is).
+# Without arguments the rows of docs/compatibility.md (launch/test.sh tests 2.20 with all there is).
 # The exit code is 0 if all ran and passed. About 4 to 10 minutes and 1.7 GB each, on 2 cores.
 #
 # VERSIONS_DIR  where environments and logs are (default: .venvs in the clone). Nothing in it is deleted: an environment that

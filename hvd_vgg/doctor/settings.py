@@ -26,7 +26,6 @@ _VARIABLES = {
         "has no effect: the package sets threads itself (see --input_threads)",
     ),
     "IX_NUM_CUDA_VISIBLE_DEVICES": "has no effect: only the vendor's shell scripts read it; mpirun -np sets the ranks",
-    "TF_USE_LEGACY_KERAS": "has no effect: Keras is not used",
     "TF_FORCE_GPU_ALLOW_GROWTH": "has no effect: memory growth is always on",
     "HOROVOD_USE_GLOOGPU": "is unknown to all published versions of Horovod",
     "UMD_WAITAFTERLAUNCH": "seems to wait after each kernel; the vendor sets it for several devices in one process",

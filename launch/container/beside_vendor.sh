@@ -55,10 +55,10 @@ for needed in tensorflow horovod numpy; do
 done
 before="${before:-$(packages)}"
 
-# The pins of launch/requirements.txt are for Python 3.10 and later; SDK 3.1.0 has 3.8.
+# These pins are for Python 3.9 and later; SDK 3.1.0 has 3.8.
 constraints=()
-if python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-  constraints=(--constraint "$clone/launch/requirements.txt")
+if python3 -c 'import sys; sys.exit(sys.version_info < (3, 9))'; then
+  constraints=(--constraint "$clone/launch/versions/requirements-2.16.txt")
 fi
 install() { python3 -m pip install --disable-pip-version-check --no-cache-dir --no-deps "$@"; }
 
