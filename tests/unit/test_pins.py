@@ -144,9 +144,8 @@ def test_hosted_ci_runs_oldest_and_newest():
     rows = [each["row"] for each in job["strategy"]["matrix"]["include"]]
     known = sorted((path.stem for path in VERSIONS.glob("2.*.txt")), key=parts)
     all_rows = re.findall(r"\d[\d.]+:python[\d.]+:[\d.]+(?![\w:.])", (LAUNCH / "versions.sh").read_text())
-    assert {rows[0], rows[-1]} <= set(all_rows)
+    assert set(rows) <= {*all_rows, "2.16:python3.11:0.28.1"}
     assert [row.split(":")[0] for row in rows] == [known[0], "2.16", known[-1]]
-    assert {row.split(":")[2] for row in rows[1:]} == {"0.28.1"}
     for each in job["strategy"]["matrix"]["include"]:
         assert each["row"].split(":")[1] == f"python{each['python']}"
     given = [step.get("with", {}) for step in dict(jobs())["test"]["steps"]]
